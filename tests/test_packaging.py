@@ -1,0 +1,228 @@
+"""What a stranger installs: pins that fit the bounds, a whole wheel, the right .venv."""
+
+import importlib.metadata
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+REPO = pathlib.Path(__file__).resolve().parents[1]
+PYTHONS = ("3.11", "3.12", "3.13")
+PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def environment(python):
+    """What markers such as python_version < "3.12" are judged by: the tested platform."""
+    return {"python_version": python, "sys_platform": "linux", "platform_system": "Linux"}
+
+
+def pins(python):
+    """Name to the list of versions that constraints.txt pins it to on a Python version."""
+    found = {}
+    for line in (REPO / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if not line or line.startswith("#"):
+            continue
+        requirement = Requirement(line)
+        (specifier,) = requirement.specifier
+        assert specifier.operator == "==", f"{line}: constraints.txt pins with == only"
+        if requirement.marker is None or requirement.marker.evaluate(environment(python)):
+            found.setdefault(canonicalize_name(requirement.name), []).append(specifier.version)
+    return found
+
+
+def direct_requirements():
+    """What pyproject.toml asks for at run time, for the tests and for the build."""
+    texts = PROJECT["project"]["dependencies"] + PROJECT["build-system"]["requires"]
+    return [Requirement(t) for t in texts + PROJECT["project"]["optional-dependencies"]["test"]]
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_each_dependency_has_one_pin_within_its_bounds(python):
+    pinned = pins(python)
+    assert {name: versions for name, versions in pinned.items() if len(versions) > 1} == {}
+    for requirement in direct_requirements():
+        (version,) = pinned.get(canonicalize_name(requirement.name), [None])
+        assert version and requirement.specifier.contains(version), f"{requirement}: {version}"
+
+
+def test_dependencies_of_dependencies_are_pinned():
+    pinned = pins(f"{sys.version_info.major}.{sys.version_info.minor}")
+    queue = [(r.name, tuple(r.extras)) for r in direct_requirements()]
+    seen = set()
+    while queue:
+        name, extras = queue.pop()
+        if (name, extras) in seen:
+            continue
+        seen.add((name, extras))
+        assert canonicalize_name(name) in pinned, f"constraints.txt lacks {name}"
+        for text in importlib.metadata.requires(name) or []:
+            child = Requirement(text)
+            marker = child.marker
+            if marker is None or any(marker.evaluate({"extra": e}) for e in ("", *extras)):
+                queue.append((child.name, tuple(child.extras)))
+    assert set(pinned) == {canonicalize_name(name) for name, _ in seen}, "pins that nobody needs"
+
+
+def test_dependencies_have_lower_bounds_only():
+    for text in PROJECT["project"]["dependencies"]:
+        requirement = Requirement(text)
+        operators = {s.operator for s in requirement.specifier}
+        assert ">=" in operators, f"{text}: give the lower bound"
+        # orbax 1.0 brings another API: the one upper bound, explained in pyproject.toml.
+        assert operators == {">="} or requirement.name == "orbax-checkpoint", text
+
+
+def test_no_file_names_a_package_registry():
+    if not (REPO / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a git checkout: no list of tracked files")
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=REPO, check=True, capture_output=True, text=True).stdout
+    # Written so that this file does not match itself.
+    registry = re.compile(rb"pypi[.](org|python)|pythonhosted[.]|-index[-]url|--find[-]links")
+    for name in filter(None, names.split("\0")):
+        path = REPO / name
+        if path.is_file():
+            assert not registry.search(path.read_bytes()), f"{name} names a package registry"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, built without the network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
+    built = subprocess.run([*command, str(REPO)], capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (path,) = folder.iterdir()
+    return path
+
+
+def test_the_wheel_holds_the_package_the_configs_and_nothing_else(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    inside = {name for name in names if ".dist-info/" not in name}
+
+    def files(folder):
+        paths = (p for p in (REPO / folder).rglob("*") if p.is_file())
+        return {str(p.relative_to(REPO)) for p in paths if "__pycache__" not in p.parts}
+
+    package = files("maknet_jax")
+    configs = {f"maknet_jax/{name}" for name in files("configs")}
+    assert configs, "no config in configs/"
+    assert inside == package | configs
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+@pytest.mark.slow
+def test_the_wheel_works_in_a_bare_environment_from_any_folder(wheel, tmp_path):
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", bare], check=True)
+    install = [bare / "bin/python", "-m", "pip", "install", "-qq", "-c", REPO / "constraints.txt"]
+    subprocess.run([*install, wheel], check=True)
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    for command in ([bare / "bin/maknet", "--help"], [bare / "bin/maknet", "train", "--help"]):
+        shown = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True)
+        assert shown.returncode == 0 and "maknet" in shown.stdout, shown.stdout + shown.stderr
+    subprocess.run([bare / "bin/python", "-m", "pip", "check"], check=True)
+
+
+# A Python that only says what it was asked: version, path, and a .venv that logs pip's arguments.
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+*"-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python; echo made >>log ;;
+*"-m pip"*) echo "$*" >>log; exit {pip} ;;
+*) echo {version} "$0" ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder with .ci/venv, and a folder `bin` where Pythons are made of shell."""
+    folder = tmp_path / "a checkout"
+    (folder / ".ci").mkdir(parents=True)
+    (folder / "bin").mkdir()
+    for name in (".ci/venv", "pyproject.toml", "constraints.txt"):
+        shutil.copy(REPO / name, folder / name)
+    return folder
+
+
+def add_python(checkout, version, pip=0):
+    path = checkout / "bin" / f"python{version}"
+    path.write_text(FAKE_PYTHON.format(version=f"{version}.1", pip=pip))
+    path.chmod(0o755)
+    return path
+
+
+def make_venv(checkout, **env):
+    """Runs .ci/venv where only `bin` holds Pythons; returns (exit code, its words, .venv made)."""
+    # The PATH has the shell tools that the script needs, and none of the system's Pythons.
+    tools = checkout / "tools"
+    tools.mkdir(exist_ok=True)
+    for name in ("cat", "cksum", "cp", "mkdir", "rm", "sh"):
+        if not (tools / name).exists():
+            (tools / name).symlink_to(shutil.which(name))
+    log = checkout / "log"
+    log.unlink(missing_ok=True)
+    env = {"PATH": f"{checkout / 'bin'}:{tools}", "HOME": str(checkout), **env}
+    ran = subprocess.run(
+        [tools / "sh", checkout / ".ci/venv"], env=env, capture_output=True, text=True
+    )
+    return ran.returncode, ran.stdout + ran.stderr, log.exists() and "made" in log.read_text()
+
+
+def test_make_takes_the_newest_python_that_runs(checkout):
+    broken = checkout / "bin/python3.13"
+    broken.write_text("#!/bin/sh\nexit 127\n")  # what a pyenv shim does for a version that is off
+    broken.chmod(0o755)
+    add_python(checkout, "3.11")
+    add_python(checkout, "3.12")
+    code, words, made = make_venv(checkout)
+    assert (code, made) == (0, True) and "3.12.1" in words
+    assert make_venv(checkout) == (0, "", False)  # current: nothing to do
+
+
+def test_make_finds_pythons_that_pyenv_keeps_off_the_path(checkout):
+    add_python(checkout, "3.12")
+    kept = checkout / "elsewhere/versions/3.13.0/bin/python"
+    kept.parent.mkdir(parents=True)
+    add_python(checkout, "3.13").rename(kept)
+    code, words, made = make_venv(checkout, PYENV_ROOT=str(checkout / "elsewhere"))
+    assert (code, made) == (0, True) and "3.13.1" in words
+
+
+def test_make_installs_again_when_it_must(checkout):
+    add_python(checkout, "3.11")
+    newer = add_python(checkout, "3.12")
+    older = str(checkout / "bin/python3.11")
+    assert make_venv(checkout)[2]
+    assert make_venv(checkout, PYTHON=older)[2]  # PYTHON= chooses ..
+    assert not make_venv(checkout)[2]  # .. and the choice stays
+    with open(checkout / "constraints.txt", "a") as file:
+        file.write("# newer\n")
+    assert make_venv(checkout)[2]
+    copied = checkout.with_name("copied")
+    shutil.copytree(checkout, copied, symlinks=True)
+    assert make_venv(copied)[2]  # its editable install would import the original
+    (copied / ".venv/bin/python").unlink()
+    assert make_venv(copied, PYTHON=str(newer))[2]
+
+
+def test_half_an_install_is_made_again(checkout):
+    add_python(checkout, "3.12", pip=1)
+    assert make_venv(checkout)[0] != 0
+    add_python(checkout, "3.12")
+    assert make_venv(checkout)[::2] == (0, True)
+
+
+def test_make_says_in_one_line_that_no_python_runs(checkout):
+    code, words, made = make_venv(checkout)
+    assert (code, made, words.count("\n")) == (2, False, 1) and "python3.13" in words
+    code, words, made = make_venv(checkout, PYTHON="/nowhere/python")
+    assert (code, made, words.count("\n")) == (2, False, 1) and "/nowhere/python" in words
