@@ -1,0 +1,1 @@
+"""Metrics and the protocol behind the tables of the paper."""

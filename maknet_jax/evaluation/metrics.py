@@ -1,0 +1,125 @@
+"""Ranking and counting metrics of multi-label predictions, per label and over all."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from maknet_jax.errors import InputError
+
+
+class Counts(NamedTuple):
+    """Predictions against labels; numbers, or arrays [K]."""
+
+    tp: np.ndarray
+    fp: np.ndarray
+    fn: np.ndarray
+
+
+def auc(scores, labels):
+    """Area under the ROC curve: the chance that a positive outscores a negative, ties half.
+
+    Args:
+      scores: [N], finite.
+      labels: [N], 0/1 or bool.
+
+    Returns:
+      A float; nan where one class is absent.
+
+    Raises:
+      InputError: scores that are not finite, labels that are not 0 or 1, shapes that differ.
+    """
+    scores, labels, _ = checked(scores, labels)
+    return _auc(scores, labels)
+
+
+def auc_per_label(scores, labels, mask=None):
+    """AUC of every label, [K]; see `auc`. `mask` [N, K] is 0 where the label is unknown."""
+    scores, labels, mask = checked(scores, labels, mask)
+    return np.array(
+        [_auc(scores[mask[:, k], k], labels[mask[:, k], k]) for k in range(scores.shape[1])]
+    )
+
+
+def _auc(scores, labels):
+    positives = np.count_nonzero(labels)
+    negatives = labels.size - positives
+    if positives == 0 or negatives == 0:
+        return float("nan")
+    # Mann-Whitney by counting, exact in integers: per distinct score, the negatives below it and
+    # half of those at it.
+    _, place = np.unique(scores, return_inverse=True)
+    positives_at = np.bincount(place, weights=labels)
+    negatives_at = np.bincount(place, weights=~labels)
+    below = np.cumsum(negatives_at) - negatives_at
+    return float(positives_at @ (below + negatives_at / 2) / (positives * negatives))
+
+
+def count(predicted, labels, mask=None):
+    """Counts of every label, each [K], from `predicted`, `labels` and `mask`, all [N, K]."""
+    # Outside the mask both come back false, which counts nowhere here.
+    predicted, labels, _ = checked(predicted, labels, mask)
+    predicted = predicted.astype(bool)
+    return Counts(
+        tp=np.count_nonzero(predicted & labels, axis=0),
+        fp=np.count_nonzero(predicted & ~labels, axis=0),
+        fn=np.count_nonzero(~predicted & labels, axis=0),
+    )
+
+
+def rates(counts):
+    """Precision, recall and F1 of `Counts`, three floats or arrays.
+
+    Precision is 1 when nothing is predicted (LesaNet). Recall is nan without positives, and so is
+    F1. F1 is 0 when positives exist and none is found; a label that is never predicted thus has
+    precision 1, recall 0 and F1 0, which drives mean F1 below both means.
+    """
+    tp, fp, fn = (np.asarray(c, np.float64) for c in counts)
+    precision = np.where(tp + fp > 0, tp / np.maximum(tp + fp, 1), 1.0)
+    positives = tp + fn > 0
+    recall = np.where(positives, tp / np.maximum(tp + fn, 1), np.nan)
+    f1 = np.where(positives, 2 * tp / np.maximum(2 * tp + fp + fn, 1), np.nan)
+    return precision, recall, f1
+
+
+def precision_recall_f1(predicted, labels, mask=None):
+    """Precision, recall and F1 of every label, each [K]; the rules of `rates`."""
+    return rates(count(predicted, labels, mask))
+
+
+def micro_precision_recall_f1(predicted, labels, mask=None):
+    """Precision, recall and F1 over all known elements, three floats; the rules of `rates`."""
+    total = Counts(*(c.sum() for c in count(predicted, labels, mask)))
+    return tuple(float(rate) for rate in rates(total))
+
+
+def checked(scores, labels, mask=None):
+    """Returns (scores, labels as bool, mask as bool), all of one shape.
+
+    Elements outside the mask may hold anything; their scores come back as 0.
+
+    Raises:
+      InputError: see `auc`.
+    """
+    scores, labels = np.asarray(scores), np.asarray(labels)
+    mask = np.ones(scores.shape, bool) if mask is None else np.asarray(mask).astype(bool)
+    if not scores.shape == labels.shape == mask.shape:
+        raise InputError(
+            f"scores {scores.shape}, labels {labels.shape}, mask {mask.shape}: metrics need one "
+            "shape: pass one score, label and mask element for each example and label"
+        )
+    known = scores[mask]
+    broken = np.count_nonzero(~np.isfinite(known))
+    if broken:
+        raise InputError(
+            f"{broken} of {known.size} scores are not finite: metrics need finite scores: "
+            "look at the loss of the run, and predict from an earlier checkpoint"
+        )
+    if labels.dtype != bool:
+        known = labels[mask]
+        odd = known[(known != 0) & (known != 1)]
+        if odd.size:
+            raise InputError(
+                f"label value {odd[0]}: metrics need labels 0 or 1: mask unknown labels and "
+                "threshold soft ones first"
+            )
+    return np.where(mask, scores, 0), mask & (labels == 1), mask

@@ -1,0 +1,205 @@
+"""LesaNet's evaluation (Yan et al. 2019), which the paper's tables follow.
+
+Thresholds per label from val; a predicted label's parents are predicted too; means over the labels
+that have positives and negatives. The rules are those of its published evaluate.py; the one place
+where ours differs on purpose is said in `predict`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from maknet_jax.errors import InputError
+from maknet_jax.evaluation import metrics
+
+CANDIDATES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+ALWAYS, NEVER = 0.0, 1.0
+FIXED = 0.5
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `evaluate` found. Undefined numbers are None, so that JSON can hold all of it.
+
+    Attributes:
+      summary: the means. auc, precision, recall, f1 (macro over the labels with positives and
+        negatives, the same labels for all four); precision_at_0.5, recall_at_0.5, f1_at_0.5 (the
+        same with one threshold); micro_precision, micro_recall, micro_f1 and their _at_0.5 (over
+        all known elements); examples, labels_evaluated, labels_total.
+      per_label: a row per label, in the vocabulary's order: label (index), evaluated, examples,
+        positives, auc, threshold, tp, fp, fn, precision, recall, f1, precision_at_0.5,
+        recall_at_0.5, f1_at_0.5. The rates of a label that is not evaluated are None.
+    """
+
+    summary: dict = field(default_factory=dict)
+    per_label: list = field(default_factory=list)
+
+
+def choose_thresholds(val_scores, val_labels, *, mask=None, candidates=CANDIDATES, unjudged=ALWAYS):
+    """Returns per label the candidate of best F1 on val, [K] float64.
+
+    The lowest wins a tie. A label whose F1 is 0 at every candidate gets 1.0 and is never predicted.
+    A label without positives or without negatives on val cannot be judged and gets `unjudged`: in
+    LesaNet 0, the value its array starts with, so that such a label is predicted for EVERY example,
+    with all its parents. (Its own val set has positives of all 171 labels.) Whoever shows
+    predictions to people wants `unjudged=NEVER`.
+
+    Args:
+      val_scores: [N, K] probabilities.
+      val_labels: [N, K], 0/1.
+      mask: [N, K], 0 where the label is unknown.
+      candidates: ascending, in (0, 1).
+      unjudged: threshold of labels that val cannot judge: ALWAYS (0, as LesaNet), NEVER (1) or
+        between.
+
+    Raises:
+      InputError: candidates out of order or range, and what `metrics.checked` refuses.
+    """
+    candidates = np.asarray(candidates, np.float64)
+    if not (candidates.size and candidates[0] > 0 and candidates[-1] < 1) or np.any(
+        np.diff(candidates) <= 0
+    ):
+        raise InputError(
+            f"candidates {candidates.tolist()}: thresholds need to ascend within (0, 1): "
+            f"for instance {list(CANDIDATES)}"
+        )
+    scores, labels, mask = metrics.checked(val_scores, val_labels, mask)
+    f1 = np.stack([metrics.precision_recall_f1(scores >= c, labels, mask)[2] for c in candidates])
+    judged = _has_both(labels, mask)
+    f1 = np.where(judged, f1, 0.0)
+    best = np.where(f1.max(axis=0) > 0, candidates[f1.argmax(axis=0)], NEVER)
+    return np.where(judged, best, unjudged)
+
+
+def predict(scores, thresholds):
+    """Returns scores >= thresholds, bool [N, K]; never where the threshold is 1.
+
+    (LesaNet's comparison alone would let a score that rounds to exactly 1 through.)
+    """
+    thresholds = np.asarray(thresholds, np.float64)
+    return (np.asarray(scores) >= thresholds) & (thresholds < NEVER)
+
+
+def add_parents(predicted, parents):
+    """Returns `predicted` [N, K] with the parents of every predicted label, and theirs.
+
+    Args:
+      predicted: [N, K] bool; left as it is.
+      parents: per label, the indices of its parents (of all ancestors or of the nearest only:
+        repeated until nothing is added, the result is the same; a cycle does no harm).
+    """
+    predicted = np.array(predicted, bool)
+    labels = predicted.shape[1]
+    beyond = [p for above in parents for p in above if not 0 <= p < labels]
+    if len(parents) != labels or beyond:
+        raise InputError(
+            f"parents of {len(parents)} labels, indices beyond the vocabulary {beyond[:3]}: "
+            f"predictions of {labels} labels need as many lists of indices below {labels}: "
+            "build both from one label file"
+        )
+    ancestors = [_ancestors(label, parents) for label in range(labels)]
+    direct = predicted.copy()
+    for label, above in enumerate(ancestors):
+        predicted[:, above] |= direct[:, [label]]
+    return predicted
+
+
+def _ancestors(label, parents):
+    """Returns the sorted indices of all labels above `label`."""
+    found, waiting = set(), list(parents[label])
+    while waiting:
+        above = waiting.pop()
+        if above not in found:
+            found.add(above)
+            waiting.extend(parents[above])
+    return sorted(found)
+
+
+def evaluate(scores, labels, thresholds, parents: Sequence[Sequence[int]], *, mask=None) -> Report:
+    """Evaluates probabilities by LesaNet's protocol.
+
+    A label that is not evaluated (no positives, or no negatives, among its known elements) is not
+    predicted by its own score either, as in LesaNet: neither its parents nor the micro averages
+    see it, unless one of its children is predicted.
+
+    Args:
+      scores: [N, K] probabilities, one row per example (padding left out, or masked).
+      labels: [N, K], 0/1.
+      thresholds: [K], from `choose_thresholds` on val.
+      parents: see `add_parents`; `[[]] * K` for a vocabulary without an ontology.
+      mask: [N, K], 0 where the label is unknown.
+
+    Returns:
+      A `Report`.
+
+    Raises:
+      InputError: what `metrics.checked` and `add_parents` refuse, thresholds of another length.
+    """
+    scores, labels, mask = metrics.checked(scores, labels, mask)
+    thresholds = np.asarray(thresholds, np.float64)
+    if thresholds.shape != scores.shape[1:]:
+        raise InputError(
+            f"thresholds {thresholds.shape} for scores {scores.shape}: evaluation needs one "
+            "threshold per label: choose them on val with the same vocabulary"
+        )
+    evaluated = _has_both(labels, mask)
+    aucs = metrics.auc_per_label(scores, labels, mask)
+    columns = {
+        "label": np.arange(labels.shape[1]),
+        "evaluated": evaluated,
+        "examples": mask.sum(axis=0),
+        "positives": labels.sum(axis=0),
+        "auc": aucs,
+        "threshold": thresholds,
+    }
+    summary = {"auc": _mean(aucs, evaluated)}
+    micro = {}
+    for suffix, chosen in (("", thresholds), (f"_at_{FIXED}", np.full_like(thresholds, FIXED))):
+        predicted = add_parents(predict(scores, chosen) & mask & evaluated, parents)
+        counts = metrics.count(predicted, labels, mask)
+        if not suffix:
+            columns |= counts._asdict()
+        for name, rate in zip(("precision", "recall", "f1"), metrics.rates(counts), strict=True):
+            columns[name + suffix] = np.where(evaluated, rate, np.nan)
+            summary[name + suffix] = _mean(rate, evaluated)
+        total = metrics.rates(metrics.Counts(*(c.sum() for c in counts)))
+        for name, rate in zip(("precision", "recall", "f1"), total, strict=True):
+            micro[f"micro_{name}{suffix}"] = float(rate)
+    summary |= micro
+    summary["examples"] = np.count_nonzero(mask.any(axis=1))
+    summary["labels_evaluated"] = np.count_nonzero(evaluated)
+    summary["labels_total"] = labels.shape[1]
+    values = {name: column.tolist() for name, column in columns.items()}
+    return Report(
+        summary={name: _plain(value) for name, value in summary.items()},
+        per_label=[
+            {name: _plain(column[k]) for name, column in values.items()}
+            for k in range(labels.shape[1])
+        ],
+    )
+
+
+def named(report, prefix=""):
+    """Yields (prefix + name, value) of the summary, as every evaluator does; None is left out."""
+    for name, value in report.summary.items():
+        if value is not None:
+            yield prefix + name, value
+
+
+def _has_both(labels, mask):
+    """Returns [K] bool: the known elements of the label hold positives and negatives."""
+    return labels.any(axis=0) & (mask & ~labels).any(axis=0)
+
+
+def _mean(values, evaluated):
+    """Returns the mean over the evaluated labels, nan where there is none."""
+    return float(values[evaluated].mean()) if evaluated.any() else math.nan
+
+
+def _plain(value):
+    """Returns a number that JSON can hold: None for nan."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return value if isinstance(value, bool | float) else int(value)
