@@ -1,0 +1,392 @@
+"""The phantom: the formats of the real data, labels that the organ maps prove, and CT-like HU."""
+
+import csv
+import dataclasses
+import hashlib
+import itertools
+import json
+
+import numpy as np
+import openpyxl
+import pydicom
+import pytest
+from PIL import Image
+
+from maknet_jax.data import anatomy, phantom, phantom_labels, torso
+from maknet_jax.errors import InputError
+
+BODY_PARTS = {
+    term for term in phantom_labels.TERMS if phantom_labels.ONTOLOGY[term][0] == "bodypart"
+}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    out = tmp_path_factory.mktemp("phantom") / "data"
+    return phantom.write_phantom(
+        out, patients=16, unlabelled_volumes=4, size=64, slices=6, lesions_per_patient=4
+    )
+
+
+@pytest.fixture(scope="module")
+def rows(written):
+    with open(written["info"], newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def mined(written):
+    return json.loads(written["labels"].read_text())
+
+
+@pytest.fixture(scope="module")
+def hand(written):
+    return json.loads(written["hand_labels"].read_text())
+
+
+def sheet(path):
+    return list(openpyxl.load_workbook(path).active.iter_rows(values_only=True))
+
+
+def read_png(written, series, index):
+    path = written["images"] / series / f"{index:03d}.png"
+    with Image.open(path) as image:
+        return np.asarray(image).astype(np.int32) - 32768
+
+
+def organ_map(written, row):
+    series, key = row["File_name"][:12], row["File_name"][13:16]
+    return np.load(written["masks"] / "deeplesion" / f"{series}.npz")[key]
+
+
+def mean_column(mask):
+    return np.nonzero(mask)[1].mean()
+
+
+@pytest.fixture(scope="module")
+def torsos():
+    """Slices of a few patients from the neck to the thighs: (anatomy, scan, z, hu, organs)."""
+    drawn = []
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        body = anatomy.make_patient(rng)
+        scan = dataclasses.replace(
+            anatomy.make_scan(rng, body), fov=480.0, centre=(0.0, 0.0), rotation=0.0, padding=None
+        )
+        for z in np.linspace(0.01, 0.99, 50):
+            drawn.append((body, scan, z, *anatomy.draw_slice(body, scan, z, 96, rng)))
+    return drawn
+
+
+def test_same_seed_same_bytes(tmp_path):
+    def digests(name, seed):
+        small = {"patients": 4, "unlabelled_volumes": 4, "slices": 3, "lesions_per_patient": 1}
+        phantom.write_phantom(tmp_path / name, seed=seed, size=32, **small)
+        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        return {
+            str(path.relative_to(tmp_path / name)): hashlib.sha256(path.read_bytes()).digest()
+            for path in files
+        }
+
+    first = digests("first", 1)
+    assert first == digests("again", 1)
+    other = digests("other", 2)
+    images = [name for name in first if name.endswith((".png", ".dcm"))]
+    assert images and not any(first[name] == other.get(name) for name in images)
+
+
+def test_formats_are_those_of_the_real_files(written, rows, mined, hand, shared_data):
+    with open(shared_data / "deeplesion/DL_info_first_691_rows.csv", newline="") as file:
+        real_rows = list(csv.DictReader(file))
+    assert list(rows[0]) == list(real_rows[0])
+    for column, value in rows[0].items():  # as many numbers in each cell
+        assert value.count(", ") == real_rows[0][column].count(", "), column
+    real = json.loads((shared_data / "lesanet/text_mined_labels_171_and_split.json").read_text())
+    assert set(mined) == set(real)
+    for split in ("train", "val", "test"):
+        lengths = {len(value) for key, value in mined.items() if key.startswith(f"{split}_")}
+        assert len(lengths) == 1
+    real_hand = json.loads((shared_data / "lesanet/hand_labeled_test_set.json").read_text())
+    assert {tuple(entry) for entry in hand} == {tuple(real_hand[0])}
+    real_sheet = sheet(shared_data / "lesanet/lesion_ontology_181022.xlsx")
+    ours = sheet(written["ontology"])
+    assert ours[0] == real_sheet[0][:8]
+    classes = {row[2]: row[1] for row in real_sheet}
+    assert all(classes[row[2]] == row[1] for row in ours[1:])
+
+
+def test_ontology_agrees_with_itself(written):
+    table = {row[2]: row for row in sheet(written["ontology"])[1:]}
+
+    def words(cell):
+        return set((cell or "").split(" | ")) - {""}
+
+    for term, row in table.items():
+        assert all(term in words(table[other][5]) for other in words(row[5]))
+        assert all(term in words(table[child][6]) for child in words(row[7]))
+        assert all(term in words(table[p][7]) for p in words(row[6]) if p in table)
+
+
+def test_rows_are_in_the_original_order(rows):
+    order = [
+        tuple(int(row[c]) for c in phantom.INFO_COLUMNS[1:5])  # patient, study, series, slice
+        for row in rows
+    ]
+    assert order == sorted(order)
+    z = {row["File_name"][:12]: [] for row in rows}
+    for row in rows:
+        z[row["File_name"][:12]].append(float(row["Normalized_lesion_location"].split(", ")[2]))
+    assert all(values == sorted(values) for values in z.values())  # from head to feet
+    assert len({row["File_name"] for row in rows}) < len(rows)  # several lesions on one slice
+    assert {row["Possibly_noisy"] for row in rows} == {"0", "1"}
+
+
+def test_lesions_are_numbered_from_one_and_labelled_by_what_the_slice_shows(written, rows, hand):
+    assert len(hand) > 3
+    for entry in hand:
+        organs = organ_map(written, rows[entry["lesion_idx"] - 1])
+        spacing = float(rows[entry["lesion_idx"] - 1]["Spacing_mm_px_"].split(", ")[0])
+        shown = phantom_labels.visible_terms(organs, spacing**2)
+        assert set(entry["expanded_terms"]) & BODY_PARTS == shown
+        assert len(entry["expanded_terms"]) == len(set(entry["expanded_terms"]))
+
+
+def test_mined_labels_resemble_the_slices_only_with_base_one(written, rows, mined):
+    def agreement(base):
+        shared = []
+        for number, labels in zip(
+            mined["train_lesion_idxs"], mined["train_relevant_labels"], strict=True
+        ):
+            row = rows[min(number - base, len(rows) - 1)]
+            spacing = float(row["Spacing_mm_px_"].split(", ")[0])
+            shown = phantom_labels.visible_terms(organ_map(written, row), spacing**2)
+            terms = {mined["term_list"][label] for label in labels} & BODY_PARTS
+            shared.append(len(terms & shown) / max(1, len(terms | shown)))
+        return np.mean(shared)
+
+    assert agreement(1) > 0.75 > agreement(0) + 0.1
+
+
+def test_patients_are_in_one_split_only(rows, mined, hand):
+    splits = {}
+    for row in rows:
+        splits.setdefault(row["Patient_index"], set()).add(row["Train_Val_Test"])
+    assert all(len(found) == 1 for found in splits.values())
+    assert set.union(*splits.values()) == {"1", "2", "3"}
+    for official, split in enumerate(("train", "val", "test"), start=1):
+        numbers = mined[f"{split}_lesion_idxs"]
+        assert {rows[number - 1]["Train_Val_Test"] for number in numbers} == {str(official)}
+    numbers = {entry["lesion_idx"] for entry in hand}
+    assert {rows[number - 1]["Train_Val_Test"] for number in numbers} == {"3"}
+    assert numbers & set(mined["test_lesion_idxs"]) and numbers - set(mined["test_lesion_idxs"])
+
+
+def test_images_around_the_key_slices(written, rows):
+    missing = 0
+    for row in rows:
+        series, key = row["File_name"][:12], int(row["Key_slice_index"])
+        low, high = (int(v) for v in row["Slice_range"].split(", "))
+        assert low <= key <= high
+        for index in (key - 1, key, key + 1):
+            exists = (written["images"] / series / f"{index:03d}.png").exists()
+            assert exists == (low <= index <= high)
+            missing += not exists
+        hu = read_png(written, series, key)
+        assert hu.shape == (64, 64) and hu.min() in (-3024, -2000, *range(-1024, -900))
+        left, top, right, bottom = (float(v) for v in row["Bounding_boxes"].split(", "))
+        assert 0 <= left < right < 64 and 0 <= top < bottom < 64
+    assert 0 < missing < len(rows)
+    with Image.open(next(written["images"].rglob("*.png"))) as image:
+        assert image.mode == "I;16"
+
+
+def test_the_box_holds_the_lesion():
+    lesion = anatomy.Lesion(300.0, 40.0, 60.0, 6.0, 0.7, 0.4, 12.0, 400.0, "smooth")
+    body = anatomy.make_patient(np.random.default_rng(3))
+    scan = anatomy.make_scan(np.random.default_rng(3), body)
+    z = 300.0 / (torso.LENGTH * body.height)
+    with_it, without = (
+        anatomy.draw_slice(body, scan, z, 128, np.random.default_rng(0), lesions)[0].astype(int)
+        for lesions in ([lesion], [])
+    )
+    changed = np.argwhere(np.abs(with_it - without) > 150)
+    assert len(changed) > 40
+    assert (np.hypot(*(changed - (40, 60)).T) < 8).all()
+    far = 330.0 / (torso.LENGTH * body.height)
+    pair = [
+        anatomy.draw_slice(body, scan, far, 128, np.random.default_rng(0), lesions)[0]
+        for lesions in ([lesion], [])
+    ]
+    assert np.array_equal(*pair)
+
+
+def test_hu_of_organs(torsos):
+    expected = {
+        "background": (-1010, -985), "right lung": (-900, -680), "left lung": (-900, -680),
+        "liver": (20, 160), "spleen": (20, 180), "cardiac": (10, 220), "urinary bladder": (-10, 50),
+        "pelvic bone": (180, 700), "rib": (120, 600), "thigh": (-100, 80), "trachea": (-1000, -500),
+        "right kidney": (-20, 240), "left kidney": (-20, 240), "lumbar": (90, 600),
+    }  # fmt: skip
+    values = {name: [] for name in expected}
+    for _, _, _, hu, organs in torsos:
+        for name in expected:
+            values[name].append(hu[organs == torso.VALUE[name]])
+    for name, (low, high) in expected.items():
+        found = np.concatenate(values[name])
+        assert found.size and low < found.mean() < high, (name, found.mean())
+        assert found.std() > 5  # noise
+
+
+def test_the_body_lies_on_a_table(torsos):
+    for _, _, z, hu, organs in torsos:
+        body = (organs != 0) & (organs != torso.VALUE["table"])
+        assert body.sum() * 25 > 8000, z  # mm2
+        table = organs == torso.VALUE["table"]
+        assert table.any() and hu[table].max() > -700 and np.median(hu[table]) < -600
+        # At the column of the body's middle nothing of the body is below the table.
+        column = round(mean_column(body))
+        below = np.nonzero(table[:, column])[0]
+        if below.size:
+            assert np.nonzero(body[:, column])[0].max(initial=0) < below.min()
+
+
+def test_columns_run_from_the_patients_right_to_left(torsos):
+    def mean_of(name):
+        found = [
+            mean_column(organs == torso.VALUE[name])
+            for _, _, _, _, organs in torsos
+            if (organs == torso.VALUE[name]).sum() > 20
+        ]
+        return np.mean(found)
+
+    assert mean_of("right lung") < 45 < 51 < mean_of("left lung")
+    assert mean_of("right kidney") < 45 < 51 < mean_of("left kidney")
+    assert mean_of("liver") < 45 < 51 < mean_of("spleen")
+
+
+def test_body_parts_come_in_order_and_exclusive_ones_apart(torsos):
+    seen = {}
+    for body, scan, z, _, organs in torsos:
+        terms = phantom_labels.visible_terms(organs, (scan.fov / 96) ** 2)
+        assert not body.absent & terms
+        for a, b in phantom_labels.EXCLUSIVE:
+            assert not {a, b} <= terms, (z, a, b)
+        for term in terms:
+            seen.setdefault(term, []).append(z)
+    assert set(seen) == BODY_PARTS
+    order = ("neck", "chest", "abdomen", "pelvis", "thigh")
+    means = [np.mean(seen[term]) for term in order]
+    assert means == sorted(means)
+
+
+def test_parents_are_added_once_and_for_all():
+    assert phantom_labels.with_parents(["right kidney"]) == {
+        "right kidney", "kidney", "abdomen", "upper abdomen",
+    }  # fmt: skip
+    everything = phantom_labels.with_parents(phantom_labels.TERMS)
+    assert everything == set(phantom_labels.TERMS)
+    assert phantom_labels.with_parents(["table", "soft tissue", "rib"]) == {"rib"}
+
+
+def test_an_organ_of_a_few_pixels_is_not_labelled():
+    organs = np.zeros((64, 64), np.uint8)
+    organs[0, :11] = torso.VALUE["spleen"]
+    assert phantom_labels.visible_terms(organs, 9.0) == set()
+    assert "spleen" in phantom_labels.visible_terms(organs, 9.1)
+
+
+def test_text_mining_loses_and_invents_labels():
+    rng = np.random.default_rng(0)
+    true = phantom_labels.with_parents(["liver", "right kidney", "lumbar", "rib"])
+    relevant, uncertain, _ = zip(
+        *(phantom_labels.mine_terms(true, rng) for _ in range(2000)), strict=True
+    )
+    kept = np.mean([len(true & set(terms)) / len(true) for terms in relevant])
+    doubted = np.mean([len(terms) / len(true) for terms in uncertain])
+    wrong = np.mean([len(set(terms) - true) / len(true) for terms in relevant])
+    assert kept == pytest.approx(0.88, abs=0.02)
+    assert doubted == pytest.approx(0.04, abs=0.01)
+    assert wrong == pytest.approx(0.03 * 0.88, abs=0.01)
+    assert all(set(terms) <= true for terms in uncertain)
+
+
+@pytest.mark.parametrize(
+    ("syntax", "intercept", "padding"),
+    list(itertools.product(phantom.SYNTAXES, (0, -1024), (0, -3024))),
+)
+def test_dicom_gives_back_the_hu(tmp_path, syntax, intercept, padding):
+    rng = np.random.default_rng(0)
+    hu = rng.integers(-1024, 3000, (5, 20, 24)).astype(np.int16)
+    hu[:, 0] = padding
+    uids = phantom.write_series(
+        tmp_path / "series", hu, (5.0, 0.8, 0.7), "key", rng,
+        syntax=syntax, intercept=intercept, upwards=True,
+    )  # fmt: skip
+    files = [pydicom.dcmread(path) for path in sorted((tmp_path / "series").iterdir())]
+    assert {data.file_meta.TransferSyntaxUID for data in files} == {syntax}
+    positions = [float(data.ImagePositionPatient[2]) for data in files]
+    assert positions != sorted(positions) and positions != sorted(positions, reverse=True)
+    files.sort(key=lambda data: -data.ImagePositionPatient[2])
+    assert [data.SOPInstanceUID for data in files] == uids.tolist()
+    assert [data.InstanceNumber for data in files] == [5, 4, 3, 2, 1]
+    assert np.diff([data.ImagePositionPatient[2] for data in files]) == pytest.approx(-5.0)
+    for data, frame in zip(files, hu, strict=True):
+        assert data.PixelSpacing == [0.8, 0.7]
+        raw = data.pixel_array.astype(int)
+        assert np.array_equal(raw * int(data.RescaleSlope) + int(data.RescaleIntercept), frame)
+        assert ("PixelPaddingValue" in data) == (padding == -3024)
+
+
+def test_unlabelled_volumes(written):
+    folders = sorted(written["dicom"].iterdir())
+    assert [len(list(folder.iterdir())) for folder in folders] == [6, 6, 6, 4]
+    kinds = set()
+    for folder in folders:
+        maps = np.load(written["masks"] / "dicom" / f"{folder.name}.npz")
+        data = {d.SOPInstanceUID: d for d in map(pydicom.dcmread, folder.iterdir())}
+        assert maps["uids"].tolist() == sorted(
+            data, key=lambda uid: -data[uid].ImagePositionPatient[2]
+        )
+        for uid, organs in zip(maps["uids"].tolist(), maps["labels"], strict=True):
+            one = data[uid]
+            hu = one.pixel_array.astype(int) + int(one.RescaleIntercept)
+            lungs = np.isin(organs, [torso.VALUE["right lung"], torso.VALUE["left lung"]])
+            if lungs.sum() > 50:
+                assert -950 < np.median(hu[lungs]) < -650
+        kinds.add((one.Manufacturer, one.file_meta.TransferSyntaxUID))
+    assert len(kinds) == 4
+
+
+def test_counts_and_organ_names(written, rows, mined, hand):
+    counts = written["counts"]
+    assert counts["lesions"] == len(rows) and counts["hand_labelled"] == len(hand)
+    assert counts["train_text_mined"] == len(mined["train_lesion_idxs"])
+    assert counts["png_slices"] == len(list(written["images"].rglob("*.png")))
+    assert counts["dicom_slices"] == 22
+    names = json.loads((written["masks"] / "organs.json").read_text())
+    assert {int(value): name for value, name in names.items()} == dict(enumerate(torso.ORGANS))
+
+
+def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    small = {"patients": 4, "size": 32, "slices": 3, "lesions_per_patient": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(phantom, "_write_volume", fail)
+        with pytest.raises(OSError, match="disk full"):
+            phantom.write_phantom(tmp_path / "data", **small)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.txt").write_text("keep")
+    with pytest.raises(InputError, match="not empty"):
+        phantom.write_phantom(tmp_path / "data", **small)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert (tmp_path / "data" / "mine.txt").read_text() == "keep"
+
+
+def test_arguments_out_of_range(tmp_path):
+    for wrong in ({"patients": 3}, {"size": 31}, {"slices": 2}, {"lesions_per_patient": 0}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            phantom.write_phantom(tmp_path / "data", **wrong)
+    assert not list(tmp_path.iterdir())
