@@ -1,0 +1,122 @@
+"""Windowing and the student's noise, on the device inside the jitted step (paper, section 4.2).
+
+Every random choice is drawn from one key an example, which the step derives from (seed, step,
+example): the same example at the same step is changed in the same way on any mesh.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def to_unit(image, window):
+    """HU -> [0, 1] float32: `window` (low, high) in HU, as LesaNet maps it to 0..255.
+
+    Args:
+      image: int16 `[..., S, S, 3]` in HU.
+      window: (low, high) in HU; values outside are clipped. Black, the baseline of attributions,
+        is `low`.
+    """
+    low, high = window
+    return jnp.clip((image.astype(jnp.float32) - low) * (1.0 / (high - low)), 0.0, 1.0)
+
+
+def rotate_and_crop(image, angle, scale, aspect, centre):
+    """Rotates and crops in one bilinear sampling, so that pixels are interpolated once.
+
+    Args:
+      image: float32 `[S, S, C]`.
+      angle: radians, counter-clockwise.
+      scale: the share of the area that is kept, 1 keeps all.
+      aspect: width over height of the crop.
+      centre: `[2]` in [0, 1]: where the crop lies in the room that it leaves (row, column).
+
+    Returns:
+      float32 `[S, S, C]`; what lies outside the image is 0, black.
+    """
+    size = image.shape[0]
+    height = jnp.sqrt(scale / aspect)
+    width = jnp.sqrt(scale * aspect)
+    # Coordinates in [-1, 1] over the crop, then in the image, then turned around its middle.
+    line = (jnp.arange(size) + 0.5) / size * 2 - 1
+    row, column = jnp.meshgrid(line, line, indexing="ij")
+    row = row * height + (2 * centre[0] - 1) * (1 - height)
+    column = column * width + (2 * centre[1] - 1) * (1 - width)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    turned_row = cos * row + sin * column
+    turned_column = -sin * row + cos * column
+    at = [(turned + 1) / 2 * size - 0.5 for turned in (turned_row, turned_column)]
+
+    def sample(channel):
+        return jax.scipy.ndimage.map_coordinates(channel, at, order=1, mode="constant", cval=0.0)
+
+    return jax.vmap(sample, in_axes=2, out_axes=2)(image)
+
+
+def auto_contrast(image):
+    """Stretches `[S, S, C]` so that its darkest value is 0 and its brightest 1; flat stays."""
+    low, high = image.min(), image.max()
+    span = high - low
+    return jnp.where(span > 1e-6, (image - low) / jnp.maximum(span, 1e-6), image)
+
+
+def grayscale(image):
+    """All channels become the middle slice: `[S, S, 3]` -> `[S, S, 3]`."""
+    return jnp.broadcast_to(image[..., 1:2], image.shape)
+
+
+def make_augment(
+    *,
+    rotation_probability,
+    rotation_degrees,
+    crop_probability,
+    crop_scale,
+    crop_aspect,
+    contrast_probability,
+    grayscale_probability,
+):
+    """The noise as one callable, or None where all of it is off.
+
+    Args:
+      rotation_probability: how often an image is turned.
+      rotation_degrees: the largest angle to either side.
+      crop_probability: how often a random resized crop is taken.
+      crop_scale: (least, most) share of the area kept, in (0, 1].
+      crop_aspect: (least, most) width over height; drawn log-uniformly.
+      contrast_probability: how often auto-contrast is applied.
+      grayscale_probability: how often all channels become the middle slice.
+
+    Returns:
+      augment(images float32 [B, S, S, 3] in [0, 1], keys [B]) -> the same shape.
+    """
+    geometry = rotation_probability > 0 or crop_probability > 0
+    if not geometry and contrast_probability <= 0 and grayscale_probability <= 0:
+        return None
+
+    def one(image, key):
+        turn, angle, crop, scale, aspect, centre, contrast, gray = jax.random.split(key, 8)
+        if geometry:
+            turned = jax.random.bernoulli(turn, rotation_probability)
+            reach = jnp.deg2rad(rotation_degrees)
+            angle = jax.random.uniform(angle, minval=-reach, maxval=reach) * turned
+            cropped = jax.random.bernoulli(crop, crop_probability)
+            scale = jax.random.uniform(scale, minval=crop_scale[0], maxval=crop_scale[1])
+            logs = jnp.log(jnp.asarray(crop_aspect))
+            aspect = jnp.exp(jax.random.uniform(aspect, minval=logs[0], maxval=logs[1]))
+            # A crop cannot be wider or higher than the image.
+            aspect = jnp.clip(aspect, scale, 1 / scale)
+            image = rotate_and_crop(
+                image,
+                angle,
+                jnp.where(cropped, scale, 1.0),
+                jnp.where(cropped, aspect, 1.0),
+                jax.random.uniform(centre, (2,)),
+            )
+        if contrast_probability > 0:
+            stretched = jax.random.bernoulli(contrast, contrast_probability)
+            image = jnp.where(stretched, auto_contrast(image), image)
+        if grayscale_probability > 0:
+            flat = jax.random.bernoulli(gray, grayscale_probability)
+            image = jnp.where(flat, grayscale(image), image)
+        return image
+
+    return jax.vmap(one)

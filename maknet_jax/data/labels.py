@@ -1,0 +1,165 @@
+"""Label vocabularies: LesaNet's lesion ontology (xlsx) and anybody's own list of names."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import openpyxl
+
+from maknet_jax.errors import InputError
+
+_COLUMNS = ("class", "term", "term_exclusive", "term_parents")
+
+
+@dataclasses.dataclass(frozen=True)
+class Label:
+    """One label: its class (bodypart, type, attribute or ""), direct parents, raw exclusions."""
+
+    name: str
+    label_class: str = ""
+    parents: tuple[str, ...] = ()
+    exclusive: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """The labels of a data set in column order, with the relations between them.
+
+    Relations name labels of this vocabulary only; parents are transitive.
+    """
+
+    labels: tuple[Label, ...]
+
+    def __len__(self):
+        return len(self.labels)
+
+    @property
+    def names(self):
+        """The label names in column order."""
+        return tuple(label.name for label in self.labels)
+
+    @property
+    def index(self):
+        """Label name -> column."""
+        return {label.name: column for column, label in enumerate(self.labels)}
+
+    @property
+    def parents(self):
+        """For each column the columns of all its ancestors."""
+        index = self.index
+        return tuple(tuple(index[parent] for parent in label.parents) for label in self.labels)
+
+    def vector(self, names):
+        """`uint8 [K]`: 1 for each name of the vocabulary and for its ancestors; others ignored."""
+        index, vector = self.index, np.zeros(len(self), np.uint8)
+        for name in names:
+            if name in index:
+                vector[index[name]] = 1
+                vector[list(self.parents[index[name]])] = 1
+        return vector
+
+    def to_json(self):
+        """A list of plain dicts, as `dataset.json` holds it."""
+        return [
+            {
+                "name": label.name,
+                "class": label.label_class,
+                "parents": list(label.parents),
+                "exclusive": list(label.exclusive),
+            }
+            for label in self.labels
+        ]
+
+    @classmethod
+    def from_json(cls, rows):
+        """The inverse of `to_json`."""
+        return cls(
+            tuple(
+                Label(row["name"], row["class"], tuple(row["parents"]), tuple(row["exclusive"]))
+                for row in rows
+            )
+        )
+
+    @classmethod
+    def from_names(cls, names):
+        """A vocabulary without relations, for people's own labels."""
+        return cls(tuple(Label(name) for name in names))
+
+
+def read_ontology(path):
+    """Reads LesaNet's `lesion_ontology_*.xlsx`.
+
+    Returns:
+      A dict term -> `Label` with direct parents and exclusions as written in the sheet.
+
+    Raises:
+      InputError: the file is missing, is no xlsx or lacks a column.
+    """
+    path = pathlib.Path(path)
+    try:
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+        rows = list(book.active.iter_rows(values_only=True))
+        book.close()
+    except FileNotFoundError:
+        raise InputError(f"ontology {path} does not exist: see data/README.md") from None
+    except Exception as error:
+        raise InputError(f"ontology {path} is no readable xlsx file: {error}") from None
+    header = [str(cell or "").strip() for cell in rows[0]] if rows else []
+    missing = [column for column in _COLUMNS if column not in header]
+    if missing:
+        raise InputError(
+            f"ontology {path} has no column {', '.join(missing)}; LesaNet's sheet has "
+            f"{', '.join(_COLUMNS)}"
+        )
+    where = {column: header.index(column) for column in _COLUMNS}
+    terms = {}
+    for row in rows[1:]:
+        name = str(row[where["term"]] or "").strip()
+        if name:
+            terms[name] = Label(
+                name,
+                str(row[where["class"]] or "").strip(),
+                _split(row[where["term_parents"]]),
+                _split(row[where["term_exclusive"]]),
+            )
+    return terms
+
+
+def _split(cell):
+    return tuple(part.strip() for part in str(cell or "").split("|") if part.strip())
+
+
+def ontology_vocabulary(terms, names):
+    """The vocabulary of `names` with the ontology's relations restricted to them.
+
+    Args:
+      terms: what `read_ontology` returned.
+      names: label names in column order.
+
+    Raises:
+      InputError: a name is not in the ontology.
+    """
+    unknown = [name for name in names if name not in terms]
+    if unknown:
+        raise InputError(
+            f"label {unknown[0]!r} is not in the ontology ({len(unknown)} such labels): "
+            "use the ontology that belongs to these label files"
+        )
+    kept = set(names)
+    labels = []
+    for name in names:
+        parents = tuple(p for p in _ancestors(terms, name) if p in kept)
+        exclusive = tuple(e for e in terms[name].exclusive if e in kept)
+        labels.append(Label(name, terms[name].label_class, parents, exclusive))
+    return Vocabulary(tuple(labels))
+
+
+def _ancestors(terms, name):
+    # Through terms outside the vocabulary too: a grandparent stays one when the parent is unused.
+    found, queue = [], list(terms[name].parents)
+    while queue:
+        parent = queue.pop(0)
+        if parent != name and parent not in found:
+            found.append(parent)
+            queue.extend(terms[parent].parents if parent in terms else ())
+    return found

@@ -1,0 +1,117 @@
+"""Batches from records (grain). A batch is a function of (seed, step): no position is stored.
+
+The order of the examples is a permutation an epoch, each epoch another; batches run on over the
+end of an epoch, so that every example is seen once an epoch and no remainder is dropped. Step s of
+a run takes examples s*B .. (s+1)*B of that stream, whatever the number of processes: each reads
+its contiguous part of the batch.
+"""
+
+import grain
+import numpy as np
+
+
+def _to_dict(example, index):
+    return {
+        "image": example.image,
+        "labels": example.labels.astype(np.float32),
+        "label_mask": example.label_mask.astype(np.float32),
+        "weight": np.float32(1.0),
+        "id": example.id,
+        "index": np.int32(index),
+    }
+
+
+class _Indexed:
+    """A source that yields batch fields and the number of the record."""
+
+    def __init__(self, source):
+        self._source = source
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, index):
+        return _to_dict(self._source[index], index)
+
+
+class _Padded(_Indexed):
+    """The same, lengthened to `length` with examples that count nothing."""
+
+    def __init__(self, source, length):
+        super().__init__(source)
+        self._length = length
+
+    def __len__(self):
+        return self._length
+
+    def __getitem__(self, index):
+        if index < len(self._source):
+            return super().__getitem__(index)
+        padding = super().__getitem__(0)
+        return padding | {"weight": np.float32(0.0), "index": np.int32(-1)}
+
+
+def train_batches(
+    source, *, batch_size, seed, start=0, process_index=0, process_count=1, threads=4, prefetch=4
+):
+    """Endless shuffled batches from step `start` on.
+
+    Args:
+      source: a random-access source of `records.Example`.
+      batch_size: examples a step over all processes; a multiple of `process_count`.
+      seed: of the order.
+      start: the first step.
+      process_index: which part of each batch this process reads.
+      process_count: how many processes read.
+      threads: that read and decompress.
+      prefetch: batches read ahead.
+
+    Yields:
+      `batch` dicts as design.md's contract has them, each array with batch_size / process_count
+      rows, and `index` int32: the record number, from which augmentation derives its randomness.
+
+    Raises:
+      ValueError: the source is empty or the batch cannot be split evenly.
+    """
+    if len(source) == 0:
+        raise ValueError("there are no examples to train on")
+    if batch_size % process_count:
+        raise ValueError(f"batch_size {batch_size} is no multiple of {process_count} processes")
+    local = batch_size // process_count
+    stream = grain.MapDataset.source(_Indexed(source)).seed(seed).shuffle().repeat()
+    # Batch s of process p is block s * process_count + p of the stream cut into local batches.
+    blocks = stream.batch(local)[start * process_count + process_index :: process_count]
+    return iter(blocks.to_iter_dataset(_reading(threads, prefetch)))
+
+
+def ordered_batches(
+    source, *, batch_size, process_index=0, process_count=1, threads=4, prefetch=2
+):
+    """All examples once, in order, in batches of one shape; the last ones are padded.
+
+    Padding repeats an example with `weight` 0 and `index` -1. Every process yields the same number
+    of batches (collective steps need that): process p reads every process_count-th example.
+
+    Args:
+      source: a random-access source of `records.Example`.
+      batch_size: examples a step over all processes; a multiple of `process_count`.
+      process_index: which part this process reads.
+      process_count: how many processes read.
+      threads: that read and decompress.
+      prefetch: batches read ahead.
+
+    Yields:
+      Batches as `train_batches` does.
+    """
+    if batch_size % process_count:
+        raise ValueError(f"batch_size {batch_size} is no multiple of {process_count} processes")
+    if len(source) == 0:
+        return iter(())
+    padded = -(-len(source) // batch_size) * batch_size
+    stream = grain.MapDataset.source(_Padded(source, padded))[process_index::process_count]
+    blocks = stream.batch(batch_size // process_count)
+    return iter(blocks.to_iter_dataset(_reading(threads, prefetch)))
+
+
+def _reading(threads, prefetch):
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))

@@ -1,0 +1,118 @@
+"""CT slices as PNG: DeepLesion's 16-bit files, and 8-bit pictures whose window is known."""
+
+import io
+import math
+import pathlib
+import re
+import struct
+
+import numpy as np
+from PIL import Image
+
+from maknet_jax.errors import InputError, Rejected
+
+OFFSET = 32768  # DeepLesion stores HU + 32768
+LARGEST_MATRIX = 4096
+LOWEST = -4096  # no scanner pads below this; DeepLesion holds -2048 and -3024
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+END = b"IEND\xaeB`\x82"
+GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6
+
+
+def split_name(path):
+    """Splits the name of a slice into its series and its index, the last number in the name.
+
+    `000001_01_01/109.png` and `000001_01_01_109.png` both give ("000001_01_01", 109). A name
+    without a number is a series of its own with index None.
+    """
+    path = pathlib.Path(path)
+    match = re.fullmatch(r"(.*?)(\d+)(\D*)", path.stem)
+    if match is None:
+        return path.stem, None
+    series = (match[1].rstrip("_-. ") + match[3]).strip("_-. ")
+    return series or path.absolute().parent.name, int(match[2])
+
+
+def neighbour_path(path, offset):
+    """The path of the slice `offset` further on in the same series; it may not exist.
+
+    The index keeps its zero padding. Where there is no such index (the name holds no number, or
+    it would fall below 0) the path is one that no slice has.
+    """
+    path = pathlib.Path(path)
+    match = re.fullmatch(r"(.*?)(\d+)(\D*)", path.stem)
+    if match is None or int(match[2]) + offset < 0:
+        return path.with_name(f"{path.stem}.no-neighbour{offset:+d}{path.suffix}")
+    number = f"{int(match[2]) + offset:0{len(match[2])}d}"
+    return path.with_name(f"{match[1]}{number}{match[3]}{path.suffix}")
+
+
+def read_png(path, window=None):
+    """Reads one slice; returns int16 [rows, columns] in HU.
+
+    16-bit files: HU = value - 32768, exactly. 8-bit files (grey, or colour with three equal
+    channels): 0..255 -> low..high, rounded to the nearest, and only with a window.
+
+    Args:
+      path: the file.
+      window: (low, high) in HU of the display window of 8-bit files.
+
+    Raises:
+      Rejected: not a whole PNG, in colour, of another depth, or 8-bit without a window.
+      InputError: the window is not two finite numbers with low < high.
+    """
+    if window is not None:
+        check_window(window)
+    try:
+        content = pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise Rejected(f"cannot be read ({error.strerror})") from error
+    if not content.startswith(SIGNATURE) or content[12:16] != b"IHDR" or len(content) < 33:
+        raise Rejected("not a PNG file")
+    columns, rows, depth, colour = struct.unpack(">IIBB", content[16:26])
+    if not (1 <= rows <= LARGEST_MATRIX and 1 <= columns <= LARGEST_MATRIX):
+        raise Rejected(f"a PNG of {rows} x {columns}: 1 to {LARGEST_MATRIX} is understood")
+    if depth == 16 and colour == GREY:
+        pixels = _pixels(content)
+        hu = pixels.astype(np.int32) - OFFSET
+        if hu.max() < LOWEST:
+            raise Rejected(
+                f"16-bit values from {pixels.min()} to {pixels.max()}: not HU + {OFFSET} as in "
+                "DeepLesion"
+            )
+        return hu.astype(np.int16)
+    if depth != 8:
+        raise Rejected(f"a {depth}-bit PNG of colour type {colour}: 16-bit grey or 8-bit is read")
+    if window is None:
+        raise Rejected(
+            "8-bit PNG: its HU are unknown without the display window; add --png-window LOW,HIGH"
+        )
+    pixels = _pixels(content, None if colour == GREY else "RGBA")
+    if pixels.ndim == 3:
+        if (pixels[..., 3] != 255).any():
+            raise Rejected("a PNG with transparent pixels")
+        if (pixels[..., :3] != pixels[..., :1]).any():
+            raise Rejected("a PNG in colour: not a CT slice")
+        pixels = pixels[..., 0]
+    low, high = window
+    return np.rint(low + pixels.astype(np.float64) * ((high - low) / 255)).astype(np.int16)
+
+
+def check_window(window):
+    """Raises InputError unless `window` is (low, high) in HU with low < high, both in int16."""
+    low, high = window
+    if not (math.isfinite(low) and math.isfinite(high) and -32768 <= low < high <= 32767):
+        raise InputError(f"png window {low},{high}: LOW must be below HIGH, both HU in int16")
+
+
+def _pixels(content, mode=None):
+    try:
+        if END not in content:  # Pillow takes a file that lacks only its end
+            raise ValueError("no end marker")
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            if getattr(image, "n_frames", 1) != 1:
+                raise ValueError("animated")
+            return np.asarray(image if mode is None else image.convert(mode))
+    except Exception as error:  # Pillow raises OSError, SyntaxError, zlib.error, ...
+        text = " ".join(str(error).split())[:200]
+        raise Rejected(f"broken or truncated PNG ({text})") from error

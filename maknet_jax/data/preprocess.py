@@ -1,0 +1,120 @@
+"""From slices in Hounsfield units to network input (paper, section 4.1).
+
+The air and the table around the body are clipped, the rest is resized to `size` x `size`, and three
+consecutive slices become the channels. Values stay HU in int16: the window is applied on the
+device, so that changing it never re-reads DICOM.
+"""
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+AIR = -1024
+PADDING = -2000  # scanners fill what they did not see with -2000 and below
+CROP_RULE = "body mask > -500 HU, opening 7x7 at 512, components >= 10 % of the largest, margin 1 %"
+
+_BODY = -500  # HU: above lung and foam, below fat and skin
+
+
+def clean(hu):
+    """Replaces padding by air: int16 HU of any shape -> int16."""
+    return np.where(hu <= PADDING, np.int16(AIR), np.maximum(hu, AIR)).astype(np.int16)
+
+
+def body_box(hu, *, threshold=_BODY):
+    """The bounding box of the body without air and table.
+
+    An opening as wide as LesaNet's 7x7 (scaled with the matrix) cuts thin shells, blankets and
+    tubes off. Of what remains the largest component is the body; arms and legs, which are other
+    components, count from a tenth of its area on, unless they lie wholly below it and are flat,
+    as tables are.
+
+    Args:
+      hu: int16 `[H, W]`.
+      threshold: HU above which a pixel can be body.
+
+    Returns:
+      (top, left, bottom, right), half open; the whole slice where nothing is body.
+    """
+    height, width = hu.shape
+    # Half resolution is enough for a box and four times quicker.
+    stride = 2 if min(height, width) >= 256 else 1
+    mask = hu[::stride, ::stride] > threshold
+    if threshold > _BODY:  # the window cut lungs and thin fat to black: skin still encloses them
+        mask = ndimage.binary_fill_holes(mask)
+    reach = max(1, round(min(height, width) * 3 / 512 / stride))
+    mask = _opening(mask, reach)
+    components, count = ndimage.label(mask)
+    if count == 0:
+        return 0, 0, height, width
+    areas = np.bincount(components.ravel())[1:]
+    boxes = ndimage.find_objects(components)
+    largest = int(areas.argmax())
+    floor = boxes[largest][0].stop
+    kept = [boxes[largest]]
+    for number, (area, box) in enumerate(zip(areas, boxes, strict=True)):
+        if number == largest or area < 0.1 * areas[largest]:
+            continue
+        rows, columns = box[0].stop - box[0].start, box[1].stop - box[1].start
+        flat = columns > 3 * rows
+        if not (flat and (box[0].start + box[0].stop) / 2 > floor - rows):
+            kept.append(box)
+    margin = round(0.01 * max(height, width))
+    top = min(box[0].start for box in kept) * stride - margin
+    left = min(box[1].start for box in kept) * stride - margin
+    bottom = max(box[0].stop for box in kept) * stride + margin
+    right = max(box[1].stop for box in kept) * stride + margin
+    return max(top, 0), max(left, 0), min(bottom, height), min(right, width)
+
+
+def _opening(mask, reach):
+    # A square is separable: minimum then maximum along each axis.
+    size = 2 * reach + 1
+    eroded = ndimage.minimum_filter(mask.view(np.uint8), size, mode="constant")
+    return ndimage.maximum_filter(eroded, size, mode="constant").astype(bool)
+
+
+def resize(hu, box, size):
+    """Crops `[H, W]` to `box` and resizes it to `[size, size]`: bilinear, antialiased, int16."""
+    top, left, bottom, right = box
+    picture = Image.fromarray(np.ascontiguousarray(hu, np.float32))
+    resized = picture.resize((size, size), Image.Resampling.BILINEAR, (left, top, right, bottom))
+    return np.rint(np.asarray(resized)).astype(np.int16)
+
+
+def make_triplet(slices, size, *, threshold=_BODY):
+    """Three neighbouring slices as one image.
+
+    Args:
+      slices: three int16 `[H, W]` arrays in HU, head to feet; padding allowed.
+      size: the edge of the result.
+      threshold: HU above which a pixel can be body (8-bit pictures need a higher one).
+
+    Returns:
+      (image, box): int16 `[size, size, 3]` and the box of the middle slice that all three share.
+    """
+    slices = [clean(one) for one in slices]
+    box = body_box(slices[1], threshold=threshold)
+    return np.stack([resize(one, box, size) for one in slices], axis=-1), box
+
+
+def centres(count, *, overlap):
+    """The middle slices of the triplets of a volume of `count` slices.
+
+    Unlabelled volumes are cut without overlap (paper, section 4.1): the last one or two slices of
+    a volume whose count is no multiple of three are left over. With overlap every slice is a
+    middle.
+    """
+    return range(count) if overlap else range(1, count - 1, 3)
+
+
+def neighbours(hu, centre):
+    """The slices before, at and after `centre` of `[Z, H, W]`; the edge is repeated."""
+    last = len(hu) - 1
+    return [hu[max(centre - 1, 0)], hu[centre], hu[min(centre + 1, last)]]
+
+
+def below_window(window):
+    """The body threshold for pictures that were cut to `window` (low, high): 2 % above its low."""
+    low, high = window
+    return max(_BODY, low + 0.02 * (high - low))

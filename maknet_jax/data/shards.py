@@ -1,0 +1,188 @@
+"""Writing a prepared data set: planned first, then shard by shard, finished by `dataset.json`.
+
+A run that was stopped goes on with the shards that are missing. Nothing is called finished before
+`dataset.json` is there, and each shard appears whole or not at all.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import pathlib
+import shutil
+import signal
+
+import numpy as np
+
+import maknet_jax
+from maknet_jax import files
+from maknet_jax.data import preprocess, records
+from maknet_jax.errors import InputError
+
+SHARD_RECORDS = 512  # about 100 MB at 256 x 256
+WINDOW = (-1024.0, 3071.0)  # HU; LesaNet's, the default of the configs
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What one unit of work gave.
+
+    Attributes:
+      examples: encoded records with their label vectors.
+      failures: (input, reason) pairs.
+      counters: what to add up over the run, as {"neighbours repeated": 1}.
+    """
+
+    examples: tuple[tuple[bytes, np.ndarray], ...] = ()
+    failures: tuple[tuple[str, str], ...] = ()
+    counters: dict = dataclasses.field(default_factory=dict)
+
+
+def write_dataset(out, splits, make, *, kind, size, vocabulary, about, workers, advance):
+    """Writes all splits; returns the content of `dataset.json` and the failures.
+
+    Args:
+      out: the folder to fill; it may hold an unfinished run of the same plan.
+      splits: dict split -> list of units; a unit is a picklable dataclass with `count`, the number
+        of records expected of it, and a `repr` that says all about it.
+      make: make(unit) -> Made, importable by name (worker processes call it).
+      kind: deeplesion, dicom or table.
+      size: the edge of the images.
+      vocabulary: `labels.Vocabulary`.
+      about: JSON to keep in `dataset.json`: how the units were chosen.
+      workers: processes; 1 works in this one.
+      advance: advance(count) is called after each unit.
+
+    Raises:
+      InputError: `out` holds something else, or no unit gave a record.
+    """
+    out = pathlib.Path(out)
+    labels = vocabulary.to_json()
+    plan = hashlib.sha256()
+    for part in (records.FORMAT, preprocess.CROP_RULE, kind, size, labels, splits):
+        plan.update(repr(part).encode())
+    _claim(out, plan.hexdigest())
+    entries, failures, counters, digests = {}, [], collections.Counter(), []
+    with _mapper(workers) as run:
+        for split, units in splits.items():
+            shards, label_counts = [], np.zeros(len(vocabulary), np.int64)
+            parts = _chunks(units)
+            for number, part in enumerate(parts):
+                name = f"{split}/part-{number:05d}-of-{len(parts):05d}.array_record"
+                done = _write_part(out, name, part, make, run, len(vocabulary), advance)
+                label_counts += np.asarray(done["label_counts"], np.int64)
+                failures.extend(tuple(pair) for pair in done["failures"])
+                counters.update(done["counters"])
+                if done["count"]:
+                    shards.append({"file": name, "count": done["count"], "digest": done["digest"]})
+                    digests.append(done["digest"])
+            entries[split] = {
+                "count": sum(shard["count"] for shard in shards),
+                "label_counts": label_counts.tolist(),
+                "shards": shards,
+            }
+    if not digests:
+        shutil.rmtree(out / ".parts")
+        reason = f"the first one says: {failures[0][1]}" if failures else "there was no input"
+        raise InputError(f"no record could be made for {out}: {reason}")
+    info = {
+        "format": records.FORMAT,
+        "kind": kind,
+        "size": size,
+        "labels": labels,
+        "splits": entries,
+        "counters": dict(sorted(counters.items())),
+        "window": WINDOW,
+        "crop": preprocess.CROP_RULE,
+        "about": about,
+        "versions": {"maknet-jax": maknet_jax.__version__}
+        | {name: importlib.metadata.version(name) for name in ("numpy", "pillow", "pydicom")},
+        "fingerprint": hashlib.sha256("".join([plan.hexdigest(), *digests]).encode()).hexdigest(),
+    }
+    files.write_json(out / "dataset.json", info)
+    shutil.rmtree(out / ".parts")
+    return info, failures
+
+
+def _claim(out, plan):
+    if (out / "dataset.json").exists():
+        raise InputError(f"{out} already holds a finished data set: choose another --out")
+    marker = out / ".parts" / "plan.json"
+    if marker.exists():
+        if files.read_json(marker)["plan"] != plan:
+            raise InputError(
+                f"{out} holds an unfinished run with other inputs or options: repeat those, or "
+                "remove the folder"
+            )
+    elif out.is_dir() and any(out.iterdir()):
+        raise InputError(f"{out} is not empty: choose another --out")
+    else:
+        files.write_json(marker, {"plan": plan})
+
+
+def _chunks(units):
+    parts, filled = [[]], 0
+    for unit in units:
+        if filled and filled + unit.count > SHARD_RECORDS:
+            parts.append([])
+            filled = 0
+        parts[-1].append(unit)
+        filled += unit.count
+    return parts if parts[0] else []
+
+
+def _write_part(out, name, units, make, run, label_count, advance):
+    # The sidecar is written after the shard: where it is, the shard is whole.
+    sidecar = out / ".parts" / f"{name.replace('/', '.')}.json"
+    if sidecar.exists():
+        advance(len(units))
+        return files.read_json(sidecar)
+    label_counts = np.zeros(label_count, np.int64)
+    failures, counters = [], collections.Counter()
+
+    def payloads():
+        for made in run(make, units):
+            failures.extend(made.failures)
+            counters.update(made.counters)
+            for payload, labels in made.examples:
+                np.add(label_counts, labels, out=label_counts)
+                yield payload
+            advance(1)
+
+    count, digest = records.write_shard(out / name, payloads())
+    if not count:
+        (out / name).unlink()
+    done = {
+        "count": count,
+        "digest": digest,
+        "label_counts": label_counts.tolist(),
+        "failures": failures,
+        "counters": dict(counters),
+    }
+    files.write_json(sidecar, done)
+    return json.loads(json.dumps(done))
+
+
+@contextlib.contextmanager
+def _mapper(workers):
+    """Yields map(function, units), in order, over processes."""
+    if workers <= 1:
+        yield map
+        return
+    # Spawned, not forked: threads of the parent (grain, JAX) do not survive a fork.
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_ignore_interrupts
+    )
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _ignore_interrupts():
+    # Ctrl-C reaches the whole group; the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,382 @@
+"""`maknet prepare`: CT and labels -> records (paper, sections 2 and 4.1)."""
+
+import dataclasses
+import hashlib
+import hmac
+import os
+import pathlib
+import secrets
+
+import numpy as np
+
+from maknet_jax import console, files
+from maknet_jax.data import (
+    contact_sheet,
+    deeplesion,
+    labels,
+    png,
+    preprocess,
+    records,
+    shards,
+    table,
+    volumes,
+)
+from maknet_jax.errors import InputError, Rejected
+
+_SHOWN = 24  # records on the contact sheet
+
+
+@dataclasses.dataclass(frozen=True)
+class _KeySlice:
+    """One record of DeepLesion: a key slice and the labels of one lesion on it."""
+
+    id: str
+    path: str
+    labels: bytes
+    label_mask: bytes
+    meta: tuple
+    size: int
+    count: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Series:
+    """The records of one unlabelled volume."""
+
+    ref: volumes.SeriesRef
+    salt: str
+    size: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _TableVolume:
+    """The rows of a table that name slices of one file or folder."""
+
+    path: str
+    rows: tuple[table.Row, ...]
+    labels: tuple[bytes, ...]
+    png_window: tuple[float, float] | None
+    size: int
+    count: int
+
+
+def prepare_deeplesion(
+    images, info, out, *, label_file=None, hand_labels=None, ontology=None, size=256, workers=1
+):
+    """DeepLesion's key slices with LesaNet's body-part labels; every lesion is one record.
+
+    Without `label_file` each key slice becomes one record of the split `unlabelled`.
+
+    Args:
+      images: the folder of 16-bit PNGs, nested (`000001_01_01/109.png`) or flat.
+      info: `DL_info.csv`.
+      out: the folder to write.
+      label_file: LesaNet's text-mined labels and split (JSON).
+      hand_labels: LesaNet's hand-labelled test set (JSON).
+      ontology: LesaNet's ontology (xlsx).
+      size: the edge S of the images.
+      workers: processes.
+
+    Returns:
+      The summary: counts beside the paper's, and where the files are.
+
+    Raises:
+      InputError: see `deeplesion.number_lesions`; an input is missing; `out` is taken.
+    """
+    images, out = pathlib.Path(images), pathlib.Path(out)
+    if not images.is_dir():
+        raise InputError(f"--images {images} is no folder: see data/README.md for DeepLesion")
+    if (label_file is None) != (ontology is None) or (hand_labels and not label_file):
+        raise InputError("--labels and --ontology belong together, and --hand-labels needs both")
+    rows = deeplesion.read_info(info)
+    if label_file is None:
+        vocabulary, about = labels.Vocabulary(()), {}
+        slices = {row.file_name: row for row in rows}.values()
+        wanted = [("unlabelled", row.slice_id, row, (b"", b""), {}) for row in slices]
+    else:
+        vocabulary, lesions, about = _label_rows(rows, label_file, hand_labels, ontology)
+        wanted = [
+            (
+                lesion.split,
+                f"{lesion.lesion.slice_id}#{lesion.lesion_idx}",
+                lesion.lesion,
+                _vectors(vocabulary, lesion),
+                {"lesion_idx": lesion.lesion_idx},
+            )
+            for lesion in lesions
+        ]
+    splits, missing = {split: [] for split, *_ in wanted}, []
+    for split, record, row, vectors, meta in wanted:
+        path = _find_image(images, row.file_name)
+        if path is None:
+            missing.append((row.file_name, f"image of {record} ({split}) is not under {images}"))
+            continue
+        meta = {"file": row.file_name, "box": row.box, "spacing": row.spacing, **meta}
+        splits[split].append(_KeySlice(record, str(path), *vectors, tuple(meta.items()), size))
+    if not any(splits.values()):
+        raise InputError(f"none of the {len(wanted)} images is under {images}: check --images")
+    about["images_missing"] = len(missing)
+    summary = _write(out, splits, _make_key_slice, "deeplesion", size, vocabulary, about, workers)
+    if missing:
+        console.write_table(out / "missing.csv", ("input", "reason"), missing)
+    return summary
+
+
+def _label_rows(rows, label_file, hand_labels, ontology):
+    mined = deeplesion.read_mined_labels(label_file)
+    hand = deeplesion.read_hand_labels(hand_labels) if hand_labels else None
+    terms = labels.read_ontology(ontology)
+    labels.ontology_vocabulary(terms, mined.terms)  # checks that all are known
+    body_parts = [term for term in mined.terms if terms[term].label_class == "bodypart"]
+    vocabulary = labels.ontology_vocabulary(terms, body_parts)
+    numbering = deeplesion.number_lesions(rows, mined)
+    lesions, counts = deeplesion.label_lesions(numbering, mined, hand, vocabulary)
+    about = {"numbering": numbering.reason, "label_counts": counts}
+    about["paper_counts"] = deeplesion.PAPER_COUNTS
+    return vocabulary, lesions, about
+
+
+def _vectors(vocabulary, lesion):
+    labels_of = vocabulary.vector(lesion.names)
+    # What is uncertain, and what it would imply, is unknown unless something else says yes.
+    known = np.maximum(labels_of, 1 - vocabulary.vector(lesion.unknown))
+    return labels_of.tobytes(), known.tobytes()
+
+
+def _find_image(images, name):
+    flat = name.replace("/", "_")
+    nested = pathlib.PurePath(*flat.rsplit("_", 1))
+    for candidate in (images / nested, images / flat):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def _make_key_slice(unit):
+    path = pathlib.Path(unit.path)
+    around = [png.neighbour_path(path, -1), path, png.neighbour_path(path, 1)]
+    present = [one if one.is_file() else path for one in around]
+    repeated = sum(one == path for one in present) - 1
+    try:
+        image, box = preprocess.make_triplet([png.read_png(one) for one in present], unit.size)
+    except (Rejected, ValueError) as error:
+        return shards.Made(failures=((unit.path, str(error)),))
+    meta = dict(unit.meta) | {"crop": box}
+    example = _example(unit.id, image, unit.labels, unit.label_mask, meta)
+    return shards.Made((example,), counters={"neighbours repeated": repeated})
+
+
+def _example(record_id, image, vector, mask, meta):
+    vector = np.frombuffer(vector, np.uint8)
+    mask = np.frombuffer(mask, np.uint8)
+    return records.encode(records.Example(record_id, image, vector, mask, meta)), vector
+
+
+def prepare_dicom(folder, out, *, salt_file=None, min_slices=51, size=256, workers=1):
+    """Folders of DICOM or NIfTI -> unlabelled triplets without overlap (paper, section 4.1).
+
+    Args:
+      folder: a file or a tree of CT.
+      out: the folder to write.
+      salt_file: the secret that ids are made with; made where it does not exist. None takes
+        `~/.config/maknet/salt`. It is never written into the records.
+      min_slices: smaller volumes are left out, counted (the paper keeps more than 50 slices).
+      size: the edge S of the images.
+      workers: processes.
+
+    Returns:
+      The summary.
+
+    Raises:
+      InputError: nothing usable is there, or `out` is taken.
+    """
+    out = pathlib.Path(out)
+    found, failures = volumes.find_series(folder, workers=workers)
+    small = [ref for ref in found if ref.count < min_slices]
+    kept = [ref for ref in found if ref.count >= min_slices]
+    if not kept:
+        why = f"{len(found)} series found, {len(small)} of fewer than {min_slices} slices, "
+        raise InputError(f"no usable series in {folder}: {why}{len(failures)} unreadable")
+    salt = _salt(salt_file)
+    units = [
+        _Series(ref, salt, size, len(preprocess.centres(ref.count, overlap=False)))
+        for ref in kept
+    ]
+    about = {
+        "series": len(kept),
+        "min_slices": min_slices,
+        "series_too_small": len(small),
+        "series_unreadable": len(failures),
+    }
+    failures += [
+        (ref.paths[0], f"{ref.count} slices, --min-slices asks for {min_slices}") for ref in small
+    ]
+    vocabulary = labels.Vocabulary(())
+    splits = {"unlabelled": units}
+    return _write(out, splits, _make_series, "dicom", size, vocabulary, about, workers, failures)
+
+
+def _salt(path):
+    default = pathlib.Path(os.environ.get("XDG_CONFIG_HOME", "~/.config")) / "maknet" / "salt"
+    path = pathlib.Path(path or default).expanduser()
+    if not path.exists():
+        with files.write_whole(path) as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(secrets.token_hex(32) + "\n")
+        path.chmod(0o600)
+        console.Log().say(f"made the salt {path}: keep it, the same ids need it again")
+    salt = path.read_text(encoding="utf-8").strip()
+    if len(salt) < 16:
+        raise InputError(f"salt file {path} holds {len(salt)} characters: 16 at least")
+    return salt
+
+
+def _pseudonym(salt, uid):
+    return hmac.new(salt.encode(), uid.encode(), hashlib.sha256).hexdigest()[:16]
+
+
+def _make_series(unit):
+    try:
+        volume = volumes.load_series(unit.ref)
+    except Rejected as error:
+        return shards.Made(failures=((unit.ref.paths[0], str(error)),))
+    series = _pseudonym(unit.salt, volume.series)
+    examples = []
+    for centre in preprocess.centres(len(volume.hu), overlap=False):
+        slices = preprocess.neighbours(volume.hu, centre)
+        image, box = preprocess.make_triplet(slices, unit.size)
+        meta = {"series": series, "slice": centre, "slices": len(volume.hu), "crop": box}
+        meta["spacing"] = [None if np.isnan(x) else float(x) for x in volume.spacing]
+        name = f"{series}-{_pseudonym(unit.salt, volume.uids[centre])}"
+        examples.append(_example(name, image, b"", b"", meta))
+    left = len(volume.hu) - 3 * len(examples)
+    return shards.Made(tuple(examples), counters={"slices left over": left})
+
+
+def prepare_table(csv_file, out, *, png_window=None, size=256, workers=1):
+    """Your own labelled slices: a CSV of `path, labels, split[, slice, patient]`.
+
+    Args:
+      csv_file: the table; paths are relative to its folder (see `data.table`).
+      out: the folder to write.
+      png_window: (low, high) HU of 8-bit PNGs.
+      size: the edge S of the images.
+      workers: processes.
+
+    Returns:
+      The summary.
+
+    Raises:
+      InputError: the table breaks a rule, or `out` is taken.
+    """
+    rows, vocabulary = table.read_table(csv_file)
+    grouped = {}
+    for row in rows:
+        grouped.setdefault((row.split, row.path), []).append(row)
+    splits = {split: [] for split in dict.fromkeys(row.split for row in rows)}
+    for (split, path), members in grouped.items():
+        vectors = tuple(vocabulary.vector(row.labels).tobytes() for row in members)
+        splits[split].append(
+            _TableVolume(path, tuple(members), vectors, png_window, size, len(members))
+        )
+    about = {"rows": len(rows), "png_window": png_window}
+    return _write(
+        pathlib.Path(out), splits, _make_table_volume, "table", size, vocabulary, about, workers
+    )
+
+
+def _make_table_volume(unit):
+    try:
+        volume, named = volumes.load_series_of(unit.path, png_window=unit.png_window)
+    except (Rejected, InputError) as error:
+        return shards.Made(failures=tuple((row.where, str(error)) for row in unit.rows))
+    threshold = {}
+    if unit.png_window and unit.path.lower().endswith(".png"):
+        threshold = {"threshold": preprocess.below_window(unit.png_window)}
+    examples, failures = [], []
+    for row, vector in zip(unit.rows, unit.labels, strict=True):
+        try:
+            centre = table.slice_index(row, volume, named)
+        except InputError as error:
+            failures.append((row.where, str(error)))
+            continue
+        slices = preprocess.neighbours(volume.hu, centre)
+        image, box = preprocess.make_triplet(slices, unit.size, **threshold)
+        meta = {"line": row.line, "slice": centre, "slices": len(volume.hu), "crop": box}
+        examples.append(_example(f"line-{row.line:06d}", image, vector, b"\1" * len(vector), meta))
+    return shards.Made(tuple(examples), tuple(failures))
+
+
+def _write(out, splits, make, kind, size, vocabulary, about, workers, failures=()):
+    if size % 32:
+        raise InputError(f"--size {size} should be a multiple of 32: networks halve five times")
+    units = sum(map(len, splits.values()))
+    with console.progress(f"prepare {kind}", units) as advance:
+        info, new = shards.write_dataset(
+            out,
+            splits,
+            make,
+            kind=kind,
+            size=size,
+            vocabulary=vocabulary,
+            about=about,
+            workers=workers,
+            advance=advance,
+        )
+    failures = [*failures, *new]
+    dataset = records.open_dataset(out)
+    examples = _sample(dataset)
+    contact_sheet.write_contact_sheet(out / "contact_sheet.png", examples, vocabulary.names)
+    console.write_failures(out / "failures.csv", failures)
+    summary = {
+        "out": str(out),
+        "records": {name: split["count"] for name, split in info["splits"].items()},
+        "labels": len(vocabulary),
+        "failures": len(failures),
+        "counters": info["counters"],
+        "about": about,
+    }
+    files.write_json(out / "summary.json", summary)
+    with console.Log(out / "log.jsonl") as log:
+        log.event(event="prepared", **summary)
+    return summary
+
+
+def describe(summary):
+    """A few lines for a person: what was made, beside the paper's counts where there are any."""
+    lines = []
+    about = summary["about"]
+    if "numbering" in about:
+        lines.append(f"lesions are {about['numbering']}")
+        header = ["split", "labelled", "no row", "noisy", "no image", "records", "paper"]
+        rows = []
+        for split, counts in about["label_counts"].items():
+            made = summary["records"].get(split, 0)
+            first = [counts[name] for name in ("labelled", "without_row", "noisy")]
+            absent = counts["kept"] - made
+            rows.append([split, *first, absent, made, about["paper_counts"][split]])
+        lines.append(console.format_table(header, rows))
+    else:
+        lines += [f"{split}: {count} records" for split, count in summary["records"].items()]
+    for name in ("series_too_small", "series_unreadable", "images_missing"):
+        if about.get(name):
+            lines.append(f"{name.replace('_', ' ')}: {about[name]}")
+    lines += [f"{name}: {count}" for name, count in summary["counters"].items()]
+    if summary["failures"]:
+        lines.append(f"rejected: {summary['failures']}, see {summary['out']}/failures.csv")
+    lines.append(f"look at {summary['out']}/contact_sheet.png")
+    return "\n".join(lines)
+
+
+def _sample(dataset):
+    """Random examples over all splits, the same ones for the same data."""
+    places = [
+        (split, number)
+        for split, entry in dataset.info["splits"].items()
+        for number in range(entry["count"])
+    ]
+    generator = np.random.default_rng(0)
+    chosen = sorted(generator.choice(len(places), min(_SHOWN, len(places)), replace=False))
+    sources = {split: dataset.source(split) for split in dataset.info["splits"]}
+    return [sources[places[number][0]][places[number][1]] for number in chosen]
