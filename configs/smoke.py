@@ -1,0 +1,69 @@
+"""The teacher in small, for the phantom and for tests: 96 x 96, a narrower MAKNet, minutes on CPU.
+
+    maknet train --config smoke --workdir runs/smoke --config.data.path=shards/phantom
+
+Expect the numbers that `make demo` prints (README.md). It reproduces nothing of the paper.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    """Batch 32, so that a few hundred images still give enough steps."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "epochs": 20.0,
+            "precision": "auto",
+            "data": {
+                "path": "shards/phantom",
+                "train_split": "train",
+                "val_split": "val",
+                "size": 96,  # pixels
+                "window": (-1024.0, 3071.0),  # HU mapped to 0..1
+                "batch_size": 32,
+                "threads": 2,
+            },
+            "model": {
+                "name": "maknet",
+                "options": {
+                    "stem": 32,
+                    "blocks": (3, 3, 3),
+                    "growth_rates": (32, 32, 32),
+                    "widths": (64, 96, 128),
+                    "kernel_size": 3,
+                    "dropout_rate": 0.0,
+                    "mixpool_learned": True,
+                },
+            },
+            "loss": {
+                "name": "weighted_focal",
+                "gamma": 2.0,
+                "clamp": 300.0,
+                "head_weights": (1.0, 1.0),
+            },
+            "optimizer": {
+                "name": "ranger",
+                "learning_rate": 0.01,
+                "b1": 0.95,
+                "b2": 0.999,
+                "eps": 1e-5,
+                "alpha": 0.5,
+                "k": 6,
+                "weight_decay": 0.0,
+                "centralize": False,
+            },
+            "augment": {
+                "rotation_probability": 0.0,
+                "rotation_degrees": 15.0,
+                "crop_probability": 0.0,
+                "crop_scale": (0.6, 1.0),
+                "crop_aspect": (0.8, 1.25),
+                "contrast_probability": 0.0,
+                "grayscale_probability": 0.0,
+            },
+            "evaluate_every": 2.0,  # epochs
+            "checkpoint_every": 200,  # steps
+            "log_every": 10,  # steps
+        }
+    )

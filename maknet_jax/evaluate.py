@@ -1,0 +1,111 @@
+"""`maknet evaluate`: a trained network on test sets, by LesaNet's protocol (tables 1 to 3)."""
+
+import pathlib
+
+import jax
+import numpy as np
+
+from maknet_jax import console, files, workdir
+from maknet_jax.data import records
+from maknet_jax.errors import InputError
+from maknet_jax.evaluation.evaluator import Evaluator
+
+DEFAULT_SPLITS = ("test", "hand")
+
+
+def evaluate(folder, *, splits=None, data=None, checkpoint="best", batch_size=None):
+    """Scores splits and writes `WORKDIR/evaluation/SPLIT.json` and `SPLIT_labels.csv`.
+
+    Thresholds come from the validation split's scores. Macro averages run over the labels that
+    have positives and negatives; fixed 0.5 and micro averages stand beside them.
+
+    Args:
+      folder: the workdir of `maknet train`.
+      splits: names; None takes those of `test` and `hand` that are there.
+      data: another prepared data set with the same labels; None takes the one trained on.
+      checkpoint: "best" or "last".
+      batch_size: images a step; None takes the config's.
+
+    Returns:
+      The summary: a dict split -> metrics, and the files.
+
+    Raises:
+      InputError: no such split, or labels that differ from the network's.
+    """
+    folder = pathlib.Path(folder)
+    run = workdir.open_run(folder, checkpoint_name=checkpoint)
+    dataset = records.open_dataset(data or files.read_json(folder / "dataset.json")["path"])
+    if dataset.vocabulary.names != run.vocabulary.names:
+        raise InputError(
+            f"{dataset.path} has other labels than {folder}: evaluate on data with its "
+            f"{len(run.vocabulary)} labels"
+        )
+    if dataset.size != run.config.data.size:
+        raise InputError(
+            f"{dataset.path} was prepared with --size {dataset.size}, the network with "
+            f"{run.config.data.size}"
+        )
+    available = [name for name, split in dataset.info["splits"].items() if split["count"]]
+    wanted = splits or [name for name in DEFAULT_SPLITS if name in available]
+    if not wanted:
+        raise InputError(f"{dataset.path} has neither test nor hand: name one with --split")
+    val = run.config.data.val_split
+    for name in wanted:
+        if not dataset.split(name)["count"]:
+            raise InputError(f"split {name!r} of {dataset.path} is empty")
+    scores = {}
+    names = list(dict.fromkeys([*([val] if val in available else []), *wanted]))
+    total = sum(dataset.split(name)["count"] for name in names)
+    with console.progress("evaluate", total) as advance:
+        for name in names:
+            evaluator = Evaluator(
+                dataset.source(name),
+                run.predict,
+                batch_size=workdir.global_batch(batch_size or run.config.data.batch_size),
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+            scores[name] = evaluator.scores(run.variables, advance)
+    thresholds = scores[val].thresholds() if val in scores else run.thresholds
+    summary = {
+        "workdir": str(folder),
+        "data": str(dataset.path),
+        "checkpoint": run.name,
+        "step": run.step,
+        "thresholds": f"chosen on {val}" if val in scores else "of the training run",
+        "splits": {},
+    }
+    out = folder / "evaluation"
+    for name in wanted:
+        report = scores[name].report(thresholds, run.vocabulary.parents)
+        header = ["name", *report.per_label[0]]
+        rows = [
+            [run.vocabulary.names[row["label"]], *row.values()] for row in report.per_label
+        ]
+        console.write_table(out / f"{name}_labels.csv", header, rows)
+        summary["splits"][name] = report.summary
+        files.write_json(out / f"{name}.json", report.summary)
+    files.write_json(out / "thresholds.json", np.asarray(thresholds).tolist())
+    files.write_json(out / "summary.json", summary)
+    with console.Log(folder / "log.jsonl") as log:
+        log.event(event="evaluated", **summary)
+    return summary
+
+
+def table(summaries, titles):
+    """A text table like the paper's: a row a network and split.
+
+    Args:
+      summaries: what `evaluate` returned, one a network.
+      titles: the networks' names.
+    """
+    header = ["", "set", "AUC", "F1", "precision", "recall", "F1 at 0.5", "images"]
+    rows = []
+    for summary, title in zip(summaries, titles, strict=True):
+        for split, values in summary["splits"].items():
+            numbers = [
+                values[name] for name in ("auc", "f1", "precision", "recall", "f1_at_0.5")
+            ]
+            cells = ["-" if number is None else f"{number:.4f}" for number in numbers]
+            rows.append([title, split, *cells, values["examples"]])
+    return console.format_table(header, rows)

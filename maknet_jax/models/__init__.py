@@ -1,0 +1,24 @@
+"""The networks by name."""
+
+from maknet_jax.errors import InputError
+from maknet_jax.models.layers import Outputs
+from maknet_jax.models.linear import Linear
+from maknet_jax.models.maknet import MAKNet
+
+__all__ = ["MODELS", "Linear", "MAKNet", "Outputs", "build"]
+
+MODELS = {"maknet": MAKNet, "linear": Linear}
+
+
+def build(name, num_classes, **options):
+    """The network `name` for `num_classes` labels; `options` are the module's attributes.
+
+    Raises:
+      InputError: there is no such network or attribute.
+    """
+    if name not in MODELS:
+        raise InputError(f"model {name!r} is unknown: choose one of {', '.join(MODELS)}")
+    try:
+        return MODELS[name](num_classes=num_classes, **options)
+    except TypeError as error:
+        raise InputError(f"model {name}: {error}") from None

@@ -1,0 +1,197 @@
+"""The components of MAKNet (paper, section 3 and figure 1), each a Flax Linen module.
+
+Images are `[B, H, W, C]`. Activations have the module's `dtype`; parameters and BatchNorm
+statistics are float32.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+he_normal = nn.initializers.he_normal()
+
+
+class Outputs(NamedTuple):
+    """What every network returns.
+
+    Attributes:
+      logits: float32 `[B, K]`; the prediction is their sigmoid.
+      scores_before_spl: float32 `[B, K]`, the first head, or None without score propagation.
+      features: `[B, F]`, pooled, before dropout and the classifier.
+    """
+
+    logits: jax.Array
+    scores_before_spl: jax.Array | None
+    features: jax.Array
+
+
+def mish(x):
+    """Mish, x * tanh(softplus(x)) (Misra, arXiv:1908.08681).
+
+    With n = e^x (e^x + 2), tanh(softplus(x)) = n / (n + 2): one exponential instead of three
+    transcendental functions. Above 20 the quotient is 1 in float32.
+    """
+    exp = jnp.exp(jnp.minimum(x, 20.0))
+    n = exp * (exp + 2.0)
+    return x * (n / (n + 2.0))
+
+
+class ConvNormMish(nn.Module):
+    """A convolution without bias (BatchNorm would cancel it), BatchNorm and Mish."""
+
+    features: int
+    kernel_size: tuple[int, int]
+    strides: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, train):
+        """`[B, H, W, C]` -> `[B, ceil(H / strides), ceil(W / strides), features]`."""
+        # Padding as torch writes it: "SAME" shifts the grid of strided convolutions.
+        padding = [(size // 2, size // 2) for size in self.kernel_size]
+        x = nn.Conv(
+            self.features,
+            self.kernel_size,
+            self.strides,
+            padding,
+            use_bias=False,
+            kernel_init=he_normal,
+            dtype=self.dtype,
+            name="conv",
+        )(x)
+        return mish(batch_norm(self.dtype, train, name="norm")(x))
+
+
+def batch_norm(dtype, train, **kwargs):
+    """BatchNorm as torch's default has it: momentum 0.1 (Flax counts 0.9), epsilon 1e-5."""
+    return nn.BatchNorm(
+        use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, **kwargs
+    )
+
+
+class MAKConv(nn.Module):
+    """Mixed asymmetric kernels: k x k, 1 x k, k x 1 and 1 x 1 over all input channels each.
+
+    Every kernel gives a quarter of the `features`; the first ones take the remainder of a count
+    that four does not divide. No bias: BatchNorm follows.
+    """
+
+    features: int
+    kernel_size: int = 3
+    strides: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """`[B, H, W, C]` -> `[B, ceil(H / strides), ceil(W / strides), features]`."""
+        k = self.kernel_size
+        if k % 2 == 0:
+            raise ValueError(f"kernel_size {k} is even: MAKConv needs an odd one to keep its place")
+        kernels = {"kxk": (k, k), "1xk": (1, k), "kx1": (k, 1), "1x1": (1, 1)}
+        outputs = []
+        for number, (name, size) in enumerate(kernels.items()):
+            features = (self.features + 3 - number) // 4
+            if features == 0:
+                continue
+            outputs.append(
+                nn.Conv(
+                    features,
+                    size,
+                    self.strides,
+                    [(size[0] // 2, size[0] // 2), (size[1] // 2, size[1] // 2)],
+                    use_bias=False,
+                    kernel_init=he_normal,
+                    dtype=self.dtype,
+                    name=f"conv_{name}",
+                )(x)
+            )
+        return jnp.concatenate(outputs, axis=-1)
+
+
+def max_pool(x):
+    """2 x 2 maximum with stride 2: `[B, H, W, C]` -> `[B, H // 2, W // 2, C]`.
+
+    Written over four strided slices: the gradient of XLA's pooling is select-and-scatter, which
+    deterministic GPU mode refuses; values and gradients are the same, ties included (flax #4233).
+    """
+    corners = [x[:, row : x.shape[1] // 2 * 2 : 2, column : x.shape[2] // 2 * 2 : 2]
+               for row in (0, 1) for column in (0, 1)]  # fmt: skip
+    return functools.reduce(lambda a, b: jnp.where(a >= b, a, b), corners)
+
+
+class MixPool(nn.Module):
+    """a * max pool + (1 - a) * average pool, 2 x 2 with stride 2; `a` is learned from 0.5."""
+
+    learned: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        """`[B, H, W, C]` -> `[B, H // 2, W // 2, C]`."""
+        share = self.param("share", nn.initializers.constant(0.5), ()) if self.learned else 0.5
+        share = jnp.asarray(share, x.dtype)
+        return share * max_pool(x) + (1 - share) * nn.avg_pool(x, (2, 2), (2, 2))
+
+
+def global_concat_pool(x):
+    """GCP: `[B, H, W, C]` -> `[B, 2C]`, maxima then means."""
+    return jnp.concatenate([x.max(axis=(1, 2)), x.mean(axis=(1, 2))], axis=-1)
+
+
+class CBAM(nn.Module):
+    """Convolutional block attention: over channels, then over places (Woo, arXiv:1807.06521)."""
+
+    ratio: int = 16
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, train):
+        """`[B, H, W, C]` -> the same shape."""
+        channels = x.shape[-1]
+        hidden = nn.Dense(max(1, channels // self.ratio), dtype=self.dtype, name="mlp_hidden")
+        output = nn.Dense(channels, dtype=self.dtype, name="mlp_output")
+        pooled = jnp.stack([x.mean(axis=(1, 2)), x.max(axis=(1, 2))])
+        attention = output(nn.relu(hidden(pooled))).sum(axis=0)
+        x = x * nn.sigmoid(attention)[:, None, None]
+        places = jnp.stack([x.max(axis=-1), x.mean(axis=-1)], axis=-1)
+        places = nn.Conv(1, (7, 7), padding=3, use_bias=False, dtype=self.dtype, name="places")(
+            places
+        )
+        return x * nn.sigmoid(batch_norm(self.dtype, train, name="places_norm")(places))
+
+
+class ScorePropagation(nn.Module):
+    """SPL: a dense layer over the scores that starts as the identity (LesaNet, section 3.3)."""
+
+    @nn.compact
+    def __call__(self, scores):
+        """float32 `[B, K]` -> `[B, K]`: labels that imply each other learn to raise each other."""
+
+        def identity(key, shape, dtype=jnp.float32):
+            return jnp.eye(shape[0], dtype=dtype)
+
+        return nn.Dense(scores.shape[-1], kernel_init=identity, name="dense")(scores)
+
+
+class DenseBlock(nn.Module):
+    """Densely connected MAKConv layers, then a standard 1 x 1 convolution and CBAM (figure 1)."""
+
+    layers: int
+    growth_rate: int
+    features: int
+    kernel_size: int = 3
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, train):
+        """`[B, H, W, C]` -> `[B, H, W, features]`."""
+        for number in range(self.layers):
+            new = MAKConv(
+                self.growth_rate, self.kernel_size, dtype=self.dtype, name=f"makconv_{number}"
+            )(x)
+            new = mish(batch_norm(self.dtype, train, name=f"norm_{number}")(new))
+            x = jnp.concatenate([x, new], axis=-1)
+        x = ConvNormMish(self.features, (1, 1), dtype=self.dtype, name="transition")(x, train)
+        return CBAM(dtype=self.dtype, name="cbam")(x, train)

@@ -1,0 +1,156 @@
+"""`maknet predict`: any folder of CT -> body parts per slice and per series."""
+
+import concurrent.futures
+import pathlib
+
+import numpy as np
+
+from maknet_jax import console, files, workdir
+from maknet_jax.data import preprocess, volumes
+from maknet_jax.errors import InputError, Rejected
+from maknet_jax.evaluation import protocol
+
+SLICE_COLUMNS = ("series", "slice", "file", "labels", "confidences", "thresholds")
+SERIES_COLUMNS = ("series", "label", "first_slice", "last_slice", "slices", "mean_confidence")
+
+
+def predict(folder, path, out, *, png_window=None, checkpoint="best", batch_size=16, as_json=False):
+    """Labels every slice of every CT series under `path`.
+
+    Each slice is the middle of a triplet with its neighbours; at the ends the edge is repeated.
+    Labels are those whose confidence reaches their threshold (chosen in training), and their
+    parents, the most confident first.
+
+    Args:
+      folder: the workdir of `maknet train`.
+      path: a file or a folder of DICOM, NIfTI or PNG.
+      out: the CSV of slices; `STEM.series.csv`, `STEM.summary.json` and, where inputs could not be
+        read, `STEM.failures.csv` stand beside it.
+      png_window: (low, high) HU of 8-bit PNGs.
+      checkpoint: "best" or "last".
+      batch_size: slices a step.
+      as_json: write `STEM.json` with all confidences too.
+
+    Returns:
+      The summary: counts, files, and the series with what they cover.
+
+    Raises:
+      InputError: nothing could be labelled.
+    """
+    out = pathlib.Path(out)
+    found, failures = volumes.find_series(path)
+    if not found:
+        reason = f": {failures[0][0]}: {failures[0][1]}" if failures else ""
+        raise InputError(f"no CT series in {path} (DICOM, NIfTI and PNG are read){reason}")
+    run = workdir.open_run(folder, checkpoint_name=checkpoint)
+    slices, covers, full = [], [], []
+    # The next series is read while this one is labelled.
+    with (
+        concurrent.futures.ThreadPoolExecutor(1) as reader,
+        console.progress("predict", sum(ref.count for ref in found)) as advance,
+    ):
+        loading = None
+        for number, ref in enumerate(found):
+            loading = loading or reader.submit(volumes.load_series, ref, png_window=png_window)
+            try:
+                volume = loading.result()
+            except Rejected as error:
+                failures.append((ref.paths[0], str(error)))
+                volume = None
+            following = found[number + 1 : number + 2]
+            loading = None
+            if following:
+                loading = reader.submit(volumes.load_series, following[0], png_window=png_window)
+            if volume is None:
+                continue
+            windowed = png_window if ref.kind == "png" else None
+            scores = score_volume(run, volume, batch_size, windowed, advance)
+            chosen = choose(run, scores)
+            slices += _slice_rows(run, volume, scores, chosen)
+            covers += _cover(run, volume, scores, chosen)
+            full.append(
+                {
+                    "series": volume.series,
+                    "slices": list(volume.slices),
+                    "confidences": np.round(scores, 4).tolist(),
+                }
+            )
+    if not slices:
+        raise InputError(f"no series in {path} could be read: {failures[0][1]}")
+    console.write_table(out, SLICE_COLUMNS, slices)
+    console.write_table(out.with_suffix(".series.csv"), SERIES_COLUMNS, covers)
+    written = [out, out.with_suffix(".series.csv")]
+    if as_json:
+        about = {"labels": run.vocabulary.names, "thresholds": run.thresholds.tolist()}
+        files.write_json(out.with_suffix(".json"), {**about, "series": full})
+        written.append(out.with_suffix(".json"))
+    console.write_failures(out.with_suffix(".failures.csv"), failures)
+    summary = {
+        "workdir": str(folder),
+        "checkpoint": run.name,
+        "step": run.step,
+        "series": len(full),
+        "slices": len(slices),
+        "failures": len(failures),
+        "files": [str(file) for file in written],
+        "covers": [dict(zip(SERIES_COLUMNS, row, strict=True)) for row in covers],
+    }
+    files.write_json(out.with_suffix(".summary.json"), summary)
+    return summary
+
+
+def score_volume(run, volume, batch_size=16, png_window=None, advance=lambda count: None):
+    """Confidences of all slices of a volume: float32 `[Z, K]`.
+
+    Args:
+      run: a `workdir.Run`.
+      volume: a `volumes.Volume`.
+      batch_size: slices a step; rounded up to the devices.
+      png_window: (low, high) where the volume was read from 8-bit pictures.
+      advance: advance(count) after each batch.
+    """
+    size = run.config.data.size
+    threshold = {"threshold": preprocess.below_window(png_window)} if png_window else {}
+    batch_size = workdir.global_batch(batch_size)
+    scores = []
+    for start in range(0, len(volume.hu), batch_size):
+        centres = range(start, min(start + batch_size, len(volume.hu)))
+        images = np.zeros((batch_size, size, size, 3), np.int16)
+        for row, centre in enumerate(centres):
+            around = preprocess.neighbours(volume.hu, centre)
+            images[row], _ = preprocess.make_triplet(around, size, **threshold)
+        logits = run.predict(run.variables, {"image": images})["logits"][: len(centres)]
+        scores.append(0.5 * (1.0 + np.tanh(0.5 * logits)))
+        advance(len(centres))
+    return np.concatenate(scores)
+
+
+def choose(run, scores):
+    """Which labels are given: bool `[Z, K]`, at their thresholds and with their parents."""
+    predicted = protocol.predict(scores, run.thresholds)
+    return protocol.add_parents(predicted, run.vocabulary.parents)
+
+
+def _slice_rows(run, volume, scores, chosen):
+    names = run.vocabulary.names
+    for number, name in enumerate(volume.slices):
+        given = sorted(np.flatnonzero(chosen[number]), key=lambda k: -scores[number, k])
+        yield (
+            volume.series,
+            number,
+            name,
+            "|".join(names[k] for k in given),
+            "|".join(f"{scores[number, k]:.3f}" for k in given),
+            "|".join(f"{run.thresholds[k]:.1f}" for k in given),
+        )
+
+
+def _cover(run, volume, scores, chosen):
+    """For each label of a series: the slices between which it lies, from the head on."""
+    rows = []
+    for column, name in enumerate(run.vocabulary.names):
+        at = np.flatnonzero(chosen[:, column])
+        if len(at):
+            mean = float(scores[at, column].mean())
+            rows.append((volume.series, name, int(at[0]), int(at[-1]), len(at), round(mean, 4)))
+    return sorted(rows, key=lambda row: (row[2], row[3]))

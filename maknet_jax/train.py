@@ -1,0 +1,260 @@
+"""`maknet train`: the one training loop. What is learned is decided by the config.
+
+Step N takes batch N of an order that follows from the seed, and the checkpoint named N holds the
+state after N updates: a run that was stopped goes on as if it had not been, bit for bit.
+"""
+
+import contextlib
+import functools
+import pathlib
+import signal
+import time
+
+import jax
+import numpy as np
+from clu import parameter_overview
+
+from maknet_jax import config as configs
+from maknet_jax import console, files, workdir
+from maknet_jax.data import augment, pipeline, records
+from maknet_jax.errors import InputError, Stopped
+from maknet_jax.evaluation.evaluator import Evaluator
+from maknet_jax.training import checkpoint, log, sharding, state, step
+
+
+def train(config, folder, *, devices=None):
+    """Trains, or goes on training, in `folder`.
+
+    Args:
+      config: a locked config, see `configs/teacher.py`.
+      folder: the workdir; made, or continued where it holds a run of the same config and data.
+      devices: the devices to train on; None takes all.
+
+    Returns:
+      The summary (also in `summary.json`).
+
+    Raises:
+      InputError: the data do not fit the config, or the workdir is another run's.
+      Stopped: SIGTERM or SIGINT; the state is saved.
+    """
+    folder = pathlib.Path(folder)
+    dataset = records.open_dataset(config.data.path)
+    if dataset.size != config.data.size:
+        raise InputError(
+            f"config data.size {config.data.size} is not the {dataset.size} of {dataset.path}: "
+            "change one of them"
+        )
+    mesh = sharding.data_mesh(devices)
+    if config.data.batch_size % mesh.size:
+        raise InputError(
+            f"data.batch_size {config.data.batch_size} is no multiple of the {mesh.size} devices"
+        )
+    split = dataset.split(config.data.train_split)
+    if not split["count"] or not len(dataset.vocabulary):
+        raise InputError(f"{dataset.path} has no labelled record in {config.data.train_split}")
+    _claim(folder, config, dataset)
+    with console.Log(folder / "log.jsonl") as say, _stop_flag() as stop:
+        run = _Run(config, folder, dataset, split, mesh, say)
+        return run.loop(stop)
+
+
+def _claim(folder, config, dataset):
+    wanted = configs.to_json(config)
+    about = {"labels": dataset.info["labels"], "size": dataset.size}
+    about |= {"fingerprint": dataset.fingerprint, "path": str(dataset.path.absolute())}
+    if (folder / "config.json").exists():
+        before = _flatten(files.read_json(folder / "config.json"))
+        now = _flatten(wanted)
+        changed = [key for key in before | now if before.get(key) != now.get(key)]
+        if changed and changed != ["data.path"]:
+            key = next(name for name in changed if name != "data.path")
+            raise InputError(
+                f"{folder} holds a run with {key} {before.get(key)}, not {now.get(key)}: choose "
+                "another --workdir or the same config"
+            )
+        if files.read_json(folder / "dataset.json")["fingerprint"] != dataset.fingerprint:
+            raise InputError(f"{folder} was trained on other data than {dataset.path}")
+    files.write_json(folder / "dataset.json", about)
+    files.write_json(folder / "config.json", wanted)
+
+
+def _flatten(node, prefix=""):
+    if not isinstance(node, dict):
+        return {prefix: node}
+    parts = [_flatten(child, f"{prefix}.{key}".strip(".")) for key, child in node.items()]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+@contextlib.contextmanager
+def _stop_flag():
+    """Yields a list that a signal fills; the loop looks at it between two steps."""
+    caught = []
+    before = {}
+    with contextlib.suppress(ValueError):  # not in the main thread: nothing to catch
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, lambda signum, _: caught.append(signum))
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Run:
+    """One run: what it is made of, and its loop."""
+
+    def __init__(self, config, folder, dataset, split, mesh, say):
+        self.config, self.folder, self.mesh, self.say = config, folder, mesh, say
+        self.batch_size = config.data.batch_size
+        self.epoch_steps = split["count"] / self.batch_size
+        self.total = max(1, round(config.epochs * self.epoch_steps))
+        self.source = dataset.source(config.data.train_split)
+        self.parents = dataset.vocabulary.parents
+        model = workdir.build_model(config, len(dataset.vocabulary))
+        optimizer = workdir.build_optimizer(config)
+        loss = workdir.build_loss(config, split["label_counts"], split["count"])
+        self.create = functools.partial(state.create, model, optimizer, size=config.data.size)
+        self.shapes = state.shapes(model, optimizer, size=config.data.size)
+        self.parameters = int(parameter_overview.count_parameters(self.shapes.params))
+        whole, rows = sharding.replicated(mesh), sharding.split(mesh)
+        self.train_step = jax.jit(
+            step.make_train_step(
+                model,
+                loss,
+                optimizer,
+                to_input=workdir.to_input(config),
+                augment=augment.make_augment(**config.augment.to_dict()),
+            ),
+            in_shardings=(whole, rows, whole),
+            out_shardings=(whole, whole),
+            donate_argnums=0,
+        )
+        self.evaluator = None
+        if config.data.val_split in dataset.info["splits"]:
+            self.evaluator = Evaluator(
+                dataset.source(config.data.val_split),
+                workdir.make_predict(config, model, mesh),
+                batch_size=self.batch_size,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                threads=config.data.threads,
+            )
+        self.last = checkpoint.Checkpoints(folder / workdir.FOLDERS["last"])
+        self.best = checkpoint.Checkpoints(folder / workdir.FOLDERS["best"], keep=1)
+        self.meta = {"best": None, "best_step": None, "metrics": {}, "thresholds": None}
+
+    def loop(self, stop):
+        """Trains to the end; returns the summary."""
+        config, total = self.config, self.total
+        current = self._resume()
+        first = int(current.step)
+        key = jax.device_put(jax.random.key(config.seed + 1), sharding.replicated(self.mesh))
+        batches = pipeline.train_batches(
+            self.source,
+            batch_size=self.batch_size,
+            seed=config.seed,
+            start=first,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            threads=config.data.threads,
+        )
+        every = max(1, round(config.evaluate_every * self.epoch_steps))
+        metrics = log.MetricLog(self.folder, step=first)
+        pending, started, done = [], time.perf_counter(), first
+        began = time.perf_counter()
+        with console.progress("train", total, done=first) as advance:
+            for number in range(first + 1, total + 1):
+                batch = sharding.put_batch(self.mesh, next(batches))
+                current, values = self.train_step(current, batch, key)
+                if pending:  # one step in flight: the host never runs far ahead of the device
+                    jax.block_until_ready(pending[-1])
+                pending.append(values)
+                advance()
+                at_end = number == total
+                if number % config.log_every == 0 or at_end:
+                    means = log.averages(pending)
+                    now = time.perf_counter()
+                    rate = (number - done) * self.batch_size / (now - started)
+                    means["images_per_second"] = rate
+                    metrics.write(number, {f"train/{k}": v for k, v in means.items()})
+                    advance(0, f"loss {means['loss']:.4f}, {rate:.1f} images/s")
+                    pending, started, done = [], now, number
+                if number % every == 0 or at_end:
+                    self._evaluate(current, number, metrics)
+                    started = time.perf_counter()
+                evaluated = number % every == 0 or at_end
+                stopping = sharding.any_process(bool(stop))
+                if evaluated or stopping or number % config.checkpoint_every == 0:
+                    self.last.save(current, self.meta)
+                if stopping and not at_end:
+                    metrics.close()
+                    self.say.say(f"stopped at step {number} of {total}; the same command goes on")
+                    raise Stopped(f"step {number} of {total} is saved in {self.folder}")
+        metrics.close()
+        return self._finish(int(current.step) - first, time.perf_counter() - began)
+
+    def _resume(self):
+        kept, meta, damaged = self.last.restore(self.shapes)
+        for number, reason in damaged.items():
+            self.say.say(f"checkpoint {number} is damaged and set aside: {reason}")
+        if kept is None:
+            self.say.say(
+                f"{self.config.model.name}: {self.parameters:,} parameters, "
+                f"{self.total} steps of {self.batch_size} images on {self.mesh.size} "
+                f"{jax.devices()[0].device_kind} device(s)",
+                parameters=self.parameters,
+            )
+            kept = self.create(seed=self.config.seed)
+            overview = parameter_overview.get_parameter_overview(kept.params)
+            with files.write_whole(self.folder / "parameters.txt") as file:
+                file.write(overview + "\n")
+        else:
+            self.meta = meta
+            self.say.say(f"going on from step {int(kept.step)} of {self.total}")
+        newer = [number for number in self.best.steps() if number > int(kept.step)]
+        for number in newer:  # the run will come to it again
+            self.best.discard(number)
+        if not self.best.steps():
+            self.meta["best"] = None
+        return sharding.put_state(self.mesh, kept)
+
+    def _evaluate(self, current, number, metrics):
+        if self.evaluator is None:
+            return
+        scores = self.evaluator.scores(current.variables)
+        thresholds = scores.thresholds()
+        summary = scores.report(thresholds, self.parents).summary
+        values = {k: v for k, v in summary.items() if isinstance(v, float)}
+        metrics.write(number, {f"val/{name}": value for name, value in values.items()})
+        self.meta = self.meta | {"metrics": values, "thresholds": np.asarray(thresholds).tolist()}
+        auc, best = values.get("auc"), self.meta["best"]
+        if auc is not None and (best is None or auc > best):
+            self.meta |= {"best": auc, "best_step": number}
+            self.best.save(current, self.meta)
+        self.say.say(
+            f"step {number} of {self.total}: val AUC {_shown(auc)}, F1 {_shown(values.get('f1'))}, "
+            f"best AUC {_shown(self.meta['best'])} at step {self.meta['best_step']}",
+            step=number,
+            **values,
+        )
+
+    def _finish(self, steps, seconds):
+        self.last.close()
+        self.best.close()
+        summary = {
+            "workdir": str(self.folder),
+            "steps": self.total,
+            "parameters": self.parameters,
+            "val": self.meta["metrics"],
+            "best_val_auc": self.meta["best"],
+            "best_step": self.meta["best_step"],
+            "devices": f"{self.mesh.size} x {jax.devices()[0].device_kind}",
+            "images_per_second": steps * self.batch_size / seconds if steps else None,
+        }
+        if steps or not (self.folder / "summary.json").exists():
+            files.write_json(self.folder / "summary.json", summary)
+        return summary
+
+
+def _shown(value):
+    return "undefined" if value is None else f"{value:.4f}"

@@ -1,0 +1,1 @@
+"""The step, the optimiser and what a run keeps."""

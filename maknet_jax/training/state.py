@@ -1,0 +1,59 @@
+"""What a training run carries from step to step: arrays only."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class TrainState(NamedTuple):
+    """The state after `step` updates.
+
+    Attributes:
+      step: int32 scalar.
+      params: the trainable parameters.
+      batch_stats: BatchNorm's running statistics.
+      opt_state: the optimiser's state (Ranger's slow weights among it).
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+    @property
+    def variables(self):
+        """What `model.apply` takes."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def create(model, optimizer, *, size, seed):
+    """A fresh state: the same seed gives the same parameters.
+
+    Args:
+      model: a network of `maknet_jax.models`.
+      optimizer: an optax transformation.
+      size: the edge S of the images.
+      seed: an integer.
+    """
+    options = {}
+    if jax.default_backend() == "cpu":
+        # It runs once: optimising its hundred random draws takes a minute, eight times the rest.
+        options["xla_backend_optimization_level"] = 0
+    init = jax.jit(_init(model, optimizer, size), compiler_options=options)
+    return init(jax.random.key(seed))
+
+
+def shapes(model, optimizer, *, size):
+    """The same with shapes and types for arrays: what a checkpoint is restored into."""
+    return jax.eval_shape(_init(model, optimizer, size), jax.random.key(0))
+
+
+def _init(model, optimizer, size):
+    def init(key):
+        variables = model.init({"params": key}, jnp.zeros((1, size, size, 3)), train=False)
+        params = variables["params"]
+        stats = variables.get("batch_stats", {})
+        return TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params))
+
+    return init

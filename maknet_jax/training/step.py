@@ -1,0 +1,57 @@
+"""The one training step and the one prediction step, pure functions to be jitted by the verb."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from maknet_jax.training.state import TrainState
+
+
+def make_train_step(model, loss_fn, optimizer, *, to_input, augment=None):
+    """Builds `train_step(state, batch, key) -> (state, metrics)`.
+
+    Args:
+      model: `model.apply(variables, images, train)` returns `Outputs`.
+      loss_fn: loss_fn(outputs, batch) -> (scalar, metrics).
+      optimizer: an optax transformation.
+      to_input: batch["image"] (int16 HU) -> float32 images in [0, 1].
+      augment: augment(images, keys [B]) -> images, or None.
+
+    Returns:
+      The step. `key` is the run's key: what is random in it is folded with the step and with the
+      record's number `batch["index"]`, so that it depends on neither the mesh nor the workers.
+    """
+
+    def train_step(state, batch, key):
+        key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+        images = to_input(batch["image"])
+        if augment is not None:
+            images = augment(images, jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"]))
+
+        def loss(params):
+            outputs, updated = model.apply(
+                {"params": params, "batch_stats": state.batch_stats},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": dropout_key},
+            )
+            value, metrics = loss_fn(outputs, batch)
+            return value, (metrics, updated.get("batch_stats", {}))
+
+        (_, (metrics, stats)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = metrics | {"gradient_norm": optax.global_norm(gradients)}
+        return TrainState(state.step + 1, params, stats, opt_state), metrics
+
+    return train_step
+
+
+def make_predict_step(model, *, to_input):
+    """Builds `predict_step(variables, images) -> logits`, float32 `[B, K]` from int16 HU."""
+
+    def predict_step(variables, images):
+        return model.apply(variables, to_input(images), train=False).logits.astype(jnp.float32)
+
+    return predict_step

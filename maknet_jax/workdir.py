@@ -1,0 +1,161 @@
+"""What a training run leaves behind, and how the other verbs open it.
+
+    WORKDIR/config.json      the whole configuration
+    WORKDIR/dataset.json     labels, size and fingerprint of the data that it was trained on
+    WORKDIR/checkpoints/N    the last states; WORKDIR/best/N the one of the best validation AUC
+    WORKDIR/metrics.jsonl    training and validation metrics; tensorboard/ the same
+    WORKDIR/log.jsonl        what was said; summary.json how it ended
+"""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from maknet_jax import config as configs
+from maknet_jax import files, models
+from maknet_jax.data import augment
+from maknet_jax.data.labels import Vocabulary
+from maknet_jax.errors import InputError
+from maknet_jax.training import checkpoint, losses, ranger, sharding, state, step
+
+OPTIMIZERS = {"ranger": ranger.ranger}
+LOSSES = {"weighted_focal": losses.focal_loss_fn}
+
+
+def build_model(config, num_classes):
+    """The network of a config; activations are bfloat16 on accelerators with precision auto."""
+    kinds = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    kinds["auto"] = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    if config.precision not in kinds:
+        raise InputError(f"precision {config.precision!r} is unknown: {', '.join(kinds)}")
+    options = config.model.options.to_dict()
+    return models.build(config.model.name, num_classes, dtype=kinds[config.precision], **options)
+
+
+def build_optimizer(config):
+    """The optimiser of a config."""
+    options = config.optimizer.to_dict()
+    return _choose("optimizer", OPTIMIZERS, options.pop("name"))(**options)
+
+
+def build_loss(config, label_counts, total):
+    """The loss of a config with class weights from the training split's counts."""
+    options = config.loss.to_dict()
+    build = _choose("loss", LOSSES, options.pop("name"))
+    pos_weight, neg_weight = losses.class_weights(
+        np.asarray(label_counts), total, clamp=options.pop("clamp")
+    )
+    return build(pos_weight=pos_weight, neg_weight=neg_weight, **options)
+
+
+def _choose(what, known, name):
+    if name not in known:
+        raise InputError(f"{what} {name!r} is unknown: choose one of {', '.join(known)}")
+    return known[name]
+
+
+def to_input(config):
+    """int16 HU -> what the network sees, on the device."""
+    return functools.partial(augment.to_unit, window=tuple(config.data.window))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained network, ready to score.
+
+    Attributes:
+      config: the locked config.
+      vocabulary: the labels in column order.
+      variables: params and batch_stats.
+      thresholds: float `[K]`, chosen on the validation split, or 0.5 where none were kept.
+      step: how many updates the weights have seen.
+      name: "best" or "last".
+      model: the Flax module.
+      mesh: over all devices.
+      predict: predict(variables, batch) -> dict of NumPy arrays, `evaluation.Evaluator`'s form.
+    """
+
+    config: ml_collections.ConfigDict
+    vocabulary: Vocabulary
+    variables: dict
+    thresholds: np.ndarray
+    step: int
+    name: str
+    model: object
+    mesh: object
+    predict: object
+
+
+def make_predict(config, model, mesh):
+    """predict(variables, batch): one jitted step over the mesh, results on every process."""
+    predict_step = jax.jit(
+        step.make_predict_step(model, to_input=to_input(config)),
+        in_shardings=(sharding.replicated(mesh), sharding.split(mesh)),
+        out_shardings=sharding.split(mesh),
+    )
+
+    def predict(variables, batch):
+        batch = sharding.put_batch(mesh, batch)
+        return sharding.gather({**batch, "logits": predict_step(variables, batch.pop("image"))})
+
+    return predict
+
+
+def open_run(workdir, *, checkpoint_name="best"):
+    """Opens a workdir for scoring.
+
+    Args:
+      workdir: a folder of `maknet train`.
+      checkpoint_name: "best" or "last"; without a best one the last is taken.
+
+    Raises:
+      InputError: it is no workdir, or holds no whole checkpoint.
+    """
+    workdir = pathlib.Path(workdir)
+    if checkpoint_name not in ("best", "last"):
+        raise InputError(f"checkpoint {checkpoint_name!r} is unknown: choose best or last")
+    try:
+        config = configs.from_json(files.read_json(workdir / "config.json"))
+        about = files.read_json(workdir / "dataset.json")
+    except FileNotFoundError:
+        raise InputError(f"{workdir} is no workdir of `maknet train`: no config.json") from None
+    vocabulary = Vocabulary.from_json(about["labels"])
+    model = build_model(config, len(vocabulary))
+    like = state.shapes(model, build_optimizer(config), size=config.data.size)
+    kept, name = None, checkpoint_name
+    for name in dict.fromkeys((checkpoint_name, "last")):
+        folder = workdir / FOLDERS[name]
+        if folder.is_dir():
+            saved = checkpoint.Checkpoints(folder)
+            kept, meta, _ = saved.restore(like)
+            saved.close()
+        if kept is not None:
+            break
+    if kept is None:
+        raise InputError(f"{workdir} holds no checkpoint yet: let `maknet train` run on")
+    mesh = sharding.data_mesh()
+    return Run(
+        config,
+        vocabulary,
+        sharding.put_state(mesh, kept.variables),
+        np.asarray(meta.get("thresholds") or [0.5] * len(vocabulary)),
+        int(kept.step),
+        name,
+        model,
+        mesh,
+        make_predict(config, model, mesh),
+    )
+
+
+FOLDERS = {"best": "best", "last": "checkpoints"}
+
+
+def global_batch(batch_size):
+    """`batch_size` rounded up to a multiple of the devices, for scoring."""
+    devices = jax.device_count()
+    return -(-batch_size // devices) * devices
