@@ -1,0 +1,167 @@
+"""NIfTI: every stored orientation comes out the same, and values that are not HU are refused."""
+
+import itertools
+
+import nibabel
+import numpy as np
+import pytest
+
+from maknet_jax.data import nifti
+from maknet_jax.errors import Rejected
+
+
+def block():
+    """[X, Y, Z] in RAS: HU that tell every voxel from any other."""
+    values = np.random.default_rng(0).permutation(4 * 5 * 6).reshape(4, 5, 6) * 10 - 600
+    return values.astype(np.int16)
+
+
+def write(path, values, affine=None, **header):
+    image = nibabel.Nifti1Image(values, np.diag([2.0, 3, 4, 1]) if affine is None else affine)
+    for name, value in header.items():
+        image.header[name] = value
+    image.to_filename(path)
+    return path
+
+
+def test_ras_by_hand(tmp_path):
+    values = np.full((2, 3, 4), -1000, np.int16)
+    values[0, 2, 3] = 7
+    hu, spacing, stored = nifti.read_nifti(write(tmp_path / "a.nii", values))
+    # RAS+: x grows to the patient's right, y to anterior, z to the head. So the voxel lies at
+    # the left (last column), anterior (row 0), in the slice nearest to the head (slice 0).
+    assert hu[0, 0, 1] == 7
+    assert spacing == (4.0, 3.0, 2.0)
+    assert stored == ("3", "2", "1", "0")
+
+
+@pytest.mark.parametrize("axes", list(itertools.permutations(range(3))))
+def test_every_stored_orientation_comes_out_the_same(tmp_path, axes):
+    ras = nibabel.Nifti1Image(block(), np.diag([2.0, 3, 4, 1]))
+    first = None
+    for flips in itertools.product((1, -1), repeat=3):
+        image = ras.as_reoriented(np.array(list(zip(axes, flips, strict=True))))
+        image.to_filename(tmp_path / "a.nii.gz")
+        hu, spacing, stored = nifti.read_nifti(tmp_path / "a.nii.gz")
+        canonical = np.asarray(nibabel.as_closest_canonical(image).dataobj)
+        # canonical is RAS: x to the right of the patient, so columns right to left run down x
+        np.testing.assert_array_equal(hu, canonical[::-1, ::-1, ::-1].transpose(2, 1, 0))
+        assert spacing == (4.0, 3.0, 2.0)
+        axis = axes[2]
+        for k, name in enumerate(stored):  # names lead back to the stored planes
+            plane = np.take(np.asarray(image.dataobj), int(name), axis=axis)
+            assert set(plane.ravel()) == set(hu[k].ravel())
+        first = hu if first is None else first
+        np.testing.assert_array_equal(hu, first)
+
+
+def test_scale_is_applied_and_rounded(tmp_path):
+    image = nibabel.Nifti1Image(block(), np.eye(4))
+    image.header.set_slope_inter(0.5, -100)
+    image.to_filename(tmp_path / "a.nii")
+    stored = np.asarray(nibabel.load(tmp_path / "a.nii").dataobj.get_unscaled())
+    proxy = nibabel.load(tmp_path / "a.nii").dataobj
+    expected = np.rint(stored * float(proxy.slope) + float(proxy.inter))
+    hu, _, _ = nifti.read_nifti(tmp_path / "a.nii")
+    np.testing.assert_array_equal(hu, expected[::-1, ::-1, ::-1].transpose(2, 1, 0))
+    assert (float(proxy.slope), float(proxy.inter)) == (0.5, -100.0)
+
+
+def test_torso_by_its_label_map(shared_data):
+    folder = shared_data / "nifti" / "torso_112"
+    hu, spacing, stored = nifti.read_nifti(folder / "example_ct.nii.gz")
+    labels = nifti.load_label_map(
+        folder / "example_seg_fast_force_split.nii.gz", like=folder / "example_ct.nii.gz"
+    )
+    assert hu.shape == labels.shape == (112, 101, 122)
+    assert spacing == (3.0, 3.0, 3.0) and (hu.min(), hu.max()) == (-1207, 3382)
+    assert stored[0] == "111" and stored[-1] == "0"  # stored from the pelvis up
+
+    def centre(label):
+        return np.argwhere(labels == label).mean(axis=0)
+
+    liver, spleen, bladder, lung = (centre(k) for k in (5, 1, 21, 10))
+    assert liver[2] < 61 < spleen[2]  # the liver on the image's left half, the spleen right
+    assert lung[0] < liver[0] < bladder[0]  # head to feet
+    bone = np.argwhere(hu[60] > 300).mean(axis=0)
+    assert bone[0] > 55  # the spine lies low in the picture
+    assert np.median(hu[labels == 10]) < -700 and 0 < np.median(hu[labels == 5]) < 200
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (np.abs(block()) % 256, "not HU"),
+        (block() + 1024, "not HU"),
+        (block().astype(np.float32) / 1000, "not HU"),
+        (np.where(block() == 0, np.nan, block()), "not finite"),
+        (block().astype(np.float32) * 1000, "outside int16"),
+        (np.stack([block()] * 2, -1), "only 3-D"),
+        (block().astype(np.complex64), "only numbers"),
+        (block()[:, :, 0], "only 3-D"),
+    ],
+)
+def test_values_that_are_not_hu_are_refused(tmp_path, values, reason):
+    values = values.astype(np.float32) if values.dtype == np.float64 else values
+    path = write(tmp_path / "a.nii", values)
+    with pytest.raises(Rejected, match=reason):
+        nifti.read_nifti(path)
+
+
+def test_affines_that_are_not_understood_are_refused(tmp_path):
+    def reason(affine=None, **header):
+        with pytest.raises(Rejected) as caught:
+            nifti.check_nifti(write(tmp_path / "a.nii", block(), affine, **header))
+        return str(caught.value)
+
+    def turned(degrees):
+        c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+        return np.array([[1, 0, 0, 0], [0, c, -s, 0], [0, s, c, 0], [0, 0, 0, 1.0]])
+
+    assert nifti.check_nifti(write(tmp_path / "a.nii", block(), turned(25))) == 6
+    assert "oblique: 40 degrees" in reason(turned(40))
+    content = bytearray((tmp_path / "a.nii").read_bytes())
+    content[252:256] = bytes(4)  # qform_code and sform_code
+    (tmp_path / "a.nii").write_bytes(content)
+    with pytest.raises(Rejected, match="neither sform nor qform"):
+        nifti.check_nifti(tmp_path / "a.nii")
+    assert "unit of the affine is meter" in reason(xyzt_units=1)
+    assert "outside 0.05 to 50" in reason(np.diag([0.001, 0.001, 0.001, 1]))
+    image = nibabel.Nifti1Image(block(), np.eye(4))
+    image.set_sform(np.diag([-1.0, 1, 1, 1]), 1)
+    image.set_qform(np.eye(4), 1)
+    image.to_filename(tmp_path / "a.nii")
+    with pytest.raises(Rejected, match="disagree"):
+        nifti.check_nifti(tmp_path / "a.nii")
+
+
+def test_a_last_axis_of_one_is_fine(tmp_path):
+    flat, _, _ = nifti.read_nifti(write(tmp_path / "a.nii", block()))
+    hu, _, _ = nifti.read_nifti(write(tmp_path / "b.nii", block()[..., None]))
+    np.testing.assert_array_equal(hu, flat)
+
+
+def test_broken_files(tmp_path, capfd):
+    for name in ("a.nii.gz", "a.nii"):
+        content = write(tmp_path / name, block()).read_bytes()
+        for size in (0, 3, 40, len(content) * 2 // 3, len(content) - 9):
+            (tmp_path / name).write_bytes(content[:size])
+            with pytest.raises(Rejected, match="broken"):
+                nifti.read_nifti(tmp_path / name)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_label_maps_hold_whole_numbers(tmp_path):
+    labels = np.abs(block()).astype(np.uint8)
+    hu_path = write(tmp_path / "ct.nii", block())
+    path = write(tmp_path / "a.nii", labels)
+    got = nifti.load_label_map(path, like=hu_path)
+    assert got.dtype == np.uint16
+    np.testing.assert_array_equal(got, labels[::-1, ::-1, ::-1].transpose(2, 1, 0))
+    for wrong in (block(), block().astype(np.float32) / 7):
+        with pytest.raises(Rejected, match="whole numbers"):
+            nifti.load_label_map(write(tmp_path / "b.nii", wrong))
+    shifted = np.diag([2.0, 3, 4, 1])
+    shifted[0, 3] = 9
+    with pytest.raises(Rejected, match="another voxel grid"):
+        nifti.load_label_map(write(tmp_path / "c.nii", labels, shifted), like=hu_path)
