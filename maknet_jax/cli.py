@@ -285,6 +285,7 @@ def _predict(verbs):
     verb.add_argument("--workdir", required=True, help="folder of the trained run")
     verb.add_argument("--out", required=True, help="the CSV to write")
     verb.add_argument("--json", action="store_true", help="all confidences as JSON too")
+    verb.add_argument("--charts", action="store_true", help="a picture a series: labels along z")
     verb.add_argument("--checkpoint", default="best", choices=("best", "last"))
     verb.add_argument("--batch-size", type=_count, default=16, help="slices a step (default: 16)")
     _png_window(verb)
@@ -302,6 +303,7 @@ def _run_predict(options):
         checkpoint=options.checkpoint,
         batch_size=options.batch_size,
         as_json=options.json,
+        charts=options.charts,
     )
     print(f"{summary['slices']} slices of {summary['series']} series: {summary['files'][0]}")
     return SOME_REJECTED if summary["failures"] else DONE

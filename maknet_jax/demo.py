@@ -29,7 +29,11 @@ def demo(out, *, seed=0, workers=1):
     log = console.Log(out / "log.jsonl")
     size = configs.load("smoke").data.size
     log.say(f"1/5 phantom: {PHANTOM['patients']} patients, CT with couch, noise and mined labels")
-    paths = phantom_paths(out / "phantom", seed)
+    folder = out / "phantom"
+    if (folder / "phantom.json").exists():
+        paths = phantom.read_phantom(folder)
+    else:
+        paths = phantom.write_phantom(folder, seed=seed, **PHANTOM)
     log.say(f"2/5 prepare: crop, {size} x {size}, three slices as channels")
     shards = out / "shards"
     if not (shards / "dataset.json").exists():
@@ -74,12 +78,3 @@ def demo(out, *, seed=0, workers=1):
     log.event(event="done", minutes=minutes)
     log.close()
     return {**summaries, "predict": predicted}
-
-
-def phantom_paths(folder, seed):
-    """The phantom of the demo, written where it is not there yet."""
-    if not (folder / "phantom.json").exists():
-        return phantom.write_phantom(folder, seed=seed, **PHANTOM)
-    return phantom.paths(folder)
-
-

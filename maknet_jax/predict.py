@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 
 from maknet_jax import console, files, workdir
+from maknet_jax.charts import write_label_chart
 from maknet_jax.data import preprocess, volumes
 from maknet_jax.errors import InputError, Rejected
 from maknet_jax.evaluation import protocol
@@ -14,7 +15,17 @@ SLICE_COLUMNS = ("series", "slice", "file", "labels", "confidences", "thresholds
 SERIES_COLUMNS = ("series", "label", "first_slice", "last_slice", "slices", "mean_confidence")
 
 
-def predict(folder, path, out, *, png_window=None, checkpoint="best", batch_size=16, as_json=False):
+def predict(
+    folder,
+    path,
+    out,
+    *,
+    png_window=None,
+    checkpoint="best",
+    batch_size=16,
+    as_json=False,
+    charts=False,
+):
     """Labels every slice of every CT series under `path`.
 
     Each slice is the middle of a triplet with its neighbours; at the ends the edge is repeated.
@@ -30,6 +41,7 @@ def predict(folder, path, out, *, png_window=None, checkpoint="best", batch_size
       checkpoint: "best" or "last".
       batch_size: slices a step.
       as_json: write `STEM.json` with all confidences too.
+      charts: draw `STEM.NNN.png` for each series: its labels from head to feet.
 
     Returns:
       The summary: counts, files, and the series with what they cover.
@@ -43,7 +55,7 @@ def predict(folder, path, out, *, png_window=None, checkpoint="best", batch_size
         reason = f": {failures[0][0]}: {failures[0][1]}" if failures else ""
         raise InputError(f"no CT series in {path} (DICOM, NIfTI and PNG are read){reason}")
     run = workdir.open_run(folder, checkpoint_name=checkpoint)
-    slices, covers, full = [], [], []
+    slices, covers, full, pictures = [], [], [], []
     # The next series is read while this one is labelled.
     with (
         concurrent.futures.ThreadPoolExecutor(1) as reader,
@@ -68,6 +80,12 @@ def predict(folder, path, out, *, png_window=None, checkpoint="best", batch_size
             chosen = choose(run, scores)
             slices += _slice_rows(run, volume, scores, chosen)
             covers += _cover(run, volume, scores, chosen)
+            if charts:
+                pictures.append(out.with_suffix(f".{len(full):03d}.png"))
+                title = f"{volume.series}: {pathlib.Path(folder).name}, step {run.step}"
+                write_label_chart(
+                    pictures[-1], scores, chosen, run.vocabulary.names, title=title
+                )
             full.append(
                 {
                     "series": volume.series,
@@ -79,7 +97,7 @@ def predict(folder, path, out, *, png_window=None, checkpoint="best", batch_size
         raise InputError(f"no series in {path} could be read: {failures[0][1]}")
     console.write_table(out, SLICE_COLUMNS, slices)
     console.write_table(out.with_suffix(".series.csv"), SERIES_COLUMNS, covers)
-    written = [out, out.with_suffix(".series.csv")]
+    written = [out, out.with_suffix(".series.csv"), *pictures]
     if as_json:
         about = {"labels": run.vocabulary.names, "thresholds": run.thresholds.tolist()}
         files.write_json(out.with_suffix(".json"), {**about, "series": full})

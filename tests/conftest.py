@@ -20,3 +20,60 @@ def shared_data():
     if not SHARED.is_dir():
         pytest.skip(f"real CT not found at {SHARED}: see data/README.md")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def phantom(tmp_path_factory):
+    """A small phantom: the paths that `write_phantom` returns."""
+    from maknet_jax.data.phantom import write_phantom
+
+    return write_phantom(
+        tmp_path_factory.mktemp("phantom") / "phantom",
+        patients=12,
+        unlabelled_volumes=2,
+        size=64,
+        slices=12,
+    )
+
+
+@pytest.fixture(scope="session")
+def shards(phantom, tmp_path_factory):
+    """The phantom's labelled slices as a prepared data set at 32 x 32."""
+    from maknet_jax import prepare
+    from maknet_jax.data import records
+
+    out = tmp_path_factory.mktemp("shards") / "phantom"
+    prepare.prepare_deeplesion(
+        phantom["images"],
+        phantom["info"],
+        out,
+        label_file=phantom["labels"],
+        hand_labels=phantom["hand_labels"],
+        ontology=phantom["ontology"],
+        size=32,
+    )
+    return records.open_dataset(out)
+
+
+@pytest.fixture(scope="session")
+def trained(shards, tmp_path_factory):
+    """The workdir of a tiny MAKNet after a few dozen steps; tests must not change its weights."""
+    from maknet_jax import config, train
+
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    page = config.load(
+        "smoke",
+        [
+            f"data.path={shards.path}",
+            "data.size=32",
+            "data.batch_size=16",
+            "epochs=8",
+            "evaluate_every=4",
+            "model.options.stem=8",
+            "model.options.blocks=1,1",
+            "model.options.growth_rates=16,16",
+            "model.options.widths=16,16",
+        ],
+    )
+    train.train(page, folder)
+    return folder

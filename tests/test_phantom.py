@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import zipfile
 
 import numpy as np
 import openpyxl
@@ -95,6 +96,17 @@ def test_same_seed_same_bytes(tmp_path):
     assert images and not any(first[name] == other.get(name) for name in images)
 
 
+def test_archives_hold_no_time_of_writing(written):
+    archives = [written["ontology"], *written["masks"].rglob("*.npz")]
+    dates = set()
+    for path in archives:
+        with zipfile.ZipFile(path) as archive:
+            dates |= {entry.date_time[:3] for entry in archive.infolist()}
+    assert dates == {(1980, 1, 1), (2018, 10, 22)}
+    with zipfile.ZipFile(written["ontology"]) as archive:
+        assert archive.read("docProps/core.xml").count(b">2018-10-22T00:00:00Z<") == 2
+
+
 def test_formats_are_those_of_the_real_files(written, rows, mined, hand, shared_data):
     with open(shared_data / "deeplesion/DL_info_first_691_rows.csv", newline="") as file:
         real_rows = list(csv.DictReader(file))
@@ -121,7 +133,10 @@ def test_ontology_agrees_with_itself(written):
     def words(cell):
         return set((cell or "").split(" | ")) - {""}
 
+    for a, b in phantom_labels.EXCLUSIVE:
+        assert b in words(table[a][5])
     for term, row in table.items():
+        assert term not in words(row[5])
         assert all(term in words(table[other][5]) for other in words(row[5]))
         assert all(term in words(table[child][6]) for child in words(row[7]))
         assert all(term in words(table[p][7]) for p in words(row[6]) if p in table)
@@ -154,9 +169,8 @@ def test_lesions_are_numbered_from_one_and_labelled_by_what_the_slice_shows(writ
 def test_mined_labels_resemble_the_slices_only_with_base_one(written, rows, mined):
     def agreement(base):
         shared = []
-        for number, labels in zip(
-            mined["train_lesion_idxs"], mined["train_relevant_labels"], strict=True
-        ):
+        pairs = zip(mined["train_lesion_idxs"], mined["train_relevant_labels"], strict=True)
+        for number, labels in pairs:
             row = rows[min(number - base, len(rows) - 1)]
             spacing = float(row["Spacing_mm_px_"].split(", ")[0])
             shown = phantom_labels.visible_terms(organ_map(written, row), spacing**2)
@@ -205,19 +219,15 @@ def test_the_box_holds_the_lesion():
     body = anatomy.make_patient(np.random.default_rng(3))
     scan = anatomy.make_scan(np.random.default_rng(3), body)
     z = 300.0 / (torso.LENGTH * body.height)
-    with_it, without = (
-        anatomy.draw_slice(body, scan, z, 128, np.random.default_rng(0), lesions)[0].astype(int)
-        for lesions in ([lesion], [])
-    )
-    changed = np.argwhere(np.abs(with_it - without) > 150)
+
+    def drawn(at, lesions):
+        noise = np.random.default_rng(0)
+        return anatomy.draw_slice(body, scan, at, 128, noise, lesions)[0].astype(int)
+
+    changed = np.argwhere(np.abs(drawn(z, [lesion]) - drawn(z, [])) > 150)
     assert len(changed) > 40
     assert (np.hypot(*(changed - (40, 60)).T) < 8).all()
-    far = 330.0 / (torso.LENGTH * body.height)
-    pair = [
-        anatomy.draw_slice(body, scan, far, 128, np.random.default_rng(0), lesions)[0]
-        for lesions in ([lesion], [])
-    ]
-    assert np.array_equal(*pair)
+    assert np.array_equal(drawn(1.1 * z, [lesion]), drawn(1.1 * z, []))
 
 
 def test_hu_of_organs(torsos):
@@ -238,26 +248,23 @@ def test_hu_of_organs(torsos):
 
 
 def test_the_body_lies_on_a_table(torsos):
-    for _, _, z, hu, organs in torsos:
-        body = (organs != 0) & (organs != torso.VALUE["table"])
-        assert body.sum() * 25 > 8000, z  # mm2
+    for body, scan, z, hu, organs in torsos:
         table = organs == torso.VALUE["table"]
-        assert table.any() and hu[table].max() > -700 and np.median(hu[table]) < -600
-        # At the column of the body's middle nothing of the body is below the table.
-        column = round(mean_column(body))
-        below = np.nonzero(table[:, column])[0]
-        if below.size:
-            assert np.nonzero(body[:, column])[0].max(initial=0) < below.min()
+        shape = (organs != 0) & ~table
+        assert shape.sum() * 25 > 8000, z  # mm2
+        assert hu[table].max() > -700 and np.median(hu[table]) < -600  # shell and foam
+        column = round(mean_column(shape))
+        back = (torso.BACK + scan.table[0]) * body.depth / 5 + 47.5  # 5 mm a pixel
+        assert abs(np.nonzero(table[:, column])[0].min() - back) < 5
+        bare = dataclasses.replace(scan, table=(0.0, 1e-3, 0.0, 0.0))
+        _, alone = anatomy.draw_slice(body, bare, z, 96, np.random.default_rng(0))
+        assert np.array_equal(shape, alone != 0)  # the table never covers the body
 
 
 def test_columns_run_from_the_patients_right_to_left(torsos):
     def mean_of(name):
-        found = [
-            mean_column(organs == torso.VALUE[name])
-            for _, _, _, _, organs in torsos
-            if (organs == torso.VALUE[name]).sum() > 20
-        ]
-        return np.mean(found)
+        masks = [organs == torso.VALUE[name] for *_, organs in torsos]
+        return np.mean([mean_column(mask) for mask in masks if mask.sum() > 20])
 
     assert mean_of("right lung") < 45 < 51 < mean_of("left lung")
     assert mean_of("right kidney") < 45 < 51 < mean_of("left kidney")
@@ -298,9 +305,8 @@ def test_an_organ_of_a_few_pixels_is_not_labelled():
 def test_text_mining_loses_and_invents_labels():
     rng = np.random.default_rng(0)
     true = phantom_labels.with_parents(["liver", "right kidney", "lumbar", "rib"])
-    relevant, uncertain, _ = zip(
-        *(phantom_labels.mine_terms(true, rng) for _ in range(2000)), strict=True
-    )
+    mined = [phantom_labels.mine_terms(true, rng) for _ in range(2000)]
+    relevant, uncertain, _ = zip(*mined, strict=True)
     kept = np.mean([len(true & set(terms)) / len(true) for terms in relevant])
     doubted = np.mean([len(terms) / len(true) for terms in uncertain])
     wrong = np.mean([len(set(terms) - true) / len(true) for terms in relevant])
@@ -344,9 +350,8 @@ def test_unlabelled_volumes(written):
     for folder in folders:
         maps = np.load(written["masks"] / "dicom" / f"{folder.name}.npz")
         data = {d.SOPInstanceUID: d for d in map(pydicom.dcmread, folder.iterdir())}
-        assert maps["uids"].tolist() == sorted(
-            data, key=lambda uid: -data[uid].ImagePositionPatient[2]
-        )
+        head_first = sorted(data, key=lambda uid: -data[uid].ImagePositionPatient[2])
+        assert maps["uids"].tolist() == head_first
         for uid, organs in zip(maps["uids"].tolist(), maps["labels"], strict=True):
             one = data[uid]
             hu = one.pixel_array.astype(int) + int(one.RescaleIntercept)

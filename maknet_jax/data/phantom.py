@@ -20,7 +20,7 @@ from scipy import ndimage
 
 from maknet_jax.data import anatomy, phantom_labels, torso
 from maknet_jax.errors import InputError
-from maknet_jax.files import write_json
+from maknet_jax.files import read_json, write_json
 
 INFO_COLUMNS = (
     "File_name", "Patient_index", "Study_index", "Series_ID", "Key_slice_index",
@@ -108,14 +108,28 @@ def write_phantom(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    return read_phantom(out)
+
+
+def read_phantom(folder):
+    """What `write_phantom` returned for a folder that it has written.
+
+    Raises:
+      InputError: the folder holds no phantom.
+    """
+    folder = pathlib.Path(folder)
+    try:
+        counts = read_json(folder / "phantom.json")["counts"]
+    except FileNotFoundError:
+        raise InputError(f"{folder} holds no phantom: write one first") from None
     return {
-        "images": out / "deeplesion" / "Images_png",
-        "info": out / "deeplesion" / "DL_info.csv",
-        "labels": out / "lesanet" / "text_mined_labels.json",
-        "hand_labels": out / "lesanet" / "hand_labeled.json",
-        "ontology": out / "lesanet" / "ontology.xlsx",
-        "dicom": out / "dicom",
-        "masks": out / "masks",
+        "images": folder / "deeplesion" / "Images_png",
+        "info": folder / "deeplesion" / "DL_info.csv",
+        "labels": folder / "lesanet" / "text_mined_labels.json",
+        "hand_labels": folder / "lesanet" / "hand_labeled.json",
+        "ontology": folder / "lesanet" / "ontology.xlsx",
+        "dicom": folder / "dicom",
+        "masks": folder / "masks",
         "counts": counts,
     }
 

@@ -110,8 +110,9 @@ def write_labels(folder, lesions, rng):
     """
     labels = {"term_list": list(TERMS)}
     for split in SPLITS:
-        for kind in ("relevant_labels", "uncertain_labels", "irrelevant_labels", "lesion_idxs"):
+        for kind in ("relevant_labels", "uncertain_labels", "lesion_idxs"):
             labels[f"{split}_{kind}"] = []
+    labels["train_irrelevant_labels"] = []  # LesaNet has no others
     hand, detected = [], dict.fromkeys(ONTOLOGY, 0)
     for number, lesion in enumerate(lesions, start=1):
         split, fate = lesion["split"], rng.random()
@@ -122,7 +123,8 @@ def write_labels(folder, lesions, rng):
             continue  # no sentence was mined for this lesion
         mined = mine_terms(lesion["terms"], rng)
         for kind, terms in zip(("relevant", "uncertain", "irrelevant"), mined, strict=True):
-            labels[f"{split}_{kind}_labels"].append([TERMS.index(term) for term in terms])
+            if f"{split}_{kind}_labels" in labels:
+                labels[f"{split}_{kind}_labels"].append([TERMS.index(term) for term in terms])
         labels[f"{split}_lesion_idxs"].append(number)
         for term in mined[0]:
             detected[term] += 1

@@ -1,0 +1,105 @@
+"""The command line: exit codes, one line an error, help with an example."""
+
+import subprocess
+import sys
+
+import pytest
+
+from maknet_jax import cli
+
+VERBS = (
+    ["demo"],
+    ["prepare", "deeplesion"],
+    ["prepare", "dicom"],
+    ["prepare", "table"],
+    ["train"],
+    ["evaluate"],
+    ["predict"],
+)
+
+
+def run(capsys, *argv):
+    """(exit code, standard output, standard error) of a command."""
+    try:
+        code = cli.main([str(part) for part in argv])
+    except SystemExit as exit_:
+        code = exit_.code
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
+def test_help_shows_an_example(capsys, verb):
+    code, out, _ = run(capsys, *verb, "--help")
+    assert code == 0
+    assert f"example:\n  maknet {' '.join(verb)}" in out
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["fly"], "fly"),
+        (["train", "--workdir", "x"], "--config"),
+        (["train", "--config", "teecher", "--workdir", "x"], "teacher"),
+        (["train", "--config", "teacher", "--workdir", "x", "--config.epoch=3"], "'epochs'"),
+        (["train", "--config", "teacher", "--workdir", "x", "--config.epochs=many"], "many"),
+        (["train", "--config", "teacher", "--workdir", "x", "--confg.epochs=3"], "--confg.epochs"),
+        (["train", "--config", "teacher", "--workdir", "x", "--config.data.path=no"], "prepare"),
+        (["evaluate", "--workdir", "nowhere"], "nowhere"),
+        (["evaluate", "--workdir", "x", "--config.epochs=3"], "--config.epochs=3"),
+        (["predict", "nowhere", "--workdir", "x", "--out", "y.csv"], "nowhere"),
+        (["prepare", "dicom", "nowhere", "--out", "y"], "nowhere"),
+        (["prepare", "dicom", ".", "--out", "y", "--min-slices", "0"], "'0'"),
+        (["prepare", "table", "nowhere.csv", "--out", "y"], "nowhere.csv"),
+        (["prepare", "table", "t.csv", "--out", "y", "--png-window=275,-175"], "LOW"),
+        (["prepare", "deeplesion", "--images", "i", "--info", "d", "--out", "y"], "--images i"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, argv, says):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *argv)
+    assert code == 2
+    assert says in err
+    assert len(err.strip().splitlines()) == 1
+    assert out == ""
+    assert not list(tmp_path.iterdir()), "bad input must not leave anything behind"
+
+
+def test_size_must_suit_the_networks(capsys, tmp_path, phantom):
+    out = tmp_path / "shards"
+    code, _, err = run(
+        capsys, "prepare", "dicom", phantom["dicom"], "--min-slices=1", "--size=100", "--out", out
+    )
+    assert code == 2
+    assert "--size 100" in err
+    assert not out.exists()
+
+
+def test_a_stopped_verb_exits_75(capsys, monkeypatch, tmp_path):
+    import os
+    import signal
+
+    from maknet_jax import prepare
+
+    def stopped(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(prepare, "prepare_dicom", stopped)
+    code, _, err = run(capsys, "prepare", "dicom", tmp_path, "--out", tmp_path / "out")
+    assert code == 75
+    assert "SIGTERM" in err
+
+
+def test_the_module_is_the_command():
+    result = subprocess.run(
+        [sys.executable, "-m", "maknet_jax", "--version"], capture_output=True, text=True
+    )
+    assert result.returncode == 0
+    assert result.stdout.strip()
+
+
+def test_help_is_quick_to_import():
+    # The command reads its options without JAX: a typo is answered at once.
+    code = "import sys, maknet_jax.cli as c\nc._parser()\nsys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
