@@ -1,4 +1,4 @@
-"""`maknet demo`: the whole chain on a generated phantom, by the code that real data runs through."""
+"""`maknet demo`: the whole chain on a generated phantom, by the code that real data runs."""
 
 import pathlib
 import time

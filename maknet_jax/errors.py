@@ -15,5 +15,9 @@ class Rejected(ValueError):
     """
 
 
-class Stopped(Exception):
-    """A signal ended the run after its state was saved; the same command goes on. Exit code 75."""
+class Stopped(BaseException):
+    """A signal ended the run after its state was saved; the same command goes on. Exit code 75.
+
+    No Exception, as KeyboardInterrupt is none: the readers turn any Exception into a rejected file,
+    and a signal that comes while they read should not look like one.
+    """

@@ -8,12 +8,13 @@ import tempfile
 
 
 @contextlib.contextmanager
-def write_whole(path, mode="w"):
+def write_whole(path, mode="w", *, private=False):
     """Opens a temporary file beside `path` that takes its name only when the block ends well.
 
     Args:
       path: the final name; its folder is made.
       mode: "w" (UTF-8 text) or "wb".
+      private: only the owner may read the file; else permissions obey the umask.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,10 +26,10 @@ def write_whole(path, mode="w"):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files that only their owner reads; a result should obey the umask.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        if not private:  # mkstemp makes files that only their owner reads
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

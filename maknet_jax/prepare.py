@@ -14,7 +14,6 @@ from maknet_jax.data import (
     contact_sheet,
     deeplesion,
     labels,
-    png,
     preprocess,
     records,
     shards,
@@ -84,7 +83,8 @@ def prepare_deeplesion(
     Raises:
       InputError: see `deeplesion.number_lesions`; an input is missing; `out` is taken.
     """
-    images, out = pathlib.Path(images), pathlib.Path(out)
+    images = pathlib.Path(images)
+    _check(out, size)
     if not images.is_dir():
         raise InputError(f"--images {images} is no folder: see data/README.md for DeepLesion")
     if (label_file is None) != (ontology is None) or (hand_labels and not label_file):
@@ -117,10 +117,17 @@ def prepare_deeplesion(
     if not any(splits.values()):
         raise InputError(f"none of the {len(wanted)} images is under {images}: check --images")
     about["images_missing"] = len(missing)
-    summary = _write(out, splits, _make_key_slice, "deeplesion", size, vocabulary, about, workers)
-    if missing:
-        console.write_table(out / "missing.csv", ("input", "reason"), missing)
-    return summary
+    return _write(
+        out,
+        splits,
+        _make_key_slice,
+        kind="deeplesion",
+        size=size,
+        vocabulary=vocabulary,
+        about=about,
+        workers=workers,
+        missing=missing,
+    )
 
 
 def _label_rows(rows, label_file, hand_labels, ontology):
@@ -154,17 +161,15 @@ def _find_image(images, name):
 
 
 def _make_key_slice(unit):
-    path = pathlib.Path(unit.path)
-    around = [png.neighbour_path(path, -1), path, png.neighbour_path(path, 1)]
-    present = [one if one.is_file() else path for one in around]
-    repeated = sum(one == path for one in present) - 1
     try:
-        image, box = preprocess.make_triplet([png.read_png(one) for one in present], unit.size)
-    except (Rejected, ValueError) as error:
+        volume, centre = volumes.load_series_of(unit.path)
+    except (Rejected, InputError) as error:
         return shards.Made(failures=((unit.path, str(error)),))
+    slices = preprocess.neighbours(volume.hu, centre)
+    image, box = preprocess.make_triplet(slices, unit.size)
     meta = dict(unit.meta) | {"crop": box}
     example = _example(unit.id, image, unit.labels, unit.label_mask, meta)
-    return shards.Made((example,), counters={"neighbours repeated": repeated})
+    return shards.Made((example,), counters={"neighbours repeated": 3 - len(volume.hu)})
 
 
 def _example(record_id, image, vector, mask, meta):
@@ -191,7 +196,7 @@ def prepare_dicom(folder, out, *, salt_file=None, min_slices=51, size=256, worke
     Raises:
       InputError: nothing usable is there, or `out` is taken.
     """
-    out = pathlib.Path(out)
+    _check(out, size)
     found, failures = volumes.find_series(folder, workers=workers)
     small = [ref for ref in found if ref.count < min_slices]
     kept = [ref for ref in found if ref.count >= min_slices]
@@ -200,8 +205,7 @@ def prepare_dicom(folder, out, *, salt_file=None, min_slices=51, size=256, worke
         raise InputError(f"no usable series in {folder}: {why}{len(failures)} unreadable")
     salt = _salt(salt_file)
     units = [
-        _Series(ref, salt, size, len(preprocess.centres(ref.count, overlap=False)))
-        for ref in kept
+        _Series(ref, salt, size, len(preprocess.centres(ref.count, overlap=False))) for ref in kept
     ]
     about = {
         "series": len(kept),
@@ -212,19 +216,25 @@ def prepare_dicom(folder, out, *, salt_file=None, min_slices=51, size=256, worke
     failures += [
         (ref.paths[0], f"{ref.count} slices, --min-slices asks for {min_slices}") for ref in small
     ]
-    vocabulary = labels.Vocabulary(())
-    splits = {"unlabelled": units}
-    return _write(out, splits, _make_series, "dicom", size, vocabulary, about, workers, failures)
+    return _write(
+        out,
+        {"unlabelled": units},
+        _make_series,
+        kind="dicom",
+        size=size,
+        vocabulary=labels.Vocabulary(()),
+        about=about,
+        workers=workers,
+        failures=failures,
+    )
 
 
 def _salt(path):
-    default = pathlib.Path(os.environ.get("XDG_CONFIG_HOME", "~/.config")) / "maknet" / "salt"
+    default = pathlib.Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config") / "maknet" / "salt"
     path = pathlib.Path(path or default).expanduser()
     if not path.exists():
-        with files.write_whole(path) as file:
-            os.fchmod(file.fileno(), 0o600)
+        with files.write_whole(path, private=True) as file:
             file.write(secrets.token_hex(32) + "\n")
-        path.chmod(0o600)
         console.Log().say(f"made the salt {path}: keep it, the same ids need it again")
     salt = path.read_text(encoding="utf-8").strip()
     if len(salt) < 16:
@@ -270,6 +280,7 @@ def prepare_table(csv_file, out, *, png_window=None, size=256, workers=1):
     Raises:
       InputError: the table breaks a rule, or `out` is taken.
     """
+    _check(out, size)
     rows, vocabulary = table.read_table(csv_file)
     grouped = {}
     for row in rows:
@@ -282,7 +293,14 @@ def prepare_table(csv_file, out, *, png_window=None, size=256, workers=1):
         )
     about = {"rows": len(rows), "png_window": png_window}
     return _write(
-        pathlib.Path(out), splits, _make_table_volume, "table", size, vocabulary, about, workers
+        out,
+        splits,
+        _make_table_volume,
+        kind="table",
+        size=size,
+        vocabulary=vocabulary,
+        about=about,
+        workers=workers,
     )
 
 
@@ -292,7 +310,8 @@ def _make_table_volume(unit):
     except (Rejected, InputError) as error:
         return shards.Made(failures=tuple((row.where, str(error)) for row in unit.rows))
     threshold = {}
-    if unit.png_window and unit.path.lower().endswith(".png"):
+    # Whole CT reaches far below any display window: these values were cut to it.
+    if unit.png_window and volume.hu.min() >= np.floor(unit.png_window[0]):
         threshold = {"threshold": preprocess.below_window(unit.png_window)}
     examples, failures = [], []
     for row, vector in zip(unit.rows, unit.labels, strict=True):
@@ -308,38 +327,36 @@ def _make_table_volume(unit):
     return shards.Made(tuple(examples), tuple(failures))
 
 
-def _write(out, splits, make, kind, size, vocabulary, about, workers, failures=()):
+def _check(out, size):
+    # Before anything is read: a tree of CT can take long to look through.
     if size % 32:
         raise InputError(f"--size {size} should be a multiple of 32: networks halve five times")
+    shards.check_unfinished(out)
+
+
+def _write(out, splits, make, *, failures=(), missing=(), **plan):
+    out = pathlib.Path(out)
     units = sum(map(len, splits.values()))
-    with console.progress(f"prepare {kind}", units) as advance:
-        info, new = shards.write_dataset(
-            out,
-            splits,
-            make,
-            kind=kind,
-            size=size,
-            vocabulary=vocabulary,
-            about=about,
-            workers=workers,
-            advance=advance,
-        )
+    with console.progress(f"prepare {plan['kind']}", units) as advance:
+        info, new = shards.write_shards(out, splits, make, advance=advance, **plan)
     failures = [*failures, *new]
-    dataset = records.open_dataset(out)
-    examples = _sample(dataset)
-    contact_sheet.write_contact_sheet(out / "contact_sheet.png", examples, vocabulary.names)
+    names = plan["vocabulary"].names
+    examples = _sample(records.Dataset(out, info))
+    contact_sheet.write_contact_sheet(out / "contact_sheet.png", examples, names)
     console.write_failures(out / "failures.csv", failures)
+    console.write_failures(out / "missing.csv", missing)
     summary = {
         "out": str(out),
         "records": {name: split["count"] for name, split in info["splits"].items()},
-        "labels": len(vocabulary),
+        "labels": len(names),
         "failures": len(failures),
         "counters": info["counters"],
-        "about": about,
+        "about": plan["about"],
     }
     files.write_json(out / "summary.json", summary)
     with console.Log(out / "log.jsonl") as log:
         log.event(event="prepared", **summary)
+    shards.finish(out, info)
     return summary
 
 

@@ -45,9 +45,12 @@ def rotate_and_crop(image, angle, scale, aspect, centre):
     turned_row = cos * row + sin * column
     turned_column = -sin * row + cos * column
     at = [(turned + 1) / 2 * size - 0.5 for turned in (turned_row, turned_column)]
+    # Within its outermost half pixel the image is not blended with what lies outside: a crop at
+    # the edge would get a dark seam.
+    inside = jnp.maximum(jnp.abs(turned_row), jnp.abs(turned_column)) <= 1 + 1e-5
 
     def sample(channel):
-        return jax.scipy.ndimage.map_coordinates(channel, at, order=1, mode="constant", cval=0.0)
+        return jax.scipy.ndimage.map_coordinates(channel, at, order=1, mode="nearest") * inside
 
     return jax.vmap(sample, in_axes=2, out_axes=2)(image)
 

@@ -3,7 +3,6 @@
 DeepLesion: Yan et al., J. Med. Imaging 5(3), 2018. Labels: Yan et al., arXiv:1904.04661 (LesaNet).
 """
 
-import collections
 import csv
 import dataclasses
 import json
@@ -96,7 +95,7 @@ def _lesion(path, number, row):
             official_split=SPLITS[_choice(_whole(row["Train_Val_Test"]), (1, 2, 3)) - 1],
             lesion_idx=_whole(row["lesion_idx"]) if row.get("lesion_idx") else None,
         )
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} line {number + 2} cannot be read: {error}") from None
 
 
@@ -195,7 +194,8 @@ def number_lesions(rows, mined):
     A wrong base moves every label to its neighbour without any error, so the base is taken from
     the data: LesaNet's val and test lesions lie in the official val and test splits and no train
     lesion lies in the official test split, in every stretch of the file; and chests lie above
-    abdomens above pelvises.
+    abdomens above pelvises. (A row that is lost after the last change of split is not noticed: it
+    moves the labels of that last stretch only.)
 
     Args:
       rows: the lesions of `read_info`, in the file's order.
@@ -205,15 +205,11 @@ def number_lesions(rows, mined):
       `Numbering`.
 
     Raises:
-      InputError: neither 0 nor 1 fits (a partial or reordered file, or other label files).
+      InputError: neither 0 nor 1 fits (a partial or reordered file, or other label files), or the
+        column lesion_idx names a number twice or contradicts the split.
     """
-    if rows and all(row.lesion_idx is not None for row in rows):
-        duplicates = [
-            n for n, k in collections.Counter(r.lesion_idx for r in rows).items() if k > 1
-        ]
-        if duplicates:
-            raise InputError(f"lesion_idx {duplicates[0]} stands in several rows of DL_info")
-        return Numbering({row.lesion_idx: row for row in rows}, "by the column lesion_idx")
+    if any(row.lesion_idx is not None for row in rows):
+        return _numbered_by_column([row for row in rows if row.lesion_idx is not None], mined)
     verdicts = {base: _misfit(rows, mined, base) for base in (1, 0)}
     fitting = [base for base, misfit in verdicts.items() if misfit is None]
     if len(fitting) != 1:
@@ -231,16 +227,40 @@ def number_lesions(rows, mined):
     return Numbering({row.row + base: row for row in rows}, reason)
 
 
+def _numbered_by_column(rows, mined):
+    lesions = {}
+    for row in rows:
+        if lesions.setdefault(row.lesion_idx, row) is not row:
+            raise InputError(f"lesion_idx {row.lesion_idx} stands in several rows of DL_info")
+    labelled = [(row, mined.split[n]) for n, row in lesions.items() if n in mined.split]
+    if misfit := _split_misfit(labelled):
+        raise InputError(f"the column lesion_idx of DL_info is wrong ({misfit}): rows count from 1")
+    return Numbering(lesions, "numbered by the column lesion_idx")
+
+
 def _misfit(rows, mined, base):
     """None where `base` fits, else the reason why not."""
     patients = [row.patient for row in rows]
     if patients != sorted(patients):
         return "rows are not in the original order (Patient_index goes down)"
-    labelled = [
-        (row, mined.split[row.row + base]) for row in rows if row.row + base in mined.split
-    ]
+    labelled = [(row, mined.split[row.row + base]) for row in rows if row.row + base in mined.split]
     if len(labelled) < 20:
         return f"only {len(labelled)} of these rows have labels, 20 are needed to tell"
+    if misfit := _split_misfit(labelled):
+        return misfit
+    depth = {}
+    for region in ("chest", "abdomen", "pelvis"):
+        z = [r.location[2] for r, _ in labelled if region in mined.relevant[r.row + base]]
+        if len(z) >= 5:
+            depth[region] = sum(z) / len(z)
+    if list(depth.values()) != sorted(depth.values()):
+        order = ", ".join(f"{region} {z:.2f}" for region, z in depth.items())
+        return f"body parts are out of order along z ({order})"
+    return None
+
+
+def _split_misfit(labelled):
+    """None where the (row, split) pairs agree with the official split, else the reason."""
     for start in range(0, len(labelled), _WINDOW):
         part = labelled[start : start + _WINDOW]
         wrong = sum(
@@ -252,14 +272,6 @@ def _misfit(rows, mined, base):
                 f"{wrong} of {len(part)} lesions from row {part[0][0].row + 1} on contradict the "
                 "official split"
             )
-    depth = {}
-    for region in ("chest", "abdomen", "pelvis"):
-        z = [r.location[2] for r, _ in labelled if region in mined.relevant[r.row + base]]
-        if len(z) >= 5:
-            depth[region] = sum(z) / len(z)
-    if list(depth.values()) != sorted(depth.values()):
-        order = ", ".join(f"{region} {z:.2f}" for region, z in depth.items())
-        return f"body parts are out of order along z ({order})"
     return None
 
 

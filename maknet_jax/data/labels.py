@@ -1,6 +1,7 @@
 """Label vocabularies: LesaNet's lesion ontology (xlsx) and anybody's own list of names."""
 
 import dataclasses
+import functools
 import pathlib
 
 import numpy as np
@@ -38,12 +39,12 @@ class Vocabulary:
         """The label names in column order."""
         return tuple(label.name for label in self.labels)
 
-    @property
+    @functools.cached_property
     def index(self):
         """Label name -> column."""
         return {label.name: column for column, label in enumerate(self.labels)}
 
-    @property
+    @functools.cached_property
     def parents(self):
         """For each column the columns of all its ancestors."""
         index = self.index
@@ -51,11 +52,9 @@ class Vocabulary:
 
     def vector(self, names):
         """`uint8 [K]`: 1 for each name of the vocabulary and for its ancestors; others ignored."""
-        index, vector = self.index, np.zeros(len(self), np.uint8)
-        for name in names:
-            if name in index:
-                vector[index[name]] = 1
-                vector[list(self.parents[index[name]])] = 1
+        vector = np.zeros(len(self), np.uint8)
+        for column in (self.index[name] for name in names if name in self.index):
+            vector[[column, *self.parents[column]]] = 1
         return vector
 
     def to_json(self):

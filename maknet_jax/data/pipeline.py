@@ -9,6 +9,8 @@ its contiguous part of the batch.
 import grain
 import numpy as np
 
+_ENDLESS = 2**30  # epochs; with none named, grain overflows in batches of one
+
 
 def _to_dict(example, index):
     return {
@@ -78,15 +80,13 @@ def train_batches(
     if batch_size % process_count:
         raise ValueError(f"batch_size {batch_size} is no multiple of {process_count} processes")
     local = batch_size // process_count
-    stream = grain.MapDataset.source(_Indexed(source)).seed(seed).shuffle().repeat()
+    stream = grain.MapDataset.source(_Indexed(source)).seed(seed).shuffle().repeat(_ENDLESS)
     # Batch s of process p is block s * process_count + p of the stream cut into local batches.
     blocks = stream.batch(local)[start * process_count + process_index :: process_count]
     return iter(blocks.to_iter_dataset(_reading(threads, prefetch)))
 
 
-def ordered_batches(
-    source, *, batch_size, process_index=0, process_count=1, threads=4, prefetch=2
-):
+def ordered_batches(source, *, batch_size, process_index=0, process_count=1, threads=4, prefetch=2):
     """All examples once, in order, in batches of one shape; the last ones are padded.
 
     Padding repeats an example with `weight` 0 and `index` -1. Every process yields the same number

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 AIR = -1024
 PADDING = -2000  # scanners fill what they did not see with -2000 and below
-CROP_RULE = "body mask > -500 HU, opening 7x7 at 512, components >= 10 % of the largest, margin 1 %"
+CROP_RULE = "body mask > -500 HU, opening 7x7 at 512, components >= 5 % of the largest, margin 1 %"
 
 _BODY = -500  # HU: above lung and foam, below fat and skin
 
@@ -26,7 +26,7 @@ def body_box(hu, *, threshold=_BODY):
 
     An opening as wide as LesaNet's 7x7 (scaled with the matrix) cuts thin shells, blankets and
     tubes off. Of what remains the largest component is the body; arms and legs, which are other
-    components, count from a tenth of its area on, unless they lie wholly below it and are flat,
+    components, count from a twentieth of its area on, unless they lie wholly below it and are flat,
     as tables are.
 
     Args:
@@ -53,7 +53,7 @@ def body_box(hu, *, threshold=_BODY):
     floor = boxes[largest][0].stop
     kept = [boxes[largest]]
     for number, (area, box) in enumerate(zip(areas, boxes, strict=True)):
-        if number == largest or area < 0.1 * areas[largest]:
+        if number == largest or area < 0.05 * areas[largest]:
             continue
         rows, columns = box[0].stop - box[0].start, box[1].stop - box[1].start
         flat = columns > 3 * rows

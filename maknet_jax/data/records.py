@@ -82,6 +82,8 @@ def write_shard(path, payloads):
             digest.update(hashlib.sha256(payload).digest())
             count += 1
         writer.close()
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         if writer.is_open():
@@ -147,7 +149,10 @@ def open_dataset(path):
     except ValueError as error:
         raise InputError(f"{path}/dataset.json is damaged: {error}") from None
     if info.get("format") != FORMAT:
-        raise InputError(f"{path} has record format {info.get('format')}, this version reads 1")
+        raise InputError(
+            f"{path} has record format {info.get('format')}, this version reads {FORMAT}: "
+            "prepare the data again"
+        )
     for split in info["splits"].values():
         for shard in split["shards"]:
             if not (path / shard["file"]).is_file():
@@ -163,12 +168,27 @@ class RecordSource:
 
         Args:
           paths: the files in order; none gives an empty source.
+
+        Raises:
+          InputError: here or at an example, where a shard is damaged.
         """
-        paths = [str(path) for path in paths]
-        self._records = array_record_data_source.ArrayRecordDataSource(paths) if paths else []
+        self._paths = [str(path) for path in paths]
+        try:
+            source = array_record_data_source.ArrayRecordDataSource
+            self._records = source(self._paths) if self._paths else []
+        except RuntimeError as error:
+            raise self._damaged(error) from error
 
     def __len__(self):
         return len(self._records)
 
     def __getitem__(self, index):
-        return decode(self._records[index])
+        try:
+            payload = self._records[index]
+        except RuntimeError as error:
+            raise self._damaged(error) from error
+        return decode(payload)
+
+    def _damaged(self, error):
+        folder = pathlib.Path(self._paths[0]).parent
+        return InputError(f"a shard in {folder} is damaged ({error}): prepare the data again")

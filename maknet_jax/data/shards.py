@@ -1,7 +1,7 @@
 """Writing a prepared data set: planned first, then shard by shard, finished by `dataset.json`.
 
 A run that was stopped goes on with the shards that are missing. Nothing is called finished before
-`dataset.json` is there, and each shard appears whole or not at all.
+`dataset.json` is there (it comes last, by `finish`), and each shard appears whole or not at all.
 """
 
 import collections
@@ -42,8 +42,8 @@ class Made:
     counters: dict = dataclasses.field(default_factory=dict)
 
 
-def write_dataset(out, splits, make, *, kind, size, vocabulary, about, workers, advance):
-    """Writes all splits; returns the content of `dataset.json` and the failures.
+def write_shards(out, splits, make, *, kind, size, vocabulary, about, workers, advance):
+    """Writes all splits; returns (content for `finish`, failures).
 
     Args:
       out: the folder to fill; it may hold an unfinished run of the same plan.
@@ -62,11 +62,9 @@ def write_dataset(out, splits, make, *, kind, size, vocabulary, about, workers, 
     """
     out = pathlib.Path(out)
     labels = vocabulary.to_json()
-    plan = hashlib.sha256()
-    for part in (records.FORMAT, preprocess.CROP_RULE, kind, size, labels, splits):
-        plan.update(repr(part).encode())
-    _claim(out, plan.hexdigest())
-    entries, failures, counters, digests = {}, [], collections.Counter(), []
+    made_by = (records.FORMAT, preprocess.CROP_RULE, kind, size, labels)
+    _claim(out, _digest(*made_by, splits))
+    entries, failures, counters = {}, [], collections.Counter()
     with _mapper(workers) as run:
         for split, units in splits.items():
             shards, label_counts = [], np.zeros(len(vocabulary), np.int64)
@@ -79,14 +77,15 @@ def write_dataset(out, splits, make, *, kind, size, vocabulary, about, workers, 
                 counters.update(done["counters"])
                 if done["count"]:
                     shards.append({"file": name, "count": done["count"], "digest": done["digest"]})
-                    digests.append(done["digest"])
             entries[split] = {
                 "count": sum(shard["count"] for shard in shards),
                 "label_counts": label_counts.tolist(),
                 "shards": shards,
             }
-    if not digests:
+    if not any(entry["count"] for entry in entries.values()):
         shutil.rmtree(out / ".parts")
+        for folder in filter(pathlib.Path.is_dir, map(out.joinpath, splits)):
+            folder.rmdir()  # empty; the next try finds the folder as this one did
         reason = f"the first one says: {failures[0][1]}" if failures else "there was no input"
         raise InputError(f"no record could be made for {out}: {reason}")
     info = {
@@ -101,16 +100,30 @@ def write_dataset(out, splits, make, *, kind, size, vocabulary, about, workers, 
         "about": about,
         "versions": {"maknet-jax": maknet_jax.__version__}
         | {name: importlib.metadata.version(name) for name in ("numpy", "pillow", "pydicom")},
-        "fingerprint": hashlib.sha256("".join([plan.hexdigest(), *digests]).encode()).hexdigest(),
+        # Of what was made, not of where it came from: moved inputs give the same one.
+        "fingerprint": _digest(*made_by, entries),
     }
-    files.write_json(out / "dataset.json", info)
-    shutil.rmtree(out / ".parts")
     return info, failures
 
 
-def _claim(out, plan):
-    if (out / "dataset.json").exists():
+def finish(out, info):
+    """Writes `dataset.json`: from here on the folder is a data set."""
+    files.write_json(out / "dataset.json", info)
+    shutil.rmtree(out / ".parts")
+
+
+def check_unfinished(out):
+    """Raises InputError where `out` holds a finished data set."""
+    if (pathlib.Path(out) / "dataset.json").exists():
         raise InputError(f"{out} already holds a finished data set: choose another --out")
+
+
+def _digest(*parts):
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _claim(out, plan):
+    check_unfinished(out)
     marker = out / ".parts" / "plan.json"
     if marker.exists():
         if files.read_json(marker)["plan"] != plan:

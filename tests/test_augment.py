@@ -1,0 +1,158 @@
+"""The window and the student's noise: identities, and scipy as an independent reference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from maknet_jax.data import augment
+
+S = 32
+OFF = {
+    "rotation_probability": 0.0, "rotation_degrees": 15.0, "crop_probability": 0.0,
+    "crop_scale": (0.5, 1.0), "crop_aspect": (0.75, 4 / 3), "contrast_probability": 0.0,
+    "grayscale_probability": 0.0,
+}  # fmt: skip
+ON = OFF | {
+    "rotation_probability": 0.5, "crop_probability": 0.5, "contrast_probability": 0.5,
+    "grayscale_probability": 0.5,
+}  # fmt: skip
+MIDDLE = jnp.array([0.5, 0.5])
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).uniform(0, 1, (8, S, S, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def keys():
+    return jax.random.split(jax.random.key(3), 8)
+
+
+def geometry(image, angle=0.0, scale=1.0, aspect=1.0, centre=MIDDLE):
+    return np.asarray(augment.rotate_and_crop(image, angle, scale, aspect, centre))
+
+
+def smooth(size=S):
+    noise = np.random.default_rng(1).uniform(0, 1, (size, size, 3))
+    return ndimage.gaussian_filter(noise, (3, 3, 0)).astype(np.float32)
+
+
+def test_the_window_maps_low_to_0_and_high_to_1():
+    hu = jnp.array([-3000, -1024, -1023, 0, 1023, 1024, 3071], jnp.int16)
+    unit = np.asarray(augment.to_unit(hu, (-1024.0, 1024.0)))
+    assert unit.dtype == np.float32
+    np.testing.assert_allclose(unit, [0, 0, 1 / 2048, 0.5, 2047 / 2048, 1, 1], rtol=1e-6)
+    # LesaNet's window: 0..255 over -1024..3071 is one grey level for 16 HU and a bit.
+    np.testing.assert_allclose(augment.to_unit(jnp.int16(3071), (-1024.0, 3071.0)), 1, rtol=1e-6)
+
+
+def test_no_angle_and_the_whole_image_is_the_identity(images):
+    np.testing.assert_allclose(geometry(images[0]), images[0], atol=1e-6)
+    # Where the crop leaves no room, its place means nothing.
+    np.testing.assert_allclose(geometry(images[0], centre=jnp.zeros(2)), images[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("quarter", [1, 2, 3, -1])
+def test_quarter_turns_equal_rot90_which_is_counter_clockwise(images, quarter):
+    turned = geometry(images[0], angle=quarter * np.pi / 2)
+    np.testing.assert_allclose(turned, np.rot90(images[0], quarter), atol=1e-4)
+
+
+@pytest.mark.parametrize("degrees", [-40, -7, 3, 15])
+def test_rotation_equals_scipys(degrees):
+    image = smooth()
+    turned = geometry(image, angle=np.deg2rad(degrees))
+    expected = ndimage.rotate(image, degrees, axes=(0, 1), reshape=False, order=1, mode="constant")
+    # Only the last half pixel is another convention.
+    inside = ndimage.rotate(np.ones((S, S)), degrees, reshape=False, order=1) > 0.999
+    assert inside.mean() > 0.5
+    np.testing.assert_allclose(turned[inside], expected[inside], atol=1e-4)
+    assert geometry(np.ones((S, S, 3), np.float32), angle=np.deg2rad(30))[0, 0, 0] == 0
+
+
+def test_a_crop_of_half_the_size_shows_the_rectangle(images):
+    # A quarter of the area in a corner: rows 0..16, columns 16..32, twice as large.
+    corner = geometry(images[0], scale=0.25, centre=jnp.array([0.0, 1.0]))
+    rectangle = images[0][:16, 16:]
+    expected = ndimage.map_coordinates(
+        rectangle[..., 0], np.mgrid[:S, :S] / 2 - 0.25, order=1, mode="nearest"
+    )
+    # Where the crop ends inside the image, its last half pixel takes part of the next.
+    np.testing.assert_allclose(corner[:-1, 1:, 0], expected[:-1, 1:], atol=1e-5)
+
+
+def test_aspect_is_width_over_height():
+    rows, columns = np.mgrid[:S, :S].astype(np.float32)
+    ramps = np.stack([rows, columns, rows], -1)
+    wide = geometry(ramps, scale=0.25, aspect=4.0)
+    # The whole width, a quarter of the height, in the middle.
+    np.testing.assert_allclose(wide[0, :, 1], np.arange(S), atol=1e-4)
+    np.testing.assert_allclose(wide[[0, -1], 5, 0], [12 - 0.375, 20 - 0.625], atol=1e-4)
+
+
+def test_auto_contrast_reaches_from_0_to_1(images):
+    image = jnp.asarray(images[0]) * 0.3 + 0.2
+    stretched = np.asarray(augment.auto_contrast(image))
+    assert stretched.min() == 0 and stretched.max() == pytest.approx(1, abs=1e-6)
+    np.testing.assert_allclose(np.argsort(stretched.ravel()), np.argsort(np.ravel(image)))
+    np.testing.assert_allclose(augment.auto_contrast(jnp.asarray(stretched)), stretched, atol=1e-6)
+    flat = jnp.full((4, 4, 3), 0.4)
+    np.testing.assert_array_equal(augment.auto_contrast(flat), flat)
+
+
+def test_grayscale_shows_the_middle_slice_three_times(images):
+    gray = np.asarray(augment.grayscale(jnp.asarray(images[0])))
+    assert gray.shape == (S, S, 3)
+    for channel in range(3):
+        np.testing.assert_array_equal(gray[..., channel], images[0][..., 1])
+
+
+def test_all_probabilities_zero_is_no_augmentation():
+    assert augment.make_augment(**OFF) is None
+    assert augment.make_augment(**(OFF | {"grayscale_probability": 0.1})) is not None
+
+
+@pytest.mark.parametrize(
+    "one", ["rotation_probability", "crop_probability", "contrast_probability",
+            "grayscale_probability"],
+)  # fmt: skip
+def test_each_noise_acts_alone_and_as_often_as_it_should(one, images):
+    noise = jax.jit(augment.make_augment(**(OFF | {one: 0.5})))
+    many = np.tile(images[:1] * 0.5, (256, 1, 1, 1))
+    changed = np.asarray(noise(many, jax.random.split(jax.random.key(0), 256)))
+    share = (np.abs(changed - many).max(axis=(1, 2, 3)) > 1e-3).mean()
+    assert 0.4 < share < 0.6
+    if one == "grayscale_probability":
+        gray = np.abs(changed - many[..., 1:2]).max(axis=(1, 2, 3)) == 0
+        assert gray.mean() == share
+
+
+def test_an_example_is_changed_alike_wherever_it_stands_in_the_batch(images, keys):
+    noise = jax.jit(augment.make_augment(**ON))
+    whole = np.asarray(noise(images, keys))
+    order = np.random.default_rng(0).permutation(8)
+    np.testing.assert_array_equal(noise(images[order], keys[order]), whole[order])
+    np.testing.assert_allclose(noise(images[2:4], keys[2:4]), whole[2:4], atol=1e-6)
+    assert (np.abs(whole - images).max(axis=(1, 2, 3)) > 1e-3).sum() >= 4
+
+
+def test_the_same_key_gives_the_same_noise_and_another_another(images, keys):
+    noise = jax.jit(augment.make_augment(**(ON | {"rotation_probability": 1.0})))
+    np.testing.assert_array_equal(noise(images, keys), noise(images, keys))
+    assert np.abs(noise(images, keys) - noise(images, keys[::-1])).max() > 0.1
+
+
+def test_crops_stay_inside_the_image():
+    wild = OFF | {"crop_probability": 1.0, "crop_scale": (0.05, 1.0), "crop_aspect": (0.1, 10.0)}
+    noise = jax.jit(augment.make_augment(**wild))
+    white = jnp.ones((128, S, S, 3))
+    np.testing.assert_allclose(noise(white, jax.random.split(jax.random.key(1), 128)), 1, atol=1e-6)
+
+
+def test_values_stay_between_0_and_1(images, keys):
+    noisy = np.asarray(jax.jit(augment.make_augment(**ON))(images, keys))
+    assert noisy.min() >= 0 and noisy.max() <= 1 + 1e-6
+    assert noisy.dtype == np.float32 and noisy.shape == images.shape

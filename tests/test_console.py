@@ -1,0 +1,71 @@
+"""What a verb says: lines, JSONL, tables, failures."""
+
+import csv
+import json
+
+import pytest
+
+from maknet_jax import console
+
+
+def test_the_log_appends_one_json_line_an_event(tmp_path, capsys):
+    path = tmp_path / "run" / "log.jsonl"
+    with console.Log(path) as log:
+        log.say("[bold] stays as it is", step=3)
+        log.event(event="saved", path=tmp_path)
+    with console.Log(path) as log:
+        log.event(event="again")
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [set(event) - {"time"} for event in events] == [
+        {"message", "step"}, {"event", "path"}, {"event"},
+    ]  # fmt: skip
+    assert events[0]["message"] == "[bold] stays as it is" and events[0]["step"] == 3
+    assert events[1]["path"] == str(tmp_path)
+    assert all(event["time"] > 1e9 for event in events)
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == "[bold] stays as it is\n"
+
+
+def test_a_log_without_a_path_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with console.Log() as log:
+        log.event(event="unheard")
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_is_silent_where_there_is_no_terminal(capsys):
+    with console.progress("prepare", 3) as advance:
+        advance()
+        advance(2, note="fast")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_failures_are_listed_and_an_old_list_goes(tmp_path):
+    path = tmp_path / "failures.csv"
+    failures = [("a,b.dcm", 'says "no"'), ("c.png", "two\nlines")]
+    console.write_failures(path, failures)
+    with path.open(newline="") as file:
+        assert [tuple(row) for row in csv.reader(file)] == [("input", "reason"), *failures]
+    console.write_failures(path, [])
+    assert not path.exists()
+    console.write_failures(path, [])
+
+
+def test_a_table_that_fails_half_way_is_not_written(tmp_path):
+    def rows():
+        yield ("1", "2")
+        raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError):
+        console.write_table(tmp_path / "x.csv", ("a", "b"), rows())
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_tables_align_numbers_to_the_right():
+    text = console.format_table(("run", "AUC"), [("teacher", 0.97), ("linear model", 7)])
+    assert text.splitlines() == [
+        "run            AUC",
+        "------------  ----",
+        "teacher       0.97",
+        "linear model     7",
+    ]

@@ -1,0 +1,71 @@
+"""Files are written whole or not at all."""
+
+import json
+import os
+import stat
+
+import pytest
+
+from maknet_jax import files
+
+
+@pytest.fixture
+def umask():
+    before = os.umask(0o027)
+    yield 0o027
+    os.umask(before)
+
+
+def test_text_and_bytes_arrive_in_a_folder_that_is_made(tmp_path):
+    with files.write_whole(tmp_path / "a" / "b.txt") as file:
+        file.write("Grüße\n")
+    with files.write_whole(tmp_path / "a" / "b.bin", "wb") as file:
+        file.write(b"\0\n")
+    assert (tmp_path / "a" / "b.txt").read_bytes() == "Grüße\n".encode()
+    assert (tmp_path / "a" / "b.bin").read_bytes() == b"\0\n"
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["b.bin", "b.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_keeps_the_old_content_and_leaves_nothing(tmp_path, error):
+    path = tmp_path / "kept.txt"
+    path.write_text("old")
+    with pytest.raises(error), files.write_whole(path) as file:
+        file.write("new")
+        raise error
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["kept.txt"]
+
+
+def test_the_old_content_is_there_until_the_block_ends(tmp_path):
+    path = tmp_path / "kept.txt"
+    path.write_text("old")
+    with files.write_whole(path) as file:
+        file.write("new")
+        file.flush()
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+def test_permissions_obey_the_umask(tmp_path, umask):
+    with files.write_whole(tmp_path / "open") as file:
+        file.write("x")
+    assert stat.S_IMODE((tmp_path / "open").stat().st_mode) == 0o666 & ~umask
+
+
+def test_a_private_file_is_its_owners_from_the_first_byte(tmp_path, umask):
+    with files.write_whole(tmp_path / "secret", private=True) as file:
+        file.write("x")
+        (temporary,) = tmp_path.iterdir()
+        assert stat.S_IMODE(temporary.stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "secret").stat().st_mode) == 0o600
+
+
+def test_json_comes_back_and_nan_is_refused(tmp_path):
+    value = {"a": [1, 2.5, None, "Ö"], "b": {}}
+    files.write_json(tmp_path / "x.json", value)
+    assert files.read_json(tmp_path / "x.json") == value
+    assert json.loads((tmp_path / "x.json").read_text()) == value
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.write_json(tmp_path / "x.json", {"a": float("nan")})
+    assert files.read_json(tmp_path / "x.json") == value

@@ -1,0 +1,146 @@
+"""Vocabularies: LesaNet's ontology, and anybody's own names."""
+
+import json
+import pickle
+
+import numpy as np
+import openpyxl
+import pytest
+
+from maknet_jax.data import labels
+from maknet_jax.errors import InputError
+
+HEADER = ("class", "term", "term_exclusive", "term_parents")
+
+
+def write_sheet(path, rows, header=HEADER):
+    book = openpyxl.Workbook()
+    for row in (header, *rows):
+        book.active.append(row)
+    book.save(path)
+    return path
+
+
+@pytest.fixture
+def family(tmp_path):
+    """grandchild -> child -> unlisted -> root, and a ring."""
+    return labels.read_ontology(
+        write_sheet(
+            tmp_path / "family.xlsx",
+            [
+                ("bodypart", "root", None, None),
+                ("bodypart", "unlisted", None, "root"),
+                ("bodypart", "child", "ring", "unlisted | elsewhere"),
+                ("type", " grandchild ", "child | unlisted", "child"),
+                ("type", "ring", None, "gnir"),
+                ("type", "gnir", None, "ring"),
+                (None, None, None, None),
+            ],
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def ontology(shared_data):
+    return labels.read_ontology(shared_data / "lesanet" / "lesion_ontology_181022.xlsx")
+
+
+@pytest.fixture(scope="session")
+def terms(shared_data):
+    path = shared_data / "lesanet" / "text_mined_labels_171_and_split.json"
+    return json.loads(path.read_text())["term_list"]
+
+
+def test_the_real_ontology_has_115_27_and_29_of_the_171_terms(ontology, terms):
+    vocabulary = labels.ontology_vocabulary(ontology, terms)
+    kinds = [label.label_class for label in vocabulary.labels]
+    assert vocabulary.names == tuple(terms)
+    assert {kind: kinds.count(kind) for kind in kinds} == {
+        "bodypart": 115, "type": 27, "attribute": 29,
+    }  # fmt: skip
+
+
+def test_real_parents_equal_the_transitive_closure_of_a_matrix(ontology, terms):
+    # An independent way: reachability by repeated products of the adjacency matrix.
+    everything = sorted(set(ontology) | {p for label in ontology.values() for p in label.parents})
+    at = {name: number for number, name in enumerate(everything)}
+    reach = np.zeros((len(at), len(at)), bool)
+    for name, label in ontology.items():
+        for parent in label.parents:
+            reach[at[name], at[parent]] = True
+    while (grown := reach | (reach @ reach)).sum() > reach.sum():
+        reach = grown
+    vocabulary = labels.ontology_vocabulary(ontology, terms)
+    wide = reach[np.ix_([at[t] for t in terms], [at[t] for t in terms])]
+    np.fill_diagonal(wide, False)
+    found = np.zeros_like(wide)
+    for column, parents in enumerate(vocabulary.parents):
+        found[column, list(parents)] = True
+    np.testing.assert_array_equal(found, wide)
+    assert found.sum() > 100
+
+
+def test_parents_pass_through_terms_outside_the_vocabulary(family):
+    vocabulary = labels.ontology_vocabulary(family, ["grandchild", "child", "root", "ring"])
+    by_name = {label.name: label for label in vocabulary.labels}
+    assert by_name["grandchild"].parents == ("child", "root")
+    assert by_name["child"].parents == ("root",)
+    assert by_name["grandchild"].exclusive == ("child",)
+    assert by_name["ring"].parents == ()
+    assert vocabulary.parents == ((1, 2), (2,), (), ())
+
+
+def test_a_ring_of_parents_ends(family):
+    vocabulary = labels.ontology_vocabulary(family, ["ring", "gnir"])
+    assert vocabulary.parents == ((1,), (0,))
+
+
+def test_a_vector_is_closed_under_parents_and_ignores_strange_names(family):
+    vocabulary = labels.ontology_vocabulary(family, ["root", "child", "grandchild", "ring"])
+    vector = vocabulary.vector(["grandchild", "no such thing"])
+    assert vector.dtype == np.uint8
+    np.testing.assert_array_equal(vector, [1, 1, 1, 0])
+    np.testing.assert_array_equal(vocabulary.vector([]), [0, 0, 0, 0])
+
+
+def test_every_real_vector_is_a_fixed_point_of_adding_parents(ontology, terms):
+    vocabulary = labels.ontology_vocabulary(ontology, terms)
+    for name in terms:
+        vector = vocabulary.vector([name])
+        assert vector[vocabulary.index[name]] == 1
+        named = [terms[column] for column in np.flatnonzero(vector)]
+        np.testing.assert_array_equal(vocabulary.vector(named), vector)
+
+
+def test_a_vocabulary_survives_json_and_pickle(family):
+    vocabulary = labels.ontology_vocabulary(family, ["grandchild", "child", "ring"])
+    assert vocabulary.index == {"grandchild": 0, "child": 1, "ring": 2}
+    again = labels.Vocabulary.from_json(json.loads(json.dumps(vocabulary.to_json())))
+    assert again == vocabulary
+    assert pickle.loads(pickle.dumps(vocabulary)) == vocabulary
+
+
+def test_own_names_have_no_relations():
+    vocabulary = labels.Vocabulary.from_names(["b", "a"])
+    assert vocabulary.names == ("b", "a") and len(vocabulary) == 2
+    assert vocabulary.parents == ((), ())
+
+
+def test_a_label_outside_the_ontology_is_refused(family):
+    with pytest.raises(InputError, match=r"^label 'spleen' is not in the ontology \(2 such"):
+        labels.ontology_vocabulary(family, ["root", "spleen", "liver"])
+
+
+def test_bad_ontology_files_are_refused_in_one_line(tmp_path):
+    (tmp_path / "text.xlsx").write_text("class,term\n")
+    write_sheet(tmp_path / "short.xlsx", [("bodypart", "liver")], header=HEADER[:2])
+    openpyxl.Workbook().save(tmp_path / "empty.xlsx")
+    for name, message in (
+        ("absent.xlsx", "does not exist"),
+        ("text.xlsx", "is no readable xlsx file"),
+        ("short.xlsx", "has no column term_exclusive, term_parents"),
+        ("empty.xlsx", "has no column class"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            labels.read_ontology(tmp_path / name)
+        assert "\n" not in str(caught.value)

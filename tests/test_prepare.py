@@ -1,0 +1,311 @@
+"""`maknet prepare deeplesion` from files to records: the phantom and a real partial download."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maknet_jax import prepare
+from maknet_jax.data import labels, png, preprocess, records
+from maknet_jax.errors import InputError, Stopped
+
+# Environment of a command: the tests' own simulated devices are no matter of it.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+
+
+def read_csv(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def examples(out):
+    dataset = records.open_dataset(out)
+    return {
+        split: [source[k] for k in range(len(source))]
+        for split in dataset.info["splits"]
+        for source in [dataset.source(split)]
+    }
+
+
+def of_phantom(phantom, out, **options):
+    options = {"size": 32} | options
+    return prepare.prepare_deeplesion(
+        phantom["images"], phantom["info"], out, label_file=phantom["labels"],
+        hand_labels=phantom["hand_labels"], ontology=phantom["ontology"], **options,
+    )  # fmt: skip
+
+
+def of_real(shared_data, out, images="Images_png", **options):
+    lesanet = shared_data / "lesanet"
+    options = {
+        "label_file": lesanet / "text_mined_labels_171_and_split.json",
+        "hand_labels": lesanet / "hand_labeled_test_set.json",
+        "ontology": lesanet / "lesion_ontology_181022.xlsx",
+        "size": 512,
+    } | options
+    return prepare.prepare_deeplesion(
+        shared_data / "deeplesion" / images,
+        shared_data / "deeplesion" / "DL_info_first_691_rows.csv", out, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def real(shared_data, tmp_path_factory):
+    """The partial download, prepared at the size of its slices: (summary, out)."""
+    out = tmp_path_factory.mktemp("real") / "out"
+    return of_real(shared_data, out), out
+
+
+def test_a_partial_download_gives_the_lesions_whose_numbers_start_at_1(real, shared_data):
+    summary, out = real
+    assert "numbered from 1" in summary["about"]["numbering"]
+    found = {e.id: e for split in examples(out).values() for e in split}
+    names = records.open_dataset(out).vocabulary.names
+    for name in ("000069_02_01_058#475", "000078_02_01_063#546"):
+        given = {names[k] for k in np.flatnonzero(found[name].labels)}
+        assert {"liver", "abdomen", "upper abdomen"} <= given
+        assert found[name].meta["lesion_idx"] == int(name[-3:])
+
+
+def test_every_missing_image_is_counted_and_listed(real):
+    summary, out = real
+    missing = read_csv(out / "missing.csv")
+    counts = summary["about"]["label_counts"]
+    kept = sum(count["kept"] for count in counts.values())
+    made = sum(summary["records"].values())
+    assert made >= 2 and len(missing) == kept - made == summary["about"]["images_missing"]
+    assert all("is not under" in row["reason"] for row in missing)
+    assert counts["train"]["labelled"] == 17705
+    assert [counts[s]["labelled"] for s in ("val", "test", "hand")] == [1686, 1640, 490]
+    for count in counts.values():
+        assert count["labelled"] == count["without_row"] + count["noisy"] + count["kept"]
+    assert summary["failures"] == 0 and not (out / "failures.csv").exists()
+    text = prepare.describe(summary)
+    assert "17705" in text and "17697" in text and f"images missing: {len(missing)}" in text
+
+
+def test_deeplesions_hu_arrive_exactly(real, shared_data):
+    _, out = real
+    found = {e.id: e for split in examples(out).values() for e in split}
+    example = found["000069_02_01_058#475"]
+    folder = shared_data / "deeplesion" / "Images_png" / "000069_02_01"
+    with Image.open(folder / "058.png") as image:
+        hu = np.asarray(image).astype(np.int32) - 32768
+    hu = np.maximum(np.where(hu <= -2000, -1024, hu), -1024)
+    top, left, bottom, right = example.meta["crop"]
+    # An independent resize of the same box; where nothing is resized the values are the file's.
+    expected = preprocess.resize(hu.astype(np.int16), (top, left, bottom, right), 512)
+    np.testing.assert_array_equal(example.image[..., 1], expected)
+    assert 0 < top < bottom < 512 and hu[top:bottom, left:right].max() == hu[top:, :].max()
+    # Its neighbours were not downloaded: the edge is repeated, counted.
+    np.testing.assert_array_equal(example.image[..., 0], example.image[..., 1])
+    np.testing.assert_array_equal(example.image[..., 2], example.image[..., 1])
+
+
+def test_a_slice_that_is_all_body_keeps_every_hu_of_its_file(shared_data, tmp_path):
+    # The body fills slice 115, the last of its series: nothing is cropped and nothing resized.
+    rows = read_csv(shared_data / "deeplesion" / "DL_info_first_691_rows.csv")[:1]
+    rows[0]["File_name"] = "000001_01_01_115.png"
+    with (tmp_path / "info.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    images = shared_data / "deeplesion" / "Images_png"
+    summary = prepare.prepare_deeplesion(images, tmp_path / "info.csv", tmp_path / "out", size=512)
+    (example,) = examples(tmp_path / "out")["unlabelled"]
+    assert example.id == "000001_01_01_115" and example.labels.shape == (0,)
+    assert example.meta["crop"] == [0, 0, 512, 512]
+    assert summary["counters"] == {"neighbours repeated": 1}
+    for channel, index in enumerate((114, 115, 115)):
+        with Image.open(images / "000001_01_01" / f"{index}.png") as image:
+            hu = np.asarray(image).astype(np.int32) - 32768
+        assert hu.min() == -3024
+        expected = np.where(hu == -3024, -1024, hu)
+        np.testing.assert_array_equal(example.image[..., channel], expected)
+
+
+def test_flat_names_are_found(shared_data, tmp_path):
+    prepare.prepare_deeplesion(
+        shared_data / "deeplesion" / "key_slices_flat",
+        shared_data / "deeplesion" / "DL_info_key_slices.csv", tmp_path / "out", size=32,
+    )  # fmt: skip
+    found = examples(tmp_path / "out")["unlabelled"]
+    assert len(found) == 23
+    assert found[0].id == "002648_01_01_061"
+    # Slices 49 and 50 of one series are neighbours.
+    pair = {e.id: e.image for e in found if e.id.startswith("003657_01_01")}
+    first, second = pair["003657_01_01_049"], pair["003657_01_01_050"]
+    assert (first[..., 2] != first[..., 1]).any() and (first[..., 0] == first[..., 1]).all()
+    assert (second[..., 0] != second[..., 1]).any() and (second[..., 2] == second[..., 1]).all()
+
+
+def test_uncertain_labels_are_unknown_in_val_and_test_only(phantom, shards):
+    mined = json.loads(phantom["labels"].read_text())
+    vocabulary = shards.vocabulary
+    assert {label.label_class for label in vocabulary.labels} == {"bodypart"}
+    unknown = 0
+    for split in ("train", "val", "test", "hand"):
+        source = shards.source(split)
+        for k in range(len(source)):
+            example = source[k]
+            if split in ("train", "hand"):
+                assert example.label_mask.all()
+                continue
+            at = mined[f"{split}_lesion_idxs"].index(example.meta["lesion_idx"])
+            for kind, value in (("relevant", 1), ("uncertain", 0)):
+                for term in mined[f"{split}_{kind}_labels"][at]:
+                    column = vocabulary.index.get(mined["term_list"][term])
+                    if column is not None and value:
+                        assert example.labels[column] == 1 and example.label_mask[column] == 1
+                    elif column is not None and not example.labels[column]:
+                        assert example.label_mask[column] == 0
+                        unknown += 1
+            assert not (example.labels & (1 - example.label_mask)).any()
+    assert unknown > 0
+
+
+def test_labels_are_closed_under_parents_and_counted(phantom, shards):
+    parents = shards.vocabulary.parents
+    for split, entry in shards.info["splits"].items():
+        source = shards.source(split)
+        vectors = np.stack([source[k].labels for k in range(len(source))])
+        np.testing.assert_array_equal(vectors.sum(0), entry["label_counts"])
+        for vector in vectors:
+            for column in np.flatnonzero(vector):
+                assert vector[list(parents[column])].all()
+    assert (shards.path / "contact_sheet.png").is_file()
+
+
+def test_uncertain_parents_are_unknown_but_what_a_child_says_stays_known():
+    class Lesion:
+        names = ("liver",)
+        unknown = ("liver mass", "lung nodule", "elsewhere")
+
+    vocabulary = labels.Vocabulary(
+        (
+            labels.Label("abdomen"), labels.Label("liver", parents=("abdomen",)),
+            labels.Label("liver mass", parents=("liver", "abdomen")), labels.Label("lung"),
+            labels.Label("lung nodule", parents=("lung",)), labels.Label("pelvis"),
+        )
+    )  # fmt: skip
+    given, mask = (np.frombuffer(b, np.uint8) for b in prepare._vectors(vocabulary, Lesion))
+    assert given.tolist() == [1, 1, 0, 0, 0, 0]
+    assert mask.tolist() == [1, 1, 0, 0, 0, 1]
+
+
+def test_the_same_input_gives_the_same_fingerprint_wherever_it_lies(phantom, shards, tmp_path):
+    moved = tmp_path / "elsewhere"
+    moved.symlink_to(phantom["images"])
+    of_phantom(phantom | {"images": moved}, tmp_path / "out", workers=2)
+    again = records.open_dataset(tmp_path / "out")
+    assert again.fingerprint == shards.fingerprint
+    for split in shards.info["splits"].values():
+        for shard in split["shards"]:
+            first, second = (root / shard["file"] for root in (shards.path, again.path))
+            assert first.read_bytes() == second.read_bytes()
+
+
+def test_bad_images_are_listed_and_the_rest_is_prepared(phantom, tmp_path):
+    images = tmp_path / "images"
+    for path in phantom["images"].rglob("*.png"):
+        target = images / path.relative_to(phantom["images"])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(path)
+    rows = read_csv(phantom["info"])
+    keys = [images / row["File_name"][:12] / row["File_name"][13:] for row in rows]
+    lonely = next(key for key in keys if png.neighbour_path(key, 1).is_file()
+                  and png.neighbour_path(key, 1) not in keys)  # fmt: skip
+    broken = png.neighbour_path(lonely, 1)
+    other = next(key for key in keys if key.parent != lonely.parent)
+    broken.unlink()
+    broken.write_bytes(b"no picture")
+    other.unlink()
+    Image.new("L", (64, 64)).save(other)
+    summary = of_phantom(phantom | {"images": images}, tmp_path / "out")
+    failures = {row["input"]: row["reason"] for row in read_csv(tmp_path / "out" / "failures.csv")}
+    assert set(failures) >= {str(lonely)}
+    assert failures[str(lonely)] == f"{broken.name}: not a PNG file"
+    assert any("8-bit PNG" in reason for reason in failures.values())
+    assert summary["failures"] == len(read_csv(tmp_path / "out" / "failures.csv"))
+    made = sum(summary["records"].values())
+    kept = sum(count["kept"] for count in summary["about"]["label_counts"].values())
+    assert made + summary["failures"] == kept and made > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": "absent"}, "--images .* is no folder"),
+        ({"labels": None}, "--labels and --ontology belong together"),
+        ({"ontology": None}, "--labels and --ontology belong together"),
+        ({"images": "."}, "none of the .* images is under .*: check --images"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(phantom, tmp_path, change, message):
+    for key, value in change.items():
+        change[key] = value and tmp_path / value
+    with pytest.raises(InputError, match=message):
+        of_phantom(phantom | change, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sizes_and_folders_are_checked_before_anything_is_read(phantom, shards, tmp_path):
+    for size in (48, 100):
+        with pytest.raises(InputError, match=f"--size {size} should be a multiple of 32"):
+            of_phantom(phantom | {"info": tmp_path / "absent"}, tmp_path / "out", size=size)
+    with pytest.raises(InputError, match="already holds a finished data set"):
+        of_phantom(phantom | {"info": tmp_path / "absent"}, shards.path)
+
+
+def command(phantom, out):
+    return [
+        sys.executable, "-m", "maknet_jax", "prepare", "deeplesion", "--images", phantom["images"],
+        "--info", phantom["info"], "--labels", phantom["labels"], "--hand-labels",
+        phantom["hand_labels"], "--ontology", phantom["ontology"], "--out", out, "--size", "512",
+        "--workers", "1",
+    ]  # fmt: skip
+
+
+def test_a_killed_command_goes_on_and_ends_as_if_undisturbed(phantom, tmp_path):
+    run = {"env": ENVIRONMENT, "text": True, "capture_output": True, "timeout": 120}
+    whole = subprocess.run(command(phantom, tmp_path / "whole"), **run)
+    assert whole.returncode == 0, whole.stderr
+    out = tmp_path / "out"
+    first = subprocess.Popen(
+        command(phantom, out), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    started = time.monotonic()
+    while not list(out.glob("train/.*")):  # the first shard is being written
+        assert time.monotonic() - started < 60 and first.poll() is None
+        time.sleep(0.005)
+    first.send_signal(signal.SIGTERM)
+    _, error = first.communicate(timeout=60)
+    assert first.returncode == 75, error
+    assert error == "maknet: stopped: SIGTERM; what is finished is kept\n"
+    assert not (out / "dataset.json").exists() and not list(out.glob("train/*"))
+    second = subprocess.run(command(phantom, out), **run)
+    assert second.returncode == 0 and second.stdout.replace(str(out), "X") == (
+        whole.stdout.replace(str(tmp_path / "whole"), "X")
+    )
+    fingerprints = [records.open_dataset(tmp_path / name).fingerprint for name in ("whole", "out")]
+    assert fingerprints[0] == fingerprints[1]
+    third = subprocess.run(command(phantom, out), **run)
+    assert third.returncode == 2 and third.stderr.count("\n") == 1
+    assert "already holds a finished data set" in third.stderr
+
+
+def test_a_signal_while_a_file_is_read_is_not_a_broken_file(phantom, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise Stopped("SIGTERM")
+
+    monkeypatch.setattr(png.Image, "open", interrupted)
+    with pytest.raises(Stopped):
+        of_phantom(phantom, tmp_path / "out")
+    assert not (tmp_path / "out" / "dataset.json").exists()

@@ -1,0 +1,148 @@
+"""`maknet prepare dicom`: triplets of unlabelled volumes, ids that need the salt."""
+
+import csv
+import hashlib
+import hmac
+import stat
+
+import pydicom
+import pytest
+
+from maknet_jax import prepare
+from maknet_jax.data import records
+from maknet_jax.errors import InputError
+
+
+def read_csv(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def examples(out):
+    dataset = records.open_dataset(out)
+    return {
+        split: [source[k] for k in range(len(source))]
+        for split in dataset.info["splits"]
+        for source in [dataset.source(split)]
+    }
+
+
+@pytest.fixture
+def salt(tmp_path):
+    path = tmp_path / "salt"
+    path.write_text("a secret of the user, long enough\n")
+    return path
+
+
+def of_dicom(folder, out, salt, **options):
+    options = {"min_slices": 3, "size": 32} | options
+    return prepare.prepare_dicom(folder, out, salt_file=salt, **options)
+
+
+def test_a_real_series_becomes_triplets_without_overlap(shared_data, salt, tmp_path):
+    summary = of_dicom(shared_data / "dicom" / "liver_j2k_20", tmp_path / "out", salt)
+    found = examples(tmp_path / "out")["unlabelled"]
+    assert summary["records"] == {"unlabelled": 6} == {"unlabelled": len(found)}
+    assert summary["counters"] == {"slices left over": 2}
+    assert [e.meta["slice"] for e in found] == [1, 4, 7, 10, 13, 16]
+    assert all(e.meta["slices"] == 20 and e.labels.shape == (0,) for e in found)
+    # 3 mm thick at steps of 2 mm.
+    assert found[0].meta["spacing"] == pytest.approx([2.0, *found[0].meta["spacing"][1:]])
+    assert summary["failures"] == 0
+
+
+def test_a_real_nifti_torso_gives_37_triplets(shared_data, salt, tmp_path):
+    path = shared_data / "nifti" / "torso_112" / "example_ct.nii.gz"
+    summary = of_dicom(path, tmp_path / "out", salt, min_slices=51)
+    found = examples(tmp_path / "out")["unlabelled"]
+    assert summary["records"] == {"unlabelled": 37} and len(found) == 37
+    assert summary["counters"] == {"slices left over": 1}
+    assert len({e.id for e in found}) == 37
+    # From the head on: the last ones hold the legs' fat and no lung.
+    assert (found[0].image < -700).mean() > (found[-1].image < -700).mean()
+
+
+def test_a_series_with_two_slices_at_a_place_is_refused_with_the_reason(
+    shared_data, salt, tmp_path
+):
+    folder = shared_data / "dicom" / "duplicate_positions"
+    with pytest.raises(InputError, match="0 series found, 0 of fewer than 3 slices, 1 unreadable"):
+        of_dicom(folder, tmp_path / "out", salt)
+    both = tmp_path / "both"
+    both.mkdir()
+    (both / "bad").symlink_to(folder)
+    for path in (shared_data / "dicom" / "liver_j2k_20").iterdir():
+        (both / path.name).symlink_to(path)
+    for path in folder.iterdir():
+        (both / f"bad_{path.name}").symlink_to(path)
+    summary = of_dicom(both, tmp_path / "out", salt)
+    assert summary["records"] == {"unlabelled": 6} and summary["failures"] == 1
+    (failure,) = read_csv(tmp_path / "out" / "failures.csv")
+    assert "two slices at one position" in failure["reason"]
+    assert "CT26" in failure["reason"] and "CT28" in failure["reason"]
+    assert summary["about"]["series_unreadable"] == 1
+
+
+def test_small_volumes_are_left_out_and_counted(phantom, salt, tmp_path):
+    # The phantom's series have 12 and 8 slices.
+    summary = of_dicom(phantom["dicom"], tmp_path / "out", salt, min_slices=9)
+    assert summary["about"] == {
+        "series": 1, "min_slices": 9, "series_too_small": 1, "series_unreadable": 0,
+    }  # fmt: skip
+    (failure,) = read_csv(tmp_path / "out" / "failures.csv")
+    assert failure["reason"] == "8 slices, --min-slices asks for 9"
+    assert summary["records"] == {"unlabelled": 4} and "series too small: 1" in prepare.describe(
+        summary
+    )
+    with pytest.raises(InputError, match="2 series found, 2 of fewer than 51 slices, 0 unread"):
+        of_dicom(phantom["dicom"], tmp_path / "none", salt, min_slices=51)
+
+
+def everything_in(folder):
+    return b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def test_ids_are_keyed_digests_and_the_salt_stays_outside(phantom, salt, tmp_path):
+    of_dicom(phantom["dicom"], tmp_path / "out", salt)
+    found = examples(tmp_path / "out")["unlabelled"]
+    ids = [e.id for e in found]
+    headers = [pydicom.dcmread(path, stop_before_pixels=True)
+               for path in phantom["dicom"].rglob("*.dcm")]  # fmt: skip
+
+    def digest(uid):
+        secret = salt.read_text().strip().encode()
+        return hmac.new(secret, str(uid).encode(), hashlib.sha256).hexdigest()[:16]
+
+    possible = {f"{digest(h.SeriesInstanceUID)}-{digest(h.SOPInstanceUID)}" for h in headers}
+    assert set(ids) <= possible and len(set(ids)) == len(ids) == 6
+    assert all(e.meta["series"] == e.id.split("-")[0] for e in found)
+    # Neither the salt nor a UID, a name or a path of a file.
+    payloads = b"".join(repr(e.meta).encode() + e.id.encode() for e in found)
+    content = everything_in(tmp_path / "out") + payloads
+    assert salt.read_text().strip().encode() not in content
+    for header in headers:
+        assert str(header.SOPInstanceUID).encode() not in content
+        assert str(header.PatientID).encode() not in payloads
+    assert str(phantom["dicom"]).encode() not in content
+
+    of_dicom(phantom["dicom"], tmp_path / "again", salt)
+    assert [e.id for e in examples(tmp_path / "again")["unlabelled"]] == ids
+    salt.write_text("quite another secret of the user\n")
+    of_dicom(phantom["dicom"], tmp_path / "other", salt)
+    other = [e.id for e in examples(tmp_path / "other")["unlabelled"]]
+    assert not set(other) & set(ids)
+    assert not {i.split("-")[0] for i in other} & {i.split("-")[0] for i in ids}
+
+
+def test_a_salt_is_made_once_kept_private_and_used_again(phantom, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    for name in ("one", "two"):
+        of_dicom(phantom["dicom"], tmp_path / name, None)
+    path = tmp_path / "config" / "maknet" / "salt"
+    assert len(path.read_text().strip()) == 64
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    one, two = (examples(tmp_path / name)["unlabelled"] for name in ("one", "two"))
+    assert [e.id for e in one] == [e.id for e in two]
+    path.write_text("short\n")
+    with pytest.raises(InputError, match="holds 5 characters: 16 at least"):
+        of_dicom(phantom["dicom"], tmp_path / "three", None)

@@ -1,0 +1,192 @@
+"""Writing a data set: the same bytes from any number of workers, resumable, whole or not at all."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from maknet_jax.data import labels, records, shards
+from maknet_jax.errors import InputError
+
+VOCABULARY = labels.Vocabulary.from_names(["even", "any"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    number: int
+    count: int = 2
+
+
+def make(unit):
+    """`count` records of a unit; multiples of 7 fail."""
+    if unit.number % 7 == 0:
+        return shards.Made(failures=((f"unit {unit.number}", "a multiple of 7"),))
+    examples = []
+    for k in range(unit.count):
+        rng = np.random.default_rng([unit.number, k])
+        image = rng.integers(-1024, 3000, (8, 8, 3)).astype(np.int16)
+        vector = np.array([unit.number % 2 == 0, 1], np.uint8)
+        name = f"{unit.number}-{k}"
+        examples.append((records.encode(records.Example(name, image, vector, vector, {})), vector))
+    return shards.Made(tuple(examples), counters={"seen": 1})
+
+
+class Stopping:
+    """`make` that raises at its `limit`-th call."""
+
+    def __init__(self, limit):
+        self.limit = limit
+        self.numbers = []
+
+    def __call__(self, unit):
+        if len(self.numbers) == self.limit:
+            raise KeyboardInterrupt
+        self.numbers.append(unit.number)
+        return make(unit)
+
+
+SPLITS = {
+    "train": [Unit(n) for n in range(1, 17)],
+    "val": [Unit(n, count=3) for n in range(20, 24)],
+    "none": [],
+}
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_RECORDS", 6)
+
+
+def write(out, make=make, splits=SPLITS, workers=1, size=8, finish=True):
+    advanced = []
+    info, failures = shards.write_shards(
+        out, splits, make, kind="test", size=size, vocabulary=VOCABULARY, about={"why": "test"},
+        workers=workers, advance=advanced.append,
+    )  # fmt: skip
+    assert sum(advanced) == sum(map(len, splits.values()))
+    if finish:
+        shards.finish(out, info)
+    return info, failures
+
+
+def content(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What an undisturbed run with one worker writes: (folder, info)."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD_RECORDS", 6)
+        return out, write(out)[0]
+
+
+def test_every_record_is_there_in_order_and_counted(whole):
+    out, info = whole
+    dataset = records.open_dataset(out)
+    for split, units in SPLITS.items():
+        source = dataset.source(split)
+        expected = [f"{u.number}-{k}" for u in units if u.number % 7 for k in range(u.count)]
+        assert [source[k].id for k in range(len(source))] == expected
+        entry = dataset.split(split)
+        assert entry["count"] == len(expected)
+        vectors = [source[k].labels for k in range(len(source))]
+        assert entry["label_counts"] == np.sum([[0, 0], *vectors], axis=0).tolist()
+        assert all(shard["count"] <= 6 for shard in entry["shards"])
+    assert dataset.vocabulary == VOCABULARY and dataset.size == 8
+    assert info["counters"] == {"seen": 17} and info["about"] == {"why": "test"}
+    assert not list(out.rglob(".*")), "temporary files are left"
+
+
+def test_failures_are_returned(tmp_path):
+    _, failures = write(tmp_path / "out")
+    assert failures == [(f"unit {n}", "a multiple of 7") for n in (7, 14, 21)]
+
+
+def test_two_workers_write_what_one_writes(whole, tmp_path):
+    write(tmp_path / "out", workers=2)
+    assert content(tmp_path / "out") == content(whole[0])
+
+
+@pytest.mark.parametrize("limit", [0, 1, 4, 13, 19])
+def test_a_stopped_run_goes_on_and_ends_alike(whole, tmp_path, limit):
+    out = tmp_path / "out"
+    stopping = Stopping(limit)
+    with pytest.raises(KeyboardInterrupt):
+        write(out, stopping)
+    assert not (out / "dataset.json").exists()
+    with pytest.raises(InputError, match="no finished data set"):
+        records.open_dataset(out)
+    parts = [path for path in out.rglob("*.array_record")]
+    again = Stopping(None)
+    _, failures = write(out, again)
+    assert content(out) == content(whole[0])
+    assert len(failures) == 3, "failures of the shards that were kept are listed too"
+    # Finished shards of three units each are not made again.
+    assert len(again.numbers) == 20 - 3 * (len(stopping.numbers) // 3)
+    assert bool(parts) == (limit >= 3)
+
+
+def test_a_run_killed_before_finish_ends_alike(whole, tmp_path):
+    write(tmp_path / "out", finish=False)
+    assert not (tmp_path / "out" / "dataset.json").exists()
+    again = Stopping(0)
+    write(tmp_path / "out", again)
+    assert content(tmp_path / "out") == content(whole[0])
+
+
+def test_an_unfinished_folder_takes_only_the_same_plan(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        write(out, Stopping(4))
+    for other in ({"size": 16}, {"splits": SPLITS | {"val": [Unit(30)]}}):
+        with pytest.raises(InputError, match="unfinished run with other inputs or options"):
+            write(out, **other)
+    write(out)
+
+
+def test_a_finished_or_foreign_folder_is_refused_and_left_alone(whole, tmp_path):
+    before = content(whole[0])
+    with pytest.raises(InputError, match="already holds a finished data set"):
+        write(whole[0])
+    assert content(whole[0]) == before
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="is not empty"):
+        write(tmp_path)
+    assert content(tmp_path) == {"thesis.txt": b"mine"}
+
+
+def test_a_run_without_a_record_is_refused_and_the_folder_is_free_again(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="no record .*: the first one says: a multiple of 7"):
+        write(out, splits={"train": [Unit(7)], "val": []})
+    assert content(out) == {}
+    with pytest.raises(InputError, match="there was no input"):
+        write(out, splits={"train": []})
+    write(out)
+
+
+def test_the_fingerprint_says_what_the_records_are(whole, tmp_path):
+    fingerprint = whole[1]["fingerprint"]
+    assert write(tmp_path / "same")[0]["fingerprint"] == fingerprint
+    fewer = SPLITS | {"train": SPLITS["train"][:-1]}
+    other = SPLITS | {"test": SPLITS["val"]}
+    del other["val"]
+    found = [
+        write(tmp_path / str(k), splits=splits)[0]["fingerprint"]
+        for k, splits in enumerate((fewer, other))
+    ]
+    assert len({fingerprint, *found}) == 3
+
+
+def test_dataset_json_is_plain_json(whole):
+    info = json.loads((whole[0] / "dataset.json").read_text())
+    assert info["window"] == [-1024.0, 3071.0]
+    assert "body mask" in info["crop"] and "numpy" in info["versions"]
+    assert info == json.loads(json.dumps(whole[1]))

@@ -1,0 +1,108 @@
+"""The table of people's own labelled slices."""
+
+import numpy as np
+import pytest
+
+from maknet_jax.data import table, volumes
+from maknet_jax.errors import InputError
+
+HEADER = "path,labels,split,slice,patient\n"
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(text, header=HEADER):
+        (tmp_path / "labels.csv").write_text(header + text, encoding="utf-8-sig")
+        return table.read_table(tmp_path / "labels.csv")
+
+    return read
+
+
+def test_rows_are_read_with_their_lines_and_paths_beside_the_table(read, tmp_path):
+    rows, vocabulary = read(
+        "a.nii.gz, liver | spleen|liver,train,57,p1\n"
+        "\n"
+        '"b, c/x.dcm",,val,,p2\n'
+        "d.png,lung,train,,p1\n"
+    )
+    assert vocabulary.names == ("liver", "lung", "spleen")
+    assert [row.line for row in rows] == [2, 4, 5]
+    assert rows[0] == table.Row(2, str(tmp_path / "a.nii.gz"), ("liver", "spleen"), "train", "57",
+                                "p1")  # fmt: skip
+    assert rows[1].labels == () and rows[1].path == str(tmp_path / "b, c/x.dcm")
+    assert rows[0].where == f"line 2: {tmp_path}/a.nii.gz slice 57"
+    assert rows[2].where == f"line 5: {tmp_path}/d.png"
+
+
+def test_slice_and_patient_may_be_absent_and_other_columns_ignored(read):
+    rows, _ = read("train,liver,a.png,x\n", header="split,labels,path,remark\n")
+    assert rows[0].slice == "" and rows[0].patient == "" and rows[0].split == "train"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.png,liver,train,,p1\nb.png,liver,test,,p1\n", "line 3: patient p1 is in train and te"),
+        ("a.png,liver,train,3,\na.png,lung,val,3,\n", "line 3 repeats the slice of line 2"),
+        ("a.png,liver,,,\n", "line 2: .* both are needed"),
+        (",liver,train,,\n", "line 2: .* both are needed"),
+        ("a.png,liver,../etc,,\n", "split '../etc': .* lower-case letters"),
+        ("a.png,liver,Train,,\n", "lower-case letters"),
+        ("a.png\n", "line 2: .* both are needed"),
+        ("a.png,,train,,\n", "names no label"),
+        ("", "names no label"),
+    ],
+)
+def test_rows_that_break_a_rule_are_refused_in_one_line(read, text, message):
+    with pytest.raises(InputError, match=message) as caught:
+        read(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_table_is_refused(read, tmp_path):
+    with pytest.raises(InputError, match="has no column 'labels'"):
+        read("a.png,train\n", header="path,split\n")
+    with pytest.raises(InputError, match="has no column 'path'"):
+        read("", header="")
+    for path in (tmp_path, tmp_path / "absent.csv"):
+        with pytest.raises(InputError, match="is no file: give a CSV"):
+            table.read_table(path)
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(InputError, match="is no CSV table"):
+        table.read_table(tmp_path / "binary.csv")
+
+
+def volume(*names):
+    hu = np.zeros((len(names), 4, 4), np.int16)
+    return volumes.Volume(hu, (1.0, 1.0, 1.0), "series", names, names)
+
+
+def row(name):
+    return table.Row(2, "a", (), "train", name, "")
+
+
+def test_a_slice_is_found_by_stored_index_by_file_or_from_the_head():
+    # NIfTI files are often stored from the feet up: their names are the stored indices.
+    stored = volume("3", "2", "1", "0")
+    assert [table.slice_index(row(str(k)), stored, None) for k in range(4)] == [3, 2, 1, 0]
+    files = volume("z.dcm", "a.dcm", "7.dcm")
+    assert table.slice_index(row("a.dcm"), files, None) == 1
+    assert table.slice_index(row("2"), files, None) == 2
+    # The path itself names the slice.
+    assert table.slice_index(row(""), files, 1) == 1
+    assert table.slice_index(row(""), volume("0"), None) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "names", "message"),
+    [
+        ("", ("0", "1"), "a has 2 slices: name one in the column slice"),
+        ("4", ("1", "0"), "slice 4 is not among the 2 of a"),
+        ("3", ("a.dcm", "b.dcm", "c.dcm"), "slice 3 is not among the 3 of a"),
+        ("x.dcm", ("a.dcm", "b.dcm"), "no slice x.dcm in series"),
+        ("-1", ("a.dcm", "b.dcm"), "no slice -1 in series"),
+    ],
+)
+def test_slices_that_are_not_there_are_refused(name, names, message):
+    with pytest.raises(InputError, match=message):
+        table.slice_index(row(name), volume(*names), None)
