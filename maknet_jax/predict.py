@@ -75,8 +75,7 @@ def predict(
                 loading = reader.submit(volumes.load_series, following[0], png_window=png_window)
             if volume is None:
                 continue
-            windowed = png_window if ref.kind == "png" else None
-            scores = score_volume(run, volume, batch_size, windowed, advance)
+            scores = score_volume(run, volume, batch_size, png_window, advance)
             chosen = choose(run, scores)
             slices += _slice_rows(run, volume, scores, chosen)
             covers += _cover(run, volume, scores, chosen)
@@ -124,11 +123,11 @@ def score_volume(run, volume, batch_size=16, png_window=None, advance=lambda cou
       run: a `workdir.Run`.
       volume: a `volumes.Volume`.
       batch_size: slices a step; rounded up to the devices.
-      png_window: (low, high) where the volume was read from 8-bit pictures.
+      png_window: (low, high) in HU of 8-bit pictures.
       advance: advance(count) after each batch.
     """
     size = run.config.data.size
-    threshold = {"threshold": preprocess.below_window(png_window)} if png_window else {}
+    threshold = preprocess.body_threshold(volume.hu, png_window)
     batch_size = workdir.global_batch(batch_size)
     scores = []
     for start in range(0, len(volume.hu), batch_size):
@@ -136,7 +135,7 @@ def score_volume(run, volume, batch_size=16, png_window=None, advance=lambda cou
         images = np.zeros((batch_size, size, size, 3), np.int16)
         for row, centre in enumerate(centres):
             around = preprocess.neighbours(volume.hu, centre)
-            images[row], _ = preprocess.make_triplet(around, size, **threshold)
+            images[row], _ = preprocess.make_triplet(around, size, threshold=threshold)
         logits = run.predict(run.variables, {"image": images})["logits"][: len(centres)]
         scores.append(0.5 * (1.0 + np.tanh(0.5 * logits)))
         advance(len(centres))

@@ -309,10 +309,7 @@ def _make_table_volume(unit):
         volume, named = volumes.load_series_of(unit.path, png_window=unit.png_window)
     except (Rejected, InputError) as error:
         return shards.Made(failures=tuple((row.where, str(error)) for row in unit.rows))
-    threshold = {}
-    # Whole CT reaches far below any display window: these values were cut to it.
-    if unit.png_window and volume.hu.min() >= np.floor(unit.png_window[0]):
-        threshold = {"threshold": preprocess.below_window(unit.png_window)}
+    threshold = preprocess.body_threshold(volume.hu, unit.png_window)
     examples, failures = [], []
     for row, vector in zip(unit.rows, unit.labels, strict=True):
         try:
@@ -321,7 +318,7 @@ def _make_table_volume(unit):
             failures.append((row.where, str(error)))
             continue
         slices = preprocess.neighbours(volume.hu, centre)
-        image, box = preprocess.make_triplet(slices, unit.size, **threshold)
+        image, box = preprocess.make_triplet(slices, unit.size, threshold=threshold)
         meta = {"line": row.line, "slice": centre, "slices": len(volume.hu), "crop": box}
         examples.append(_example(f"line-{row.line:06d}", image, vector, b"\1" * len(vector), meta))
     return shards.Made(tuple(examples), tuple(failures))

@@ -89,10 +89,12 @@ def test_a_slice_of_one_value_is_kept_whole(value):
 def test_a_body_cut_to_a_display_window_is_found_without_its_mattress():
     hu = np.clip(body(), -175, 275)
     hu[182:190, 20:236] = -172  # a mattress is just above black
-    threshold = preprocess.below_window((-175, 275))
+    threshold = preprocess.body_threshold(hu, (-175, 275))
     assert -175 < threshold < -160
     assert near(preprocess.body_box(hu, threshold=threshold), BODY)
     assert not near(preprocess.body_box(hu), BODY)
+    # Whole CT given with a window that it was not cut to keeps its own threshold.
+    assert preprocess.body_threshold(body(), (-175, 275)) < -175
 
 
 @pytest.mark.parametrize("value", [-1024, -317, 0, 1500])

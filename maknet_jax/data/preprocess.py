@@ -114,7 +114,17 @@ def neighbours(hu, centre):
     return [hu[max(centre - 1, 0)], hu[centre], hu[min(centre + 1, last)]]
 
 
-def below_window(window):
-    """The body threshold for pictures that were cut to `window` (low, high): 2 % above its low."""
-    low, high = window
+def body_threshold(hu, png_window=None):
+    """The threshold of `body_box` for a volume.
+
+    Pictures of 8 bits were cut to a display window, and in it fat and lung may lie at its low end:
+    there the threshold is 2 % above that. Whole CT reaches far below any such window.
+
+    Args:
+      hu: int16 of any shape.
+      png_window: (low, high) in HU of 8-bit pictures, where it was given.
+    """
+    if png_window is None or hu.min() < np.floor(png_window[0]):
+        return _BODY
+    low, high = png_window
     return max(_BODY, low + 0.02 * (high - low))

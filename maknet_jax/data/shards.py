@@ -192,6 +192,11 @@ def _mapper(workers):
     )
     try:
         yield pool.map
+    except concurrent.futures.process.BrokenProcessPool:
+        raise InputError(
+            f"one of {workers} worker processes was killed, most often for memory: the same "
+            "command with fewer --workers goes on"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
