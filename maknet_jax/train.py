@@ -45,17 +45,25 @@ def train(config, folder, *, devices=None):
             "change one of them"
         )
     mesh = sharding.data_mesh(devices)
-    if config.data.batch_size % mesh.size:
-        raise InputError(
-            f"data.batch_size {config.data.batch_size} is no multiple of the {mesh.size} devices"
-        )
+    _check(config, mesh.size)
     split = dataset.split(config.data.train_split)
     if not split["count"] or not len(dataset.vocabulary):
         raise InputError(f"{dataset.path} has no labelled record in {config.data.train_split}")
     _claim(folder, config, dataset)
     with console.Log(folder / "log.jsonl") as say, _stop_flag() as stop:
-        run = _Run(config, folder, dataset, split, mesh, say)
-        return run.loop(stop)
+        with contextlib.closing(_Run(config, folder, dataset, split, mesh, say)) as run:
+            return run.loop(stop)
+
+
+def _check(config, devices):
+    for name in ("epochs", "evaluate_every", "checkpoint_every", "log_every"):
+        if not config[name] > 0:
+            raise InputError(f"config {name} {config[name]} should be above 0")
+    batch_size = config.data.batch_size
+    if batch_size < 1 or batch_size % devices:
+        raise InputError(
+            f"config data.batch_size {batch_size} is no multiple of the {devices} devices"
+        )
 
 
 def _claim(folder, config, dataset):
@@ -73,7 +81,10 @@ def _claim(folder, config, dataset):
                 "another --workdir or the same config"
             )
         if files.read_json(folder / "dataset.json")["fingerprint"] != dataset.fingerprint:
-            raise InputError(f"{folder} was trained on other data than {dataset.path}")
+            raise InputError(
+                f"{folder} was trained on other data than {dataset.path}: choose another --workdir "
+                "or the same data"
+            )
     files.write_json(folder / "dataset.json", about)
     files.write_json(folder / "config.json", wanted)
 
@@ -130,7 +141,7 @@ class _Run:
             donate_argnums=0,
         )
         self.evaluator = None
-        if config.data.val_split in dataset.info["splits"]:
+        if dataset.info["splits"].get(config.data.val_split, {"count": 0})["count"]:
             self.evaluator = Evaluator(
                 dataset.source(config.data.val_split),
                 workdir.make_predict(config, model, mesh),
@@ -143,10 +154,15 @@ class _Run:
         self.best = checkpoint.Checkpoints(folder / workdir.FOLDERS["best"], keep=1)
         self.meta = {"best": None, "best_step": None, "metrics": {}, "thresholds": None}
 
+    def close(self):
+        """Ends the checkpoints' threads."""
+        self.last.close()
+        self.best.close()
+
     def loop(self, stop):
         """Trains to the end; returns the summary."""
         config, total = self.config, self.total
-        current = self._resume()
+        current, pending = self._resume()
         first = int(current.step)
         key = jax.device_put(jax.random.key(config.seed + 1), sharding.replicated(self.mesh))
         batches = pipeline.train_batches(
@@ -159,10 +175,12 @@ class _Run:
             threads=config.data.threads,
         )
         every = max(1, round(config.evaluate_every * self.epoch_steps))
-        metrics = log.MetricLog(self.folder, step=first)
-        pending, started, done = [], time.perf_counter(), first
-        began = time.perf_counter()
-        with console.progress("train", total, done=first) as advance:
+        began = started = time.perf_counter()
+        done = first
+        with (
+            contextlib.closing(log.MetricLog(self.folder, step=first)) as metrics,
+            console.progress("train", total, done=first) as advance,
+        ):
             for number in range(first + 1, total + 1):
                 batch = sharding.put_batch(self.mesh, next(batches))
                 current, values = self.train_step(current, batch, key)
@@ -171,6 +189,7 @@ class _Run:
                 pending.append(values)
                 advance()
                 at_end = number == total
+                evaluating = number % every == 0 or at_end
                 if number % config.log_every == 0 or at_end:
                     means = log.averages(pending)
                     now = time.perf_counter()
@@ -179,24 +198,27 @@ class _Run:
                     metrics.write(number, {f"train/{k}": v for k, v in means.items()})
                     advance(0, f"loss {means['loss']:.4f}, {rate:.1f} images/s")
                     pending, started, done = [], now, number
-                if number % every == 0 or at_end:
+                if evaluating:
+                    paused = time.perf_counter()
                     self._evaluate(current, number, metrics)
-                    started = time.perf_counter()
-                evaluated = number % every == 0 or at_end
+                    started += time.perf_counter() - paused
                 stopping = sharding.any_process(bool(stop))
-                if evaluated or stopping or number % config.checkpoint_every == 0:
-                    self.last.save(current, self.meta)
+                if evaluating or stopping or number % config.checkpoint_every == 0:
+                    # Steps that no line of metrics holds yet: a restart must not lose them.
+                    waiting = [{k: float(v) for k, v in values.items()} for values in pending]
+                    self.last.save(current, self.meta | {"pending": waiting})
                 if stopping and not at_end:
-                    metrics.close()
                     self.say.say(f"stopped at step {number} of {total}; the same command goes on")
                     raise Stopped(f"step {number} of {total} is saved in {self.folder}")
-        metrics.close()
         return self._finish(int(current.step) - first, time.perf_counter() - began)
 
     def _resume(self):
         kept, meta, damaged = self.last.restore(self.shapes)
         for number, reason in damaged.items():
+            self.last.set_aside(number)
             self.say.say(f"checkpoint {number} is damaged and set aside: {reason}")
+        if self.evaluator is None:
+            self.say.say(f"no {self.config.data.val_split!r} examples: no validation, no best")
         if kept is None:
             self.say.say(
                 f"{self.config.model.name}: {self.parameters:,} parameters, "
@@ -209,14 +231,14 @@ class _Run:
             with files.write_whole(self.folder / "parameters.txt") as file:
                 file.write(overview + "\n")
         else:
-            self.meta = meta
+            self.meta = self.meta | meta
             self.say.say(f"going on from step {int(kept.step)} of {self.total}")
         newer = [number for number in self.best.steps() if number > int(kept.step)]
         for number in newer:  # the run will come to it again
             self.best.discard(number)
         if not self.best.steps():
-            self.meta["best"] = None
-        return sharding.put_state(self.mesh, kept)
+            self.meta |= {"best": None, "best_step": None}
+        return sharding.put_state(self.mesh, kept), self.meta.pop("pending", [])
 
     def _evaluate(self, current, number, metrics):
         if self.evaluator is None:
@@ -228,7 +250,7 @@ class _Run:
         metrics.write(number, {f"val/{name}": value for name, value in values.items()})
         self.meta = self.meta | {"metrics": values, "thresholds": np.asarray(thresholds).tolist()}
         auc, best = values.get("auc"), self.meta["best"]
-        if auc is not None and (best is None or auc > best):
+        if auc is not None and (best is None or auc >= best):  # of equal ones the longer trained
             self.meta |= {"best": auc, "best_step": number}
             self.best.save(current, self.meta)
         self.say.say(
@@ -239,8 +261,6 @@ class _Run:
         )
 
     def _finish(self, steps, seconds):
-        self.last.close()
-        self.best.close()
         summary = {
             "workdir": str(self.folder),
             "steps": self.total,

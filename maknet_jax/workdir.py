@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 
 from maknet_jax import config as configs
-from maknet_jax import files, models
+from maknet_jax import console, files, models
 from maknet_jax.data import augment
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError
@@ -40,23 +40,25 @@ def build_model(config, num_classes):
 def build_optimizer(config):
     """The optimiser of a config."""
     options = config.optimizer.to_dict()
-    return _choose("optimizer", OPTIMIZERS, options.pop("name"))(**options)
+    return _build("optimizer", OPTIMIZERS, **options)
 
 
 def build_loss(config, label_counts, total):
     """The loss of a config with class weights from the training split's counts."""
     options = config.loss.to_dict()
-    build = _choose("loss", LOSSES, options.pop("name"))
     pos_weight, neg_weight = losses.class_weights(
         np.asarray(label_counts), total, clamp=options.pop("clamp")
     )
-    return build(pos_weight=pos_weight, neg_weight=neg_weight, **options)
+    return _build("loss", LOSSES, pos_weight=pos_weight, neg_weight=neg_weight, **options)
 
 
-def _choose(what, known, name):
+def _build(what, known, *, name, **options):
     if name not in known:
         raise InputError(f"{what} {name!r} is unknown: choose one of {', '.join(known)}")
-    return known[name]
+    try:
+        return known[name](**options)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what} {name}: {error}") from None
 
 
 def to_input(config):
@@ -101,7 +103,8 @@ def make_predict(config, model, mesh):
 
     def predict(variables, batch):
         batch = sharding.put_batch(mesh, batch)
-        return sharding.gather({**batch, "logits": predict_step(variables, batch.pop("image"))})
+        images = batch.pop("image")  # not worth the way back
+        return sharding.gather(batch | {"logits": predict_step(variables, images)})
 
     return predict
 
@@ -132,8 +135,10 @@ def open_run(workdir, *, checkpoint_name="best"):
         folder = workdir / FOLDERS[name]
         if folder.is_dir():
             saved = checkpoint.Checkpoints(folder)
-            kept, meta, _ = saved.restore(like)
+            kept, meta, damaged = saved.restore(like)
             saved.close()
+            for number, reason in damaged.items():
+                console.Log().say(f"{folder / str(number)} is damaged, passed over: {reason}")
         if kept is not None:
             break
     if kept is None:

@@ -45,6 +45,9 @@ def rotate_and_crop(image, angle, scale, aspect, centre):
     turned_row = cos * row + sin * column
     turned_column = -sin * row + cos * column
     at = [(turned + 1) / 2 * size - 0.5 for turned in (turned_row, turned_column)]
+    # Computed once: where XLA computes a place anew for its weight, whole pixels (a crop of full
+    # width, or none) may be rounded down for the one and not for the other, a shift by a pixel.
+    at = jax.lax.optimization_barrier(at)
     # Within its outermost half pixel the image is not blended with what lies outside: a crop at
     # the edge would get a dark seam.
     inside = jnp.maximum(jnp.abs(turned_row), jnp.abs(turned_column)) <= 1 + 1e-5

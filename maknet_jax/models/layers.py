@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from maknet_jax.errors import InputError
+
 he_normal = nn.initializers.he_normal()
 
 
@@ -89,7 +91,7 @@ class MAKConv(nn.Module):
         """`[B, H, W, C]` -> `[B, ceil(H / strides), ceil(W / strides), features]`."""
         k = self.kernel_size
         if k % 2 == 0:
-            raise ValueError(f"kernel_size {k} is even: MAKConv needs an odd one to keep its place")
+            raise InputError(f"kernel_size {k} is even: MAKConv needs an odd one to keep its place")
         kernels = {"kxk": (k, k), "1xk": (1, k), "kx1": (k, 1), "1x1": (1, 1)}
         outputs = []
         for number, (name, size) in enumerate(kernels.items()):

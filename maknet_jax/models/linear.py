@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+from maknet_jax.errors import InputError
 from maknet_jax.models.layers import Outputs
 
 
@@ -20,7 +21,10 @@ class Linear(nn.Module):
         """`[B, S, S, 3]` with S a multiple of `edge` -> `Outputs` without a second head."""
         batch, size, _, channels = images.shape
         if size % self.edge:
-            raise ValueError(f"image size {size} is no multiple of edge {self.edge}")
+            raise InputError(
+                f"image size {size} is no multiple of the linear model's edge {self.edge}: "
+                "change one of them"
+            )
         cell = size // self.edge
         x = images.reshape(batch, self.edge, cell, self.edge, cell, channels).mean(axis=(2, 4))
         x = x.astype(jnp.float32).reshape(batch, -1)

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+from maknet_jax.errors import InputError
 from maknet_jax.models import layers
 
 
@@ -41,6 +42,11 @@ class MAKNet(nn.Module):
     @nn.compact
     def __call__(self, images, train):
         """Returns `Outputs`; with `train` and dropout an rng named "dropout" is needed."""
+        if not len(self.blocks) == len(self.growth_rates) == len(self.widths):
+            raise InputError(
+                f"blocks {self.blocks}, growth_rates {self.growth_rates} and widths {self.widths} "
+                "differ in length: each needs one entry a block"
+            )
         x = layers.ConvNormMish(self.stem, (7, 7), 2, dtype=self.dtype, name="stem")(images, train)
         shapes = zip(self.blocks, self.growth_rates, self.widths, strict=True)
         for number, (count, growth_rate, features) in enumerate(shapes):

@@ -1,7 +1,7 @@
 """Checkpoints of a `TrainState` (Orbax), each leaf with its digest.
 
 Orbax restores a flipped bit in an array without a word, so SHA-256 digests are kept beside the
-arrays and compared on reading; a damaged checkpoint is set aside and the previous one used.
+arrays and compared on reading; a damaged checkpoint is passed over and the previous one used.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ class Checkpoints:
 
         Args:
           like: `state.shapes` of the network that is expected.
-          step: which one; None takes the newest and sets damaged ones aside.
+          step: which one; None takes the newest that is whole.
 
         Returns:
           (state of NumPy arrays, meta, damaged): `damaged` maps the steps that were passed over to
@@ -71,8 +71,6 @@ class Checkpoints:
         for candidate in [step] if step is not None else reversed(steps):
             try:
                 state, meta = self._read(like, candidate)
-                for other in damaged:
-                    self._set_aside(other)
                 return state, meta, damaged
             except Exception as error:
                 # Orbax raises many kinds of errors on a damaged file; each means the same here.
@@ -95,6 +93,12 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(as_numpy), content=ocp.args.JsonRestore()
             ),
         )
+        # Orbax restores another shape than the asked one without a word.
+        wanted, _ = jax.tree_util.tree_flatten_with_path(like)
+        for (path, leaf), array in zip(wanted, jax.tree.leaves(restored.state), strict=True):
+            if array.shape != leaf.shape:
+                name = jax.tree_util.keystr(path)
+                raise ValueError(f"another network: {name} is {array.shape}, not {leaf.shape}")
         expected = restored.content["digests"]
         found = digests(restored.state)
         if found != expected:
@@ -102,8 +106,8 @@ class Checkpoints:
             raise ValueError(f"{len(wrong)} arrays differ from their digest, first {wrong[:1]}")
         return restored.state, restored.content["meta"]
 
-    def _set_aside(self, step):
-        # Renamed, not removed: it may still be worth a look, and its name must become free.
+    def set_aside(self, step):
+        """Moves a damaged checkpoint to `FOLDER_damaged/STEP`: its name must become free."""
         if jax.process_index() == 0:
             target = self.folder.with_name(f"{self.folder.name}_damaged") / str(step)
             target.parent.mkdir(exist_ok=True)

@@ -42,7 +42,7 @@ def make_train_step(model, loss_fn, optimizer, *, to_input, augment=None):
         (_, (metrics, stats)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = metrics | {"gradient_norm": optax.global_norm(gradients)}
+        metrics = metrics | {"gradient_norm": optax.tree.norm(gradients)}
         return TrainState(state.step + 1, params, stats, opt_state), metrics
 
     return train_step

@@ -1,0 +1,71 @@
+"""The training state: arrays only, the same from the same seed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maknet_jax import models
+from maknet_jax.training import ranger, state
+
+TINY = {"stem": 8, "blocks": (1,), "growth_rates": (8,), "widths": (8,)}
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return models.build("maknet", 3, **TINY), ranger.ranger(0.01)
+
+
+def leaves(tree):
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def test_same_seed_same_parameters(recipe):
+    first, again, other = (state.create(*recipe, size=32, seed=seed) for seed in (0, 0, 1))
+    for name, leaf in leaves(first).items():
+        np.testing.assert_array_equal(leaf, leaves(again)[name])
+    kernels = [name for name, leaf in leaves(first.params).items() if leaf.ndim == 4]
+    assert len(kernels) == 7
+    for name in kernels:
+        assert not np.array_equal(leaves(first.params)[name], leaves(other.params)[name])
+
+
+def test_shapes_are_those_of_create(recipe):
+    made, shapes = state.create(*recipe, size=32, seed=0), state.shapes(*recipe, size=32)
+    assert jax.tree.structure(made) == jax.tree.structure(shapes)
+    for name, leaf in leaves(made).items():
+        expected = leaves(shapes)[name]
+        assert isinstance(leaf, jax.Array)
+        assert (leaf.shape, leaf.dtype) == (expected.shape, expected.dtype), name
+
+
+def test_a_fresh_state_stands_at_step_0_with_the_networks_variables(recipe):
+    made = state.create(*recipe, size=32, seed=0)
+    assert made.step.dtype == jnp.int32 and int(made.step) == 0
+    assert made.variables == {"params": made.params, "batch_stats": made.batch_stats}
+    model = recipe[0]
+    expected = jax.eval_shape(
+        lambda key: model.init(key, jnp.zeros((1, 32, 32, 3)), train=False), jax.random.key(0)
+    )
+    assert jax.tree.map(np.shape, made.variables) == jax.tree.map(np.shape, expected)
+
+
+def test_slow_weights_start_as_the_parameters_in_buffers_of_their_own(recipe):
+    """Where they shared one, the step could not donate the state."""
+    made = state.create(*recipe, size=32, seed=0)
+    slow = made.opt_state[-1].slow
+    for name, leaf in leaves(made.params).items():
+        np.testing.assert_array_equal(leaf, leaves(slow)[name])
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(made)]
+    assert len(set(pointers)) == len(pointers)
+
+
+def test_a_network_without_batch_norm_has_empty_statistics():
+    from flax import linen as nn
+
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, images, train):
+            return nn.Dense(2)(images.reshape(len(images), -1))
+
+    assert state.create(Plain(), ranger.ranger(0.01), size=4, seed=0).batch_stats == {}

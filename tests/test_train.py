@@ -1,0 +1,387 @@
+"""The loop: a stopped run ends as if it had not been stopped, on any devices, on its own data."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import toy
+from jax.experimental.compilation_cache import compilation_cache
+
+from maknet_jax import train, workdir
+from maknet_jax.data import pipeline
+from maknet_jax.errors import InputError, Stopped
+from maknet_jax.evaluation import evaluator
+from maknet_jax.training import checkpoint, state
+
+NOISE = {
+    "augment.rotation_probability": 0.5,
+    "augment.crop_probability": 0.5,
+    "augment.contrast_probability": 0.3,
+    "augment.grayscale_probability": 0.3,
+    "model.options.dropout_rate": 0.5,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_cache(tmp_path_factory):
+    """What a restart compiles is what the first run compiled: kept on disk, as the command does."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0.0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return toy.write(tmp_path_factory.mktemp("data") / "toy")
+
+
+def kept(folder, page, which="last"):
+    """The newest state in a workdir, its meta, and what was damaged."""
+    model, optimizer = workdir.build_model(page, 4), workdir.build_optimizer(page)
+    like = state.shapes(model, optimizer, size=toy.SIZE)
+    with contextlib.closing(checkpoint.Checkpoints(folder / workdir.FOLDERS[which])) as saved:
+        return saved.restore(like)
+
+
+def equal_runs(one, two, page):
+    """All that two runs have in common if the second was stopped and the first was not."""
+    first, second = kept(one, page), kept(two, page)
+    assert int(first[0].step) == int(second[0].step)
+    assert checkpoint.digests(first[0]) == checkpoint.digests(second[0])
+    assert first[1] == second[1]
+    assert kept(one, page, "best")[1:2] == kept(two, page, "best")[1:2]
+    assert toy.lines(one) == toy.lines(two)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, two)]
+    for summary in summaries:
+        del summary["workdir"], summary["images_per_second"]
+    assert summaries[0] == summaries[1]
+
+
+def signal_after(monkeypatch, count, number=signal.SIGTERM):
+    """A signal to this process once the run has taken `count` batches."""
+    original = pipeline.train_batches
+
+    def batches(*args, **kwargs):
+        for taken, batch in enumerate(original(*args, **kwargs), start=1):
+            if taken == count:
+                os.kill(os.getpid(), number)
+            yield batch
+
+    monkeypatch.setattr(pipeline, "train_batches", batches)
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """40 steps of MAKNet with all its noise, not stopped; (folder, config, summary)."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    page = toy.config(data, "smoke", NOISE)
+    return folder, page, train.train(page, folder)
+
+
+@pytest.fixture(scope="module")
+def linear(data, tmp_path_factory):
+    """40 steps of the linear model; (folder, config, summary)."""
+    folder = tmp_path_factory.mktemp("runs") / "linear"
+    page = toy.config(data, "linear")
+    return folder, page, train.train(page, folder)
+
+
+def test_40_steps_are_17_and_a_restart_and_23(whole, tmp_path, monkeypatch):
+    folder, page, _ = whole
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        signal_after(patch, 17)
+        with pytest.raises(Stopped, match="step 17 of 40 is saved"):
+            train.train(page, tmp_path / "run")
+    stopped, _, _ = kept(tmp_path / "run", page)
+    assert int(stopped.step) == 17
+    assert signal.getsignal(signal.SIGTERM) is before  # handed back
+    train.train(page, tmp_path / "run")
+    equal_runs(folder, tmp_path / "run", page)
+
+
+@pytest.mark.parametrize("stops", [(1,), (15, 16, 1), (39,)])
+def test_stopped_anywhere_and_often(linear, tmp_path, monkeypatch, stops):
+    folder, page, _ = linear
+    for count in stops:
+        with monkeypatch.context() as patch:
+            signal_after(patch, count, signal.SIGINT)
+            with pytest.raises(Stopped):
+                train.train(page, tmp_path / "run")
+    train.train(page, tmp_path / "run")
+    equal_runs(folder, tmp_path / "run", page)
+
+
+def test_a_signal_in_the_last_step_leaves_a_finished_run(linear, tmp_path, monkeypatch):
+    folder, page, _ = linear
+    signal_after(monkeypatch, 40)
+    train.train(page, tmp_path / "run")
+    equal_runs(folder, tmp_path / "run", page)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(linear, tmp_path, monkeypatch):
+    """Steps 16 to 26 were logged and even evaluated, but not saved: they come again.
+
+    The best state is then newer than the last one, and must not stand in the way of an older best.
+    """
+    folder, page, _ = linear
+
+    class Killed(BaseException):
+        pass
+
+    def batches(*args, **kwargs):
+        for taken, batch in enumerate(original(*args, **kwargs), start=1):
+            if taken == 27:
+                raise Killed
+            yield batch
+
+    def lost(self, current, meta=None):
+        if self.folder.name == "best" or int(current.step) not in (16, 24):
+            save(self, current, meta)
+
+    original, save = pipeline.train_batches, checkpoint.Checkpoints.save
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "train_batches", batches)
+        patch.setattr(checkpoint.Checkpoints, "save", lost)
+        with pytest.raises(Killed):
+            train.train(page, tmp_path / "run")
+    assert int(kept(tmp_path / "run", page)[0].step) == 15
+    assert int(kept(tmp_path / "run", page, "best")[0].step) == 24
+    train.train(page, tmp_path / "run")
+    equal_runs(folder, tmp_path / "run", page)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's threads
+def test_a_damaged_last_checkpoint_is_passed_over(linear, tmp_path, capsys):
+    folder, page, _ = linear
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    (run / "summary.json").unlink()
+    files = [path for path in (run / "checkpoints" / "40" / "state").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    train.train(page, run)
+    said = capsys.readouterr().err
+    assert "checkpoint 40 is damaged and set aside: " in said and "going on from step 32" in said
+    assert (run / "checkpoints_damaged" / "40").is_dir()
+    equal_runs(folder, run, page)
+    time.sleep(0.2)  # see test_checkpoint.py
+
+
+def test_one_device_gives_the_losses_of_eight(data, tmp_path):
+    """The whole loop; test_step.py has the network with dropout too."""
+    page = toy.config(data, "linear", {k: v for k, v in NOISE.items() if "augment" in k})
+    results = []
+    for count in (1, 8):
+        run = tmp_path / str(count)
+        summary = train.train(page, run, devices=jax.devices()[:count])
+        assert summary["devices"].startswith(f"{count} x ")
+        results.append((toy.lines(run), kept(run, page)[0]))
+    (one_lines, one), (eight_lines, eight) = results
+    for first, second in zip(one_lines, eight_lines, strict=True):
+        assert first == pytest.approx(second, rel=1e-5, abs=1e-5)
+    for first, second in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
+        np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_learns_keeps_its_best_and_says_so(linear):
+    folder, page, summary = linear
+    rows = toy.lines(folder)
+    losses = {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+    assert list(losses) == [10, 20, 30, 40] and losses[40] < 0.85 * losses[10]
+    aucs = {row["step"]: row["val/auc"] for row in rows if "val/auc" in row}
+    assert list(aucs) == [8, 16, 24, 32, 40] and max(aucs.values()) > 0.9
+    best, meta, _ = kept(folder, page, "best")
+    assert aucs[int(best.step)] == max(aucs.values()) == summary["best_val_auc"]
+    assert int(best.step) == summary["best_step"] == meta["best_step"]
+    assert len(meta["thresholds"]) == 4
+    assert summary["steps"] == 40 and summary["val"]["auc"] == aucs[40]
+    assert summary["parameters"] == 4 * (4 * 4 * 3 + 1)
+    on_disk = json.loads((folder / "summary.json").read_text())
+    assert on_disk == summary
+    assert "classifier/kernel" in (folder / "parameters.txt").read_text()
+    said = [json.loads(line)["message"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert "196 parameters, 40 steps of 8 images on 8 cpu" in said[0]
+    run = workdir.open_run(folder)
+    assert (run.name, run.step) == ("best", int(best.step))
+    assert workdir.open_run(folder, checkpoint_name="last").step == 40
+
+
+def test_the_best_state_is_the_last_of_the_best_aucs(data, tmp_path, monkeypatch):
+    aucs = iter([0.6, 0.8, 0.8, None, 0.7])
+    original = evaluator.Scores.report
+
+    def scripted(self, thresholds, parents):
+        report = original(self, thresholds, parents)
+        report.summary["auc"] = next(aucs)
+        return report
+
+    monkeypatch.setattr(evaluator.Scores, "report", scripted)
+    page = toy.config(data, "linear")
+    summary = train.train(page, tmp_path / "run")
+    assert (summary["best_val_auc"], summary["best_step"]) == (0.8, 24)
+    best, meta, _ = kept(tmp_path / "run", page, "best")
+    assert int(best.step) == 24 and meta["metrics"]["auc"] == 0.8
+
+
+def test_a_finished_run_has_nothing_to_do(linear, tmp_path):
+    folder, page, summary = linear
+    shutil.copytree(folder, tmp_path / "run")
+    before = (tmp_path / "run" / "summary.json").read_text()
+    again = train.train(page, tmp_path / "run")
+    assert again | {"workdir": "", "images_per_second": 0} == summary | {
+        "workdir": "",
+        "images_per_second": 0,
+    }
+    assert (tmp_path / "run" / "summary.json").read_text() == before
+    assert toy.lines(tmp_path / "run") == toy.lines(folder)
+
+
+def test_the_step_is_compiled_once(data, tmp_path, monkeypatch):
+    runs = []
+    original = train._Run.loop
+
+    def loop(self, stop):
+        runs.append(self)
+        return original(self, stop)
+
+    monkeypatch.setattr(train._Run, "loop", loop)
+    page = toy.config(data, "linear")
+    with monkeypatch.context() as patch:
+        signal_after(patch, 9)
+        with pytest.raises(Stopped):
+            train.train(page, tmp_path / "run")
+    train.train(page, tmp_path / "run")
+    assert [run.train_step._cache_size() for run in runs] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"optimizer.learning_rate": 0.5}, "run with optimizer.learning_rate 0.01, not 0.5"),
+        ({"seed": 3}, "holds a run with seed 0, not 3: choose another --workdir"),
+        ({"model.options.edge": 8}, "model.options.edge 4, not 8"),
+    ],
+)
+def test_another_config_in_the_same_workdir_is_refused(linear, data, changes, message):
+    folder, page, _ = linear
+    before = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(InputError, match=message):
+        train.train(toy.config(data, "linear", changes), folder)
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_other_data_is_refused_and_moved_data_is_not(linear, data, tmp_path):
+    folder, _, summary = linear
+    other = toy.write(tmp_path / "other", seed=1)
+    with pytest.raises(InputError, match="was trained on other data than .*other: choose another"):
+        train.train(toy.config(other, "linear"), folder)
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.copytree(data, tmp_path / "moved")
+    assert train.train(toy.config(tmp_path / "moved", "linear"), tmp_path / "run")["steps"] == 40
+    about = json.loads((tmp_path / "run" / "dataset.json").read_text())
+    assert about["path"] == str(tmp_path / "moved")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data.size": 64}, "data.size 64 is not the 32 of .*toy: change one"),
+        ({"data.batch_size": 12}, "data.batch_size 12 is no multiple of the 8 devices"),
+        ({"data.batch_size": 0}, "data.batch_size 0 is no multiple of the 8 devices"),
+        ({"epochs": 0.0}, "epochs 0.0 should be above 0"),
+        ({"log_every": 0}, "log_every 0 should be above 0"),
+        ({"data.train_split": "trian"}, "split 'trian' is not in .*: it has train, val"),
+        ({"data.path": "nowhere"}, "nowhere holds no finished data set"),
+        ({"optimizer.name": "adam"}, "optimizer 'adam' is unknown: choose one of ranger"),
+        ({"optimizer.k": 0}, "optimizer ranger: k=0, .*needs k >= 1"),
+        ({"loss.name": "bce"}, "loss 'bce' is unknown: choose one of weighted_focal"),
+        ({"model.name": "vgg"}, "model 'vgg' is unknown: choose one of maknet, linear"),
+        ({"model.options.edge": 5}, "image size 32 is no multiple of the linear model's edge 5"),
+        ({"precision": "half"}, "precision 'half' is unknown"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_one_line(data, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message) as caught:
+        train.train(toy.config(data, "linear", changes), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_training_split_is_refused(tmp_path):
+    empty = toy.write(tmp_path / "empty", train=0)
+    with pytest.raises(InputError, match="has no labelled record in train"):
+        train.train(toy.config(empty, "linear"), tmp_path / "run")
+
+
+def test_without_validation_the_run_goes_on_and_says_so(tmp_path, capsys):
+    """Where no validation image was downloaded, the split is there and empty."""
+    alone = toy.write(tmp_path / "alone", val=0)
+    page = toy.config(alone, "linear", {"epochs": 1.6})
+    summary = train.train(page, tmp_path / "run")
+    assert summary["best_val_auc"] is None and summary["val"] == {}
+    assert "no 'val' examples" in capsys.readouterr().err
+    run = workdir.open_run(tmp_path / "run")
+    assert (run.name, run.step) == ("last", 8)
+    assert run.thresholds.tolist() == [0.5] * 4
+
+
+def test_a_folder_that_is_no_run_cannot_be_opened(data, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="is no workdir of `maknet train`"):
+        workdir.open_run(tmp_path)
+    page = toy.config(data, "linear")
+    monkeypatch.setattr(train._Run, "loop", lambda self, stop: None)
+    train.train(page, tmp_path / "run")
+    with pytest.raises(InputError, match="holds no checkpoint yet"):
+        workdir.open_run(tmp_path / "run")
+    with pytest.raises(InputError, match="checkpoint 'newest' is unknown: choose best or last"):
+        workdir.open_run(tmp_path / "run", checkpoint_name="newest")
+
+
+def lines_of(run):
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_sigterm_to_the_command_exits_75_and_the_same_command_finishes(data, tmp_path):
+    run = tmp_path / "run"
+    # Long enough to be caught at work, whatever the machine.
+    changes = {"epochs": 200.0, "evaluate_every": 50.0, "checkpoint_every": 10_000}
+    fields = [f"--config.{text}" for text in toy.overrides(data, "linear", **changes)]
+    command = [sys.executable, "-m", "maknet_jax", "train", "--config", "linear"]
+    command += ["--workdir", str(run), *fields]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment["PYTHONPATH"] = str(pathlib.Path(__file__).resolve().parents[1])
+    options = {"env": environment, "cwd": tmp_path, "text": True, "stderr": subprocess.PIPE}
+    child = subprocess.Popen(command, **options)
+    deadline = time.monotonic() + 120
+    while lines_of(run) < 3 and time.monotonic() < deadline and child.poll() is None:
+        time.sleep(0.02)
+    child.send_signal(signal.SIGTERM)
+    _, said = child.communicate(timeout=120)
+    assert child.returncode == 75, said
+    assert "stopped at step" in said and "the same command goes on" in said
+    assert "Traceback" not in said and not (run / "summary.json").exists()
+    again = subprocess.run(command, timeout=120, **options)
+    assert again.returncode == 0, again.stderr
+    assert "going on from step" in again.stderr
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 1000 and summary["best_val_auc"] > 0.9
+    steps = [row["step"] for row in toy.lines(run) if "train/loss" in row]
+    assert steps == list(range(10, 1001, 10))

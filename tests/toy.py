@@ -1,0 +1,81 @@
+"""A tiny learnable data set and tiny runs on it, for the tests of the loop and of the verbs."""
+
+import json
+
+import numpy as np
+
+from maknet_jax import config as configs
+from maknet_jax import files
+from maknet_jax.data import records
+from maknet_jax.data.labels import Label, Vocabulary
+
+SIZE, TRAIN, VAL, BATCH = 32, 40, 13, 8
+VOCABULARY = Vocabulary(
+    (Label("top left"), Label("top right"), Label("bottom left"), Label("bottom right"))
+)
+
+
+def example(split, number, seed=0):
+    """Air with noise, and a bright square in every quadrant whose label is set."""
+    rng = np.random.default_rng([seed, ("train", "val").index(split), number])
+    labels = (rng.random(4) < 0.5).astype(np.uint8)
+    image = rng.normal(-900, 60, (SIZE, SIZE, 3))
+    for quadrant in np.flatnonzero(labels):
+        row, column = rng.integers(2, 6, 2) + 16 * np.array(divmod(quadrant, 2))
+        image[row : row + 8, column : column + 8] += 1200
+    mask = np.ones(4, np.uint8)
+    return records.Example(f"{split}-{number}", image.astype(np.int16), labels, mask, {})
+
+
+def write(out, *, seed=0, train=TRAIN, val=VAL):
+    """A finished data set in `out` with two splits, as `maknet prepare` leaves it."""
+    splits, digests = {}, []
+    for split, count in (("train", train), ("val", val)):
+        examples = [example(split, number, seed) for number in range(count)]
+        entry = {"count": count, "label_counts": [0] * len(VOCABULARY), "shards": []}
+        if examples:
+            name = f"{split}/part-00000-of-00001.array_record"
+            _, digest = records.write_shard(out / name, map(records.encode, examples))
+            counts = np.sum([row.labels for row in examples], axis=0, dtype=int)
+            shard = {"file": name, "count": count, "digest": digest}
+            entry |= {"label_counts": counts.tolist(), "shards": [shard]}
+            digests.append(digest)
+        splits[split] = entry
+    info = {"format": records.FORMAT, "kind": "table", "size": SIZE, "splits": splits}
+    info |= {"labels": VOCABULARY.to_json(), "fingerprint": "".join(digests)}
+    files.write_json(out / "dataset.json", info)
+    return out
+
+
+def overrides(data, name, **changes):
+    """Strings that make a page tiny: 40 steps of 8 images, lines and checkpoints at odd places."""
+    values = {
+        "epochs": 8.0,
+        "data.path": str(data),
+        "data.size": SIZE,
+        "data.batch_size": BATCH,
+        "evaluate_every": 1.6,  # 8 steps
+        "checkpoint_every": 15,
+        "log_every": 10,
+    }
+    if name == "linear":
+        values |= {"model.options.edge": 4, "optimizer.learning_rate": 0.01}
+    else:
+        values |= {
+            "model.options.stem": 8,
+            "model.options.blocks": (1,),
+            "model.options.growth_rates": (8,),
+            "model.options.widths": (8,),
+        }
+    return [f"{key}={value}" for key, value in (values | changes).items()]
+
+
+def config(data, name, changes=None):
+    """The tiny `smoke` or `linear` page on `data`."""
+    return configs.load(name, overrides(data, name, **(changes or {})))
+
+
+def lines(folder):
+    """The metrics of a run but for its speed, which no two runs share."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "images_per_second" not in k} for row in rows]
