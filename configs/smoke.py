@@ -45,6 +45,7 @@ def get_config():
             "optimizer": {
                 "name": "ranger",
                 "learning_rate": 0.01,
+                "decay_from": 1.0,  # share of the steps; 1 keeps it constant
                 "b1": 0.95,
                 "b2": 0.999,
                 "eps": 1e-5,

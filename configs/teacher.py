@@ -46,7 +46,8 @@ def get_config():
             },
             "optimizer": {
                 "name": "ranger",
-                "learning_rate": 0.01,  # constant
+                "learning_rate": 0.01,
+                "decay_from": 1.0,  # share of the steps; 1 keeps it constant, as the paper has it
                 "b1": 0.95,  # this and the rest: Ranger's defaults of January 2020
                 "b2": 0.999,
                 "eps": 1e-5,

@@ -21,6 +21,9 @@ from maknet_jax.errors import InputError, Stopped
 from maknet_jax.evaluation.evaluator import Evaluator
 from maknet_jax.training import checkpoint, log, sharding, state, step
 
+# What may differ when a run goes on: it changes no number.
+FREE = {"data.path", "data.threads"}
+
 
 def train(config, folder, *, devices=None):
     """Trains, or goes on training, in `folder`.
@@ -73,13 +76,12 @@ def _claim(folder, config, dataset):
     if (folder / "config.json").exists():
         before = _flatten(files.read_json(folder / "config.json"))
         now = _flatten(wanted)
-        changed = [key for key in before | now if before.get(key) != now.get(key)]
-        if changed and changed != ["data.path"]:
-            key = next(name for name in changed if name != "data.path")
-            raise InputError(
-                f"{folder} holds a run with {key} {before.get(key)}, not {now.get(key)}: choose "
-                "another --workdir or the same config"
-            )
+        for key in sorted((before | now).keys() - FREE):
+            if before.get(key) != now.get(key):
+                raise InputError(
+                    f"{folder} holds a run with {key} {before.get(key)}, not {now.get(key)}: "
+                    "choose another --workdir or the same config"
+                )
         if files.read_json(folder / "dataset.json")["fingerprint"] != dataset.fingerprint:
             raise InputError(
                 f"{folder} was trained on other data than {dataset.path}: choose another --workdir "
@@ -122,7 +124,7 @@ class _Run:
         self.source = dataset.source(config.data.train_split)
         self.parents = dataset.vocabulary.parents
         model = workdir.build_model(config, len(dataset.vocabulary))
-        optimizer = workdir.build_optimizer(config)
+        optimizer = workdir.build_optimizer(config, self.total)
         loss = workdir.build_loss(config, split["label_counts"], split["count"])
         self.create = functools.partial(state.create, model, optimizer, size=config.data.size)
         self.shapes = state.shapes(model, optimizer, size=config.data.size)
@@ -190,6 +192,13 @@ class _Run:
                 advance()
                 at_end = number == total
                 evaluating = number % every == 0 or at_end
+                stopping = sharding.any_process(bool(stop))
+                saving = evaluating or stopping or number % config.checkpoint_every == 0
+                if (saving or number % config.log_every == 0) and not np.isfinite(values["loss"]):
+                    raise InputError(
+                        f"the loss is {float(values['loss'])} at step {number}: lower "
+                        "optimizer.learning_rate and choose another --workdir"
+                    )
                 if number % config.log_every == 0 or at_end:
                     means = log.averages(pending)
                     now = time.perf_counter()
@@ -202,8 +211,7 @@ class _Run:
                     paused = time.perf_counter()
                     self._evaluate(current, number, metrics)
                     started += time.perf_counter() - paused
-                stopping = sharding.any_process(bool(stop))
-                if evaluating or stopping or number % config.checkpoint_every == 0:
+                if saving:
                     # Steps that no line of metrics holds yet: a restart must not lose them.
                     waiting = [{k: float(v) for k, v in values.items()} for values in pending]
                     self.last.save(current, self.meta | {"pending": waiting})

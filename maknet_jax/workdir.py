@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 
 from maknet_jax import config as configs
 from maknet_jax import console, files, models
@@ -37,10 +38,23 @@ def build_model(config, num_classes):
     return models.build(config.model.name, num_classes, dtype=kinds[config.precision], **options)
 
 
-def build_optimizer(config):
-    """The optimiser of a config."""
+def build_optimizer(config, steps):
+    """The optimiser of a config.
+
+    The learning rate is constant, or from the share `decay_from` of all `steps` on it falls to 0
+    along a half cosine (`decay_from` 1: never).
+    """
     options = config.optimizer.to_dict()
-    return _build("optimizer", OPTIMIZERS, **options)
+    rate, decay_from = options.pop("learning_rate"), options.pop("decay_from")
+    if not 0 <= decay_from <= 1:
+        raise InputError(f"config optimizer.decay_from {decay_from} should lie in 0..1")
+    flat = round(decay_from * steps)
+    if flat < steps:
+        fall = optax.cosine_decay_schedule(rate, steps - flat)
+        rate = optax.join_schedules([optax.constant_schedule(rate), fall], [flat])
+    else:
+        rate = optax.constant_schedule(rate)  # of the same state as the other
+    return _build("optimizer", OPTIMIZERS, learning_rate=rate, **options)
 
 
 def build_loss(config, label_counts, total):
@@ -129,7 +143,7 @@ def open_run(workdir, *, checkpoint_name="best"):
         raise InputError(f"{workdir} is no workdir of `maknet train`: no config.json") from None
     vocabulary = Vocabulary.from_json(about["labels"])
     model = build_model(config, len(vocabulary))
-    like = state.shapes(model, build_optimizer(config), size=config.data.size)
+    like = state.shapes(model, build_optimizer(config, 1), size=config.data.size)
     kept, name = None, checkpoint_name
     for name in dict.fromkeys((checkpoint_name, "last")):
         folder = workdir / FOLDERS[name]

@@ -117,7 +117,8 @@ def network(tmp_path_factory):
     data = toy.write(tmp_path_factory.mktemp("data") / "toy", train=2)
     page = toy.config(data, "linear")
     model = workdir.build_model(page, 4)
-    variables = state.create(model, workdir.build_optimizer(page), size=toy.SIZE, seed=0).variables
+    optimizer = workdir.build_optimizer(page, 1)
+    variables = state.create(model, optimizer, size=toy.SIZE, seed=0).variables
     return page, model, variables, records.open_dataset(data).source("val")
 
 

@@ -52,7 +52,7 @@ def data(tmp_path_factory):
 
 def kept(folder, page, which="last"):
     """The newest state in a workdir, its meta, and what was damaged."""
-    model, optimizer = workdir.build_model(page, 4), workdir.build_optimizer(page)
+    model, optimizer = workdir.build_model(page, 4), workdir.build_optimizer(page, 40)
     like = state.shapes(model, optimizer, size=toy.SIZE)
     with contextlib.closing(checkpoint.Checkpoints(folder / workdir.FOLDERS[which])) as saved:
         return saved.restore(like)
@@ -288,6 +288,14 @@ def test_another_config_in_the_same_workdir_is_refused(linear, data, changes, me
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
+def test_a_run_that_diverges_ends_in_one_line_and_keeps_no_such_state(data, tmp_path):
+    page = toy.config(data, "linear", {"optimizer.learning_rate": 1e38, "checkpoint_every": 1})
+    with pytest.raises(InputError, match="loss is (nan|inf) at step .*learning_rate"):
+        train.train(page, tmp_path / "run")
+    kept = [int(path.name) for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*")]
+    assert max(kept, default=0) < 40
+
+
 def test_other_data_is_refused_and_moved_data_is_not(linear, data, tmp_path):
     folder, _, summary = linear
     other = toy.write(tmp_path / "other", seed=1)
@@ -295,7 +303,8 @@ def test_other_data_is_refused_and_moved_data_is_not(linear, data, tmp_path):
         train.train(toy.config(other, "linear"), folder)
     shutil.copytree(folder, tmp_path / "run")
     shutil.copytree(data, tmp_path / "moved")
-    assert train.train(toy.config(tmp_path / "moved", "linear"), tmp_path / "run")["steps"] == 40
+    page = toy.config(tmp_path / "moved", "linear", {"data.threads": 1})  # may change too
+    assert train.train(page, tmp_path / "run")["steps"] == 40
     about = json.loads((tmp_path / "run" / "dataset.json").read_text())
     assert about["path"] == str(tmp_path / "moved")
 

@@ -1,0 +1,39 @@
+"""What a config builds; opening a workdir is tested with `predict` and `evaluate`."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from maknet_jax import workdir
+from maknet_jax.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The toy data set."""
+    return toy.write(tmp_path_factory.mktemp("toy") / "data")
+
+
+def test_the_learning_rate_falls_from_where_it_should(data):
+    def rates(decay_from):
+        page = toy.config(data, "linear", {"optimizer.decay_from": decay_from})
+        optimizer = workdir.build_optimizer(page, 40)
+        params = {"w": jnp.ones((2, 2))}
+        opt_state = optimizer.init(params)
+        sizes = []
+        for _ in range(40):
+            update, opt_state = optimizer.update(params, opt_state, params)
+            sizes.append(float(jnp.abs(update["w"]).max()))
+        return np.asarray(sizes)
+
+    constant, falling = rates(1.0), rates(0.5)
+    np.testing.assert_allclose(falling[:21], constant[:21], rtol=1e-6)
+    # Rectified steps without lookahead's syncs: the ratio is the schedule's.
+    share = 0.5 * (1 + np.cos(np.pi * np.arange(1, 20) / 20))
+    between = [n for n in range(21, 40) if (n + 1) % 6]
+    np.testing.assert_allclose(
+        falling[between] / constant[between], [share[n - 21] for n in between], rtol=1e-4
+    )
+    with pytest.raises(InputError, match=r"decay_from 1\.5"):
+        workdir.build_optimizer(toy.config(data, "linear", {"optimizer.decay_from": 1.5}), 40)
