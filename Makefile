@@ -32,6 +32,6 @@ lint: venv
 wheel: venv
 	$(BIN)/python -m build --wheel --no-isolation
 
-clean:
-	rm -rf .venv dist build .pytest_cache .ruff_cache
+clean: # removes the demo too
+	rm -rf .venv dist build demo .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

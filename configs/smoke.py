@@ -2,7 +2,7 @@
 
     maknet train --config smoke --workdir runs/smoke --config.data.path=shards/phantom
 
-Expect the numbers that `make demo` prints (README.md). It reproduces nothing of the paper.
+Expect the numbers of the README from 100 phantom patients. It reproduces nothing of the paper.
 """
 
 from ml_collections import ConfigDict

@@ -31,7 +31,8 @@ def main(argv=None):
     options, rest = parser.parse_known_args(argv)
     strange = [text for text in rest if options.verb != "train" or not _is_override(text)]
     if strange:
-        parser.error(f"unknown argument {strange[0]!r}")
+        hint = ": write --config.FIELD=VALUE" if strange[0].startswith("--config.") else ""
+        parser.error(f"unknown argument {strange[0]!r}{hint}")
     options.overrides = [text.removeprefix("--config.") for text in rest]
     # XLA and grain log through absl and C++: a user's lines should not drown in theirs.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -56,7 +57,7 @@ def main(argv=None):
 def _signals_stop():
     # `train` catches the signals itself, to save between two steps.
     def stop(number, _):
-        raise Stopped(f"{signal.Signals(number).name}; what is finished is kept")
+        raise Stopped(f"{signal.Signals(number).name}; run the same command again")
 
     before = {}
     with contextlib.suppress(ValueError):  # not in the main thread
@@ -71,7 +72,7 @@ def _signals_stop():
 def _parser():
     parser = _Parser(
         prog="maknet",
-        description="Pre-train, label and explain CT networks. Research software, not a medical "
+        description="Train networks that label body parts on CT. Research software, not a medical "
         "device.",
         epilog="example: maknet demo --out /tmp/maknet-demo",
     )
@@ -113,11 +114,16 @@ def _demo(verbs):
 def _run_demo(options):
     from maknet_jax.demo import demo
 
+    _compile_cache()
     demo(options.out, seed=options.seed, workers=options.workers)
 
 
 def _prepare(verbs):
-    prepare = verbs.add_parser("prepare", help="CT and labels into records: see its three forms")
+    prepare = verbs.add_parser(
+        "prepare",
+        help="CT and labels into records: see its three forms",
+        epilog="example: maknet prepare dicom TCIA --out shards/tcia",
+    )
     forms = prepare.add_subparsers(dest="form", required=True, metavar="FORM")
 
     verb = _verb(
@@ -227,7 +233,12 @@ def _train(verbs):
         "    --config.data.path=shards/deeplesion --config.optimizer.learning_rate=0.003",
         _run_train,
     )
-    verb.add_argument("--config", required=True, help="a name (teacher, smoke, ...) or a .py file")
+    verb.add_argument(
+        "--config",
+        required=True,
+        help="teacher (the paper's), smoke (small) or linear (a baseline), or a .py file; each "
+        "field that it shows can be changed",
+    )
     verb.add_argument("--workdir", required=True, help="folder of the run")
     verb.usage = "maknet train --config NAME --workdir DIR [--config.FIELD=VALUE ...]"
 
@@ -239,7 +250,7 @@ def _run_train(options):
     page = config.load(options.config, options.overrides)
     summary = train.train(page, options.workdir)
     val = summary["best_val_auc"]
-    shown = "no validation split" if val is None else f"best validation AUC {val:.4f}"
+    shown = "no validation AUC" if val is None else f"best validation AUC {val:.4f}"
     print(f"{summary['steps']} steps done, {shown}; {options.workdir}/summary.json")
 
 
@@ -270,7 +281,11 @@ def _run_evaluate(options):
         batch_size=options.batch_size,
     )
     print(evaluate.table([summary], [pathlib.Path(options.workdir).name]))
-    print(f"\nper label: {options.workdir}/evaluation/*_labels.csv")
+    print(
+        f"\n{summary['checkpoint']} checkpoint, step {summary['step']}; thresholds "
+        f"{summary['thresholds']}; macro averages over labels with positives and negatives"
+    )
+    print(f"per label: {summary['out']}/*_labels.csv")
 
 
 def _predict(verbs):
@@ -305,7 +320,14 @@ def _run_predict(options):
         as_json=options.json,
         charts=options.charts,
     )
-    print(f"{summary['slices']} slices of {summary['series']} series: {summary['files'][0]}")
+    print(
+        f"{summary['slices']} slices of {summary['series']} series, by the {summary['checkpoint']} "
+        f"checkpoint (step {summary['step']}):"
+    )
+    for file in summary["files"]:
+        print(f"  {file}")
+    if summary["failures"]:
+        print(f"rejected: {summary['failures']}, see {summary['failures_file']}")
     return SOME_REJECTED if summary["failures"] else DONE
 
 
@@ -347,5 +369,5 @@ def _compile_cache():
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "maknet" / "xla"
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "maknet" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache.expanduser()))

@@ -71,7 +71,7 @@ def _known(node, part, key):
     if part not in node:
         near = difflib.get_close_matches(part, node.keys(), n=1)
         mend = f"did you mean {near[0]!r}" if near else f"known are {', '.join(node.keys())}"
-        raise InputError(f"config field {part!r} in {key!r} is unknown: {mend}")
+        raise InputError(f"config field {key!r} is unknown: {mend}")
     return part
 
 

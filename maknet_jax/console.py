@@ -60,7 +60,8 @@ def progress(description, total, *, done=0):
     """A progress bar on a terminal, nothing elsewhere.
 
     Yields:
-      advance(count=1, note=""): `note` is shown at the end of the bar (a rate, a loss).
+      advance(count=1, note=None): `note` is shown at the end of the bar (a rate, a loss) until
+        another one comes.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -72,8 +73,8 @@ def progress(description, total, *, done=0):
     with Progress(*columns, console=_console, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(description, total=total, completed=done, note="")
 
-        def advance(count=1, note=""):
-            bar.update(task, advance=count, note=note)
+        def advance(count=1, note=None):
+            bar.update(task, advance=count, **({} if note is None else {"note": note}))
 
         yield advance
 

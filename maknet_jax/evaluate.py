@@ -16,8 +16,10 @@ DEFAULT_SPLITS = ("test", "hand")
 def evaluate(folder, *, splits=None, data=None, checkpoint="best", batch_size=None):
     """Scores splits and writes `WORKDIR/evaluation/SPLIT.json` and `SPLIT_labels.csv`.
 
-    Thresholds come from the validation split's scores. Macro averages run over the labels that
-    have positives and negatives; fixed 0.5 and micro averages stand beside them.
+    Thresholds come from the validation split's scores; for another data set than the one trained
+    on they are those of the training run, and the results go to `WORKDIR/evaluation/on-NAME/`.
+    Macro averages run over the labels that have positives and negatives; fixed 0.5 and micro
+    averages stand beside them.
 
     Args:
       folder: the workdir of `maknet train`.
@@ -34,7 +36,9 @@ def evaluate(folder, *, splits=None, data=None, checkpoint="best", batch_size=No
     """
     folder = pathlib.Path(folder)
     run = workdir.open_run(folder, checkpoint_name=checkpoint)
-    dataset = records.open_dataset(data or files.read_json(folder / "dataset.json")["path"])
+    trained_on = files.read_json(folder / "dataset.json")
+    dataset = records.open_dataset(data or trained_on["path"])
+    other = dataset.fingerprint != trained_on["fingerprint"]
     if dataset.vocabulary.names != run.vocabulary.names:
         raise InputError(
             f"{dataset.path} has other labels than {folder}: evaluate on data with its "
@@ -49,7 +53,7 @@ def evaluate(folder, *, splits=None, data=None, checkpoint="best", batch_size=No
     wanted = splits or [name for name in DEFAULT_SPLITS if name in available]
     if not wanted:
         raise InputError(f"{dataset.path} has neither test nor hand: name one with --split")
-    val = run.config.data.val_split
+    val = None if other else run.config.data.val_split
     for name in wanted:
         if not dataset.split(name)["count"]:
             raise InputError(f"split {name!r} of {dataset.path} is empty")
@@ -67,15 +71,16 @@ def evaluate(folder, *, splits=None, data=None, checkpoint="best", batch_size=No
             )
             scores[name] = evaluator.scores(run.variables, advance)
     thresholds = scores[val].thresholds() if val in scores else run.thresholds
+    out = folder / "evaluation" / (f"on-{dataset.path.resolve().name}" if other else "")
     summary = {
         "workdir": str(folder),
         "data": str(dataset.path),
         "checkpoint": run.name,
         "step": run.step,
         "thresholds": f"chosen on {val}" if val in scores else "of the training run",
+        "out": str(out),
         "splits": {},
     }
-    out = folder / "evaluation"
     for name in wanted:
         report = scores[name].report(thresholds, run.vocabulary.parents)
         header = ["name", *report.per_label[0]]
@@ -86,7 +91,7 @@ def evaluate(folder, *, splits=None, data=None, checkpoint="best", batch_size=No
         summary["splits"][name] = report.summary
         files.write_json(out / f"{name}.json", report.summary)
     files.write_json(out / "thresholds.json", np.asarray(thresholds).tolist())
-    files.write_json(out / "summary.json", summary)
+    files.write_json(out / f"summary_{'_'.join(wanted)}.json", summary)
     with console.Log(folder / "log.jsonl") as log:
         log.event(event="evaluated", **summary)
     return summary

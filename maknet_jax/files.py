@@ -1,6 +1,7 @@
 """Files that are written whole or not at all."""
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -18,7 +19,12 @@ def write_whole(path, mode="w", *, private=False):
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder, not a file", str(path))
+    try:
+        handle, temporary = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
+    except OSError as error:  # the user knows no temporary name
+        raise type(error)(error.errno, error.strerror, str(path)) from None
     encoding = None if "b" in mode else "utf-8"
     newline = None if "b" in mode else ""
     try:

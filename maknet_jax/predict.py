@@ -35,8 +35,9 @@ def predict(
     Args:
       folder: the workdir of `maknet train`.
       path: a file or a folder of DICOM, NIfTI or PNG.
-      out: the CSV of slices; `STEM.series.csv`, `STEM.summary.json` and, where inputs could not be
-        read, `STEM.failures.csv` stand beside it.
+      out: the CSV of slices; `STEM.series.csv`, `STEM.summary.json`, `STEM.log.jsonl` and, where
+        inputs could not be read, `STEM.failures.csv` stand beside it. One slice that cannot be read
+        takes its series with it: its neighbours would not be neighbours.
       png_window: (low, high) HU of 8-bit PNGs.
       checkpoint: "best" or "last".
       batch_size: slices a step.
@@ -50,12 +51,14 @@ def predict(
       InputError: nothing could be labelled.
     """
     out = pathlib.Path(out)
+    if out.suffix != ".csv" or out.is_dir():
+        raise InputError(f"--out {out} should be a file that ends in .csv: others take its stem")
     found, failures = volumes.find_series(path)
     if not found:
         reason = f": {failures[0][0]}: {failures[0][1]}" if failures else ""
-        raise InputError(f"no CT series in {path} (DICOM, NIfTI and PNG are read){reason}")
+        raise InputError(f"no series in {path} can be read (DICOM, NIfTI or PNG){reason}")
     run = workdir.open_run(folder, checkpoint_name=checkpoint)
-    slices, covers, full, pictures = [], [], [], []
+    slices, covers, full, pictures, done = [], [], [], [], 0
     # The next series is read while this one is labelled.
     with (
         concurrent.futures.ThreadPoolExecutor(1) as reader,
@@ -79,19 +82,17 @@ def predict(
             chosen = choose(run, scores)
             slices += _slice_rows(run, volume, scores, chosen)
             covers += _cover(run, volume, scores, chosen)
-            if charts:
-                pictures.append(out.with_suffix(f".{len(full):03d}.png"))
+            if charts and len(scores) > 2:  # along fewer slices there is nothing to see
+                pictures.append(out.with_suffix(f".{done:03d}.png"))
                 title = f"{volume.series}: {pathlib.Path(folder).name}, step {run.step}"
                 write_label_chart(
                     pictures[-1], scores, chosen, run.vocabulary.names, title=title
                 )
-            full.append(
-                {
-                    "series": volume.series,
-                    "slices": list(volume.slices),
-                    "confidences": np.round(scores, 4).tolist(),
-                }
-            )
+            done += 1
+            if as_json:
+                confidences = np.round(scores, 4).tolist()
+                names = {"series": volume.series, "slices": list(volume.slices)}
+                full.append(names | {"confidences": confidences})
     if not slices:
         raise InputError(f"no series in {path} could be read: {failures[0][1]}")
     console.write_table(out, SLICE_COLUMNS, slices)
@@ -101,18 +102,22 @@ def predict(
         about = {"labels": run.vocabulary.names, "thresholds": run.thresholds.tolist()}
         files.write_json(out.with_suffix(".json"), {**about, "series": full})
         written.append(out.with_suffix(".json"))
-    console.write_failures(out.with_suffix(".failures.csv"), failures)
+    failures_file = out.with_suffix(".failures.csv")
+    console.write_failures(failures_file, failures)
     summary = {
         "workdir": str(folder),
         "checkpoint": run.name,
         "step": run.step,
-        "series": len(full),
+        "series": done,
         "slices": len(slices),
         "failures": len(failures),
+        "failures_file": str(failures_file) if failures else None,
         "files": [str(file) for file in written],
         "covers": [dict(zip(SERIES_COLUMNS, row, strict=True)) for row in covers],
     }
     files.write_json(out.with_suffix(".summary.json"), summary)
+    with console.Log(out.with_suffix(".log.jsonl")) as log:
+        log.event(event="predicted", **{k: v for k, v in summary.items() if k != "covers"})
     return summary
 
 

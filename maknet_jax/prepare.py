@@ -1,11 +1,7 @@
 """`maknet prepare`: CT and labels -> records (paper, sections 2 and 4.1)."""
 
 import dataclasses
-import hashlib
-import hmac
-import os
 import pathlib
-import secrets
 
 import numpy as np
 
@@ -15,6 +11,7 @@ from maknet_jax.data import (
     deeplesion,
     labels,
     preprocess,
+    pseudonym,
     records,
     shards,
     table,
@@ -145,10 +142,19 @@ def _label_rows(rows, label_file, hand_labels, ontology):
 
 
 def _vectors(vocabulary, lesion):
-    labels_of = vocabulary.vector(lesion.names)
-    # What is uncertain, and what it would imply, is unknown unless something else says yes.
-    known = np.maximum(labels_of, 1 - vocabulary.vector(lesion.unknown))
-    return labels_of.tobytes(), known.tobytes()
+    """Labels and mask of a lesion as LesaNet has them.
+
+    The truth is what the reports say, ancestors not added (the mined lists bring most of them).
+    Uncertain labels and their ancestors are unknown, but for those that are sure after all and
+    those that a sure one excludes.
+    """
+    sure = set(lesion.names)
+    unknown = [
+        name
+        for name in vocabulary.with_ancestors(lesion.unknown)
+        if name in vocabulary.index and name not in sure and not vocabulary.excludes(name, sure)
+    ]
+    return vocabulary.vector(lesion.names).tobytes(), (1 - vocabulary.vector(unknown)).tobytes()
 
 
 def _find_image(images, name):
@@ -202,8 +208,9 @@ def prepare_dicom(folder, out, *, salt_file=None, min_slices=51, size=256, worke
     kept = [ref for ref in found if ref.count >= min_slices]
     if not kept:
         why = f"{len(found)} series found, {len(small)} of fewer than {min_slices} slices, "
-        raise InputError(f"no usable series in {folder}: {why}{len(failures)} unreadable")
-    salt = _salt(salt_file)
+        first = f"; the first: {failures[0][0]}: {failures[0][1]}" if failures else ""
+        raise InputError(f"no usable series in {folder}: {why}{len(failures)} unreadable{first}")
+    salt = pseudonym.read_salt(salt_file, log=console.Log())
     units = [
         _Series(ref, salt, size, len(preprocess.centres(ref.count, overlap=False))) for ref in kept
     ]
@@ -229,36 +236,19 @@ def prepare_dicom(folder, out, *, salt_file=None, min_slices=51, size=256, worke
     )
 
 
-def _salt(path):
-    default = pathlib.Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config") / "maknet" / "salt"
-    path = pathlib.Path(path or default).expanduser()
-    if not path.exists():
-        with files.write_whole(path, private=True) as file:
-            file.write(secrets.token_hex(32) + "\n")
-        console.Log().say(f"made the salt {path}: keep it, the same ids need it again")
-    salt = path.read_text(encoding="utf-8").strip()
-    if len(salt) < 16:
-        raise InputError(f"salt file {path} holds {len(salt)} characters: 16 at least")
-    return salt
-
-
-def _pseudonym(salt, uid):
-    return hmac.new(salt.encode(), uid.encode(), hashlib.sha256).hexdigest()[:16]
-
-
 def _make_series(unit):
     try:
         volume = volumes.load_series(unit.ref)
     except Rejected as error:
         return shards.Made(failures=((unit.ref.paths[0], str(error)),))
-    series = _pseudonym(unit.salt, volume.series)
+    series = pseudonym.pseudonym(unit.salt, volume.series)
     examples = []
     for centre in preprocess.centres(len(volume.hu), overlap=False):
         slices = preprocess.neighbours(volume.hu, centre)
         image, box = preprocess.make_triplet(slices, unit.size)
         meta = {"series": series, "slice": centre, "slices": len(volume.hu), "crop": box}
         meta["spacing"] = [None if np.isnan(x) else float(x) for x in volume.spacing]
-        name = f"{series}-{_pseudonym(unit.salt, volume.uids[centre])}"
+        name = f"{series}-{pseudonym.pseudonym(unit.salt, volume.uids[centre])}"
         examples.append(_example(name, image, b"", b"", meta))
     left = len(volume.hu) - 3 * len(examples)
     return shards.Made(tuple(examples), counters={"slices left over": left})

@@ -1,7 +1,8 @@
 """`maknet train`: the one training loop. What is learned is decided by the config.
 
 Step N takes batch N of an order that follows from the seed, and the checkpoint named N holds the
-state after N updates: a run that was stopped goes on as if it had not been, bit for bit.
+state after N updates: a run that was stopped goes on as if it had not been, bit for bit on the same
+devices. (On GPUs that needs XLA_FLAGS=--xla_gpu_deterministic_ops=true; seen on CPU only.)
 """
 
 import contextlib
@@ -52,16 +53,24 @@ def train(config, folder, *, devices=None):
     split = dataset.split(config.data.train_split)
     if not split["count"] or not len(dataset.vocabulary):
         raise InputError(f"{dataset.path} has no labelled record in {config.data.train_split}")
-    _claim(folder, config, dataset)
-    with console.Log(folder / "log.jsonl") as say, _stop_flag() as stop:
-        with contextlib.closing(_Run(config, folder, dataset, split, mesh, say)) as run:
-            return run.loop(stop)
+    run = _Run(config, folder, dataset, split, mesh)  # may refuse: nothing is written before
+    main = jax.process_index() == 0
+    _claim(folder, config, dataset, write=main)
+    log_file = folder / "log.jsonl" if main else None
+    with console.Log(log_file) as say, _stop_flag() as stop, contextlib.closing(run):
+        return run.loop(stop, say)
 
 
 def _check(config, devices):
     for name in ("epochs", "evaluate_every", "checkpoint_every", "log_every"):
-        if not config[name] > 0:
-            raise InputError(f"config {name} {config[name]} should be above 0")
+        if not 0 < config[name] < 1e9:
+            raise InputError(f"config {name} {config[name]} should be above 0 and below 1e9")
+    for name, value in (("seed", config.seed), ("data.threads", config.data.threads)):
+        if value < 0:
+            raise InputError(f"config {name} {value} should be 0 or above")
+    window = config.data.window
+    if len(window) != 2 or not window[0] < window[1]:
+        raise InputError(f"config data.window {tuple(window)} should be (low, high) in HU")
     batch_size = config.data.batch_size
     if batch_size < 1 or batch_size % devices:
         raise InputError(
@@ -69,8 +78,11 @@ def _check(config, devices):
         )
 
 
-def _claim(folder, config, dataset):
+def _claim(folder, config, dataset, *, write):
     wanted = configs.to_json(config)
+    if folder.exists() and not (folder / "config.json").exists():
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise InputError(f"{folder} is no workdir of `maknet train`: choose a new --workdir")
     about = {"labels": dataset.info["labels"], "size": dataset.size}
     about |= {"fingerprint": dataset.fingerprint, "path": str(dataset.path.absolute())}
     if (folder / "config.json").exists():
@@ -87,8 +99,10 @@ def _claim(folder, config, dataset):
                 f"{folder} was trained on other data than {dataset.path}: choose another --workdir "
                 "or the same data"
             )
-    files.write_json(folder / "dataset.json", about)
-    files.write_json(folder / "config.json", wanted)
+    if write:
+        files.write_json(folder / "dataset.json", about)
+        files.write_json(folder / "config.json", wanted)
+    sharding.wait_for_all("claimed")
 
 
 def _flatten(node, prefix=""):
@@ -101,11 +115,16 @@ def _flatten(node, prefix=""):
 @contextlib.contextmanager
 def _stop_flag():
     """Yields a list that a signal fills; the loop looks at it between two steps."""
-    caught = []
-    before = {}
+    caught, before = [], {}
+
+    def note(number, _):
+        if not caught:
+            console.Log().say("stopping after this step; its state will be saved")
+        caught.append(number)
+
     with contextlib.suppress(ValueError):  # not in the main thread: nothing to catch
         for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, lambda signum, _: caught.append(signum))
+            before[number] = signal.signal(number, note)
     try:
         yield caught
     finally:
@@ -113,11 +132,16 @@ def _stop_flag():
             signal.signal(number, handler)
 
 
+class _BrokenOff(Exception):
+    """A signal came while the validation split was scored."""
+
+
 class _Run:
     """One run: what it is made of, and its loop."""
 
-    def __init__(self, config, folder, dataset, split, mesh, say):
-        self.config, self.folder, self.mesh, self.say = config, folder, mesh, say
+    def __init__(self, config, folder, dataset, split, mesh):
+        self.config, self.folder, self.mesh = config, folder, mesh
+        self.main = jax.process_index() == 0  # of several processes only this one writes logs
         self.batch_size = config.data.batch_size
         self.epoch_steps = split["count"] / self.batch_size
         self.total = max(1, round(config.epochs * self.epoch_steps))
@@ -152,21 +176,23 @@ class _Run:
                 process_count=jax.process_count(),
                 threads=config.data.threads,
             )
-        self.last = checkpoint.Checkpoints(folder / workdir.FOLDERS["last"])
-        self.best = checkpoint.Checkpoints(folder / workdir.FOLDERS["best"], keep=1)
+        self.last = self.best = None
         self.meta = {"best": None, "best_step": None, "metrics": {}, "thresholds": None}
 
     def close(self):
         """Ends the checkpoints' threads."""
-        self.last.close()
-        self.best.close()
+        for checkpoints in (self.last, self.best):
+            if checkpoints is not None:
+                checkpoints.close()
 
-    def loop(self, stop):
+    def loop(self, stop, say):
         """Trains to the end; returns the summary."""
-        config, total = self.config, self.total
+        config, total, self.say = self.config, self.total, say
+        self.last = checkpoint.Checkpoints(self.folder / workdir.FOLDERS["last"])
+        self.best = checkpoint.Checkpoints(self.folder / workdir.FOLDERS["best"], keep=1)
         current, pending = self._resume()
         first = int(current.step)
-        key = jax.device_put(jax.random.key(config.seed + 1), sharding.replicated(self.mesh))
+        key = jax.random.key(config.seed + 1)
         batches = pipeline.train_batches(
             self.source,
             batch_size=self.batch_size,
@@ -180,9 +206,17 @@ class _Run:
         began = started = time.perf_counter()
         done = first
         with (
-            contextlib.closing(log.MetricLog(self.folder, step=first)) as metrics,
+            contextlib.closing(
+                log.MetricLog(self.folder if self.main else None, step=first)
+            ) as metrics,
             console.progress("train", total, done=first) as advance,
         ):
+            if self.meta.pop("evaluation_due", False):
+                finished = self._evaluate(current, first, metrics, stop)
+                self.last.discard(first)  # its meta lacks what was found now
+                self.last.save(current, self.meta | {"pending": pending})
+                if not finished:
+                    raise Stopped(f"step {first} of {total} is saved in {self.folder}")
             for number in range(first + 1, total + 1):
                 batch = sharding.put_batch(self.mesh, next(batches))
                 current, values = self.train_step(current, batch, key)
@@ -209,21 +243,26 @@ class _Run:
                     pending, started, done = [], now, number
                 if evaluating:
                     paused = time.perf_counter()
-                    self._evaluate(current, number, metrics)
+                    stopping |= not self._evaluate(current, number, metrics, stop)
                     started += time.perf_counter() - paused
                 if saving:
                     # Steps that no line of metrics holds yet: a restart must not lose them.
                     waiting = [{k: float(v) for k, v in values.items()} for values in pending]
                     self.last.save(current, self.meta | {"pending": waiting})
-                if stopping and not at_end:
-                    self.say.say(f"stopped at step {number} of {total}; the same command goes on")
-                    raise Stopped(f"step {number} of {total} is saved in {self.folder}")
+                if stopping and (not at_end or "evaluation_due" in self.meta):
+                    self.say.event(message=f"stopped at step {number} of {total}", step=number)
+                    raise Stopped(
+                        f"step {number} of {total} is saved in {self.folder}; the same command "
+                        "goes on"
+                    )
         return self._finish(int(current.step) - first, time.perf_counter() - began)
 
     def _resume(self):
         kept, meta, damaged = self.last.restore(self.shapes)
-        for number, reason in damaged.items():
+        for number in damaged:
             self.last.set_aside(number)
+        sharding.wait_for_all("set aside")
+        for number, reason in damaged.items():
             self.say.say(f"checkpoint {number} is damaged and set aside: {reason}")
         if self.evaluator is None:
             self.say.say(f"no {self.config.data.val_split!r} examples: no validation, no best")
@@ -236,8 +275,9 @@ class _Run:
             )
             kept = self.create(seed=self.config.seed)
             overview = parameter_overview.get_parameter_overview(kept.params)
-            with files.write_whole(self.folder / "parameters.txt") as file:
-                file.write(overview + "\n")
+            if self.main:
+                with files.write_whole(self.folder / "parameters.txt") as file:
+                    file.write(overview + "\n")
         else:
             self.meta = self.meta | meta
             self.say.say(f"going on from step {int(kept.step)} of {self.total}")
@@ -248,10 +288,21 @@ class _Run:
             self.meta |= {"best": None, "best_step": None}
         return sharding.put_state(self.mesh, kept), self.meta.pop("pending", [])
 
-    def _evaluate(self, current, number, metrics):
+    def _evaluate(self, current, number, metrics, stop):
+        """Validates; False where a signal broke it off, to be made up for by the next run."""
         if self.evaluator is None:
-            return
-        scores = self.evaluator.scores(current.variables)
+            return True
+
+        def look_up(_):
+            # Several processes score in step: there a signal waits for the end of it.
+            if stop and jax.process_count() == 1:
+                raise _BrokenOff
+
+        try:
+            scores = self.evaluator.scores(current.variables, look_up)
+        except _BrokenOff:
+            self.meta = self.meta | {"evaluation_due": True}
+            return False
         thresholds = scores.thresholds()
         summary = scores.report(thresholds, self.parents).summary
         values = {k: v for k, v in summary.items() if isinstance(v, float)}
@@ -261,12 +312,16 @@ class _Run:
         if auc is not None and (best is None or auc >= best):  # of equal ones the longer trained
             self.meta |= {"best": auc, "best_step": number}
             self.best.save(current, self.meta)
+        best = "the validation split is too small to score"
+        if self.meta["best"] is not None:
+            best = f"best AUC {self.meta['best']:.4f} at step {self.meta['best_step']}"
         self.say.say(
             f"step {number} of {self.total}: val AUC {_shown(auc)}, F1 {_shown(values.get('f1'))}, "
-            f"best AUC {_shown(self.meta['best'])} at step {self.meta['best_step']}",
+            f"{best}",
             step=number,
             **values,
         )
+        return True
 
     def _finish(self, steps, seconds):
         summary = {
@@ -279,7 +334,7 @@ class _Run:
             "devices": f"{self.mesh.size} x {jax.devices()[0].device_kind}",
             "images_per_second": steps * self.batch_size / seconds if steps else None,
         }
-        if steps or not (self.folder / "summary.json").exists():
+        if self.main and (steps or not (self.folder / "summary.json").exists()):
             files.write_json(self.folder / "summary.json", summary)
         return summary
 

@@ -149,8 +149,15 @@ def open_run(workdir, *, checkpoint_name="best"):
         folder = workdir / FOLDERS[name]
         if folder.is_dir():
             saved = checkpoint.Checkpoints(folder)
-            kept, meta, damaged = saved.restore(like)
-            saved.close()
+            try:
+                kept, meta, damaged = saved.restore(like)
+            except InputError as error:
+                if name == "last":
+                    raise
+                console.Log().say(f"{error}; taking the last checkpoint instead")
+                continue
+            finally:
+                saved.close()
             for number, reason in damaged.items():
                 console.Log().say(f"{folder / str(number)} is damaged, passed over: {reason}")
         if kept is not None:

@@ -110,10 +110,10 @@ def test_an_override_has_the_type_of_its_field(text, value):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("optimizer.learning_rat=1", "'learning_rat' in 'optimizer.learning_rat' is unknown: did"
+        ("optimizer.learning_rat=1", "'optimizer.learning_rat' is unknown: did"
          " you mean 'learning_rate'"),
         ("optimiser.k=1", "did you mean 'optimizer'"),
-        ("xyz=1", "config field 'xyz' in 'xyz' is unknown: known are "),
+        ("xyz=1", "config field 'xyz' is unknown: known are "),
         ("optimizer.learning_rate=fast", "'optimizer.learning_rate' is a float, 'fast' is not"),
         ("data.batch_size=1.5", "'data.batch_size' is a int, '1.5' is not"),
         ("data.batch_size=True", "'data.batch_size' is a int, 'True' is not"),

@@ -39,7 +39,7 @@ def test_ends_with_a_table_and_paths_that_exist(tiny, tmp_path, capsys):
     for title in ("MAKNet", "linear"):
         assert title in printed
     paths = [word for line in printed.splitlines() for word in line.split()[:1] if str(out) in word]
-    assert len(paths) == 4
+    assert len(paths) == 5
     for path in paths:
         assert (out.parent / path).stat().st_size > 0
     assert results["predict"]["slices"] == 12 * 2 // 3  # the last series is the shorter one

@@ -95,21 +95,30 @@ def test_a_ring_of_parents_ends(family):
     assert vocabulary.parents == ((1,), (0,))
 
 
-def test_a_vector_is_closed_under_parents_and_ignores_strange_names(family):
+def test_a_vector_is_what_was_named_and_ancestors_are_added_only_on_request(family):
     vocabulary = labels.ontology_vocabulary(family, ["root", "child", "grandchild", "ring"])
     vector = vocabulary.vector(["grandchild", "no such thing"])
     assert vector.dtype == np.uint8
-    np.testing.assert_array_equal(vector, [1, 1, 1, 0])
+    np.testing.assert_array_equal(vector, [0, 0, 1, 0])
+    implied = vocabulary.vector(vocabulary.with_ancestors(["grandchild", "no such thing"]))
+    np.testing.assert_array_equal(implied, [1, 1, 1, 0])
     np.testing.assert_array_equal(vocabulary.vector([]), [0, 0, 0, 0])
 
 
-def test_every_real_vector_is_a_fixed_point_of_adding_parents(ontology, terms):
+def test_adding_ancestors_twice_adds_nothing(ontology, terms):
     vocabulary = labels.ontology_vocabulary(ontology, terms)
+    assert vocabulary.with_ancestors(["right lower lobe"]) != ("right lower lobe",)
     for name in terms:
-        vector = vocabulary.vector([name])
-        assert vector[vocabulary.index[name]] == 1
-        named = [terms[column] for column in np.flatnonzero(vector)]
-        np.testing.assert_array_equal(vocabulary.vector(named), vector)
+        names = vocabulary.with_ancestors([name])
+        assert names[0] == name
+        assert set(vocabulary.with_ancestors(names)) == set(names)
+
+
+def test_exclusion_works_from_either_side(ontology, terms):
+    vocabulary = labels.ontology_vocabulary(ontology, terms)
+    # The sheet lists liver under spleen's exclusions or the other way round.
+    assert vocabulary.excludes("liver", ["spleen"]) and vocabulary.excludes("spleen", ["liver"])
+    assert not vocabulary.excludes("liver", ["abdomen", "no such thing"])
 
 
 def test_a_vocabulary_survives_json_and_pickle(family):

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from maknet_jax import prepare
-from maknet_jax.data import labels, png, preprocess, records
+from maknet_jax.data import deeplesion, labels, png, preprocess, records
 from maknet_jax.errors import InputError, Stopped
 
 # Environment of a command: the tests' own simulated devices are no matter of it.
@@ -171,33 +171,41 @@ def test_uncertain_labels_are_unknown_in_val_and_test_only(phantom, shards):
     assert unknown > 0
 
 
-def test_labels_are_closed_under_parents_and_counted(phantom, shards):
-    parents = shards.vocabulary.parents
+def test_labels_are_what_the_files_say_and_counted(phantom, shards):
+    mined = deeplesion.read_mined_labels(phantom["labels"])
     for split, entry in shards.info["splits"].items():
         source = shards.source(split)
         vectors = np.stack([source[k].labels for k in range(len(source))])
         np.testing.assert_array_equal(vectors.sum(0), entry["label_counts"])
-        for vector in vectors:
-            for column in np.flatnonzero(vector):
-                assert vector[list(parents[column])].all()
+        if split == "hand":
+            continue
+        for example in (source[k] for k in range(len(source))):
+            said = set(mined.relevant[example.meta["lesion_idx"]])
+            if split == "train":
+                said |= set(mined.uncertain[example.meta["lesion_idx"]])
+            named = {shards.vocabulary.names[k] for k in np.flatnonzero(example.labels)}
+            assert named == said & set(shards.vocabulary.names)
     assert (shards.path / "contact_sheet.png").is_file()
 
 
-def test_uncertain_parents_are_unknown_but_what_a_child_says_stays_known():
+def test_uncertain_labels_and_what_they_imply_are_unknown_unless_sure_or_excluded():
     class Lesion:
         names = ("liver",)
-        unknown = ("liver mass", "lung nodule", "elsewhere")
+        unknown = ("liver mass", "lung nodule", "elsewhere", "spleen")
 
     vocabulary = labels.Vocabulary(
         (
             labels.Label("abdomen"), labels.Label("liver", parents=("abdomen",)),
             labels.Label("liver mass", parents=("liver", "abdomen")), labels.Label("lung"),
             labels.Label("lung nodule", parents=("lung",)), labels.Label("pelvis"),
+            labels.Label("spleen", exclusive=("liver",)),
         )
     )  # fmt: skip
     given, mask = (np.frombuffer(b, np.uint8) for b in prepare._vectors(vocabulary, Lesion))
-    assert given.tolist() == [1, 1, 0, 0, 0, 0]
-    assert mask.tolist() == [1, 1, 0, 0, 0, 1]
+    # As LesaNet: the truth is what was said, what it implies is not added.
+    assert given.tolist() == [0, 1, 0, 0, 0, 0, 0]
+    # Abdomen is implied by what is uncertain; spleen is uncertain but the sure liver excludes it.
+    assert mask.tolist() == [0, 1, 0, 0, 0, 1, 1]
 
 
 def test_the_same_input_gives_the_same_fingerprint_wherever_it_lies(phantom, shards, tmp_path):
@@ -273,22 +281,27 @@ def command(phantom, out):
     ]  # fmt: skip
 
 
-def test_a_killed_command_goes_on_and_ends_as_if_undisturbed(phantom, tmp_path):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_command_goes_on_and_ends_as_if_undisturbed(phantom, tmp_path, workers):
     run = {"env": ENVIRONMENT, "text": True, "capture_output": True, "timeout": 120}
     whole = subprocess.run(command(phantom, tmp_path / "whole"), **run)
     assert whole.returncode == 0, whole.stderr
     out = tmp_path / "out"
     first = subprocess.Popen(
-        command(phantom, out), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+        [*command(phantom, out), f"--workers={workers}"],
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     started = time.monotonic()
     while not list(out.glob("train/.*")):  # the first shard is being written
         assert time.monotonic() - started < 60 and first.poll() is None
         time.sleep(0.005)
-    first.send_signal(signal.SIGTERM)
+    os.killpg(first.pid, signal.SIGTERM)  # schedulers signal the workers too
     _, error = first.communicate(timeout=60)
     assert first.returncode == 75, error
-    assert error == "maknet: stopped: SIGTERM; what is finished is kept\n"
+    assert error == "maknet: stopped: SIGTERM; run the same command again\n"
     assert not (out / "dataset.json").exists() and not list(out.glob("train/*"))
     second = subprocess.run(command(phantom, out), **run)
     assert second.returncode == 0 and second.stdout.replace(str(out), "X") == (

@@ -127,9 +127,18 @@ def test_stopped_anywhere_and_often(linear, tmp_path, monkeypatch, stops):
     equal_runs(folder, tmp_path / "run", page)
 
 
-def test_a_signal_in_the_last_step_leaves_a_finished_run(linear, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", [32, 40])
+def test_a_signal_breaks_validation_off_and_the_next_run_makes_up_for_it(
+    linear, tmp_path, monkeypatch, step
+):
     folder, page, _ = linear
-    signal_after(monkeypatch, 40)
+    with monkeypatch.context() as patch:
+        signal_after(patch, step)
+        with pytest.raises(Stopped, match=f"step {step} of 40 is saved"):
+            train.train(page, tmp_path / "run")
+    assert {row["step"] for row in toy.lines(tmp_path / "run") if "val/auc" in row} < {
+        row["step"] for row in toy.lines(folder) if "val/auc" in row
+    }
     train.train(page, tmp_path / "run")
     equal_runs(folder, tmp_path / "run", page)
 
@@ -257,9 +266,9 @@ def test_the_step_is_compiled_once(data, tmp_path, monkeypatch):
     runs = []
     original = train._Run.loop
 
-    def loop(self, stop):
+    def loop(self, stop, say):
         runs.append(self)
-        return original(self, stop)
+        return original(self, stop, say)
 
     monkeypatch.setattr(train._Run, "loop", loop)
     page = toy.config(data, "linear")
@@ -350,18 +359,6 @@ def test_without_validation_the_run_goes_on_and_says_so(tmp_path, capsys):
     assert run.thresholds.tolist() == [0.5] * 4
 
 
-def test_a_folder_that_is_no_run_cannot_be_opened(data, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="is no workdir of `maknet train`"):
-        workdir.open_run(tmp_path)
-    page = toy.config(data, "linear")
-    monkeypatch.setattr(train._Run, "loop", lambda self, stop: None)
-    train.train(page, tmp_path / "run")
-    with pytest.raises(InputError, match="holds no checkpoint yet"):
-        workdir.open_run(tmp_path / "run")
-    with pytest.raises(InputError, match="checkpoint 'newest' is unknown: choose best or last"):
-        workdir.open_run(tmp_path / "run", checkpoint_name="newest")
-
-
 def lines_of(run):
     path = run / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
@@ -384,7 +381,7 @@ def test_sigterm_to_the_command_exits_75_and_the_same_command_finishes(data, tmp
     child.send_signal(signal.SIGTERM)
     _, said = child.communicate(timeout=120)
     assert child.returncode == 75, said
-    assert "stopped at step" in said and "the same command goes on" in said
+    assert "stopping after this step" in said and "the same command goes on" in said
     assert "Traceback" not in said and not (run / "summary.json").exists()
     again = subprocess.run(command, timeout=120, **options)
     assert again.returncode == 0, again.stderr

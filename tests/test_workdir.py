@@ -1,11 +1,13 @@
 """What a config builds; opening a workdir is tested with `predict` and `evaluate`."""
 
+import shutil
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
 
-from maknet_jax import workdir
+from maknet_jax import train, workdir
 from maknet_jax.errors import InputError
 
 
@@ -37,3 +39,25 @@ def test_the_learning_rate_falls_from_where_it_should(data):
     )
     with pytest.raises(InputError, match=r"decay_from 1\.5"):
         workdir.build_optimizer(toy.config(data, "linear", {"optimizer.decay_from": 1.5}), 40)
+
+
+def test_a_folder_that_is_no_run_cannot_be_opened(data, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="is no workdir of `maknet train`"):
+        workdir.open_run(tmp_path)
+    page = toy.config(data, "linear")
+    monkeypatch.setattr(train._Run, "loop", lambda self, stop, say: None)
+    train.train(page, tmp_path / "run")
+    with pytest.raises(InputError, match="holds no checkpoint yet"):
+        workdir.open_run(tmp_path / "run")
+    with pytest.raises(InputError, match="checkpoint 'newest' is unknown: choose best or last"):
+        workdir.open_run(tmp_path / "run", checkpoint_name="newest")
+
+
+def test_a_folder_of_something_else_is_left_alone(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    before = (tmp_path / "data" / "dataset.json").read_bytes()
+    (tmp_path / "file").write_text("mine")
+    for taken in ("data", "file"):
+        with pytest.raises(InputError, match="is no workdir .* choose a new --workdir"):
+            train.train(toy.config(data, "linear"), tmp_path / taken)
+    assert (tmp_path / "data" / "dataset.json").read_bytes() == before

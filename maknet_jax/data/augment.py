@@ -7,6 +7,8 @@ example): the same example at the same step is changed in the same way on any me
 import jax
 import jax.numpy as jnp
 
+from maknet_jax.errors import InputError
+
 
 def to_unit(image, window):
     """HU -> [0, 1] float32: `window` (low, high) in HU, as LesaNet maps it to 0..255.
@@ -44,18 +46,32 @@ def rotate_and_crop(image, angle, scale, aspect, centre):
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     turned_row = cos * row + sin * column
     turned_column = -sin * row + cos * column
-    at = [(turned + 1) / 2 * size - 0.5 for turned in (turned_row, turned_column)]
-    # Computed once: where XLA computes a place anew for its weight, whole pixels (a crop of full
-    # width, or none) may be rounded down for the one and not for the other, a shift by a pixel.
-    at = jax.lax.optimization_barrier(at)
+    row, column = ((turned + 1) / 2 * size - 0.5 for turned in (turned_row, turned_column))
     # Within its outermost half pixel the image is not blended with what lies outside: a crop at
     # the edge would get a dark seam.
     inside = jnp.maximum(jnp.abs(turned_row), jnp.abs(turned_column)) <= 1 + 1e-5
+    return jnp.where(inside[..., None], _bilinear(image, row, column), 0.0)
 
-    def sample(channel):
-        return jax.scipy.ndimage.map_coordinates(channel, at, order=1, mode="nearest") * inside
 
-    return jax.vmap(sample, in_axes=2, out_axes=2)(image)
+def _bilinear(image, row, column):
+    """Values of `[S, S, C]` at fractional places, the edge repeated.
+
+    Places are taken to 1/256 of a pixel, as texture units take them. XLA may compute a place twice,
+    for the index and for the weight, with other last bits; whole pixels (a crop of full width, or
+    none) would then be rounded down for the one and not for the other, a shift by a pixel.
+    """
+    row, column = (jnp.round(place * 256) / 256 for place in (row, column))
+    last = image.shape[0] - 1
+    result = 0.0
+    for row_step in (0, 1):
+        for column_step in (0, 1):
+            at_row = jnp.floor(row) + row_step
+            at_column = jnp.floor(column) + column_step
+            weight = (1 - jnp.abs(row - at_row)) * (1 - jnp.abs(column - at_column))
+            rows = jnp.clip(at_row, 0, last).astype(jnp.int32)
+            columns = jnp.clip(at_column, 0, last).astype(jnp.int32)
+            result += weight[..., None] * image[rows, columns]
+    return result
 
 
 def auto_contrast(image):
@@ -91,9 +107,15 @@ def make_augment(
       contrast_probability: how often auto-contrast is applied.
       grayscale_probability: how often all channels become the middle slice.
 
+    Raises:
+      InputError: a range is empty or out of bounds.
+
     Returns:
       augment(images float32 [B, S, S, 3] in [0, 1], keys [B]) -> the same shape.
     """
+    for name, (low, high) in {"crop_scale": crop_scale, "crop_aspect": crop_aspect}.items():
+        if not 0 < low <= high or (name == "crop_scale" and high > 1):
+            raise InputError(f"augment {name} ({low}, {high}) should ascend above 0, a scale to 1")
     geometry = rotation_probability > 0 or crop_probability > 0
     if not geometry and contrast_probability <= 0 and grayscale_probability <= 0:
         return None

@@ -51,11 +51,24 @@ class Vocabulary:
         return tuple(tuple(index[parent] for parent in label.parents) for label in self.labels)
 
     def vector(self, names):
-        """`uint8 [K]`: 1 for each name of the vocabulary and for its ancestors; others ignored."""
+        """`uint8 [K]`: 1 for each name of the vocabulary; others are ignored."""
         vector = np.zeros(len(self), np.uint8)
-        for column in (self.index[name] for name in names if name in self.index):
-            vector[[column, *self.parents[column]]] = 1
+        vector[[self.index[name] for name in names if name in self.index]] = 1
         return vector
+
+    def with_ancestors(self, names):
+        """`names` and all that they imply."""
+        implied = (self.labels[self.index[name]].parents for name in names if name in self.index)
+        return tuple(dict.fromkeys([*names, *(parent for some in implied for parent in some)]))
+
+    def excludes(self, name, others):
+        """Whether the ontology says that `name` cannot stand with one of `others` (either way)."""
+        exclusive = self.labels[self.index[name]].exclusive
+        return any(
+            other in exclusive or name in self.labels[self.index[other]].exclusive
+            for other in others
+            if other in self.index
+        )
 
     def to_json(self):
         """A list of plain dicts, as `dataset.json` holds it."""

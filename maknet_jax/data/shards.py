@@ -202,5 +202,6 @@ def _mapper(workers):
 
 
 def _ignore_interrupts():
-    # Ctrl-C reaches the whole group; the parent decides what it means.
+    # Ctrl-C and a scheduler's SIGTERM reach the whole group; the parent decides what they mean.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

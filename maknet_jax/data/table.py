@@ -14,10 +14,11 @@ folder. `patient` is optional, but only with it can a patient in two splits be r
 import csv
 import dataclasses
 import pathlib
-import re
 
 from maknet_jax.data import labels, volumes
 from maknet_jax.errors import InputError
+
+SPLITS = ("train", "val", "test", "hand", "unlabelled")
 
 _COLUMNS = ("path", "labels", "split")
 
@@ -80,10 +81,10 @@ def read_table(path):
 
 def _row(path, line, cells):
     cells = {key: (value or "").strip() for key, value in cells.items() if isinstance(key, str)}
-    if not cells["path"] or not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", cells["split"]):
+    if not cells["path"] or cells["split"] not in SPLITS:
         raise InputError(
             f"{path} line {line}: path {cells['path']!r}, split {cells['split']!r}: both are "
-            "needed, a split in lower-case letters (train, val, test, ...)"
+            f"needed, the split one of {', '.join(SPLITS)}"
         )
     names = tuple(dict.fromkeys(n for n in map(str.strip, cells["labels"].split("|")) if n))
     file = str(path.parent / cells["path"])

@@ -30,6 +30,11 @@ class Outputs(NamedTuple):
     features: jax.Array
 
 
+def score_layer(features, **kwargs):
+    """A float32 Dense for scores; accelerators would multiply in bfloat16 or TF32 if not told."""
+    return nn.Dense(features, precision=jax.lax.Precision.HIGHEST, **kwargs)
+
+
 def mish(x):
     """Mish, x * tanh(softplus(x)) (Misra, arXiv:1908.08681).
 
@@ -174,7 +179,7 @@ class ScorePropagation(nn.Module):
         def identity(key, shape, dtype=jnp.float32):
             return jnp.eye(shape[0], dtype=dtype)
 
-        return nn.Dense(scores.shape[-1], kernel_init=identity, name="dense")(scores)
+        return score_layer(scores.shape[-1], kernel_init=identity, name="dense")(scores)
 
 
 class DenseBlock(nn.Module):

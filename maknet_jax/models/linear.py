@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from maknet_jax.errors import InputError
-from maknet_jax.models.layers import Outputs
+from maknet_jax.models.layers import Outputs, score_layer
 
 
 class Linear(nn.Module):
@@ -31,4 +31,5 @@ class Linear(nn.Module):
         x = nn.BatchNorm(not train, momentum=0.9, use_scale=False, use_bias=False, name="norm")(x)
         # Centred pixels are near 1: small weights keep the first logits near 0.
         init = nn.initializers.normal(0.1 / self.edge)
-        return Outputs(nn.Dense(self.num_classes, kernel_init=init, name="classifier")(x), None, x)
+        logits = score_layer(self.num_classes, kernel_init=init, name="classifier")(x)
+        return Outputs(logits, None, x)

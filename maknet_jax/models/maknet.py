@@ -61,6 +61,6 @@ class MAKNet(nn.Module):
             )(x, train)
         features = layers.global_concat_pool(x).astype(jnp.float32)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(features)
-        scores = nn.Dense(self.num_classes, name="classifier")(x)
+        scores = layers.score_layer(self.num_classes, name="classifier")(x)
         logits = layers.ScorePropagation(name="spl")(scores)
         return layers.Outputs(logits, scores, features)

@@ -18,7 +18,14 @@ class MetricLog:
         """Opens the log of a run that stands at `step`; lines of later steps are taken back.
 
         A run that was killed has logged steps that its checkpoint does not hold: they come again.
+
+        Args:
+          workdir: the folder; None writes nothing (of several processes one writes).
+          step: where the run stands.
         """
+        self._file = self._board = None
+        if workdir is None:
+            return
         path = pathlib.Path(workdir) / "metrics.jsonl"
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step(line) <= step]
@@ -31,6 +38,8 @@ class MetricLog:
 
     def write(self, step, values):
         """Writes one line of scalars; values that are not finite become null in JSON."""
+        if self._file is None:
+            return
         clean = {
             name: float(value) if math.isfinite(value) else None for name, value in values.items()
         }
@@ -41,8 +50,9 @@ class MetricLog:
 
     def close(self):
         """Flushes and closes both."""
-        self._file.close()
-        self._board.close()
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
 
 
 def _step(line):

@@ -49,6 +49,12 @@ def gather(tree):
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
+def wait_for_all(name):
+    """Returns when every process has come here; at once where there is one."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
 def any_process(flag):
     """True on every process if it is true on one; a collective where there are several."""
     if jax.process_count() == 1:

@@ -18,8 +18,9 @@ def make_train_step(model, loss_fn, optimizer, *, to_input, augment=None):
       augment: augment(images, keys [B]) -> images, or None.
 
     Returns:
-      The step. `key` is the run's key: what is random in it is folded with the step and with the
-      record's number `batch["index"]`, so that it depends on neither the mesh nor the workers.
+      The step. `key` is the run's key, folded with the step. Augmentation folds the record's number
+      `batch["index"]` in, dropout draws by the place in the global batch: neither depends on the
+      mesh or the workers.
     """
 
     def train_step(state, batch, key):
