@@ -181,45 +181,39 @@ def _writing(verb):
 def _run_deeplesion(options):
     from maknet_jax import prepare
 
-    summary = prepare.prepare_deeplesion(
-        options.images,
-        options.info,
-        options.out,
-        label_file=options.labels,
-        hand_labels=options.hand_labels,
-        ontology=options.ontology,
-        size=options.size,
-        workers=options.workers,
+    return _prepared(
+        prepare.prepare_deeplesion(
+            options.images,
+            options.info,
+            label_file=options.labels,
+            hand_labels=options.hand_labels,
+            ontology=options.ontology,
+            **_written(options),
+        )
     )
-    print(prepare.describe(summary))
-    return SOME_REJECTED if summary["failures"] else DONE
 
 
 def _run_dicom(options):
     from maknet_jax import prepare
 
-    summary = prepare.prepare_dicom(
-        options.folder,
-        options.out,
-        salt_file=options.salt_file,
-        min_slices=options.min_slices,
-        size=options.size,
-        workers=options.workers,
-    )
-    print(prepare.describe(summary))
-    return SOME_REJECTED if summary["failures"] else DONE
+    chosen = {"salt_file": options.salt_file, "min_slices": options.min_slices}
+    return _prepared(prepare.prepare_dicom(options.folder, **chosen, **_written(options)))
 
 
 def _run_table(options):
     from maknet_jax import prepare
 
-    summary = prepare.prepare_table(
-        options.table,
-        options.out,
-        png_window=options.png_window,
-        size=options.size,
-        workers=options.workers,
-    )
+    window = options.png_window
+    return _prepared(prepare.prepare_table(options.table, png_window=window, **_written(options)))
+
+
+def _written(options):
+    return {"out": options.out, "size": options.size, "workers": options.workers}
+
+
+def _prepared(summary):
+    from maknet_jax import prepare
+
     print(prepare.describe(summary))
     return SOME_REJECTED if summary["failures"] else DONE
 

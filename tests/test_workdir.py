@@ -61,3 +61,26 @@ def test_a_folder_of_something_else_is_left_alone(data, tmp_path):
         with pytest.raises(InputError, match="is no workdir .* choose a new --workdir"):
             train.train(toy.config(data, "linear"), tmp_path / taken)
     assert (tmp_path / "data" / "dataset.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("linear", {"loss.gamma": -1.0}, "gamma -1.0 should be 0 or above"),
+        ("linear", {"loss.clamp": 0.0}, "clamp 0.0 should be above 0"),
+        ("smoke", {"model.options.dropout_rate": 7.0}, "dropout_rate 7.0 should be"),
+        ("linear", {"data.window": (5.0, 5.0)}, r"data.window \(5.0, 5.0\) should be"),
+        ("linear", {"seed": -1}, "seed -1 should be"),
+        (
+            "smoke",
+            {"augment.crop_probability": 1.0, "augment.crop_scale": (0.5, 2.0)},
+            "crop_scale",
+        ),
+    ],
+)
+def test_values_out_of_range_are_refused_before_anything_is_written(
+    data, tmp_path, name, change, message
+):
+    with pytest.raises(InputError, match=message):
+        train.train(toy.config(data, name, change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

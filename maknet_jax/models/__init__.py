@@ -18,6 +18,9 @@ def build(name, num_classes, **options):
     """
     if name not in MODELS:
         raise InputError(f"model {name!r} is unknown: choose one of {', '.join(MODELS)}")
+    rate = options.get("dropout_rate", 0.0)
+    if not 0 <= rate < 1:
+        raise InputError(f"model {name}: dropout_rate {rate} should be 0 or above and below 1")
     try:
         return MODELS[name](num_classes=num_classes, **options)
     except TypeError as error:

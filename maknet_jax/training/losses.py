@@ -25,6 +25,8 @@ def class_weights(positives, total, *, clamp=300.0):
     Raises:
       InputError: a count that cannot be (n above N or below 0, N below 1).
     """
+    if not clamp > 0:
+        raise InputError(f"clamp {clamp} should be above 0: it is the largest weight")
     positives = np.asarray(positives, np.float64)
     total = np.broadcast_to(np.asarray(total, np.float64), positives.shape)
     wrong = np.flatnonzero((positives < 0) | (positives > total) | (total < 1))
@@ -100,7 +102,12 @@ def focal_loss_fn(*, pos_weight, neg_weight, gamma=2.0, head_weights=(1.0, 1.0))
       [B, K]; the second is None for a network without the layer, whose loss is then the one head's,
       times head_weights[1]. `batch` has labels [B, K], label_mask [B, K] and weight [B]. metrics
       holds the scalars loss, loss_after_spl and, where there are two heads, loss_before_spl.
+
+    Raises:
+      InputError: gamma is negative.
     """
+    if gamma < 0:
+        raise InputError(f"gamma {gamma} should be 0 or above: below 0 easy examples count most")
     before_weight, after_weight = head_weights
 
     def head_loss(logits, batch):
