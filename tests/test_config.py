@@ -75,7 +75,7 @@ def test_a_page_is_found_by_name_or_path(tmp_path, monkeypatch):
     mine = tmp_path / "mine.py"
     mine.write_text((configs.folder() / "smoke.py").read_text().replace('"seed": 0', '"seed": 7'))
     assert configs.load(str(mine)).seed == 7
-    with pytest.raises(InputError, match="config 'techer' is not there.* linear, smoke, teacher"):
+    with pytest.raises(InputError, match="config .techer. is not there.* resnet18, smoke, teacher"):
         configs.load("techer")
     mine.write_text("def get_config():\n    return {}['no']\n")
     with pytest.raises(InputError, match=r"config .*mine.py fails: KeyError: 'no'"):

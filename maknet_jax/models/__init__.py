@@ -4,10 +4,12 @@ from maknet_jax.errors import InputError
 from maknet_jax.models.layers import Outputs
 from maknet_jax.models.linear import Linear
 from maknet_jax.models.maknet import MAKNet
+from maknet_jax.models.resnet import ResNet18
+from maknet_jax.models.vgg import VGG16
 
-__all__ = ["MODELS", "Linear", "MAKNet", "Outputs", "build"]
+__all__ = ["MODELS", "Linear", "MAKNet", "Outputs", "ResNet18", "VGG16", "build"]
 
-MODELS = {"maknet": MAKNet, "linear": Linear}
+MODELS = {"maknet": MAKNet, "vgg16": VGG16, "resnet18": ResNet18, "linear": Linear}
 
 
 def build(name, num_classes, **options):

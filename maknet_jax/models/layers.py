@@ -46,8 +46,8 @@ def mish(x):
     return x * (n / (n + 2.0))
 
 
-class ConvNormMish(nn.Module):
-    """A convolution without bias (BatchNorm would cancel it), BatchNorm and Mish."""
+class ConvNorm(nn.Module):
+    """A convolution without bias (BatchNorm would cancel it) and BatchNorm."""
 
     features: int
     kernel_size: tuple[int, int]
@@ -69,7 +69,7 @@ class ConvNormMish(nn.Module):
             dtype=self.dtype,
             name="conv",
         )(x)
-        return mish(batch_norm(self.dtype, train, name="norm")(x))
+        return batch_norm(self.dtype, train, name="norm")(x)
 
 
 def batch_norm(dtype, train, **kwargs):
@@ -200,5 +200,6 @@ class DenseBlock(nn.Module):
             )(x)
             new = mish(batch_norm(self.dtype, train, name=f"norm_{number}")(new))
             x = jnp.concatenate([x, new], axis=-1)
-        x = ConvNormMish(self.features, (1, 1), dtype=self.dtype, name="transition")(x, train)
+        x = ConvNorm(self.features, (1, 1), dtype=self.dtype, name="transition")(x, train)
+        x = mish(x)
         return CBAM(dtype=self.dtype, name="cbam")(x, train)
