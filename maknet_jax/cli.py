@@ -83,6 +83,7 @@ def _parser():
     _train(verbs)
     _evaluate(verbs)
     _predict(verbs)
+    _models(verbs)
     return parser
 
 
@@ -323,6 +324,28 @@ def _run_predict(options):
     if summary["failures"]:
         print(f"rejected: {summary['failures']}, see {summary['failures_file']}")
     return SOME_REJECTED if summary["failures"] else DONE
+
+
+def _models(verbs):
+    verb = _verb(
+        verbs,
+        "models",
+        "parameters, FLOPs and bytes of the networks beside the paper's column",
+        "maknet models maknet vgg16 --size 256",
+        _run_models,
+    )
+    verb.add_argument("names", nargs="*", help="maknet, vgg16, resnet18 (default: all)")
+    verb.add_argument("--labels", type=_count, default=115, help="how many (default: 115)")
+    verb.add_argument("--size", type=_count, default=256, help="edge of images (default: 256)")
+    verb.add_argument("--out", help="write the numbers as JSON too")
+
+
+def _run_models(options):
+    from maknet_jax import model_table
+
+    names = options.names or list(model_table.PAGES)
+    sizes = {"num_classes": options.labels, "size": options.size}
+    print(model_table.model_table(names, out=options.out, **sizes)[0])
 
 
 def _png_window(verb):

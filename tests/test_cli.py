@@ -15,6 +15,7 @@ VERBS = (
     ["train"],
     ["evaluate"],
     ["predict"],
+    ["models"],
 )
 
 
