@@ -34,6 +34,7 @@ def get_config():
                     "growth_rates": (32, 64, 128, 128),
                     "widths": (64, 192, 256, 512),
                     "kernel_size": 3,  # ours
+                    "form": "auto",  # of MAKConv: split on CPU, fused elsewhere
                     "dropout_rate": 0.0,
                     "mixpool_learned": True,  # ours
                 },

@@ -9,6 +9,7 @@ from flax import linen as nn
 from maknet_jax import config as configs
 from maknet_jax import console, files, models
 from maknet_jax.errors import InputError
+from maknet_jax.models.layers import MAKConv
 
 PAGES = {"maknet": "teacher", "vgg16": "vgg16", "resnet18": "resnet18"}
 PAPER_MILLIONS = {"maknet": 4.50, "vgg16": 14.78, "resnet18": 11.25}  # table 1
@@ -40,9 +41,11 @@ def measure(name, *, num_classes=115, size=256):
 
     def record(next_call, args, kwargs, context):
         outputs = next_call(*args, **kwargs)
-        kernel = context.module.variables.get("params", {}).get("kernel")
-        if kernel is not None and context.method_name == "__call__":
-            calls.append((context.module.path, args[0].shape, outputs.shape, kernel.shape))
+        counted = isinstance(context.module, (nn.Conv, nn.Dense, MAKConv))
+        if counted and context.method_name == "__call__":
+            leaves = jax.tree.leaves(context.module.variables["params"])
+            kernels = sum(leaf.size for leaf in leaves if leaf.ndim > 1)  # no biases
+            calls.append((context.module.path, args[0].shape, outputs.shape, kernels))
         return outputs
 
     def run(x):
@@ -56,10 +59,10 @@ def measure(name, *, num_classes=115, size=256):
     parts = {part: [0, 0, 0] for part in dict.fromkeys([c[0][0] for c in calls] + list(params))}
     for part, tree in params.items():
         parts[part][0] = sum(leaf.size for leaf in jax.tree.leaves(tree))
-    for path, taken, given, kernel in calls:
-        # Each output element is a dot product over the kernel but for its last axis.
-        parts[path[0]][1] += 2 * math.prod(given) * math.prod(kernel[:-1])
-        parts[path[0]][2] += 4 * (math.prod(taken) + math.prod(given) + math.prod(kernel))
+    for path, taken, given, kernels in calls:
+        # Every element of a kernel is used once at every place of the output.
+        parts[path[0]][1] += 2 * math.prod(given[:-1]) * kernels
+        parts[path[0]][2] += 4 * (math.prod(taken) + math.prod(given) + kernels)
     return [(part, *numbers) for part, numbers in parts.items()]
 
 

@@ -93,6 +93,40 @@ def test_makconv_of_one_kernel_is_that_convolution():
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("k", [1, 3, 5, 7])
+@pytest.mark.parametrize("features, stride", [(8, 1), (7, 2), (3, 1)])
+def test_both_forms_of_makconv_are_equal_in_value_and_gradient(k, features, stride):
+    x = jnp.asarray(drawn(2, 9, 8, 3))
+    split, fused = (layers.MAKConv(features, k, stride, form=form) for form in ("split", "fused"))
+    variables = redrawn(split.init(jax.random.key(0), x))
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(
+        jnp.shape, fused.init(jax.random.key(0), x)
+    )
+    weights = jnp.asarray(drawn(*split.apply(variables, x).shape))
+
+    def value(form):
+        return lambda v, x: (weights * form.apply(v, x)).sum()
+
+    np.testing.assert_allclose(
+        split.apply(variables, x), fused.apply(variables, x), rtol=1e-5, atol=1e-5
+    )
+    ours, theirs = (jax.grad(value(form), (0, 1))(variables, x) for form in (split, fused))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_makconv_splits_on_cpu_and_refuses_strange_forms():
+    x = drawn(1, 8, 8, 3)
+    text = {
+        form: str(jax.make_jaxpr(lambda x, f=form: layers.MAKConv(8, form=f).init_with_output(
+            jax.random.key(0), x)[0])(x)).count("conv_general_dilated[")
+        for form in ("auto", "split", "fused")
+    }  # fmt: skip
+    assert text == {"auto": 4, "split": 4, "fused": 1}
+    with pytest.raises(InputError, match="form 'quick' is unknown: choose auto, split or fused"):
+        layers.MAKConv(8, form="quick").init(jax.random.key(0), x)
+
+
 def test_makconv_refuses_an_even_kernel():
     with pytest.raises(InputError, match="kernel_size 4 is even"):
         layers.MAKConv(8, 4).init(jax.random.key(0), drawn(1, 8, 8, 3))

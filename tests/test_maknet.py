@@ -132,7 +132,7 @@ def test_dropout_works_in_training_only(tiny):
 
 
 def test_mistakes_in_the_options_are_one_line():
-    with pytest.raises(InputError, match="model 'resnet' is unknown: choose one of maknet, linear"):
+    with pytest.raises(InputError, match="model 'resnet' is unknown: choose one of maknet, vgg16"):
         models.build("resnet", 5)
     with pytest.raises(InputError, match="model maknet: .*'depth'"):
         models.build("maknet", 5, depth=3)

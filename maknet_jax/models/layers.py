@@ -79,16 +79,34 @@ def batch_norm(dtype, train, **kwargs):
     )
 
 
+class Kernel(nn.Module):
+    """A convolution's kernel on its own, so that its layer can choose how to apply it."""
+
+    shape: tuple[int, ...]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self):
+        """`shape`, HWIO: kept in float32, given in `dtype`."""
+        return self.param("kernel", he_normal, self.shape).astype(self.dtype)
+
+
 class MAKConv(nn.Module):
     """Mixed asymmetric kernels: k x k, 1 x k, k x 1 and 1 x 1 over all input channels each.
 
     Every kernel gives a quarter of the `features`; the first ones take the remainder of a count
     that four does not divide. No bias: BatchNorm follows.
+
+    The same parameters in two forms that are equal in value and gradient. "split" are four
+    convolutions: the fewest FLOPs, but the input is read four times. "fused" is one k x k
+    convolution whose kernel holds zeros where the asymmetric ones end: 2.25 times the FLOPs at
+    k = 3 and one reading. "auto" splits on CPU, which is bound by FLOPs, and fuses elsewhere.
     """
 
     features: int
     kernel_size: int = 3
     strides: int = 1
+    form: str = "auto"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -97,25 +115,34 @@ class MAKConv(nn.Module):
         k = self.kernel_size
         if k % 2 == 0:
             raise InputError(f"kernel_size {k} is even: MAKConv needs an odd one to keep its place")
-        kernels = {"kxk": (k, k), "1xk": (1, k), "kx1": (k, 1), "1x1": (1, 1)}
-        outputs = []
-        for number, (name, size) in enumerate(kernels.items()):
+        if self.form not in ("auto", "split", "fused"):
+            raise InputError(f"form {self.form!r} is unknown: choose auto, split or fused")
+        sizes = {"kxk": (k, k), "1xk": (1, k), "kx1": (k, 1), "1x1": (1, 1)}
+        kernels = []
+        for number, (name, size) in enumerate(sizes.items()):
             features = (self.features + 3 - number) // 4
-            if features == 0:
-                continue
-            outputs.append(
-                nn.Conv(
-                    features,
-                    size,
-                    self.strides,
-                    [(size[0] // 2, size[0] // 2), (size[1] // 2, size[1] // 2)],
-                    use_bias=False,
-                    kernel_init=he_normal,
-                    dtype=self.dtype,
-                    name=f"conv_{name}",
-                )(x)
-            )
-        return jnp.concatenate(outputs, axis=-1)
+            if features:
+                shape = (*size, x.shape[-1], features)
+                kernels.append(Kernel(shape, self.dtype, name=f"conv_{name}")())
+        x = x.astype(self.dtype)
+        split = self.form == "split" or (self.form == "auto" and jax.default_backend() == "cpu")
+        if split:
+            return jnp.concatenate([self._convolve(x, kernel) for kernel in kernels], axis=-1)
+        margins = [tuple((k - size) // 2 for size in kernel.shape[:2]) for kernel in kernels]
+        padded = [
+            jnp.pad(kernel, ((rows, rows), (columns, columns), (0, 0), (0, 0)))
+            for kernel, (rows, columns) in zip(kernels, margins, strict=True)
+        ]
+        return self._convolve(x, jnp.concatenate(padded, axis=-1))
+
+    def _convolve(self, x, kernel):
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (self.strides, self.strides),
+            [(size // 2, size // 2) for size in kernel.shape[:2]],
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
 
 
 def max_pool(x):
@@ -189,6 +216,7 @@ class DenseBlock(nn.Module):
     growth_rate: int
     features: int
     kernel_size: int = 3
+    form: str = "auto"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -196,7 +224,11 @@ class DenseBlock(nn.Module):
         """`[B, H, W, C]` -> `[B, H, W, features]`."""
         for number in range(self.layers):
             new = MAKConv(
-                self.growth_rate, self.kernel_size, dtype=self.dtype, name=f"makconv_{number}"
+                self.growth_rate,
+                self.kernel_size,
+                form=self.form,
+                dtype=self.dtype,
+                name=f"makconv_{number}",
             )(x)
             new = mish(batch_norm(self.dtype, train, name=f"norm_{number}")(new))
             x = jnp.concatenate([x, new], axis=-1)

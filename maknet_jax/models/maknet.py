@@ -24,6 +24,7 @@ class MAKNet(nn.Module):
       growth_rates: channels that each of its layers adds.
       widths: channels that each block gives on.
       kernel_size: k of the MAKConv layers.
+      form: of the MAKConv layers, "auto", "split" or "fused"; the parameters are the same.
       dropout_rate: before the classifier; 0.5 in the student (section 4.2), 0 in the teacher.
       mixpool_learned: False fixes MixPool's share at 0.5.
       dtype: of activations; parameters, statistics and logits are float32.
@@ -35,6 +36,7 @@ class MAKNet(nn.Module):
     growth_rates: Sequence[int] = (32, 64, 128, 128)
     widths: Sequence[int] = (64, 192, 256, 512)
     kernel_size: int = 3
+    form: str = "auto"
     dropout_rate: float = 0.0
     mixpool_learned: bool = True
     dtype: Any = jnp.float32
@@ -57,6 +59,7 @@ class MAKNet(nn.Module):
                 growth_rate,
                 features,
                 self.kernel_size,
+                form=self.form,
                 dtype=self.dtype,
                 name=f"block_{number}",
             )(x, train)
