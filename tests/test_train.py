@@ -330,7 +330,7 @@ def test_other_data_is_refused_and_moved_data_is_not(linear, data, tmp_path):
         ({"optimizer.name": "adam"}, "optimizer 'adam' is unknown: choose one of ranger"),
         ({"optimizer.k": 0}, "optimizer ranger: k=0, .*needs k >= 1"),
         ({"loss.name": "bce"}, "loss 'bce' is unknown: choose one of weighted_focal"),
-        ({"model.name": "vgg"}, "model 'vgg' is unknown: choose one of maknet, linear"),
+        ({"model.name": "vgg"}, "model 'vgg' is unknown: choose one of maknet, vgg16"),
         ({"model.options.edge": 5}, "image size 32 is no multiple of the linear model's edge 5"),
         ({"precision": "half"}, "precision 'half' is unknown"),
     ],
