@@ -57,14 +57,25 @@ def main(argv=None):
 def _signals_stop():
     # `train` catches the signals itself, to save between two steps.
     def stop(number, _):
-        raise Stopped(f"{signal.Signals(number).name}; run the same command again")
+        caught.append(number)  # the first one is the user's, others only repeat it
+        raise Stopped(f"{signal.Signals(caught[0]).name}; run the same command again")
 
-    before = {}
+    def again(unraisable):
+        # Raised within a __del__ it was lost there: it comes again as soon as that is over.
+        if unraisable.exc_type is Stopped:
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            hook(unraisable)
+
+    caught, before, hook = [], {}, sys.unraisablehook
     with contextlib.suppress(ValueError):  # not in the main thread
-        before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+            before[number] = signal.signal(number, stop)
+        sys.unraisablehook = again
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -104,3 +104,25 @@ def test_help_is_quick_to_import():
     # The command reads its options without JAX: a typo is answered at once.
     code = "import sys, maknet_jax.cli as c\nc._parser()\nsys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_signal_that_a_finaliser_swallows_comes_again(capsys, monkeypatch, tmp_path):
+    import os
+    import signal
+    import time
+
+    from maknet_jax import prepare
+
+    class Finalised:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    def swallowed(*_, **__):
+        Finalised()
+        time.sleep(5)
+        raise AssertionError("the signal was lost")
+
+    monkeypatch.setattr(prepare, "prepare_dicom", swallowed)
+    code, _, err = run(capsys, "prepare", "dicom", tmp_path, "--out", tmp_path / "out")
+    assert code == 75, err

@@ -190,7 +190,14 @@ def _mapper(workers):
     pool = concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_ignore_interrupts
     )
+    signals = {signal.SIGINT, signal.SIGTERM}
     try:
+        # Started with the signals blocked, which they inherit: one that comes before a worker can
+        # ignore it would kill it. The parent gets what came meanwhile afterwards.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        started = [pool.submit(_ignore_interrupts) for _ in range(workers)]
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        concurrent.futures.wait(started)
         yield pool.map
     except concurrent.futures.process.BrokenProcessPool:
         raise InputError(
@@ -198,6 +205,7 @@ def _mapper(workers):
             "command with fewer --workers goes on"
         ) from None
     finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         pool.shutdown(cancel_futures=True)
 
 
