@@ -29,11 +29,12 @@ def main(argv=None):
     """Runs one command; returns the exit code."""
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
-    strange = [text for text in rest if options.verb != "train" or not _is_override(text)]
+    changes = [text for text in rest if text.startswith("--config.") and "=" in text]
+    strange = [text for text in rest if options.verb != "train" or text not in changes]
     if strange:
         hint = ": write --config.FIELD=VALUE" if strange[0].startswith("--config.") else ""
         parser.error(f"unknown argument {strange[0]!r}{hint}")
-    options.overrides = [text.removeprefix("--config.") for text in rest]
+    options.overrides = [text.removeprefix("--config.") for text in changes]
     # XLA and grain log through absl and C++: a user's lines should not drown in theirs.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
@@ -382,10 +383,6 @@ def _count(text):
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} should be a whole number from 1 on")
     return int(text)
-
-
-def _is_override(text):
-    return text.startswith("--config.") and "=" in text
 
 
 def _cores():
