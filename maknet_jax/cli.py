@@ -76,6 +76,7 @@ def _signals_stop():
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # its handler goes: what is due would kill
         sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)

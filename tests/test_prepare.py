@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from prepared import examples, read_csv
 
 from maknet_jax import prepare
 from maknet_jax.data import deeplesion, labels, png, preprocess, records
@@ -18,20 +19,6 @@ from maknet_jax.errors import InputError, Stopped
 
 # Environment of a command: the tests' own simulated devices are no matter of it.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-
-
-def read_csv(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def examples(out):
-    dataset = records.open_dataset(out)
-    return {
-        split: [source[k] for k in range(len(source))]
-        for split in dataset.info["splits"]
-        for source in [dataset.source(split)]
-    }
 
 
 def of_phantom(phantom, out, **options):

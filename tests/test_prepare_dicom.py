@@ -1,30 +1,15 @@
 """`maknet prepare dicom`: triplets of unlabelled volumes, ids that need the salt."""
 
-import csv
 import hashlib
 import hmac
 import stat
 
 import pydicom
 import pytest
+from prepared import examples, read_csv
 
 from maknet_jax import prepare
-from maknet_jax.data import records
 from maknet_jax.errors import InputError
-
-
-def read_csv(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def examples(out):
-    dataset = records.open_dataset(out)
-    return {
-        split: [source[k] for k in range(len(source))]
-        for split in dataset.info["splits"]
-        for source in [dataset.source(split)]
-    }
 
 
 @pytest.fixture

@@ -1,28 +1,14 @@
 """`maknet prepare table`: people's own labelled slices over PNG, NIfTI and DICOM."""
 
-import csv
 
 import numpy as np
 import pytest
 from PIL import Image
+from prepared import examples, read_csv
 
 from maknet_jax import prepare
 from maknet_jax.data import png, preprocess, records
 from maknet_jax.errors import InputError
-
-
-def read_csv(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def examples(out):
-    dataset = records.open_dataset(out)
-    return {
-        split: [source[k] for k in range(len(source))]
-        for split in dataset.info["splits"]
-        for source in [dataset.source(split)]
-    }
 
 
 def write_table(path, rows, header="path,labels,split,slice,patient"):
