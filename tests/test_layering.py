@@ -17,6 +17,7 @@ ROOMS = {
     "training": set(),
     "attribution": set(),
     "evaluation": {"data"},
+    "cli": {""},  # the shell over the verbs
 }
 ACCELERATOR = {"jax", "jaxlib", "flax", "optax"}
 # Libraries that only one module of a room, or of the whole package, may import.

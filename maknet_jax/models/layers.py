@@ -46,6 +46,23 @@ def mish(x):
     return x * (n / (n + 2.0))
 
 
+class InputNorm(nn.Module):
+    """(images - mean) / std, with what the weights were trained on: 0 and 1 unless imported.
+
+    The two lie among the `batch_stats`, so that they are saved and restored with the weights.
+    """
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images):
+        """`[B, H, W, C]` -> the same shape in `dtype`."""
+        shape = images.shape[-1:]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        std = self.variable("batch_stats", "std", jnp.ones, shape)
+        return ((images - mean.value) / std.value).astype(self.dtype)
+
+
 class ConvNorm(nn.Module):
     """A convolution without bias (BatchNorm would cancel it) and BatchNorm."""
 

@@ -49,7 +49,8 @@ class MAKNet(nn.Module):
                 f"blocks {self.blocks}, growth_rates {self.growth_rates} and widths {self.widths} "
                 "differ in length: each needs one entry a block"
             )
-        x = layers.ConvNorm(self.stem, (7, 7), 2, dtype=self.dtype, name="stem")(images, train)
+        x = layers.InputNorm(self.dtype, name="input")(images)
+        x = layers.ConvNorm(self.stem, (7, 7), 2, dtype=self.dtype, name="stem")(x, train)
         x = layers.mish(x)
         shapes = zip(self.blocks, self.growth_rates, self.widths, strict=True)
         for number, (count, growth_rate, features) in enumerate(shapes):

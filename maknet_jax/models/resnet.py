@@ -44,7 +44,8 @@ class ResNet18(nn.Module):
     @nn.compact
     def __call__(self, images, train):
         """`[B, H, W, 3]` in [0, 1] -> `Outputs`."""
-        x = layers.ConvNorm(64, (7, 7), 2, self.dtype, name="stem")(images, train)
+        x = layers.InputNorm(self.dtype, name="input")(images)
+        x = layers.ConvNorm(64, (7, 7), 2, self.dtype, name="stem")(x, train)
         # Padded by one as torch pads: "SAME" would shift the grid.
         x = nn.max_pool(nn.relu(x), (3, 3), (2, 2), ((1, 1), (1, 1)))
         for stage, features in enumerate(WIDTHS):

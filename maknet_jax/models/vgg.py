@@ -27,7 +27,7 @@ class VGG16(nn.Module):
     @nn.compact
     def __call__(self, images, train):
         """`[B, H, W, 3]` in [0, 1] -> `Outputs` without a second head."""
-        x = images.astype(self.dtype)
+        x = layers.InputNorm(self.dtype, name="input")(images)
         for stage, widths in enumerate(STAGES):
             for number, features in enumerate(widths):
                 x = layers.ConvNorm(

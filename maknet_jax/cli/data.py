@@ -1,0 +1,111 @@
+"""`maknet prepare` in its three forms."""
+
+from maknet_jax.cli import options
+
+
+def add_verbs(verbs):
+    """Adds `prepare`."""
+    prepare = verbs.add_parser(
+        "prepare",
+        help="CT and labels into records: see its three forms",
+        epilog="example: maknet prepare dicom TCIA --out shards/tcia",
+    )
+    forms = prepare.add_subparsers(dest="form", required=True, metavar="FORM")
+
+    verb = options.verb(
+        forms,
+        "deeplesion",
+        "DeepLesion's PNGs with LesaNet's labels",
+        "maknet prepare deeplesion --images Images_png --info DL_info.csv \\\n"
+        "    --labels text_mined_labels_171_and_split.json \\\n"
+        "    --hand-labels hand_labeled_test_set.json \\\n"
+        "    --ontology lesion_ontology_181022.xlsx --out shards/deeplesion",
+        _run_deeplesion,
+    )
+    verb.add_argument("--images", required=True, help="folder of 16-bit PNGs, nested or flat")
+    verb.add_argument("--info", required=True, help="DL_info.csv in its original order")
+    verb.add_argument("--labels", help="LesaNet's text-mined labels (JSON); none: unlabelled")
+    verb.add_argument("--hand-labels", help="LesaNet's hand-labelled test set (JSON)")
+    verb.add_argument("--ontology", help="LesaNet's ontology (xlsx)")
+    _writing(verb)
+
+    verb = options.verb(
+        forms,
+        "dicom",
+        "folders of DICOM or NIfTI, unlabelled",
+        "maknet prepare dicom TCIA --out shards/tcia",
+        _run_dicom,
+    )
+    verb.add_argument("folder", help="a file or a folder tree of CT")
+    verb.add_argument(
+        "--salt-file",
+        help="secret that makes ids of UIDs, made if absent (default: ~/.config/maknet/salt)",
+    )
+    verb.add_argument(
+        "--min-slices",
+        type=options.count,
+        default=51,
+        help="leave smaller volumes out (default: 51)",
+    )
+    _writing(verb)
+
+    verb = options.verb(
+        forms,
+        "table",
+        "your own labelled slices from a CSV of path,labels,split[,slice,patient]",
+        "maknet prepare table labels.csv --out shards/mine --png-window=-175,275",
+        _run_table,
+    )
+    verb.add_argument("table", help="the CSV; labels are separated by |")
+    options.png_window(verb)
+    _writing(verb)
+
+
+def _writing(verb):
+    verb.add_argument("--out", required=True, help="folder to write")
+    verb.add_argument(
+        "--size", type=options.count, default=256, help="edge of images (default: 256)"
+    )
+    verb.add_argument(
+        "--workers", type=options.count, default=options.cores(), help="processes (default: cores)"
+    )
+
+
+def _run_deeplesion(chosen):
+    from maknet_jax import prepare
+
+    return _prepared(
+        prepare.prepare_deeplesion(
+            chosen.images,
+            chosen.info,
+            label_file=chosen.labels,
+            hand_labels=chosen.hand_labels,
+            ontology=chosen.ontology,
+            **_written(chosen),
+        )
+    )
+
+
+def _run_dicom(chosen):
+    from maknet_jax import prepare
+
+    given = {"salt_file": chosen.salt_file, "min_slices": chosen.min_slices}
+    return _prepared(prepare.prepare_dicom(chosen.folder, **given, **_written(chosen)))
+
+
+def _run_table(chosen):
+    from maknet_jax import prepare
+
+    window = chosen.png_window
+    return _prepared(prepare.prepare_table(chosen.table, png_window=window, **_written(chosen)))
+
+
+def _written(chosen):
+    return {"out": chosen.out, "size": chosen.size, "workers": chosen.workers}
+
+
+def _prepared(summary):
+    from maknet_jax import prepare
+
+    print(prepare.describe(summary))
+    return options.SOME_REJECTED if summary["failures"] else options.DONE

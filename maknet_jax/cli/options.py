@@ -1,0 +1,73 @@
+"""What the commands share: the parser, types of options, the start of JAX."""
+
+import argparse
+import os
+import pathlib
+
+DONE, BAD_INPUT, SOME_REJECTED, STOPPED = 0, 2, 3, 75
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line and exit code 2."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        """Says what is wrong in one line."""
+        self.exit(BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def verb(verbs, name, text, example, run, *, takes_config=False):
+    """Adds a verb that calls `run(parsed options)`; with an example under its help."""
+    verb = verbs.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.set_defaults(run=run, takes_config=takes_config)
+    return verb
+
+
+def png_window(verb):
+    """Adds --png-window."""
+    verb.add_argument(
+        "--png-window",
+        type=window,
+        metavar="LOW,HIGH",
+        help="HU that 0 and 255 of 8-bit PNGs mean, as --png-window=-175,275",
+    )
+
+
+def window(text):
+    """The type of LOW,HIGH in HU."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} should be LOW,HIGH in HU") from None
+    if not low < high:
+        raise argparse.ArgumentTypeError(f"{text!r}: LOW should be below HIGH")
+    return low, high
+
+
+def count(text):
+    """The type of whole numbers from 1 on."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} should be a whole number from 1 on")
+    return int(text)
+
+
+def cores():
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def start_jax():
+    """Compiled programs are kept between runs, so that a restart begins at once."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "maknet" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache.expanduser()))
