@@ -23,6 +23,10 @@ def get_config():
                 "threads": 2,
             },
             "model": {"name": "linear", "options": {"edge": 32}},
+            "init": {
+                "path": "",  # "": random weights; else a workdir or a file of import-weights
+                "head": False,  # True: a workdir's classifier and spl too, for the same labels
+            },
             "loss": {
                 "name": "weighted_focal",
                 "gamma": 2.0,

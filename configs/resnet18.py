@@ -27,6 +27,10 @@ def get_config():
                 "threads": 4,  # that read and decompress, a process
             },
             "model": {"name": "resnet18", "options": {"dropout_rate": 0.0}},
+            "init": {
+                "path": "",  # "": random weights; else a workdir or a file of import-weights
+                "head": False,  # True: a workdir's classifier and spl too, for the same labels
+            },
             "loss": {
                 "name": "weighted_focal",
                 "gamma": 2.0,  # ours: focal loss' default

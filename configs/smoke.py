@@ -37,6 +37,10 @@ def get_config():
                     "mixpool_learned": True,
                 },
             },
+            "init": {
+                "path": "",  # "": random weights; else a workdir or a file of import-weights
+                "head": False,  # True: a workdir's classifier and spl too, for the same labels
+            },
             "loss": {
                 "name": "weighted_focal",
                 "gamma": 2.0,

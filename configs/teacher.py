@@ -39,6 +39,10 @@ def get_config():
                     "mixpool_learned": True,  # ours
                 },
             },
+            "init": {
+                "path": "",  # "": random weights; else a workdir or a file of import-weights
+                "head": False,  # True: a workdir's classifier and spl too, for the same labels
+            },
             "loss": {
                 "name": "weighted_focal",
                 "gamma": 2.0,  # ours: focal loss' default

@@ -20,7 +20,7 @@ from maknet_jax import console, files, workdir
 from maknet_jax.data import augment, pipeline, records
 from maknet_jax.errors import InputError, Stopped
 from maknet_jax.evaluation.evaluator import Evaluator
-from maknet_jax.training import checkpoint, log, sharding, state, step
+from maknet_jax.training import checkpoint, log, sharding, state, step, transfer
 
 # What may differ when a run goes on: it changes no number.
 FREE = {"data.path", "data.threads"}
@@ -150,8 +150,11 @@ class _Run:
         model = workdir.build_model(config, len(dataset.vocabulary))
         optimizer = workdir.build_optimizer(config, self.total)
         loss = workdir.build_loss(config, split["label_counts"], split["count"])
-        self.create = functools.partial(state.create, model, optimizer, size=config.data.size)
         self.shapes = state.shapes(model, optimizer, size=config.data.size)
+        place, start = self._start_from(dataset.vocabulary)
+        self.create = functools.partial(
+            state.create, model, optimizer, size=config.data.size, place=place
+        )
         self.parameters = int(parameter_overview.count_parameters(self.shapes.params))
         whole, rows = sharding.replicated(mesh), sharding.split(mesh)
         self.train_step = jax.jit(
@@ -178,6 +181,26 @@ class _Run:
             )
         self.last = self.best = None
         self.meta = {"best": None, "best_step": None, "metrics": {}, "thresholds": None}
+        self.meta |= {"init": start}
+
+    def _start_from(self, vocabulary):
+        """(what places the weights of init.path, what they are); Nones where none are needed."""
+        init, last = self.config.init, self.folder / workdir.FOLDERS["last"]
+        if not init.path or any(path.name.isdigit() for path in last.glob("*")):
+            return None, None  # random, or going on from a checkpoint
+        params, batch_stats, about = workdir.open_weights(
+            init.path, vocabulary=vocabulary if init.head else None
+        )
+
+        def place(variables):
+            return transfer.place(variables, params, batch_stats, head=init.head)[0]
+
+        # On shapes already: weights that do not fit are refused before anything is written.
+        _, placed, fresh = transfer.place(
+            self.shapes.variables, params, batch_stats, head=init.head
+        )
+        parts = sorted({name.split("/")[1] for name in fresh})
+        return place, about | {"placed": len(placed), "fresh": parts}
 
     def close(self):
         """Ends the checkpoints' threads."""
@@ -274,6 +297,12 @@ class _Run:
                 parameters=self.parameters,
             )
             kept = self.create(seed=self.config.seed)
+            if start := self.meta["init"]:
+                self.say.say(
+                    f"starting from {start['path']}: {start['placed']} arrays placed, fresh: "
+                    f"{', '.join(start['fresh']) or 'nothing'}",
+                    init=start,
+                )
             overview = parameter_overview.get_parameter_overview(kept.params)
             if self.main:
                 with files.write_whole(self.folder / "parameters.txt") as file:
@@ -331,6 +360,7 @@ class _Run:
             "val": self.meta["metrics"],
             "best_val_auc": self.meta["best"],
             "best_step": self.meta["best_step"],
+            "init": self.meta["init"],
             "devices": f"{self.mesh.size} x {jax.devices()[0].device_kind}",
             "images_per_second": steps * self.batch_size / seconds if steps else None,
         }

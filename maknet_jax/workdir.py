@@ -22,7 +22,7 @@ from maknet_jax import console, files, models
 from maknet_jax.data import augment
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError
-from maknet_jax.training import checkpoint, losses, ranger, sharding, state, step
+from maknet_jax.training import checkpoint, losses, ranger, sharding, state, step, transfer
 
 OPTIMIZERS = {"ranger": ranger.ranger}
 LOSSES = {"weighted_focal": losses.focal_loss_fn}
@@ -133,7 +133,53 @@ def open_run(workdir, *, checkpoint_name="best"):
     Raises:
       InputError: it is no workdir, or holds no whole checkpoint.
     """
-    workdir = pathlib.Path(workdir)
+    config, vocabulary, kept, meta, name = _read(pathlib.Path(workdir), checkpoint_name)
+    model, mesh = build_model(config, len(vocabulary)), sharding.data_mesh()
+    return Run(
+        config,
+        vocabulary,
+        sharding.put_state(mesh, kept.variables),
+        np.asarray(meta.get("thresholds") or [0.5] * len(vocabulary)),
+        int(kept.step),
+        name,
+        model,
+        mesh,
+        make_predict(config, model, mesh),
+    )
+
+
+def open_weights(path, *, vocabulary=None):
+    """Reads weights to start a training from.
+
+    Args:
+      path: a file of `maknet import-weights`, or a workdir: its best checkpoint, else its last.
+      vocabulary: the labels that a workdir's head is wanted for; None where it is not.
+
+    Returns:
+      (params, batch_stats, about): NumPy arrays, and a dict of the path, the digest of the arrays
+      and what they are.
+
+    Raises:
+      InputError: there is neither, it is damaged, or its head is of other labels.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        config, labels, kept, _, name = _read(path, "best")
+        if vocabulary is not None and labels.names != vocabulary.names:
+            raise InputError(
+                f"{path} has other labels than the data: set init.head to False, or take data with "
+                "the same"
+            )
+        params, batch_stats = kept.params, kept.batch_stats
+        about = {"model": config.model.name, "checkpoint": name, "step": int(kept.step)}
+    else:
+        params, batch_stats, about = transfer.read(path)
+    about |= {"path": str(path), "digest": transfer.digest(params, batch_stats)}
+    return params, batch_stats, about
+
+
+def _read(workdir, checkpoint_name):
+    """(config, vocabulary, state, meta, name of the checkpoint that was taken)."""
     if checkpoint_name not in ("best", "last"):
         raise InputError(f"checkpoint {checkpoint_name!r} is unknown: choose best or last")
     try:
@@ -144,7 +190,6 @@ def open_run(workdir, *, checkpoint_name="best"):
     vocabulary = Vocabulary.from_json(about["labels"])
     model = build_model(config, len(vocabulary))
     like = state.shapes(model, build_optimizer(config, 1), size=config.data.size)
-    kept, name = None, checkpoint_name
     for name in dict.fromkeys((checkpoint_name, "last")):
         folder = workdir / FOLDERS[name]
         if folder.is_dir():
@@ -160,22 +205,9 @@ def open_run(workdir, *, checkpoint_name="best"):
                 saved.close()
             for number, reason in damaged.items():
                 console.Log().say(f"{folder / str(number)} is damaged, passed over: {reason}")
-        if kept is not None:
-            break
-    if kept is None:
-        raise InputError(f"{workdir} holds no checkpoint yet: let `maknet train` run on")
-    mesh = sharding.data_mesh()
-    return Run(
-        config,
-        vocabulary,
-        sharding.put_state(mesh, kept.variables),
-        np.asarray(meta.get("thresholds") or [0.5] * len(vocabulary)),
-        int(kept.step),
-        name,
-        model,
-        mesh,
-        make_predict(config, model, mesh),
-    )
+            if kept is not None:
+                return config, vocabulary, kept, meta, name
+    raise InputError(f"{workdir} holds no checkpoint yet: let `maknet train` run on")
 
 
 FOLDERS = {"best": "best", "last": "checkpoints"}

@@ -13,6 +13,7 @@ VERBS = (
     ["prepare", "dicom"],
     ["prepare", "table"],
     ["train"],
+    ["import-weights"],
     ["evaluate"],
     ["predict"],
     ["models"],

@@ -1,14 +1,56 @@
 """The verbs that train and judge networks."""
 
+import argparse
 import pathlib
 
 from maknet_jax.cli import options
 
 
 def add_verbs(verbs):
-    """Adds `train` and `evaluate`."""
+    """Adds `import-weights`, `train` and `evaluate`."""
+    _import_weights(verbs)
     _train(verbs)
     _evaluate(verbs)
+
+
+def _import_weights(verbs):
+    verb = options.verb(
+        verbs,
+        "import-weights",
+        "the trunk of torchvision's or timm's VGG16-BN or ResNet18, to start a training from",
+        "maknet import-weights vgg16_bn.safetensors --model vgg16 --out weights/vgg16.safetensors\n"
+        "  maknet train --config vgg16 --workdir runs/vgg16 \\\n"
+        "    --config.init.path=weights/vgg16.safetensors",
+        _run_import_weights,
+    )
+    verb.add_argument("source", help="the .safetensors file (no pickle)")
+    verb.add_argument("--model", required=True, choices=("vgg16", "resnet18"))
+    verb.add_argument("--out", required=True, help="the .safetensors file to write")
+    for name in ("mean", "std"):
+        verb.add_argument(
+            f"--{name}",
+            type=_channels,
+            metavar="R,G,B",
+            help=f"{name} of the images in 0..1 that it was trained on (default: ImageNet's)",
+        )
+
+
+def _channels(text):
+    try:
+        red, green, blue = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} should be three numbers, R,G,B") from None
+    return red, green, blue
+
+
+def _run_import_weights(chosen):
+    from maknet_jax import import_weights
+
+    given = {name: getattr(chosen, name) for name in ("mean", "std") if getattr(chosen, name)}
+    summary = import_weights.import_weights(chosen.source, chosen.out, model=chosen.model, **given)
+    left = ", ".join(summary["unplaced"]) or "nothing"
+    print(f"{summary['placed']} arrays of {chosen.source} placed, left behind: {left}")
+    print(f"  {summary['out']}  for --config.init.path; digest {summary['digest']}")
 
 
 def _train(verbs):

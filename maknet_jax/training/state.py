@@ -27,7 +27,7 @@ class TrainState(NamedTuple):
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def create(model, optimizer, *, size, seed):
+def create(model, optimizer, *, size, seed, place=None):
     """A fresh state: the same seed gives the same parameters.
 
     Args:
@@ -35,13 +35,20 @@ def create(model, optimizer, *, size, seed):
       optimizer: an optax transformation.
       size: the edge S of the images.
       seed: an integer.
+      place: variables -> variables, to start from other weights; the optimiser begins with what it
+        returns (Ranger's slow weights are a copy of it).
     """
     options = {}
     if jax.default_backend() == "cpu":
         # It runs once: optimising its hundred random draws takes a minute, eight times the rest.
         options["xla_backend_optimization_level"] = 0
     init = jax.jit(_init(model, optimizer, size), compiler_options=options)
-    return init(jax.random.key(seed))
+    made = init(jax.random.key(seed))
+    if place is None:
+        return made
+    variables = jax.tree.map(jnp.array, place(made.variables))  # copies: a step donates its state
+    opt_state = jax.jit(optimizer.init)(variables["params"])
+    return made._replace(**variables, opt_state=opt_state)
 
 
 def shapes(model, optimizer, *, size):

@@ -1,5 +1,6 @@
 """Weights and an image drawn by NumPy alone, so that torch and we start from the same numbers."""
 
+import pathlib
 import zlib
 
 import numpy as np
@@ -25,3 +26,13 @@ def draw(shapes):
 def image():
     """Two images, float32 [2, 70, 64, 3]: an odd size finds grids that are shifted."""
     return np.random.default_rng(1).uniform(0, 1, (2, 70, 64, 3)).astype(np.float32)
+
+
+def golden(name):
+    """The weights that `make_networks_golden.py` gave to torch, and torch's features of `image`."""
+    saved = np.load(pathlib.Path(__file__).with_name("networks.npz"))
+    shapes = {
+        str(key): tuple(int(part) for part in str(shape).split(",") if part)
+        for key, shape in zip(saved[f"{name}_keys"], saved[f"{name}_shapes"], strict=True)
+    }
+    return draw(shapes), saved[f"{name}_features"]
