@@ -1,5 +1,7 @@
 """The layers: identities, then loops in float64 numpy and scipy that share no code with Flax."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,6 +117,28 @@ def test_both_forms_of_makconv_are_equal_in_value_and_gradient(k, features, stri
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("form", layers.FORMS[1:])
+@pytest.mark.parametrize("k, growth", [(3, 8), (5, 6), (3, 3)])
+def test_all_forms_of_a_dense_block_are_equal_in_value_and_gradient(k, growth, form):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 8, 5)), jnp.float32)
+    split, other = (layers.DenseBlock(3, growth, 7, k, form=each) for each in ("split", form))
+    variables = split.init(jax.random.key(0), x, train=False)
+    assert jax.tree.structure(other.init(jax.random.key(0), x, train=False)) == jax.tree.structure(
+        variables
+    )
+
+    def value(block, params, x):
+        given = variables | {"params": params}
+        y, stats = block.apply(given, x, train=True, mutable=["batch_stats"])
+        return (y**2).sum(), (y, stats)
+
+    found = [
+        jax.grad(functools.partial(value, block), (0, 1), has_aux=True)(variables["params"], x)
+        for block in (split, other)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), *found)
+
+
 def test_makconv_splits_on_cpu_and_refuses_strange_forms():
     x = drawn(1, 8, 8, 3)
     text = {
@@ -123,7 +147,10 @@ def test_makconv_splits_on_cpu_and_refuses_strange_forms():
         for form in ("auto", "split", "fused")
     }  # fmt: skip
     assert text == {"auto": 4, "split": 4, "fused": 1}
-    with pytest.raises(InputError, match="form 'quick' is unknown: choose auto, split or fused"):
+    with pytest.raises(
+        InputError,
+        match="choose auto or one of split, fused, wide, wide_fused",
+    ):
         layers.MAKConv(8, form="quick").init(jax.random.key(0), x)
 
 
@@ -185,9 +212,7 @@ def test_mish_is_finite_in_bfloat16():
 def windows(x):
     """`[B, H // 2, W // 2, 4, C]`: the four pixels of every 2 x 2 window."""
     height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
-    return np.stack(
-        [x[:, i:height:2, j:width:2] for i in (0, 1) for j in (0, 1)], axis=3
-    )
+    return np.stack([x[:, i:height:2, j:width:2] for i in (0, 1) for j in (0, 1)], axis=3)
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 8, 3), (1, 7, 5, 2)])

@@ -108,16 +108,50 @@ class Kernel(nn.Module):
         return self.param("kernel", he_normal, self.shape).astype(self.dtype)
 
 
+FORMS = ("split", "fused", "wide", "wide_fused")
+
+
+def choose_form(form):
+    """The form of MAKConv for this platform where `form` is "auto", see `benchmarks/makconv.py`.
+
+    Raises:
+      InputError: there is no such form.
+    """
+    if form == "auto":
+        return "split" if jax.default_backend() == "cpu" else "fused"
+    if form not in FORMS:
+        raise InputError(f"form {form!r} is unknown: choose auto or one of {', '.join(FORMS)}")
+    return form
+
+
+def convolve(x, kernel, strides=1):
+    """A convolution padded as torch pads: `[B, H, W, C]`, HWIO -> `[B, ceil(H / strides), ..]`."""
+    padding = [(size // 2, size // 2) for size in kernel.shape[:2]]
+    return jax.lax.conv_general_dilated(
+        x, kernel, (strides, strides), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def fuse(kernels, size):
+    """Kernels of several shapes as one of `size` x `size` over all their outputs, padded with 0."""
+    margins = [tuple((size - edge) // 2 for edge in kernel.shape[:2]) for kernel in kernels]
+    padded = [
+        jnp.pad(kernel, ((rows, rows), (columns, columns), (0, 0), (0, 0)))
+        for kernel, (rows, columns) in zip(kernels, margins, strict=True)
+    ]
+    return jnp.concatenate(padded, axis=-1)
+
+
 class MAKConv(nn.Module):
     """Mixed asymmetric kernels: k x k, 1 x k, k x 1 and 1 x 1 over all input channels each.
 
     Every kernel gives a quarter of the `features`; the first ones take the remainder of a count
     that four does not divide. No bias: BatchNorm follows.
 
-    The same parameters in two forms that are equal in value and gradient. "split" are four
+    The same parameters in forms that are equal in value and gradient. "split" are four
     convolutions: the fewest FLOPs, but the input is read four times. "fused" is one k x k
     convolution whose kernel holds zeros where the asymmetric ones end: 2.25 times the FLOPs at
-    k = 3 and one reading. "auto" splits on CPU, which is bound by FLOPs, and fuses elsewhere.
+    k = 3 and one reading. The wide forms differ in a dense block only, see `DenseBlock`.
     """
 
     features: int
@@ -127,39 +161,28 @@ class MAKConv(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
-        """`[B, H, W, C]` -> `[B, ceil(H / strides), ceil(W / strides), features]`."""
+    def kernels(self, channels):
+        """The kernels for `channels` inputs, HWIO; those without an output are left out."""
         k = self.kernel_size
         if k % 2 == 0:
             raise InputError(f"kernel_size {k} is even: MAKConv needs an odd one to keep its place")
-        if self.form not in ("auto", "split", "fused"):
-            raise InputError(f"form {self.form!r} is unknown: choose auto, split or fused")
         sizes = {"kxk": (k, k), "1xk": (1, k), "kx1": (k, 1), "1x1": (1, 1)}
         kernels = []
         for number, (name, size) in enumerate(sizes.items()):
             features = (self.features + 3 - number) // 4
             if features:
-                shape = (*size, x.shape[-1], features)
+                shape = (*size, channels, features)
                 kernels.append(Kernel(shape, self.dtype, name=f"conv_{name}")())
-        x = x.astype(self.dtype)
-        split = self.form == "split" or (self.form == "auto" and jax.default_backend() == "cpu")
-        if split:
-            return jnp.concatenate([self._convolve(x, kernel) for kernel in kernels], axis=-1)
-        margins = [tuple((k - size) // 2 for size in kernel.shape[:2]) for kernel in kernels]
-        padded = [
-            jnp.pad(kernel, ((rows, rows), (columns, columns), (0, 0), (0, 0)))
-            for kernel, (rows, columns) in zip(kernels, margins, strict=True)
-        ]
-        return self._convolve(x, jnp.concatenate(padded, axis=-1))
+        return kernels
 
-    def _convolve(self, x, kernel):
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (self.strides, self.strides),
-            [(size // 2, size // 2) for size in kernel.shape[:2]],
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+    def __call__(self, x):
+        """`[B, H, W, C]` -> `[B, ceil(H / strides), ceil(W / strides), features]`."""
+        fused = choose_form(self.form).endswith("fused")
+        kernels, x = self.kernels(x.shape[-1]), x.astype(self.dtype)
+        if fused:
+            kernels = [fuse(kernels, self.kernel_size)]
+        outputs = [convolve(x, kernel, self.strides) for kernel in kernels]
+        return jnp.concatenate(outputs, axis=-1)
 
 
 def max_pool(x):
@@ -227,7 +250,12 @@ class ScorePropagation(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """Densely connected MAKConv layers, then a standard 1 x 1 convolution and CBAM (figure 1)."""
+    """Densely connected MAKConv layers, then a standard 1 x 1 convolution and CBAM (figure 1).
+
+    In the forms "split" and "fused" every layer convolves all features before it. In "wide" and
+    "wide_fused" every new feature is convolved once, for all layers that will read it, and added to
+    what they have: the same sums, from fewer and larger convolutions.
+    """
 
     layers: int
     growth_rate: int
@@ -239,16 +267,39 @@ class DenseBlock(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         """`[B, H, W, C]` -> `[B, H, W, features]`."""
-        for number in range(self.layers):
-            new = MAKConv(
-                self.growth_rate,
-                self.kernel_size,
-                form=self.form,
-                dtype=self.dtype,
-                name=f"makconv_{number}",
-            )(x)
+        form = choose_form(self.form)
+        layers = [
+            MAKConv(self.growth_rate, self.kernel_size, form=form, dtype=self.dtype, name=name)
+            for name in (f"makconv_{number}" for number in range(self.layers))
+        ]
+        features, sums = [x.astype(self.dtype)], []
+        if form.startswith("wide"):
+            channels = [x.shape[-1] + number * self.growth_rate for number in range(self.layers)]
+            kernels = [makconv.kernels(c) for makconv, c in zip(layers, channels, strict=True)]
+            if form == "wide_fused":
+                kernels = [[fuse(each, self.kernel_size)] for each in kernels]
+            sums = [0] * self.layers
+        for number, makconv in enumerate(layers):
+            if sums:
+                first = channels[number] - features[-1].shape[-1]
+                readers = [[k[:, :, first : channels[number]] for k in each]
+                           for each in kernels[number:]]  # fmt: skip
+                for reader, read in enumerate(_convolve_once(features[-1], readers), number):
+                    sums[reader] += read
+                new = sums[number]
+            else:
+                new = makconv(jnp.concatenate(features, axis=-1))
             new = mish(batch_norm(self.dtype, train, name=f"norm_{number}")(new))
-            x = jnp.concatenate([x, new], axis=-1)
+            features.append(new)
+        x = jnp.concatenate(features, axis=-1)
         x = ConvNorm(self.features, (1, 1), dtype=self.dtype, name="transition")(x, train)
         x = mish(x)
         return CBAM(dtype=self.dtype, name="cbam")(x, train)
+
+
+def _convolve_once(x, readers):
+    """Yields what each reader, a list of kernels, makes of x: one convolution a kernel shape."""
+    by_shape = [convolve(x, jnp.concatenate(same, -1)) for same in zip(*readers, strict=True)]
+    for number in range(len(readers)):
+        parts = [jnp.split(made, len(readers), axis=-1)[number] for made in by_shape]
+        yield jnp.concatenate(parts, axis=-1)
