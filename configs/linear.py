@@ -22,6 +22,11 @@ def get_config():
                 "batch_size": 32,
                 "threads": 2,
             },
+            "pseudo": {
+                "path": "",
+                "batch_size": 64,
+                "balance": 0,
+            },
             "model": {"name": "linear", "options": {"edge": 32}},
             "init": {
                 "path": "",  # "": random weights; else a workdir or a file of import-weights
@@ -54,6 +59,7 @@ def get_config():
                 "contrast_probability": 0.0,
                 "grayscale_probability": 0.0,
             },
+            "ema_decay": 0.0,
             "evaluate_every": 10.0,  # epochs
             "checkpoint_every": 1000,  # steps
             "log_every": 50,  # steps

@@ -24,6 +24,11 @@ def get_config():
                 "batch_size": 32,
                 "threads": 2,
             },
+            "pseudo": {
+                "path": "",
+                "batch_size": 64,
+                "balance": 0,
+            },
             "model": {
                 "name": "maknet",
                 "options": {
@@ -68,6 +73,7 @@ def get_config():
                 "contrast_probability": 0.0,
                 "grayscale_probability": 0.0,
             },
+            "ema_decay": 0.0,
             "evaluate_every": 2.0,  # epochs
             "checkpoint_every": 200,  # steps
             "log_every": 10,  # steps

@@ -26,6 +26,11 @@ def get_config():
                 "batch_size": 64,  # over all devices
                 "threads": 4,  # that read and decompress, a process
             },
+            "pseudo": {
+                "path": "",  # folder of `maknet pseudo-label`; "" trains on labelled images only
+                "batch_size": 64,  # beside the labelled ones, in every step
+                "balance": 0,  # images of each label an epoch; 0 takes all images once
+            },
             "model": {"name": "vgg16", "options": {"dropout_rate": 0.0}},
             "init": {
                 "path": "",  # "": random weights; else a workdir or a file of import-weights
@@ -58,6 +63,7 @@ def get_config():
                 "contrast_probability": 0.0,
                 "grayscale_probability": 0.0,
             },
+            "ema_decay": 0.0,  # of an average that is scored instead of the weights; 0: none
             "evaluate_every": 1.0,  # epochs; best and last checkpoints are kept
             "checkpoint_every": 500,  # steps between checkpoints beside those
             "log_every": 20,  # steps

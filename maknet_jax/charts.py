@@ -39,6 +39,63 @@ def write_label_chart(path, confidences, chosen, names, *, title="", most=40):
         figure.savefig(file, format="png", dpi=130)
 
 
+def write_histograms(path, counts, confidences, *, most=50):
+    """Writes a PNG of pseudo-labels: images a label, and labels by their confidence.
+
+    Args:
+      path: the PNG.
+      counts: (images, label name) from the most frequent down.
+      confidences: labels in each of equal bins over [0, 1].
+      most: labels shown at most.
+    """
+    shown = [row for row in counts if row[0]][:most]
+    figure = Figure(figsize=(10, 2 + 0.17 * max(12, len(shown))), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    left.barh(range(len(shown)), [count for count, _ in shown], color="#47a")
+    left.set_yticks(range(len(shown)), [name for _, name in shown], fontsize=7)
+    left.invert_yaxis()
+    left.set_xlabel("images with the label")
+    without = len(counts) - sum(1 for count, _ in counts if count)
+    left.set_title(f"{len(shown)} labels shown, {without} were given to no image", fontsize=9)
+    edges = np.linspace(0, 1, len(confidences) + 1)
+    right.bar(edges[:-1], confidences, width=np.diff(edges), align="edge", color="#47a")
+    right.set_xlabel("confidence of a given label")
+    right.set_ylabel("labels")
+    with files.write_whole(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=130)
+
+
+def write_rounds(path, reached, paper, *, metrics):
+    """Writes a PNG of metrics over the rounds of a noisy student.
+
+    Args:
+      path: the PNG.
+      reached: split -> a dict of metrics a round.
+      paper: split -> the same from the paper, drawn pale and dashed.
+      metrics: a panel each.
+    """
+    figure = Figure(figsize=(4.5 * len(metrics), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, metric in zip(
+        figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True
+    ):
+        for number, (split, rounds) in enumerate(reached.items()):
+            colour = f"C{number}"
+            values = [np.nan if row[metric] is None else row[metric] for row in rounds]
+            axes.plot(values, "o-", color=colour, label=split)
+            if split in paper:
+                theirs = [row[metric] for row in paper[split]]
+                axes.plot(theirs, "s--", color=colour, alpha=0.35, label=f"{split}, paper")
+        axes.set_xticks(range(len(next(iter(reached.values())))))
+        axes.set_xlabel("round (0: teacher)")
+        axes.set_title({"auc": "AUC", "f1": "F1"}.get(metric, metric), fontsize=10)
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    with files.write_whole(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=130)
+
+
 def _runs(flags):
     """The (first, last) of each stretch of true values."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(np.int8), [0]])))

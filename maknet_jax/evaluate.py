@@ -79,22 +79,24 @@ def evaluate(folder, *, splits=None, data=None, checkpoint="best", batch_size=No
         "step": run.step,
         "thresholds": f"chosen on {val}" if val in scores else "of the training run",
         "out": str(out),
-        "splits": {},
     }
-    for name in wanted:
-        report = scores[name].report(thresholds, run.vocabulary.parents)
-        header = ["name", *report.per_label[0]]
-        rows = [
-            [run.vocabulary.names[row["label"]], *row.values()] for row in report.per_label
-        ]
-        console.write_table(out / f"{name}_labels.csv", header, rows)
-        summary["splits"][name] = report.summary
-        files.write_json(out / f"{name}.json", report.summary)
-    files.write_json(out / "thresholds.json", np.asarray(thresholds).tolist())
-    files.write_json(out / f"summary_{'_'.join(wanted)}.json", summary)
-    with console.Log(folder / "log.jsonl") as log:
-        log.event(event="evaluated", **summary)
+    reports = {name: scores[name].report(thresholds, run.vocabulary.parents) for name in wanted}
+    summary["splits"] = {name: report.summary for name, report in reports.items()}
+    if jax.process_index() == 0:
+        _write(out, summary, reports, thresholds, run.vocabulary.names)
+        with console.Log(folder / "log.jsonl") as log:
+            log.event(event="evaluated", **summary)
     return summary
+
+
+def _write(out, summary, reports, thresholds, names):
+    for split, report in reports.items():
+        header = ["name", *report.per_label[0]]
+        rows = [[names[row["label"]], *row.values()] for row in report.per_label]
+        console.write_table(out / f"{split}_labels.csv", header, rows)
+        files.write_json(out / f"{split}.json", report.summary)
+    files.write_json(out / "thresholds.json", np.asarray(thresholds).tolist())
+    files.write_json(out / f"summary_{'_'.join(reports)}.json", summary)
 
 
 def table(summaries, titles):
@@ -108,9 +110,7 @@ def table(summaries, titles):
     rows = []
     for summary, title in zip(summaries, titles, strict=True):
         for split, values in summary["splits"].items():
-            numbers = [
-                values[name] for name in ("auc", "f1", "precision", "recall", "f1_at_0.5")
-            ]
+            numbers = [values[name] for name in ("auc", "f1", "precision", "recall", "f1_at_0.5")]
             cells = ["-" if number is None else f"{number:.4f}" for number in numbers]
             rows.append([title, split, *cells, values["examples"]])
     return console.format_table(header, rows)

@@ -85,9 +85,7 @@ def predict(
             if charts and len(scores) > 2:  # along fewer slices there is nothing to see
                 pictures.append(out.with_suffix(f".{done:03d}.png"))
                 title = f"{volume.series}: {pathlib.Path(folder).name}, step {run.step}"
-                write_label_chart(
-                    pictures[-1], scores, chosen, run.vocabulary.names, title=title
-                )
+                write_label_chart(pictures[-1], scores, chosen, run.vocabulary.names, title=title)
             done += 1
             if as_json:
                 confidences = np.round(scores, 4).tolist()

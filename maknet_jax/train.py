@@ -17,7 +17,7 @@ from clu import parameter_overview
 
 from maknet_jax import config as configs
 from maknet_jax import console, files, workdir
-from maknet_jax.data import augment, pipeline, records
+from maknet_jax.data import augment, pipeline, pseudo_labels, records
 from maknet_jax.errors import InputError, Stopped
 from maknet_jax.evaluation.evaluator import Evaluator
 from maknet_jax.training import checkpoint, log, sharding, state, step, transfer
@@ -71,11 +71,16 @@ def _check(config, devices):
     window = config.data.window
     if len(window) != 2 or not window[0] < window[1]:
         raise InputError(f"config data.window {tuple(window)} should be (low, high) in HU")
-    batch_size = config.data.batch_size
-    if batch_size < 1 or batch_size % devices:
-        raise InputError(
-            f"config data.batch_size {batch_size} is no multiple of the {devices} devices"
-        )
+    if not 0 <= config.ema_decay < 1:
+        raise InputError(f"config ema_decay {config.ema_decay} should be 0 or above and below 1")
+    sizes = {"data": config.data.batch_size}
+    if config.pseudo.path:
+        sizes["pseudo"] = config.pseudo.batch_size
+    for name, size in sizes.items():
+        if size < 1 or size % devices:
+            raise InputError(
+                f"config {name}.batch_size {size} is no multiple of the {devices} devices"
+            )
 
 
 def _claim(folder, config, dataset, *, write):
@@ -142,19 +147,33 @@ class _Run:
     def __init__(self, config, folder, dataset, split, mesh):
         self.config, self.folder, self.mesh = config, folder, mesh
         self.main = jax.process_index() == 0  # of several processes only this one writes logs
-        self.batch_size = config.data.batch_size
-        self.epoch_steps = split["count"] / self.batch_size
+        self.epoch_steps = split["count"] / config.data.batch_size  # epochs of labelled images
         self.total = max(1, round(config.epochs * self.epoch_steps))
-        self.source = dataset.source(config.data.train_split)
+        self.sources = [dataset.source(config.data.train_split)]
+        self.batch_sizes = [config.data.batch_size]
+        frequencies = [np.asarray(split["label_counts"]) / split["count"]]
+        if config.pseudo.path:
+            pseudo = pseudo_labels.PseudoSource(
+                config.pseudo.path,
+                size=dataset.size,
+                names=dataset.vocabulary.names,
+                balance=config.pseudo.balance,
+                seed=config.seed,
+            )
+            self.sources.append(pseudo)
+            self.batch_sizes.append(config.pseudo.batch_size)
+            frequencies.append(pseudo.label_counts / len(pseudo))
+        self.images = sum(self.batch_sizes)  # of a step
         self.parents = dataset.vocabulary.parents
         model = workdir.build_model(config, len(dataset.vocabulary))
         optimizer = workdir.build_optimizer(config, self.total)
-        loss = workdir.build_loss(config, split["label_counts"], split["count"])
-        self.shapes = state.shapes(model, optimizer, size=config.data.size)
+        # A label's weights in the loss follow from its share in the batches.
+        share = np.average(frequencies, axis=0, weights=self.batch_sizes)
+        loss = workdir.build_loss(config, share * split["count"], split["count"])
+        keeps = {"size": config.data.size, "ema": config.ema_decay > 0}
+        self.shapes = state.shapes(model, optimizer, **keeps)
         place, start = self._start_from(dataset.vocabulary)
-        self.create = functools.partial(
-            state.create, model, optimizer, size=config.data.size, place=place
-        )
+        self.create = functools.partial(state.create, model, optimizer, place=place, **keeps)
         self.parameters = int(parameter_overview.count_parameters(self.shapes.params))
         whole, rows = sharding.replicated(mesh), sharding.split(mesh)
         self.train_step = jax.jit(
@@ -164,6 +183,7 @@ class _Run:
                 optimizer,
                 to_input=workdir.to_input(config),
                 augment=augment.make_augment(**config.augment.to_dict()),
+                ema_decay=config.ema_decay,
             ),
             in_shardings=(whole, rows, whole),
             out_shardings=(whole, whole),
@@ -173,8 +193,8 @@ class _Run:
         if dataset.info["splits"].get(config.data.val_split, {"count": 0})["count"]:
             self.evaluator = Evaluator(
                 dataset.source(config.data.val_split),
-                workdir.make_predict(config, model, mesh),
-                batch_size=self.batch_size,
+                workdir.make_predict(workdir.jit_predict(config, model, mesh), mesh),
+                batch_size=config.data.batch_size,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
                 threads=config.data.threads,
@@ -196,9 +216,8 @@ class _Run:
             return transfer.place(variables, params, batch_stats, head=init.head)[0]
 
         # On shapes already: weights that do not fit are refused before anything is written.
-        _, placed, fresh = transfer.place(
-            self.shapes.variables, params, batch_stats, head=init.head
-        )
+        own = {"params": self.shapes.params, "batch_stats": self.shapes.batch_stats}
+        _, placed, fresh = transfer.place(own, params, batch_stats, head=init.head)
         parts = sorted({name.split("/")[1] for name in fresh})
         return place, about | {"placed": len(placed), "fresh": parts}
 
@@ -216,9 +235,9 @@ class _Run:
         current, pending = self._resume()
         first = int(current.step)
         key = jax.random.key(config.seed + 1)
-        batches = pipeline.train_batches(
-            self.source,
-            batch_size=self.batch_size,
+        batches = pipeline.mixed_batches(
+            self.sources,
+            self.batch_sizes,
             seed=config.seed,
             start=first,
             process_index=jax.process_index(),
@@ -259,7 +278,7 @@ class _Run:
                 if number % config.log_every == 0 or at_end:
                     means = log.averages(pending)
                     now = time.perf_counter()
-                    rate = (number - done) * self.batch_size / (now - started)
+                    rate = (number - done) * self.images / (now - started)
                     means["images_per_second"] = rate
                     metrics.write(number, {f"train/{k}": v for k, v in means.items()})
                     advance(0, f"loss {means['loss']:.4f}, {rate:.1f} images/s")
@@ -292,7 +311,7 @@ class _Run:
         if kept is None:
             self.say.say(
                 f"{self.config.model.name}: {self.parameters:,} parameters, "
-                f"{self.total} steps of {self.batch_size} images on {self.mesh.size} "
+                f"{self.total} steps of {self.images} images on {self.mesh.size} "
                 f"{jax.devices()[0].device_kind} device(s)",
                 parameters=self.parameters,
             )
@@ -362,7 +381,7 @@ class _Run:
             "best_step": self.meta["best_step"],
             "init": self.meta["init"],
             "devices": f"{self.mesh.size} x {jax.devices()[0].device_kind}",
-            "images_per_second": steps * self.batch_size / seconds if steps else None,
+            "images_per_second": steps * self.images / seconds if steps else None,
         }
         if self.main and (steps or not (self.folder / "summary.json").exists()):
             files.write_json(self.folder / "summary.json", summary)

@@ -1,10 +1,10 @@
 """What a training run leaves behind, and how the other verbs open it.
 
-    WORKDIR/config.json      the whole configuration
-    WORKDIR/dataset.json     labels, size and fingerprint of the data that it was trained on
-    WORKDIR/checkpoints/N    the last states; WORKDIR/best/N the one of the best validation AUC
-    WORKDIR/metrics.jsonl    training and validation metrics; tensorboard/ the same
-    WORKDIR/log.jsonl        what was said; summary.json how it ended
+WORKDIR/config.json      the whole configuration
+WORKDIR/dataset.json     labels, size and fingerprint of the data that it was trained on
+WORKDIR/checkpoints/N    the last states; WORKDIR/best/N the one of the best validation AUC
+WORKDIR/metrics.jsonl    training and validation metrics; tensorboard/ the same
+WORKDIR/log.jsonl        what was said; summary.json how it ended
 """
 
 import dataclasses
@@ -93,7 +93,7 @@ class Run:
       name: "best" or "last".
       model: the Flax module.
       mesh: over all devices.
-      predict: predict(variables, batch) -> dict of NumPy arrays, `evaluation.Evaluator`'s form.
+      predict_step: the jitted predict_step(variables, images) -> logits, sharded over the mesh.
     """
 
     config: ml_collections.ConfigDict
@@ -104,16 +104,29 @@ class Run:
     name: str
     model: object
     mesh: object
-    predict: object
+    predict_step: object
+
+    def score(self, batch):
+        """Logits `[B, K]` of a batch, on the devices: nothing waits for them."""
+        return self.predict_step(self.variables, sharding.put_batch(self.mesh, batch)["image"])
+
+    @property
+    def predict(self):
+        """predict(variables, batch) -> dict of NumPy arrays, `evaluation.Evaluator`'s form."""
+        return make_predict(self.predict_step, self.mesh)
 
 
-def make_predict(config, model, mesh):
-    """predict(variables, batch): one jitted step over the mesh, results on every process."""
-    predict_step = jax.jit(
+def jit_predict(config, model, mesh):
+    """The prediction step jitted over the mesh."""
+    return jax.jit(
         step.make_predict_step(model, to_input=to_input(config)),
         in_shardings=(sharding.replicated(mesh), sharding.split(mesh)),
         out_shardings=sharding.split(mesh),
     )
+
+
+def make_predict(predict_step, mesh):
+    """predict(variables, batch): one step over the mesh, results on every process."""
 
     def predict(variables, batch):
         batch = sharding.put_batch(mesh, batch)
@@ -123,18 +136,19 @@ def make_predict(config, model, mesh):
     return predict
 
 
-def open_run(workdir, *, checkpoint_name="best"):
+def open_run(workdir, *, checkpoint_name="best", devices=None):
     """Opens a workdir for scoring.
 
     Args:
       workdir: a folder of `maknet train`.
       checkpoint_name: "best" or "last"; without a best one the last is taken.
+      devices: to score on; None takes all of all processes.
 
     Raises:
       InputError: it is no workdir, or holds no whole checkpoint.
     """
     config, vocabulary, kept, meta, name = _read(pathlib.Path(workdir), checkpoint_name)
-    model, mesh = build_model(config, len(vocabulary)), sharding.data_mesh()
+    model, mesh = build_model(config, len(vocabulary)), sharding.data_mesh(devices)
     return Run(
         config,
         vocabulary,
@@ -144,7 +158,7 @@ def open_run(workdir, *, checkpoint_name="best"):
         name,
         model,
         mesh,
-        make_predict(config, model, mesh),
+        jit_predict(config, model, mesh),
     )
 
 
@@ -170,7 +184,7 @@ def open_weights(path, *, vocabulary=None):
                 f"{path} has other labels than the data: set init.head to False, or take data with "
                 "the same"
             )
-        params, batch_stats = kept.params, kept.batch_stats
+        params, batch_stats = kept.variables["params"], kept.variables["batch_stats"]
         about = {"model": config.model.name, "checkpoint": name, "step": int(kept.step)}
     else:
         params, batch_stats, about = transfer.read(path)
@@ -189,7 +203,9 @@ def _read(workdir, checkpoint_name):
         raise InputError(f"{workdir} is no workdir of `maknet train`: no config.json") from None
     vocabulary = Vocabulary.from_json(about["labels"])
     model = build_model(config, len(vocabulary))
-    like = state.shapes(model, build_optimizer(config, 1), size=config.data.size)
+    like = state.shapes(
+        model, build_optimizer(config, 1), size=config.data.size, ema=config.ema_decay > 0
+    )
     for name in dict.fromkeys((checkpoint_name, "last")):
         folder = workdir / FOLDERS[name]
         if folder.is_dir():

@@ -14,6 +14,8 @@ VERBS = (
     ["prepare", "table"],
     ["train"],
     ["import-weights"],
+    ["pseudo-label"],
+    ["noisy-student"],
     ["evaluate"],
     ["predict"],
     ["models"],

@@ -126,7 +126,7 @@ def network(tmp_path_factory):
 def test_a_network_scores_the_same_on_any_mesh_at_any_batch_size(network, devices, batch_size):
     page, model, variables, source = network
     mesh = sharding.data_mesh(jax.devices()[:devices])
-    predict = workdir.make_predict(page, model, mesh)
+    predict = workdir.make_predict(workdir.jit_predict(page, model, mesh), mesh)
     found = Evaluator(source, predict, batch_size=batch_size).scores(
         sharding.put_state(mesh, variables)
     )
@@ -142,5 +142,6 @@ def test_the_pictures_stay_on_the_device(network):
     page, model, variables, _ = network
     mesh = sharding.data_mesh()
     batch = {"image": np.zeros((8, toy.SIZE, toy.SIZE, 3), np.int16), "index": np.arange(8)}
-    found = workdir.make_predict(page, model, mesh)(sharding.put_state(mesh, variables), batch)
+    predict = workdir.make_predict(workdir.jit_predict(page, model, mesh), mesh)
+    found = predict(sharding.put_state(mesh, variables), batch)
     assert set(found) == {"logits", "index"}

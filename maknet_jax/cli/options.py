@@ -4,6 +4,8 @@ import argparse
 import os
 import pathlib
 
+from maknet_jax.errors import InputError
+
 DONE, BAD_INPUT, SOME_REJECTED, STOPPED = 0, 2, 3, 75
 
 
@@ -64,10 +66,33 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def start_jax():
-    """Compiled programs are kept between runs, so that a restart begins at once."""
+def distributed(verb):
+    """Adds --distributed."""
+    verb.add_argument(
+        "--distributed",
+        action="store_true",
+        help="this is one of several processes: TPU pods, Slurm, Open MPI and Kubernetes are "
+        "found; else JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say which",
+    )
+
+
+def start_jax(distributed=False):
+    """Joins the other processes if asked to, and keeps compiled programs between runs."""
     import jax
 
+    if distributed:
+        given = {
+            name: int(os.environ[f"JAX_{name.upper()}"])
+            for name in ("num_processes", "process_id")
+            if f"JAX_{name.upper()}" in os.environ
+        }
+        try:
+            jax.distributed.initialize(**given)
+        except ValueError as error:
+            raise InputError(
+                f"--distributed: {error}: set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES "
+                "and JAX_PROCESS_ID"
+            ) from None
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "maknet" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache.expanduser()))

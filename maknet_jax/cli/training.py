@@ -70,13 +70,14 @@ def _train(verbs):
         "field that it shows can be changed",
     )
     verb.add_argument("--workdir", required=True, help="folder of the run")
+    options.distributed(verb)
     verb.usage = "maknet train --config NAME --workdir DIR [--config.FIELD=VALUE ...]"
 
 
 def _run_train(chosen):
     from maknet_jax import config, train
 
-    options.start_jax()
+    options.start_jax(chosen.distributed)
     page = config.load(chosen.config, chosen.overrides)
     summary = train.train(page, chosen.workdir)
     val = summary["best_val_auc"]
@@ -96,6 +97,7 @@ def _evaluate(verbs):
     verb.add_argument("--split", help="names with commas (default: test and hand, if there)")
     verb.add_argument("--data", help="another prepared data set with the same labels")
     verb.add_argument("--checkpoint", default="best", choices=("best", "last"))
+    options.distributed(verb)
     verb.add_argument(
         "--batch-size", type=options.count, help="images a step (default: the config's)"
     )
@@ -104,7 +106,7 @@ def _evaluate(verbs):
 def _run_evaluate(chosen):
     from maknet_jax import evaluate
 
-    options.start_jax()
+    options.start_jax(chosen.distributed)
     summary = evaluate.evaluate(
         chosen.workdir,
         splits=chosen.split.split(",") if chosen.split else None,

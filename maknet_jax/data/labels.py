@@ -70,6 +70,28 @@ class Vocabulary:
             if other in self.index
         )
 
+    @functools.cached_property
+    def exclusive(self):
+        """Columns that exclude each other, bool `[K, K]`: LesaNet's closure, then both ways.
+
+        A label inherits what its parents exclude, and excludes the children of what it excludes,
+        until nothing is added: of LesaNet's 396 entries come 8,902 directed pairs. No label
+        excludes itself here (one does in the closure).
+        """
+        size = len(self)
+        matrix, parent = np.zeros((2, size, size), bool)
+        for column, label in enumerate(self.labels):
+            matrix[column, [self.index[name] for name in label.exclusive if name in self.index]] = 1
+            parent[column, list(self.parents[column])] = True
+        pairs = -1
+        while pairs != matrix.sum():
+            pairs = matrix.sum()
+            matrix |= parent @ matrix  # a boolean product: of any parent
+            matrix |= matrix @ parent.T
+        matrix |= matrix.T
+        np.fill_diagonal(matrix, False)
+        return matrix
+
     def to_json(self):
         """A list of plain dicts, as `dataset.json` holds it."""
         return [

@@ -6,10 +6,13 @@ a run takes examples s*B .. (s+1)*B of that stream, whatever the number of proce
 its contiguous part of the batch.
 """
 
+import math
+
 import grain
 import numpy as np
 
 _ENDLESS = 2**30  # epochs; with none named, grain overflows in batches of one
+_APART = 2**29  # between the record numbers of two streams: more than any of them holds
 
 
 def _to_dict(example, index):
@@ -84,6 +87,60 @@ def train_batches(
     # Batch s of process p is block s * process_count + p of the stream cut into local batches.
     blocks = stream.batch(local)[start * process_count + process_index :: process_count]
     return iter(blocks.to_iter_dataset(_reading(threads, prefetch)))
+
+
+def mixed_batches(
+    sources, batch_sizes, *, seed, start=0, process_index=0, process_count=1, threads=4
+):
+    """Batches of several streams at once: labelled and pseudo-labelled images (section 4.2).
+
+    Every stream has an order of its own, and all positions follow from the step. Rows alternate in
+    a fixed pattern, so that a row has one place in the batch however many processes read it.
+
+    Args:
+      sources: random-access sources of `records.Example`.
+      batch_sizes: examples a step of each; their greatest common divisor is a multiple of
+        `process_count`.
+      seed: of the orders.
+      start: the first step.
+      process_index: which part this process reads.
+      process_count: how many processes read.
+      threads: that read and decompress, a stream.
+
+    Yields:
+      Batches as `train_batches` does; `index` counts on from stream to stream.
+
+    Raises:
+      ValueError: a source is empty or the batches cannot be split evenly.
+    """
+    unit = math.gcd(*batch_sizes)
+    if unit % process_count:
+        raise ValueError(f"batches {batch_sizes} cannot be split over {process_count} processes")
+    streams = [
+        train_batches(
+            source,
+            batch_size=size,
+            seed=seed + number,
+            start=start,
+            process_index=process_index,
+            process_count=process_count,
+            threads=threads,
+        )
+        for number, (source, size) in enumerate(zip(sources, batch_sizes, strict=True))
+    ]
+    local = unit // process_count
+    for batches in zip(*streams, strict=True):
+        for number, batch in enumerate(batches):
+            batch["index"] = batch["index"] + np.int32(number * _APART)
+        yield {name: _alternate([batch[name] for batch in batches], local) for name in batches[0]}
+
+
+def _alternate(columns, units):
+    if len(columns) == 1:
+        return columns[0]
+    parts = [column.reshape(units, -1, *column.shape[1:]) for column in columns]
+    whole = np.concatenate(parts, axis=1)
+    return whole.reshape(-1, *whole.shape[2:])
 
 
 def ordered_batches(source, *, batch_size, process_index=0, process_count=1, threads=4, prefetch=2):

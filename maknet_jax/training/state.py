@@ -14,20 +14,22 @@ class TrainState(NamedTuple):
       params: the trainable parameters.
       batch_stats: BatchNorm's running statistics.
       opt_state: the optimiser's state (Ranger's slow weights among it).
+      ema: the moving average of params and batch_stats, or () where none is kept.
     """
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: Any
+    ema: Any = ()
 
     @property
     def variables(self):
-        """What `model.apply` takes."""
-        return {"params": self.params, "batch_stats": self.batch_stats}
+        """What scoring takes: the moving average where one is kept, else the weights."""
+        return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def create(model, optimizer, *, size, seed, place=None):
+def create(model, optimizer, *, size, seed, place=None, ema=False):
     """A fresh state: the same seed gives the same parameters.
 
     Args:
@@ -37,30 +39,34 @@ def create(model, optimizer, *, size, seed, place=None):
       seed: an integer.
       place: variables -> variables, to start from other weights; the optimiser begins with what it
         returns (Ranger's slow weights are a copy of it).
+      ema: keep a moving average.
     """
     options = {}
     if jax.default_backend() == "cpu":
         # It runs once: optimising its hundred random draws takes a minute, eight times the rest.
         options["xla_backend_optimization_level"] = 0
-    init = jax.jit(_init(model, optimizer, size), compiler_options=options)
+    init = jax.jit(_init(model, optimizer, size, ema), compiler_options=options)
     made = init(jax.random.key(seed))
     if place is None:
         return made
-    variables = jax.tree.map(jnp.array, place(made.variables))  # copies: a step donates its state
+    variables = {"params": made.params, "batch_stats": made.batch_stats}
+    variables = jax.tree.map(jnp.array, place(variables))  # copies: a step donates its state
     opt_state = jax.jit(optimizer.init)(variables["params"])
-    return made._replace(**variables, opt_state=opt_state)
+    average = jax.tree.map(jnp.copy, variables) if ema else ()
+    return made._replace(**variables, opt_state=opt_state, ema=average)
 
 
-def shapes(model, optimizer, *, size):
+def shapes(model, optimizer, *, size, ema=False):
     """The same with shapes and types for arrays: what a checkpoint is restored into."""
-    return jax.eval_shape(_init(model, optimizer, size), jax.random.key(0))
+    return jax.eval_shape(_init(model, optimizer, size, ema), jax.random.key(0))
 
 
-def _init(model, optimizer, size):
+def _init(model, optimizer, size, ema):
     def init(key):
         variables = model.init({"params": key}, jnp.zeros((1, size, size, 3)), train=False)
         params = variables["params"]
         stats = variables.get("batch_stats", {})
-        return TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params))
+        average = jax.tree.map(jnp.copy, {"params": params, "batch_stats": stats}) if ema else ()
+        return TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params), average)
 
     return init

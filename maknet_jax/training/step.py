@@ -7,7 +7,7 @@ import optax
 from maknet_jax.training.state import TrainState
 
 
-def make_train_step(model, loss_fn, optimizer, *, to_input, augment=None):
+def make_train_step(model, loss_fn, optimizer, *, to_input, augment=None, ema_decay=0.0):
     """Builds `train_step(state, batch, key) -> (state, metrics)`.
 
     Args:
@@ -16,6 +16,7 @@ def make_train_step(model, loss_fn, optimizer, *, to_input, augment=None):
       optimizer: an optax transformation.
       to_input: batch["image"] (int16 HU) -> float32 images in [0, 1].
       augment: augment(images, keys [B]) -> images, or None.
+      ema_decay: of the moving average of weights and statistics, where the state keeps one.
 
     Returns:
       The step. `key` is the run's key, folded with the step. Augmentation folds the record's number
@@ -44,7 +45,12 @@ def make_train_step(model, loss_fn, optimizer, *, to_input, augment=None):
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = metrics | {"gradient_norm": optax.tree.norm(gradients)}
-        return TrainState(state.step + 1, params, stats, opt_state), metrics
+        average = jax.tree.map(
+            lambda old, new: ema_decay * old + (1 - ema_decay) * new,
+            state.ema,
+            {"params": params, "batch_stats": stats} if state.ema else (),
+        )
+        return TrainState(state.step + 1, params, stats, opt_state, average), metrics
 
     return train_step
 

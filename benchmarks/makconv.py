@@ -1,0 +1,168 @@
+"""MAKConv in each of its forms beside full convolutions, at the shapes of the network's blocks.
+
+    python benchmarks/makconv.py [--precision float32,bfloat16] [--batch 8] [--quick]
+
+Layers: the one in the middle of each dense block as MAKConv and as a full k x k convolution of the
+same channels, and the last convolution of VGG16 at the same resolution. Blocks: the whole dense
+blocks, with what surrounds their MAKConvs (not with --quick: they take a minute to compile). FLOPs
+and bytes are those of XLA's compiled program.
+"""
+
+import functools
+
+import harness
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from maknet_jax import config as configs
+from maknet_jax.cli import options
+from maknet_jax.errors import InputError
+from maknet_jax.models import layers, vgg
+
+VGG = "VGG16's convolution"
+FULL = {
+    "size": 256,
+    "repeats": 7,
+    "batch": 8,
+    "precision": ["float32", "bfloat16"],
+    "parts": ["layers", "blocks"],
+}
+QUICK = {"size": 128, "repeats": 2, "batch": 4, "precision": ["float32"], "parts": ["layers"]}
+
+
+def main(argv=None):
+    """Measures, prints and writes."""
+    parser = harness.parser(__file__, __doc__)
+    parser.add_argument("--batch", type=options.count, help="images")
+    parser.add_argument("--precision", type=harness.precisions, help="float32,bfloat16")
+    parser.add_argument("--parts", type=harness.words, help="layers,blocks")
+    parser.add_argument("--page", default="maknet", help="config page of a MAKNet")
+    chosen = harness.parse(parser, argv, full=FULL, quick=QUICK)
+    model = configs.load(harness.page_of(chosen.page)[1]).model
+    if model.name != "maknet":
+        raise InputError(f"page {chosen.page!r} is a {model.name}: give one of a maknet")
+    if unknown := set(chosen.parts) - set(FULL["parts"]):
+        raise InputError(f"parts {', '.join(unknown)} are unknown: choose layers, blocks or both")
+    rows = []
+    for precision in chosen.precision:
+        for part, place, group in places(model.options, chosen.size, precision):
+            if part in chosen.parts:
+                rows += _measure(chosen, precision, place, group)
+    harness.report(
+        __file__,
+        argv,
+        chosen,
+        ["place", "what", "precision", "pass", "GFLOP", "MB", "ms", "faster", "than VGG16"],
+        [_cells(row) for row in rows],
+        [
+            f"{chosen.batch} images of {chosen.size} x {chosen.size} on one device; medians of "
+            f"{chosen.repeats} turns (lowest to highest)",
+            "faster: how many times, than the full convolution or the first form of the block; "
+            "then than VGG16's convolution",
+            "gradient: forward and gradient of input and weights, dense blocks in training mode",
+        ],
+        {"rows": rows},
+    )
+
+
+def places(network, size, precision):
+    """The shapes of a MAKNet's blocks.
+
+    Args:
+      network: the options of the model.
+      size: edge of the image in pixels.
+      precision: of the activations.
+
+    Yields:
+      (part, name, {what: (module, input's edge and channels, arguments forward, arguments of the
+      gradient)}); the first of each is what the others are compared with.
+    """
+    k, dtype = network.kernel_size, jnp.dtype(precision)
+    width = network.stem
+    shapes = zip(network.blocks, network.growth_rates, network.widths, strict=True)
+    for number, (count, growth_rate, features) in enumerate(shapes):
+        edge = size // 4 >> number
+        channels = width + count // 2 * growth_rate
+        conv = functools.partial(nn.Conv, use_bias=False, dtype=dtype)
+        group = {f"full {k} x {k}": (conv(growth_rate, (k, k)), (edge, channels), (), ())}
+        for form in (form for form in layers.FORMS if not form.startswith("wide")):
+            layer = layers.MAKConv(growth_rate, k, form=form, dtype=dtype)
+            group[f"MAKConv {form}"] = (layer, (edge, channels), (), ())
+        if number + 2 < len(vgg.STAGES):  # VGG16 halves the image behind each stage
+            wide = vgg.STAGES[number + 2][-1]
+            group[VGG] = (conv(wide, (3, 3)), (edge, wide), (), ())
+        yield "layers", f"{edge} x {edge}, {channels} to {growth_rate}", group
+        group = {}
+        for form in layers.FORMS:
+            block = layers.DenseBlock(count, growth_rate, features, k, form=form, dtype=dtype)
+            group[f"dense block {form}"] = (block, (edge, width), (False,), (True,))
+        yield "blocks", f"{edge} x {edge}, {width} to {features}", group
+        width = features
+
+
+def _measure(chosen, precision, place, group):
+    """The rows of one place; all its timings take turns."""
+    timers, rows = {}, {}
+    for what, case in group.items():
+        passes = _compile(*case, batch=chosen.batch, precision=precision)
+        for name, (call, cost) in passes.items():
+            rows[what, name] = {"place": place, "what": what, "precision": precision, "pass": name}
+            rows[what, name] |= {"flops": cost.get("flops"), "bytes": cost.get("bytes accessed")}
+            run = functools.partial(harness.elapsed, call)
+            timers[what, name] = harness.timer(run, at_least=0.1)
+    seconds = harness.take_turns(timers, chosen.repeats)
+    first = next(iter(rows))[0]
+    for (what, name), row in rows.items():
+        row["seconds"] = seconds[what, name]
+        row["milliseconds"] = harness.spread([1e3 * value for value in seconds[what, name]])
+        row["faster"] = harness.ratios(seconds[first, name], seconds[what, name])
+        if (VGG, name) in seconds:
+            row["faster_than_vgg16"] = harness.ratios(seconds[VGG, name], seconds[what, name])
+    return rows.values()
+
+
+def _compile(module, shape, forward_arguments, gradient_arguments, *, batch, precision):
+    """{pass: (call, XLA's costs)} of a module on random input."""
+    edge, channels = shape
+    x = jax.random.normal(jax.random.key(0), (batch, edge, edge, channels), precision)
+    variables = module.init(jax.random.key(1), x, *forward_arguments)
+
+    def forward(variables, x):
+        return module.apply(variables, x, *forward_arguments)
+
+    def gradient(variables, x, cotangent):
+        def apply(params, x):
+            changed = variables | {"params": params}
+            return module.apply(changed, x, *gradient_arguments, mutable=["batch_stats"])[0]
+
+        # The output too: a convolution's gradient alone needs no forward, and XLA would drop it.
+        output, pull = jax.vjp(apply, variables["params"], x)
+        return output, pull(cotangent)
+
+    cotangent = jnp.ones_like(jax.eval_shape(forward, variables, x))
+    passes = {}
+    for function, arguments in ((forward, (variables, x)), (gradient, (variables, x, cotangent))):
+        compiled = jax.jit(function).lower(*arguments).compile()
+        call = functools.partial(compiled, *arguments)
+        passes[function.__name__] = (call, compiled.cost_analysis() or {})  # not on every platform
+    return passes
+
+
+def _cells(row):
+    costs = ((row["flops"], 1e9), (row["bytes"], 1e6))
+    vgg16 = row.get("faster_than_vgg16")
+    return [
+        row["place"],
+        row["what"],
+        row["precision"],
+        row["pass"],
+        *("" if cost is None else f"{cost / unit:.3g}" for cost, unit in costs),
+        harness.shown(row["milliseconds"]),
+        harness.shown(row["faster"], "x"),
+        harness.shown(vgg16, "x") if vgg16 else "",
+    ]
+
+
+if __name__ == "__main__":
+    harness.run(main)

@@ -1,0 +1,199 @@
+"""The training and the prediction step compiled ahead of time for TPUs: no TPU is needed.
+
+    pip install "maknet-jax[tpu]"
+    python benchmarks/tpu_aot.py --quick                       # MAKNet, v5e:2x2, about ten minutes
+    python benchmarks/tpu_aot.py --networks maknet,vgg16 --topologies v5e:2x2,v6e:2x2 --batches 32
+
+XLA's TPU compiler says how many FLOPs and bytes a chip spends and how much memory it needs. The
+roofline's time is the longer of FLOPs / peak and bytes / bandwidth: a bound, nothing is run.
+Batches are per chip. Those of 128 fill its lanes, and take ten times as long to compile as 32.
+"""
+
+import os
+import re
+import time
+
+os.environ |= {  # before jax: the compiler looks for the machine's TPUs, and there are none
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": os.environ.get("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
+}
+
+import harness  # noqa: E402
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+from maknet_jax import config as configs  # noqa: E402
+from maknet_jax import models, workdir  # noqa: E402
+from maknet_jax.data import augment  # noqa: E402
+from maknet_jax.errors import InputError  # noqa: E402
+from maknet_jax.training import sharding, state, step  # noqa: E402
+
+# Peak bf16 FLOP/s, bytes/s and bytes of memory of a chip (cloud.google.com/tpu/docs).
+CHIPS = {"v5e": (197e12, 819e9, 16e9), "v6e": (918e12, 1640e9, 32e9)}
+SIZES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "u8": 1, "s8": 1, "s16": 2}
+COLLECTIVES = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
+
+
+def compile_step(network, kind, batch, topology, *, size, form, overrides=()):
+    """Compiles one step for every chip of a topology.
+
+    Args:
+      network: maknet, vgg16 or resnet18.
+      kind: "train" or "predict".
+      batch: images a chip.
+      topology: as v5e:2x2.
+      size: the edge of the images.
+      form: of MAKConv.
+      overrides: changes of the config page.
+
+    Returns:
+      A dict of what one chip spends on a step, and of the roofline's times in seconds.
+    """
+    chip = topology.partition(":")[0]
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    mesh = sharding.data_mesh(devices)
+    page = configs.load(harness.page_of(network)[1], ["precision=bfloat16", *overrides])
+    options = page.model.options.to_dict() | ({"form": form} if network == "maknet" else {})
+    model = models.build(page.model.name, harness.LABELS, dtype=jnp.bfloat16, **options)
+    optimizer = workdir.build_optimizer(page, 1000)
+    like = state.shapes(model, optimizer, size=size)
+    whole, rows = sharding.replicated(mesh), sharding.split(mesh)
+    rows_of = batch * len(devices)
+
+    def array(shape, dtype, where):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    def everywhere(tree):
+        return jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype, whole), tree)
+
+    images = array((rows_of, size, size, 3), jnp.int16, rows)
+    if kind == "train":
+        labels = array((rows_of, harness.LABELS), jnp.float32, rows)
+        batches = {"image": images, "labels": labels, "label_mask": labels}
+        batches["weight"] = array((rows_of,), jnp.float32, rows)
+        batches["index"] = array((rows_of,), jnp.int32, rows)
+        one = step.make_train_step(
+            model,
+            workdir.build_loss(page, np.arange(1, harness.LABELS + 1) * 20, harness.EXAMPLES),
+            optimizer,
+            to_input=workdir.to_input(page),
+            augment=augment.make_augment(**page.augment.to_dict()),
+        )
+        jitted = jax.jit(one, out_shardings=(whole, whole), donate_argnums=0)
+        key = everywhere(jax.eval_shape(lambda: jax.random.key(0)))
+        arguments = (everywhere(like), batches, key)
+    else:
+        one = step.make_predict_step(model, to_input=workdir.to_input(page))
+        jitted = jax.jit(one, out_shardings=rows)
+        arguments = (everywhere(like.variables), images)
+    began = time.perf_counter()
+    compiled = jitted.lower(*arguments).compile()
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    flops, moved = cost["flops"], cost["bytes accessed"]
+    used = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    used += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    peak, bandwidth, _ = CHIPS[chip]
+    return {
+        "flops": flops,
+        "bytes": moved,
+        "memory": used + memory.generated_code_size_in_bytes,
+        "seconds_by_flops": flops / peak,
+        "seconds_by_bytes": moved / bandwidth,
+        "roofline_seconds": max(flops / peak, moved / bandwidth),
+        "collectives": collectives(compiled.as_text()),
+        "compile_seconds": time.perf_counter() - began,
+    }
+
+
+def collectives(text):
+    """(how many, bytes that they give) of the collectives in a compiled program."""
+    found = re.findall(
+        rf"= (\(?[a-z0-9\[\],{{}}:()SET ]*?\)?) (?:{COLLECTIVES})(?:-start)?\(", text
+    )
+    moved = 0
+    for shapes in found:
+        for dtype, dims in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes):
+            count = int(np.prod([int(edge) for edge in dims.split(",") if edge]))
+            moved += SIZES.get(dtype, 4) * count
+    return [len(found), moved]
+
+
+def largest_batch(found, memory):
+    """The largest multiple of 8 that fits, on the line through the two largest batches."""
+    (low, a), (high, b) = sorted((batch, row["memory"]) for batch, row in found.items())[-2:]
+    slope = (b - a) / (high - low)
+    return int((memory - a) / slope + low) // 8 * 8
+
+
+def main(argv=None):
+    """Compiles what was asked for, prints the table and writes the JSON."""
+    parser = harness.parser(__file__, __doc__)
+    parser.add_argument("--networks", type=harness.words, help="maknet,vgg16,resnet18")
+    parser.add_argument("--topologies", type=harness.words, help="v5e:2x2,v5e:4x4,v6e:2x2")
+    parser.add_argument("--kinds", type=harness.words, help="train,predict")
+    parser.add_argument("--batches", type=harness.counts, help="images a chip: 16,32")
+    parser.add_argument("--form", help="of MAKConv (default: fused)")
+    parser.add_argument("--confirm", action="store_true", help="compile the largest batch once")
+    full = {"networks": ["maknet", "vgg16", "resnet18"], "kinds": ["train", "predict"]}
+    full |= {"topologies": ["v5e:2x2", "v5e:4x4", "v6e:2x2"], "batches": [16, 32]}
+    full |= {"form": "fused", "size": 256, "repeats": 1}
+    quick = {"networks": ["maknet"], "topologies": ["v5e:2x2"]}
+    chosen = harness.parse(parser, argv, full=full, quick=quick)
+    for topology in chosen.topologies:
+        if topology.partition(":")[0] not in CHIPS:
+            raise InputError(f"topology {topology!r} is unknown: its chip should be v5e or v6e")
+    header = ["", "topology", "step", "batch", "GFLOP/image", "MB/image", "roofline us/image",
+              "bound by", "memory GB", "collectives", "compiled in s"]  # fmt: skip
+    rows, results = [], []
+
+    def measure(network, topology, kind, batch):
+        try:
+            row = compile_step(network, kind, batch, topology, size=chosen.size, form=chosen.form)
+        except ImportError as error:
+            raise InputError(f"no libtpu ({error}): pip install 'maknet-jax[tpu]'") from None
+        bound = "bytes" if row["seconds_by_bytes"] > row["seconds_by_flops"] else "FLOPs"
+        count, moved = row["collectives"]
+        rows.append([
+            network, topology, kind, batch, f"{row['flops'] / batch / 1e9:.2f}",
+            f"{row['bytes'] / batch / 1e6:.1f}", f"{row['roofline_seconds'] / batch * 1e6:.1f}",
+            bound, f"{row['memory'] / 1e9:.2f}", f"{count} ({moved / 1e6:.1f} MB)",
+            f"{row['compile_seconds']:.0f}",
+        ])  # fmt: skip
+        print("  ".join(str(cell) for cell in rows[-1]), flush=True)
+        about = {"network": network, "topology": topology, "kind": kind, "batch": batch}
+        results.append(about | row)
+        return row
+
+    notes = []
+    best = {}
+    for topology in chosen.topologies:
+        memory = CHIPS[topology.partition(":")[0]][2]
+        for kind in chosen.kinds:
+            for network in chosen.networks:
+                found = {b: measure(network, topology, kind, b) for b in chosen.batches}
+                per_image = min(row["roofline_seconds"] / b for b, row in found.items())
+                best[topology, kind, network] = per_image
+                if len(found) > 1:
+                    fits = largest_batch(found, memory)
+                    notes.append(f"{network}, {kind}, {topology}: {fits} images a chip should fit")
+                    if chosen.confirm:
+                        used = measure(network, topology, kind, fits)["memory"]
+                        notes[-1] += f"; compiled, it needs {used / 1e9:.2f} GB"
+    for (topology, kind, network), seconds in best.items():
+        other = best.get((topology, kind, "vgg16"))
+        if network != "vgg16" and other is not None:
+            notes.append(
+                f"{network}, {kind}, {topology}: VGG16's roofline time an image is "
+                f"{other / seconds:.2f} times as long (aim for MAKNet: 5 training, 6 predicting)"
+            )
+    notes.append("roofline times are bounds from the compiler's counts: nothing ran on a TPU")
+    harness.report(__file__, argv, chosen, header, rows, notes, {"steps": results})
+
+
+if __name__ == "__main__":
+    harness.run(main)

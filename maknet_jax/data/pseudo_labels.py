@@ -1,0 +1,177 @@
+"""Pseudo-labels of a teacher: how they are chosen, and their shards beside the image records.
+
+    OUT/pseudo.json                    the teacher, the images, the rule and the counts
+    OUT/part-00000-of-00009.npy        one structured row an image that kept a label
+
+The images stay where they are: a row names its record by number. What a teacher gives is decided
+image by image, so that shards can be made in any order and on any host (paper, section 4.2).
+"""
+
+import hashlib
+import io
+import pathlib
+
+import numpy as np
+
+from maknet_jax import files
+from maknet_jax.data import records
+from maknet_jax.errors import InputError
+
+FORMAT = 1
+# Floats of two layouts of devices differ by less: nearer to a threshold or a tie counts as close.
+CLOSE = 1e-5
+
+
+def row_dtype(top):
+    """A row: the record's number, its labels' columns (-1: none) and their confidences."""
+    return np.dtype([("index", "<i8"), ("labels", "<i2", (top,)), ("confidences", "<f4", (top,))])
+
+
+def select(confidences, exclusive, *, top=15, threshold=0.5):
+    """Chooses the pseudo-labels of images (paper, section 4.2).
+
+    The `top` most confident labels, of these those above `threshold`, and from the most confident
+    down those that no kept one excludes. Of equal confidences the lower column comes first.
+
+    Args:
+      confidences: float32 `[N, K]`, the teacher's sigmoids.
+      exclusive: bool `[K, K]`, symmetric, see `Vocabulary.exclusive`.
+      top: labels an image at most.
+      threshold: what a confidence must exceed.
+
+    Returns:
+      (columns, close): int16 `[N, min(top, K)]`, kept columns from the most confident down, then
+      -1; bool `[N]`, whether a difference of 1e-5 could change them.
+    """
+    count = min(top, confidences.shape[1])
+    order = np.argsort(-confidences, axis=1, kind="stable")
+    ranked = np.take_along_axis(confidences, order, axis=1)
+    close = (np.abs(ranked - threshold) < CLOSE)[:, :count].any(axis=1)
+    # A near tie matters where it decides the cut at `top`, or which of two that exclude each other.
+    near = np.abs(np.diff(ranked[:, : count + 1], axis=1)) < CLOSE
+    near &= ranked[:, 1 : count + 1] > threshold - CLOSE
+    rivals = exclusive[order[:, : near.shape[1]], order[:, 1 : near.shape[1] + 1]]
+    if confidences.shape[1] > count:
+        rivals[:, -1] = True
+    close |= (near & rivals).any(axis=1)
+    kept = np.full((len(confidences), count), -1, np.int16)
+    for row, (columns, values) in enumerate(zip(order[:, :count], ranked, strict=True)):
+        chosen = []
+        for column, value in zip(columns, values, strict=False):
+            if value > threshold and not exclusive[column, chosen].any():
+                chosen.append(column)
+        kept[row, : len(chosen)] = chosen
+    return kept, close
+
+
+def rows_of(numbers, columns, confidences, *, top):
+    """The rows of the images that kept a label, in the order of `numbers`."""
+    kept = np.flatnonzero((columns >= 0).any(axis=1))
+    rows = np.zeros(len(kept), row_dtype(top))
+    rows["index"] = np.asarray(numbers)[kept]
+    rows["labels"] = -1
+    rows["labels"][:, : columns.shape[1]] = columns[kept]
+    given = np.take_along_axis(confidences[kept], np.maximum(columns[kept], 0), axis=1)
+    rows["confidences"][:, : columns.shape[1]] = np.where(columns[kept] >= 0, given, 0)
+    return rows
+
+
+def write_rows(path, rows):
+    """Writes one label shard whole or not at all; returns its SHA-256."""
+    buffer = io.BytesIO()
+    np.save(buffer, rows, allow_pickle=False)
+    with files.write_whole(path, "wb") as file:
+        file.write(buffer.getvalue())
+    return hashlib.sha256(buffer.getvalue()).hexdigest()
+
+
+def read_rows(path, digest=None):
+    """Reads a label shard; with a digest it is checked.
+
+    Raises:
+      InputError: it is damaged or missing.
+    """
+    try:
+        payload = pathlib.Path(path).read_bytes()
+        if digest is None or hashlib.sha256(payload).hexdigest() == digest:
+            return np.load(io.BytesIO(payload), allow_pickle=False)
+    except (OSError, ValueError):
+        pass
+    raise InputError(f"label shard {path} is missing or damaged: run `maknet pseudo-label` again")
+
+
+class PseudoSource:
+    """Random access to the unlabelled images that a teacher gave labels (picklable, for grain)."""
+
+    def __init__(self, path, *, size, names, balance=0, seed=0):
+        """Opens what `maknet pseudo-label` wrote.
+
+        Args:
+          path: its folder.
+          size: the edge of the images that is wanted.
+          names: the labels that are wanted, in column order.
+          balance: 0 takes every image once an epoch; else so many of each label, the most confident
+            ones, repeated where a label has fewer (noisy student, arXiv:1911.04252, section 3).
+          seed: of the order of the balanced images.
+
+        Raises:
+          InputError: it is unfinished or damaged, of other labels, or of other images than there
+            are now.
+        """
+        path = pathlib.Path(path)
+        try:
+            self.info = files.read_json(path / "pseudo.json")
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(
+                f"{path} holds no finished pseudo-labels (no pseudo.json): run `maknet "
+                "pseudo-label`"
+            ) from None
+        dataset = records.open_dataset(self.info["records"])
+        if dataset.fingerprint != self.info["fingerprint"]:
+            raise InputError(
+                f"{dataset.path} is not what {path} was made for: label the images again"
+            )
+        if tuple(self.info["labels"]) != tuple(names):
+            raise InputError(f"{path} has other labels than the training data: use their teacher")
+        if dataset.size != size:
+            raise InputError(f"{dataset.path} has images of {dataset.size}, {size} are wanted")
+        self.size = len(names)
+        self._images = dataset.source(self.info["split"])
+        rows = [read_rows(path / shard["file"], shard["sha256"]) for shard in self.info["shards"]]
+        self._rows = np.concatenate(rows)
+        if not len(self._rows):
+            raise InputError(f"{path} kept no label of any image: lower --threshold")
+        self._order = balanced(self._rows, self.size, balance, seed) if balance else None
+
+    def __len__(self):
+        return len(self._rows if self._order is None else self._order)
+
+    def __getitem__(self, index):
+        row = self._rows[index if self._order is None else self._order[index]]
+        kept = row["labels"] >= 0
+        labels = np.zeros(self.size, np.float32)
+        labels[row["labels"][kept]] = row["confidences"][kept] if self.info["soft"] else 1
+        image = self._images[int(row["index"])]
+        mask = np.ones(self.size, np.uint8)
+        return records.Example(image.id, image.image, labels, mask, image.meta)
+
+    @property
+    def label_counts(self):
+        """How many images of an epoch have each label, `[K]`."""
+        rows = self._rows if self._order is None else self._rows[self._order]
+        labels = rows["labels"]
+        return np.bincount(labels[labels >= 0], minlength=self.size)
+
+
+def balanced(rows, size, count, seed):
+    """Row numbers with `count` images of each label that has any, in a shuffled order.
+
+    The most confident images of a label come first; a label with fewer repeats them.
+    """
+    chosen = []
+    for column in range(size):
+        where, place = np.nonzero(rows["labels"] == column)
+        best = where[np.argsort(-rows["confidences"][where, place], kind="stable")]
+        if len(best):
+            chosen.append(np.resize(best, count))
+    return np.random.default_rng(seed).permutation(np.concatenate(chosen))

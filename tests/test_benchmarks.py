@@ -1,0 +1,212 @@
+"""The benchmarks in small: what they count, what they write, what they refuse."""
+
+import json
+import os
+import pathlib
+import statistics
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from maknet_jax.errors import InputError
+from maknet_jax.models import layers
+
+FOLDER = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
+PAGE = """from maknet_jax import config
+
+def get_config():
+    return config.load("smoke", ["model.options.stem=8", "model.options.blocks=(1,)",
+                                 "model.options.growth_rates=(8,)", "model.options.widths=(8,)"])
+"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """A very narrow MAKNet, and the benchmarks importable as they are for `python benchmarks/x`."""
+    path = tmp_path_factory.mktemp("page") / "maknet.py"
+    path.write_text(PAGE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        yield str(path)
+
+
+@pytest.fixture(scope="module")
+def network(page):
+    """The network of that page."""
+    import harness
+
+    return harness.Network(page, size=32, batch_size=8, precision="float32")
+
+
+def run(main, out, *argv):
+    """What a benchmark writes; eight images, because the tests have eight devices."""
+    main(["--size", "32", "--repeats", "2", "--out", str(out), *argv])
+    written = json.loads(out.read_text())
+    keys = {"benchmark", "device", "versions", "date", "command", "settings", "rows"}
+    assert keys <= written.keys() and written["rows"]
+    assert written["versions"]["jax"] == jax.__version__
+    assert written["command"].startswith(f"python benchmarks/{written['benchmark']}.py --size 32")
+    assert written["device"]["name"] and written["device"]["count"] == jax.device_count()
+    return written
+
+
+def test_turns_alternate_and_a_timer_gives_seconds_per_call(page):
+    import harness
+
+    asked, order = [], []
+
+    def step(calls):
+        asked.append(calls)
+        return 0.25 * calls
+
+    measure = harness.timer(step, at_least=1.0)
+    assert (measure(), asked) == (0.25, [1, 1, 4])
+    timers = {name: lambda name=name: order.append(name) or len(order) for name in "ab"}
+    seconds = harness.take_turns(timers, 2)
+    assert order == ["a", "b", "a", "b"] and seconds == {"a": [1, 3], "b": [2, 4]}
+    assert harness.ratios(seconds["b"], seconds["a"]) == {
+        "median": statistics.median([2, 4 / 3]),
+        "low": 4 / 3,
+        "high": 2,
+    }
+
+
+def test_networks(page, tmp_path, capsys):
+    import networks
+
+    argv = ["--networks", page, "--precision", "float32", "--batches", "8,10000000"]
+    written = run(networks.main, tmp_path / "out.json", *argv)
+    predict, train, *left_out = written["rows"]
+    assert (predict["step"], train["step"], train["batch"]) == ("predict", "train", 8)
+    for row in (predict, train):
+        median = statistics.median(8 / seconds for seconds in row["seconds"])
+        assert row["images_per_second"]["median"] == pytest.approx(median)
+        assert row["first_is_faster"]["low"] == row["first_is_faster"]["high"] == 1
+    assert written["matmul_flops_per_second"]["float32"] > 1e8
+    assert all(row["skipped_seconds_a_step"] > 600 and "seconds" not in row for row in left_out)
+    printed = capsys.readouterr().out
+    assert written["device"]["name"] in printed and printed.count("left out: about") == 2
+
+
+def test_the_timed_step_trains_on_a_donated_state(page, network):
+    import harness
+
+    def kernel():
+        return network.state.params["stem"]["conv"]["kernel"]
+
+    before = network.state
+    first = np.asarray(kernel() + 0)  # a view of the buffer itself could not be donated
+    step = int(network.state.step)
+    assert np.isfinite(network.train()["loss"])
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    assert int(network.state.step) == step + 1
+    assert (np.asarray(kernel()) != first).any()
+    assert network.predict().shape == (8, harness.LABELS)
+    with pytest.raises(InputError, match="batch 9 is no multiple of the 8 devices"):
+        harness.Network(page, size=32, batch_size=9, precision="float32")
+
+
+def test_makconv(page, tmp_path):
+    import makconv
+
+    argv = ["--page", page, "--batch", "2", "--precision", "float32"]
+    written = run(makconv.main, tmp_path / "out.json", *argv)
+    blocks = [row for row in written["rows"] if row["what"].startswith("dense block")]
+    assert len(blocks) == 2 * len(layers.FORMS)
+    rows = {(row["what"], row["pass"]): row for row in written["rows"]}
+    for step in ("forward", "gradient"):
+        full, split, fused = (
+            rows[what, step]["flops"] for what in ("full 3 x 3", "MAKConv split", "MAKConv fused")
+        )
+        assert fused == pytest.approx(full, rel=0.01)
+        # 9 + 3 + 3 + 1 of 4 x 9 taps; at the image's edge the large kernel lacks more of them.
+        assert 16 / 36 < split / full < 0.5
+        assert rows["full 3 x 3", step]["faster"]["median"] == 1
+        assert rows[makconv.VGG, step]["faster_than_vgg16"]["median"] == 1
+        assert rows["dense block split", step]["bytes"] > 0
+    # The output, and its gradients of the weights and of the input.
+    costs = [rows["full 3 x 3", step]["flops"] for step in ("forward", "gradient")]
+    assert costs[1] / costs[0] == pytest.approx(3, rel=0.01)
+    with pytest.raises(InputError, match="parts block are unknown: choose layers, blocks or both"):
+        makconv.main(["--parts", "block"])
+    with pytest.raises(InputError, match="'vgg16' is a vgg16: give one of a maknet"):
+        makconv.main(["--page", "vgg16"])
+
+
+@pytest.mark.parametrize(
+    "python, why", [("/nowhere/python", "No such file"), (sys.executable, "No module named")]
+)
+def test_a_python_without_torch_is_refused_in_one_line(
+    page, tmp_path, capsys, monkeypatch, python, why
+):
+    import against_pytorch
+    import harness
+
+    stand_in = tmp_path / "worker.py"
+    stand_in.write_text("import no_such_torch")
+    monkeypatch.setattr(against_pytorch, "WORKER", stand_in)
+    monkeypatch.setattr(harness.options, "start_jax", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["against_pytorch.py"])
+    with pytest.raises(SystemExit) as ended:
+        harness.run(lambda: against_pytorch.main(["--torch-python", python]))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1
+    assert why in said and "give a Python with torch and NumPy" in said
+
+
+class Echo:
+    """In the place of PyTorch: our own results, times `factor`."""
+
+    def __init__(self, network, **factor):
+        self.network, self.factor = network, factor
+        self.asked = []
+
+    def ask(self, **request):
+        self.asked.append(request)
+        if "load" in request:
+            with np.load(request["load"]) as arrays:
+                self.arrays = set(arrays)
+            return {}
+        network, step = self.network, request["step"]
+        result = np.asarray(network.predict()) if step == "predict" else network.last_loss
+        return {"result": result * self.factor.get(step, 1.0)}
+
+
+def test_networks_that_disagree_are_not_timed(network, monkeypatch):
+    import against_pytorch
+
+    def train(original=network.train):
+        metrics = original()
+        network.last_loss = float(metrics["loss"])
+        return metrics
+
+    monkeypatch.setattr(network, "train", train)
+    echo = Echo(network)
+    assert against_pytorch._agree("maknet", network, echo) == {
+        "logits_differ": 0,
+        "first_loss_differs": 0,
+    }
+    assert {"weights/spl/dense/kernel", "batch/image", "batch/pos_weight"} < echo.arrays
+    assert echo.asked[0]["model"] == "maknet"
+    with pytest.raises(InputError, match="maknet: logits_differ by 0.002 .* nothing was timed"):
+        against_pytorch._agree("maknet", network, Echo(network, predict=1.002))
+    with pytest.raises(InputError, match="maknet: first_loss_differs by 0.002 "):
+        against_pytorch._agree("maknet", network, Echo(network, train=1.002))
+
+
+def test_against_pytorch(page, tmp_path, capsys):
+    python = os.environ.get("MAKNET_TORCH_PYTHON")
+    if not python:
+        pytest.skip("MAKNET_TORCH_PYTHON names no Python with torch")
+    import against_pytorch
+
+    argv = ["--torch-python", python, "--networks", page, "--batch", "8"]
+    written = run(against_pytorch.main, tmp_path / "out.json", *argv)
+    assert [row["step"] for row in written["rows"]] == ["train", "predict"]
+    for row in written["rows"]:
+        assert row["logits_differ"] < 1e-5 and row["first_loss_differs"] < 1e-5
+        assert len(row["seconds"]["jax"]) == len(row["seconds"]["torch"]) == 2
+    assert written["maknet_over_vgg16"] is None and written["torch"]["threads"] >= 1
+    assert "at least 1.5x" in capsys.readouterr().out
