@@ -34,10 +34,10 @@ def get_config():
             "model": {
                 "name": "maknet",
                 "options": {
-                    "stem": 64,  # widths are ours, see models/maknet.py
+                    "stem": 32,  # widths are ours, see models/maknet.py
                     "blocks": (3, 3, 6, 6),
-                    "growth_rates": (32, 64, 128, 128),
-                    "widths": (64, 192, 256, 512),
+                    "growth_rates": (16, 32, 112, 160),
+                    "widths": (64, 128, 256, 384),
                     "kernel_size": 3,  # ours
                     "form": "auto",  # of MAKConv: split on CPU, fused elsewhere
                     "dropout_rate": 0.0,

@@ -4,6 +4,8 @@ Every random choice is drawn from one key an example, which the step derives fro
 example): the same example at the same step is changed in the same way on any mesh.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -22,8 +24,13 @@ def to_unit(image, window):
     return jnp.clip((image.astype(jnp.float32) - low) * (1.0 / (high - low)), 0.0, 1.0)
 
 
-def rotate_and_crop(image, angle, scale, aspect, centre):
-    """Rotates and crops in one bilinear sampling, so that pixels are interpolated once.
+def rotate_and_crop(image, angle, scale, aspect, centre, *, reach=None):
+    """Rotates and crops, bilinear, in one of two forms.
+
+    With `reach` None every pixel is gathered from its four neighbours: one interpolation. TPUs
+    gather slowly (2,000 times the bytes of the other form, `benchmarks/augment.py`): there the
+    rotation is three shears (Paeth 1986), each a sum over shifted copies, and the crop two small
+    matrix products. The pictures are the same but for the blur of interpolating three times more.
 
     Args:
       image: float32 `[S, S, C]`.
@@ -31,6 +38,7 @@ def rotate_and_crop(image, angle, scale, aspect, centre):
       scale: the share of the area that is kept, 1 keeps all.
       aspect: width over height of the crop.
       centre: `[2]` in [0, 1]: where the crop lies in the room that it leaves (row, column).
+      reach: the largest angle in radians, a Python float, for the second form.
 
     Returns:
       float32 `[S, S, C]`; what lies outside the image is 0, black.
@@ -40,17 +48,60 @@ def rotate_and_crop(image, angle, scale, aspect, centre):
     width = jnp.sqrt(scale * aspect)
     # Coordinates in [-1, 1] over the crop, then in the image, then turned around its middle.
     line = (jnp.arange(size) + 0.5) / size * 2 - 1
-    row, column = jnp.meshgrid(line, line, indexing="ij")
-    row = row * height + (2 * centre[0] - 1) * (1 - height)
-    column = column * width + (2 * centre[1] - 1) * (1 - width)
+    rows = line * height + (2 * centre[0] - 1) * (1 - height)
+    columns = line * width + (2 * centre[1] - 1) * (1 - width)
+    row, column = jnp.meshgrid(rows, columns, indexing="ij")
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     turned_row = cos * row + sin * column
     turned_column = -sin * row + cos * column
-    row, column = ((turned + 1) / 2 * size - 0.5 for turned in (turned_row, turned_column))
     # Within its outermost half pixel the image is not blended with what lies outside: a crop at
     # the edge would get a dark seam.
     inside = jnp.maximum(jnp.abs(turned_row), jnp.abs(turned_column)) <= 1 + 1e-5
-    return jnp.where(inside[..., None], _bilinear(image, row, column), 0.0)
+    if reach is None:
+        places = ((turned + 1) / 2 * size - 0.5 for turned in (turned_row, turned_column))
+        changed = _bilinear(image, *places)
+    else:
+        places = ((line + 1) / 2 * size - 0.5 for line in (rows, columns))
+        changed = _crop(_shear_thrice(image, angle, reach), *places)
+    return jnp.where(inside[..., None], changed, 0.0)
+
+
+def _hat(distance):
+    """The weight of a neighbour at this distance in linear interpolation."""
+    return jnp.maximum(0.0, 1 - jnp.abs(distance))
+
+
+def _shear_thrice(image, angle, reach):
+    """The rotation of `[S, S, C]` by `angle`, at most `reach`; the edge is repeated outside."""
+    half = image.shape[0] / 2 + 1
+    wide = math.ceil(math.tan(reach / 2) * half)
+    high = math.ceil(math.sin(reach) * (half + wide))
+    # Between the first and the last shear columns beside the image are needed too.
+    image = jnp.pad(image, ((1, 1), (wide, wide), (0, 0)), "edge")
+    rows, columns = (jnp.arange(edge) - (edge - 1) / 2 for edge in image.shape[:2])
+    image = _shift_rows(image, -jnp.tan(angle / 2) * rows, wide)
+    image = _shift_rows(image.swapaxes(0, 1), jnp.sin(angle) * columns, high).swapaxes(0, 1)
+    image = _shift_rows(image, -jnp.tan(angle / 2) * rows, wide)
+    return image[1:-1, wide : image.shape[1] - wide]
+
+
+def _shift_rows(image, shift, reach):
+    """out[r, c] = image[r, c + shift[r]], linearly, as a sum over whole shifts up to `reach`."""
+    padded = jnp.pad(image, ((0, 0), (reach, reach), (0, 0)))
+    return sum(
+        _hat(shift - whole)[:, None, None]
+        * padded[:, reach + whole : reach + whole + image.shape[1]]
+        for whole in range(-reach, reach + 1)
+    )
+
+
+def _crop(image, rows, columns):
+    """The outer product of two linear interpolations: out[i, j] = image[rows[i], columns[j]]."""
+    grid = jnp.arange(image.shape[0])
+    down, across = (
+        _hat(jnp.clip(places, 0, image.shape[0] - 1)[:, None] - grid) for places in (rows, columns)
+    )
+    return jnp.einsum("ir,jc,rck->ijk", down, across, image)
 
 
 def _bilinear(image, row, column):
@@ -95,6 +146,7 @@ def make_augment(
     crop_aspect,
     contrast_probability,
     grayscale_probability,
+    form="auto",
 ):
     """The noise as one callable, or None where all of it is off.
 
@@ -106,6 +158,7 @@ def make_augment(
       crop_aspect: (least, most) width over height; drawn log-uniformly.
       contrast_probability: how often auto-contrast is applied.
       grayscale_probability: how often all channels become the middle slice.
+      form: of the rotation, "gather" or "shear"; "auto" shears on TPUs. See `rotate_and_crop`.
 
     Raises:
       InputError: a range is empty or out of bounds.
@@ -116,6 +169,16 @@ def make_augment(
     for name, (low, high) in {"crop_scale": crop_scale, "crop_aspect": crop_aspect}.items():
         if not 0 < low <= high or (name == "crop_scale" and high > 1):
             raise InputError(f"augment {name} ({low}, {high}) should ascend above 0, a scale to 1")
+    if form not in ("auto", "gather", "shear") or not 0 <= rotation_degrees <= 180:
+        raise InputError(
+            f"augment form {form!r} should be auto, gather or shear, and rotation_degrees "
+            f"{rotation_degrees} between 0 and 180"
+        )
+    if form == "auto":
+        form = "shear" if jax.default_backend() == "tpu" else "gather"
+    reach = math.radians(rotation_degrees) if form == "shear" else None
+    if reach is not None and rotation_degrees > 90:
+        raise InputError(f"rotation_degrees {rotation_degrees} should be 90 or less with shears")
     geometry = rotation_probability > 0 or crop_probability > 0
     if not geometry and contrast_probability <= 0 and grayscale_probability <= 0:
         return None
@@ -124,8 +187,8 @@ def make_augment(
         turn, angle, crop, scale, aspect, centre, contrast, gray = jax.random.split(key, 8)
         if geometry:
             turned = jax.random.bernoulli(turn, rotation_probability)
-            reach = jnp.deg2rad(rotation_degrees)
-            angle = jax.random.uniform(angle, minval=-reach, maxval=reach) * turned
+            limit = math.radians(rotation_degrees)
+            angle = jax.random.uniform(angle, minval=-limit, maxval=limit) * turned
             cropped = jax.random.bernoulli(crop, crop_probability)
             scale = jax.random.uniform(scale, minval=crop_scale[0], maxval=crop_scale[1])
             logs = jnp.log(jnp.asarray(crop_aspect))
@@ -138,6 +201,7 @@ def make_augment(
                 jnp.where(cropped, scale, 1.0),
                 jnp.where(cropped, aspect, 1.0),
                 jax.random.uniform(centre, (2,)),
+                reach=reach,
             )
         if contrast_probability > 0:
             stretched = jax.random.bernoulli(contrast, contrast_probability)
