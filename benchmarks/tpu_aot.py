@@ -44,7 +44,7 @@ def compile_step(network, kind, batch, topology, *, size, form, overrides=()):
 
     Args:
       network: maknet, vgg16 or resnet18.
-      kind: "train" or "predict".
+      kind: "train", "predict", or "shear" and "gather": the student's augmentation alone.
       batch: images a chip.
       topology: as v5e:2x2.
       size: the edge of the images.
@@ -87,6 +87,11 @@ def compile_step(network, kind, batch, topology, *, size, form, overrides=()):
         jitted = jax.jit(one, out_shardings=(whole, whole), donate_argnums=0)
         key = everywhere(jax.eval_shape(lambda: jax.random.key(0)))
         arguments = (everywhere(like), batches, key)
+    elif kind in ("shear", "gather"):
+        noise = augment.make_augment(**configs.load("student").augment.to_dict(), form=kind)
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows_of))
+        jitted = jax.jit(lambda images, keys: noise(workdir.to_input(page)(images), keys))
+        arguments = (images, array(keys.shape, keys.dtype, rows))
     else:
         one = step.make_predict_step(model, to_input=workdir.to_input(page))
         jitted = jax.jit(one, out_shardings=rows)
@@ -135,11 +140,11 @@ def main(argv=None):
     parser = harness.parser(__file__, __doc__)
     parser.add_argument("--networks", type=harness.words, help="maknet,vgg16,resnet18")
     parser.add_argument("--topologies", type=harness.words, help="v5e:2x2,v5e:4x4,v6e:2x2")
-    parser.add_argument("--kinds", type=harness.words, help="train,predict")
+    parser.add_argument("--kinds", type=harness.words, help="train,predict,shear,gather")
     parser.add_argument("--batches", type=harness.counts, help="images a chip: 16,32")
     parser.add_argument("--form", help="of MAKConv (default: fused)")
     parser.add_argument("--confirm", action="store_true", help="compile the largest batch once")
-    full = {"networks": ["maknet", "vgg16", "resnet18"], "kinds": ["train", "predict"]}
+    full = {"networks": ["maknet", "vgg16", "resnet18"], "kinds": ["train", "predict", "shear"]}
     full |= {"topologies": ["v5e:2x2", "v5e:4x4", "v6e:2x2"], "batches": [16, 32]}
     full |= {"form": "fused", "size": 256, "repeats": 1}
     quick = {"networks": ["maknet"], "topologies": ["v5e:2x2"]}
@@ -174,7 +179,7 @@ def main(argv=None):
     for topology in chosen.topologies:
         memory = CHIPS[topology.partition(":")[0]][2]
         for kind in chosen.kinds:
-            for network in chosen.networks:
+            for network in chosen.networks if kind in ("train", "predict") else ["maknet"]:
                 found = {b: measure(network, topology, kind, b) for b in chosen.batches}
                 per_image = min(row["roofline_seconds"] / b for b, row in found.items())
                 best[topology, kind, network] = per_image
@@ -185,6 +190,12 @@ def main(argv=None):
                         used = measure(network, topology, kind, fits)["memory"]
                         notes[-1] += f"; compiled, it needs {used / 1e9:.2f} GB"
     for (topology, kind, network), seconds in best.items():
+        if kind in ("shear", "gather") and (topology, "train", network) in best:
+            share = seconds / best[topology, "train", network]
+            notes.append(
+                f"rotation by {kind}, {topology}: the student's augmentation is {share:.1%} of the "
+                f"roofline's time of {network}'s training step (aim: below 10 %)"
+            )
         other = best.get((topology, kind, "vgg16"))
         if network != "vgg16" and other is not None:
             notes.append(
