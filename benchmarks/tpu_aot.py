@@ -203,7 +203,7 @@ def main(argv=None):
                 f"{other / seconds:.2f} times as long (aim for MAKNet: 5 training, 6 predicting)"
             )
     notes.append("roofline times are bounds from the compiler's counts: nothing ran on a TPU")
-    harness.report(__file__, argv, chosen, header, rows, notes, {"steps": results})
+    harness.report(__file__, argv, chosen, header, rows, notes, {"rows": results})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The window and the student's noise: identities, and scipy as an independent reference."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from scipy import ndimage
 
 from maknet_jax.data import augment
+from maknet_jax.errors import InputError
 
 S = 32
 OFF = {
@@ -71,6 +74,40 @@ def test_rotation_equals_scipys(degrees):
     assert inside.mean() > 0.5
     np.testing.assert_allclose(turned[inside], expected[inside], atol=1e-4)
     assert geometry(np.ones((S, S, 3), np.float32), angle=np.deg2rad(30))[0, 0, 0] == 0
+
+
+@pytest.mark.parametrize("degrees", [0, 15, -15, 40])
+@pytest.mark.parametrize("scale, centre", [(1.0, (0.5, 0.5)), (0.6, (0.1, 0.9))])
+def test_shears_turn_and_crop_as_the_gathered_form_does(degrees, scale, centre):
+    """They interpolate three times more, so a smooth image is compared; the frame is exact."""
+    image = smooth()
+    where = (math.radians(degrees), scale, 1.1, jnp.array(centre))
+    gathered = augment.rotate_and_crop(image, *where)
+    sheared = augment.rotate_and_crop(image, *where, reach=math.radians(45))
+    assert np.abs(gathered - image).max() > 0.1 or (degrees, scale) == (0, 1.0)
+    np.testing.assert_array_equal(gathered == 0, sheared == 0)
+    np.testing.assert_allclose(sheared, gathered, atol=0.035)
+    assert np.abs(sheared - gathered).mean() < 0.004
+
+
+def test_without_an_angle_shears_leave_every_pixel(images):
+    whole = (0.0, 1.0, 1.0, MIDDLE)
+    kept = augment.rotate_and_crop(images[0], *whole, reach=math.radians(15))
+    np.testing.assert_allclose(kept, images[0], atol=1e-6)
+
+
+def test_the_form_of_the_rotation_is_chosen_by_platform_and_checked(images, keys):
+    gather, shear, auto = (
+        augment.make_augment(**ON | {"contrast_probability": 0.0}, form=form)(images, keys)
+        for form in ("gather", "shear", "auto")
+    )
+    np.testing.assert_array_equal(auto, gather)
+    assert 0 < np.abs(shear - gather).mean() < 0.1
+    for wrong in ({"form": "warp"}, {"rotation_degrees": 200.0}):
+        with pytest.raises(InputError, match="should be auto, gather or shear"):
+            augment.make_augment(**ON | wrong)
+    with pytest.raises(InputError, match="90 or less"):
+        augment.make_augment(**ON | {"rotation_degrees": 91.0}, form="shear")
 
 
 def test_a_crop_of_half_the_size_shows_the_rectangle(images):

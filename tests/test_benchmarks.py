@@ -210,3 +210,37 @@ def test_against_pytorch(page, tmp_path, capsys):
         assert len(row["seconds"]["jax"]) == len(row["seconds"]["torch"]) == 2
     assert written["maknet_over_vgg16"] is None and written["torch"]["threads"] >= 1
     assert "at least 1.5x" in capsys.readouterr().out
+
+
+def test_augment_shows_its_share_of_the_step(page, tmp_path, capsys):
+    import augment
+
+    argv = ("--batch", "8", "--network", page)
+    written = run(augment.main, tmp_path / "augment.json", *argv)
+    step, gather, shear = written["rows"]
+    assert step["share_of_step"]["median"] == 1 and step["what"] == "training step"
+    for row in (gather, shear):
+        turn = row["ms_per_image"]["low"] / step["ms_per_image"]["high"]
+        assert turn <= row["share_of_step"]["median"] * 1.001
+    assert "below 10 %" in capsys.readouterr().out
+
+
+def test_tpu_programs_are_counted(page):
+    """What is read off the compiler's text and sizes; compiling itself takes minutes."""
+    environment = dict(os.environ)
+    import tpu_aot
+
+    os.environ.clear()
+    os.environ.update(environment)  # it tells jax to look for no TPU
+    text = """
+      %a = f32[64]{0} all-reduce(f32[64]{0} %x), to_apply=%sum
+      %b = (f32[8,2]{1,0}, bf16[4]{0}) all-reduce-start(f32[8,2]{1,0} %y, bf16[4]{0} %z)
+      %c = f32[9]{0} fusion(f32[9]{0} %all-reduce)
+      %d = bf16[2,3]{1,0:T(8,128)(2,1)} all-gather(bf16[1,3]{1,0} %w)
+    """
+    assert tpu_aot.collectives(text) == [3, 64 * 4 + 16 * 4 + 4 * 2 + 6 * 2]
+    # 1 GB + 0.1 GB an image: 8 GB hold 70, in multiples of 8.
+    found = {16: {"memory": 2.6e9}, 32: {"memory": 4.2e9}}
+    assert tpu_aot.largest_batch(found, 8e9) == 64
+    with pytest.raises(InputError, match="'v9:2x2' is unknown"):
+        tpu_aot.main(["--topologies", "v9:2x2"])

@@ -202,7 +202,8 @@ def _mapper(workers):
     except concurrent.futures.process.BrokenProcessPool:
         raise InputError(
             f"one of {workers} worker processes was killed, most often for memory: the same "
-            "command with fewer --workers goes on"
+            "command with fewer --workers goes on (a script of yours needs `if __name__ == "
+            "'__main__':`, because each worker imports it)"
         ) from None
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
