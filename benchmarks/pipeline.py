@@ -116,8 +116,8 @@ def measure(chosen, folder):
     ]  # fmt: skip
     per_core = float(np.median(threaded)) / cores
     notes = [
-        f"records of {chosen.size} x {chosen.size} x 3; {per_core:.0f} images/s a core: a TPU v5e at "
-        f"{ROOFLINE:,.0f} images/s, the roofline of the compiler (`tpu_aot.py`; nothing ran on one), "
+        f"records of {chosen.size} x {chosen.size} x 3; {per_core:.0f} images/s a core: a TPU v5e "
+        f"at {ROOFLINE:,.0f} images/s, its compiler's roofline (`tpu_aot.py`; nothing ran on one), "
         f"needs {ROOFLINE / per_core:.0f} such cores",
     ]
     rows.append(labelling(chosen, folder, shards, split))

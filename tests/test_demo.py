@@ -21,12 +21,14 @@ def tiny(monkeypatch):
     monkeypatch.setattr(
         demo,
         "PHANTOM",
-        {"patients": 12, "unlabelled_volumes": 1, "size": 64, "slices": 12},
+        {"patients": 12, "unlabelled_volumes": 2, "size": 64, "slices": 12},
     )
+    monkeypatch.setattr(demo, "MIN_SLICES", 9)
+    monkeypatch.setattr(demo, "STUDENT", ("epochs=2.0",))
     load = config.load
 
     def small(name, overrides=()):
-        changes = TINY if name == "smoke" else TINY[:3]
+        changes = {"linear": TINY[:3], "noisy_student": ()}.get(name, TINY)
         return load(name, [*changes, *overrides])
 
     monkeypatch.setattr(demo.configs, "load", small)
@@ -36,31 +38,32 @@ def test_ends_with_a_table_and_paths_that_exist(tiny, tmp_path, capsys):
     out = tmp_path / "demo"
     results = demo.demo(out)
     printed = capsys.readouterr().out
-    for title in ("MAKNet", "linear"):
+    for title in ("teacher", "student, round 1", "linear"):
         assert title in printed
     paths = [word for line in printed.splitlines() for word in line.split()[:1] if str(out) in word]
-    assert len(paths) == 5
+    assert len(paths) == 6
     for path in paths:
         assert (out.parent / path).stat().st_size > 0
-    assert results["predict"]["slices"] == 12 * 2 // 3  # the last series is the shorter one
-    assert set(results["smoke"]["splits"]) == {"test", "hand"}
+    assert results["predict"]["slices"] == 12 + 12 * 2 // 3  # the last series is the shorter one
+    assert set(results["student"]["splits"]) == {"test", "hand"}
+    assert "From 4 images that nobody labelled" in printed  # triplets of the longer series
 
 
 def test_a_second_run_repeats_nothing(tiny, tmp_path):
     demo.demo(tmp_path / "demo")
     kept = [
         tmp_path / "demo" / name
-        for name in ("phantom/phantom.json", "shards/dataset.json", "smoke/summary.json")
+        for name in ("phantom/phantom.json", "shards/dataset.json", "rounds/round-1/summary.json")
     ]
     before = [path.stat().st_mtime_ns for path in kept]
     demo.demo(tmp_path / "demo")
     assert [path.stat().st_mtime_ns for path in kept] == before
 
 
-@pytest.mark.slow  # four minutes
+@pytest.mark.slow  # seven minutes
 def test_the_real_one_beats_the_linear_model(tmp_path):
     assert cli.main(["demo", "--out", str(tmp_path / "demo")]) == 0
     results = demo.demo(tmp_path / "demo")  # again: reads what is there
-    network, linear = (results[name]["splits"]["hand"] for name in ("smoke", "linear"))
+    network, linear = (results[name]["splits"]["hand"] for name in ("student", "linear"))
     assert network["auc"] > linear["auc"] + 0.02
     assert network["f1"] > linear["f1"] + 0.05

@@ -1,0 +1,105 @@
+"""How long `maknet train` takes to its first step, cold and with the compile cache warm.
+
+    python benchmarks/startup.py
+
+Each start is a new process, as a restart on a cluster is. The two take turns; the cold one gets an
+empty cache every time.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import harness
+import numpy as np
+
+from maknet_jax.data import records
+
+START = """
+import json, sys, time
+began = time.perf_counter()
+import jax, jax.monitoring
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, seconds, **_: compiled.append(seconds) if name.endswith("backend_compile_duration")
+    else None)
+from maknet_jax import config, train
+from maknet_jax.cli import options
+options.start_jax()
+imported = time.perf_counter()
+summary = train.train(config.load(sys.argv[1], sys.argv[3:]), sys.argv[2])
+print(json.dumps({"imports": imported - began, "first_step": time.perf_counter() - imported,
+                  "compile": sum(compiled), "longest": max(compiled)}))
+"""
+
+
+def data_of(folder, size, batch):
+    """One batch of noise with labels, as a data set."""
+    rng, made = np.random.default_rng(0), []
+    for number in range(batch):
+        image = rng.integers(-1000, 1000, (size, size, 3)).astype(np.int16)
+        labels = (rng.random(harness.LABELS) < 0.1).astype(np.uint8)
+        full = np.ones(harness.LABELS, np.uint8)
+        made.append(records.Example(f"x{number}", image, labels, full, {}))
+    _, digest = records.write_shard(folder / "train/part-0.array_record", map(records.encode, made))
+    shard = {"file": "train/part-0.array_record", "count": batch, "digest": digest}
+    counts = np.sum([example.labels for example in made], axis=0, dtype=int).tolist()
+    entry = {"count": batch, "label_counts": counts, "shards": [shard]}
+    labels = [{"name": f"label {n}", "class": "", "parents": [], "exclusive": []}
+              for n in range(harness.LABELS)]  # fmt: skip
+    info = {"format": records.FORMAT, "kind": "table", "size": size, "labels": labels}
+    info |= {"fingerprint": digest, "splits": {"train": entry}}
+    (folder / "dataset.json").write_text(json.dumps(info))
+
+
+def main(argv=None):
+    """Starts, prints and writes."""
+    parser = harness.parser(__file__, __doc__)
+    parser.add_argument("--config", help="the page (default: teacher)")
+    full = {"size": 256, "repeats": 3, "config": "teacher"}
+    quick = {"size": 64, "repeats": 1, "config": "smoke"}
+    chosen = harness.parse(parser, argv, full=full, quick=quick)
+    found = {"cold": [], "warm": []}
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        data_of(folder / "data", chosen.size, 8)
+
+        def start(cache, number):
+            changes = [f"data.path={folder / 'data'}", f"data.size={chosen.size}", "epochs=1.0",
+                       "data.batch_size=8", "evaluate_every=99"]  # fmt: skip
+            done = subprocess.run(
+                [sys.executable, "-c", START, chosen.config, folder / f"run-{number}", *changes],
+                env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)},
+                capture_output=True, text=True, check=True,
+            )  # fmt: skip
+            return json.loads(done.stdout.splitlines()[-1])
+
+        start(folder / "kept", "first")
+        for turn in range(chosen.repeats):
+            found["cold"].append(start(folder / f"empty-{turn}", f"cold-{turn}"))
+            found["warm"].append(start(folder / "kept", f"warm-{turn}"))
+    names = ("imports", "compile", "longest", "first_step")
+    rows = [
+        [kind, *(harness.shown(harness.spread([one[name] for one in ones])) for name in names)]
+        for kind, ones in found.items()
+    ]
+    share = harness.spread(
+        [warm["first_step"] / cold["first_step"]
+         for cold, warm in zip(found["cold"], found["warm"], strict=True)]
+    )  # fmt: skip
+    notes = [
+        "seconds; first step: from the imports' end to one update done and saved (reading, making "
+        "the state, compiling or loading programs, checkpoint)",
+        f"warm over cold: {harness.shown(share)} (aim: at most 0.25); {chosen.config} at "
+        f"{chosen.size} x {chosen.size}, batch 8",
+    ]
+    header = ["", "imports", "compiling, all", "longest program", "first step"]
+    results = {"rows": [{"kind": kind, "starts": ones} for kind, ones in found.items()]}
+    harness.report(__file__, argv, chosen, header, rows, notes, results | {"warm_over_cold": share})
+
+
+if __name__ == "__main__":
+    harness.run(main)
