@@ -1,0 +1,233 @@
+"""Table 1: its numbers are those that were evaluated and those that the paper printed."""
+
+import csv
+import os
+import pathlib
+import re
+import signal
+import sys
+
+import pytest
+import toy
+from rich.markdown import Markdown
+
+from maknet_jax import evaluate, files
+from maknet_jax.data import pipeline
+from maknet_jax.errors import InputError, Stopped
+
+REPO = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO / "benchmarks"))
+import table1  # noqa: E402
+
+TEXT = REPO.parent / "shared" / "paper" / "maknet_paper_with_tables.md"
+STEPS = 10
+SHORT = [f"epochs={STEPS * toy.BATCH / toy.TRAIN}"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The toy with the four splits of table 1: test is its val, hand its train."""
+    out = toy.write(tmp_path_factory.mktemp("data") / "toy")
+    info = files.read_json(out / "dataset.json")
+    info["splits"] |= {"test": info["splits"]["val"], "hand": info["splits"]["train"]}
+    files.write_json(out / "dataset.json", info)
+    return out
+
+
+@pytest.fixture(scope="module")
+def pages(data, tmp_path_factory):
+    """Pages of three linear models in the place of the paper's networks: seconds, not minutes."""
+    folder = tmp_path_factory.mktemp("pages")
+    stand_ins = {"vgg16": 4, "resnet18": 8, "maknet": 16}
+    for name, edge in stand_ins.items():
+        changes = toy.overrides(data, "linear", **{"model.options.edge": edge})
+        made = f"config.load('linear', {changes})"
+        text = f"from maknet_jax import config\n\n\ndef get_config():\n    return {made}\n"
+        (folder / f"{name}.py").write_text(text)
+    return {name: str(folder / f"{name}.py") for name in stand_ins}
+
+
+@pytest.fixture(scope="module")
+def made(data, pages, tmp_path_factory):
+    """(folder, what table1 returned) of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("runs") / "table1"
+    return folder, table1.table1(folder, data=data, seed=3, overrides=SHORT, pages=pages)
+
+
+def markdown_rows(path):
+    """The cells of the table as a renderer reads them."""
+    rows = []
+    for token in Markdown(path.read_text()).parsed:
+        if token.type == "table_close":
+            return rows
+        if token.type == "tr_open":
+            rows.append([])
+        elif token.type == "inline":
+            rows[-1].append(token.content)
+
+
+def test_the_papers_rows_are_those_of_its_text():
+    if not TEXT.is_file():
+        pytest.skip(f"the paper's text is not at {TEXT}")
+    found = {}
+    for line in TEXT.read_text().partition("Table 1.")[2].partition("\n### ")[0].splitlines():
+        title, *numbers = [cell.strip() for cell in line.strip("|").split("|")]
+        if re.match(r"[\d.]+M", "".join(numbers[:1])):
+            found[title] = [float(number.rstrip("M")) for number in numbers if number]
+    ours = {"parameters": 0, "splits": {s: dict.fromkeys(table1.METRICS, 0) for s in table1.SETS}}
+    rows = table1.table_rows(dict.fromkeys(table1.TITLES, ours))
+    printed = {row[0]: [row[2] / 1e6, *row[3:]] for row in rows if row[1] == "paper"}
+    assert printed == found
+    assert list(printed) == list(found)  # in its order
+
+
+def test_the_table_holds_what_evaluate_returned(made):
+    folder, result = made
+    with (folder / "table1.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row[""], row["from"]) for row in rows] == [
+        (title, source) for title in ("VGG16", "ResNet18", "MAKNet") for source in ("ours", "paper")
+    ]
+    for row, name in zip(rows[::2], ("vgg16", "resnet18", "maknet"), strict=True):
+        evaluated = evaluate.evaluate(folder / name)["splits"]
+        assert evaluated["test"]["auc"] != evaluated["hand"]["auc"]
+        assert result["networks"][name]["splits"] == evaluated
+        for split, metric, column in (
+            ("test", "auc", "test AUC"), ("test", "f1", "test F1"),
+            ("test", "precision", "test precision"), ("test", "recall", "test recall"),
+            ("hand", "auc", "hand AUC"), ("hand", "f1", "hand F1"),
+            ("hand", "precision", "hand precision"), ("hand", "recall", "hand recall"),
+        ):  # fmt: skip
+            assert float(row[column]) == evaluated[split][metric], column
+        trained = files.read_json(folder / name / "summary.json")
+        assert int(row["parameters"]) == trained["parameters"]
+    counts = {int(row["parameters"]) for row in rows[::2]}
+    assert len(counts) == 3  # three networks, not one thrice
+
+
+def test_markdown_renders_as_one_table_and_says_what_it_is(made, data):
+    folder, result = made
+    rows = markdown_rows(folder / "table1.md")
+    assert [len(row) for row in rows] == [11] * 7
+    assert rows[0] == table1.HEADER
+    for (_, _, count, *numbers), row in zip(
+        table1.table_rows(result["networks"]), rows[1:], strict=True
+    ):
+        assert row[2] == f"{count / 1e6:.2f} M"
+        assert [float(cell) for cell in row[3:]] == pytest.approx(numbers, abs=5e-5)
+    text = (folder / "table1.md").read_text()
+    fingerprint = files.read_json(data / "dataset.json")["fingerprint"]
+    for said in (fingerprint[:16], "seed 3", "2 epochs", f"changed: {SHORT[0]}", "train 40, val 13",
+                 "train 17,697", "8 x cpu"):  # fmt: skip
+        assert said in text
+    assert "FORM" not in text  # of the small ones
+
+
+def test_an_undefined_metric_is_a_dash(made, tmp_path):
+    networks = made[1]["networks"]
+    unknown = {"test": dict.fromkeys(table1.METRICS), "hand": dict.fromkeys(table1.METRICS)}
+    networks = networks | {"vgg16": networks["vgg16"] | {"splits": unknown}}
+    table1._write(tmp_path, [], networks)
+    assert markdown_rows(tmp_path / "table1.md")[1][3:] == ["-"] * 8
+
+
+def test_json_says_how_it_was_made(made, data):
+    folder, result = made
+    assert files.read_json(folder / "table1.json") == result
+    info = files.read_json(data / "dataset.json")
+    assert result["data"]["fingerprint"] == info["fingerprint"]
+    assert result["data"]["images"] == {"train": 40, "val": 13, "test": 13, "hand": 40}
+    assert (result["form"], result["seed"], result["overrides"]) == ("full", 3, SHORT)
+    assert result["device"]["platform"] == "cpu"
+    assert files.read_json(folder / "vgg16" / "config.json")["seed"] == 3
+
+
+def test_stopped_within_the_second_network_it_goes_on(made, data, pages, tmp_path, monkeypatch):
+    def batches(*args, **kwargs):
+        for batch in original(*args, **kwargs):
+            taken.append(1)
+            if len(taken) == STEPS + 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    taken, original = [], pipeline.train_batches
+    arguments = {"data": data, "seed": 3, "overrides": SHORT, "pages": pages}
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "train_batches", batches)
+        with pytest.raises(Stopped, match=f"step 4 of {STEPS} is saved"):
+            table1.table1(tmp_path / "run", **arguments)
+    assert not list((tmp_path / "run").glob("table1.*"))
+    finished = (tmp_path / "run" / "vgg16" / "summary.json").stat()
+    result = table1.table1(tmp_path / "run", **arguments)
+    assert (tmp_path / "run" / "vgg16" / "summary.json").stat() == finished  # not trained again
+    for name, whole in made[1]["networks"].items():
+        for key in ("parameters", "checkpoint_step", "splits"):
+            assert result["networks"][name][key] == whole[key]
+
+
+def test_another_recipe_in_the_same_folder_is_refused(made, data, pages):
+    with pytest.raises(InputError, match="epochs"):
+        table1.table1(made[0], data=data, seed=3, pages=pages)
+
+
+def test_small_forms_make_their_data_and_say_so(pages, tmp_path):
+    changes = ["epochs=1", "evaluate_every=1"]
+    arguments = {"form": "quick", "seed": 5, "overrides": changes, "pages": pages}
+    result = table1.table1(tmp_path / "run", **arguments)
+    assert files.read_json(tmp_path / "run" / "phantom" / "phantom.json")["arguments"]["seed"] == 5
+    text = (tmp_path / "run" / "table1.md").read_text()
+    assert "QUICK FORM" in text and "32 x 32" in text
+    assert table1.table1(tmp_path / "run", **arguments)["data"] == result["data"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "one of the arguments --data --small --quick is required"),
+        (["--small", "--quick"], "not allowed with"),
+        (["--small", "--seed=-1"], "--seed -1 should be 0 or above"),
+        (["--small", "--config.seed=1"], "use --seed"),
+        (["--data=x", "--config.data.path=y"], "use --data"),
+        (["--small", "--config.model.name=linear"], "the table is of three"),
+        (["--small", "--epochs=3"], "a config field is --config.FIELD=VALUE"),
+        (["--small", "--config.epochs"], "--config.FIELD=VALUE"),
+        (["--small", "--config.epoch=3"], "did you mean 'epochs'"),
+        (["--small", "--config.model.options.stem=8"], "'model.options.stem' is unknown"),
+        (["--data=nothing"], "holds no finished data set"),
+    ],
+)
+def test_refused_in_one_line_before_anything_is_written(arguments, said, tmp_path, capsys):
+    try:
+        code = table1.main([*arguments, f"--workdir={tmp_path / 'run'}"])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    message = capsys.readouterr().err
+    assert said in message and message.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_without_hand_labels_are_refused_before_hours_of_training(pages, tmp_path):
+    bare = toy.write(tmp_path / "toy")
+    with pytest.raises(InputError, match="split 'test' is not in"):
+        table1.table1(tmp_path / "run", data=bare, pages=pages)
+    info = files.read_json(bare / "dataset.json")
+    info["splits"] |= {"test": info["splits"]["val"]}
+    info["splits"]["hand"] = {"count": 0, "label_counts": [0] * 4, "shards": []}
+    files.write_json(bare / "dataset.json", info)
+    with pytest.raises(InputError, match="'hand': 0.* needs all four"):
+        table1.table1(tmp_path / "run", data=bare, pages=pages)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow  # compiles the three networks in full width
+def test_the_three_networks_differ_in_the_model_only(tmp_path):
+    assert table1.main(["--quick", f"--workdir={tmp_path / 'run'}"]) == 0
+    recipes = []
+    for name, paper in (("vgg16", 14.78), ("resnet18", 11.25), ("maknet", 4.50)):
+        recipe = files.read_json(tmp_path / "run" / name / "config.json")
+        assert recipe.pop("model")["name"] == name
+        recipes.append(recipe)
+        count = files.read_json(tmp_path / "run" / "table1.json")["networks"][name]["parameters"]
+        assert 0.97 < count / (paper * 1e6) <= 1.001  # fewer labels than the paper's
+    assert recipes[0] == recipes[1] == recipes[2]
