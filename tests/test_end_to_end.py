@@ -12,7 +12,8 @@ import nibabel
 import numpy as np
 import pytest
 
-from maknet_jax import config, evaluate, predict, prepare, train
+from maknet_jax import charts, config, evaluate, predict, prepare, pseudo_label, train
+from maknet_jax.data import pseudo_labels
 
 # Of TotalSegmentator's label map; organs on both sides and neighbours of one kind share a name.
 ORGANS = {
@@ -148,3 +149,38 @@ def test_torso_beside_a_linear_model(torso, tmp_path):
         print(f"held-out {metric}: MAKNet {np.round(ours, 4)}, linear {np.round(theirs, 4)}")
     assert min(shown["auc"][0]) >= 0.95
     assert np.mean(shown["f1_at_0.5"][0]) > np.mean(shown["f1_at_0.5"][1])
+
+
+@pytest.mark.slow  # a training, and three sources of real CT
+def test_real_ct_is_pseudo_labelled(torso, shared_data, tmp_path):
+    """A teacher of the labelled torso labels CT that it never saw; drawn along z and looked at."""
+    run("smoke", torso, tmp_path / "run", "epochs=120", *RECIPE)
+    sources = {
+        "torso": shared_data / "nifti" / "torso_112" / "example_ct.nii.gz",
+        "liver": shared_data / "dicom" / "liver_j2k_20",
+    }
+    for name, path in sources.items():
+        prepare.prepare_dicom(
+            path, tmp_path / name, salt_file=tmp_path / "salt", min_slices=10, size=32
+        )
+        out = tmp_path / f"pseudo-{name}"
+        about = pseudo_label.pseudo_label(tmp_path / "run", tmp_path / name, out)
+        rows = np.concatenate(
+            [pseudo_labels.read_rows(out / s["file"], s["sha256"]) for s in about["shards"]]
+        )
+        kept = np.zeros((about["images"], len(about["labels"])))
+        for row in rows:
+            given = row["labels"] >= 0
+            kept[row["index"], row["labels"][given]] = row["confidences"][given]
+        title = f"{name}: pseudo-labels of a teacher of the torso"
+        charts.write_label_chart(
+            tmp_path / f"{name}.png", kept, kept > 0, about["labels"], title=title
+        )
+        column = {label: kept[:, k] for k, label in enumerate(about["labels"])}
+        # Of another patient, arms down, this teacher of one patient does not know the liver: what
+        # it says is drawn, not asserted.
+        assert about["images"] == len(kept) and (tmp_path / f"{name}.png").stat().st_size > 10_000
+        if name == "torso":
+            z = np.arange(len(kept))
+            centre = {k: (z * column[k]).sum() / column[k].sum() for k in ("liver", "femur")}
+            assert centre["liver"] < centre["femur"]  # from head to feet
