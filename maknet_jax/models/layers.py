@@ -118,7 +118,7 @@ def choose_form(form):
       InputError: there is no such form.
     """
     if form == "auto":
-        return "split" if jax.default_backend() == "cpu" else "fused"
+        return "wide" if jax.default_backend() == "cpu" else "fused"
     if form not in FORMS:
         raise InputError(f"form {form!r} is unknown: choose auto or one of {', '.join(FORMS)}")
     return form
