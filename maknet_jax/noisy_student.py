@@ -13,7 +13,7 @@ import pathlib
 
 import jax
 
-from maknet_jax import charts, console, evaluate, files, pseudo_label, train
+from maknet_jax import charts, console, evaluate, files, pseudo_label, train, workdir
 from maknet_jax import config as configs
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
@@ -47,12 +47,8 @@ def noisy_student(config, folder):
       Stopped: SIGTERM or SIGINT; the same call goes on.
     """
     folder = pathlib.Path(folder)
-    if config.rounds < 0:
-        raise InputError(f"config rounds {config.rounds} should be 0 or above")
+    _check(config)
     pages = [_page(config, folder, number) for number in range(config.rounds + 1)]
-    unlabelled = records.open_dataset(config.unlabelled)
-    if not unlabelled.split(config.split)["count"]:
-        raise InputError(f"split {config.split!r} of {unlabelled.path} is empty")
     main = jax.process_index() == 0
     _claim(folder, config, write=main)
     rounds = []
@@ -85,6 +81,29 @@ def noisy_student(config, folder):
     return summary
 
 
+def _check(config):
+    """Refuses before the first round what a later part would refuse after it."""
+    if config.rounds < 0:
+        raise InputError(f"config rounds {config.rounds} should be 0 or above")
+    if config.checkpoint not in workdir.FOLDERS:
+        raise InputError(f"config checkpoint {config.checkpoint!r} is unknown: choose best or last")
+    pseudo_label.check_rule(config.top, config.threshold)
+    labelled, unlabelled = map(records.open_dataset, (config.labelled, config.unlabelled))
+    if labelled.size != unlabelled.size:
+        raise InputError(
+            f"{unlabelled.path} has images of {unlabelled.size}, {labelled.path} of "
+            f"{labelled.size}: prepare one of them again"
+        )
+    given = labelled.info["splits"]
+    known = [name for name in evaluate.DEFAULT_SPLITS if name in given and given[name]["count"]]
+    if not config.evaluate and not known:
+        raise InputError(f"{labelled.path} has neither test nor hand: name splits in evaluate")
+    wanted = [(labelled, name) for name in config.evaluate] + [(unlabelled, config.split)]
+    for dataset, name in wanted:
+        if not dataset.split(name)["count"]:
+            raise InputError(f"split {name!r} of {dataset.path} is empty")
+
+
 def _page(config, folder, number):
     """The page of a round with its data, and the teacher's labels of the round before."""
     changes = [f"data.path={config.labelled}", f"seed={config.seed}"]
@@ -110,6 +129,7 @@ def _claim(folder, config, *, write):
                 )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is no workdir of `maknet noisy-student`: choose a new one")
+    sharding.wait_for_all("looked")  # before the first one writes
     if write:
         files.write_json(claim, wanted)
     sharding.wait_for_all("claimed")
@@ -133,8 +153,8 @@ def table(rounds):
             values = done["splits"][split]
             row += ["-" if values[m] is None else f"{values[m]:.4f}" for m in METRICS]
             if split in SETS:
-                paper = PAPER[number][SETS[split]] if number in PAPER else ["-"] * len(METRICS)
-                row += paper
+                paper = PAPER[number][SETS[split]] if number in PAPER else ()
+                row += [f"{value:.4f}" for value in paper] or ["-"] * len(METRICS)
         rows.append(row)
     return header, rows
 

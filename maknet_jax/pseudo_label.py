@@ -26,6 +26,7 @@ def pseudo_label(
     checkpoint="best",
     batch_size=None,
     truth=False,
+    devices=None,
 ):
     """Labels the images of a prepared data set; resumable, shard by shard.
 
@@ -45,6 +46,7 @@ def pseudo_label(
       checkpoint: "best" or "last" of the teacher.
       batch_size: images a step of this process; None takes the teacher's, over its devices.
       truth: the split has labels: they are held back and the pseudo-labels are judged by them.
+      devices: of this process; None takes all of them.
 
     Returns:
       The content of `pseudo.json`.
@@ -53,10 +55,9 @@ def pseudo_label(
       InputError: the images do not fit the teacher, or `out` holds labels of another teacher or
         rule.
     """
-    out = pathlib.Path(out)
-    if top < 1 or not 0 <= threshold < 1:
-        raise InputError(f"top {top} and threshold {threshold}: at least 1, and 0 or above below 1")
-    run = workdir.open_run(folder, checkpoint_name=checkpoint, devices=jax.local_devices())
+    out, devices = pathlib.Path(out), devices or jax.local_devices()
+    check_rule(top, threshold)
+    run = workdir.open_run(folder, checkpoint_name=checkpoint, devices=devices)
     dataset = records.open_dataset(data)
     if dataset.size != run.config.data.size:
         raise InputError(
@@ -87,10 +88,10 @@ def pseudo_label(
     shards = dataset.split(split)["shards"]
     firsts = np.concatenate([[0], np.cumsum([shard["count"] for shard in shards])])
     mine = range(jax.process_index(), len(shards), jax.process_count())
-    todo = [number for number in mine if not (out / _made(shards[number])).exists()]
+    todo = [number for number in mine if not _is_made(out, shards[number])]
     total = sum(shards[number]["count"] for number in todo)
     batch = batch_size or run.config.data.batch_size
-    batch = -(-batch // jax.local_device_count()) * jax.local_device_count()
+    batch = -(-batch // len(devices)) * len(devices)
     tallies = _Tally(run.vocabulary, top=top, threshold=threshold, truth=truth)
     with console.Log(out / "log.jsonl" if main else None) as log:
         if len(todo) < len(mine):
@@ -117,12 +118,32 @@ def pseudo_label(
     return files.read_json(out / "pseudo.json")
 
 
+def check_rule(top, threshold):
+    """Raises InputError where no labels can be chosen so."""
+    if top < 1:
+        raise InputError(f"top {top} should be 1 or above: so many labels an image at most")
+    if not 0 <= threshold < 1:
+        raise InputError(f"threshold {threshold} should be 0 or above and below 1")
+
+
 def _shard_name(shard):
     return pathlib.Path(shard["file"]).stem + ".npy"
 
 
 def _made(shard):
     return pathlib.Path("made") / (pathlib.Path(shard["file"]).stem + ".json")
+
+
+def _is_made(out, shard):
+    if not (out / _made(shard)).exists():
+        return False
+    try:
+        pseudo_labels.read_rows(
+            out / _shard_name(shard), files.read_json(out / _made(shard))["sha256"]
+        )
+    except InputError:  # the counts are there, their labels were lost or damaged since
+        return False
+    return True
 
 
 def _claim(out, about, *, write):
@@ -137,6 +158,7 @@ def _claim(out, about, *, write):
                 )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is no folder of `maknet pseudo-label`: choose a new --out")
+    sharding.wait_for_all("looked")  # before the first one writes
     if write:
         files.write_json(claim, about)
     sharding.wait_for_all("claimed")
@@ -184,7 +206,6 @@ class _Tally:
 
     def __init__(self, vocabulary, *, top, threshold, truth):
         self.exclusive, self.size = vocabulary.exclusive, len(vocabulary)
-        self.ancestors = vocabulary.parents
         self.top, self.threshold, self.truth = top, threshold, truth
 
     def judge(self, first, confidences, labels, mask):

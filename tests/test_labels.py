@@ -121,6 +121,103 @@ def test_exclusion_works_from_either_side(ontology, terms):
     assert not vocabulary.excludes("liver", ["abdomen", "no such thing"])
 
 
+def vocabulary(*rows):
+    """A vocabulary of (name, parents, exclusions)."""
+    return labels.Vocabulary(tuple(labels.Label(n, "", tuple(p), tuple(e)) for n, p, e in rows))
+
+
+def pairs(vocabulary):
+    """The names that exclude each other."""
+    one, two = np.nonzero(vocabulary.exclusive)
+    names = vocabulary.names
+    return {frozenset((names[a], names[b])) for a, b in zip(one, two, strict=True)}
+
+
+def test_exclusion_is_inherited_by_the_children_of_both_sides():
+    """chest and abdomen exclude each other, and so does all that is in them; the skin is free."""
+    found = vocabulary(
+        ("chest", (), ("abdomen",)),
+        ("abdomen", (), ()),
+        ("lung", ("chest",), ()),
+        ("left lung", ("lung", "chest"), ("right lung",)),
+        ("right lung", ("lung", "chest"), ()),
+        ("liver", ("abdomen",), ("no such label",)),
+        ("skin", (), ()),
+    )
+    expected = {frozenset((one, two))
+                for one in ("chest", "lung", "left lung", "right lung")
+                for two in ("abdomen", "liver")}  # fmt: skip
+    assert pairs(found) == expected | {frozenset(("left lung", "right lung"))}
+    np.testing.assert_array_equal(found.exclusive, found.exclusive.T)
+    assert found.exclusive.dtype == bool and not found.exclusive.diagonal().any()
+
+
+def test_the_closure_goes_on_until_nothing_is_added():
+    """What was inherited is inherited again, where only direct parents are listed."""
+    found = vocabulary(
+        ("d", (), ("c",)),
+        ("a", ("d",), ()),
+        ("b", ("a",), ()),
+        ("c", (), ()),
+        ("e", ("c",), ()),
+        ("f", ("e",), ()),
+    )
+    assert pairs(found) == {frozenset((one, two)) for one in "dab" for two in "cef"}
+
+
+def test_a_label_that_excludes_a_parent_of_its_own_does_not_exclude_itself():
+    found = vocabulary(("node", (), ()), ("low node", ("node",), ("node",)))
+    assert pairs(found) == {frozenset(("node", "low node"))}
+
+
+def test_names_without_relations_exclude_nothing():
+    found = labels.Vocabulary.from_names(["a", "b"]).exclusive
+    assert found.shape == (2, 2) and not found.any()
+
+
+def directed_closure(vocabulary):
+    """LesaNet's loop, pair by pair, with the self-exclusion that it finds."""
+    ancestors = {row.name: set(row.parents) for row in vocabulary.labels}
+    children = {name: [n for n in ancestors if name in ancestors[n]] for name in ancestors}
+    excludes = {row.name: set(row.exclusive) for row in vocabulary.labels}
+    while True:
+        before = sum(map(len, excludes.values()))
+        for name, others in excludes.items():
+            for parent in ancestors[name]:
+                others |= excludes[parent]
+            for other in list(others):
+                others.update(children[other])
+        if sum(map(len, excludes.values())) == before:
+            return excludes
+
+
+def test_the_real_closure_has_8902_directed_and_8920_symmetric_pairs(ontology, terms):
+    vocabulary = labels.ontology_vocabulary(ontology, terms)
+    directed = directed_closure(vocabulary)
+    both = {(one, two) for one, others in directed.items() for two in others}
+    assert sum(len(row.exclusive) for row in vocabulary.labels) == 396 and len(both) == 8902
+    assert {one for one, two in both if one == two} == {"pretracheal lymph node"}
+    lacking = {(two, one) for one, two in both} - both
+    assert len(lacking) == 19 and {one for one, _ in lacking} == {"pleura"}
+    names = np.array(vocabulary.names)
+    one, two = np.nonzero(vocabulary.exclusive)
+    expected = {(a, b) for a, b in both | lacking if a != b}
+    assert set(zip(names[one].tolist(), names[two].tolist(), strict=True)) == expected
+    assert vocabulary.exclusive.sum() == len(expected) == 8902 + 19 - 1 == 8920
+
+
+def test_the_closure_of_the_closure_is_itself(ontology, terms):
+    once = labels.ontology_vocabulary(ontology, terms)
+    names = once.names
+    rows = tuple(
+        labels.Label(row.name, "", row.parents, tuple(names[k] for k in np.flatnonzero(line)))
+        for row, line in zip(once.labels, once.exclusive, strict=True)
+    )
+    twice = labels.Vocabulary(rows).exclusive
+    np.testing.assert_array_equal(once.exclusive, once.exclusive.T)
+    np.testing.assert_array_equal(twice, once.exclusive)
+
+
 def test_a_vocabulary_survives_json_and_pickle(family):
     vocabulary = labels.ontology_vocabulary(family, ["grandchild", "child", "ring"])
     assert vocabulary.index == {"grandchild": 0, "child": 1, "ring": 2}

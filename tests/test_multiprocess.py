@@ -1,4 +1,4 @@
-"""Two processes (gloo on CPU) train as one does: each reads its part of every batch."""
+"""Two processes (gloo on CPU) train and label as one does: each reads its part of the images."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import toy
 
-from maknet_jax import train
+from maknet_jax import pseudo_label, train
 
 SCRIPT = """
 import sys
@@ -22,14 +22,20 @@ address, number, data, folder = sys.argv[1:]
 jax.distributed.initialize(address, num_processes=2, process_id=int(number))
 sys.path.insert(0, {tests!r})
 import toy
-from maknet_jax import train
+from maknet_jax import pseudo_label, train
+from maknet_jax.data import pseudo_labels
 train.train(toy.config(data, "linear"), folder)
+written, original = [], pseudo_labels.write_rows
+pseudo_labels.write_rows = lambda path, rows: written.append(path.name) or original(path, rows)
+pseudo_label.pseudo_label(folder, data + "/unlabelled", folder + "/../labels")
+print("wrote", *written)
 assert jax.process_count() == 2 and jax.device_count() == 2
 """
 
 
 def test_two_processes_are_one(tmp_path):
     data = toy.write(tmp_path / "data")
+    toy.write_unlabelled(data / "unlabelled")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -39,13 +45,14 @@ def test_two_processes_are_one(tmp_path):
         subprocess.Popen(
             [sys.executable, "-c", script, address, str(number), data, tmp_path / "two"],
             env=environment,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for number in range(2)
     ]
-    errors = [worker.communicate(timeout=180)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], errors
+    outputs = [worker.communicate(timeout=180) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs
     train.train(toy.config(data, "linear"), tmp_path / "one", devices=jax.devices()[:2])
     two, one = (toy.lines(tmp_path / name) for name in ("two", "one"))
     assert len(two) == len(one) > 5
@@ -57,3 +64,13 @@ def test_two_processes_are_one(tmp_path):
         json.loads((tmp_path / name / "summary.json").read_text()) for name in ("two", "one")
     ]
     np.testing.assert_allclose(*(s["best_val_auc"] for s in summaries), atol=1e-5)
+    # Labels: the processes share the shards, and with as many images a device the bytes are equal.
+    wrote = [line.split()[1:] for out, _ in outputs for line in out.splitlines() if "wrote" in line]
+    shards = [f"part-{number:05d}-of-00003.npy" for number in range(3)]
+    assert wrote == [[shards[0], shards[2]], [shards[1]]]
+    one, two = tmp_path / "one-labels", tmp_path / "labels"
+    options = {"devices": jax.devices()[:1]}
+    pseudo_label.pseudo_label(tmp_path / "two", data / "unlabelled", one, **options)
+    for name in [*shards, "counts.csv", "sweep.csv", "pseudo.json", "claim.json"]:
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    assert len((two / "log.jsonl").read_text().splitlines()) == 1

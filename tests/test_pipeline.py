@@ -123,6 +123,68 @@ def test_impossible_batches_are_refused():
         ordered(10, process_count=3)
 
 
+COUNTS, SIZES = (10, 7), (6, 4)  # of images and of a batch, of two streams
+
+
+def mixed(steps, counts=COUNTS, sizes=SIZES, **options):
+    sources = [Numbers(count) for count in counts]
+    return take(pipeline.mixed_batches(sources, sizes, seed=7, threads=1, **options), steps)
+
+
+def streams(batches):
+    """Each stream's part of mixed batches, in order, with its own record numbers."""
+    parts = []
+    for number in (0, 1):
+        parts.append([])
+        for batch in batches:
+            mine = batch["index"] // pipeline._APART == number
+            rows = {field: value[mine] for field, value in batch.items()}
+            parts[-1].append(rows | {"index": rows["index"] % pipeline._APART})
+    return parts
+
+
+@pytest.mark.parametrize("sizes", [(6, 4), (4, 4), (2, 8), (3, 5)])
+def test_each_stream_of_a_mix_is_that_stream_alone(sizes):
+    batches = mixed(7, sizes=sizes)
+    assert all(len(batch["index"]) == sum(sizes) for batch in batches)
+    for number, part in enumerate(streams(batches)):
+        alone = train(COUNTS[number], 7, batch_size=sizes[number], seed=7 + number)
+        assert_equal(part, alone)
+
+
+def test_a_mix_of_one_stream_is_that_stream():
+    assert_equal(mixed(5, counts=(10,), sizes=(4,)), train(10, 5))
+
+
+def test_no_record_number_stands_for_two_records():
+    """Augmentation draws by it: two streams must not share their noise."""
+    whole = mixed(40, counts=(5, 5), sizes=(4, 4))
+    assert len(set(indices(whole))) == 10 and min(indices(whole)) >= 0
+    assert whole[0]["index"].dtype == np.int32
+
+
+@pytest.mark.parametrize("start", [1, 4, 11])
+def test_a_mix_starts_at_any_step(start):
+    assert_equal(mixed(3, start=start), mixed(start + 3)[start:])
+
+
+@pytest.mark.parametrize("sizes, processes", [((6, 4), 2), ((4, 4), 2), ((8, 4), 4)])
+@pytest.mark.parametrize("start", [0, 3])
+def test_the_mixes_of_all_processes_make_that_of_one(sizes, processes, start):
+    parts = [
+        mixed(4, sizes=sizes, start=start, process_index=k, process_count=processes)
+        for k in range(processes)
+    ]
+    assert_equal(joined(parts), mixed(4, sizes=sizes, start=start))
+
+
+def test_impossible_mixes_are_refused():
+    with pytest.raises(ValueError, match=r"batches \(6, 4\) cannot be split over 4 processes"):
+        mixed(1, process_count=4)
+    with pytest.raises(ValueError, match="no examples to train on"):
+        mixed(1, counts=(10, 0))
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 7, 10, 16])
 def test_ordered_batches_count_every_example_once(batch_size):
     batches = ordered(10, batch_size=batch_size)

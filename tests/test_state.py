@@ -60,6 +60,45 @@ def test_slow_weights_start_as_the_parameters_in_buffers_of_their_own(recipe):
     assert len(set(pointers)) == len(pointers)
 
 
+def test_without_a_moving_average_there_is_none(recipe):
+    made = state.create(*recipe, size=32, seed=0)
+    assert made.ema == state.shapes(*recipe, size=32).ema == ()
+
+
+def test_a_moving_average_starts_as_the_network_in_buffers_of_its_own(recipe):
+    made = state.create(*recipe, size=32, seed=0, ema=True)
+    plain = state.create(*recipe, size=32, seed=0)
+    for name, leaf in leaves(plain.variables).items():
+        np.testing.assert_array_equal(leaf, leaves(made.ema)[name])
+    for name, leaf in leaves(plain).items():
+        np.testing.assert_array_equal(leaf, leaves(made)[name])
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(made)]
+    assert len(set(pointers)) == len(pointers)
+    shapes = state.shapes(*recipe, size=32, ema=True)
+    assert jax.tree.structure(made) == jax.tree.structure(shapes)
+    for name, leaf in leaves(made).items():
+        assert (leaf.shape, leaf.dtype) == (leaves(shapes)[name].shape, leaves(shapes)[name].dtype)
+
+
+def test_a_moving_average_starts_from_the_weights_that_were_placed(recipe):
+    def double(variables):
+        return jax.tree.map(lambda leaf: 2 * np.asarray(leaf) + 1, variables)
+
+    made = state.create(*recipe, size=32, seed=0, place=double, ema=True)
+    expected = leaves(double(state.create(*recipe, size=32, seed=0).variables))
+    for name, leaf in leaves(made.ema).items():
+        np.testing.assert_array_equal(leaf, expected[name])
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(made)]
+    assert len(set(pointers)) == len(pointers)
+
+
+def test_scoring_takes_the_moving_average(recipe):
+    made = state.create(*recipe, size=32, seed=0, ema=True)
+    assert made.variables is made.ema
+    other = made._replace(ema=())
+    assert other.variables == {"params": made.params, "batch_stats": made.batch_stats}
+
+
 def test_a_network_without_batch_norm_has_empty_statistics():
     from flax import linen as nn
 

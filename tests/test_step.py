@@ -47,9 +47,10 @@ def unit(image):
     return np.clip((image + 1024.0) / 4095.0, 0, 1)
 
 
-def compiled(model, optimizer, mesh, noise=None):
+def compiled(model, optimizer, mesh, noise=None, **options):
     whole, rows = sharding.replicated(mesh), sharding.split(mesh)
-    train_step = step.make_train_step(model, LOSS, optimizer, to_input=TO_INPUT, augment=noise)
+    options |= {"to_input": TO_INPUT, "augment": noise}
+    train_step = step.make_train_step(model, LOSS, optimizer, **options)
     return jax.jit(
         train_step,
         in_shardings=(whole, rows, whole),
@@ -162,6 +163,40 @@ def test_padding_rows_and_unknown_labels_do_not_count_in_the_loss(linear):
     second = changed(train_step, mesh, start, other)
     for one, two in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+def test_the_moving_average_of_two_steps(linear):
+    """At decay 1/2: a quarter of the start, a quarter of the first step, half of the second."""
+    mesh, optimizer = one_device(), ranger.ranger(0.01)
+    start = state.create(linear, optimizer, size=32, seed=0, ema=True)
+    one, two = (s for s, _ in run(start, compiled(linear, optimizer, mesh, ema_decay=0.5), mesh, 2))
+    weights = [{"params": s.params, "batch_stats": s.batch_stats} for s in (start, one, two)]
+    for first, second, third, found, half in zip(
+        *map(jax.tree.leaves, (*weights, two.ema, one.ema)), strict=True
+    ):
+        np.testing.assert_allclose(half, first / 2 + second / 2, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(found, first / 4 + second / 4 + third / 2, rtol=1e-6, atol=1e-7)
+    moved = [
+        np.abs(a - b).max()
+        for a, b in zip(*map(jax.tree.leaves, (weights[2], two.ema)), strict=True)
+    ]
+    assert min(moved) > 1e-4  # the statistics too
+
+
+def test_the_moving_average_changes_no_step(linear):
+    mesh, optimizer = one_device(), ranger.ranger(0.01)
+    results = []
+    for ema in (False, True):
+        start = state.create(linear, optimizer, size=32, seed=0, ema=ema)
+        train_step = compiled(linear, optimizer, mesh, ema_decay=0.9 if ema else 0.0)
+        results.append(run(start, train_step, mesh, 3))
+    for (plain, metrics), (other, other_metrics) in zip(*results, strict=True):
+        assert plain.ema == () and other.ema
+        for a, b in zip(
+            jax.tree.leaves(plain), jax.tree.leaves(other._replace(ema=())), strict=True
+        ):
+            np.testing.assert_array_equal(a, b)
+        assert metrics == other_metrics
 
 
 def test_the_step_takes_its_state_away(linear):

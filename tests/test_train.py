@@ -1,6 +1,5 @@
 """The loop: a stopped run ends as if it had not been stopped, on any devices, on its own data."""
 
-import contextlib
 import json
 import os
 import pathlib
@@ -14,75 +13,18 @@ import jax
 import numpy as np
 import pytest
 import toy
-from jax.experimental.compilation_cache import compilation_cache
+from runs import NOISE, compile_cache, equal_runs, kept, signal_after  # noqa: F401
 
 from maknet_jax import train, workdir
 from maknet_jax.data import pipeline
 from maknet_jax.errors import InputError, Stopped
 from maknet_jax.evaluation import evaluator
-from maknet_jax.training import checkpoint, state
-
-NOISE = {
-    "augment.rotation_probability": 0.5,
-    "augment.crop_probability": 0.5,
-    "augment.contrast_probability": 0.3,
-    "augment.grayscale_probability": 0.3,
-    "model.options.dropout_rate": 0.5,
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_cache(tmp_path_factory):
-    """What a restart compiles is what the first run compiled: kept on disk, as the command does."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0.0), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+from maknet_jax.training import checkpoint
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return toy.write(tmp_path_factory.mktemp("data") / "toy")
-
-
-def kept(folder, page, which="last"):
-    """The newest state in a workdir, its meta, and what was damaged."""
-    model, optimizer = workdir.build_model(page, 4), workdir.build_optimizer(page, 40)
-    like = state.shapes(model, optimizer, size=toy.SIZE)
-    with contextlib.closing(checkpoint.Checkpoints(folder / workdir.FOLDERS[which])) as saved:
-        return saved.restore(like)
-
-
-def equal_runs(one, two, page):
-    """All that two runs have in common if the second was stopped and the first was not."""
-    first, second = kept(one, page), kept(two, page)
-    assert int(first[0].step) == int(second[0].step)
-    assert checkpoint.digests(first[0]) == checkpoint.digests(second[0])
-    assert first[1] == second[1]
-    assert kept(one, page, "best")[1:2] == kept(two, page, "best")[1:2]
-    assert toy.lines(one) == toy.lines(two)
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, two)]
-    for summary in summaries:
-        del summary["workdir"], summary["images_per_second"]
-    assert summaries[0] == summaries[1]
-
-
-def signal_after(monkeypatch, count, number=signal.SIGTERM):
-    """A signal to this process once the run has taken `count` batches."""
-    original = pipeline.train_batches
-
-    def batches(*args, **kwargs):
-        for taken, batch in enumerate(original(*args, **kwargs), start=1):
-            if taken == count:
-                os.kill(os.getpid(), number)
-            yield batch
-
-    monkeypatch.setattr(pipeline, "train_batches", batches)
 
 
 @pytest.fixture(scope="module")

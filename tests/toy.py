@@ -6,7 +6,7 @@ import numpy as np
 
 from maknet_jax import config as configs
 from maknet_jax import files
-from maknet_jax.data import records
+from maknet_jax.data import pseudo_labels, records
 from maknet_jax.data.labels import Label, Vocabulary
 
 SIZE, TRAIN, VAL, BATCH = 32, 40, 13, 8
@@ -17,7 +17,7 @@ VOCABULARY = Vocabulary(
 
 def example(split, number, seed=0):
     """Air with noise, and a bright square in every quadrant whose label is set."""
-    rng = np.random.default_rng([seed, ("train", "val").index(split), number])
+    rng = np.random.default_rng([seed, ("train", "val", "unlabelled").index(split), number])
     labels = (rng.random(4) < 0.5).astype(np.uint8)
     image = rng.normal(-900, 60, (SIZE, SIZE, 3))
     for quadrant in np.flatnonzero(labels):
@@ -44,6 +44,54 @@ def write(out, *, seed=0, train=TRAIN, val=VAL):
     info = {"format": records.FORMAT, "kind": "table", "size": SIZE, "splits": splits}
     info |= {"labels": VOCABULARY.to_json(), "fingerprint": "".join(digests)}
     files.write_json(out / "dataset.json", info)
+    return out
+
+
+def write_unlabelled(out, counts=(10, 7, 12), *, seed=7, labelled=False):
+    """A finished data set of one split `unlabelled` in shards of `counts` images.
+
+    Without labels, as scans come; `labelled` keeps those that it was drawn from.
+    """
+    shards, first = [], 0
+    none = np.zeros(0, np.uint8)
+    for number, count in enumerate(counts):
+        rows = [example("unlabelled", k, seed) for k in range(first, first + count)]
+        if not labelled:
+            rows = [records.Example(row.id, row.image, none, none, {}) for row in rows]
+        name = f"unlabelled/part-{number:05d}-of-{len(counts):05d}.array_record"
+        _, digest = records.write_shard(out / name, map(records.encode, rows))
+        shards.append({"file": name, "count": count, "digest": digest})
+        first += count
+    split = {"count": first, "label_counts": [], "shards": shards}
+    info = {
+        "format": records.FORMAT,
+        "kind": "dicom",
+        "size": SIZE,
+        "splits": {"unlabelled": split},
+    }
+    info |= {"labels": VOCABULARY.to_json() if labelled else []}
+    info |= {"fingerprint": "".join(shard["digest"] for shard in shards)}
+    files.write_json(out / "dataset.json", info)
+    return out
+
+
+def write_pseudo(out, images, *, seed=7):
+    """Pseudo-labels of `write_unlabelled`'s images by a teacher that is right and knows all."""
+    dataset = records.open_dataset(images)
+    rows = []
+    for number in range(dataset.split("unlabelled")["count"]):
+        labels = example("unlabelled", number, seed).labels
+        confidences = np.where(labels, 0.9 - 0.01 * np.arange(len(labels)), 0.1)[None]
+        kept, _ = pseudo_labels.select(
+            confidences.astype(np.float32), np.zeros((len(labels),) * 2, bool), top=4
+        )
+        rows.append(pseudo_labels.rows_of([number], kept, confidences, top=4))
+    sha256 = pseudo_labels.write_rows(out / "all.npy", np.concatenate(rows))
+    about = {"records": str(images), "fingerprint": dataset.fingerprint, "split": "unlabelled"}
+    about |= {"labels": VOCABULARY.names, "soft": False}
+    files.write_json(
+        out / "pseudo.json", about | {"shards": [{"file": "all.npy", "sha256": sha256}]}
+    )
     return out
 
 

@@ -9,6 +9,7 @@ image by image, so that shards can be made in any order and on any host (paper, 
 
 import hashlib
 import io
+import json
 import pathlib
 
 import numpy as np
@@ -41,26 +42,26 @@ def select(confidences, exclusive, *, top=15, threshold=0.5):
 
     Returns:
       (columns, close): int16 `[N, min(top, K)]`, kept columns from the most confident down, then
-      -1; bool `[N]`, whether a difference of 1e-5 could change them.
+      -1; bool `[N]`, whether a difference of 1e-5 could change which they are.
     """
     count = min(top, confidences.shape[1])
-    order = np.argsort(-confidences, axis=1, kind="stable")
+    order = np.argsort(-confidences, axis=1, kind="stable")[:, : count + 1]
     ranked = np.take_along_axis(confidences, order, axis=1)
     close = (np.abs(ranked - threshold) < CLOSE)[:, :count].any(axis=1)
     # A near tie matters where it decides the cut at `top`, or which of two that exclude each other.
-    near = np.abs(np.diff(ranked[:, : count + 1], axis=1)) < CLOSE
-    near &= ranked[:, 1 : count + 1] > threshold - CLOSE
-    rivals = exclusive[order[:, : near.shape[1]], order[:, 1 : near.shape[1] + 1]]
-    if confidences.shape[1] > count:
-        rivals[:, -1] = True
-    close |= (near & rivals).any(axis=1)
+    near = ranked[:, :, None] - ranked[:, None] < CLOSE
+    near &= ranked[:, None] > threshold - CLOSE
+    rivals = exclusive[order[:, :, None], order[:, None]]
+    rivals[:, :count, count:] = True
+    close |= np.triu(near & rivals, 1).any(axis=(1, 2))
     kept = np.full((len(confidences), count), -1, np.int16)
-    for row, (columns, values) in enumerate(zip(order[:, :count], ranked, strict=True)):
-        chosen = []
-        for column, value in zip(columns, values, strict=False):
-            if value > threshold and not exclusive[column, chosen].any():
-                chosen.append(column)
-        kept[row, : len(chosen)] = chosen
+    excluded = np.zeros(confidences.shape, bool)
+    rows, places = np.arange(len(confidences)), np.zeros(len(confidences), int)
+    for columns, values in zip(order.T[:count], ranked.T, strict=False):
+        chosen = (values > threshold) & ~excluded[rows, columns]
+        kept[chosen, places[chosen]] = columns[chosen]
+        excluded[chosen] |= exclusive[columns[chosen]]
+        places += chosen
     return kept, close
 
 
@@ -85,18 +86,16 @@ def write_rows(path, rows):
     return hashlib.sha256(buffer.getvalue()).hexdigest()
 
 
-def read_rows(path, digest=None):
-    """Reads a label shard; with a digest it is checked.
+def read_rows(path, digest):
+    """Reads a label shard that has the SHA-256 `digest`.
 
     Raises:
       InputError: it is damaged or missing.
     """
-    try:
-        payload = pathlib.Path(path).read_bytes()
-        if digest is None or hashlib.sha256(payload).hexdigest() == digest:
-            return np.load(io.BytesIO(payload), allow_pickle=False)
-    except (OSError, ValueError):
-        pass
+    path = pathlib.Path(path)
+    payload = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(payload).hexdigest() == digest:
+        return np.load(io.BytesIO(payload), allow_pickle=False)
     raise InputError(f"label shard {path} is missing or damaged: run `maknet pseudo-label` again")
 
 
@@ -154,6 +153,13 @@ class PseudoSource:
         image = self._images[int(row["index"])]
         mask = np.ones(self.size, np.uint8)
         return records.Example(image.id, image.image, labels, mask, image.meta)
+
+    @property
+    def fingerprint(self):
+        """SHA-256 over the images, the labels and how they are meant."""
+        shards = [shard["sha256"] for shard in self.info["shards"]]
+        about = json.dumps([self.info["fingerprint"], self.info["soft"], shards])
+        return hashlib.sha256(about.encode()).hexdigest()
 
     @property
     def label_counts(self):

@@ -1,0 +1,272 @@
+"""Pseudo-labels: how they are chosen, their shards, and the source that students read."""
+
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+import toy
+
+from maknet_jax import files
+from maknet_jax.data import pseudo_labels, records
+from maknet_jax.errors import InputError
+
+NONE = np.zeros((6, 6), bool)
+
+
+def slowly(values, exclusive, top, threshold):
+    """What `select` says of one image, label by label and pair by pair."""
+    order = sorted(range(len(values)), key=lambda k: (-values[k], k))
+    chosen = []
+    for column in order[:top]:
+        if values[column] > threshold and not any(exclusive[column][k] for k in chosen):
+            chosen.append(column)
+    close = any(abs(values[k] - threshold) < pseudo_labels.CLOSE for k in order[:top])
+    for (one, first), (two, second) in itertools.combinations(enumerate(order[: top + 1]), 2):
+        tie = values[first] - values[second] < pseudo_labels.CLOSE
+        counts = values[second] > threshold - pseudo_labels.CLOSE
+        cut = one < top <= two
+        close |= bool(tie and counts and (cut or exclusive[first][second]))
+    return chosen, close
+
+
+@pytest.mark.parametrize("size, top", [(9, 4), (9, 9), (9, 15), (9, 1), (1, 15)])
+@pytest.mark.parametrize("step", [0.1, 3e-6, None])  # of the confidences: ties, near ties, neither
+def test_select_is_the_slow_loop(size, top, step):
+    rng = np.random.default_rng([size, top])
+    pairs = rng.random((size, size)) < 0.2
+    exclusive = (pairs | pairs.T) & ~np.eye(size, dtype=bool)
+    values = rng.random((300, size))
+    if step is not None:
+        values = 0.5 + step * np.round(values * 10 - 5)
+    values = values.astype(np.float32)
+    kept, close = pseudo_labels.select(values, exclusive, top=top, threshold=0.5)
+    assert kept.shape == (300, min(top, size)) and kept.dtype == np.int16
+    expected = [slowly(row, exclusive, top, np.float32(0.5)) for row in values]
+    assert [row[row >= 0].tolist() for row in kept] == [columns for columns, _ in expected]
+    assert close.tolist() == [flag for _, flag in expected]
+    assert not ((kept[:, 1:] >= 0) & (kept[:, :-1] < 0)).any()  # no gap before a label
+    if step is not None and size > 1:
+        assert 0 < close.sum()
+
+
+def test_a_confidence_at_the_threshold_is_not_kept():
+    for threshold in (0.0, 0.3, 0.5, 0.7):
+        at = np.float32(threshold)
+        above = np.nextafter(at, np.float32(1))
+        row = np.array([[at, above, 0, 0, 0, 0]], np.float32)
+        kept, close = pseudo_labels.select(row, NONE, threshold=threshold)
+        assert kept[0].tolist() == [1, -1, -1, -1, -1, -1] and close.tolist() == [True]
+
+
+def test_of_equal_confidences_the_lower_column_comes_first():
+    row = np.full((1, 6), 0.75, np.float32)
+    assert pseudo_labels.select(row, NONE, top=3)[0].tolist() == [[0, 1, 2]]
+
+
+def test_what_is_excluded_excludes_nothing():
+    """0 forbids 1, so that 2, which only 1 forbids, stays."""
+    exclusive = NONE.copy()
+    for one, two in ((0, 1), (1, 2)):
+        exclusive[one, two] = exclusive[two, one] = True
+    row = np.array([[0.9, 0.8, 0.7, 0.1, 0.1, 0.1]], np.float32)
+    assert pseudo_labels.select(row, exclusive)[0][0].tolist() == [0, 2, -1, -1, -1, -1]
+    # Turned round, the two ends forbid the middle.
+    row = np.array([[0.7, 0.6, 0.8, 0.1, 0.1, 0.1]], np.float32)
+    assert pseudo_labels.select(row, exclusive)[0][0].tolist() == [2, 0, -1, -1, -1, -1]
+
+
+def test_what_a_small_difference_cannot_change_is_not_close():
+    """The claim itself: no image that is not close changes where its confidences do, by less."""
+    rng = np.random.default_rng(1)
+    pairs = rng.random((8, 8)) < 0.3
+    exclusive = (pairs | pairs.T) & ~np.eye(8, dtype=bool)
+    values = (0.5 + 4e-6 * rng.integers(-40, 40, (500, 8))).astype(np.float32)
+
+    def sets(values):
+        kept, close = pseudo_labels.select(values, exclusive, top=5)
+        return [frozenset(row[row >= 0].tolist()) for row in kept], close
+
+    before, close = sets(values)
+    changed = np.zeros(500, bool)
+    for _ in range(20):
+        shifted = values + rng.uniform(-4.9e-6, 4.9e-6, values.shape).astype(np.float32)
+        changed |= [a != b for a, b in zip(before, sets(shifted)[0], strict=True)]
+    assert changed.sum() > 50 and not (changed & ~close).any() and not close.all()
+
+
+@pytest.fixture
+def confidences():
+    return np.random.default_rng(3).random((40, 6)).astype(np.float32) ** 2
+
+
+def test_rows_hold_what_was_kept_and_survive_the_file(confidences, tmp_path):
+    columns, _ = pseudo_labels.select(confidences, NONE, top=4, threshold=0.6)
+    numbers = np.arange(100, 140)
+    rows = pseudo_labels.rows_of(numbers, columns, confidences, top=4)
+    kept = [k for k in range(40) if confidences[k].max() > 0.6]
+    assert 0 < len(kept) < 40 and rows["index"].tolist() == [100 + k for k in kept]
+    for row, k in zip(rows, kept, strict=True):
+        given = [column for column in row["labels"].tolist() if column >= 0]
+        assert given == columns[k][columns[k] >= 0].tolist()
+        np.testing.assert_array_equal(row["confidences"][: len(given)], confidences[k, given])
+        assert not row["confidences"][len(given) :].any()
+    digest = pseudo_labels.write_rows(tmp_path / "a.npy", rows)
+    again = pseudo_labels.read_rows(tmp_path / "a.npy", digest)
+    assert again.dtype == rows.dtype == pseudo_labels.row_dtype(4)
+    assert again.tobytes() == rows.tobytes()
+    assert pseudo_labels.write_rows(tmp_path / "b.npy", rows) == digest
+    assert (tmp_path / "b.npy").read_bytes() == (tmp_path / "a.npy").read_bytes()
+
+
+def test_a_vocabulary_smaller_than_top_leaves_the_other_places_empty(confidences):
+    columns, _ = pseudo_labels.select(confidences, NONE, top=15)
+    rows = pseudo_labels.rows_of(np.arange(40), columns, confidences, top=15)
+    assert rows["labels"].shape[1] == 15 and (rows["labels"][:, 6:] == -1).all()
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "missing", "folder"])
+def test_a_damaged_shard_is_refused_in_one_line(tmp_path, damage):
+    path = tmp_path / "a.npy"
+    rows = np.zeros(20, pseudo_labels.row_dtype(4))
+    digest = pseudo_labels.write_rows(path, rows)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    elif damage != "missing":
+        payload = {"flipped": content, "cut": content[:-9], "empty": b""}[damage]
+        path.write_bytes(payload)
+    with pytest.raises(
+        InputError, match=r"label shard .*a\.npy is missing or damaged: run"
+    ) as error:
+        pseudo_labels.read_rows(path, digest)
+    assert "\n" not in str(error.value)
+
+
+def rows_with(labels, confidences):
+    rows = np.zeros(len(labels), pseudo_labels.row_dtype(2))
+    rows["index"], rows["labels"], rows["confidences"] = np.arange(len(labels)), labels, confidences
+    return rows
+
+
+def test_balanced_takes_the_most_confident_of_each_label_and_repeats_them():
+    rows = rows_with(
+        [[0, -1], [0, 1], [1, 0], [0, -1], [3, -1]],
+        [[0.6, 0], [0.9, 0.7], [0.8, 0.7], [0.7, 0], [0.6, 0]],
+    )
+    order = pseudo_labels.balanced(rows, 5, 3, seed=0)
+    # Label 0: images 1, 2 and 3 (of equals the first); 1: images 2, 1 and 2 again; 3: image 4.
+    assert sorted(order.tolist()) == sorted([1, 2, 3, 2, 1, 2, 4, 4, 4])
+    assert pseudo_labels.balanced(rows, 5, 3, seed=0).tolist() == order.tolist()
+    others = {tuple(pseudo_labels.balanced(rows, 5, 3, seed=seed)) for seed in range(5)}
+    assert len(others) > 1 and {tuple(sorted(other)) for other in others} == {tuple(sorted(order))}
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Pseudo-labels of 5 of 9 toy images in two shards, as the verb leaves them: their folder."""
+    images = toy.write_unlabelled(tmp_path / "images", (4, 5))
+    first = rows_with([[0, 2], [1, -1]], [[0.9, 0.6], [0.7, 0]])
+    second = rows_with([[2, -1], [2, 0], [3, 1]], [[0.8, 0], [0.75, 0.55], [0.6, 0.55]])
+    first["index"], second["index"] = [1, 3], [4, 6, 8]
+    out = tmp_path / "pseudo"
+    shards = [
+        {"file": name, "sha256": pseudo_labels.write_rows(out / name, rows)}
+        for name, rows in (("a.npy", first), ("b.npy", second))
+    ]
+    about = {"records": str(images), "split": "unlabelled", "soft": False, "shards": shards}
+    about |= {"fingerprint": records.open_dataset(images).fingerprint}
+    files.write_json(out / "pseudo.json", about | {"labels": toy.VOCABULARY.names})
+    return out
+
+
+def change(made, **changes):
+    files.write_json(made / "pseudo.json", files.read_json(made / "pseudo.json") | changes)
+
+
+def source(made, **options):
+    return pseudo_labels.PseudoSource(
+        made, **({"size": toy.SIZE, "names": toy.VOCABULARY.names} | options)
+    )
+
+
+HARD = [[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 1, 0], [0, 1, 0, 1]]
+
+
+def test_a_source_gives_the_images_that_kept_labels_with_these(made):
+    found = source(made)
+    assert len(found) == 5
+    np.testing.assert_array_equal([found[k].labels for k in range(5)], HARD)
+    for k, number in enumerate((1, 3, 4, 6, 8)):
+        expected = toy.example("unlabelled", number, 7)
+        assert found[k].id == expected.id == f"unlabelled-{number}"
+        np.testing.assert_array_equal(found[k].image, expected.image)
+        assert found[k].labels.dtype == np.float32 and found[k].label_mask.tolist() == [1] * 4
+    assert found.label_counts.tolist() == [2, 2, 3, 1]
+
+
+def test_soft_labels_are_the_confidences(made):
+    change(made, soft=True)
+    found = source(made)
+    soft = [[0.9, 0, 0.6, 0], [0, 0.7, 0, 0], [0, 0, 0.8, 0], [0.55, 0, 0.75, 0], [0, 0.55, 0, 0.6]]
+    np.testing.assert_array_equal([found[k].labels for k in range(5)], np.float32(soft))
+    assert found.label_counts.tolist() == [2, 2, 3, 1]
+
+
+def test_balance_gives_every_label_the_same_number_of_images(made):
+    found = source(made, balance=4, seed=1)
+    assert len(found) == 16
+    ids = [found[k].id for k in range(16)]
+    assert ids.count("unlabelled-8") == 4 + 2  # all of label 3, half of label 1
+    labels = np.array([found[k].labels for k in range(16)])
+    assert found.label_counts.tolist() == labels.sum(axis=0).tolist()
+    assert found.label_counts.min() >= 4
+    again = source(made, balance=4, seed=1)
+    assert [again[k].id for k in range(16)] == ids
+    assert [source(made, balance=4, seed=2)[k].id for k in range(16)] != ids
+
+
+def test_a_source_can_be_sent_to_another_process(made):
+    found = pickle.loads(pickle.dumps(source(made, balance=2)))
+    for k in range(len(found)):
+        np.testing.assert_array_equal(found[k].image, source(made, balance=2)[k].image)
+
+
+def test_the_fingerprint_is_of_images_labels_and_what_they_mean(made, tmp_path):
+    before = source(made).fingerprint
+    assert source(made, balance=3).fingerprint == before
+    change(made, teacher="elsewhere")
+    assert source(made).fingerprint == before
+    change(made, soft=True)
+    soft = source(made).fingerprint
+    rows = np.load(made / "a.npy")
+    rows["labels"][0] = [3, -1]
+    shards = files.read_json(made / "pseudo.json")["shards"]
+    shards[0]["sha256"] = pseudo_labels.write_rows(made / "a.npy", rows)
+    change(made, shards=shards)
+    assert len({before, soft, source(made).fingerprint}) == 3
+
+
+def test_what_does_not_fit_is_refused_in_one_line(made, tmp_path):
+    def refused(message, path=made, **options):
+        with pytest.raises(InputError, match=message) as error:
+            source(path, **options)
+        assert "\n" not in str(error.value)
+
+    refused("holds no finished pseudo-labels", path=tmp_path / "nowhere")
+    refused("holds no finished pseudo-labels", path=made / "a.npy")
+    refused("has other labels than the training data", names=toy.VOCABULARY.names[::-1])
+    refused("has images of 32, 64 are wanted", size=64)
+    toy.write_unlabelled(tmp_path / "images", (4, 5), seed=6)
+    refused("images is not what .*pseudo was made for: label the images again")
+    change(made, fingerprint=records.open_dataset(tmp_path / "images").fingerprint)
+    (made / "b.npy").write_bytes((made / "a.npy").read_bytes())
+    refused(r"label shard .*b\.npy is missing or damaged")
+    shards = files.read_json(made / "pseudo.json")["shards"][:1]
+    shards[0]["sha256"] = pseudo_labels.write_rows(
+        made / "a.npy", np.zeros(0, pseudo_labels.row_dtype(2))
+    )
+    change(made, shards=shards)
+    refused("kept no label of any image: lower --threshold")
