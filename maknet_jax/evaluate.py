@@ -11,6 +11,9 @@ from maknet_jax.errors import InputError
 from maknet_jax.evaluation.evaluator import Evaluator
 
 DEFAULT_SPLITS = ("test", "hand")
+# How many training examples a label has: LesaNet's three groups.
+FREQUENCIES = {"rare": (0, 100), "medium": (101, 1000), "frequent": (1001, float("inf"))}
+METRICS = ("auc", "f1", "precision", "recall")
 
 
 def evaluate(folder, *, splits=None, data=None, checkpoint="best", batch_size=None):
@@ -19,7 +22,8 @@ def evaluate(folder, *, splits=None, data=None, checkpoint="best", batch_size=No
     Thresholds come from the validation split's scores; for another data set than the one trained
     on they are those of the training run, and the results go to `WORKDIR/evaluation/on-NAME/`.
     Macro averages run over the labels that have positives and negatives; fixed 0.5 and micro
-    averages stand beside them.
+    averages stand beside them. Where labels have classes (body part, type, attribute) their means
+    by class and by frequency in training are in `groups` and in `SPLIT_groups.csv`.
 
     Args:
       folder: the workdir of `maknet train`.
@@ -81,7 +85,11 @@ def evaluate(folder, *, splits=None, data=None, checkpoint="best", batch_size=No
         "out": str(out),
     }
     reports = {name: scores[name].report(thresholds, run.vocabulary.parents) for name in wanted}
-    summary["splits"] = {name: report.summary for name, report in reports.items()}
+    counts = None if other else dataset.split(run.config.data.train_split)["label_counts"]
+    summary["splits"] = {
+        name: report.summary | by_group(report, run.vocabulary, counts)
+        for name, report in reports.items()
+    }
     if jax.process_index() == 0:
         _write(out, summary, reports, thresholds, run.vocabulary.names)
         with console.Log(folder / "log.jsonl") as log:
@@ -89,12 +97,40 @@ def evaluate(folder, *, splits=None, data=None, checkpoint="best", batch_size=No
     return summary
 
 
+def by_group(report, vocabulary, counts=None):
+    """Means over the evaluated labels of each class, and of each frequency.
+
+    Args:
+      report: `protocol.Report`.
+      vocabulary: the labels.
+      counts: training examples of each label, or None.
+
+    Returns:
+      {"groups": {name: {labels, auc, f1, precision, recall}}}; without classes an empty dict.
+    """
+    classes = [label.label_class for label in vocabulary.labels]
+    if len(set(classes)) < 2:
+        return {}
+    groups = {name: np.array([own == name for own in classes]) for name in dict.fromkeys(classes)}
+    for name, (least, most) in FREQUENCIES.items() if counts is not None else ():
+        groups[name] = (np.asarray(counts) >= least) & (np.asarray(counts) <= most)
+    made = {}
+    for name, inside in groups.items():
+        rows = [row for row in report.per_label if inside[row["label"]] and row["evaluated"]]
+        means = {m: float(np.mean([row[m] for row in rows])) if rows else None for m in METRICS}
+        made[name] = {"labels": len(rows)} | means
+    return {"groups": made}
+
+
 def _write(out, summary, reports, thresholds, names):
     for split, report in reports.items():
         header = ["name", *report.per_label[0]]
         rows = [[names[row["label"]], *row.values()] for row in report.per_label]
         console.write_table(out / f"{split}_labels.csv", header, rows)
-        files.write_json(out / f"{split}.json", report.summary)
+        files.write_json(out / f"{split}.json", summary["splits"][split])
+        if groups := summary["splits"][split].get("groups"):
+            rows = [[name, *means.values()] for name, means in groups.items()]
+            console.write_table(out / f"{split}_groups.csv", ["", "labels", *METRICS], rows)
     files.write_json(out / "thresholds.json", np.asarray(thresholds).tolist())
     files.write_json(out / f"summary_{'_'.join(reports)}.json", summary)
 

@@ -10,6 +10,7 @@ from maknet_jax.data import (
     contact_sheet,
     deeplesion,
     labels,
+    lesions,
     preprocess,
     pseudonym,
     records,
@@ -58,11 +59,20 @@ class _TableVolume:
 
 
 def prepare_deeplesion(
-    images, info, out, *, label_file=None, hand_labels=None, ontology=None, size=256, workers=1
+    images,
+    info,
+    out,
+    *,
+    label_file=None,
+    hand_labels=None,
+    ontology=None,
+    patches=False,
+    size=256,
+    workers=1,
 ):
     """DeepLesion's key slices with LesaNet's body-part labels; every lesion is one record.
 
-    Without `label_file` each key slice becomes one record of the split `unlabelled`.
+    Without `label_file` each key slice, or lesion, becomes one record of the split `unlabelled`.
 
     Args:
       images: the folder of 16-bit PNGs, nested (`000001_01_01/109.png`) or flat.
@@ -71,7 +81,8 @@ def prepare_deeplesion(
       label_file: LesaNet's text-mined labels and split (JSON).
       hand_labels: LesaNet's hand-labelled test set (JSON).
       ontology: LesaNet's ontology (xlsx).
-      size: the edge S of the images.
+      patches: patches around the lesions with all 171 labels, for LesaNet, see `data.lesions`.
+      size: the edge S of the images; of patches in mm.
       workers: processes.
 
     Returns:
@@ -81,7 +92,7 @@ def prepare_deeplesion(
       InputError: see `deeplesion.number_lesions`; an input is missing; `out` is taken.
     """
     images = pathlib.Path(images)
-    _check(out, size)
+    _check(out, size, step=8 if patches else 32)
     if not images.is_dir():
         raise InputError(f"--images {images} is no folder: see data/README.md for DeepLesion")
     if (label_file is None) != (ontology is None) or (hand_labels and not label_file):
@@ -89,10 +100,11 @@ def prepare_deeplesion(
     rows = deeplesion.read_info(info)
     if label_file is None:
         vocabulary, about = labels.Vocabulary(()), {}
-        slices = {row.file_name: row for row in rows}.values()
-        wanted = [("unlabelled", row.slice_id, row, (b"", b""), {}) for row in slices]
+        chosen = {f"{row.slice_id}#{row.row + 1}" if patches else row.slice_id: row for row in rows}
+        wanted = [("unlabelled", name, row, (b"", b""), {}) for name, row in chosen.items()]
     else:
-        vocabulary, lesions, about = _label_rows(rows, label_file, hand_labels, ontology)
+        given = (label_file, hand_labels, ontology)
+        vocabulary, labelled, about = _label_rows(rows, *given, patches=patches)
         wanted = [
             (
                 lesion.split,
@@ -101,15 +113,15 @@ def prepare_deeplesion(
                 _vectors(vocabulary, lesion),
                 {"lesion_idx": lesion.lesion_idx},
             )
-            for lesion in lesions
+            for lesion in labelled
         ]
     splits, missing = {split: [] for split, *_ in wanted}, []
     for split, record, row, vectors, meta in wanted:
-        path = _find_image(images, row.file_name)
+        path = deeplesion.find_image(images, row.file_name)
         if path is None:
             missing.append((row.file_name, f"image of {record} ({split}) is not under {images}"))
             continue
-        meta = {"file": row.file_name, "box": row.box, "spacing": row.spacing, **meta}
+        meta = {"file": row.file_name, "slice_box": row.box, "spacing": row.spacing, **meta}
         splits[split].append(_KeySlice(record, str(path), *vectors, tuple(meta.items()), size))
     if not any(splits.values()):
         raise InputError(f"none of the {len(wanted)} images is under {images}: check --images")
@@ -117,8 +129,8 @@ def prepare_deeplesion(
     return _write(
         out,
         splits,
-        _make_key_slice,
-        kind="deeplesion",
+        _make_lesion if patches else _make_key_slice,
+        kind="lesions" if patches else "deeplesion",
         size=size,
         vocabulary=vocabulary,
         about=about,
@@ -127,18 +139,19 @@ def prepare_deeplesion(
     )
 
 
-def _label_rows(rows, label_file, hand_labels, ontology):
+def _label_rows(rows, label_file, hand_labels, ontology, *, patches):
     mined = deeplesion.read_mined_labels(label_file)
     hand = deeplesion.read_hand_labels(hand_labels) if hand_labels else None
     terms = labels.read_ontology(ontology)
     labels.ontology_vocabulary(terms, mined.terms)  # checks that all are known
-    body_parts = [term for term in mined.terms if terms[term].label_class == "bodypart"]
-    vocabulary = labels.ontology_vocabulary(terms, body_parts)
+    kept = [term for term in mined.terms if patches or terms[term].label_class == "bodypart"]
+    vocabulary = labels.ontology_vocabulary(terms, kept)
     numbering = deeplesion.number_lesions(rows, mined)
-    lesions, counts = deeplesion.label_lesions(numbering, mined, hand, vocabulary)
+    found, counts = deeplesion.label_lesions(numbering, mined, hand, vocabulary, doubtful=patches)
     about = {"numbering": numbering.reason, "label_counts": counts}
-    about["paper_counts"] = deeplesion.PAPER_COUNTS
-    return vocabulary, lesions, about
+    # The paper counts lesions with a body part only.
+    about["paper_counts"] = dict.fromkeys(counts, "-") if patches else deeplesion.PAPER_COUNTS
+    return vocabulary, found, about
 
 
 def _vectors(vocabulary, lesion):
@@ -157,15 +170,6 @@ def _vectors(vocabulary, lesion):
     return vocabulary.vector(lesion.names).tobytes(), (1 - vocabulary.vector(unknown)).tobytes()
 
 
-def _find_image(images, name):
-    flat = name.replace("/", "_")
-    nested = pathlib.PurePath(*flat.rsplit("_", 1))
-    for candidate in (images / nested, images / flat):
-        if candidate.is_file():
-            return candidate
-    return None
-
-
 def _make_key_slice(unit):
     try:
         volume, centre = volumes.load_series_of(unit.path)
@@ -176,6 +180,19 @@ def _make_key_slice(unit):
     meta = dict(unit.meta) | {"crop": box}
     example = _example(unit.id, image, unit.labels, unit.label_mask, meta)
     return shards.Made((example,), counters={"neighbours repeated": 3 - len(volume.hu)})
+
+
+def _make_lesion(unit):
+    meta = dict(unit.meta)
+    try:  # DL_info counts pixels from 1
+        made = lesions.patch_of_png(
+            unit.path, [place - 1 for place in meta["slice_box"]], meta["spacing"], unit.size
+        )
+    except (Rejected, InputError) as error:
+        return shards.Made(failures=((unit.path, str(error)),))
+    image, meta["box"], repeated = made
+    example = _example(unit.id, image, unit.labels, unit.label_mask, meta)
+    return shards.Made((example,), counters={"neighbours repeated": repeated})
 
 
 def _example(record_id, image, vector, mask, meta):
@@ -314,10 +331,11 @@ def _make_table_volume(unit):
     return shards.Made(tuple(examples), tuple(failures))
 
 
-def _check(out, size):
+def _check(out, size, step=32):
     # Before anything is read: a tree of CT can take long to look through.
-    if size % 32:
-        raise InputError(f"--size {size} should be a multiple of 32: networks halve five times")
+    if size % step:
+        why = "networks halve five times" if step == 32 else "as LesaNet's 120"
+        raise InputError(f"--size {size} should be a multiple of {step}: {why}")
     shards.check_unfinished(out)
 
 
@@ -327,8 +345,10 @@ def _write(out, splits, make, *, failures=(), missing=(), **plan):
     with console.progress(f"prepare {plan['kind']}", units) as advance:
         info, new = shards.write_shards(out, splits, make, advance=advance, **plan)
     failures = [*failures, *new]
+    if plan["kind"] == "lesions":
+        info["crop"] = lesions.RULE
     names = plan["vocabulary"].names
-    examples = _sample(records.Dataset(out, info))
+    examples = contact_sheet.sample(records.Dataset(out, info), _SHOWN)
     contact_sheet.write_contact_sheet(out / "contact_sheet.png", examples, names)
     console.write_failures(out / "failures.csv", failures)
     console.write_failures(out / "missing.csv", missing)
@@ -371,16 +391,3 @@ def describe(summary):
         lines.append(f"rejected: {summary['failures']}, see {summary['out']}/failures.csv")
     lines.append(f"look at {summary['out']}/contact_sheet.png")
     return "\n".join(lines)
-
-
-def _sample(dataset):
-    """Random examples over all splits, the same ones for the same data."""
-    places = [
-        (split, number)
-        for split, entry in dataset.info["splits"].items()
-        for number in range(entry["count"])
-    ]
-    generator = np.random.default_rng(0)
-    chosen = sorted(generator.choice(len(places), min(_SHOWN, len(places)), replace=False))
-    sources = {split: dataset.source(split) for split in dataset.info["splits"]}
-    return [sources[places[number][0]][places[number][1]] for number in chosen]

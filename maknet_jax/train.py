@@ -23,7 +23,7 @@ from maknet_jax.evaluation.evaluator import Evaluator
 from maknet_jax.training import checkpoint, log, sharding, state, step, transfer
 
 # What may differ when a run goes on: it changes no number.
-FREE = {"data.path", "data.threads"}
+FREE = {"data.path", "data.threads", "pseudo.path"}
 
 
 def train(config, folder, *, devices=None):
@@ -55,7 +55,7 @@ def train(config, folder, *, devices=None):
         raise InputError(f"{dataset.path} has no labelled record in {config.data.train_split}")
     run = _Run(config, folder, dataset, split, mesh)  # may refuse: nothing is written before
     main = jax.process_index() == 0
-    _claim(folder, config, dataset, write=main)
+    _claim(folder, config, dataset, run.sources, write=main)
     log_file = folder / "log.jsonl" if main else None
     with console.Log(log_file) as say, _stop_flag() as stop, contextlib.closing(run):
         return run.loop(stop, say)
@@ -65,7 +65,8 @@ def _check(config, devices):
     for name in ("epochs", "evaluate_every", "checkpoint_every", "log_every"):
         if not 0 < config[name] < 1e9:
             raise InputError(f"config {name} {config[name]} should be above 0 and below 1e9")
-    for name, value in (("seed", config.seed), ("data.threads", config.data.threads)):
+    values = {"seed": config.seed, "data.threads": config.data.threads}
+    for name, value in (values | {"pseudo.balance": config.pseudo.balance}).items():
         if value < 0:
             raise InputError(f"config {name} {value} should be 0 or above")
     window = config.data.window
@@ -83,13 +84,14 @@ def _check(config, devices):
             )
 
 
-def _claim(folder, config, dataset, *, write):
+def _claim(folder, config, dataset, sources, *, write):
     wanted = configs.to_json(config)
     if folder.exists() and not (folder / "config.json").exists():
         if not folder.is_dir() or any(folder.iterdir()):
             raise InputError(f"{folder} is no workdir of `maknet train`: choose a new --workdir")
     about = {"labels": dataset.info["labels"], "size": dataset.size}
     about |= {"fingerprint": dataset.fingerprint, "path": str(dataset.path.absolute())}
+    about["pseudo_labels"] = sources[1].fingerprint if config.pseudo.path else None
     if (folder / "config.json").exists():
         before = _flatten(files.read_json(folder / "config.json"))
         now = _flatten(wanted)
@@ -99,11 +101,14 @@ def _claim(folder, config, dataset, *, write):
                     f"{folder} holds a run with {key} {before.get(key)}, not {now.get(key)}: "
                     "choose another --workdir or the same config"
                 )
-        if files.read_json(folder / "dataset.json")["fingerprint"] != dataset.fingerprint:
-            raise InputError(
-                f"{folder} was trained on other data than {dataset.path}: choose another --workdir "
-                "or the same data"
-            )
+        before = {"pseudo_labels": None} | files.read_json(folder / "dataset.json")
+        for name, path in (("fingerprint", dataset.path), ("pseudo_labels", config.pseudo.path)):
+            if before[name] != about[name]:
+                raise InputError(
+                    f"{folder} was trained on other data than {path or 'labelled images only'}: "
+                    "choose another --workdir or the same data"
+                )
+    sharding.wait_for_all("looked")  # before the first one writes
     if write:
         files.write_json(folder / "dataset.json", about)
         files.write_json(folder / "config.json", wanted)
@@ -135,6 +140,8 @@ def _stop_flag():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if caught:  # too late to stop this run, but not what comes after it
+        signal.raise_signal(caught[0])
 
 
 class _BrokenOff(Exception):
@@ -164,12 +171,13 @@ class _Run:
             self.batch_sizes.append(config.pseudo.batch_size)
             frequencies.append(pseudo.label_counts / len(pseudo))
         self.images = sum(self.batch_sizes)  # of a step
-        self.parents = dataset.vocabulary.parents
+        self.parents, exclusive = dataset.vocabulary.parents, dataset.vocabulary.exclusive
         model = workdir.build_model(config, len(dataset.vocabulary))
+        step.box_of(model, pipeline.to_fields(self.sources[-1][0], 0).get("box"))  # may refuse
         optimizer = workdir.build_optimizer(config, self.total)
         # A label's weights in the loss follow from its share in the batches.
         share = np.average(frequencies, axis=0, weights=self.batch_sizes)
-        loss = workdir.build_loss(config, share * split["count"], split["count"])
+        loss = workdir.build_loss(config, share * split["count"], split["count"], exclusive)
         keeps = {"size": config.data.size, "ema": config.ema_decay > 0}
         self.shapes = state.shapes(model, optimizer, **keeps)
         place, start = self._start_from(dataset.vocabulary)
@@ -200,8 +208,8 @@ class _Run:
                 threads=config.data.threads,
             )
         self.last = self.best = None
-        self.meta = {"best": None, "best_step": None, "metrics": {}, "thresholds": None}
-        self.meta |= {"init": start}
+        self.meta = dict.fromkeys(("best", "best_step", "thresholds"))
+        self.meta |= {"metrics": {}, "init": start}
 
     def _start_from(self, vocabulary):
         """(what places the weights of init.path, what they are); Nones where none are needed."""

@@ -22,34 +22,58 @@ from maknet_jax import console, files, models
 from maknet_jax.data import augment
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError
-from maknet_jax.training import checkpoint, losses, ranger, sharding, state, step, transfer
+from maknet_jax.training import (
+    checkpoint,
+    lesion_losses,
+    losses,
+    ranger,
+    sgd,
+    sharding,
+    state,
+    step,
+    transfer,
+)
 
-OPTIMIZERS = {"ranger": ranger.ranger}
-LOSSES = {"weighted_focal": losses.focal_loss_fn}
+OPTIMIZERS = {"ranger": ranger.ranger, "sgd": sgd.sgd}
+LOSSES = {"weighted_focal": losses.focal_loss_fn, "lesion": lesion_losses.lesion_loss_fn}
 
 
 def build_model(config, num_classes):
-    """The network of a config; activations are bfloat16 on accelerators with precision auto."""
+    """The network of a config; activations are bfloat16 on accelerators with precision auto.
+
+    An optimiser whose `trunk_rate` is 0 freezes the trunk, its statistics too.
+    """
     kinds = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
     kinds["auto"] = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     if config.precision not in kinds:
         raise InputError(f"precision {config.precision!r} is unknown: {', '.join(kinds)}")
     options = config.model.options.to_dict()
-    return models.build(config.model.name, num_classes, dtype=kinds[config.precision], **options)
+    if "trunk_rate" in config.optimizer and config.optimizer.trunk_rate == 0:
+        options["frozen"] = True
+    model = models.build(config.model.name, num_classes, dtype=kinds[config.precision], **options)
+    moved = config.augment.rotation_probability or config.augment.crop_probability
+    if moved and getattr(model, "takes_box", False):
+        raise InputError(
+            f"model {config.model.name} looks at boxes, which turned and cropped images leave: set "
+            "augment.rotation_probability and augment.crop_probability to 0"
+        )
+    return model
 
 
 def build_optimizer(config, steps):
     """The optimiser of a config.
 
-    The learning rate is constant, or from the share `decay_from` of all `steps` on it falls to 0
-    along a half cosine (`decay_from` 1: never).
+    The learning rate is constant, or from the share `decay_from` of all `steps` on (1: never) it
+    falls to 0 along a half cosine; SGD's is `drop` times what it was from there on.
     """
     options = config.optimizer.to_dict()
     rate, decay_from = options.pop("learning_rate"), options.pop("decay_from")
     if not 0 <= decay_from <= 1:
         raise InputError(f"config optimizer.decay_from {decay_from} should lie in 0..1")
     flat = round(decay_from * steps)
-    if flat < steps:
+    if "drop" in options:
+        rate = optax.piecewise_constant_schedule(rate, {flat: options.pop("drop")})
+    elif flat < steps:
         fall = optax.cosine_decay_schedule(rate, steps - flat)
         rate = optax.join_schedules([optax.constant_schedule(rate), fall], [flat])
     else:
@@ -57,12 +81,17 @@ def build_optimizer(config, steps):
     return _build("optimizer", OPTIMIZERS, learning_rate=rate, **options)
 
 
-def build_loss(config, label_counts, total):
-    """The loss of a config with class weights from the training split's counts."""
+def build_loss(config, label_counts, total, exclusive=None):
+    """The loss of a config with class weights from the training split's counts.
+
+    `exclusive` is `Vocabulary.exclusive`, which LesaNet's loss asks for.
+    """
     options = config.loss.to_dict()
     pos_weight, neg_weight = losses.class_weights(
         np.asarray(label_counts), total, clamp=options.pop("clamp")
     )
+    if config.loss.name == "lesion":
+        options["exclusive"] = exclusive
     return _build("loss", LOSSES, pos_weight=pos_weight, neg_weight=neg_weight, **options)
 
 
@@ -93,7 +122,8 @@ class Run:
       name: "best" or "last".
       model: the Flax module.
       mesh: over all devices.
-      predict_step: the jitted predict_step(variables, images) -> logits, sharded over the mesh.
+      predict_step: the jitted predict_step(variables, images, box) -> logits, sharded over the
+        mesh; box is None where the images have none.
     """
 
     config: ml_collections.ConfigDict
@@ -108,7 +138,8 @@ class Run:
 
     def score(self, batch):
         """Logits `[B, K]` of a batch, on the devices: nothing waits for them."""
-        return self.predict_step(self.variables, sharding.put_batch(self.mesh, batch)["image"])
+        batch = sharding.put_batch(self.mesh, batch)
+        return self.predict_step(self.variables, batch["image"], batch.get("box"))
 
     @property
     def predict(self):
@@ -117,10 +148,10 @@ class Run:
 
 
 def jit_predict(config, model, mesh):
-    """The prediction step jitted over the mesh."""
+    """The prediction step jitted over the mesh; without boxes pass None."""
     return jax.jit(
         step.make_predict_step(model, to_input=to_input(config)),
-        in_shardings=(sharding.replicated(mesh), sharding.split(mesh)),
+        in_shardings=(sharding.replicated(mesh), sharding.split(mesh), sharding.split(mesh)),
         out_shardings=sharding.split(mesh),
     )
 
@@ -130,8 +161,8 @@ def make_predict(predict_step, mesh):
 
     def predict(variables, batch):
         batch = sharding.put_batch(mesh, batch)
-        images = batch.pop("image")  # not worth the way back
-        return sharding.gather(batch | {"logits": predict_step(variables, images)})
+        images, box = batch.pop("image"), batch.pop("box", None)  # not worth the way back
+        return sharding.gather(batch | {"logits": predict_step(variables, images, box)})
 
     return predict
 

@@ -18,7 +18,11 @@ VERBS = (
     ["noisy-student"],
     ["evaluate"],
     ["predict"],
+    ["attribute"],
+    ["perturb"],
+    ["report"],
     ["models"],
+    ["retrieve"],
 )
 
 

@@ -10,7 +10,7 @@ import signal
 import sys
 
 import maknet_jax
-from maknet_jax.cli import data, inference, students, training
+from maknet_jax.cli import data, explain, inference, lesions, students, training
 from maknet_jax.cli.options import BAD_INPUT, DONE, STOPPED, Parser
 from maknet_jax.errors import InputError, Stopped
 
@@ -81,6 +81,6 @@ def _parser():
     )
     parser.add_argument("--version", action="version", version=maknet_jax.__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for stage in (data, training, students, inference):
+    for stage in (data, training, students, inference, explain, lesions):
         stage.add_verbs(verbs)
     return parser

@@ -27,7 +27,13 @@ def add_verbs(verbs):
     verb.add_argument("--labels", help="LesaNet's text-mined labels (JSON); none: unlabelled")
     verb.add_argument("--hand-labels", help="LesaNet's hand-labelled test set (JSON)")
     verb.add_argument("--ontology", help="LesaNet's ontology (xlsx)")
-    _writing(verb)
+    verb.add_argument(
+        "--lesions",
+        action="store_true",
+        help="patches around the lesions with all 171 labels, for LesaNet",
+    )
+    _writing(verb, size="256, of --lesions 120")
+    verb.set_defaults(size=None)
 
     verb = options.verb(
         forms,
@@ -61,10 +67,10 @@ def add_verbs(verbs):
     _writing(verb)
 
 
-def _writing(verb):
+def _writing(verb, size="256"):
     verb.add_argument("--out", required=True, help="folder to write")
     verb.add_argument(
-        "--size", type=options.count, default=256, help="edge of images (default: 256)"
+        "--size", type=options.count, default=256, help=f"edge of images (default: {size})"
     )
     verb.add_argument(
         "--workers", type=options.count, default=options.cores(), help="processes (default: cores)"
@@ -74,6 +80,7 @@ def _writing(verb):
 def _run_deeplesion(chosen):
     from maknet_jax import prepare
 
+    chosen.size = chosen.size or (120 if chosen.lesions else 256)
     return _prepared(
         prepare.prepare_deeplesion(
             chosen.images,
@@ -81,6 +88,7 @@ def _run_deeplesion(chosen):
             label_file=chosen.labels,
             hand_labels=chosen.hand_labels,
             ontology=chosen.ontology,
+            patches=chosen.lesions,
             **_written(chosen),
         )
     )

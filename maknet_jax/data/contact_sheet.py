@@ -18,8 +18,21 @@ def to_grey(hu, window=SOFT_TISSUE):
     return np.clip((hu.astype(np.float32) - low) * (255.0 / (high - low)), 0, 255).astype(np.uint8)
 
 
+def sample(dataset, count):
+    """`count` random examples of a `records.Dataset`, over all splits; always the same ones."""
+    places = [
+        (split, number)
+        for split, entry in dataset.info["splits"].items()
+        for number in range(entry["count"])
+    ]
+    generator = np.random.default_rng(0)
+    chosen = sorted(generator.choice(len(places), min(count, len(places)), replace=False))
+    sources = {split: dataset.source(split) for split in dataset.info["splits"]}
+    return [sources[places[number][0]][places[number][1]] for number in chosen]
+
+
 def write_contact_sheet(path, examples, names, *, columns=6, window=SOFT_TISSUE):
-    """Writes a PNG: middle slices in rows, each with its id and its labels.
+    """Writes a PNG: middle slices in rows, each with its id, its labels and its box.
 
     Args:
       path: the PNG.
@@ -36,6 +49,10 @@ def write_contact_sheet(path, examples, names, *, columns=6, window=SOFT_TISSUE)
         left, top = number % columns * _TILE, number // columns * (_TILE + _TEXT)
         tile = Image.fromarray(to_grey(example.image[..., 1], window))
         sheet.paste(tile.resize((_TILE - 4, _TILE - 4)), (left + 2, top + 2))
+        if "box" in example.meta:
+            # A box counts pixels by their middles.
+            places = (np.asarray(example.meta["box"]) + 0.5) * (_TILE - 4) / len(example.image)
+            draw.rectangle([*(places + [left + 2, top + 2] * 2)], outline=(255, 180, 0))
         labels = [names[column] for column in np.flatnonzero(example.labels)]
         lines = [example.id[:30], *_wrap(", ".join(labels) or "no label", 31)[:2]]
         for line, text in enumerate(lines):

@@ -79,6 +79,13 @@ def read_info(path):
         raise InputError(f"{path} is no CSV table: {error}") from None
 
 
+def find_image(folder, name):
+    """The file of a slice in `folder`, which may be nested or flat; None where it is not there."""
+    flat = name.replace("/", "_")
+    nested = pathlib.PurePath(*flat.rsplit("_", 1))
+    return next((path for path in (folder / nested, folder / flat) if path.is_file()), None)
+
+
 def _lesion(path, number, row):
     try:
         return Lesion(
@@ -289,7 +296,7 @@ class LabelledLesion:
     unknown: tuple[str, ...]
 
 
-def label_lesions(numbering, mined, hand, vocabulary):
+def label_lesions(numbering, mined, hand, vocabulary, *, doubtful=False):
     """Joins rows and labels (paper, sections 2 and 4.2).
 
     Training takes relevant and uncertain labels, val and test only relevant ones: so the counts of
@@ -301,6 +308,8 @@ def label_lesions(numbering, mined, hand, vocabulary):
       mined: `MinedLabels`.
       hand: dict of `read_hand_labels`, or None.
       vocabulary: the labels to keep; a lesion without any of them is left out.
+      doubtful: uncertain labels of training are also given as unknown, so that those which they
+        imply can be left out of the loss, as LesaNet does.
 
     Returns:
       (lesions, counts): a list of `LabelledLesion` in order of split and number, and a dict
@@ -311,7 +320,7 @@ def label_lesions(numbering, mined, hand, vocabulary):
     for number, split in sorted(mined.split.items()):
         names, unknown = mined.relevant[number], mined.uncertain[number]
         if split == "train":
-            names, unknown = names + unknown, ()
+            names, unknown = names + unknown, unknown if doubtful else ()
         wanted[split].append((number, names, unknown))
     for number, names in sorted((hand or {}).items()):
         wanted["hand"].append((number, names, ()))

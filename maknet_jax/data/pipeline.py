@@ -15,8 +15,9 @@ _ENDLESS = 2**30  # epochs; with none named, grain overflows in batches of one
 _APART = 2**29  # between the record numbers of two streams: more than any of them holds
 
 
-def _to_dict(example, index):
-    return {
+def to_fields(example, index):
+    """What a batch holds of an example; `box` where the record has one."""
+    fields = {
         "image": example.image,
         "labels": example.labels.astype(np.float32),
         "label_mask": example.label_mask.astype(np.float32),
@@ -24,6 +25,9 @@ def _to_dict(example, index):
         "id": example.id,
         "index": np.int32(index),
     }
+    if "box" in example.meta:
+        fields["box"] = np.asarray(example.meta["box"], np.float32)
+    return fields
 
 
 class _Indexed:
@@ -36,7 +40,7 @@ class _Indexed:
         return len(self._source)
 
     def __getitem__(self, index):
-        return _to_dict(self._source[index], index)
+        return to_fields(self._source[index], index)
 
 
 class _Padded(_Indexed):
@@ -73,7 +77,8 @@ def train_batches(
 
     Yields:
       `batch` dicts as design.md's contract has them, each array with batch_size / process_count
-      rows, and `index` int32: the record number, from which augmentation derives its randomness.
+      rows, `index` int32: the record number, from which augmentation derives its randomness, and
+      of lesions `box` float32 [B, 4].
 
     Raises:
       ValueError: the source is empty or the batch cannot be split evenly.
@@ -132,7 +137,8 @@ def mixed_batches(
     for batches in zip(*streams, strict=True):
         for number, batch in enumerate(batches):
             batch["index"] = batch["index"] + np.int32(number * _APART)
-        yield {name: _alternate([batch[name] for batch in batches], local) for name in batches[0]}
+        shared = set.intersection(*map(set, batches))  # of lesions and whole slices no boxes
+        yield {name: _alternate([batch[name] for batch in batches], local) for name in shared}
 
 
 def _alternate(columns, units):

@@ -2,14 +2,21 @@
 
 from maknet_jax.errors import InputError
 from maknet_jax.models.layers import Outputs
+from maknet_jax.models.lesanet import LesaNet
 from maknet_jax.models.linear import Linear
 from maknet_jax.models.maknet import MAKNet
 from maknet_jax.models.resnet import ResNet18
 from maknet_jax.models.vgg import VGG16
 
-__all__ = ["MODELS", "Linear", "MAKNet", "Outputs", "ResNet18", "VGG16", "build"]
+__all__ = ["MODELS", "LesaNet", "Linear", "MAKNet", "Outputs", "ResNet18", "VGG16", "build"]
 
-MODELS = {"maknet": MAKNet, "vgg16": VGG16, "resnet18": ResNet18, "linear": Linear}
+MODELS = {
+    "maknet": MAKNet,
+    "vgg16": VGG16,
+    "resnet18": ResNet18,
+    "lesanet": LesaNet,
+    "linear": Linear,
+}
 
 
 def build(name, num_classes, **options):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -27,8 +28,9 @@ class MAKNet(nn.Module):
       growth_rates: channels that each of its layers adds.
       widths: channels that each block gives on.
       kernel_size: k of the MAKConv layers.
-      form: of the MAKConv layers, "auto", "split" or "fused"; the parameters are the same.
+      form: of the MAKConv layers, see `layers.DenseBlock`; the parameters are the same in all.
       dropout_rate: before the classifier; 0.5 in the student (section 4.2), 0 in the teacher.
+      frozen: the trunk's weights and statistics stay as they are.
       mixpool_learned: False fixes MixPool's share at 0.5.
       dtype: of activations; parameters, statistics and logits are float32.
     """
@@ -42,19 +44,25 @@ class MAKNet(nn.Module):
     form: str = "auto"
     dropout_rate: float = 0.0
     mixpool_learned: bool = True
+    frozen: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, images, train):
-        """Returns `Outputs`; with `train` and dropout an rng named "dropout" is needed."""
+    def __call__(self, images, train, *, stages=False):
+        """`[B, H, W, 3]` -> `Outputs`, or the list of `stages` from the stem on.
+
+        With `train` and dropout an rng named "dropout" is needed.
+        """
         if not len(self.blocks) == len(self.growth_rates) == len(self.widths):
             raise InputError(
                 f"blocks {self.blocks}, growth_rates {self.growth_rates} and widths {self.widths} "
                 "differ in length: each needs one entry a block"
             )
+        learning = train and not self.frozen
         x = layers.InputNorm(self.dtype, name="input")(images)
-        x = layers.ConvNorm(self.stem, (7, 7), 4, dtype=self.dtype, name="stem")(x, train)
+        x = layers.ConvNorm(self.stem, (7, 7), 4, dtype=self.dtype, name="stem")(x, learning)
         x = layers.mish(x)
+        kept = [x]
         shapes = zip(self.blocks, self.growth_rates, self.widths, strict=True)
         for number, (count, growth_rate, features) in enumerate(shapes):
             if number:
@@ -67,7 +75,12 @@ class MAKNet(nn.Module):
                 form=self.form,
                 dtype=self.dtype,
                 name=f"block_{number}",
-            )(x, train)
+            )(x, learning)
+            kept.append(x)
+        if self.frozen:
+            x, kept = jax.lax.stop_gradient((x, kept))
+        if stages:
+            return kept
         features = layers.global_concat_pool(x).astype(jnp.float32)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(features)
         scores = layers.score_layer(self.num_classes, name="classifier")(x)

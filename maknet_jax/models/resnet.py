@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -34,25 +35,35 @@ class ResNet18(nn.Module):
     Attributes:
       num_classes: labels K.
       dropout_rate: before the classifier.
+      frozen: the trunk's weights and statistics stay as they are.
       dtype: of activations; parameters, statistics and logits are float32.
     """
 
     num_classes: int
     dropout_rate: float = 0.0
+    frozen: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, images, train):
-        """`[B, H, W, 3]` in [0, 1] -> `Outputs`."""
+    def __call__(self, images, train, *, stages=False):
+        """`[B, H, W, 3]` in [0, 1] -> `Outputs`, or the list of `stages` from the stem on."""
+        learning = train and not self.frozen
         x = layers.InputNorm(self.dtype, name="input")(images)
-        x = layers.ConvNorm(64, (7, 7), 2, self.dtype, name="stem")(x, train)
+        x = layers.ConvNorm(64, (7, 7), 2, self.dtype, name="stem")(x, learning)
+        x = nn.relu(x)
+        kept = [x]
         # Padded by one as torch pads: "SAME" would shift the grid.
-        x = nn.max_pool(nn.relu(x), (3, 3), (2, 2), ((1, 1), (1, 1)))
+        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for stage, features in enumerate(WIDTHS):
             for number in range(2):
                 strides = 2 if stage and not number else 1
                 name = f"stage{stage + 1}_{number}"
-                x = BasicBlock(features, strides, self.dtype, name=name)(x, train)
+                x = BasicBlock(features, strides, self.dtype, name=name)(x, learning)
+            kept.append(x)
+        if self.frozen:
+            x, kept = jax.lax.stop_gradient((x, kept))
+        if stages:
+            return kept
         features = x.mean(axis=(1, 2), dtype=jnp.float32)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(features)
         scores = layers.score_layer(self.num_classes, name="classifier")(x)

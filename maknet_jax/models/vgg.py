@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -17,24 +18,32 @@ class VGG16(nn.Module):
     Attributes:
       num_classes: labels K.
       dropout_rate: before the classifier.
+      frozen: the trunk's weights and statistics stay as they are.
       dtype: of activations; parameters, statistics and logits are float32.
     """
 
     num_classes: int
     dropout_rate: float = 0.0
+    frozen: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, images, train):
-        """`[B, H, W, 3]` in [0, 1] -> `Outputs` without a second head."""
+    def __call__(self, images, train, *, stages=False):
+        """`[B, H, W, 3]` in [0, 1] -> `Outputs` without a second head, or the list of `stages`."""
+        learning, kept = train and not self.frozen, []
         x = layers.InputNorm(self.dtype, name="input")(images)
         for stage, widths in enumerate(STAGES):
             for number, features in enumerate(widths):
                 x = layers.ConvNorm(
                     features, (3, 3), dtype=self.dtype, name=f"stage{stage + 1}_{number}"
-                )(x, train)
+                )(x, learning)
                 x = nn.relu(x)
+            kept.append(x)
             x = layers.max_pool(x)
+        if self.frozen:
+            x, kept = jax.lax.stop_gradient((x, kept))
+        if stages:
+            return kept
         features = x.mean(axis=(1, 2), dtype=jnp.float32)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(features)
         logits = layers.score_layer(self.num_classes, name="classifier")(x)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from maknet_jax.errors import InputError
 from maknet_jax.training.state import TrainState
 
 
@@ -11,8 +12,9 @@ def make_train_step(model, loss_fn, optimizer, *, to_input, augment=None, ema_de
     """Builds `train_step(state, batch, key) -> (state, metrics)`.
 
     Args:
-      model: `model.apply(variables, images, train)` returns `Outputs`.
-      loss_fn: loss_fn(outputs, batch) -> (scalar, metrics).
+      model: `model.apply(variables, images, train)` returns `Outputs`; one that `takes_box` gets
+        the boxes too.
+      loss_fn: loss_fn(outputs, batch) -> (scalar, metrics); the batch holds a `key` to draw with.
       optimizer: an optax transformation.
       to_input: batch["image"] (int16 HU) -> float32 images in [0, 1].
       augment: augment(images, keys [B]) -> images, or None.
@@ -37,8 +39,9 @@ def make_train_step(model, loss_fn, optimizer, *, to_input, augment=None, ema_de
                 train=True,
                 mutable=["batch_stats"],
                 rngs={"dropout": dropout_key},
+                **box_of(model, batch.get("box")),
             )
-            value, metrics = loss_fn(outputs, batch)
+            value, metrics = loss_fn(outputs, batch | {"key": jax.random.fold_in(dropout_key, 1)})
             return value, (metrics, updated.get("batch_stats", {}))
 
         (_, (metrics, stats)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
@@ -56,9 +59,31 @@ def make_train_step(model, loss_fn, optimizer, *, to_input, augment=None, ema_de
 
 
 def make_predict_step(model, *, to_input):
-    """Builds `predict_step(variables, images) -> logits`, float32 `[B, K]` from int16 HU."""
+    """Builds `predict_step(variables, images, box=None) -> logits`, float32 `[B, K]` from int16 HU.
 
-    def predict_step(variables, images):
-        return model.apply(variables, to_input(images), train=False).logits.astype(jnp.float32)
+    `box` is `[B, 4]`, needed and used only where the network `takes_box`.
+    """
+
+    def predict_step(variables, images, box=None):
+        boxes = box_of(model, box)
+        return model.apply(variables, to_input(images), train=False, **boxes).logits.astype(
+            jnp.float32
+        )
 
     return predict_step
+
+
+def box_of(model, box):
+    """The keyword arguments that a network takes beside images: LesaNet the lesions' boxes.
+
+    Raises:
+      InputError: it needs boxes and there are none.
+    """
+    if not getattr(model, "takes_box", False):
+        return {}
+    if box is None:
+        raise InputError(
+            "the network looks at lesions and these images have no box: take data of `maknet "
+            "prepare deeplesion --lesions`"
+        )
+    return {"box": box}

@@ -1,0 +1,113 @@
+"""Patches around lesions as LesaNet cuts them (Yan et al. 2019, section 4.1 and published code)."""
+
+import math
+import pathlib
+
+import numpy as np
+from scipy import ndimage
+
+from maknet_jax.data import png, preprocess
+from maknet_jax.errors import Rejected
+
+SIZE = 120  # pixels of 1 mm
+BETWEEN = 2.0  # mm from one of the three slices to the next
+RULE = "1 mm a pixel, three slices at 2 mm, around the lesion's centre, borders repeated"
+
+
+def three_slices(read, interval):
+    """The slice of a lesion and those 2 mm before and behind it, by linear interpolation.
+
+    Args:
+      read: read(offset) -> int16 `[H, W]` in HU, the slice that many further on, or the nearest.
+      interval: mm from slice to slice; where it is unknown (nan, or not above 0) the slice is taken
+        three times.
+
+    Returns:
+      Three float32 `[H, W]`, padding replaced by air.
+
+    Raises:
+      Rejected: the slices differ in size.
+    """
+
+    def plane(offset):
+        return preprocess.clean(read(offset)).astype(np.float32)
+
+    middle = plane(0)
+    if not interval > 0:
+        return [middle] * 3
+    steps = BETWEEN / interval
+    whole, share = math.floor(steps), steps % 1
+    found = []
+    for sign in (-1, 1):
+        planes = (
+            [plane(sign * whole), plane(sign * (whole + 1))] if share else [plane(sign * whole)]
+        )
+        if any(one.shape != middle.shape for one in planes):
+            raise Rejected("the slices beside it are of another size")
+        found.append((1 - share) * planes[0] + share * planes[-1])
+    return [found[0], middle, found[1]]
+
+
+def make_patch(slices, box, spacing, size=SIZE):
+    """The surroundings of a lesion at 1 mm a pixel.
+
+    Boxes lie on the grid of pixels from 0. LesaNet repeats the border on one side of each axis
+    only, and cuts the box at 0 only; here it is both sides.
+
+    Args:
+      slices: three `[H, W]` in HU.
+      box: x0, y0, x1, y1 in pixels of the slice.
+      spacing: (x, y, ..) in mm.
+      size: edge of the patch in mm.
+
+    Returns:
+      (image, box): int16 `[size, size, 3]` and the lesion's box in its pixels, four floats.
+
+    Raises:
+      Rejected: the box or the spacing is none.
+    """
+    scale = np.asarray(spacing[:2], float)
+    if not (np.isfinite(scale).all() and (scale > 0).all()):
+        raise Rejected(f"pixel spacing {tuple(spacing[:2])} should be above 0 mm")
+    corners = np.asarray(box, float).reshape(2, 2) * scale
+    if not (np.isfinite(corners).all() and (corners[0] <= corners[1]).all()):
+        raise Rejected(f"box {tuple(box)} should be x0,y0,x1,y1 with x0 <= x1 and y0 <= y1")
+    middle = np.rint(corners.mean(axis=0))
+    places = []
+    for axis, length in ((1, slices[0].shape[0]), (0, slices[0].shape[1])):
+        last = max(0, np.rint(length * scale[axis]) - 1)
+        line = np.clip(np.arange(size) + middle[axis] - size // 2, 0, last)
+        places.append((line + 0.5) / scale[axis] - 0.5)
+    grid = np.meshgrid(*places, indexing="ij")
+    planes = [ndimage.map_coordinates(one, grid, order=1, mode="nearest") for one in slices]
+    image = np.rint(np.stack(planes, axis=-1)).astype(np.int16)
+    inside = np.clip(corners - middle + size // 2, 0, size)
+    return image, tuple(inside.ravel().tolist())
+
+
+def patch_of_png(path, box, spacing, size=SIZE):
+    """`make_patch` of a PNG slice and those beside it, by their names.
+
+    Args:
+      path: the slice; one that is missing beside it is replaced by the nearest there is.
+      box: x0, y0, x1, y1 in pixels of the slice from 0.
+      spacing: (x, y, z) in mm.
+      size: edge of the patch in mm.
+
+    Returns:
+      (image, box, repeated): as `make_patch`, and how many slices were missing.
+
+    Raises:
+      Rejected: a slice cannot be read, or the box or the spacing is none.
+    """
+    repeated = 0
+
+    def read(offset):
+        nonlocal repeated
+        found = offset
+        while found and not png.neighbour_path(path, found).is_file():
+            found -= int(math.copysign(1, found))
+        repeated += found != offset
+        return png.read_png(png.neighbour_path(path, found) if found else pathlib.Path(path))
+
+    return *make_patch(three_slices(read, spacing[2]), box, spacing, size), repeated

@@ -1,0 +1,133 @@
+"""LesaNet: ROI max pooling against a loop over boxes, its trunks, what it looks at."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maknet_jax import models
+from maknet_jax.errors import InputError
+from maknet_jax.models import lesanet
+from maknet_jax.training import transfer
+
+TINY = {"stem": 8, "blocks": (1,) * 4, "growth_rates": (8,) * 4, "widths": (8,) * 4}
+BOXES = np.float32([[40, 52, 80, 68], [0, 0, 120, 120], [57.5, 58.5, 61.2, 63.9], [100, 3, 119, 9]])
+
+
+def loop_pool(x, box, scale, bins=5):
+    """One box as Fast R-CNN's operator walks over it: (maxima, places of the maxima)."""
+    height, width, channels = x.shape
+    left, top, right, bottom = (math.floor(v * scale + 0.5) for v in box)
+    high, wide = max(bottom - top + 1, 1), max(right - left + 1, 1)
+    out, places = np.zeros((bins, bins, channels)), {}
+    for row in range(bins):
+        for column in range(bins):
+            rows = [max(math.floor(row * high / bins) + top, 0),
+                    min(math.ceil((row + 1) * high / bins) + top, height)]  # fmt: skip
+            columns = [max(math.floor(column * wide / bins) + left, 0),
+                       min(math.ceil((column + 1) * wide / bins) + left, width)]  # fmt: skip
+            for c in range(channels):
+                best = None
+                for y in range(*rows):
+                    for z in range(*columns):
+                        if best is None or x[y, z, c] > x[best]:
+                            best = (y, z, c)
+                if best is not None:
+                    out[row, column, c], places[row, column, c] = x[best], best
+    return out, places
+
+
+@pytest.mark.parametrize("edge, scale", [(120, 1.0), (30, 0.25), (7, 0.0625)])
+def test_roi_pooling_and_its_gradient_are_those_of_a_loop(edge, scale):
+    rng = np.random.default_rng(edge)
+    x = rng.normal(size=(len(BOXES), edge, edge, 2)).astype(np.float32)
+    slope = rng.normal(size=(len(BOXES), 5, 5, 2)).astype(np.float32)
+    pooled, vjp = jax.vjp(lambda x: lesanet.roi_max_pool(x, BOXES, scale), x)
+    (gradient,) = vjp(jnp.asarray(slope))
+    for number, box in enumerate(BOXES):
+        out, places = loop_pool(x[number], box, scale)
+        np.testing.assert_array_equal(pooled[number], out.astype(np.float32))
+        theirs = np.zeros(x.shape[1:])
+        for where, place in places.items():
+            theirs[place] += slope[number][where]
+        np.testing.assert_allclose(gradient[number], theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_a_box_of_one_pixel_is_that_pixel_and_parts_beyond_the_map_are_0():
+    x = jnp.arange(1.0, 17.0).reshape(1, 4, 4, 1)
+    np.testing.assert_array_equal(lesanet.roi_max_pool(x, np.float32([[2, 1, 2, 1]]), 1.0), 7.0)
+    half = np.asarray(lesanet.roi_max_pool(x, np.float32([[0, 0, 3, 9]]), 1.0))[0, :, :, 0]
+    assert (half[2:] == 0).all() and (half[:2] > 0).all()  # rows 0 to 9 of which 4 are there
+    boxed = jax.grad(lambda x: lesanet.roi_max_pool(x, np.float32([[9, 9, 12, 12]]), 1.0).sum())(x)
+    np.testing.assert_array_equal(boxed, 0)
+
+
+@functools.cache
+def tiny(frozen=False):
+    """A LesaNet on a tiny MAKNet and its variables at 64 x 64."""
+    model = models.build("lesanet", 5, trunk="maknet", trunk_options=TINY, units=16, embedding=8,
+                         frozen=frozen)  # fmt: skip
+    images = jnp.zeros((1, 64, 64, 3))
+    return model, jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(0))
+
+
+def test_the_outputs_are_scores_and_an_embedding_of_length_1():
+    model, variables = tiny()
+    images = jax.random.uniform(jax.random.key(1), (3, 64, 64, 3))
+    boxes = np.float32([[20, 20, 40, 44]] * 3)
+    outputs = model.apply(variables, images, train=False, box=boxes)
+    assert outputs.logits.shape == (3, 5) and outputs.features.shape == (3, 8)
+    np.testing.assert_allclose(np.linalg.norm(outputs.features, axis=1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(outputs.logits, outputs.scores_before_spl)  # SPL starts as 1
+    other = model.apply(variables, images, train=False, box=boxes + 5)
+    assert np.abs(other.logits - outputs.logits).max() > 1e-3
+    whole = model.apply(variables, images, train=False, box=np.float32([[0, 0, 64, 64]] * 3))
+    np.testing.assert_array_equal(model.apply(variables, images, train=False).logits, whole.logits)
+
+
+def test_a_frozen_trunk_has_no_gradient_and_keeps_its_statistics():
+    model, variables = tiny(frozen=True)
+    images = jax.random.uniform(jax.random.key(1), (2, 64, 64, 3))
+
+    def loss(params):
+        outputs, updated = model.apply(
+            variables | {"params": params}, images, train=True, mutable=["batch_stats"]
+        )
+        return jnp.sum(outputs.logits**2), updated["batch_stats"]
+
+    gradient, stats = jax.grad(loss, has_aux=True)(variables["params"])
+    for old, new in zip(*map(jax.tree.leaves, (variables["batch_stats"], stats)), strict=True):
+        np.testing.assert_array_equal(old, new)
+    moved = {name for name, part in gradient.items() if any(map(np.any, jax.tree.leaves(part)))}
+    assert moved == {"roi_1", "roi_2", "roi_3", "roi_4", "roi_5", "classifier", "spl"}
+
+
+@pytest.mark.parametrize("trunk", ["vgg16", "resnet18", "maknet"])
+def test_every_weight_of_a_trunk_has_its_place(trunk):
+    def shapes(name, **options):
+        model = models.build(name, 4, **options)
+        images = jnp.zeros((1, 120, 120, 3))
+        return jax.eval_shape(lambda key: model.init(key, images, train=False), jax.random.key(0))
+
+    alone, whole = shapes(trunk), shapes("lesanet", trunk=trunk)
+    given = jax.tree.map(lambda leaf: np.full(leaf.shape, 7, leaf.dtype), alone)
+    placed, names, fresh = transfer.place(whole, **given, head=False)
+    heads = {"classifier", "spl", "embedding", *(f"roi_{k}" for k in range(1, 6))}
+    assert {name.split("/")[1] for name in fresh} == heads
+    trunks = set(alone["params"]) - {"classifier", "spl"}
+    assert {name.split("/")[1] for name in names if name.startswith("params")} == trunks
+    kernel = jax.tree.leaves({k: placed["params"][k] for k in trunks})[0]
+    np.testing.assert_array_equal(kernel, 7)
+    if trunk == "vgg16":
+        assert [whole["params"][f"roi_{k}"]["kernel"].shape for k in range(1, 6)] == [
+            (25 * channels, 256) for channels in (64, 128, 256, 512, 512)
+        ]
+
+
+def test_an_unknown_trunk_is_named():
+    with pytest.raises(InputError, match="trunk 'alexnet' is unknown: choose one of vgg16"):
+        model = models.build("lesanet", 4, trunk="alexnet")
+        model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), train=False)

@@ -1,0 +1,132 @@
+"""`maknet retrieve`: a lesion of the set is found first, groups in `evaluate`, what is refused."""
+
+import json
+
+import lesion_runs
+import numpy as np
+import pytest
+from PIL import Image
+from prepared import read_csv
+
+from maknet_jax import cli, evaluate, retrieve, train
+from maknet_jax.data import records
+from maknet_jax.data.labels import Label, Vocabulary
+from maknet_jax.errors import InputError
+from maknet_jax.evaluation import protocol
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def lesanet(phantom, tmp_path_factory):
+    """(workdir, prepared lesions) of a LesaNet after one epoch."""
+    folder = tmp_path_factory.mktemp("lesanet")
+    data = lesion_runs.write(phantom, folder / "data", SIZE)
+    train.train(lesion_runs.page(data, SIZE, epochs=1.0), folder / "run")
+    return folder / "run", data
+
+
+def query_of(phantom, example):
+    """The file and the box, counted from 0, that a record was made of."""
+    name = example.meta["file"]
+    path = phantom["images"] / name.rsplit("_", 1)[0] / name.rsplit("_", 1)[1]
+    return path, [place - 1 for place in example.meta["slice_box"]]
+
+
+def test_a_lesion_of_the_set_is_the_most_like_itself(lesanet, phantom, tmp_path, capsys):
+    folder, data = lesanet
+    source = records.open_dataset(data).source("test")
+    example = source[2]
+    path, box = query_of(phantom, example)
+    out = tmp_path / "similar.csv"
+    code = cli.main(
+        ["retrieve", "--workdir", str(folder), "--image", str(path), "--data", str(data),
+         "--box", ",".join(map(str, box)), "--spacing", ",".join(map(str, example.meta["spacing"])),
+         "--out", str(out), "--top", "5", "--split", "train,test"]
+    )  # fmt: skip
+    assert code == 0
+    rows = read_csv(out)
+    assert len(rows) == 5 and {row["split"] for row in rows} <= {"train", "test"}
+    assert rows[0]["id"] == example.id and rows[0]["similarity"] == "1.0000"
+    names = records.open_dataset(data).vocabulary.names
+    assert rows[0]["labels"] == "|".join(names[k] for k in np.flatnonzero(example.labels))
+    similarities = [float(row["similarity"]) for row in rows]
+    assert similarities == sorted(similarities, reverse=True)
+    with Image.open(tmp_path / "similar.png") as sheet:
+        assert sheet.size[0] == 6 * 192  # the query and five others
+    assert example.id in capsys.readouterr().out
+
+
+def test_the_query_is_the_patch_of_the_record(lesanet, phantom):
+    example = records.open_dataset(lesanet[1]).source("train")[0]
+    path, box = query_of(phantom, example)
+    query = retrieve.read_query(path, box, example.meta["spacing"], SIZE)
+    np.testing.assert_array_equal(query.image, example.image)
+    assert list(query.meta["box"]) == list(example.meta["box"])
+
+
+def test_a_dicom_slice_knows_its_spacing(phantom):
+    path = sorted((phantom["dicom"] / "series_00").glob("*.dcm"))[3]
+    query = retrieve.read_query(path, (20, 20, 30, 34), None, SIZE)
+    assert query.image.shape == (SIZE, SIZE, 3) and query.image.dtype == np.int16
+    other = retrieve.read_query(path, (20, 20, 30, 34), (1.0, 1.0, 5.0), SIZE)
+    assert not np.array_equal(query.image, other.image)
+
+
+@pytest.mark.parametrize(
+    "image, box, spacing, says",
+    [
+        ("lesion", None, None, "does not know its spacing: add --spacing"),
+        ("lesion", (9, 9, 3, 3), (1, 1, 1), "box .* should be x0,y0,x1,y1"),
+        ("nowhere.png", (1, 1, 3, 3), (1, 1, 1), "nowhere.png"),
+        ("series", (1, 1, 3, 3), None, "has 12 slices: name the file"),
+    ],
+)
+def test_a_query_that_cannot_be_read_is_one_line(lesanet, phantom, image, box, spacing, says):
+    path, own = query_of(phantom, records.open_dataset(lesanet[1]).source("train")[0])
+    path = {"lesion": path, "series": phantom["dicom"] / "series_00"}.get(image, image)
+    with pytest.raises(InputError, match=says) as caught:
+        retrieve.read_query(path, box or own, spacing, SIZE)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_network_without_boxes_is_refused(trained, lesanet, tmp_path):
+    with pytest.raises(InputError, match=r"is no LesaNet: take a run of configs/lesanet\.py"):
+        retrieve.retrieve(trained, "x.png", (0, 0, 1, 1), lesanet[1], tmp_path / "out.csv")
+
+
+def test_means_by_class_and_frequency():
+    kinds = ("bodypart", "type", "bodypart", "attribute")
+    vocabulary = Vocabulary(tuple(Label(f"label {k}", kind) for k, kind in enumerate(kinds)))
+    rows = [
+        {"label": k, "evaluated": k != 3, "auc": v, "f1": v / 2, "precision": v, "recall": 1.0}
+        for k, v in enumerate((0.5, 0.7, 0.9, 0.1))
+    ]
+    report = protocol.Report({}, rows)
+    groups = evaluate.by_group(report, vocabulary, [100, 101, 1000, 1001])["groups"]
+    assert list(groups) == ["bodypart", "type", "attribute", "rare", "medium", "frequent"]
+    assert groups["bodypart"] == {
+        "labels": 2, "auc": pytest.approx(0.7), "f1": pytest.approx(0.35),
+        "precision": pytest.approx(0.7), "recall": 1.0,
+    }  # fmt: skip
+    assert groups["attribute"] == {"labels": 0, "auc": None, "f1": None, "precision": None,
+                                   "recall": None}  # fmt: skip
+    assert groups["rare"]["auc"] == 0.5 and groups["medium"]["labels"] == 2
+    assert "rare" not in evaluate.by_group(report, vocabulary)["groups"]
+    one = Vocabulary((Label("a"), Label("b")))
+    assert evaluate.by_group(protocol.Report({}, rows[:2]), one) == {}
+
+
+def test_evaluate_writes_the_groups(lesanet):
+    folder, _ = lesanet
+    summary = evaluate.evaluate(folder)
+    written = json.loads((folder / "evaluation" / "test.json").read_text())
+    groups = written["groups"]
+    assert groups == summary["splits"]["test"]["groups"]
+    assert {"bodypart", "type", "attribute", "rare"} <= set(groups)
+    kinds = ("bodypart", "type", "attribute")
+    assert sum(groups[kind]["labels"] for kind in kinds) == written["labels_evaluated"]
+    total = sum(groups[k]["auc"] * groups[k]["labels"] for k in kinds if groups[k]["labels"])
+    assert total / written["labels_evaluated"] == pytest.approx(written["auc"])
+    lines = (folder / "evaluation" / "test_groups.csv").read_text().splitlines()
+    assert lines[0] == ",labels,auc,f1,precision,recall" and lines[1].startswith("bodypart,")

@@ -1,0 +1,77 @@
+"""Table 3: its numbers are those that were evaluated and those that the paper printed."""
+
+import csv
+import pathlib
+import re
+import sys
+
+import lesion_runs
+import pytest
+import toy
+
+from maknet_jax import files
+from maknet_jax.errors import InputError
+
+REPO = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO / "benchmarks"))
+import table3  # noqa: E402
+
+TEXT = REPO.parent / "shared" / "paper" / "maknet_paper_with_tables.md"
+
+
+def splits(start):
+    values = [start + k / 100 for k in range(4)]
+    return {name: dict(zip(table3.METRICS, values, strict=True)) for name in table3.SETS}
+
+
+def test_rows_are_means_over_seeds_beside_the_papers():
+    runs = {"random": [splits(0.1), splits(0.3)], "tcia": [splits(0.5)]}
+    runs["random"][0]["hand"]["auc"] = None  # too few labels to score
+    rows = table3.table_rows(runs)
+    assert [row[:3] for row in rows] == [
+        ["LesaNet (random)", "ours", 2], ["LesaNet (tcia)", "ours", 1],
+        ["LesaNet (tcia)", "paper", 1],
+    ]  # fmt: skip
+    assert rows[0][3:7] == pytest.approx([0.2, 0.21, 0.22, 0.23])
+    assert rows[0][7] is None and rows[0][8:] == pytest.approx([0.21, 0.22, 0.23])
+    assert rows[2][3:] == [0.9331, 0.3569, 0.3045, 0.6669, 0.9403, 0.4972, 0.4754, 0.7531]
+    assert all(len(row) == len(table3.HEADER) for row in rows)
+
+
+@pytest.mark.skipif(not TEXT.exists(), reason="the paper's text is not in the repository")
+def test_the_papers_rows_are_those_of_its_text():
+    text = TEXT.read_text()
+    for name, title in (("imagenet", "ImageNet"), ("tcia", "TCIA")):
+        (line,) = re.findall(rf"^.*LesaNet \({title}\).*$", text, re.M)
+        numbers = tuple(float(value) for value in re.findall(r"0\.\d{4}", line))
+        assert numbers == (*table3.PAPER[name]["test"], *table3.PAPER[name]["hand"])
+
+
+@pytest.mark.slow
+def test_the_table_of_a_phantom(phantom, tmp_path):
+    data = lesion_runs.write(phantom, tmp_path / "data", 32)
+    changes = ["epochs=1", "data.batch_size=8"]
+    trunk = ("maknet", lesion_runs.TRUNK)
+    made = table3.table3(tmp_path / "out", data, {"random": ""}, seeds=2, overrides=changes,
+                         trunk=trunk, notes=["a note"])  # fmt: skip
+    assert len(made["runs"]["random"]) == 2
+    with (tmp_path / "out" / "table3.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == table3.HEADER and len(rows) == 2
+    mean = sum(each["test"]["auc"] for each in made["runs"]["random"]) / 2
+    assert float(rows[1][3]) == pytest.approx(mean)
+    assert "a note." in (tmp_path / "out" / "table3.md").read_text()
+    assert files.read_json(tmp_path / "out" / "table3.json")["overrides"] == changes
+
+
+def test_options_that_belong_together(capsys):
+    with pytest.raises(SystemExit) as caught:
+        table3.main(["--data", "x"])
+    assert caught.value.code == 2
+    assert "--data and --init NAME=PATH belong together" in capsys.readouterr().err
+
+
+def test_a_data_set_without_a_split_is_refused(tmp_path):
+    data = toy.write(tmp_path / "toy")
+    with pytest.raises(InputError, match="split 'test' is not in"):
+        table3.table3(tmp_path / "out", data, {"random": ""})
