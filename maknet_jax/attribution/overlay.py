@@ -1,0 +1,44 @@
+"""Maps as pictures: colours over the CT, and pictures as text that a page carries inside itself."""
+
+import base64
+import io
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+# Raises and lowers the output: apart for colour-blind eyes too, and seen on grey.
+RAISES, LOWERS = (255, 120, 0), (0, 140, 255)
+
+
+def scale_of(attribution, quantile=0.995):
+    """The value that full colour stands for: a quantile, so that one pixel cannot hide the rest."""
+    return float(np.quantile(np.abs(attribution), quantile)) or 1.0
+
+
+def smooth(attribution, sigma=1.0):
+    """A map `[H, W]` as it is shown: single pixels are noise to the eye. The sum stays."""
+    return ndimage.gaussian_filter(np.asarray(attribution, np.float32), sigma, mode="constant")
+
+
+def colours(attribution, scale):
+    """A map `[H, W]` as RGBA uint8: the hue is its sign, the opacity its size against `scale`."""
+    strength = np.clip(np.abs(attribution) / scale, 0, 1)
+    hue = np.where((attribution > 0)[..., None], RAISES, LOWERS)
+    opacity = np.rint(255 * strength**0.7)[..., None]
+    return np.concatenate([hue, opacity], axis=-1).astype(np.uint8)
+
+
+def over(grey, rgba):
+    """RGBA over a grey picture: uint8 `[H, W]` and `[H, W, 4]` -> `[H, W, 3]`."""
+    opacity = rgba[..., 3:].astype(np.float32) / 255
+    mixed = grey[..., None] * (1 - opacity) + rgba[..., :3] * opacity
+    return np.rint(mixed).astype(np.uint8)
+
+
+def to_uri(picture, *, lossy=True):
+    """uint8 `[H, W]`, `[H, W, 3]` or `[H, W, 4]` as a data URI (WebP, or PNG if not `lossy`)."""
+    file = io.BytesIO()
+    kind = "webp" if lossy else "png"
+    Image.fromarray(picture).save(file, format=kind, **({"quality": 80} if lossy else {}))
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

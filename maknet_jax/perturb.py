@@ -1,0 +1,321 @@
+"""`maknet perturb`: what a network still says when parts of the image change (paper, 5.2)."""
+
+import functools
+import pathlib
+
+import jax
+import numpy as np
+from PIL import Image
+
+from maknet_jax import cases as selection
+from maknet_jax import console, files
+from maknet_jax.attribution import faithfulness, overlay, page, perturbation
+from maknet_jax.attribution import integrated_gradients as ig
+from maknet_jax.data import contact_sheet, nifti, png
+from maknet_jax.errors import InputError, Rejected
+
+STRATEGIES = ("neighbour", "patch", "attribution", "random")
+COLUMNS = ("id", "model", "perturbed", "label", "truth", "before", "after", "rank_before",
+           "rank_after", "fell_out")  # fmt: skip
+
+
+def perturb(
+    folder,
+    out,
+    *,
+    strategies=STRATEGIES,
+    masks=None,
+    organs=None,
+    share=0.1,
+    path=None,
+    split=None,
+    data=None,
+    ids=None,
+    labels=None,
+    limit=None,
+    compare=None,
+    top=5,
+    steps=50,
+    method="trapezoid",
+    baseline="black",
+    checkpoint="best",
+    batch_size=None,
+    png_window=None,
+    display=contact_sheet.SOFT_TISSUE,
+    most_shown=50,
+):
+    """Perturbs a selection of images and compares the first labels; run again it goes on.
+
+    "neighbour" fills a region with the pixels around it, "patch" blackens its bounding box;
+    "attribution" deletes the pixels that raise the confidences of the original's first labels most,
+    for each network by its own map, and "random" as many at random, the control.
+
+    Args:
+      folder: the workdir of `maknet train`.
+      out: the folder to write: cases/*.npz, pictures/*.png, perturbations.csv, index.html (works
+        offline), summary.json, failures.csv.
+      strategies: of the four.
+      masks: where the regions are: a NIfTI of labels, a PNG or a folder of PNGs called as the
+        slices, or a folder of organ maps as the phantom has; None takes DeepLesion's boxes.
+      organs: names (the phantom's) or values of the masks, each a region of its own; None takes
+        all that is not 0 as one.
+      share: of the pixels that are deleted.
+      path: see `cases.pick`, as split, data, ids, labels, limit and png_window.
+      compare: a second workdir, shown beside the first.
+      top: first labels that are compared.
+      steps: see `attribute.attribute`, as the rest.
+
+    Returns:
+      The summary: for each network and strategy by how much the confidences of the first labels
+      fall, and how many of those stay, with 95 % intervals over the images.
+
+    Raises:
+      InputError: nothing to perturb, or arguments that make no sense.
+    """
+    out = pathlib.Path(out)
+    ig.quadrature(method, steps)
+    unknown = [name for name in strategies if name not in STRATEGIES]
+    if unknown or not strategies:
+        raise InputError(f"strategy {unknown} is unknown: choose of {', '.join(STRATEGIES)}")
+    if not 0 < share < 1:
+        raise InputError(f"--share {share} should lie between 0 and 1")
+    networks = selection.open_networks(folder, compare, checkpoint=checkpoint)
+    run = networks[0].run
+    given = {"path": path, "split": split, "data": data, "ids": ids, "labels": labels}
+    picked = selection.pick(run, folder, **given, limit=limit, png_window=png_window)
+    find = functools.partial(find_regions, masks=masks, organs=organs, size=run.config.data.size)
+    needed = {"neighbour", "patch"} & set(strategies)
+    if needed:  # before any work is done: a wrong path would reject every image
+        _check_masks(masks)
+        picked = selection.Picked([functools.partial(_with_regions, read, find) for read in
+                                   picked.reads], picked.failures, picked.about)  # fmt: skip
+    devices = jax.local_device_count()
+    batch_size = -(-(batch_size or devices) // devices) * devices
+    top = min(top, len(run.vocabulary))
+    about = {"strategies": list(strategies), "masks": masks and str(masks), "organs": organs}
+    about |= {"share": share, "top": top, "steps": steps, "method": method, "baseline": baseline}
+    about |= {"networks": [[net.name, net.run.name, net.run.step] for net in networks]}
+    about |= {"display": list(display), "png_window": png_window and list(png_window)}
+
+    def explain_batch(numbered):
+        return [
+            _perturbed(out, networks, number, case, about, batch_size)
+            for number, case in numbered.items()
+        ]
+
+    done, failures = selection.explain(
+        "perturb", out, picked, about, explain_batch, batch_size=batch_size
+    )
+    summary = about | {"workdir": str(folder), "images": len(done), "failures": len(failures)}
+    if jax.process_index() == 0:
+        summary |= _write(out, done, failures, summary, most_shown)
+    return summary
+
+
+def _check_masks(masks):
+    if masks is not None and not pathlib.Path(masks).exists():
+        raise InputError(f"--masks {masks} does not exist: give a NIfTI, a PNG or a folder")
+
+
+def _with_regions(read, find):
+    case = read()
+    case.meta["regions"] = find(case)  # taken out again before the result is kept
+    return case
+
+
+def find_regions(case, *, masks, organs, size):
+    """The regions of an image: name -> bool `[size, size]`, those that it does not show left out.
+
+    Raises:
+      Rejected: none is in sight, or there is no mask for this image.
+    """
+    crop, box = case.meta.get("crop"), case.meta.get("slice_box") or case.meta.get("box")
+    if crop is None:  # a patch around a lesion: its box is in its own pixels
+        crop, box = (0, 0, size, size), case.meta.get("box")
+    if masks is None:
+        if not box:
+            raise Rejected(f"{case.id}: no box: only DeepLesion has boxes, else give --masks")
+        regions = {"lesion": perturbation.box_region(box, crop, size)}
+    else:
+        plane, values = _mask_of(case, pathlib.Path(masks))
+        plane = perturbation.mask_region(plane, crop, size)
+        regions = {"region": plane != 0}
+        if organs:
+            regions = {str(organ): plane == _value(organ, values) for organ in organs}
+    regions = {name: region for name, region in regions.items() if region.any()}
+    if not regions:
+        raise Rejected(f"{case.id}: none of the regions is in sight")
+    return regions
+
+
+def _value(organ, values):
+    value = values.get(organ, organ)
+    try:
+        return int(value)
+    except ValueError:
+        known = ", ".join(values) or "numbers only"
+        raise InputError(f"--organs {organ!r} is unknown: the masks have {known}") from None
+
+
+def _mask_of(case, masks):
+    """(mask or label map of the case's slice, name -> value)."""
+    name = pathlib.Path(case.meta["file"])
+    if masks.name.lower().endswith((".nii", ".nii.gz")):
+        like = case.meta["file"] if case.meta.get("kind") == "nifti" else None
+        volume = _label_map(str(masks), like)
+        if "slice" not in case.meta or case.meta["slice"] >= len(volume):
+            raise Rejected(f"{case.id}: it has no slice in {masks}")
+        return volume[case.meta["slice"]], {}
+    series, index = png.split_name(name)
+    stored = masks / f"{series}.npz"
+    if stored.exists():
+        with np.load(stored) as maps:
+            key = f"{index:03d}"
+            if key not in maps:
+                raise Rejected(f"{case.id}: {stored} has no map {key}")
+            plane = maps[key]
+        above = [folder / "organs.json" for folder in (masks, masks.parent)]
+        names = next((files.read_json(file) for file in above if file.exists()), {})
+        return plane, {organ: value for value, organ in names.items()}
+    file = masks / name.with_suffix(".png").name if masks.is_dir() else masks
+    try:
+        with Image.open(file) as picture:
+            return np.asarray(picture.convert("L")), {}
+    except OSError:
+        raise Rejected(f"{case.id}: no mask {file}") from None
+
+
+@functools.lru_cache(maxsize=1)
+def _label_map(masks, like):
+    return nifti.load_label_map(masks, like=like)
+
+
+def _perturbed(out, networks, number, case, about, batch_size):
+    """(about, arrays) of one image, and its pictures on disk."""
+    regions = case.meta.pop("regions", {})
+    common = [("original", case.image)]
+    for name, region in regions.items():
+        if "neighbour" in about["strategies"]:
+            common.append((f"neighbour: {name}", perturbation.neighbour(case.image, region)))
+        if "patch" in about["strategies"]:
+            common.append((f"patch: {name}", perturbation.patch(case.image, region)))
+    names, display = networks[0].run.vocabulary.names, about["display"]
+    base = perturbation.make_baseline(case.image, about["baseline"])
+    models, arrays, strips = [], {}, []
+    for place, net in enumerate(networks):
+        forms = common + _deleted(net, case, base, number, about)
+        hu = np.stack([image for _, image in forms])
+        rows = -(-len(hu) // batch_size) * batch_size
+        scores = net.confidences(net.put(np.concatenate([hu, hu[:1].repeat(rows - len(hu), 0)])))
+        order = np.argsort(-scores, axis=1, kind="stable")
+        first = order[0, : about["top"]].tolist()
+        columns = []
+        for row, (title, _) in enumerate(forms):
+            ranks = np.argsort(order[row])
+            now = order[row, : about["top"]].tolist()
+            labels = [
+                {"label": names[k], "truth": case.truth(k), "confidence": float(scores[row, k]),
+                 "before": float(scores[0, k]), "rank": int(ranks[k]) + 1,
+                 "state": "" if k in first and k in now else "gone" if k in first else "new"}
+                for k in now + [k for k in first if k not in now]
+            ]  # fmt: skip
+            columns.append({"title": title, "labels": labels})
+        models.append({"name": net.name, "columns": columns})
+        grey = contact_sheet.to_grey(hu[..., 1], display)
+        arrays[f"pictures_{place}"] = grey
+        strips.append(np.concatenate(list(grey), axis=1))
+    with files.write_whole(out / "pictures" / f"{number:05d}.png", "wb") as file:
+        Image.fromarray(np.concatenate(strips)).save(file, format="PNG")
+    return {"id": case.id, "models": models}, arrays
+
+
+def _deleted(net, case, base, number, about):
+    """The image without its most influential pixels, and without as many at random."""
+    wanted = {"attribution", "random"} & set(about["strategies"])
+    if not wanted:
+        return []
+    images, black = (net.put(np.repeat(hu[None], jax.local_device_count(), axis=0))
+                     for hu in (case.image, base))  # fmt: skip
+    order = np.argsort(-net.confidences(images), axis=1, kind="stable")
+    result = ig.integrated_gradients(
+        net.logit_fn, images, order[:, : about["top"]], black, steps=about["steps"],
+        method=about["method"],
+    )  # fmt: skip
+    mask = perturbation.most_influential(result.maps[0].sum(axis=(0, 3)), about["share"])
+    forms = {"attribution": mask}
+    ranks = faithfulness.random_ranks((1, *mask.shape), number)[0]
+    forms["random"] = ranks < mask.sum()
+    title = {"attribution": "attribution", "random": "random"}
+    return [
+        (f"{title[name]}: {forms[name].mean():.0%} of pixels",
+         perturbation.delete(case.image, forms[name], base))
+        for name in about["strategies"] if name in wanted
+    ]  # fmt: skip
+
+
+def _write(out, done, failures, summary, most_shown):
+    rows, drops, stays = [], {}, {}
+    for path in done.values():
+        about, _ = selection.load(path)
+        for model in about["models"]:
+            original, *columns = model["columns"]
+            before = {entry["label"]: entry for entry in original["labels"]}
+            fallen = {}
+            for column in columns:
+                first = [e for e in column["labels"] if e["label"] in before]
+                for entry in first:
+                    old = before[entry["label"]]
+                    rows.append([about["id"], model["name"], column["title"], entry["label"],
+                                 entry["truth"], old["confidence"], entry["confidence"],
+                                 old["rank"], entry["rank"], entry["state"] == "gone"])  # fmt: skip
+                fall = np.mean([e["before"] - e["confidence"] for e in first])
+                stay = np.mean([e["state"] != "gone" for e in first])
+                strategy = column["title"].partition(":")[0]
+                fallen.setdefault(strategy, []).append((fall, stay))
+            for strategy, values in fallen.items():  # one value an image, whatever its organs
+                key = model["name"], strategy
+                drops.setdefault(key, []).append(np.mean(values, axis=0)[0])
+                stays.setdefault(key, []).append(np.mean(values, axis=0)[1])
+    console.write_table(out / "perturbations.csv", COLUMNS, rows)
+    console.write_failures(out / "failures.csv", failures)
+    results = [
+        {"model": key[0], "strategy": key[1], "images": len(values),
+         "fall": faithfulness.bootstrap(values), "stay": faithfulness.bootstrap(stays[key])}
+        for key, values in drops.items()
+    ]  # fmt: skip
+    shown = [done[number] for number in list(done)[:most_shown]]
+    with files.write_whole(out / "index.html") as file:
+        lead = _lead(results, summary, len(shown))
+        file.write(page.document("Perturbations", lead, map(_card, shown)))
+    files_ = [str(out / name) for name in ("index.html", "perturbations.csv", "cases", "pictures")]
+    more = {"results": results, "files": files_}
+    more["failures_file"] = str(out / "failures.csv") if failures else None
+    files.write_json(out / "summary.json", summary | more)
+    return more
+
+
+def table(results):
+    """(header, rows) of a summary's results: text."""
+    rows = [
+        [result["model"], result["strategy"], result["images"],
+         *("{:.3f} ({:.3f} to {:.3f})".format(*result[name]) for name in ("fall", "stay"))]
+        for result in results
+    ]  # fmt: skip
+    return ["network", "perturbed", "images", "confidence falls by", "of the first stay"], rows
+
+
+def _lead(results, summary, shown):
+    text = (
+        f"What the networks say first, before and after: {shown} of {summary['images']} images "
+        f"shown. Struck through: was among the first {summary['top']}, is no longer. In italics: "
+        "came in. Intervals are 95 %, by resampling images."
+    )
+    return page.paragraph(text) + page.table(*table(results)) + f'<p class="note">{page.KEY}</p>'
+
+
+def _card(path):
+    about, arrays = selection.load(path)
+    for place, model in enumerate(about["models"]):
+        for column, picture in zip(model["columns"], arrays[f"pictures_{place}"], strict=True):
+            column["uri"] = overlay.to_uri(picture)
+    return page.perturbation_card(about["id"], about["models"])

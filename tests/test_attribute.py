@@ -1,0 +1,289 @@
+"""`maknet attribute` from end to end, and its page."""
+
+import csv
+import html.parser
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maknet_jax import attribute, cases, cli, config, train, workdir
+from maknet_jax.attribution import page
+from maknet_jax.data import augment, volumes
+from maknet_jax.errors import InputError
+
+FEW = {"split": "test", "limit": 9, "steps": 6, "refine": 0}
+
+
+@pytest.fixture(scope="module")
+def linear(shards, tmp_path_factory):
+    """A second network on the same data."""
+    folder = tmp_path_factory.mktemp("runs") / "linear"
+    changes = [f"data.path={shards.path}", "data.size=32", "data.batch_size=16", "epochs=2"]
+    train.train(config.load("linear", [*changes, "model.options.edge=4"]), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(trained, linear, tmp_path_factory):
+    """(folder, summary) of nine images by two networks."""
+    out = tmp_path_factory.mktemp("maps") / "out"
+    summary = attribute.attribute(trained, out, compare=linear, faithful=True, **FEW)
+    return out, summary
+
+
+def rows_of(out):
+    with (out / "attributions.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def check_page(text):
+    """It is well formed and asks for nothing outside of itself."""
+
+    class Reader(html.parser.HTMLParser):
+        open_tags, pictures = [], 0
+
+        def handle_starttag(self, tag, attrs):
+            for name, value in attrs:
+                if name in ("src", "href", "data-map", "action", "srcset", "poster"):
+                    assert value.startswith("data:image/"), (tag, name, value[:60])
+                    self.pictures += 1
+            assert tag not in ("link", "iframe", "object", "base")
+            if tag not in ("meta", "img", "input", "br"):
+                self.open_tags.append(tag)
+
+        def handle_endtag(self, tag):
+            assert self.open_tags.pop() == tag
+
+    reader = Reader()
+    reader.feed(text)
+    assert reader.open_tags == []
+    bare = re.sub(r"data:image/\w+;base64,[\w+/=]+", "", text)
+    for outside in ("http:", "https:", "//", "url(", "@import", "fetch(", "XMLHttp"):
+        assert outside not in bare, outside
+    assert "width=device-width" in text
+    return reader.pictures
+
+
+def test_every_image_has_its_maps_and_the_index_says_where(done, trained, shards):
+    out, summary = done
+    index = json.loads((out / "index.json").read_text())
+    source = shards.source("test")
+    run = workdir.open_run(trained)
+    assert summary["images"] == len(index) == 9
+    for number, entry in enumerate(index):
+        example = source[number]
+        assert (entry["number"], entry["id"]) == (number, example.id)
+        about, arrays = cases.load(out / entry["file"])
+        np.testing.assert_array_equal(arrays["image"], example.image[..., 1])
+        for model in (0, 1):
+            assert arrays[f"maps_{model}"].shape == (5, 32, 32, 3)
+            labels = entry["models"][model]["labels"]
+            assert len(labels) == 5
+            given = [label["confidence"] for label in labels]
+            assert given == sorted(given, reverse=True)
+            for label in labels:
+                column = run.vocabulary.index[label["label"]]
+                if not example.label_mask[column]:
+                    assert label["truth"] == "unknown"
+                else:
+                    assert label["truth"] == ("true" if example.labels[column] else "false")
+        with Image.open(out / entry["overlay"]) as picture:
+            assert picture.size == (3 * 32, 32)
+
+
+def test_maps_are_complete_and_confidences_are_the_runs(done, trained, shards):
+    out, summary = done
+    run = workdir.open_run(trained)
+    hu = np.stack([shards.source("test")[k].image for k in range(8)])
+    logits = run.predict(run.variables, {"image": hu})["logits"]
+    scores = 1 / (1 + np.exp(-logits))
+    for number, expected in enumerate(scores):
+        about, arrays = cases.load(out / f"cases/{number:05d}.npz")
+        model = about["models"][0]
+        maps = arrays["maps_0"].astype(np.float32) * arrays["scale_0"][:, None, None, None]
+        for label in model["labels"]:
+            column = run.vocabulary.index[label["label"]]
+            assert label["confidence"] == pytest.approx(expected[column], abs=1e-4)
+            total = maps[label["map"]].sum()
+            # Kept in half precision.
+            assert total == pytest.approx(label["change"] + label["residual"], abs=2e-2)
+
+
+def test_the_table_is_that_of_the_index(done):
+    out, summary = done
+    index = json.loads((out / "index.json").read_text())
+    entries = [
+        (case["id"], model["name"], label)
+        for case in index for model in case["models"] for label in model["labels"]
+    ]  # fmt: skip
+    rows = rows_of(out)
+    assert len(rows) == len(entries) == 9 * 2 * 5
+    for row, (name, model, label) in zip(rows, entries, strict=True):
+        assert (row["id"], row["model"], row["label"]) == (name, model, label["label"])
+        assert float(row["relative"]) == pytest.approx(label["relative"])
+        assert (row["flagged"] == "True") == (float(row["relative"]) > 0.01)
+    for name, share in summary["complete"].items():
+        flags = [row["flagged"] == "True" for row in rows if row["model"] == name]
+        assert share == pytest.approx(1 - np.mean(flags))
+        assert summary["flagged"][name] == sum(flags)
+
+
+def test_faithfulness_has_intervals(done):
+    out, summary = done
+    index = json.loads((out / "index.json").read_text())
+    assert len(summary["faithfulness"]) == 2
+    for place, areas in enumerate(summary["faithfulness"].values()):
+        assert tuple(areas) == attribute.AREAS
+        for area, (mean, low, high) in areas.items():
+            assert 0 <= low <= mean <= high <= 1
+            each = [case["models"][place]["areas"][area] for case in index]
+            assert mean == pytest.approx(np.mean(each), abs=1e-6)
+
+
+def test_the_page_shows_all_and_needs_nothing_else(done):
+    out, _ = done
+    text = (out / "index.html").read_text()
+    # A CT alone and under each of two maps, the maps, and a map for each label to tap.
+    assert check_page(text) == 9 * (1 + 2 * 2 + 2 * 5)
+    index = json.loads((out / "index.json").read_text())
+    for case in index:
+        assert case["id"] in text
+        for model in case["models"]:
+            assert model["name"] in text
+            for label in model["labels"]:
+                assert f'class="{label["truth"]}"' in text
+    assert 'type="range"' in text and "raises" in text and "lowers" in text
+
+
+def test_missed_labels_are_named(done, shards):
+    out, _ = done
+    names = shards.vocabulary.names
+    for case, number in zip(json.loads((out / "index.json").read_text()), range(9), strict=True):
+        truth = {names[k] for k in np.flatnonzero(shards.source("test")[number].labels)}
+        for model in case["models"]:
+            shown = {label["label"] for label in model["labels"]}
+            assert {name for name, _ in model["missed"]} == truth - shown
+
+
+def test_names_and_titles_are_escaped():
+    model = {"name": "<m>", "labels": [], "missed": [["<b>", 0.5]], "uris": ["data:image/x"]}
+    text = page.document("<t>", "", [page.attribution_card("<i>", "data:image/x", [model])])
+    for tag in ("<m>", "<b>", "<t>", "<i>"):
+        assert tag not in text.replace("<i></i>", "")
+
+
+def test_a_killed_run_neither_repeats_nor_loses_an_image(done, trained, linear, tmp_path,
+                                                         monkeypatch):  # fmt: skip
+    out, wrote, save = tmp_path / "out", [], cases.save
+
+    def killed(path, *rest):
+        if len(wrote) == 3:
+            raise KeyboardInterrupt
+        save(path, *rest)
+        wrote.append(path.name)
+
+    monkeypatch.setattr(cases, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        attribute.attribute(trained, out, compare=linear, faithful=True, **FEW)
+    assert not (out / "index.json").exists() and len(list(out.glob("cases/*"))) == 3
+    monkeypatch.setattr(cases, "save", lambda path, *rest: [save(path, *rest),
+                                                            wrote.append(path.name)])  # fmt: skip
+    attribute.attribute(trained, out, compare=linear, faithful=True, **FEW)
+    assert sorted(wrote) == [f"{number:05d}.npz" for number in range(9)]
+    for number in range(9):  # the same as in one go, in whatever batch it was
+        (about, arrays), (other, expected) = (
+            cases.load(folder / f"cases/{number:05d}.npz") for folder in (out, done[0])
+        )
+        assert about["id"] == other["id"]
+        for name, array in arrays.items():
+            np.testing.assert_allclose(
+                array.astype(np.float32), expected[name].astype(np.float32), atol=2e-3, rtol=1e-3
+            )
+    assert attribute.attribute(trained, out, compare=linear, faithful=True, **FEW)["images"] == 9
+    assert len(wrote) == 9  # nothing is left to do
+    with pytest.raises(InputError, match="steps 6, not 7"):
+        attribute.attribute(trained, out, compare=linear, faithful=True, **FEW | {"steps": 7})
+
+
+def test_labels_choose_images_and_targets(trained, shards, tmp_path):
+    source, names = shards.source("test"), shards.vocabulary.names
+    counts = np.sum([source[k].labels for k in range(len(source))], axis=0)
+    name = names[int(np.argmax(np.where(counts < len(source), counts, 0)))]
+    out = tmp_path / "out"
+    attribute.attribute(trained, out, split="test", labels=[name], limit=4, steps=2)
+    has = [source[k] for k in range(len(source)) if source[k].labels[names.index(name)]]
+    rows = rows_of(out)
+    assert [row["id"] for row in rows] == [example.id for example in has[:4]]
+    assert {row["label"] for row in rows} == {name}
+    about, arrays = cases.load(out / "cases/00000.npz")
+    assert arrays["maps_0"].shape[0] == 1
+    assert len(about["models"][0]["labels"]) in (5, 6)  # the first five are listed all the same
+    check_page((out / "index.html").read_text())
+    by_id = attribute.attribute(
+        trained, tmp_path / "ids", split="test", ids=[has[1].id, has[0].id], steps=2
+    )
+    assert by_id["images"] == 2
+
+
+def test_ct_files_are_explained_too(trained, phantom, tmp_path):
+    series = volumes.find_series(phantom["dicom"])[0][0]
+    ids = [f"{series.key}:3", f"{series.key}:0"]
+    out = tmp_path / "out"
+    summary = attribute.attribute(trained, out, path=phantom["dicom"], ids=ids, steps=2)
+    assert summary["images"] == 2
+    rows = rows_of(out)
+    assert {row["id"] for row in rows} == set(ids) and {row["truth"] for row in rows} == {"unknown"}
+
+
+def test_what_cannot_be_read_is_listed_and_the_rest_is_done(trained, phantom, tmp_path, capsys):
+    import shutil
+
+    scans = tmp_path / "scans"
+    shutil.copytree(sorted(phantom["dicom"].iterdir())[0], scans / "good")
+    (scans / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n no picture")
+    argv = ["attribute", str(scans), "--workdir", str(trained), "--out", str(tmp_path / "out")]
+    assert cli.main([*argv, "--limit", "20", "--steps", "2"]) == 3
+    printed = capsys.readouterr().out
+    assert "rejected: 1" in printed and "index.html" in printed
+    assert "bad.png" in (tmp_path / "out" / "failures.csv").read_text()
+
+
+def test_black_is_defined_in_hu_before_the_window(trained, shards):
+    network = cases.open_networks(trained)[0]
+    low, high = network.run.config.data.window
+    hu = np.full((8, 32, 32, 3), -1024, np.int16)
+    np.testing.assert_allclose(network.put(hu), (-1024 - low) / (high - low), atol=1e-6)
+    assert np.asarray(augment.to_unit(hu, (-2048, 2048)))[0, 0, 0, 0] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ([], "--split"),
+        (["--split", "nine"], "nine"),
+        (["--split", "test", "--labels", "nose"], "'nose'"),
+        (["--split", "test", "--ids", "nobody"], "'nobody'"),
+        (["--split", "test", "--baseline", "white"], "'white'"),
+        (["--split", "test", "--compare", "nowhere"], "nowhere"),
+        (["nowhere"], "nowhere"),
+        (["--split", "test", "--display=9,1"], "LOW"),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_exits_2_with_one_line(trained, tmp_path, capsys, options, says):
+    argv = ["attribute", "--workdir", str(trained), "--out", str(tmp_path / "out"), *options]
+    try:
+        code = cli.main(argv)
+    except SystemExit as exit_:
+        code = exit_.code
+    error = capsys.readouterr().err
+    assert code == 2 and says in error and len(error.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("out/cases/*"))
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").write_text("mine")
+    argv = ["attribute", "--workdir", str(trained), "--out", str(full), "--split", "test"]
+    assert cli.main(argv) == 2

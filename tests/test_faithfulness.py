@@ -1,0 +1,92 @@
+"""Deletion, insertion and intervals, on a model that is known."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maknet_jax.attribution import faithfulness, perturbation
+from maknet_jax.attribution import integrated_gradients as ig
+from maknet_jax.errors import InputError
+
+SHARES = np.linspace(0, 1, 17)
+
+
+def corner(images):
+    """Label 0 is the mean of the upper left quarter, label 1 does not look at the image."""
+    value = images[:, :4, :4].mean(axis=(1, 2, 3))
+    return jnp.stack([8 * value - 4, 0 * value], axis=1)
+
+
+@pytest.fixture
+def images():
+    return np.random.default_rng(0).uniform(0.8, 1, (3, 8, 8, 3)).astype(np.float32)
+
+
+def test_ranks_are_a_permutation_from_the_most_raising_down():
+    values = np.array([[[0.1, 3.0], [-2.0, 3.0]]])
+    assert faithfulness.ranks(values).tolist() == [[[2, 0], [3, 1]]]  # ties in reading order
+    random = faithfulness.random_ranks((2, 4, 4), 0)
+    assert all(sorted(one.ravel()) == list(range(16)) for one in random)
+    assert (random[0] != random[1]).any()
+
+
+def test_curves_of_a_known_model(images):
+    maps = ig.integrated_gradients(corner, images, np.array([[0]] * 3), 0.0).maps[:, 0].sum(-1)
+    deletion, insertion = faithfulness.curves(
+        corner, images, [0, 0, 0], np.zeros_like(images), faithfulness.ranks(maps), SHARES
+    )
+    whole = 1 / (1 + np.exp(-np.asarray(corner(images))[:, 0]))
+    black = 1 / (1 + np.exp(4.0))
+    np.testing.assert_allclose(deletion[:, 0], whole, rtol=1e-5)
+    np.testing.assert_allclose(deletion[:, -1], black, rtol=1e-5)
+    np.testing.assert_allclose(insertion[:, 0], black, rtol=1e-5)
+    np.testing.assert_allclose(insertion[:, -1], whole, rtol=1e-5)
+    # A quarter of the pixels is all that the model sees: nothing changes after it.
+    np.testing.assert_allclose(deletion[:, 4:], black, rtol=1e-5)
+    np.testing.assert_allclose(insertion[:, 4:], np.tile(whole[:, None], 13), rtol=1e-5)
+    assert (np.diff(deletion[:, :5]) < 0).all() and (np.diff(insertion[:, :5]) > 0).all()
+
+
+def test_a_good_map_beats_random_pixels_and_a_blind_label_is_flat(images):
+    maps = ig.integrated_gradients(corner, images, np.array([[0]] * 3), 0.0).maps[:, 0].sum(-1)
+    areas = []
+    for order in (faithfulness.ranks(maps), faithfulness.random_ranks(maps.shape, 0)):
+        found = faithfulness.curves(corner, images, [0] * 3, np.zeros_like(images), order, SHARES)
+        areas.append([faithfulness.area(curve, SHARES) for curve in found])
+    (deletion, insertion), (random_deletion, random_insertion) = areas
+    assert (deletion < random_deletion - 0.1).all()
+    assert (insertion > random_insertion + 0.1).all()
+    flat, _ = faithfulness.curves(
+        corner, images, [1] * 3, np.zeros_like(images), faithfulness.ranks(maps), SHARES
+    )
+    np.testing.assert_allclose(faithfulness.area(flat, SHARES), 0.5, rtol=1e-6)
+
+
+def test_mass_inside_a_region():
+    attribution = np.array([[3.0, 1.0], [-5.0, 0.0]])
+    assert faithfulness.mass_inside(attribution, attribution == 3) == pytest.approx(0.75)
+    assert np.isnan(faithfulness.mass_inside(-np.abs(attribution), attribution == 3))
+
+
+def test_the_interval_holds_the_mean_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for seed in range(200):
+        mean, low, high = faithfulness.bootstrap(rng.normal(2, 1, 40), seed=seed, draws=400)
+        assert low < mean < high
+        hits += low < 2 < high
+    assert 175 <= hits <= 199  # 95 % of 200 is 190
+    assert faithfulness.bootstrap([0.3] * 5) == pytest.approx((0.3, 0.3, 0.3))
+
+
+def test_refusals(images):
+    order = faithfulness.random_ranks((3, 8, 8), 0)
+    for shares in ([0, 0.5], [0.1, 1], [0, 0.5, 0.5, 1]):
+        with pytest.raises(InputError, match="ascend"):
+            faithfulness.curves(corner, images, [0] * 3, images, order, shares)
+    for values in ([], [np.nan]):
+        with pytest.raises(InputError, match="finite"):
+            faithfulness.bootstrap(values)
+    for share in (0, 1.5):
+        with pytest.raises(InputError, match="share"):
+            perturbation.most_influential(np.ones((2, 2)), share)

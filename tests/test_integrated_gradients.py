@@ -1,0 +1,267 @@
+"""Integrated Gradients and its two controls."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import Partial
+
+from maknet_jax.attribution import integrated_gradients as ig
+from maknet_jax.errors import InputError
+from maknet_jax.training import sharding
+
+SHAPE = (6, 8, 3)
+LABELS = 4
+
+
+def linear(variables, images):
+    return jnp.einsum("bhwc,hwck->bk", images, variables)
+
+
+def curved(variables, images):
+    """Two layers, smooth: what a small trained network is."""
+    hidden = jnp.tanh(jnp.einsum("bhwc,hwck->bk", images, variables[0]))
+    return hidden @ variables[1]
+
+
+@pytest.fixture(scope="module")
+def case():
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(*SHAPE, LABELS)).astype(np.float32)
+    images = rng.random((8, *SHAPE), np.float32)
+    baseline = rng.random((8, *SHAPE), np.float32) * 0.2
+    targets = rng.integers(LABELS, size=(8, 3))
+    head = rng.normal(size=(LABELS, LABELS)).astype(np.float32)
+    return {
+        "linear": Partial(linear, weights),
+        "curved": Partial(curved, (weights * 0.2, head)),
+        "weights": weights,
+        "images": images,
+        "baseline": baseline,
+        "targets": targets,
+    }
+
+
+@pytest.mark.parametrize("method", ig.METHODS)
+def test_weights_sum_to_1_and_integrate_a_line(method):
+    for steps in (1, 2, 7, 50):
+        places, weights = ig.quadrature(method, steps)
+        assert weights.sum() == pytest.approx(1, abs=1e-12)
+        assert places.min() >= 0 and places.max() <= 1
+        if method != "right":  # whose error falls with 1 / steps
+            assert weights @ places == pytest.approx(0.5, abs=1e-12)
+
+
+def test_the_error_on_a_cubic_is_as_in_the_facts():
+    # d/dx x**4 over [0, 1] is 1; facts.md: 1 % by the right ends, 0.02 % by the trapezoid.
+    errors = {}
+    for method in ig.METHODS:
+        places, weights = ig.quadrature(method, 50)
+        errors[method] = abs(weights @ (4 * places**3) - 1)
+    assert 0.01 < errors["right"] < 0.05
+    assert errors["trapezoid"] < 1e-3
+    assert errors["midpoint"] < errors["trapezoid"]
+    assert errors["gauss"] < 1e-9
+
+
+@pytest.mark.parametrize("method", ig.METHODS)
+def test_a_linear_model_gives_weight_times_change_exactly(case, method):
+    found = ig.integrated_gradients(
+        case["linear"], case["images"], case["targets"], case["baseline"], steps=5, method=method,
+        output="logit",
+    )  # fmt: skip
+    change = (case["images"] - case["baseline"])[:, None]
+    expected = change * np.moveaxis(case["weights"], -1, 0)[case["targets"]]
+    np.testing.assert_allclose(found.maps, expected, rtol=1e-5, atol=1e-6)
+    assert not found.flagged.any()
+    assert np.abs(found.residual).max() < 1e-4
+
+
+def test_gradient_x_input_is_the_same_for_a_linear_model(case):
+    arguments = case["linear"], case["images"], case["targets"], case["baseline"]
+    a = ig.gradient_x_input(*arguments, output="logit")
+    b = ig.integrated_gradients(*arguments, output="logit")
+    np.testing.assert_allclose(a.maps, b.maps, rtol=1e-4, atol=1e-6)
+
+
+def test_occlusion_of_a_linear_model_is_the_mean_over_each_square(case):
+    found = ig.occlusion(
+        case["linear"], case["images"], case["targets"], case["baseline"], window=2, stride=2,
+        output="logit",
+    )  # fmt: skip
+    change = (case["images"] - case["baseline"])[:, None]
+    exact = (change * np.moveaxis(case["weights"], -1, 0)[case["targets"]]).sum(-1)
+    squares = exact.reshape(8, 3, 3, 2, 4, 2).mean(axis=(3, 5)).repeat(2, 2).repeat(2, 3)
+    np.testing.assert_allclose(found.maps.sum(-1), squares, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.residual, 0, atol=1e-4)  # the squares tile the image
+    odd = ig.occlusion(
+        case["linear"], case["images"], case["targets"], case["baseline"], window=3, stride=2
+    )
+    assert np.isfinite(odd.maps).all()
+
+
+@pytest.mark.parametrize("output", ig.OUTPUTS)
+def test_maps_of_a_network_are_complete(case, output):
+    found = ig.integrated_gradients(
+        case["curved"], case["images"], case["targets"], case["baseline"], steps=50, output=output
+    )
+    sums = found.maps.sum(axis=(2, 3, 4))
+    np.testing.assert_allclose(sums - found.residual, found.end - found.start, atol=1e-5)
+    logits = np.asarray(case["curved"](case["images"]))
+    wanted = np.take_along_axis(logits, case["targets"], 1)
+    wanted = 1 / (1 + np.exp(-wanted)) if output == "probability" else wanted
+    np.testing.assert_allclose(found.end, wanted, atol=1e-5)
+    assert not found.flagged.any()
+
+
+def test_what_is_not_complete_is_flagged(case):
+    arguments = case["curved"], case["images"], case["targets"], case["baseline"]
+    found = ig.integrated_gradients(*arguments, steps=1, method="right", output="logit")
+    change = np.abs(found.end - found.start)
+    expected = np.abs(found.residual) / np.maximum(change, ig.FLOORS["logit"])
+    np.testing.assert_allclose(found.relative, expected, rtol=1e-6)
+    np.testing.assert_array_equal(found.flagged, expected > ig.TOLERANCE)
+    assert found.flagged.any()
+    loose = ig.integrated_gradients(
+        *arguments, steps=1, method="right", output="logit", tolerance=1e9
+    )
+    assert not loose.flagged.any()
+
+
+def test_refining_is_the_trapezoid_of_more_steps_where_it_is_needed(case):
+    arguments = case["curved"], case["images"], case["targets"], case["baseline"]
+    coarse = ig.integrated_gradients(*arguments, steps=2, output="logit")
+    again = coarse.flagged.any(axis=1)
+    assert again.any() and not again.all()
+    once = ig.integrated_gradients(*arguments, steps=2, output="logit", refine=1)
+    finer = ig.integrated_gradients(*arguments, steps=4, output="logit")
+    np.testing.assert_allclose(once.maps[again], finer.maps[again], rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(once.maps[~again], coarse.maps[~again])
+    assert not ig.integrated_gradients(*arguments, steps=2, output="logit", refine=6).flagged.any()
+
+
+def test_an_output_that_does_not_change_has_the_floor_below_it():
+    constant = Partial(lambda images: jnp.zeros((len(images), 2)) + 0 * images.sum())
+    images = np.ones((1, *SHAPE), np.float32)
+    found = ig.integrated_gradients(constant, images, np.array([[0]]), 0.0)
+    assert found.relative[0, 0] == 0 and not found.flagged.any()
+
+
+@pytest.mark.parametrize("chunk", (1, 3, 7, 50, 51, 1000))
+def test_the_chunk_does_not_matter(case, chunk):
+    arguments = case["curved"], case["images"], case["targets"], case["baseline"]
+    a = ig.integrated_gradients(*arguments, chunk=chunk)
+    b = ig.integrated_gradients(*arguments, chunk=None)
+    np.testing.assert_allclose(a.maps, b.maps, rtol=1e-4, atol=1e-7)
+
+
+def test_several_labels_are_as_one_by_one(case):
+    together = ig.integrated_gradients(
+        case["curved"], case["images"], case["targets"], case["baseline"]
+    )
+    for column in range(case["targets"].shape[1]):
+        one = case["targets"][:, [column]]
+        alone = ig.integrated_gradients(case["curved"], case["images"], one, case["baseline"])
+        np.testing.assert_allclose(together.maps[:, column], alone.maps[:, 0], rtol=1e-4, atol=1e-7)
+
+
+def test_several_labels_share_their_forward_passes(case):
+    calls = []
+
+    def counted(images):
+        jax.debug.callback(lambda: calls.append(1))
+        return curved(tuple(case["curved"].args[0]), images)
+
+    def forwards(targets):
+        calls.clear()
+        ig.integrated_gradients(counted, case["images"], targets, 0.0, chunk=10)
+        jax.effects_barrier()
+        return len(calls)
+
+    assert forwards(case["targets"]) == forwards(case["targets"][:, :1]) > 0
+
+
+def test_1_device_is_8_devices(case):
+    assert jax.device_count() == 8
+    mesh = sharding.data_mesh()
+    put = sharding.put_batch(mesh, {"x": case["images"], "b": case["baseline"]})
+    network = Partial(curved, sharding.put_state(mesh, case["curved"].args[0]))
+    one = ig.integrated_gradients(
+        case["curved"], case["images"], case["targets"], case["baseline"], chunk=5
+    )
+    many = ig.integrated_gradients(network, put["x"], case["targets"], put["b"], chunk=5)
+    np.testing.assert_allclose(one.maps, many.maps, rtol=1e-4, atol=1e-7)
+    gradients = ig._path_gradients(
+        network, put["x"], put["b"], case["targets"].astype(np.int32), np.ones(2, np.float32),
+        np.ones(2, np.float32), "logit",
+    )  # fmt: skip
+    assert gradients.sharding.shard_shape(gradients.shape)[0] == 1  # nobody gathers the batch
+
+
+def test_weights_are_arguments_and_one_program_serves_all_batches(case):
+    ig._path_gradients.clear_cache()
+    for shift in (0.0, 0.1):
+        network = Partial(curved, jax.tree.map(lambda w, s=shift: w + s, case["curved"].args[0]))
+        ig.integrated_gradients(network, case["images"], case["targets"], 0.0, chunk=5)
+    assert ig._path_gradients._cache_size() == 1
+
+
+def test_the_chunk_keeps_to_the_budget(case):
+    network = case["curved"]
+    small = ig.find_chunk(network, case["images"], 1, budget=1 << 16)
+    large = ig.find_chunk(network, case["images"], 1, budget=1 << 22)
+    assert 1 <= small < large
+    assert ig.find_chunk(network, case["images"], 1, budget=1) == 1
+    assert ig.find_chunk(network, case["images"], 5, budget=1 << 22) < large
+    # What XLA says that it needs is of the size that the shapes foretold.
+    images = jnp.asarray(case["images"])
+    lowered = ig._path_gradients.lower(
+        network, images, images, case["targets"][:, :1].astype(np.int32),
+        np.ones(large, np.float32), np.ones(large, np.float32), "probability",
+    )  # fmt: skip
+    needed = lowered.compile().memory_analysis().temp_size_in_bytes
+    assert needed < 4 << 22
+
+
+def test_a_flax_module_in_five_lines():
+    from maknet_jax.models.linear import Linear
+
+    model = Linear(num_classes=3, edge=2)
+    images = np.random.default_rng(0).random((2, 8, 8, 3), np.float32)
+    variables = model.init(jax.random.key(0), images, train=False)
+    logit_fn = Partial(lambda v, x: model.apply(v, x, train=False).logits, variables)
+    found = ig.integrated_gradients(logit_fn, images, np.array([[0, 2], [1, 1]]), 0.0)
+    assert found.maps.shape == (2, 2, 8, 8, 3) and not found.flagged.any()
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"method": "simpson"}, "'simpson'"),
+        ({"steps": 0}, "0 steps"),
+        ({"output": "loss"}, "'loss'"),
+        ({"chunk": 0}, "chunk 0"),
+        ({"refine": -1}, "refine -1"),
+        ({"refine": 1, "method": "gauss"}, "refine 1"),
+        ({"targets": np.array([[4]] * 8)}, "labels 0 to 3"),
+        ({"targets": np.array([[-1]] * 8)}, "labels 0 to 3"),
+        ({"targets": np.array([0] * 8)}, "a row an image"),
+        ({"targets": np.array([[0]])}, "a row an image"),
+        ({"targets": np.array([[0.5]] * 8)}, "whole numbers"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(case, change, says):
+    given = {"targets": case["targets"]} | change
+    call = functools.partial(
+        ig.integrated_gradients, case["curved"], case["images"], baseline=0.0, **given
+    )
+    with pytest.raises(InputError, match=says):
+        call()
+
+
+def test_occlusion_refuses_squares_that_do_not_fit(case):
+    for options in ({"window": 9}, {"window": 2, "stride": 3}, {"stride": 0}):
+        with pytest.raises(InputError, match="stride"):
+            ig.occlusion(case["curved"], case["images"], case["targets"], 0.0, **options)

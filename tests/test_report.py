@@ -1,0 +1,70 @@
+"""`maknet report`."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from test_attribute import check_page
+
+from maknet_jax import cases, cli, evaluate, report, workdir
+from maknet_jax.errors import InputError
+
+
+def test_the_report_is_one_page_with_all_of_a_run(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    shutil.rmtree(folder / "evaluation", ignore_errors=True)
+    path = report.report(folder, count=2, steps=4)
+    assert path == folder / "report" / "index.html"
+    assert "run maknet evaluate" in path.read_text()
+    evaluated = evaluate.evaluate(folder)
+    text = report.report(folder, count=2, steps=4).read_text()
+    # Curves, contact sheet and 2 + 2 cases of one CT, CT and map, and 5 maps to tap.
+    assert check_page(text) == 2 + 4 * (1 + 2 + 5)
+    for heading in ("Training", "Scores", "Best cases of test", "Worst cases of test"):
+        assert f"<h2>{heading}</h2>" in text
+    for split, values in evaluated["splits"].items():
+        assert f"<td>{split}</td><td>{values['auc']:.4g}</td>" in text
+        assert f"Each label on {split}: {values['labels_evaluated']}" in text
+    assert text.count('id="mix"') == 1
+
+
+def test_best_have_a_lower_loss_than_worst(trained, shards, tmp_path):
+    report.report(trained, tmp_path / "out", count=2, steps=2)
+    run = workdir.open_run(trained)
+    source = shards.source("test")
+    examples = {source[k].id: source[k] for k in range(len(source))}
+
+    def loss(name):
+        hu = np.repeat(examples[name].image[None], 8, axis=0)
+        logits = run.predict(run.variables, {"image": hu})["logits"][0]
+        labels, mask = examples[name].labels, examples[name].label_mask > 0
+        right = 1 / (1 + np.exp(np.where(labels > 0, -logits, logits)))
+        return -np.log(right[mask]).mean()
+
+    losses = {}
+    for kind in ("best", "worst"):
+        paths = (tmp_path / "out").glob(f"{kind}-*/cases/*.npz")
+        losses[kind] = [loss(cases.load(path)[0]["id"]) for path in paths]
+    every = sorted(loss(name) for name, example in examples.items() if example.labels.any())
+    assert sorted(losses["best"]) == pytest.approx(every[:2], rel=1e-4)
+    assert min(losses["worst"]) >= every[-2] - 1e-4
+
+
+def test_the_command_says_where(trained, tmp_path, capsys):
+    assert cli.main(["report", str(trained), "--out", str(tmp_path / "r"), "--cases", "1"]) == 0
+    assert (tmp_path / "r" / "index.html").as_posix() in capsys.readouterr().out
+
+
+def test_refusals(trained, tmp_path):
+    with pytest.raises(InputError, match="no workdir"):
+        report.report(tmp_path)
+    with pytest.raises(InputError, match="'nine'"):
+        report.report(trained, tmp_path / "out", split="nine")
+    folder = tmp_path / "moved"
+    shutil.copytree(trained, folder)
+    about = json.loads((folder / "dataset.json").read_text()) | {"path": str(tmp_path / "gone")}
+    (folder / "dataset.json").write_text(json.dumps(about))
+    with pytest.raises(InputError, match="gone"):
+        report.report(folder)
