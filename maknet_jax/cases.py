@@ -233,7 +233,7 @@ def explain(title, out, picked, settings, explain_batch, *, batch_size):
       out: the folder.
       picked: a `Picked`.
       settings: JSON of all that the results depend on; OUT/settings.json holds them to it.
-      explain_batch: a list of `Case` and their numbers -> a list of (about, arrays).
+      explain_batch: a dict number -> `Case` -> a list of (about, arrays).
       batch_size: images a step.
 
     Returns:
@@ -261,33 +261,34 @@ def explain(title, out, picked, settings, explain_batch, *, batch_size):
     names = {n: out / "cases" / f"{n:05d}.npz" for n in range(len(picked.reads))}
     mine = range(jax.process_index(), len(names), jax.process_count())
     todo = [number for number in mine if not names[number].exists()]
-    failures = list(picked.failures)
+    batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
     with (
         concurrent.futures.ThreadPoolExecutor(1) as reader,
         console.progress(title, len(mine), done=len(mine) - len(todo)) as advance,
     ):
-        starts = range(0, len(todo), batch_size)
-        batches = (todo[start : start + batch_size] for start in starts)
-        waiting = [(some, reader.submit(_read, picked, some)) for some in [next(batches, None)]]
-        while waiting[0][0]:
-            numbers, reading = waiting.pop()
-            cases, bad = reading.result()
-            following = next(batches, None)  # read while this batch is explained
-            waiting.append((following, reader.submit(_read, picked, following or ())))
-            failures += bad
-            for number, result in zip(cases, explain_batch(cases), strict=True):
+        loading = [reader.submit(_read, picked, numbers) for numbers in batches[:1]]
+        for place, numbers in enumerate(batches):
+            cases, _ = loading.pop().result()
+            # The next batch is read while this one is explained.
+            loading += [reader.submit(_read, picked, more) for more in batches[place + 1 :][:1]]
+            results = explain_batch(cases) if cases else []
+            for number, result in zip(cases, results, strict=True):
                 save(names[number], *result)
             advance(len(numbers))
     sharding.wait_for_all("explained")
     done = {number: path for number, path in names.items() if path.exists()}
+    # Whichever process met them: what left no result is asked for its reason again.
+    _, failures = _read(picked, [number for number in names if number not in done])
+    failures = sorted({*picked.failures, *failures})
     if not done:
         raise InputError(f"no image could be read: {failures[0][0]}: {failures[0][1]}")
-    return done, sorted(set(failures))
+    return done, failures
 
 
 def _read(picked, numbers):
+    """(number -> `Case`, failures)."""
     cases, failures = {}, []
-    for number in numbers or ():
+    for number in numbers:
         try:
             cases[number] = picked.reads[number]()
         except Rejected as error:

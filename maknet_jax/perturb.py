@@ -98,10 +98,14 @@ def perturb(
     about |= {"display": list(display), "png_window": png_window and list(png_window)}
 
     def explain_batch(numbered):
+        hu = selection.padded(list(numbered.values()), batch_size)
+        base = np.stack([perturbation.make_baseline(image, baseline) for image in hu])
+        influential = [_influential(net, hu, base, about) for net in networks]
         return [
-            _perturbed(out, networks, number, case, about, batch_size)
-            for number, case in numbered.items()
-        ]
+            _perturbed(out, networks, number, case, about, base[row],
+                       [masks[row] for masks in influential])
+            for row, (number, case) in enumerate(numbered.items())
+        ]  # fmt: skip
 
     done, failures = selection.explain(
         "perturb", out, picked, about, explain_batch, batch_size=batch_size
@@ -190,7 +194,21 @@ def _label_map(masks, like):
     return nifti.load_label_map(masks, like=like)
 
 
-def _perturbed(out, networks, number, case, about, batch_size):
+def _influential(net, hu, base, about):
+    """The pixels that raise each image's first labels most: bool `[B, S, S]`."""
+    if not {"attribution", "random"} & set(about["strategies"]):
+        return np.zeros(hu.shape[:3], bool)
+    images = net.put(hu)
+    order = np.argsort(-net.confidences(images), axis=1, kind="stable")
+    result = ig.integrated_gradients(
+        net.logit_fn, images, order[:, : about["top"]], net.put(base), steps=about["steps"],
+        method=about["method"],
+    )  # fmt: skip
+    maps = result.maps.sum(axis=(1, 4))
+    return np.stack([perturbation.most_influential(one, about["share"]) for one in maps])
+
+
+def _perturbed(out, networks, number, case, about, base, influential):
     """(about, arrays) of one image, and its pictures on disk."""
     regions = case.meta.pop("regions", {})
     common = [("original", case.image)]
@@ -200,57 +218,44 @@ def _perturbed(out, networks, number, case, about, batch_size):
         if "patch" in about["strategies"]:
             common.append((f"patch: {name}", perturbation.patch(case.image, region)))
     names, display = networks[0].run.vocabulary.names, about["display"]
-    base = perturbation.make_baseline(case.image, about["baseline"])
+    ranks = faithfulness.random_ranks((1, *base.shape[:2]), number)[0]
     models, arrays, strips = [], {}, []
-    for place, net in enumerate(networks):
-        forms = common + _deleted(net, case, base, number, about)
+    for place, (net, mask) in enumerate(zip(networks, influential, strict=True)):
+        deleted = {"attribution": mask, "random": ranks < mask.sum()}
+        forms = common + [
+            (f"{name}: {gone.mean():.0%} of pixels", perturbation.delete(case.image, gone, base))
+            for name, gone in deleted.items() if name in about["strategies"]
+        ]  # fmt: skip
         hu = np.stack([image for _, image in forms])
-        rows = -(-len(hu) // batch_size) * batch_size
-        scores = net.confidences(net.put(np.concatenate([hu, hu[:1].repeat(rows - len(hu), 0)])))
-        order = np.argsort(-scores, axis=1, kind="stable")
+        order, scores = _scored(net, hu)
         first = order[0, : about["top"]].tolist()
         columns = []
         for row, (title, _) in enumerate(forms):
-            ranks = np.argsort(order[row])
+            rank = np.argsort(order[row])
             now = order[row, : about["top"]].tolist()
             labels = [
                 {"label": names[k], "truth": case.truth(k), "confidence": float(scores[row, k]),
-                 "before": float(scores[0, k]), "rank": int(ranks[k]) + 1,
+                 "before": float(scores[0, k]), "rank": int(rank[k]) + 1,
                  "state": "" if k in first and k in now else "gone" if k in first else "new"}
                 for k in now + [k for k in first if k not in now]
             ]  # fmt: skip
             columns.append({"title": title, "labels": labels})
         models.append({"name": net.name, "columns": columns})
-        grey = contact_sheet.to_grey(hu[..., 1], display)
-        arrays[f"pictures_{place}"] = grey
-        strips.append(np.concatenate(list(grey), axis=1))
+        arrays[f"pictures_{place}"] = contact_sheet.to_grey(hu[..., 1], display)
+        strips.append(np.concatenate(list(arrays[f"pictures_{place}"]), axis=1))
     with files.write_whole(out / "pictures" / f"{number:05d}.png", "wb") as file:
         Image.fromarray(np.concatenate(strips)).save(file, format="PNG")
     return {"id": case.id, "models": models}, arrays
 
 
-def _deleted(net, case, base, number, about):
-    """The image without its most influential pixels, and without as many at random."""
-    wanted = {"attribution", "random"} & set(about["strategies"])
-    if not wanted:
-        return []
-    images, black = (net.put(np.repeat(hu[None], jax.local_device_count(), axis=0))
-                     for hu in (case.image, base))  # fmt: skip
-    order = np.argsort(-net.confidences(images), axis=1, kind="stable")
-    result = ig.integrated_gradients(
-        net.logit_fn, images, order[:, : about["top"]], black, steps=about["steps"],
-        method=about["method"],
-    )  # fmt: skip
-    mask = perturbation.most_influential(result.maps[0].sum(axis=(0, 3)), about["share"])
-    forms = {"attribution": mask}
-    ranks = faithfulness.random_ranks((1, *mask.shape), number)[0]
-    forms["random"] = ranks < mask.sum()
-    title = {"attribution": "attribution", "random": "random"}
-    return [
-        (f"{title[name]}: {forms[name].mean():.0%} of pixels",
-         perturbation.delete(case.image, forms[name], base))
-        for name in about["strategies"] if name in wanted
-    ]  # fmt: skip
+def _scored(net, hu):
+    """(labels by confidence, confidences), `[N, K]` each, a device's worth of images at a time."""
+    devices = jax.local_device_count()
+    rows = -(-len(hu) // devices) * devices
+    padded = np.concatenate([hu, hu[:1].repeat(rows - len(hu), axis=0)])
+    parts = [net.confidences(net.put(padded[k : k + devices])) for k in range(0, rows, devices)]
+    scores = np.concatenate(parts)[: len(hu)]
+    return np.argsort(-scores, axis=1, kind="stable"), scores
 
 
 def _write(out, done, failures, summary, most_shown):
