@@ -49,7 +49,7 @@ def main(argv=None):
                 size=chosen.size,
                 batch_size=chosen.batch,
                 precision="float32",
-                place=_unlike_the_start,
+                place=unlike_the_start,
             )
             agreement = _agree(name, made, worker)
             for step in AIMS:
@@ -95,18 +95,19 @@ def main(argv=None):
 
 
 class Worker:
-    """The process of torch_networks.py; usable in `with`, at whose end it goes.
+    """The process of torch_networks.py, or one that talks like it; usable in `with`.
 
     Attributes:
       about: its torch's version and threads.
     """
 
-    def __init__(self, python):
-        """Args: python: the interpreter. Raises InputError where it has no torch."""
+    def __init__(self, python, script=None):
+        """Starts `script` (default: torch_networks.py). Raises InputError where it has no torch."""
+        self._script = script or WORKER
         self._errors = tempfile.TemporaryFile("w+")
         try:
             self._process = subprocess.Popen(
-                [python, WORKER],
+                [python, self._script],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
@@ -137,7 +138,7 @@ class Worker:
             self._process.wait()
             self._errors.seek(0)
             why = (self._errors.read().strip() or "without a word").splitlines()[-1]
-            raise InputError(f"the process of torch_networks.py ended: {why.strip()}")
+            raise InputError(f"the process of {self._script.name} ended: {why.strip()}")
         return json.loads(line)
 
     def __enter__(self):
@@ -150,7 +151,7 @@ class Worker:
         self._errors.close()
 
 
-def _unlike_the_start(variables):
+def unlike_the_start(variables):
     """Moves what starts as 0, 1 or the identity, so that a wrong place in PyTorch would be seen."""
     rng = np.random.default_rng(1)
 
@@ -161,34 +162,50 @@ def _unlike_the_start(variables):
     return jax.tree.map(moved, variables)
 
 
-def _agree(name, made, worker):
-    """Loads the network into PyTorch and compares; returns the two differences."""
-    config = made.config
-    loss = config.loss.to_dict()
-    weights = losses.class_weights(made.label_counts, harness.EXAMPLES, clamp=loss["clamp"])
-    batch = made.batch | dict(zip(("pos_weight", "neg_weight"), weights, strict=True))
-    flat = {}
+def hand_over(worker, name, made, batch, **about):
+    """Loads a network's weights and a batch into the worker.
+
+    Args:
+      worker: a `Worker`.
+      name: that later requests call the network by.
+      made: a `harness.Network`.
+      batch: arrays by name.
+      about: what the worker's script wants to know beside the model.
+    """
+    config, flat = made.config, {}
     for tree in made.state.variables.values():
         flat |= traverse_util.flatten_dict(tree, sep="/")
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "network.npz"
         arrays = {f"weights/{path}": np.asarray(array) for path, array in flat.items()}
         np.savez(file, **arrays, **{f"batch/{key}": value for key, value in batch.items()})
-        optimizer = config.optimizer
         worker.ask(
             name=name,
             load=str(file),
             model=config.model.name,
             options=config.model.options.to_dict(),
             window=config.data.window,
-            gamma=loss["gamma"],
-            head_weights=loss["head_weights"],
-            optimizer={
-                "lr": optimizer.learning_rate,
-                "betas": [optimizer.b1, optimizer.b2],
-                "eps": optimizer.eps,
-            },
+            **about,
         )
+
+
+def _agree(name, made, worker):
+    """Loads the network into PyTorch and compares; returns the two differences."""
+    config = made.config
+    loss = config.loss.to_dict()
+    weights = losses.class_weights(made.label_counts, harness.EXAMPLES, clamp=loss["clamp"])
+    batch = made.batch | dict(zip(("pos_weight", "neg_weight"), weights, strict=True))
+    optimizer = config.optimizer
+    hand_over(
+        worker, name, made, batch,
+        gamma=loss["gamma"],
+        head_weights=loss["head_weights"],
+        optimizer={
+            "lr": optimizer.learning_rate,
+            "betas": [optimizer.b1, optimizer.b2],
+            "eps": optimizer.eps,
+        },
+    )  # fmt: skip
     ours = np.asarray(made.predict())
     theirs = np.asarray(worker.ask(name=name, step="predict", calls=1)["result"])
     first = float(made.train()["loss"])
@@ -222,11 +239,12 @@ def _vgg16_lines(over_vgg16):
     ratio, kind = over_vgg16["ratio"], {"jax": "JAX", "torch": "PyTorch"}[over_vgg16["faster"]]
     return [
         f"MAKNet trains {harness.shown(ratio, 'x')} as fast as the faster VGG16, {kind}'s: "
-        f"{_judged(ratio, AIM_VGG16)}"
+        f"{judged(ratio, AIM_VGG16)}"
     ]
 
 
-def _judged(ratio, aim):
+def judged(ratio, aim):
+    """Whether the median of `ratios` reaches an aim, in words."""
     return f"at least {aim}x: {'reached' if ratio['median'] >= aim else 'missed'}"
 
 
@@ -238,7 +256,7 @@ def _cells(row):
         harness.shown(row["jax_images_per_second"]),
         harness.shown(row["torch_images_per_second"]),
         harness.shown(row["jax_is_faster"], "x"),
-        _judged(row["jax_is_faster"], aim) if row["network"] == "maknet" else "",
+        judged(row["jax_is_faster"], aim) if row["network"] == "maknet" else "",
         f"{row['logits_differ']:.1g}",
         f"{row['first_loss_differs']:.1g}",
     ]

@@ -89,6 +89,14 @@ def counts(text):
     return [options.count(part) for part in text.split(",")]
 
 
+def seeds(text):
+    """The type of 5,6,7: whole numbers from 0."""
+    found = words(text)
+    if not all(part.isdecimal() for part in found):
+        raise argparse.ArgumentTypeError(f"{text!r} should be whole numbers from 0, with commas")
+    return [int(part) for part in found]
+
+
 def precisions(text):
     """The type of float32,bfloat16."""
     for part in text.split(","):
@@ -126,48 +134,49 @@ class Network:
       state: the state of the training.
     """
 
-    def __init__(self, network, *, size, batch_size, precision, place=None):
-        """Args: place: see `state.create`; the rest as in the page."""
+    def __init__(self, network, *, size, batch_size, precision, place=None, labels=LABELS):
+        """Args: place: see `state.create`; labels: K; the rest as in the page."""
         changes = {"data.size": size, "data.batch_size": batch_size, "precision": precision}
         page = page_of(network)[1]
         self.config = configs.load(page, [f"{name}={value}" for name, value in changes.items()])
         rng = np.random.default_rng(0)
         self.batch = {
             "image": rng.integers(-1024, 1024, (batch_size, size, size, 3)).astype(np.int16),
-            "labels": (rng.random((batch_size, LABELS)) < 0.05).astype(np.float32),
-            "label_mask": np.ones((batch_size, LABELS), np.float32),
+            "labels": (rng.random((batch_size, labels)) < 0.05).astype(np.float32),
+            "label_mask": np.ones((batch_size, labels), np.float32),
             "weight": np.ones(batch_size, np.float32),
             "index": np.arange(batch_size, dtype=np.int32),
         }
-        self.label_counts = rng.integers(100, 5000, LABELS)
+        self.label_counts = rng.integers(100, 5000, labels)
         mesh = sharding.data_mesh()
         if batch_size % mesh.size:
             raise InputError(f"batch {batch_size} is no multiple of the {mesh.size} devices")
-        model = workdir.build_model(self.config, LABELS)
+        model = workdir.build_model(self.config, labels)
+        if getattr(model, "takes_box", False):
+            corner = rng.uniform(0.2, 0.4, (batch_size, 2)) * size
+            edges = rng.uniform(0.1, 0.4, (batch_size, 2)) * size
+            self.batch["box"] = np.concatenate([corner, corner + edges], axis=1, dtype=np.float32)
         optimizer = workdir.build_optimizer(self.config, 1000)
         made = state.create(model, optimizer, size=size, seed=0, place=place)
         self.state = sharding.put_state(mesh, made)
         self._key = sharding.put_state(mesh, jax.random.key(0))
         self._batch = sharding.put_batch(mesh, self.batch)
         whole, rows = sharding.replicated(mesh), sharding.split(mesh)
-        to_input = workdir.to_input(self.config)
         self._train_step = jax.jit(
             step.make_train_step(
                 model,
-                workdir.build_loss(self.config, self.label_counts, EXAMPLES),
+                workdir.build_loss(
+                    self.config, self.label_counts, EXAMPLES, np.zeros((labels, labels), bool)
+                ),
                 optimizer,
-                to_input=to_input,
+                to_input=workdir.to_input(self.config),
                 augment=augment.make_augment(**self.config.augment.to_dict()),
             ),
             in_shardings=(whole, rows, whole),
             out_shardings=(whole, whole),
             donate_argnums=0,
         )
-        self._predict_step = jax.jit(
-            step.make_predict_step(model, to_input=to_input),
-            in_shardings=(whole, rows),
-            out_shardings=rows,
-        )
+        self._predict_step = workdir.jit_predict(self.config, model, mesh)
 
     def train(self):
         """One update; returns the step's metrics."""
@@ -176,7 +185,8 @@ class Network:
 
     def predict(self):
         """Logits `[B, K]` of the batch, in the state's weights."""
-        return self._predict_step(self.state.variables, self._batch["image"])
+        batch = self._batch
+        return self._predict_step(self.state.variables, batch["image"], batch.get("box"))
 
 
 def matmul(precision):

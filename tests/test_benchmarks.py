@@ -212,6 +212,34 @@ def test_against_pytorch(page, tmp_path, capsys):
     assert "at least 1.5x" in capsys.readouterr().out
 
 
+def test_attribution_agrees_with_captum(page, tmp_path, capsys):
+    python = os.environ.get("MAKNET_TORCH_PYTHON")
+    if not python:
+        pytest.skip("MAKNET_TORCH_PYTHON names no Python with torch and captum")
+    import attribution
+
+    argv = ["--torch-python", python, "--networks", page, "--steps", "4"]
+    written = run(attribution.main, tmp_path / "out.json", *argv)
+    (row,) = written["rows"].values()
+    assert max(row["differences"].values()) < 1e-4 and set(row["differences"]) == {
+        "gauss",
+        "midpoint",
+    }
+    assert "5 of an image" in capsys.readouterr().out
+
+
+def test_lesanet_agrees_with_torch(tmp_path):
+    python = os.environ.get("MAKNET_TORCH_PYTHON")
+    if not python:
+        pytest.skip("MAKNET_TORCH_PYTHON names no Python with torch")
+    import lesanet
+
+    argv = ["--torch-python", python, "--batch", "8"]
+    written = run(lesanet.main, tmp_path / "out.json", *argv)
+    assert [row["step"] for row in written["rows"]] == ["train", "predict"]
+    assert max(written["differences"].values()) < 1e-4
+
+
 def test_augment_shows_its_share_of_the_step(page, tmp_path, capsys):
     import augment
 
