@@ -37,6 +37,17 @@ def test_flops_and_bytes_of_one_layer_by_hand():
     assert rows["spl"] == [5 * 5 + 5, 2 * 5 * 5, 4 * (5 + 5 + 25)]
 
 
+def test_flops_of_a_block_of_maknet_by_hand():
+    """The third block at 16 x 16: six MAKConvs of 112 outputs, to 256 channels, CBAM."""
+    inputs = [128 + 112 * layer for layer in range(6)]
+    makconvs = sum(28 * (9 + 3 + 3 + 1) * channels for channels in inputs)
+    transition, places = (128 + 6 * 112) * 256, 7 * 7 * 2
+    flops = 2 * 16 * 16 * (makconvs + transition + places)
+    mlp = 2 * 2 * (256 * 16 + 16 * 256)  # of the average and of the maximum
+    rows = {part: row for part, *row in model_table.measure("maknet")}
+    assert rows["block_2"][1] == flops + mlp
+
+
 def test_flops_grow_with_the_area_and_parameters_do_not():
     small, large = (total("maknet", 2, size=size) for size in (128, 256))
     assert 3.9 < large / small <= 4
