@@ -12,6 +12,8 @@ from maknet_jax.data import contact_sheet, lesions, pipeline, records, volumes
 from maknet_jax.errors import InputError, Rejected
 from maknet_jax.training import sharding, step
 
+AROUND = 6  # neighbours of a DICOM slice: 2 mm of slices as thin as 0.4 mm
+
 
 def retrieve(
     folder, image, box, data, out, *, spacing=None, splits=None, top=11, checkpoint="best",
@@ -24,7 +26,7 @@ def retrieve(
 
     Args:
       folder: the workdir of a LesaNet.
-      image: a 16-bit PNG with those beside it, or a slice or series of DICOM or NIfTI.
+      image: a 16-bit PNG with those beside it, or a slice of DICOM.
       box: x0, y0, x1, y1 of the lesion in pixels of the slice, from 0.
       data: a data set of `prepare deeplesion --lesions`.
       out: the CSV; the sheet has its name and ends in .png.
@@ -40,6 +42,8 @@ def retrieve(
     Raises:
       InputError: the run is no LesaNet, the image cannot be read, or the data are no lesions.
     """
+    if pathlib.Path(out).suffix.lower() != ".csv":
+        raise InputError(f"--out {out} should end in .csv: the picture beside it ends in .png")
     run = workdir.open_run(folder, checkpoint_name=checkpoint)
     dataset = records.open_dataset(data)
     if not getattr(run.model, "takes_box", False):
@@ -98,10 +102,10 @@ def read_query(image, box, spacing, size):
                 raise InputError(f"{path} does not know its spacing: add --spacing X,Y,Z in mm")
             patch, inside, _ = lesions.patch_of_png(path, box, spacing, size)
         else:
-            volume, centre = volumes.load_series_of(path)
+            volume, centre = volumes.load_series_of(path, around=AROUND)
             if centre is None and len(volume.hu) > 1:
                 raise InputError(
-                    f"{path} has {len(volume.hu)} slices: name the file of the lesion's slice"
+                    f"{path} has {len(volume.hu)} slices: name one slice's file, PNG or DICOM"
                 )
             centre = centre or 0
             spacing = spacing or volume.spacing[::-1]

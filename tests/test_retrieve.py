@@ -79,7 +79,7 @@ def test_a_dicom_slice_knows_its_spacing(phantom):
         ("lesion", None, None, "does not know its spacing: add --spacing"),
         ("lesion", (9, 9, 3, 3), (1, 1, 1), "box .* should be x0,y0,x1,y1"),
         ("nowhere.png", (1, 1, 3, 3), (1, 1, 1), "nowhere.png"),
-        ("series", (1, 1, 3, 3), None, "has 12 slices: name the file"),
+        ("series", (1, 1, 3, 3), None, "has 12 slices: name one slice"),
     ],
 )
 def test_a_query_that_cannot_be_read_is_one_line(lesanet, phantom, image, box, spacing, says):

@@ -109,6 +109,8 @@ def test_the_slice_of_a_dicom_file_with_its_neighbours(tmp_path):
         assert volume.slices == wanted and volume.slices[index] == paths[k].name
         assert volume.spacing == whole.spacing and volume.series == whole.series
         np.testing.assert_array_equal(volume.hu[index], stored_values(k).astype(int) - 1024)
+    wide, index = volumes.load_series_of(paths[0], around=2)
+    assert wide.slices == ("002.dcm", "001.dcm", "000.dcm") and index == 2
     with pytest.raises(InputError, match=r"2 series \(1.2.3, 1.2.9\)"):
         volumes.load_series_of(tmp_path)
     paths[1].unlink()  # now a slice is missing, so neighbours would be wrong

@@ -166,13 +166,14 @@ def load_series(ref, *, png_window=None):
     return Volume(hu, spacing, ref.key, stored, tuple(f"{digest}:{k}" for k in stored))
 
 
-def load_series_of(path, *, png_window=None):
+def load_series_of(path, *, png_window=None, around=1):
     """Reads what a path names, for people who list their own slices.
 
     Args:
-      path: a DICOM or PNG file: its slice with the two neighbours of its series in its folder,
-        as far as they exist; a NIfTI file or a folder with exactly one series: all of it.
+      path: a DICOM or PNG file: its slice with the neighbours of its series in its folder, as far
+        as they exist; a NIfTI file or a folder with exactly one series: all of it.
       png_window: (low, high) in HU of 8-bit PNGs.
+      around: neighbours to either side; of a PNG always one.
 
     Returns:
       (Volume, index of the named slice in it; None for a whole volume).
@@ -202,7 +203,7 @@ def load_series_of(path, *, png_window=None):
         series, _ = png.split_name(path)
         ref = SeriesRef("png", tuple(paths), series, len(paths), str(path.parent))
         return load_series(ref, png_window=png_window), paths.index(centre)
-    return _load_dicom_neighbours(path)
+    return _load_dicom_neighbours(path, around)
 
 
 def slice_of(volume, name):
@@ -343,7 +344,7 @@ def _folder_headers(folder, _changed):
     return [header for header in headers if isinstance(header, dicom.Header)]
 
 
-def _load_dicom_neighbours(path):
+def _load_dicom_neighbours(path, around):
     headers = _folder_headers(str(path.parent), os.stat(path.parent).st_mtime_ns)
     own = next((header for header in headers if header.path == str(path)), None)
     if own is None:
@@ -354,8 +355,8 @@ def _load_dicom_neighbours(path):
     group = next(g for g in _series_groups(good).values() if own in g)
     ordered, distance = order_slices(group)
     index = ordered.index(own)
-    first = max(0, index - 1)
-    chosen = tuple(header.path for header in ordered[first : index + 2])
+    first = max(0, index - around)
+    chosen = tuple(header.path for header in ordered[first : index + around + 1])
     ref = SeriesRef("dicom", chosen, _series_key(group), len(chosen), str(path.parent))
     return _load_dicom(ref, distance), index - first
 
