@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 
 def get_config():
-    """20,837 steps of 120 pseudo-labelled and 8 labelled images."""
+    """20,838 steps of 120 pseudo-labelled and 8 labelled images."""
     return ConfigDict(
         {
             "seed": 0,
@@ -30,7 +30,7 @@ def get_config():
                 "threads": 4,  # that read and decompress, a process
             },
             "pseudo": {
-                "path": "",  # folder of `maknet pseudo-label`; "" trains on labelled images only
+                "path": "shards/pseudo-5",  # folder of `maknet pseudo-label`
                 "batch_size": 120,  # beside the labelled ones, in every step
                 "balance": 0,  # images of each label an epoch; 0 takes all images once
             },

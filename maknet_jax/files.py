@@ -43,6 +43,20 @@ def write_whole(path, mode="w", *, private=False):
         raise
 
 
+def holds_other(folder, *own):
+    """Whether there is more at `folder` than an empty folder, `own` files and what kills left.
+
+    A writer that was killed leaves a hidden temporary file; it says nothing and is no one's.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        return folder.exists()
+    return any(
+        path.name not in own and not (path.name[0] == "." and path.suffix == ".tmp")
+        for path in folder.iterdir()
+    )
+
+
 def write_json(path, value):
     """Writes `value` as indented JSON, whole or not at all. NaN is refused (it is not JSON)."""
     with write_whole(path) as file:

@@ -19,6 +19,7 @@ from maknet_jax.data import records
 from maknet_jax.errors import InputError
 from maknet_jax.training import sharding
 
+FREE = ("rounds", "labelled", "unlabelled")  # what may differ when the rounds go on
 METRICS = ("auc", "f1", "precision", "recall")
 # Table 2: round -> AUC, F1, precision, recall on the text-mined, then on the hand-labelled set.
 PAPER = {
@@ -49,6 +50,9 @@ def noisy_student(config, folder):
     folder = pathlib.Path(folder)
     _check(config)
     pages = [_page(config, folder, number) for number in range(config.rounds + 1)]
+    labelled = records.open_dataset(config.labelled)
+    for page in pages:
+        train.check(page, labelled, jax.device_count())
     main = jax.process_index() == 0
     _claim(folder, config, write=main)
     rounds = []
@@ -121,13 +125,13 @@ def _claim(folder, config, *, write):
     if claim.exists():
         before = files.read_json(claim)
         for key in sorted(before.keys() | wanted.keys()):
-            # More rounds may be asked for later: those that are done stay as they are.
-            if before.get(key) != wanted.get(key) and key != "rounds":
+            # More rounds may be asked for later; data that moved are known by their fingerprints.
+            if before.get(key) != wanted.get(key) and key not in FREE:
                 raise InputError(
                     f"{folder} holds rounds with {key} {before.get(key)}, not {wanted.get(key)}: "
                     "choose another --workdir or the same config"
                 )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif files.holds_other(folder):
         raise InputError(f"{folder} is no workdir of `maknet noisy-student`: choose a new one")
     sharding.wait_for_all("looked")  # before the first one writes
     if write:

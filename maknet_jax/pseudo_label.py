@@ -32,8 +32,9 @@ def pseudo_label(
 
     Noise is off. Every process labels its own shards on its own devices, so that hosts never wait
     for each other; the last one to finish is waited for. The bytes of the label shards are the same
-    for one kind of device and one batch a device; elsewhere confidences differ in the last digits,
-    and labels only of images that are counted as `close`.
+    for one kind of device and one batch a device; elsewhere confidences differ in the last digits
+    of the precision that the teacher computes in, and labels only of images that are counted as
+    `close`.
 
     Args:
       folder: the workdir of the teacher.
@@ -92,7 +93,8 @@ def pseudo_label(
     total = sum(shards[number]["count"] for number in todo)
     batch = batch_size or run.config.data.batch_size
     batch = -(-batch // len(devices)) * len(devices)
-    tallies = _Tally(run.vocabulary, top=top, threshold=threshold, truth=truth)
+    close = pseudo_labels.CLOSE[np.dtype(run.model.dtype).name]
+    tallies = _Tally(run.vocabulary, top=top, threshold=threshold, truth=truth, close=close)
     with console.Log(out / "log.jsonl" if main else None) as log:
         if len(todo) < len(mine):
             log.say(f"{len(mine) - len(todo)} of {len(mine)} shards are labelled already")
@@ -111,7 +113,7 @@ def pseudo_label(
             log.say(
                 f"{about['kept']:,} of {about['images']:,} images kept "
                 f"{about['labels_given']:,} labels, {about['dropped']:,} kept none; "
-                f"{about['close']:,} within {pseudo_labels.CLOSE} of another choice",
+                f"{about['close']:,} within {tallies.close} of another choice",
                 event="pseudo-labelled",
             )
         sharding.wait_for_all("summed up")
@@ -156,7 +158,7 @@ def _claim(out, about, *, write):
                     f"{out} holds labels of another teacher, data or rule ({key} differs): "
                     "choose another --out"
                 )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif files.holds_other(out):
         raise InputError(f"{out} is no folder of `maknet pseudo-label`: choose a new --out")
     sharding.wait_for_all("looked")  # before the first one writes
     if write:
@@ -204,14 +206,15 @@ def _confidences(run, dataset, shards, todo, batch_size, advance):
 class _Tally:
     """Chooses the labels of a shard and counts what pseudo.json says of it."""
 
-    def __init__(self, vocabulary, *, top, threshold, truth):
-        self.exclusive, self.size = vocabulary.exclusive, len(vocabulary)
+    def __init__(self, vocabulary, *, top, threshold, truth, close):
+        self.exclusive, self.size, self.close = vocabulary.exclusive, len(vocabulary), close
         self.top, self.threshold, self.truth = top, threshold, truth
 
     def judge(self, first, confidences, labels, mask):
         """(rows, counts) of a shard whose first record has the number `first`."""
         choose = pseudo_labels.select
-        columns, close = choose(confidences, self.exclusive, top=self.top, threshold=self.threshold)
+        rule = {"top": self.top, "threshold": self.threshold, "close": self.close}
+        columns, close = choose(confidences, self.exclusive, **rule)
         numbers = np.arange(first, first + len(confidences))
         rows = pseudo_labels.rows_of(numbers, columns, confidences, top=self.top)
         given = rows["labels"][rows["labels"] >= 0]

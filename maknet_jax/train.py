@@ -42,14 +42,8 @@ def train(config, folder, *, devices=None):
       Stopped: SIGTERM or SIGINT; the state is saved.
     """
     folder = pathlib.Path(folder)
-    dataset = records.open_dataset(config.data.path)
-    if dataset.size != config.data.size:
-        raise InputError(
-            f"config data.size {config.data.size} is not the {dataset.size} of {dataset.path}: "
-            "change one of them"
-        )
-    mesh = sharding.data_mesh(devices)
-    _check(config, mesh.size)
+    dataset, mesh = records.open_dataset(config.data.path), sharding.data_mesh(devices)
+    check(config, dataset, mesh.size)
     split = dataset.split(config.data.train_split)
     if not split["count"] or not len(dataset.vocabulary):
         raise InputError(f"{dataset.path} has no labelled record in {config.data.train_split}")
@@ -61,7 +55,13 @@ def train(config, folder, *, devices=None):
         return run.loop(stop, say)
 
 
-def _check(config, devices):
+def check(config, dataset, devices):
+    """Raises InputError where values of a config do not fit the data or so many devices."""
+    if dataset.size != config.data.size:
+        raise InputError(
+            f"config data.size {config.data.size} is not the {dataset.size} of {dataset.path}: "
+            "change one of them"
+        )
     for name in ("epochs", "evaluate_every", "checkpoint_every", "log_every"):
         if not 0 < config[name] < 1e9:
             raise InputError(f"config {name} {config[name]} should be above 0 and below 1e9")
@@ -86,13 +86,13 @@ def _check(config, devices):
 
 def _claim(folder, config, dataset, sources, *, write):
     wanted = configs.to_json(config)
-    if folder.exists() and not (folder / "config.json").exists():
-        if not folder.is_dir() or any(folder.iterdir()):
-            raise InputError(f"{folder} is no workdir of `maknet train`: choose a new --workdir")
+    claimed = (folder / "config.json").exists()
+    if not claimed and files.holds_other(folder, "dataset.json"):  # killed between the two
+        raise InputError(f"{folder} is no workdir of `maknet train`: choose a new --workdir")
     about = {"labels": dataset.info["labels"], "size": dataset.size}
     about |= {"fingerprint": dataset.fingerprint, "path": str(dataset.path.absolute())}
     about["pseudo_labels"] = sources[1].fingerprint if config.pseudo.path else None
-    if (folder / "config.json").exists():
+    if claimed:
         before = _flatten(files.read_json(folder / "config.json"))
         now = _flatten(wanted)
         for key in sorted((before | now).keys() - FREE):

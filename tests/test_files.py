@@ -69,3 +69,15 @@ def test_json_comes_back_and_nan_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         files.write_json(tmp_path / "x.json", {"a": float("nan")})
     assert files.read_json(tmp_path / "x.json") == value
+
+
+def test_what_a_killed_writer_leaves_is_nobodys(tmp_path):
+    assert not files.holds_other(tmp_path / "new") and not files.holds_other(tmp_path)
+    (tmp_path / ".claim.json.k3b1.tmp").write_text("ha")
+    (tmp_path / "own.json").write_text("{}")
+    assert not files.holds_other(tmp_path, "own.json")
+    assert files.holds_other(tmp_path) and files.holds_other(tmp_path / "own.json")
+    for name in ("x.tmp", ".hidden", "other.json"):
+        (tmp_path / name).write_text("mine")
+        assert files.holds_other(tmp_path, "own.json"), name
+        (tmp_path / name).unlink()

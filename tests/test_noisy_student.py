@@ -253,6 +253,11 @@ def test_killed_anywhere_it_ends_as_if_it_had_not_been(command, whole, tmp_path,
     assert there() == ["pseudo-1", "round-0", "round-1"]
     with stops(Killed) as patch:
         on_call(patch, evaluate, "_write", kill, where="round-1")
+    # Killed while a claim was written: what is left says nothing.
+    (folder / "pseudo-2").mkdir()
+    (folder / "pseudo-2" / ".claim.json.abc.tmp").write_text("{")
+    (folder / "round-2").mkdir()
+    shutil.copy(folder / "round-1" / "dataset.json", folder / "round-2" / ".dataset.json.x.tmp")
     with stops() as patch:
         on_call(patch, files, "write_json", sigterm, count=2, where="pseudo-2")
     capsys.readouterr()
@@ -283,6 +288,8 @@ def test_another_config_in_the_same_folder_is_refused(command, whole, data, tmp_
         ({"seed": 1}, "holds rounds with seed 0, not 1"),
         ({"from_last": True}, "holds rounds with from_last False, not True"),
         ({"student_changes": changes(TINY)}, "holds rounds with student_changes"),
+        ({"student_changes": changes(TINY | {"data.size": 64})}, "config data.size 64 is not the"),
+        ({"student_changes": changes(TINY | STUDENT | {"pseudo.batch_size": 12})}, "12 is no mult"),
     ):
         assert command(whole, **changed) == 2
         error = capsys.readouterr().err

@@ -305,7 +305,7 @@ def test_one_device_gives_what_eight_give(
 def test_close_images_are_counted(teacher, images, confidences, tmp_path):
     """At a threshold that is a confidence, that image is close, on any devices."""
     threshold = float(np.sort(confidences[confidences > 0.5])[3])
-    near = (np.abs(confidences - threshold) < pseudo_labels.CLOSE).any(axis=1)
+    near = (np.abs(confidences - threshold) < pseudo_labels.CLOSE["float32"]).any(axis=1)
     assert near.sum() == 1
     for count in (1, 8):
         options = {"devices": jax.devices()[:count], "threshold": threshold}

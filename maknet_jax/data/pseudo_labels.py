@@ -19,8 +19,8 @@ from maknet_jax.data import records
 from maknet_jax.errors import InputError
 
 FORMAT = 1
-# Floats of two layouts of devices differ by less: nearer to a threshold or a tie counts as close.
-CLOSE = 1e-5
+# Confidences on two layouts of devices differ by less: nearer to a threshold or a tie is close.
+CLOSE = {"float32": 1e-5, "bfloat16": 1e-2}  # by the teacher's precision; the second is a guess
 
 
 def row_dtype(top):
@@ -28,7 +28,7 @@ def row_dtype(top):
     return np.dtype([("index", "<i8"), ("labels", "<i2", (top,)), ("confidences", "<f4", (top,))])
 
 
-def select(confidences, exclusive, *, top=15, threshold=0.5):
+def select(confidences, exclusive, *, top=15, threshold=0.5, close=CLOSE["float32"]):
     """Chooses the pseudo-labels of images (paper, section 4.2).
 
     The `top` most confident labels, of these those above `threshold`, and from the most confident
@@ -39,21 +39,22 @@ def select(confidences, exclusive, *, top=15, threshold=0.5):
       exclusive: bool `[K, K]`, symmetric, see `Vocabulary.exclusive`.
       top: labels an image at most.
       threshold: what a confidence must exceed.
+      close: a difference of confidences.
 
     Returns:
       (columns, close): int16 `[N, min(top, K)]`, kept columns from the most confident down, then
-      -1; bool `[N]`, whether a difference of 1e-5 could change which they are.
+      -1; bool `[N]`, whether a difference of `close` could change which they are.
     """
     count = min(top, confidences.shape[1])
     order = np.argsort(-confidences, axis=1, kind="stable")[:, : count + 1]
     ranked = np.take_along_axis(confidences, order, axis=1)
-    close = (np.abs(ranked - threshold) < CLOSE)[:, :count].any(axis=1)
+    unsure = (np.abs(ranked - threshold) < close)[:, :count].any(axis=1)
     # A near tie matters where it decides the cut at `top`, or which of two that exclude each other.
-    near = ranked[:, :, None] - ranked[:, None] < CLOSE
-    near &= ranked[:, None] > threshold - CLOSE
+    near = ranked[:, :, None] - ranked[:, None] < close
+    near &= ranked[:, None] > threshold - close
     rivals = exclusive[order[:, :, None], order[:, None]]
     rivals[:, :count, count:] = True
-    close |= np.triu(near & rivals, 1).any(axis=(1, 2))
+    unsure |= np.triu(near & rivals, 1).any(axis=(1, 2))
     kept = np.full((len(confidences), count), -1, np.int16)
     excluded = np.zeros(confidences.shape, bool)
     rows, places = np.arange(len(confidences)), np.zeros(len(confidences), int)
@@ -62,7 +63,7 @@ def select(confidences, exclusive, *, top=15, threshold=0.5):
         kept[chosen, places[chosen]] = columns[chosen]
         excluded[chosen] |= exclusive[columns[chosen]]
         places += chosen
-    return kept, close
+    return kept, unsure
 
 
 def rows_of(numbers, columns, confidences, *, top):
@@ -163,10 +164,11 @@ class PseudoSource:
 
     @property
     def label_counts(self):
-        """How many images of an epoch have each label, `[K]`."""
+        """How many images of an epoch have each label, `[K]`; soft ones count what they are."""
         rows = self._rows if self._order is None else self._rows[self._order]
-        labels = rows["labels"]
-        return np.bincount(labels[labels >= 0], minlength=self.size)
+        kept = rows["labels"] >= 0
+        weights = rows["confidences"][kept] if self.info["soft"] else None
+        return np.bincount(rows["labels"][kept], weights, minlength=self.size)
 
 
 def balanced(rows, size, count, seed):

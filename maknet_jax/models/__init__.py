@@ -1,5 +1,7 @@
 """The networks by name."""
 
+from flax.core import freeze
+
 from maknet_jax.errors import InputError
 from maknet_jax.models.layers import Outputs
 from maknet_jax.models.lesanet import LesaNet
@@ -30,6 +32,8 @@ def build(name, num_classes, **options):
     rate = options.get("dropout_rate", 0.0)
     if not 0 <= rate < 1:
         raise InputError(f"model {name}: dropout_rate {rate} should be 0 or above and below 1")
+    # Frozen, a network can be hashed, and what is made of it be kept.
+    options = {k: freeze(v) if isinstance(v, dict) else v for k, v in options.items()}
     try:
         return MODELS[name](num_classes=num_classes, **options)
     except TypeError as error:

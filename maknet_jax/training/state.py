@@ -1,5 +1,6 @@
 """What a training run carries from step to step: arrays only."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -41,12 +42,7 @@ def create(model, optimizer, *, size, seed, place=None, ema=False):
         returns (Ranger's slow weights are a copy of it).
       ema: keep a moving average.
     """
-    options = {}
-    if jax.default_backend() == "cpu":
-        # It runs once: optimising its hundred random draws takes a minute, eight times the rest.
-        options["xla_backend_optimization_level"] = 0
-    init = jax.jit(_init(model, optimizer, size, ema), compiler_options=options)
-    made = init(jax.random.key(seed))
+    made = _init(model, optimizer, size, ema)(jax.random.key(seed))
     if place is None:
         return made
     variables = {"params": made.params, "batch_stats": made.batch_stats}
@@ -58,10 +54,17 @@ def create(model, optimizer, *, size, seed, place=None, ema=False):
 
 def shapes(model, optimizer, *, size, ema=False):
     """The same with shapes and types for arrays: what a checkpoint is restored into."""
-    return jax.eval_shape(_init(model, optimizer, size, ema), jax.random.key(0))
+    return _init(model, optimizer, size, ema).eval_shape(jax.random.key(0))
 
 
+@functools.lru_cache(maxsize=1)  # shapes and arrays of one network come of one trace
 def _init(model, optimizer, size, ema):
+    options = {}
+    if jax.default_backend() == "cpu":
+        # It runs once: optimising its hundred random draws takes a minute, eight times the rest.
+        options["xla_backend_optimization_level"] = 0
+
+    @functools.partial(jax.jit, compiler_options=options)
     def init(key):
         variables = model.init({"params": key}, jnp.zeros((1, size, size, 3)), train=False)
         params = variables["params"]
