@@ -1,6 +1,6 @@
 """A linear model on 32 x 32 pixels: what the networks must beat. The smoke recipe, another model.
 
-    maknet train --config linear --workdir runs/linear --config.data.path=shards/phantom
+maknet train --config linear --workdir runs/linear --config.data.path=shards/phantom
 """
 
 from ml_collections import ConfigDict

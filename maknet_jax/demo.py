@@ -4,7 +4,7 @@ import pathlib
 import time
 
 from maknet_jax import config as configs
-from maknet_jax import console, evaluate, files, noisy_student, predict, prepare, train
+from maknet_jax import console, evaluate, files, noisy_student, predict, prepare, report, train
 from maknet_jax.data import phantom
 
 # The phantom as the demo uses it: about 430 training images, minutes on two cores.
@@ -16,7 +16,7 @@ MIN_SLICES = 51  # of an unlabelled volume; the phantom's last one is shorter
 
 
 def demo(out, *, seed=0, workers=1):
-    """Generates a phantom, prepares it, trains teacher, student and a linear model, and predicts.
+    """Makes a phantom, prepares it, trains teacher, student and linear model, predicts, explains.
 
     Run again in the same folder it goes on where it was; what is finished is not repeated.
 
@@ -26,20 +26,20 @@ def demo(out, *, seed=0, workers=1):
       workers: processes that prepare.
 
     Returns:
-      A dict with the evaluations of teacher, student and linear model and the summary of the
-      prediction.
+      A dict with the evaluations of teacher, student and linear model, the summary of the
+      prediction and the path of the report.
     """
     out = pathlib.Path(out)
     started = time.perf_counter()
     log = console.Log(out / "log.jsonl")
     size = configs.load("smoke").data.size
-    log.say(f"1/5 phantom: {PHANTOM['patients']} patients, CT with couch, noise and mined labels")
+    log.say(f"1/6 phantom: {PHANTOM['patients']} patients, CT with couch, noise and mined labels")
     folder = out / "phantom"
     if (folder / "phantom.json").exists():
         paths = phantom.read_phantom(folder)
     else:
         paths = phantom.write_phantom(folder, seed=seed, **PHANTOM)
-    log.say(f"2/5 prepare: crop, {size} x {size}, three slices as channels")
+    log.say(f"2/6 prepare: crop, {size} x {size}, three slices as channels")
     shards, unlabelled = out / "shards", out / "unlabelled"
     if not (shards / "dataset.json").exists():
         prepare.prepare_deeplesion(
@@ -61,21 +61,23 @@ def demo(out, *, seed=0, workers=1):
             size=size,
             workers=workers,
         )
-    log.say("3/5 teacher, pseudo-labels, student: configs smoke and smoke_student")
+    log.say("3/6 teacher, pseudo-labels, student: configs smoke and smoke_student")
     changes = [*ROUNDS, f"labelled={shards}", f"unlabelled={unlabelled}", f"seed={seed}"]
     changes.append(f"student_changes={STUDENT}")
     rounds = noisy_student.noisy_student(configs.load("noisy_student", changes), out / "rounds")[
         "rounds"
     ]
-    log.say("4/5 train and evaluate: config linear, for comparison")
+    log.say("4/6 train and evaluate: config linear, for comparison")
     config = configs.load("linear", [f"data.path={shards}", f"seed={seed}"])
     train.train(config, out / "linear")
     student = out / "rounds" / "round-1"
     summaries = {
         "teacher": rounds[0], "student": rounds[1], "linear": evaluate.evaluate(out / "linear"),
     }  # fmt: skip
-    log.say("5/5 predict: DICOM series that no label was ever given for")
+    log.say("5/6 predict: DICOM series that no label was ever given for")
     predicted = predict.predict(student, paths["dicom"], out / "labels.csv", charts=True)
+    log.say("6/6 report: curves, scores, and why the best and the worst cases got their labels")
+    page = report.report(student)
     minutes = (time.perf_counter() - started) / 60
     network = configs.load("smoke").model.options
     parameters = files.read_json(student / "summary.json")["parameters"]
@@ -99,6 +101,7 @@ def demo(out, *, seed=0, workers=1):
     )
     print(f"{minutes:.1f} minutes. Look at:")
     for path, what in (
+        (page, "the report: one page that works offline"),
         (shards / "contact_sheet.png", "what the network sees, with its labels"),
         (out / "rounds" / "pseudo-1" / "histogram.png", "what the teacher labelled"),
         (student / "evaluation" / "hand_labels.csv", "the student's scores per label"),
@@ -109,6 +112,6 @@ def demo(out, *, seed=0, workers=1):
         print(f"  {path}  {what}")
     log.event(event="done", minutes=minutes)
     log.close()
-    results = {**summaries, "predict": predicted}
+    results = {**summaries, "predict": predicted, "report": str(page)}
     files.write_json(out / "summary.json", results | {"minutes": minutes})
     return results

@@ -41,9 +41,10 @@ def test_ends_with_a_table_and_paths_that_exist(tiny, tmp_path, capsys):
     for title in ("teacher", "student, round 1", "linear"):
         assert title in printed
     paths = [word for line in printed.splitlines() for word in line.split()[:1] if str(out) in word]
-    assert len(paths) == 6
+    assert len(paths) == 7
     for path in paths:
         assert (out.parent / path).stat().st_size > 0
+    assert paths[0] == results["report"] and "<h2>Best cases" in open(paths[0]).read()
     assert results["predict"]["slices"] == 12 + 12 * 2 // 3  # the last series is the shorter one
     assert set(results["student"]["splits"]) == {"test", "hand"}
     assert "From 4 images that nobody labelled" in printed  # triplets of the longer series

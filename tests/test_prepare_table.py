@@ -1,6 +1,5 @@
 """`maknet prepare table`: people's own labelled slices over PNG, NIfTI and DICOM."""
 
-
 import numpy as np
 import pytest
 from PIL import Image

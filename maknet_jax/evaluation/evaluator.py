@@ -42,9 +42,7 @@ class Scores:
 class Evaluator:
     """Scores a split with any predictor, on any number of processes."""
 
-    def __init__(
-        self, source, predict, *, batch_size, process_index=0, process_count=1, threads=4
-    ):
+    def __init__(self, source, predict, *, batch_size, process_index=0, process_count=1, threads=4):
         """Sets up a split.
 
         Args:
