@@ -38,10 +38,10 @@ def compile_cache(tmp_path_factory):
     compilation_cache.reset_cache()
 
 
-def kept(folder, page, which="last"):
+def kept(folder, page, which="last", labels=4):
     """The newest state in a workdir, its meta, and what was damaged."""
-    model, optimizer = workdir.build_model(page, 4), workdir.build_optimizer(page, 40)
-    like = state.shapes(model, optimizer, size=toy.SIZE, ema=page.ema_decay > 0)
+    model, optimizer = workdir.build_model(page, labels), workdir.build_optimizer(page, 40)
+    like = state.shapes(model, optimizer, size=page.data.size, ema=page.ema_decay > 0)
     with contextlib.closing(checkpoint.Checkpoints(folder / workdir.FOLDERS[which])) as saved:
         return saved.restore(like)
 

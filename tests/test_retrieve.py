@@ -5,14 +5,16 @@ import json
 import lesion_runs
 import numpy as np
 import pytest
+import runs
 from PIL import Image
 from prepared import read_csv
 
 from maknet_jax import cli, evaluate, retrieve, train
 from maknet_jax.data import records
 from maknet_jax.data.labels import Label, Vocabulary
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, Stopped
 from maknet_jax.evaluation import protocol
+from maknet_jax.training import checkpoint
 
 SIZE = 32
 
@@ -24,6 +26,22 @@ def lesanet(phantom, tmp_path_factory):
     data = lesion_runs.write(phantom, folder / "data", SIZE)
     train.train(lesion_runs.page(data, SIZE, epochs=1.0), folder / "run")
     return folder / "run", data
+
+
+def test_stopped_and_gone_on_is_the_same(lesanet, tmp_path, monkeypatch):
+    """All that is drawn in LesaNet's losses follows from the step."""
+    folder, data = lesanet
+    page, labels = (
+        lesion_runs.page(data, SIZE, epochs=1.0),
+        len(records.open_dataset(data).vocabulary),
+    )
+    with monkeypatch.context() as patch:
+        runs.signal_after(patch, 2)
+        with pytest.raises(Stopped, match="step 2 of"):
+            train.train(page, tmp_path / "run")
+    train.train(page, tmp_path / "run")
+    one, two = (runs.kept(path, page, labels=labels) for path in (folder, tmp_path / "run"))
+    assert checkpoint.digests(one[0]) == checkpoint.digests(two[0]) and one[1] == two[1]
 
 
 def query_of(phantom, example):
