@@ -38,7 +38,7 @@ def get_config():
                 "name": "lesanet",
                 "options": {
                     "trunk": "vgg16",  # or resnet18, maknet: of init.path
-                    "trunk_options": {},  # its attributes, where they are not the defaults
+                    "trunk_options": {},  # as trunk_options.blocks=3,3,3, where not the defaults
                     "units": 256,  # of each of the five scales
                     "embedding": 256,
                 },

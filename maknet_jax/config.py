@@ -63,6 +63,9 @@ def _override(config, text):
         node = node[_known(node, part, key)]
         if not isinstance(node, ml_collections.ConfigDict):
             raise InputError(f"config field {part!r} in {key!r} is a value, not a group of fields")
+    if parents and parents[-1].endswith("_options"):  # of a part that the page may not know
+        node[last] = _literal(value)
+        return
     _known(node, last, key)
     node[last] = _parse(value, node[last], key)
 
@@ -78,10 +81,7 @@ def _known(node, part, key):
 def _parse(text, old, key):
     if isinstance(old, ml_collections.ConfigDict):
         raise InputError(f"config field {key!r} is a group: name one of {', '.join(old.keys())}")
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
+    value = _literal(text)
     if isinstance(old, bool) and isinstance(value, str) and value.lower() in ("true", "false"):
         value = value.lower() == "true"
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
@@ -95,6 +95,13 @@ def _parse(text, old, key):
     if old is not None and type(value) is not type(old):
         raise InputError(f"config field {key!r} is a {type(old).__name__}, {text!r} is not")
     return value
+
+
+def _literal(text):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def to_json(config):

@@ -92,8 +92,14 @@ def test_the_pre_training_sees_500_000_pseudo_labelled_images_five_times():
     assert steps * page.pseudo.batch_size == pytest.approx(5 * 500_000, rel=1e-3)
     plain = page.to_dict()
     for one in (plain, vgg):
-        del one["epochs"], one["data"]["batch_size"], one["pseudo"]["batch_size"]
+        del one["epochs"], one["data"]["batch_size"], one["pseudo"]
     assert plain == vgg
+
+
+def test_options_of_a_trunk_are_free():
+    changes = ["trunk=maknet", "trunk_options.blocks=3,3", "trunk_options.form=split"]
+    page = configs.load("lesanet", [f"model.options.{change}" for change in changes])
+    assert page.model.options.trunk_options.to_dict() == {"blocks": (3, 3), "form": "split"}
 
 
 def test_noisy_student_is_the_papers_and_has_fields_of_its_own():

@@ -128,6 +128,10 @@ def test_every_weight_of_a_trunk_has_its_place(trunk):
 
 
 def test_an_unknown_trunk_is_named():
+    with pytest.raises(InputError, match="trunk vgg16: .*'blocks': see its page"):
+        models.build("lesanet", 3, trunk="vgg16", trunk_options={"blocks": (1,)}).init(
+            jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False
+        )
     with pytest.raises(InputError, match="trunk 'alexnet' is unknown: choose one of vgg16"):
         model = models.build("lesanet", 4, trunk="alexnet")
         model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), train=False)

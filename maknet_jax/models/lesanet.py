@@ -95,7 +95,10 @@ class LesaNet(nn.Module):
         if self.trunk not in TRUNKS:
             raise InputError(f"trunk {self.trunk!r} is unknown: choose one of {', '.join(TRUNKS)}")
         options = {"num_classes": self.num_classes, "frozen": self.frozen, "dtype": self.dtype}
-        trunk = TRUNKS[self.trunk](**options, **(self.trunk_options or {}))
+        try:
+            trunk = TRUNKS[self.trunk](**options, **(self.trunk_options or {}))
+        except TypeError as error:
+            raise InputError(f"trunk {self.trunk}: {error}: see its page for its options") from None
         nn.share_scope(self, trunk)
         size = images.shape[1]
         whole = jnp.broadcast_to(jnp.float32([0, 0, size, size]), (len(images), 4))
