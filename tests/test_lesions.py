@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from prepared import examples
+from scipy import ndimage
 
 from maknet_jax import prepare
 from maknet_jax.data import lesions, pipeline, records
@@ -155,3 +156,36 @@ def test_boxes_mixed_with_images_that_have_none_are_left_out(patches):
     assert "box" in next(pipeline.mixed_batches([source, source], [4, 4], seed=0))
     mixed = next(pipeline.mixed_batches([source, bare], [4, 4], seed=0))
     assert "box" not in mixed and mixed["image"].shape == (8, 64, 64, 3)
+
+
+def test_real_lesions_lie_in_the_middle_of_their_patches(shared_data, tmp_path):
+    """Lesion 475 (base 1) is in the liver; its patch shows the slice at its box, in HU."""
+    from test_prepare import of_real
+
+    of_real(shared_data, tmp_path / "out", patches=True, size=120)
+    found = {e.id: e for split in examples(tmp_path / "out").values() for e in split}
+    names = records.open_dataset(tmp_path / "out").vocabulary.names
+    example = found["000069_02_01_058#475"]
+    assert len(names) == 171
+    assert {"liver", "abdomen"} <= {names[k] for k in np.flatnonzero(example.labels)}
+    for one in found.values():
+        x0, y0, x1, y1 = one.meta["box"]
+        assert abs(x0 + x1 - 120) <= 1 and abs(y0 + y1 - 120) <= 1  # at whole millimetres
+        spacing, place = one.meta["spacing"], one.meta["slice_box"]
+        assert x1 - x0 == pytest.approx((place[2] - place[0]) * spacing[0], abs=1e-3)
+    path = shared_data / "deeplesion" / "Images_png" / "000069_02_01" / "058.png"
+    hu = np.asarray(Image.open(path)).astype(np.float32) - 32768
+    (left, top), (x0, y0) = np.array(example.meta["slice_box"][:2]) - 1, example.meta["box"][:2]
+    u = np.arange(10, 110)
+
+    def apart(x, y):
+        """Mean difference in HU if the patch were x, y mm off."""
+        grid = np.meshgrid(
+            top + (u - y0 + y) / example.meta["spacing"][1],
+            left + (u - x0 + x) / example.meta["spacing"][0],
+            indexing="ij",
+        )
+        shown = ndimage.map_coordinates(hu, grid, order=1)
+        return np.abs(shown - example.image[10:110, 10:110, 1]).mean()
+
+    assert apart(0, 0) < 10 < 20 < min(apart(x, y) for x, y in ((-1, 0), (1, 0), (0, -1), (0, 1)))
