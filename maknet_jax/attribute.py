@@ -56,8 +56,8 @@ def attribute(
       refine: how often the steps of an image with a flagged map are doubled at most; None takes 4
         with the trapezoid, the others cannot.
       baseline: "black", "blurred" or a number in HU.
-      faithful: measure deletion and insertion of each image's first label too, against random
-        pixels; 84 more forward passes an image.
+      faithful: measure deletion and insertion of each image's first label too (the first network's
+        for both), against random pixels; 84 more forward passes an image.
       checkpoint: "best" or "last".
       batch_size: images a step; None takes one a device.
       display: (low, high) HU of the pictures.
@@ -70,7 +70,10 @@ def attribute(
       InputError: nothing to explain, or arguments that make no sense.
     """
     out = pathlib.Path(out)
-    ig.quadrature(method, steps)
+    if refine is None:
+        refine = 4 if method == "trapezoid" else 0
+    ig.check(method, steps, refine, output)  # all is checked before `out` is claimed
+    perturbation.make_baseline(np.zeros((1, 1, 1), np.int16), baseline)
     networks = selection.open_networks(folder, compare, checkpoint=checkpoint)
     run = networks[0].run
     columns = selection.label_columns(run, labels)
@@ -79,34 +82,40 @@ def attribute(
     devices = jax.local_device_count()
     batch_size = -(-(batch_size or devices) // devices) * devices
     top = min(top, len(run.vocabulary))
-    if refine is None:
-        refine = 4 if method == "trapezoid" else 0
     options = {"steps": steps, "method": method, "output": output, "refine": refine}
     about = options | {"baseline": baseline, "top": top, "faithful": faithful}
-    about |= {"networks": [[net.name, net.run.name, net.run.step] for net in networks]}
+    about |= {"networks": [net.about for net in networks]}
     about |= {"display": list(display), "png_window": png_window and list(png_window)}
-    chunks = {}
+    fits = {}
 
     def explain_batch(numbered):
         batch = list(numbered.values())
         hu = selection.padded(batch, batch_size)
         base = np.stack([perturbation.make_baseline(image, baseline) for image in hu])
-        found = []
+        found, random = [], None
+        if faithful:  # by the image's number, whatever the batch
+            order = [faithfulness.random_ranks(differs, number) for differs, number in
+                     zip(perturbation.differs(hu, base), numbered, strict=False)]  # fmt: skip
+            random = np.stack(order + order[-1:] * (batch_size - len(order)))
         for net in networks:
             images, black = net.put(hu), net.put(base)
             confidences = net.confidences(images)
             targets = np.argsort(-confidences, axis=1, kind="stable")[:, :top]
             if columns:
                 targets = np.tile(np.int64(columns), (batch_size, 1))
-            if net.name not in chunks:
-                given = net.logit_fn, images, targets.shape[1]
-                chunks[net.name] = ig.find_chunk(*given, output=output)
+            first = found[0][2][:, 0] if found else targets[:, 0]
+            # Networks are compared by one label, which the second may not have among its own.
+            asked = np.column_stack([targets, first]) if found and faithful else targets
+            if net.name not in fits:
+                fits[net.name] = ig.fit(net.logit_fn, images, asked.shape[1], output=output)
+            chunk, rows = fits[net.name]
             result = ig.integrated_gradients(
-                net.logit_fn, images, targets, black, chunk=chunks[net.name], **options
+                net.logit_fn, images, asked, black, chunk=chunk, rows=rows, **options
             )
             areas = None
             if faithful:
-                areas = _areas(net, images, black, targets[:, 0], result, list(numbered))
+                maps = result.maps[:, -1 if found else 0].sum(-1)
+                areas = _areas(net, images, black, first, maps, random)
             found.append((net, confidences, targets, result, areas))
         return [
             _result(out, number, case, row, found, display, top)
@@ -122,11 +131,8 @@ def attribute(
     return summary
 
 
-def _areas(net, images, black, targets, result, numbers):
-    """`[B, 4]` in the order of `AREAS`; the random order depends on the image's number alone."""
-    maps = result.maps[:, 0].sum(-1)
-    rng = [faithfulness.random_ranks((1, *maps.shape[1:]), number)[0] for number in numbers]
-    random = np.stack(rng + rng[-1:] * (len(maps) - len(rng)))
+def _areas(net, images, black, targets, maps, random):
+    """`[B, 4]` in the order of `AREAS`."""
     areas = []
     for order in (faithfulness.ranks(maps), random):
         for curve in faithfulness.curves(net.logit_fn, images, targets, black, order, SHARES):
@@ -141,7 +147,7 @@ def _result(out, number, case, row, found, display, top):
     for number_of, (net, confidences, targets, result, areas) in enumerate(found):
         scores, explained = confidences[row], targets[row].tolist()
         best = np.argsort(-scores, kind="stable")[:top].tolist()
-        maps = result.maps[row]
+        maps = result.maps[row, : len(explained)]
         scale = np.abs(maps).max(axis=(1, 2, 3)) + np.float32(1e-30)
         # Half precision relative to each map's largest value: half the bytes, 3 digits.
         arrays[f"maps_{number_of}"] = (maps / scale[:, None, None, None]).astype(np.float16)
@@ -164,7 +170,8 @@ def _result(out, number, case, row, found, display, top):
         models.append({"name": net.name, "labels": rows, "missed": missed})
         if areas is not None:
             models[-1]["areas"] = dict(zip(AREAS, areas[row].tolist(), strict=True))
-    about = {"id": case.id, "meta": case.meta, "models": models}
+            models[-1]["areas_of"] = names[found[0][2][row, 0]]
+    about = {"id": case.id, "group": case.group, "meta": case.meta, "models": models}
     grey = contact_sheet.to_grey(case.image[..., 1], display)
     strip = [np.repeat(grey[..., None], 3, axis=-1)]
     for picture in _pictures(arrays, len(found)):
@@ -198,13 +205,24 @@ def cards(done, display):
         yield page.attribution_card(about["id"], grey, about["models"])
 
 
+def _differences(areas):
+    """(name, one value an image) of what is compared on the same images."""
+    for area in AREAS[:2]:
+        for name, each in areas.items():
+            yield f"{name}: {area}, map minus random", each[area] - each[f"random {area}"]
+        if len(areas) == 2:
+            one, two = areas
+            yield f"{area}, {one} minus {two}", areas[one][area] - areas[two][area]
+
+
 def _write(out, done, failures, summary, most_shown):
-    index, rows, relative, areas = [], [], {}, {}
+    index, rows, relative, areas, groups = [], [], {}, {}, []
     for number, path in done.items():
         about, _ = selection.load(path)
         file = path.relative_to(out).as_posix()
         index.append({"number": number, "file": file, "overlay": f"overlays/{path.stem}.png"})
         index[-1] |= about
+        groups.append(about["group"])
         for model in about["models"]:
             name = model["name"]
             areas.setdefault(name, []).append(list(model.get("areas", {}).values()))
@@ -217,16 +235,20 @@ def _write(out, done, failures, summary, most_shown):
     files.write_json(out / "index.json", index)
     console.write_table(out / "attributions.csv", COLUMNS, rows)
     console.write_failures(out / "failures.csv", failures)
-    more = {"complete": {}, "flagged": {}}
+    more = {"complete": {}, "flagged": {}, "groups": len(set(groups))}
     for name, flags in relative.items():
         more["flagged"][name] = int(np.sum(flags))
         more["complete"][name] = float(1 - np.mean(flags))
     if summary["faithful"]:
+        areas = {name: dict(zip(AREAS, np.transpose(each), strict=True))
+                 for name, each in areas.items()}  # fmt: skip
         more["faithfulness"] = {
-            name: {area: faithfulness.bootstrap(column) for area, column in
-                   zip(AREAS, np.transpose(values), strict=True)}
-            for name, values in areas.items()
-        }  # fmt: skip
+            name: {area: faithfulness.bootstrap(values, groups) for area, values in each.items()}
+            for name, each in areas.items()
+        }
+        more["differences"] = {
+            name: faithfulness.bootstrap(values, groups) for name, values in _differences(areas)
+        }
     shown = [done[number] for number in list(done)[:most_shown]]
     with files.write_whole(out / "index.html") as file:
         lead = page.attribution_lead(summary | more, len(shown))

@@ -3,8 +3,10 @@
 import concurrent.futures
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ from jax.tree_util import Partial
 from maknet_jax import console, files, workdir
 from maknet_jax.data import preprocess, records, volumes
 from maknet_jax.errors import InputError, Rejected
-from maknet_jax.training import sharding
+from maknet_jax.training import sharding, transfer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +34,20 @@ class Case:
             return "unknown"
         return "true" if self.labels[column] else "false"
 
+    @property
+    def group(self):
+        """Its patient, else its series: what makes it depend on other images."""
+        if patient := re.search(r"(\d{6})_\d\d_\d\d", self.id):  # as DeepLesion names its files
+            return patient[1]
+        kept = self.meta.get("patient") or self.meta.get("series")
+        return kept or self.id.rpartition(":")[0] or self.id
+
 
 @dataclasses.dataclass(frozen=True)
 class Picked:
     """A selection: what reads its images, and what it is.
 
-    reads: a callable an image -> `Case`; raises Rejected.
+    reads: a callable an image -> `Case`; raises Rejected(name of the input, reason).
     failures: (input, reason) of what could not even be listed.
     about: JSON: the same selection has the same.
     """
@@ -51,14 +61,20 @@ class Picked:
 class Network:
     """A trained run as attributions see it, on the devices of this process.
 
-    Computed in float32 on any device: sums over a path of bfloat16 are not complete. `logit_fn`
-    takes images in [0, 1], `to_input` makes them of HU.
+    Computed in float32 on any device, products too: sums over a path of bfloat16 are not complete.
+    `logit_fn` takes images in [0, 1], `to_input` makes them of HU.
     """
 
     name: str
     run: workdir.Run
     logit_fn: Partial
     to_input: object
+
+    @property
+    def about(self):
+        """What the results depend on: name, checkpoint, step and the digest of the weights."""
+        weights = transfer.digest(self.run.variables["params"], self.run.variables["batch_stats"])
+        return [self.name, self.run.name, self.run.step, weights]
 
     def put(self, hu):
         """int16 HU `[B, S, S, 3]` -> float32 images on the devices, the batch split."""
@@ -75,19 +91,30 @@ def _confidences(logit_fn, images):
     return jax.nn.sigmoid(logit_fn(images))
 
 
-def open_networks(folder, compare=None, *, checkpoint="best"):
+def open_networks(folder, compare=None, *, checkpoint="best", devices=None):
     """The `Network` of a workdir, and that of `compare` beside it if given.
 
+    `devices` are those of this process unless given.
+
     Raises:
-      InputError: the second knows other labels or another size of images.
+      InputError: the second knows other labels or another size of images; a network that looks at
+        more than the image.
     """
+    devices = devices or jax.local_devices()
     networks = []
     for path in [folder, *([compare] if compare else [])]:
-        run = workdir.open_run(path, checkpoint_name=checkpoint, devices=jax.local_devices())
+        run = workdir.open_run(path, checkpoint_name=checkpoint, devices=devices)
+        if getattr(run.model, "takes_box", False):
+            raise InputError(
+                f"{path} is a {run.config.model.name}, which looks at a lesion's box beside the "
+                "image: only networks that see the image alone can be explained"
+            )
         model = run.model.clone(dtype=np.float32)
 
         def logits(variables, images, model=model):
-            return model.apply(variables, images, train=False).logits.astype(np.float32)
+            # Accelerators would round the factors of products, on the way back as well.
+            with jax.default_matmul_precision("highest"):
+                return model.apply(variables, images, train=False).logits.astype(np.float32)
 
         # A folder that is called round-1 says little without the one above it.
         name = f"{run.config.model.name} ({'/'.join(pathlib.Path(path).resolve().parts[-2:])})"
@@ -139,19 +166,36 @@ def pick(
     if (path is None) == (split is None):
         raise InputError("name a --split of the data, or files of CT: one of the two")
     if path is not None:
-        reads, found, failures = _slices(run, path, wanted, png_window)
-        about = {"path": str(path), "series": sorted({key.rpartition(":")[0] for key in found})}
+        reads, found, series, failures = _slices(run, path, wanted, png_window)
+        about = {"path": str(path), "series": sorted({ref.key for ref in series})}
+        about["digest"] = digest([[ref.key, ref.count, *sizes(ref.paths)] for ref in series])
+        lacking = []
     else:
-        reads, found, dataset = _records(run, folder, data, split, wanted, columns)
+        reads, found, lacking, dataset = _records(run, folder, data, split, wanted, columns)
         about, failures = {"fingerprint": dataset.fingerprint, "split": split}, []
     unknown = sorted((wanted or set()) - set(found))
     if unknown:
         raise InputError(f"--ids {unknown[0]!r} is not among the images of {path or split}")
+    if lacking:
+        raise InputError(
+            f"--ids {lacking[0]!r} is annotated with none of --labels {','.join(labels)}, which "
+            "select the images too: leave one of the two out"
+        )
     if not reads:
         why = f": {failures[0][0]}: {failures[0][1]}" if failures else ": check --ids and --labels"
         raise InputError(f"no image of {path or split} is left{why}")
     about |= {"ids": sorted(wanted or ()), "labels": list(labels or ()), "limit": limit}
     return Picked(reads[:limit], failures, about)
+
+
+def digest(value):
+    """16 digits that tell a JSON value from others."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def sizes(paths):
+    """(name, bytes) of files, to see that they are others than before."""
+    return [[path.name, path.stat().st_size] for path in map(pathlib.Path, paths)]
 
 
 def label_columns(run, labels):
@@ -184,17 +228,20 @@ def _records(run, folder, data, split, wanted, columns):
         labels, mask = (example.labels, example.label_mask) if known else (np.zeros(0),) * 2
         return Case(example.id, example.image, labels, mask, example.meta)
 
-    numbers, found = range(len(source)), []
+    numbers, found, lacking = range(len(source)), [], []
     if wanted or columns:  # else nothing needs to be read to choose
         chosen = []
         for number in numbers:
             case = read(number)
-            has = not columns or not len(case.labels) or case.labels[columns].any()
-            if has and (not wanted or case.id in wanted):
+            if wanted and case.id not in wanted:
+                continue
+            found.append(case.id)
+            if not columns or not len(case.labels) or case.labels[columns].any():
                 chosen.append(number)
-                found.append(case.id)
+            elif wanted:
+                lacking.append(case.id)
         numbers = chosen
-    return [functools.partial(read, number) for number in numbers], found, dataset
+    return [functools.partial(read, number) for number in numbers], found, lacking, dataset
 
 
 def _slices(run, path, wanted, png_window):
@@ -210,16 +257,17 @@ def _slices(run, path, wanted, png_window):
         try:
             volume, threshold = load(ref)
         except Rejected as error:
-            raise Rejected(f"{ref.paths[0]}: {error}") from error
+            raise Rejected(ref.paths[0], str(error)) from error
         around = preprocess.neighbours(volume.hu, number)
         image, crop = preprocess.make_triplet(around, size, threshold=threshold)
         file = ref.paths[0] if ref.kind == "nifti" else volume.slices[number]
         meta = {"file": file, "slice": number, "crop": crop, "kind": ref.kind}
+        meta["shape"] = volume.hu.shape
         return Case(f"{ref.key}:{number}", image, none, none, meta)
 
     places = {f"{ref.key}:{number}": (ref, number) for ref in series for number in range(ref.count)}
     found = [key for key in places if not wanted or key in wanted]
-    return [functools.partial(read, *places[key]) for key in found], found, failures
+    return [functools.partial(read, *places[key]) for key in found], found, series, failures
 
 
 def explain(title, out, picked, settings, explain_batch, *, batch_size):
@@ -281,6 +329,8 @@ def explain(title, out, picked, settings, explain_batch, *, batch_size):
     _, failures = _read(picked, [number for number in names if number not in done])
     failures = sorted({*picked.failures, *failures})
     if not done:
+        if jax.process_index() == 0:
+            claim.unlink(missing_ok=True)  # nothing came of these settings: others may
         raise InputError(f"no image could be read: {failures[0][0]}: {failures[0][1]}")
     return done, failures
 
@@ -292,8 +342,7 @@ def _read(picked, numbers):
         try:
             cases[number] = picked.reads[number]()
         except Rejected as error:
-            path, _, reason = str(error).partition(": ")
-            failures.append((path, reason))
+            failures.append(error.args if len(error.args) == 2 else (f"image {number}", str(error)))
     return cases, failures
 
 

@@ -1,6 +1,7 @@
 """`maknet perturb`: what a network still says when parts of the image change (paper, 5.2)."""
 
 import functools
+import hashlib
 import pathlib
 
 import jax
@@ -56,7 +57,8 @@ def perturb(
         offline), summary.json, failures.csv.
       strategies: of the four.
       masks: where the regions are: a NIfTI of labels, a PNG or a folder of PNGs called as the
-        slices, or a folder of organ maps as the phantom has; None takes DeepLesion's boxes.
+        slices, or a folder of organ maps as the phantom has; masks are of whole slices. None takes
+        DeepLesion's boxes.
       organs: names (the phantom's) or values of the masks, each a region of its own; None takes
         all that is not 0 as one.
       share: of the pixels that are deleted.
@@ -67,13 +69,14 @@ def perturb(
 
     Returns:
       The summary: for each network and strategy by how much the confidences of the first labels
-      fall, and how many of those stay, with 95 % intervals over the images.
+      fall, and how many of those stay, with 95 % intervals over patients or series.
 
     Raises:
       InputError: nothing to perturb, or arguments that make no sense.
     """
     out = pathlib.Path(out)
-    ig.quadrature(method, steps)
+    ig.check(method, steps, 0, "probability")  # all is checked before `out` is claimed
+    perturbation.make_baseline(np.zeros((1, 1, 1), np.int16), baseline)
     unknown = [name for name in strategies if name not in STRATEGIES]
     if unknown or not strategies:
         raise InputError(f"strategy {unknown} is unknown: choose of {', '.join(STRATEGIES)}")
@@ -85,16 +88,18 @@ def perturb(
     picked = selection.pick(run, folder, **given, limit=limit, png_window=png_window)
     find = functools.partial(find_regions, masks=masks, organs=organs, size=run.config.data.size)
     needed = {"neighbour", "patch"} & set(strategies)
-    if needed:  # before any work is done: a wrong path would reject every image
-        _check_masks(masks)
+    digest = None
+    if needed:
+        digest = masks and _check_masks(pathlib.Path(masks), organs)
         picked = selection.Picked([functools.partial(_with_regions, read, find) for read in
                                    picked.reads], picked.failures, picked.about)  # fmt: skip
     devices = jax.local_device_count()
     batch_size = -(-(batch_size or devices) // devices) * devices
     top = min(top, len(run.vocabulary))
     about = {"strategies": list(strategies), "masks": masks and str(masks), "organs": organs}
-    about |= {"share": share, "top": top, "steps": steps, "method": method, "baseline": baseline}
-    about |= {"networks": [[net.name, net.run.name, net.run.step] for net in networks]}
+    about |= {"masks_digest": digest, "share": share, "top": top, "steps": steps}
+    about |= {"method": method, "baseline": baseline}
+    about |= {"networks": [net.about for net in networks]}
     about |= {"display": list(display), "png_window": png_window and list(png_window)}
 
     def explain_batch(numbered):
@@ -116,14 +121,31 @@ def perturb(
     return summary
 
 
-def _check_masks(masks):
-    if masks is not None and not pathlib.Path(masks).exists():
+def _check_masks(masks, organs):
+    """Refuses what would reject every image; returns the digest of the masks."""
+    if not masks.exists():
         raise InputError(f"--masks {masks} does not exist: give a NIfTI, a PNG or a folder")
+    for organ in organs or ():
+        _value(organ, _names_of(masks))
+    try:
+        if _is_nifti(masks):
+            nifti.check_nifti(masks)
+        elif masks.is_file():
+            _read_png(masks)
+    except Rejected as error:
+        raise InputError(f"--masks {masks}: {error}") from None
+    if masks.is_file():
+        return hashlib.sha256(masks.read_bytes()).hexdigest()[:16]
+    found = sorted(path for path in masks.rglob("*") if path.is_file())
+    return selection.digest(selection.sizes(found))
 
 
 def _with_regions(read, find):
     case = read()
-    case.meta["regions"] = find(case)  # taken out again before the result is kept
+    try:
+        case.meta["regions"] = find(case)  # taken out again before the result is kept
+    except Rejected as error:
+        raise Rejected(case.id, str(error)) from error
     return case
 
 
@@ -131,24 +153,38 @@ def find_regions(case, *, masks, organs, size):
     """The regions of an image: name -> bool `[size, size]`, those that it does not show left out.
 
     Raises:
-      Rejected: none is in sight, or there is no mask for this image.
+      Rejected: none is in sight, one is all that is in sight, or there is no mask for this image.
+      InputError: an organ is unknown.
     """
-    crop, box = case.meta.get("crop"), case.meta.get("slice_box") or case.meta.get("box")
-    if crop is None:  # a patch around a lesion: its box is in its own pixels
-        crop, box = (0, 0, size, size), case.meta.get("box")
+    crop, box = case.meta.get("crop"), case.meta.get("box")  # of a patch: in its own pixels
+    if crop is not None:  # DeepLesion counts pixels from 1
+        box = [place - 1 for place in case.meta.get("slice_box") or ()]
     if masks is None:
         if not box:
-            raise Rejected(f"{case.id}: no box: only DeepLesion has boxes, else give --masks")
-        regions = {"lesion": perturbation.box_region(box, crop, size)}
+            raise Rejected("no box: only DeepLesion has boxes, else give --masks")
+        regions = {"lesion": perturbation.box_region(box, crop or (0, 0, size, size), size)}
     else:
+        if crop is None:
+            raise Rejected("a patch around a lesion, but masks are of whole slices: leave --masks "
+                           "out, and its box is taken")  # fmt: skip
         plane, values = _mask_of(case, pathlib.Path(masks))
+        shape, (*_, bottom, right) = case.meta.get("shape"), crop
+        # Records do not keep the size of their slices, but where they were cut out.
+        known = shape is None or tuple(shape[-2:]) == plane.shape
+        if not known or bottom > plane.shape[0] or right > plane.shape[1]:
+            of = "{1} x {2}".format(*shape) if shape else f"{bottom} x {right} or more"
+            raise Rejected("the mask is {} x {}, the slice {}: give masks of whole slices".format(
+                *plane.shape, of))  # fmt: skip
         plane = perturbation.mask_region(plane, crop, size)
         regions = {"region": plane != 0}
         if organs:
             regions = {str(organ): plane == _value(organ, values) for organ in organs}
     regions = {name: region for name, region in regions.items() if region.any()}
     if not regions:
-        raise Rejected(f"{case.id}: none of the regions is in sight")
+        raise Rejected("none of the regions is in sight")
+    for name, region in regions.items():
+        if region.all():
+            raise Rejected(f"region {name} fills the whole image: nothing is left around it")
     return regions
 
 
@@ -163,30 +199,53 @@ def _value(organ, values):
 
 def _mask_of(case, masks):
     """(mask or label map of the case's slice, name -> value)."""
-    name = pathlib.Path(case.meta["file"])
-    if masks.name.lower().endswith((".nii", ".nii.gz")):
-        like = case.meta["file"] if case.meta.get("kind") == "nifti" else None
-        volume = _label_map(str(masks), like)
-        if "slice" not in case.meta or case.meta["slice"] >= len(volume):
-            raise Rejected(f"{case.id}: it has no slice in {masks}")
-        return volume[case.meta["slice"]], {}
+    if "file" not in case.meta:
+        raise Rejected("the record does not keep its file's name, so no mask is known to be of it: "
+                       "give the CT files themselves")  # fmt: skip
+    name, names = pathlib.Path(case.meta["file"]), _names_of(masks)
+    if _is_nifti(masks):
+        if "shape" not in case.meta:
+            raise Rejected(f"{masks} is of a volume, this a slice of a prepared set: give CT files")
+        volume = _label_map(str(masks), case.meta["file"] if case.meta["kind"] == "nifti" else None)
+        if len(volume) != case.meta["shape"][0]:
+            raise Rejected(
+                f"{masks} has {len(volume)} slices, the series {case.meta['shape'][0]}: give the "
+                "mask of this series"
+            )
+        return volume[case.meta["slice"]], names
     series, index = png.split_name(name)
     stored = masks / f"{series}.npz"
     if stored.exists():
         with np.load(stored) as maps:
-            key = f"{index:03d}"
+            key = "none" if index is None else f"{index:03d}"
             if key not in maps:
-                raise Rejected(f"{case.id}: {stored} has no map {key}")
-            plane = maps[key]
-        above = [folder / "organs.json" for folder in (masks, masks.parent)]
-        names = next((files.read_json(file) for file in above if file.exists()), {})
-        return plane, {organ: value for value, organ in names.items()}
-    file = masks / name.with_suffix(".png").name if masks.is_dir() else masks
+                raise Rejected(f"{stored} has no map {key}")
+            return maps[key], names
+    return _read_png(masks / name.with_suffix(".png").name if masks.is_dir() else masks), names
+
+
+def _is_nifti(masks):
+    return masks.name.lower().endswith((".nii", ".nii.gz"))
+
+
+def _names_of(masks):
+    """name -> value, where organs.json lies in a folder of masks or above it."""
+    above = [folder / "organs.json" for folder in (masks, masks.parent) if masks.is_dir()]
+    names = next((files.read_json(file) for file in above if file.exists()), {})
+    return {organ: value for value, organ in names.items()}
+
+
+def _read_png(file):
+    """The stored values: palette and 16-bit files would change if they were made grey."""
     try:
         with Image.open(file) as picture:
-            return np.asarray(picture.convert("L")), {}
-    except OSError:
-        raise Rejected(f"{case.id}: no mask {file}") from None
+            if picture.mode not in ("1", "L", "P", "I", "I;16"):
+                raise Rejected(f"{file} is a picture of {picture.mode}: masks have one channel")
+            return np.asarray(picture)
+    except FileNotFoundError:
+        raise Rejected(f"no mask {file}") from None
+    except (OSError, SyntaxError) as error:
+        raise Rejected(f"{file} is no whole PNG ({error})") from None
 
 
 @functools.lru_cache(maxsize=1)
@@ -218,7 +277,7 @@ def _perturbed(out, networks, number, case, about, base, influential):
         if "patch" in about["strategies"]:
             common.append((f"patch: {name}", perturbation.patch(case.image, region)))
     names, display = networks[0].run.vocabulary.names, about["display"]
-    ranks = faithfulness.random_ranks((1, *base.shape[:2]), number)[0]
+    ranks = faithfulness.random_ranks(perturbation.differs(case.image, base), number)
     models, arrays, strips = [], {}, []
     for place, (net, mask) in enumerate(zip(networks, influential, strict=True)):
         deleted = {"attribution": mask, "random": ranks < mask.sum()}
@@ -245,7 +304,7 @@ def _perturbed(out, networks, number, case, about, base, influential):
         strips.append(np.concatenate(list(arrays[f"pictures_{place}"]), axis=1))
     with files.write_whole(out / "pictures" / f"{number:05d}.png", "wb") as file:
         Image.fromarray(np.concatenate(strips)).save(file, format="PNG")
-    return {"id": case.id, "models": models}, arrays
+    return {"id": case.id, "group": case.group, "models": models}, arrays
 
 
 def _scored(net, hu):
@@ -259,7 +318,7 @@ def _scored(net, hu):
 
 
 def _write(out, done, failures, summary, most_shown):
-    rows, drops, stays = [], {}, {}
+    rows, drops, stays, groups = [], {}, {}, {}
     for path in done.values():
         about, _ = selection.load(path)
         for model in about["models"]:
@@ -281,11 +340,13 @@ def _write(out, done, failures, summary, most_shown):
                 key = model["name"], strategy
                 drops.setdefault(key, []).append(np.mean(values, axis=0)[0])
                 stays.setdefault(key, []).append(np.mean(values, axis=0)[1])
+                groups.setdefault(key, []).append(about["group"])
     console.write_table(out / "perturbations.csv", COLUMNS, rows)
     console.write_failures(out / "failures.csv", failures)
     results = [
         {"model": key[0], "strategy": key[1], "images": len(values),
-         "fall": faithfulness.bootstrap(values), "stay": faithfulness.bootstrap(stays[key])}
+         "groups": len(set(groups[key])), "fall": faithfulness.bootstrap(values, groups[key]),
+         "stay": faithfulness.bootstrap(stays[key], groups[key])}
         for key, values in drops.items()
     ]  # fmt: skip
     shown = [done[number] for number in list(done)[:most_shown]]
@@ -302,18 +363,20 @@ def _write(out, done, failures, summary, most_shown):
 def table(results):
     """(header, rows) of a summary's results: text."""
     rows = [
-        [result["model"], result["strategy"], result["images"],
+        [result["model"], result["strategy"], result["images"], result["groups"],
          *("{:.3f} ({:.3f} to {:.3f})".format(*result[name]) for name in ("fall", "stay"))]
         for result in results
     ]  # fmt: skip
-    return ["network", "perturbed", "images", "confidence falls by", "of the first stay"], rows
+    header = ["network", "perturbed", "images", "patients or series", "confidence falls by",
+              "of the first stay"]  # fmt: skip
+    return header, rows
 
 
 def _lead(results, summary, shown):
     text = (
         f"What the networks say first, before and after: {shown} of {summary['images']} images "
         f"shown. Struck through: was among the first {summary['top']}, is no longer. In italics: "
-        "came in. Intervals are 95 %, by resampling images."
+        "came in. Intervals are 95 %, by resampling patients or series; of one alone there is none."
     )
     return page.paragraph(text) + page.table(*table(results)) + f'<p class="note">{page.KEY}</p>'
 

@@ -16,6 +16,7 @@ from maknet_jax.attribution import overlay, page
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation.evaluator import Evaluator
+from maknet_jax.training import transfer
 
 METRICS = {"auc": "AUC", "f1": "F1", "precision": "precision", "recall": "recall",
            "f1_at_0.5": "F1 at 0.5", "examples": "images"}  # fmt: skip
@@ -126,6 +127,13 @@ def _labels(folder):
 
 def _cases(run, folder, out, dataset, split, count, steps):
     """The best and the worst images of a split with their attributions."""
+    if getattr(run.model, "takes_box", False):
+        yield _heading(f"Cases of {split}")
+        yield page.paragraph(
+            f"Left out: {run.config.model.name} looks at a lesion's box beside the image, and only "
+            "networks that see the image alone can be explained."
+        )
+        return
     if dataset.vocabulary.names != run.vocabulary.names:
         raise InputError(f"{dataset.path} has other labels than {folder}: it was changed since")
     source = dataset.source(split)
@@ -144,7 +152,9 @@ def _cases(run, folder, out, dataset, split, count, steps):
         if not chosen:
             continue
         ids = [source[int(k)].id for k in chosen]
-        done = out / f"{title.split()[0].lower()}-{count}-{split}-step-{run.step}"
+        # Other weights, data or cases are another folder: what a folder holds stays true.
+        about = transfer.digest(**run.variables), dataset.fingerprint, ids, steps
+        done = out / f"{title.split()[0].lower()}-{split}-{cases.digest(about)}"
         attribute.attribute(folder, done, split=split, ids=ids, data=dataset.path, steps=steps)
         yield _heading(f"{title} of {split}")
         yield page.SLIDER if title.startswith("Best") or not best else ""

@@ -1,16 +1,22 @@
 """`maknet attribute` from end to end, and its page."""
 
 import csv
+import dataclasses
 import html.parser
 import json
+import pathlib
 import re
+import shutil
+import types
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from maknet_jax import attribute, cases, cli, config, train, workdir
-from maknet_jax.attribution import page
+from maknet_jax.attribution import faithfulness, page, perturbation
+from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.data import augment, volumes
 from maknet_jax.errors import InputError
 
@@ -143,6 +149,52 @@ def test_faithfulness_has_intervals(done):
             assert mean == pytest.approx(np.mean(each), abs=1e-6)
 
 
+def test_both_networks_are_asked_for_one_label_and_compared_on_the_same_images(
+    done, linear, shards
+):
+    out, summary = done
+    index = json.loads((out / "index.json").read_text())
+    groups = [case["id"][:6] for case in index]  # DeepLesion's patients
+    assert summary["groups"] == len(set(groups)) > 1
+    one, two = summary["faithfulness"]
+    areas = []
+    for case in index:
+        first, second = case["models"]
+        assert first["areas_of"] == second["areas_of"] == first["labels"][0]["label"]
+        areas.append([first["areas"], second["areas"]])
+    # The second network by hand, on an image for which it would have named another label.
+    seconds = [case["models"][1] for case in index]
+    number = next(k for k in range(9) if seconds[k]["labels"][0]["label"] != seconds[k]["areas_of"])
+    model = seconds[number]
+    column, net = shards.vocabulary.index[model["areas_of"]], cases.open_networks(linear)[0]
+    hu = np.repeat(shards.source("test")[number].image[None], 8, axis=0)
+    images, black = net.put(hu), net.put(np.full_like(hu, -1024))
+    found = ig.integrated_gradients(net.logit_fn, images, [[column]] * 8, black, steps=6)
+    random = faithfulness.random_ranks(perturbation.differs(hu[:1], -1024), number)
+    for order, names in (
+        (faithfulness.ranks(found.maps[:, 0].sum(-1)), ("deletion", "insertion")),
+        (random.repeat(8, axis=0), ("random deletion", "random insertion")),
+    ):
+        curves = faithfulness.curves(
+            net.logit_fn, images, [column] * 8, black, order, attribute.SHARES
+        )
+        for name, curve in zip(names, curves, strict=True):
+            area = faithfulness.area(curve[0], attribute.SHARES)
+            assert model["areas"][name] == pytest.approx(area, abs=1e-4), name
+    expected = {f"{area}, {one} minus {two}": [a[area] - b[area] for a, b in areas]
+                for area in ("deletion", "insertion")}  # fmt: skip
+    for place, name in enumerate((one, two)):
+        for area in ("deletion", "insertion"):
+            expected[f"{name}: {area}, map minus random"] = [
+                pair[place][area] - pair[place][f"random {area}"] for pair in areas
+            ]
+    assert summary["differences"].keys() == expected.keys()
+    for name, values in expected.items():
+        wanted = faithfulness.bootstrap(values, groups)
+        assert summary["differences"][name] == pytest.approx(wanted, abs=1e-6)
+        assert name in (out / "index.html").read_text()
+
+
 def test_the_page_shows_all_and_needs_nothing_else(done):
     out, _ = done
     text = (out / "index.html").read_text()
@@ -206,6 +258,20 @@ def test_a_killed_run_neither_repeats_nor_loses_an_image(done, trained, linear, 
     assert len(wrote) == 9  # nothing is left to do
     with pytest.raises(InputError, match="steps 6, not 7"):
         attribute.attribute(trained, out, compare=linear, faithful=True, **FEW | {"steps": 7})
+    change_weights(monkeypatch)  # of as many updates: trained again, or averaged
+    with pytest.raises(InputError, match="holds results with networks"):
+        attribute.attribute(trained, out, compare=linear, faithful=True, **FEW)
+
+
+def change_weights(monkeypatch):
+    opened = workdir.open_run
+
+    def others(*args, **options):
+        run = opened(*args, **options)
+        params = jax.tree.map(lambda leaf: leaf * 1.001, run.variables["params"])
+        return dataclasses.replace(run, variables=run.variables | {"params": params})
+
+    monkeypatch.setattr(workdir, "open_run", others)
 
 
 def test_labels_choose_images_and_targets(trained, shards, tmp_path):
@@ -226,21 +292,50 @@ def test_labels_choose_images_and_targets(trained, shards, tmp_path):
         trained, tmp_path / "ids", split="test", ids=[has[1].id, has[0].id], steps=2
     )
     assert by_id["images"] == 2
+    without = next(source[k].id for k in range(len(source)) if source[k].id not in
+                   {example.id for example in has})  # fmt: skip
+    with pytest.raises(InputError, match=f"{without!r} is annotated with none of --labels {name}"):
+        attribute.attribute(
+            trained, tmp_path / "no", split="test", ids=[has[0].id, without], labels=[name]
+        )
 
 
 def test_ct_files_are_explained_too(trained, phantom, tmp_path):
-    series = volumes.find_series(phantom["dicom"])[0][0]
+    scans, out = tmp_path / "scans", tmp_path / "out"
+    shutil.copytree(sorted(phantom["dicom"].iterdir())[0], scans)
+    series = volumes.find_series(scans)[0][0]
     ids = [f"{series.key}:3", f"{series.key}:0"]
-    out = tmp_path / "out"
-    summary = attribute.attribute(trained, out, path=phantom["dicom"], ids=ids, steps=2)
-    assert summary["images"] == 2
+    given = {"path": scans, "ids": ids, "steps": 2}
+    summary = attribute.attribute(trained, out, **given)
+    assert (summary["images"], summary["groups"]) == (2, 1)
     rows = rows_of(out)
     assert {row["id"] for row in rows} == set(ids) and {row["truth"] for row in rows} == {"unknown"}
+    # Another slice, and slice 3 may be another picture: what is done is no longer true.
+    pathlib.Path(series.paths[-1]).unlink()
+    with pytest.raises(InputError, match="holds results with selection"):
+        attribute.attribute(trained, out, **given)
+
+
+def test_networks_that_look_at_a_box_are_refused(trained, tmp_path, monkeypatch):
+    opened = workdir.open_run
+    box = types.SimpleNamespace(takes_box=True)
+    monkeypatch.setattr(
+        workdir, "open_run", lambda *a, **k: dataclasses.replace(opened(*a, **k), model=box)
+    )
+    with pytest.raises(InputError, match="box beside the image"):
+        attribute.attribute(trained, tmp_path / "out", **FEW)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refused_command_can_be_mended(trained, tmp_path):
+    out = tmp_path / "out"
+    for wrong in ({"baseline": "white"}, {"refine": 2, "method": "gauss"}, {"output": "loss"}):
+        with pytest.raises(InputError):
+            attribute.attribute(trained, out, **FEW | wrong)
+        assert not out.exists(), wrong
 
 
 def test_what_cannot_be_read_is_listed_and_the_rest_is_done(trained, phantom, tmp_path, capsys):
-    import shutil
-
     scans = tmp_path / "scans"
     shutil.copytree(sorted(phantom["dicom"].iterdir())[0], scans / "good")
     (scans / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n no picture")

@@ -25,9 +25,18 @@ def images():
 def test_ranks_are_a_permutation_from_the_most_raising_down():
     values = np.array([[[0.1, 3.0], [-2.0, 3.0]]])
     assert faithfulness.ranks(values).tolist() == [[[2, 0], [3, 1]]]  # ties in reading order
-    random = faithfulness.random_ranks((2, 4, 4), 0)
+    random = faithfulness.random_ranks(np.ones((2, 4, 4), bool), 0)
     assert all(sorted(one.ravel()) == list(range(16)) for one in random)
     assert (random[0] != random[1]).any()
+
+
+def test_random_pixels_are_first_those_that_differ_from_the_baseline():
+    differs = np.random.default_rng(1).random((3, 8, 8)) < 0.3
+    found = faithfulness.random_ranks(differs, 0)
+    for ranks, theirs in zip(found, differs, strict=True):
+        assert sorted(ranks.ravel()) == list(range(64))
+        assert sorted(ranks[theirs]) == list(range(theirs.sum()))
+        assert (ranks[theirs] != np.arange(theirs.sum())).any()  # in random order, not in reading
 
 
 def test_curves_of_a_known_model(images):
@@ -50,7 +59,7 @@ def test_curves_of_a_known_model(images):
 def test_a_good_map_beats_random_pixels_and_a_blind_label_is_flat(images):
     maps = ig.integrated_gradients(corner, images, np.array([[0]] * 3), 0.0).maps[:, 0].sum(-1)
     areas = []
-    for order in (faithfulness.ranks(maps), faithfulness.random_ranks(maps.shape, 0)):
+    for order in (faithfulness.ranks(maps), faithfulness.random_ranks(maps != 9, 0)):
         found = faithfulness.curves(corner, images, [0] * 3, np.zeros_like(images), order, SHARES)
         areas.append([faithfulness.area(curve, SHARES) for curve in found])
     (deletion, insertion), (random_deletion, random_insertion) = areas
@@ -79,8 +88,25 @@ def test_the_interval_holds_the_mean_as_often_as_it_says():
     assert faithfulness.bootstrap([0.3] * 5) == pytest.approx((0.3, 0.3, 0.3))
 
 
+def test_groups_are_resampled_whole():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=12)
+    alone = faithfulness.bootstrap(values)
+    names = [f"patient {k}" for k in range(12)]
+    mean, low, high = faithfulness.bootstrap(values, sorted(names))  # each its own group
+    assert mean == pytest.approx(alone[0]) and high - low == pytest.approx(alone[2] - alone[1], 0.1)
+    # A patient's slices tell nothing new: ten copies of each give no narrower interval.
+    copies = faithfulness.bootstrap(np.tile(values, 10), names * 10)
+    ordered = faithfulness.bootstrap(values[np.argsort(names)])
+    assert copies == pytest.approx(ordered)
+    narrow = faithfulness.bootstrap(np.tile(values, 10))
+    assert narrow[2] - narrow[1] < (copies[2] - copies[1]) / 2
+    # The mean is that of images, whatever the sizes of the groups.
+    assert faithfulness.bootstrap([0, 0, 0, 1], ["a", "a", "a", "b"])[0] == 0.25
+
+
 def test_refusals(images):
-    order = faithfulness.random_ranks((3, 8, 8), 0)
+    order = faithfulness.random_ranks(np.ones((3, 8, 8), bool), 0)
     for shares in ([0, 0.5], [0.1, 1], [0, 0.5, 0.5, 1]):
         with pytest.raises(InputError, match="ascend"):
             faithfulness.curves(corner, images, [0] * 3, images, order, shares)

@@ -96,9 +96,11 @@ def test_occlusion_of_a_linear_model_is_the_mean_over_each_square(case):
     squares = exact.reshape(8, 3, 3, 2, 4, 2).mean(axis=(3, 5)).repeat(2, 2).repeat(2, 3)
     np.testing.assert_allclose(found.maps.sum(-1), squares, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found.residual, 0, atol=1e-4)  # the squares tile the image
-    odd = ig.occlusion(
-        case["linear"], case["images"], case["targets"], case["baseline"], window=3, stride=2
-    )
+    weights = case["linear"].args[0]
+    odd = ig.occlusion(  # a plain function will do
+        lambda images: linear(weights, images), case["images"], case["targets"], case["baseline"],
+        window=3, stride=2,
+    )  # fmt: skip
     assert np.isfinite(odd.maps).all()
 
 
@@ -155,6 +157,46 @@ def test_the_chunk_does_not_matter(case, chunk):
     a = ig.integrated_gradients(*arguments, chunk=chunk)
     b = ig.integrated_gradients(*arguments, chunk=None)
     np.testing.assert_allclose(a.maps, b.maps, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ("numpy", "split"))
+def test_the_groups_of_images_do_not_matter(case, kind, monkeypatch):
+    network, images, baseline = case["curved"], case["images"], case["baseline"]
+    options = {"steps": 3, "output": "logit", "refine": 2}
+    targets = np.tile(case["targets"], (3, 1))
+    images, baseline = (np.concatenate([x, x / 2, x[::-1]]) for x in (images, baseline))
+    whole = ig.integrated_gradients(network, images, targets, baseline, **options)
+    rows = 5
+    if kind == "split":
+        mesh = sharding.data_mesh()
+        network = Partial(curved, sharding.put_state(mesh, network.args[0]))
+        put = sharding.put_batch(mesh, {"x": images, "b": baseline})
+        images, baseline, rows = put["x"], put["b"], 16
+    shapes, original = [], ig._path_gradients
+    monkeypatch.setattr(
+        ig, "_path_gradients", lambda *given: shapes.append(given[1].shape[0]) or original(*given)
+    )
+    given = ig.integrated_gradients(network, images, targets, baseline, rows=rows, **options)
+    assert max(shapes) == rows
+    shapes.clear()
+    monkeypatch.setattr(ig, "CPU_BUDGET", 1)  # of which not one place of one image fits
+    found = ig.integrated_gradients(network, images, targets, baseline, **options)
+    assert set(shapes) == {8 if kind == "split" else 1}
+    for name in ("maps", "start", "end", "residual"):
+        for other in (given, found):
+            np.testing.assert_allclose(
+                getattr(other, name), getattr(whole, name), rtol=1e-4, atol=1e-5
+            )
+
+
+def test_images_are_grouped_only_where_they_do_not_fit(case):
+    network, images = case["curved"], np.zeros((9, *SHAPE), np.float32)
+    assert ig.fit(network, images, 2, budget=1 << 30)[1] == 9
+    assert ig.fit(network, images, 2, budget=1) == (1, 1)
+    one = next(b for b in range(1 << 8, 1 << 16, 64) if ig.fit(network, images, 2, budget=b)[1] > 1)
+    assert ig.fit(network, images, 2, budget=4 * one)[1] in (5, 9)  # 5 + 4 rather than 8 + 1
+    chunk, rows = ig.fit(network, images, 2, budget=64 * one)
+    assert rows == 9 and 7 <= chunk <= 15
 
 
 def test_several_labels_are_as_one_by_one(case):
@@ -245,6 +287,8 @@ def test_a_flax_module_in_five_lines():
         ({"chunk": 0}, "chunk 0"),
         ({"refine": -1}, "refine -1"),
         ({"refine": 1, "method": "gauss"}, "refine 1"),
+        ({"rows": 0}, "rows 0"),
+        ({"baseline": np.zeros((3, *SHAPE))}, "baseline of shape"),
         ({"targets": np.array([[4]] * 8)}, "labels 0 to 3"),
         ({"targets": np.array([[-1]] * 8)}, "labels 0 to 3"),
         ({"targets": np.array([0] * 8)}, "a row an image"),
@@ -253,10 +297,8 @@ def test_a_flax_module_in_five_lines():
     ],
 )
 def test_what_makes_no_sense_is_refused(case, change, says):
-    given = {"targets": case["targets"]} | change
-    call = functools.partial(
-        ig.integrated_gradients, case["curved"], case["images"], baseline=0.0, **given
-    )
+    given = {"targets": case["targets"], "baseline": 0.0} | change
+    call = functools.partial(ig.integrated_gradients, case["curved"], case["images"], **given)
     with pytest.raises(InputError, match=says):
         call()
 

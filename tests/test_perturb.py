@@ -2,7 +2,15 @@
 
 import csv
 import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
 
+import jax
+import jax.numpy as jnp
 import nibabel
 import numpy as np
 import pytest
@@ -10,6 +18,7 @@ from PIL import Image
 from test_attribute import check_page, linear  # noqa: F401
 
 from maknet_jax import cases, cli, perturb
+from maknet_jax.attribution import perturbation
 from maknet_jax.errors import InputError, Rejected
 
 
@@ -19,13 +28,64 @@ def rows_of(out):
 
 
 @pytest.fixture(scope="module")
-def done(trained, linear, phantom, tmp_path_factory):  # noqa: F811
+def seen():
+    """What the networks saw: masks of the most influential pixels, and images in HU."""
+    return {"_influential": [], "_scored": []}
+
+
+@pytest.fixture(scope="module")
+def done(trained, linear, phantom, tmp_path_factory, seen):  # noqa: F811
     out = tmp_path_factory.mktemp("perturbed") / "out"
-    summary = perturb.perturb(
-        trained, out, split="test", limit=6, steps=4, compare=linear,
-        masks=phantom["masks"] / "deeplesion", organs=["liver", "soft tissue"],
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, kept in seen.items():
+            original = getattr(perturb, name)
+
+            def spy(net, hu, *rest, original=original, kept=kept):
+                found = original(net, hu, *rest)
+                kept.append((net.name, hu, found))
+                return found
+
+            patch.setattr(perturb, name, spy)
+        summary = perturb.perturb(
+            trained, out, split="test", limit=6, steps=4, compare=linear,
+            masks=phantom["masks"] / "deeplesion", organs=["liver", "soft tissue"],
+        )  # fmt: skip
     return out, summary
+
+
+def test_only_the_right_pixels_change(done, seen, shards, phantom):
+    paths = sorted(done[0].glob("cases/*"))
+    masks = {net: found for net, _, found in seen["_influential"]}
+    assert len(masks) == 2 and len(seen["_scored"]) == 2 * len(paths)
+    source, scored = shards.source("test"), iter(seen["_scored"])
+    for path in paths:
+        about, _ = cases.load(path)
+        number = int(path.stem)
+        case = source[number]
+        regions = perturb.find_regions(
+            case, masks=phantom["masks"] / "deeplesion", organs=["liver", "soft tissue"], size=32
+        )
+        for model in about["models"]:
+            net, hu, _ = next(scored)
+            assert net == model["name"]
+            np.testing.assert_array_equal(hu[0], case.image)
+            mask, changed = masks[net][number], (hu != hu[0]).any(axis=-1)
+            assert 0 < mask.sum() <= round(0.1 * mask.size)
+            for column, image, where in zip(model["columns"][1:], hu[1:], changed[1:], strict=True):
+                strategy, _, name = column["title"].partition(": ")
+                assert where.any()
+                if strategy != "neighbour":
+                    assert (image[where] == -1024).all()
+                if strategy == "neighbour":
+                    assert not (where & ~regions[name]).any()
+                elif strategy == "patch":
+                    box = perturbation.patch(np.zeros((32, 32, 1)), regions[name])[..., 0] != 0
+                    np.testing.assert_array_equal(where, box & (hu[0] != -1024).any(axis=-1))
+                elif strategy == "attribution":
+                    np.testing.assert_array_equal(where, mask)
+                else:  # as many, and none of them air
+                    assert where.sum() == mask.sum() and (where != mask).any()
+                    assert perturbation.differs(hu[0], np.full_like(hu[0], -1024))[where].all()
 
 
 def test_each_image_is_shown_whole_and_perturbed(done):
@@ -39,8 +99,6 @@ def test_each_image_is_shown_whole_and_perturbed(done):
             assert any(title.startswith("attribution") for title in titles)
             pictures = arrays[f"pictures_{place}"]
             assert pictures.shape == (len(titles), 32, 32)
-            for title, picture in zip(titles[1:], pictures[1:], strict=True):
-                assert (picture != pictures[0]).any() or title.startswith(("attr", "rand"))
         assert "regions" not in about  # masks are not kept
 
 
@@ -115,16 +173,88 @@ def test_masks_of_all_kinds_lie_on_their_slice(tmp_path):
     ):  # fmt: skip
         region = found(masks, organs)
         assert (region & expected).sum() / (region | expected).sum() > 0.75, masks
-    region = found("a.nii.gz", ["3"], slice=1)
+    region = found("a.nii.gz", ["3"], slice=1, shape=(3, 40, 60), kind="dicom")
     assert (region & expected).sum() / (region | expected).sum() > 0.75
     with pytest.raises(Rejected, match="in sight"):
         found("npz", ["4"])
     with pytest.raises(InputError, match="'spleen'"):
         found("npz", ["spleen"])
-    with pytest.raises(Rejected, match="no slice"):
-        found("a.nii.gz", ["3"], slice=3)
+    with pytest.raises(Rejected, match="3 slices, the series 4"):
+        found("a.nii.gz", ["3"], shape=(4, 40, 60))
     with pytest.raises(Rejected, match="no mask"):
         found("npz", None, file="b_001.png")
+
+
+def case_of(**meta):
+    meta = {"crop": (0, 0, 40, 60), "file": "a_007.png"} | meta
+    meta = {name: value for name, value in meta.items() if value is not None}
+    return cases.Case("a:1", None, (), (), meta)
+
+
+def regions_of(case, masks=None, organs=None):
+    return perturb.find_regions(case, masks=masks, organs=organs, size=20)
+
+
+def test_stored_values_of_pictures_are_the_labels(tmp_path):
+    plane = np.zeros((40, 60), np.uint8)
+    plane[10:20, 5:25] = 3
+    path = tmp_path / "a.png"
+
+    def found(picture, organ):
+        picture.save(path)
+        return next(iter(regions_of(case_of(), path, [organ]).values()))
+
+    expected = found(Image.fromarray(plane), "3")
+    palette = Image.fromarray(plane, "P")
+    palette.putpalette([0, 0, 0, 9, 9, 9, 99, 99, 99, 200, 0, 0])  # 3 is a red, of another grey
+    np.testing.assert_array_equal(found(palette, "3"), expected)
+    deep = Image.fromarray(np.where(plane, np.uint16(700), np.uint16(0)))
+    np.testing.assert_array_equal(found(deep, "700"), expected)
+    np.testing.assert_array_equal(found(Image.fromarray(plane > 0), "1"), expected)
+    with pytest.raises(Rejected, match="RGB"):
+        found(Image.fromarray(np.repeat(plane[..., None], 3, axis=-1)), "3")
+
+
+def test_masks_of_another_place_or_size_are_rejected(tmp_path):
+    path = tmp_path / "a_007.png"
+    Image.fromarray(np.eye(40, 60, dtype=np.uint8)).save(path)
+    assert regions_of(case_of(shape=(5, 40, 60)), path)
+    with pytest.raises(Rejected, match="mask is 40 x 60, the slice 80 x 120"):
+        regions_of(case_of(shape=(5, 80, 120)), path)  # though the crop would fit
+    with pytest.raises(Rejected, match="mask is 40 x 60, the slice 40 x 61 or more"):
+        regions_of(case_of(crop=(0, 1, 40, 61)), path)
+    with pytest.raises(Rejected, match="patch around a lesion"):
+        regions_of(case_of(crop=None, box=(1, 1, 3, 3)), path)
+    with pytest.raises(Rejected, match="does not keep its file"):
+        regions_of(case_of(file=None), path)
+    Image.fromarray(np.ones((40, 60), np.uint8)).save(path)
+    with pytest.raises(Rejected, match="fills the whole image"):
+        regions_of(case_of(), path)
+    nibabel.save(nibabel.Nifti1Image(np.ones((60, 40, 3), np.uint8), np.eye(4)),
+                 tmp_path / "a.nii")  # fmt: skip
+    with pytest.raises(Rejected, match="of a volume"):
+        regions_of(case_of(slice=1), tmp_path / "a.nii")
+
+
+def test_boxes_of_deeplesion_count_from_1():
+    crop = (0, 0, 20, 20)  # a pixel of the slice is one of the image
+    region = regions_of(case_of(crop=crop, slice_box=(5, 9, 8, 12)))["lesion"]
+    np.testing.assert_array_equal(np.argwhere(region)[[0, -1]], [[8, 4], [10, 6]])
+    # A patch around a lesion has its box in its own pixels, from 0.
+    patch = regions_of(case_of(crop=None, slice_box=(5, 9, 8, 12), box=(2, 3, 4, 5)))["lesion"]
+    np.testing.assert_array_equal(np.argwhere(patch)[[0, -1]], [[3, 2], [4, 3]])
+
+
+def test_other_masks_are_other_settings(trained, phantom, tmp_path):
+    masks = tmp_path / "masks"
+    shutil.copytree(phantom["masks"] / "deeplesion", masks / "deeplesion")
+    shutil.copy(phantom["masks"] / "organs.json", masks)
+    given = {"split": "test", "limit": 1, "strategies": ("patch",), "organs": ["soft tissue"]}
+    for _ in range(2):
+        perturb.perturb(trained, tmp_path / "out", masks=masks / "deeplesion", **given)
+    (masks / "deeplesion" / "other.npz").write_bytes(b"new")
+    with pytest.raises(InputError, match="masks_digest"):
+        perturb.perturb(trained, tmp_path / "out", masks=masks / "deeplesion", **given)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +262,9 @@ def test_masks_of_all_kinds_lie_on_their_slice(tmp_path):
     [
         (["--strategy", "blur"], "'blur'"),
         (["--masks", "nowhere"], "nowhere"),
+        (["--masks", __file__], "no whole PNG"),
+        (["--masks", str(pathlib.Path(__file__).parent), "--organs", "nose"], "'nose'"),
+        (["--baseline", "white"], "'white'"),
         (["--share", "2"], "--share"),
         (["--split", "nine"], "nine"),
     ],
@@ -150,5 +283,104 @@ def test_images_without_a_region_are_listed(trained, phantom, tmp_path, capsys):
     assert cli.main([*argv, "--out", str(tmp_path / "out")]) == 2  # not one has a box
     assert "--masks" in capsys.readouterr().err
     argv += ["--strategy", "attribution,random", "--steps", "2"]  # need no region
-    assert cli.main([*argv, "--out", str(tmp_path / "other")]) == 0
+    assert cli.main([*argv, "--out", str(tmp_path / "out")]) == 0  # the same folder
     assert "confidence falls by" in capsys.readouterr().out
+
+
+def picked_of(count, bad=()):
+    """Images of one value each; `bad` cannot be read."""
+    none = np.zeros(0)
+
+    def read(number):
+        if number in bad:
+            raise Rejected("scan: a.dcm", "rows differ: 3 and 4")
+        return cases.Case(str(number), np.full((2, 2, 3), number, np.int16), none, none, {})
+
+    reads = [lambda number=number: read(number) for number in range(count)]
+    return cases.Picked(reads, [], {"count": count})
+
+
+def test_reasons_are_kept_whole(tmp_path):
+    def explain(out, picked):
+        about = lambda batch: [({"id": case.id}, {}) for case in batch.values()]  # noqa: E731
+        return cases.explain("title", out, picked, {}, about, batch_size=2)
+
+    done, failures = explain(tmp_path / "some", picked_of(3, bad=[1]))
+    assert list(done) == [0, 2]
+    assert failures == [("scan: a.dcm", "rows differ: 3 and 4")]
+    picked = picked_of(2)
+
+    def broken():
+        raise Rejected("rows differ: 3 and 4")
+
+    picked.reads[1] = broken
+    assert explain(tmp_path / "other", picked)[1] == [("image 1", "rows differ: 3 and 4")]
+    with pytest.raises(InputError, match="rows differ: 3 and 4"):
+        explain(tmp_path / "none", picked_of(2, bad=[0, 1]))
+    assert len(explain(tmp_path / "none", picked_of(4))[0]) == 4  # nothing held the folder
+
+
+SCRIPT = """
+import sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+address, number, out = sys.argv[1:]
+jax.distributed.initialize(address, num_processes=2, process_id=int(number))
+sys.path.insert(0, {tests!r})
+import test_perturb
+from maknet_jax import cases
+def explain_batch(batch):
+    print("did", *batch)
+    return [({{"id": case.id, "by": number}}, {{}}) for case in batch.values()]
+picked = test_perturb.picked_of(7, bad=[4])
+done, failures = cases.explain("t", out, picked, {{}}, explain_batch, batch_size=2)
+print("done", *done)
+print("failed", *failures)
+"""
+
+
+def test_two_processes_share_the_images_and_lose_none(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    script = SCRIPT.format(tests=str(pathlib.Path(__file__).parent))
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, address, str(number), tmp_path / "out"],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    outputs = [worker.communicate(timeout=120) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs
+    lines = [out.splitlines() for out, _ in outputs]
+    did = [[line for line in each if line.startswith("did")] for each in lines]
+    assert did == [["did 0 2", "did 6"], ["did 1 3", "did 5"]]
+    for each in lines:  # both know all
+        assert each[-2:] == ["done 0 1 2 3 5 6", "failed ('scan: a.dcm', 'rows differ: 3 and 4')"]
+    for number in (0, 1, 2, 3, 5, 6):
+        about, _ = cases.load(tmp_path / f"out/cases/{number:05d}.npz")
+        assert about == {"id": str(number), "by": str(number % 2)}
+
+
+def test_products_are_float32_on_the_way_back_too(trained):
+    network = cases.open_networks(trained)[0]
+
+    def precisions(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+                yield equation.params["precision"]
+            for inner in jax.tree.leaves(
+                list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+            ):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from precisions(inner)
+
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    images = jnp.zeros((8, 32, 32, 3))
+    forward = list(precisions(jax.make_jaxpr(network.logit_fn)(images).jaxpr))
+    back = jax.make_jaxpr(jax.grad(lambda x: network.logit_fn(x).sum()))(images)
+    back = list(precisions(back.jaxpr))
+    assert len(back) > len(forward) > 3 and {*forward, *back} == {highest}

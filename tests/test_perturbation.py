@@ -9,7 +9,7 @@ from PIL import Image
 
 from maknet_jax.attribution import overlay, perturbation
 from maknet_jax.data import preprocess
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, Rejected
 
 
 def image_of(plane):
@@ -45,7 +45,7 @@ def test_neighbours_of_an_organ_leave_none_of_it():
     np.testing.assert_array_equal(
         perturbation.neighbour(image_of(plane), np.zeros_like(region)), image_of(plane)
     )
-    with pytest.raises(InputError, match="whole image"):
+    with pytest.raises(Rejected, match="whole image"):
         perturbation.neighbour(image_of(plane), np.ones_like(region))
 
 
@@ -81,6 +81,13 @@ def test_baselines_are_in_hu():
     for kind in ("white", "99999999"):
         with pytest.raises(InputError, match=kind):
             perturbation.make_baseline(image, kind)
+
+
+def test_noise_of_air_is_no_difference():
+    image = image_of([[-1024, -990, -900, 3000]])
+    image[0, 0, 2] = 40  # in one channel only
+    black = perturbation.make_baseline(image, "black")
+    assert perturbation.differs(image, black).tolist() == [[True, False, True, True]]
 
 
 def test_regions_lie_where_the_crop_and_the_resize_put_them():

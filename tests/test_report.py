@@ -1,7 +1,9 @@
 """`maknet report`."""
 
+import dataclasses
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -50,6 +52,34 @@ def test_best_have_a_lower_loss_than_worst(trained, shards, tmp_path):
     every = sorted(loss(name) for name, example in examples.items() if example.labels.any())
     assert sorted(losses["best"]) == pytest.approx(every[:2], rel=1e-4)
     assert min(losses["worst"]) >= every[-2] - 1e-4
+
+
+def test_other_cases_and_other_weights_are_another_folder(trained, tmp_path, monkeypatch):
+    out, given = tmp_path / "out", {"count": 1, "steps": 1}
+    report.report(trained, out, **given)
+    found = {path.name for path in out.glob("*-test-*")}
+    assert len(found) == 2
+    report.report(trained, out, **given)
+    assert {path.name for path in out.glob("*-test-*")} == found  # resumed
+    scores = report.Evaluator.scores
+
+    def turned(self, variables):
+        kept = scores(self, variables)
+        return dataclasses.replace(kept, scores=1 - kept.scores)
+
+    monkeypatch.setattr(report.Evaluator, "scores", turned)
+    text = report.report(trained, out, **given).read_text()
+    assert len(list(out.glob("*-test-*"))) > 2 and "Best cases" in text
+
+
+def test_a_network_that_looks_at_a_box_has_no_cases(trained, tmp_path, monkeypatch):
+    opened, box = workdir.open_run, types.SimpleNamespace(takes_box=True)
+    monkeypatch.setattr(
+        workdir, "open_run", lambda *a, **k: dataclasses.replace(opened(*a, **k), model=box)
+    )
+    text = report.report(trained, tmp_path / "out").read_text()
+    assert "Left out: " in text and "Best cases" not in text and "<h2>Training</h2>" in text
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["index.html"]
 
 
 def test_the_command_says_where(trained, tmp_path, capsys):

@@ -19,16 +19,23 @@ def ranks(attribution):
     return places.reshape(attribution.shape)
 
 
-def random_ranks(shape, seed):
-    """Ranks `[B, H, W]` of pixels in random order."""
-    return ranks(np.random.default_rng(seed).random(shape))
+def random_ranks(differs, seed):
+    """Ranks of pixels in random order, first of those that differ from the baseline.
+
+    To delete air changes nothing: a control that drew it would flatter every map.
+
+    Args:
+      differs: bool `[..., H, W]`.
+      seed: of the order.
+    """
+    return ranks(np.random.default_rng(seed).random(differs.shape) + differs)
 
 
 def curves(logit_fn, images, targets, baseline, order, shares, *, output="probability"):
     """Outputs while pixels are deleted, and while they are inserted.
 
     Args:
-      logit_fn: see `integrated_gradients`.
+      logit_fn: see `integrated_gradients`, also for what a process must hold.
       images: float32 `[B, H, W, C]`.
       targets: int `[B]`, a label an image.
       baseline: float32, as the images.
@@ -68,11 +75,13 @@ def mass_inside(attribution, region):
     return float(raising[region].sum(dtype=np.float64) / total) if total > 0 else np.nan
 
 
-def bootstrap(values, *, seed=0, draws=2000, level=0.95):
-    """(mean, low, high) of the mean over images, by resampling them.
+def bootstrap(values, groups=None, *, seed=0, draws=2000, level=0.95):
+    """(mean, low, high) of the mean over images, by resampling them, or groups of them.
 
     Args:
-      values: `[N]`, one an image; images, not pixels or labels, are what is independent.
+      values: `[N]`, one an image.
+      groups: of each image what it shares with those that it is not independent of: its patient or
+        series; None takes every image as independent.
       seed: of the draws.
       draws: resamplings.
       level: of the interval.
@@ -80,7 +89,9 @@ def bootstrap(values, *, seed=0, draws=2000, level=0.95):
     values = np.asarray(values, np.float64)
     if not values.size or not np.isfinite(values).all():
         raise InputError("an interval needs finite values of one image or more")
-    rows = np.random.default_rng(seed).integers(values.size, size=(draws, values.size))
-    means = values[rows].mean(axis=1)
+    groups = np.arange(values.size) if groups is None else np.unique(groups, return_inverse=True)[1]
+    counts, sums = np.bincount(groups), np.bincount(groups, values)
+    rows = np.random.default_rng(seed).integers(counts.size, size=(draws, counts.size))
+    means = sums[rows].sum(axis=1) / counts[rows].sum(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(values.mean()), float(low), float(high)

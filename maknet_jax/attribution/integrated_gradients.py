@@ -3,7 +3,8 @@
 All is written against logit_fn(images float32 [B, H, W, C]) -> logits [B, K], images as the network
 sees them: here black is 0 and means -1024 HU under the default window (`baselines`). Give
 `jax.tree_util.Partial(apply, variables)` rather than a closure: weights are then arguments of the
-compiled program and no constants in it. Inputs that are split over devices stay split.
+compiled program and no constants in it. Inputs that are split over devices stay split; a process
+must hold all of them: each takes images of its own, as `maknet attribute` does.
 """
 
 import dataclasses
@@ -72,6 +73,15 @@ def quadrature(method, steps):
     return (np.arange(steps) + shift) / steps, np.full(steps, 1 / steps)
 
 
+def check(method, steps, refine, output):
+    """Raises InputError unless `integrated_gradients` takes these options."""
+    quadrature(method, steps)
+    if refine < 0 or refine and method != "trapezoid":
+        raise InputError(f"refine {refine} with {method}: 0 or more, above 0 with trapezoid only")
+    if output not in OUTPUTS:
+        raise InputError(f"output {output!r} is unknown: choose {' or '.join(OUTPUTS)}")
+
+
 def integrated_gradients(
     logit_fn,
     images,
@@ -84,6 +94,7 @@ def integrated_gradients(
     refine=0,
     chunk=None,
     tolerance=TOLERANCE,
+    rows=None,
 ):
     """Integrates the gradient along the line from `baseline` to `images`.
 
@@ -101,8 +112,10 @@ def integrated_gradients(
       refine: how often the steps of an image with a flagged map are doubled at most, by the
         trapezoid only: it reuses what it has. Max pooling puts kinks into the path, at which the
         error of every method falls with 1 / steps only.
-      chunk: places of the path a call; None takes `find_chunk`. The result does not depend on it.
+      chunk: places of the path a call; None takes what `fit` finds, as for rows. The result does
+        not depend on either.
       tolerance: of the relative residual.
+      rows: images a call, a multiple of the devices.
 
     Returns:
       An `Attribution`.
@@ -110,10 +123,27 @@ def integrated_gradients(
     Raises:
       InputError: an argument is out of range.
     """
-    if refine < 0 or refine and method != "trapezoid":
-        raise InputError(f"refine {refine} with {method}: 0 or more, above 0 with trapezoid only")
+    check(method, steps, refine, output)
     logit_fn = as_partial(logit_fn)
     images, targets, baseline = _checked(logit_fn, images, targets, baseline, output)
+    if chunk is None or rows is None:
+        fits = fit(logit_fn, images, targets.shape[1], output=output)
+        chunk, rows = (own if own is not None else found for own, found in
+                       zip((chunk, rows), fits, strict=True))  # fmt: skip
+    if chunk < 1 or rows < 1:
+        raise InputError(f"chunk {chunk} and rows {rows} should be 1 or more")
+    parts = []
+    for start in range(0, len(images), rows):
+        own = slice(start, start + rows)
+        some = [_rows(images, own, images), targets[own], _rows(baseline, own, images)]
+        found = _refined(logit_fn, *some, steps, method, refine, output, chunk, tolerance)
+        parts.append([getattr(found, field.name) for field in dataclasses.fields(found)])
+    return Attribution(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _refined(
+    logit_fn, images, targets, baseline, steps, method, refine, output, chunk, tolerance
+):  # fmt: skip
     given = logit_fn, images, targets, baseline
     found = _along(*given, *quadrature(method, steps), output, chunk, tolerance)
     for _ in range(refine):
@@ -157,6 +187,7 @@ def occlusion(
       window: the edge of the square in pixels.
       stride: between squares; what it leaves at the lower and right edge gets squares of its own.
     """
+    logit_fn = as_partial(logit_fn)
     images, targets, baseline = _checked(logit_fn, images, targets, baseline, output)
     height, width, channels = images.shape[1:]
     if not 0 < stride <= window <= min(height, width):
@@ -180,7 +211,12 @@ def occlusion(
 
 
 def find_chunk(logit_fn, images, labels, *, output="probability", budget=None):
-    """How many places of the path fit into the memory of a device, at least 1.
+    """How many places of the path fit at once, the first of what `fit` finds."""
+    return fit(logit_fn, images, labels, output=output, budget=budget)[0]
+
+
+def fit(logit_fn, images, labels, *, output="probability", budget=None):
+    """(places of the path, images) that fit into the memory of the devices: 1 a device or more.
 
     A place keeps its activations for the way back; their sizes are known from the shapes alone.
     The way back needs about a third of that again for each label, beside images and gradients.
@@ -209,14 +245,18 @@ def find_chunk(logit_fn, images, labels, *, output="probability", budget=None):
     images_a_device = -(-images.shape[0] // len(devices))
     an_image = 4 * math.prod(images.shape[1:])
     a_place = (kept(2) - kept(1)) * (1 + labels / 3) + 2 * an_image * (1 + labels)
-    return max(1, int(budget // (a_place * images_a_device)))
+    room = max(1, int(budget // a_place))
+    # Groups of one size where that is possible: each size is a program of its own.
+    rows = -(-images_a_device // -(-images_a_device // room))
+    return room // rows, rows * len(devices)
+
+
+def _rows(array, own, like):
+    """Rows of an array, on the devices in the way of `like` if that is there."""
+    return jax.device_put(array[own], like.sharding) if isinstance(like, jax.Array) else array[own]
 
 
 def _along(logit_fn, images, targets, baseline, places, weights, output, chunk, tolerance):
-    if chunk is None:
-        chunk = find_chunk(logit_fn, images, targets.shape[1], output=output)
-    if chunk < 1:
-        raise InputError(f"chunk {chunk} should be 1 or more")
     calls = -(-len(places) // chunk)
     chunk = -(-len(places) // calls)
     # One shape of chunk is one compiled program: the last is filled up with weights of 0.
@@ -246,7 +286,14 @@ def _checked(logit_fn, images, targets, baseline, output):
         )
     if targets.size == 0 or targets.min() < 0 or targets.max() >= count:
         raise InputError(f"targets should be labels 0 to {count - 1}, at least one an image")
-    baseline = jnp.broadcast_to(jnp.asarray(baseline, jnp.float32), images.shape)
+    try:
+        on = jnp if isinstance(images, jax.Array) else np
+        baseline = on.broadcast_to(on.asarray(baseline, np.float32), images.shape)
+    except ValueError:
+        raise InputError(
+            f"a baseline of shape {np.shape(baseline)} does not broadcast to images of "
+            f"{images.shape}: give a number, one image or as many"
+        ) from None
     return images, targets.astype(np.int32), baseline
 
 

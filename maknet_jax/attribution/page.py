@@ -98,10 +98,14 @@ def attribution_lead(about, shown):
         header = ["network", *next(iter(about["faithfulness"].values()))]
         text = (
             "Mean confidence in the first label while pixels are deleted or inserted (95 % by "
-            "resampling images). A map that knows more than chance deletes below and inserts above "
-            "random pixels."
+            f"resampling the {about['groups']} patients or series; of one alone there is no "
+            "interval). A map that knows more than chance deletes below and inserts above random "
+            "pixels. Of two networks both are asked for the first label of the first."
         )
         lead += paragraph(text) + table(header, rows)
+        rows = [[name, "{:.2f} ({:.2f} to {:.2f})".format(*values)]
+                for name, values in about["differences"].items()]  # fmt: skip
+        lead += table(["on the same images", "difference"], rows)
     return lead + SLIDER
 
 

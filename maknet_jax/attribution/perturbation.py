@@ -3,10 +3,10 @@
 import numpy as np
 from scipy import ndimage
 
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, Rejected
 
 AIR = -1024  # HU: black
-BASELINES = ("black", "blurred", "HU")
+NOISE = 50  # HU: air in a scan lies around -1000, some tens to either side
 
 
 def make_baseline(image, kind):
@@ -46,7 +46,7 @@ def neighbour(image, region):
     if not region.any():
         return image.copy()
     if region.all():
-        raise InputError("the region fills the whole image: it has no neighbours to take")
+        raise Rejected("the region fills the whole image: it has no neighbours to take")
     _, edge = ndimage.distance_transform_edt(region, return_indices=True)
     here = np.indices(region.shape)
     # As far outside as the pixel lies inside; where that is no neighbour, the edge itself.
@@ -91,6 +91,11 @@ def most_influential(attribution, share):
     return mask.reshape(attribution.shape) & (attribution > 0)
 
 
+def differs(image, baseline):
+    """Where two HU images `[..., C]` differ by more than air's own noise: bool `[...]`."""
+    return (np.abs(image.astype(np.int32) - baseline) > NOISE).any(axis=-1)
+
+
 def delete(image, region, baseline):
     """The region's pixels become the baseline's, an image of the same shape."""
     return np.where(region[..., None], baseline, image)
@@ -100,7 +105,7 @@ def box_region(box, crop, size):
     """A box of the slice as a region of the network's image.
 
     Args:
-      box: (left, top, right, bottom) in pixels of the slice, as DeepLesion gives it.
+      box: (left, top, right, bottom) in pixels of the slice from 0 (DeepLesion counts from 1).
       crop: (top, left, bottom, right) that was cut out of the slice.
       size: the edge of the image.
 

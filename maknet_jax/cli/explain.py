@@ -110,9 +110,10 @@ def _run_attribute(chosen):
         flagged = summary["flagged"][name]
         print(f"{name}: {summary['images']} images, {share:.1%} of maps complete to 1 %, {flagged} "
               "flagged")  # fmt: skip
-    for name, areas in summary.get("faithfulness", {}).items():
-        for area, values in areas.items():
-            print(f"{name}: {area} {{:.3f}} ({{:.3f}} to {{:.3f}})".format(*values))
+    areas = {f"{name}: {area}": values for name, each in summary.get("faithfulness", {}).items()
+             for area, values in each.items()}  # fmt: skip
+    for name, values in (areas | summary.get("differences", {})).items():
+        print(name, "{:.3f} ({:.3f} to {:.3f})".format(*values))
     return _ended(summary)
 
 

@@ -1,0 +1,43 @@
+"""`benchmarks/organs.py` in small: on all devices that there are, and with whom it counts."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from maknet_jax.errors import InputError
+
+FOLDER = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def organs(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import organs
+
+    return organs
+
+
+def test_maps_are_measured_against_organs_by_patient(organs, trained, phantom, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    argv = ["--workdir", str(trained), "--masks", str(phantom["masks"]), "--images", "4"]
+    organs.main([*argv, "--steps", "2", "--least", "0", "--out", str(out)])
+    written = json.loads(out.read_text())
+    rows, results = written["rows"], written["results"]
+    assert len({row["id"] for row in rows}) > 1
+    for row in rows:
+        assert row["id"].startswith(row["patient"]) and len(row["patient"]) == 6
+        assert 0 < row["chance"] < 1 and 0 <= row["inside"] <= 1
+    for found in results.values():
+        mean, low, high = found["difference"]
+        assert mean == pytest.approx(found["map"][0] - found["random"][0])
+        assert low <= mean <= high
+    patients = {}
+    for row in rows:
+        patients.setdefault(row["patient"], []).append(row["inside"])
+    mean = np.mean([np.mean(values) for values in patients.values()])
+    assert results["mass inside the organ"]["map"][0] == pytest.approx(mean)
+    assert f"of {len(patients)} patients" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no organ of test"):
+        organs.main([*argv, "--least", "1.1", "--out", str(out)])
