@@ -1,0 +1,64 @@
+"""The experiment of the noisy student: its sums, and that it is the runs that it says."""
+
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from maknet_jax.errors import InputError
+
+REPO = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO / "benchmarks"))
+import student_gain  # noqa: E402
+
+
+def test_an_interval_is_students():
+    values = [0.1, 0.3, 0.2, 0.6]
+    expected = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+    assert student_gain.interval(values) == pytest.approx((0.3, *expected))
+    assert student_gain.interval([0.25]) == (0.25, None, None)
+
+
+def test_gains_are_over_both_controls():
+    teacher, control = [0.8, 0.2], [0.85, 0.1]
+    found = np.array([[teacher, control, [0.9, 0.3], [0.7, 0.4]]] * 2)
+    found[1, 2] -= 0.06
+    made = student_gain.gains(found)
+    first = made["round 1"]
+    assert first["teacher"]["AUC"]["gain"][0] == pytest.approx(0.07)
+    assert first["teacher"]["AUC"]["above"] == 2
+    assert first["labels only, same noise"]["AUC"]["gain"][0] == pytest.approx(0.02)
+    assert first["labels only, same noise"]["AUC"]["above"] == 1
+    assert first["labels only, same noise"]["F1"]["above"] == 2
+    second = made["round 2"]["teacher"]
+    assert second["AUC"]["above"] == 0 and second["F1"]["gain"][0] == pytest.approx(0.2)
+
+
+def test_seeds_are_whole_numbers(capsys):
+    with pytest.raises(SystemExit):
+        student_gain.main(["--seeds", "5,six"])
+    assert "'5,six' should be whole numbers from 0" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # eight trainings, though short
+def test_the_control_has_the_students_steps_and_no_pseudo_labels(tmp_path):
+    form = student_gain.QUICK
+    found = student_gain.measure(tmp_path, 0, form)
+    assert np.shape(found) == (4, 2) and np.isfinite(found).all()
+    pages = [
+        json.loads((tmp_path / run / "config.json").read_text())
+        for run in ("rounds/round-1", "labels-only")
+    ]
+    for page in pages:
+        page["pseudo"].pop("path")
+    assert pages[0] == pages[1]
+    steps = [
+        json.loads((tmp_path / run / "summary.json").read_text())["steps"]
+        for run in ("rounds/round-1", "rounds/round-2", "labels-only")
+    ]
+    assert len(set(steps)) == 1
+    with pytest.raises(InputError, match="labels another|holds"):
+        student_gain.measure(tmp_path, 0, form | {"student": ("epochs=3",)})
