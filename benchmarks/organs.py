@@ -20,7 +20,7 @@ from maknet_jax.attribution import overlay, perturbation
 from maknet_jax.cli import options
 from maknet_jax.errors import InputError, Rejected
 
-FULL = {"images": 100, "steps": 50, "repeats": 1, "size": 0}
+FULL = {"images": 200, "steps": 50, "repeats": 1, "size": 0}
 QUICK = {"images": 12, "steps": 10}
 BODY = -500  # HU
 SHARES = np.linspace(0, 1, 21)
