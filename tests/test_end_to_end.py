@@ -158,6 +158,7 @@ def test_real_ct_is_pseudo_labelled(torso, shared_data, tmp_path):
     sources = {
         "torso": shared_data / "nifti" / "torso_112" / "example_ct.nii.gz",
         "liver": shared_data / "dicom" / "liver_j2k_20",
+        "deeplesion": shared_data / "deeplesion" / "Images_png",
     }
     for name, path in sources.items():
         prepare.prepare_dicom(
