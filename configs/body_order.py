@@ -1,7 +1,7 @@
 """Where in the body a slice lies, learned from a few slices whose order is known.
 
     python benchmarks/body_order.py --table FOLDER slices.csv   # names hold ranks, neck to thigh
-    maknet prepare table slices.csv --out shards/slices --size 96 --png-window=-175,275
+    maknet prepare table slices.csv --out shards/slices --size 64 --png-window=-175,275
     maknet train --config body_order --workdir runs/slices --config.data.path=shards/slices
     maknet predict OTHER --workdir runs/slices --png-window=-175,275 --json --out slices.csv
 
@@ -25,7 +25,7 @@ def get_config():
                 "path": "shards/slices",
                 "train_split": "train",
                 "val_split": "val",  # there is none: the last weights count
-                "size": 96,  # pixels
+                "size": 64,  # pixels
                 "window": (-175.0, 275.0),  # HU mapped to 0..1; the 8-bit slices hold no others
                 "batch_size": 16,
                 "threads": 2,
