@@ -232,10 +232,7 @@ def fit(logit_fn, images, labels, *, output="probability", budget=None):
     def kept(count):
         points = jax.ShapeDtypeStruct((count, *images.shape[1:]), jnp.float32)
         targets = jax.ShapeDtypeStruct((count, labels), jnp.int32)
-        back = jax.eval_shape(
-            lambda f, x, t: jax.vjp(lambda x: _selected(f, x, t, output), x)[1],
-            as_partial(logit_fn), points, targets,
-        )  # fmt: skip
+        back = _way_back.eval_shape(as_partial(logit_fn), points, targets, output)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(back))
 
     devices = getattr(getattr(images, "sharding", None), "device_set", None) or {jax.devices()[0]}
@@ -278,7 +275,7 @@ def _checked(logit_fn, images, targets, baseline, output):
         raise InputError(f"output {output!r} is unknown: choose {' or '.join(OUTPUTS)}")
     # What lies on devices stays there as it is split; NumPy's arrays go where they are needed.
     images = images if isinstance(images, jax.Array) else np.asarray(images, np.float32)
-    targets, count = np.asarray(targets), jax.eval_shape(as_partial(logit_fn), images).shape[1]
+    targets, count = np.asarray(targets), _logits.eval_shape(as_partial(logit_fn), images).shape[1]
     if targets.ndim != 2 or len(targets) != len(images) or targets.dtype.kind not in "iu":
         raise InputError(
             f"targets of shape {targets.shape} should be whole numbers [{len(images)}, T]: a row "
@@ -309,6 +306,17 @@ def _selected(logit_fn, images, targets, output):
 
 
 _outputs = jax.jit(_selected, static_argnames="output")
+
+
+# For their shapes alone. Jitted: a trace takes longer than many gradients, and is kept so.
+@jax.jit
+def _logits(logit_fn, images):
+    return logit_fn(images)
+
+
+@functools.partial(jax.jit, static_argnames="output")
+def _way_back(logit_fn, images, targets, output):
+    return jax.vjp(lambda x: _selected(logit_fn, x, targets, output), images)[1]
 
 
 @functools.partial(jax.jit, static_argnames="output")
