@@ -6,9 +6,12 @@
     maknet predict OTHER --workdir runs/slices --png-window=-175,275 --json --out slices.csv
 
 Label k says that the slice lies beyond threshold k of 19; the mean of the confidences is the
-position, 0 to 1. Better, in one command, starting from a network that was trained on the phantom:
+position, 0 to 1. The same in one command, with a CSV of positions:
 
     python benchmarks/body_order.py --train FOLDER --predict OTHER --out positions.csv
+
+Expect Spearman 0.90 as the mean of five folds by patient (0.59 to 1.0), 0.86 over all slices: a
+slice at the shoulders of which there is one only is taken for hips.
 """
 
 from ml_collections import ConfigDict

@@ -156,3 +156,33 @@ def test_refused_in_one_line_before_anything_is_made(arguments, said, tmp_path, 
         message = f"{caught.value}\n"
     assert said in message and message.count("\n") == 1
     assert not list(tmp_path.glob("*.csv"))
+
+
+def test_one_folder_trains_and_another_is_placed(tmp_path, capsys, monkeypatch):
+    """Brightness is the order here: a tiny network finds it."""
+    monkeypatch.setattr(body_order, "FULL", body_order.FULL | {"changes": TINY["changes"]})
+    seen = draw(tmp_path / "seen", range(0, 100, 4))
+    other = draw(tmp_path / "other", range(2, 100, 8), first=50)
+    (other / "broken.png").write_bytes(b"no picture")
+    out = tmp_path / "positions.csv"
+    argv = ["--train", str(seen), "--predict", str(other), "--out", str(out), "--seed", "0"]
+    assert body_order.main(argv) == 3  # a file was rejected
+    rows = read_csv(out)
+    assert [row["file"] for row in rows] == sorted(p.name for p in other.glob("*_*.png"))
+    positions = [float(row["position"]) for row in rows]
+    assert body_order.correlation(positions, range(len(rows))) > 0.9
+    assert all(0 <= position <= 1 for position in positions)
+    (failure,) = read_csv(out.with_suffix(".failures.csv"))
+    assert failure["input"].endswith("broken.png")
+    assert "13 positions, 1 slices rejected" in capsys.readouterr().out
+
+
+@pytest.mark.slow  # eight trainings, though tiny
+def test_every_slice_is_placed_by_networks_that_saw_no_slice_of_its_patient(tmp_path):
+    slices = body_order.read_slices(draw(tmp_path / "slices", range(0, 100, 5)))
+    others = body_order.unlabelled_rows([draw(tmp_path / "ct", range(0, 60, 3))], set())
+    folds, found = body_order.cross_validate(slices, others, tmp_path, seed=0, settings=TINY)
+    assert set(folds) == {0, 1} and set(found) == set(body_order.TITLES)
+    for positions in found.values():
+        assert np.isfinite(positions).all()
+    assert body_order.correlation(found["random"], range(20)) > 0.8
