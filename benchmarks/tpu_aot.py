@@ -117,9 +117,8 @@ def compile_step(network, kind, batch, topology, *, size, form, overrides=()):
 
 def collectives(text):
     """(how many, bytes that they give) of the collectives in a compiled program."""
-    found = re.findall(
-        rf"= (\(?[a-z0-9\[\],{{}}:()SET ]*?\)?) (?:{COLLECTIVES})(?:-start)?\(", text
-    )
+    # Long tuples hold comments, as /*index=5*/: all up to the operation's name is its shape.
+    found = re.findall(rf"^[^=]*= (.*?) (?:{COLLECTIVES})(?:-start)?\(", text, re.MULTILINE)
     moved = 0
     for shapes in found:
         for dtype, dims in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes):
