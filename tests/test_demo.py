@@ -1,5 +1,7 @@
 """`maknet demo`: the promise of the README, in small here and in full in `make test-all`."""
 
+import pathlib
+
 import pytest
 
 from maknet_jax import cli, config, demo
@@ -44,7 +46,7 @@ def test_ends_with_a_table_and_paths_that_exist(tiny, tmp_path, capsys):
     assert len(paths) == 7
     for path in paths:
         assert (out.parent / path).stat().st_size > 0
-    assert paths[0] == results["report"] and "<h2>Best cases" in open(paths[0]).read()
+    assert paths[0] == results["report"] and "<h2>Best cases" in pathlib.Path(paths[0]).read_text()
     assert results["predict"]["slices"] == 12 + 12 * 2 // 3  # the last series is the shorter one
     assert set(results["student"]["splits"]) == {"test", "hand"}
     assert "From 4 images that nobody labelled" in printed  # triplets of the longer series
