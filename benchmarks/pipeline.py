@@ -4,11 +4,13 @@
 
 The loader (shuffled, threads, batches) stands beside a plain sequential read and decompression of
 the same shards; `maknet pseudo-label` beside its bare prediction step on a batch that is there
-already; and both with many records (shards repeated as links) beside 1,000 of them.
+already; and both with many records (shards repeated as links) beside few of them.
 """
 
+import itertools
 import pathlib
 import resource
+import shutil
 import tempfile
 import time
 
@@ -178,25 +180,38 @@ def labelling(chosen, folder, shards, split):
 
 
 def at_size(chosen, folder, split):
-    """Loading and labelling of many records beside 1,000, by a trivial network at 32 x 32."""
-    trained, rows, held = teacher(folder, folder / "shards-32", "linear", 32), [], []
+    """Loading and labelling of many records beside a tenth, by a trivial network at 32 x 32.
+
+    Labelling is judged by what more records add: starting, compiling and the last pictures cost the
+    same whatever the number.
+    """
+    trained, held, took = teacher(folder, folder / "shards-32", "linear", 32), {}, {}
+    sizes = (1_000, max(2_000, chosen.records // 10), chosen.records)
     rates = {}
-    for count in (1_000, 1_000, chosen.records):  # the first one warms up
-        data = grown(folder / "shards-32", folder / f"grown-{len(held)}", split, count)
+    for count in (sizes[0], *sizes):  # the first one warms up
+        data = grown(folder / "shards-32", folder / f"grown-{len(took)}-{count}", split, count)
         total = data.split(split)["count"]
         batches = pipeline.train_batches(data.source(split), batch_size=64, seed=0, threads=2)
-        rates["load", count] = images_per_second(batches, min(chosen.records, 20_000))
+        rates[count] = images_per_second(batches, min(chosen.records, 20_000))
+        out = folder / f"many-{len(took)}-{count}"
         began = time.perf_counter()
-        pseudo_label.pseudo_label(trained, data.path, folder / f"many-{len(held)}", batch_size=256)
-        rates["label", count] = total / (time.perf_counter() - began)
-        held.append(memory())
-    for what in ("load", "label"):
-        many, few = rates[what, chosen.records], rates[what, 1_000]
-        rows.append(row_of(f"{what}, {chosen.records:,} records", [many], [few],
-                           "1,000 records (aim: 0.9), 32 x 32, linear network"))  # fmt: skip
-    note = (
-        f"memory held at most: {held[1] / 2**20:.0f} MiB after 1,000 records, "
-        f"{held[2] / 2**20:.0f} MiB after {chosen.records:,}"
+        pseudo_label.pseudo_label(trained, data.path, out, batch_size=256)
+        took[count] = total, time.perf_counter() - began
+        held[count] = memory()
+        shutil.rmtree(out)
+    added = []
+    for few, many in itertools.pairwise(sizes):
+        (less, first), (more, second) = took[few], took[many]
+        added.append((more - less) / (second - first))
+    one, ten = f"{sizes[0]:,}", f"{sizes[1]:,}"
+    rows = [
+        row_of(f"load, {sizes[2]:,} records", [rates[sizes[2]]], [rates[sizes[0]]],
+               f"{one} records (aim: 0.9), 32 x 32"),
+        row_of(f"label, the records from {ten} to {sizes[2]:,}", added[1:], added[:1],
+               f"those from {one} to {ten} (aim: 0.9), linear network"),
+    ]  # fmt: skip
+    note = "memory held at most: " + ", ".join(
+        f"{most / 2**20:.0f} MiB after {count:,} records" for count, most in held.items()
     )
     return rows, note
 

@@ -364,7 +364,7 @@ def table(results):
     """(header, rows) of a summary's results: text."""
     rows = [
         [result["model"], result["strategy"], result["images"], result["groups"],
-         *("{:.3f} ({:.3f} to {:.3f})".format(*result[name]) for name in ("fall", "stay"))]
+         *(faithfulness.shown(result[name]) for name in ("fall", "stay"))]
         for result in results
     ]  # fmt: skip
     header = ["network", "perturbed", "images", "patients or series", "confidence falls by",

@@ -79,9 +79,8 @@ def check(config, dataset, devices):
         sizes["pseudo"] = config.pseudo.batch_size
     for name, size in sizes.items():
         if size < 1 or size % devices:
-            raise InputError(
-                f"config {name}.batch_size {size} is no multiple of the {devices} devices"
-            )
+            rule = f"above 0 and a multiple of the {devices} device(s)"
+            raise InputError(f"config {name}.batch_size {size} should be {rule}")
 
 
 def _claim(folder, config, dataset, sources, *, write):

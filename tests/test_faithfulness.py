@@ -116,3 +116,11 @@ def test_refusals(images):
     for share in (0, 1.5):
         with pytest.raises(InputError, match="share"):
             perturbation.most_influential(np.ones((2, 2)), share)
+
+
+def test_one_group_alone_is_shown_without_an_interval():
+    assert (
+        faithfulness.shown(faithfulness.bootstrap([0.25, 0.75], groups=["a", "a"]))
+        == "0.500 (no interval)"
+    )
+    assert faithfulness.shown((0.5, 0.25, 0.75), 2) == "0.50 (0.25 to 0.75)"

@@ -285,7 +285,7 @@ def test_another_config_in_the_same_folder_is_refused(command, whole, data, tmp_
         ({"from_last": True}, "holds rounds with from_last False, not True"),
         ({"student_changes": changes(TINY)}, "holds rounds with student_changes"),
         ({"student_changes": changes(TINY | {"data.size": 64})}, "config data.size 64 is not the"),
-        ({"student_changes": changes(TINY | STUDENT | {"pseudo.batch_size": 12})}, "12 is no mult"),
+        ({"student_changes": changes(TINY | STUDENT | {"pseudo.batch_size": 12})}, "12 should be "),
     ):
         assert command(whole, **changed) == 2
         error = capsys.readouterr().err

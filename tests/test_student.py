@@ -189,8 +189,11 @@ def test_other_pseudo_labels_in_the_same_workdir_are_refused_and_moved_ones_are_
     "changes, message",
     [
         ({"pseudo.path": "nowhere"}, "nowhere holds no finished pseudo-labels"),
-        ({"pseudo.batch_size": 12}, "pseudo.batch_size 12 is no multiple of the 8 devices"),
-        ({"pseudo.batch_size": 0}, "pseudo.batch_size 0 is no multiple of the 8 devices"),
+        (
+            {"pseudo.batch_size": 12},
+            "pseudo.batch_size 12 should be above 0 and a mult",
+        ),
+        ({"pseudo.batch_size": 0}, "pseudo.batch_size 0 should be above 0"),
         ({"pseudo.balance": -1}, "pseudo.balance -1 should be 0 or above"),
         ({"ema_decay": 1.0}, "ema_decay 1.0 should be 0 or above and below 1"),
         ({"ema_decay": -0.1}, "ema_decay -0.1 should be 0 or above and below 1"),

@@ -263,8 +263,8 @@ def test_other_data_is_refused_and_moved_data_is_not(linear, data, tmp_path):
     "changes, message",
     [
         ({"data.size": 64}, "data.size 64 is not the 32 of .*toy: change one"),
-        ({"data.batch_size": 12}, "data.batch_size 12 is no multiple of the 8 devices"),
-        ({"data.batch_size": 0}, "data.batch_size 0 is no multiple of the 8 devices"),
+        ({"data.batch_size": 12}, "data.batch_size 12 should be above 0 and a multiple of the 8"),
+        ({"data.batch_size": 0}, "data.batch_size 0 should be above 0"),
         ({"epochs": 0.0}, "epochs 0.0 should be above 0"),
         ({"log_every": 0}, "log_every 0 should be above 0"),
         ({"data.train_split": "trian"}, "split 'trian' is not in .*: it has train, val"),

@@ -2,6 +2,8 @@
 
 import html
 
+from maknet_jax.attribution import faithfulness
+
 STYLE = """
 :root{color-scheme:light;--mix:.8}*{box-sizing:border-box}
 body{margin:0 auto;max-width:76rem;padding:0 .8rem 3rem;background:#fff;color:#1a1a1a;
@@ -92,7 +94,7 @@ def attribution_lead(about, shown):
     )
     lead = paragraph(text) + paragraph(f"{shown} of {about['images']} images shown. {complete}.")
     if rows := [
-        [name, *("{:.2f} ({:.2f} to {:.2f})".format(*values) for values in areas.values())]
+        [name, *(faithfulness.shown(values, 2) for values in areas.values())]
         for name, areas in about.get("faithfulness", {}).items()
     ]:
         header = ["network", *next(iter(about["faithfulness"].values()))]
@@ -103,7 +105,7 @@ def attribution_lead(about, shown):
             "pixels. Of two networks both are asked for the first label of the first."
         )
         lead += paragraph(text) + table(header, rows)
-        rows = [[name, "{:.2f} ({:.2f} to {:.2f})".format(*values)]
+        rows = [[name, faithfulness.shown(values, 2)]
                 for name, values in about["differences"].items()]  # fmt: skip
         lead += table(["on the same images", "difference"], rows)
     return lead + SLIDER

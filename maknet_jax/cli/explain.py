@@ -113,7 +113,7 @@ def _run_attribute(chosen):
     areas = {f"{name}: {area}": values for name, each in summary.get("faithfulness", {}).items()
              for area, values in each.items()}  # fmt: skip
     for name, values in (areas | summary.get("differences", {})).items():
-        print(name, "{:.3f} ({:.3f} to {:.3f})".format(*values))
+        print(name, attribute.faithfulness.shown(values))
     return _ended(summary)
 
 
