@@ -48,10 +48,7 @@ def main(argv=None):
             for what, call in ours.items():
                 timers[name, what, "jax"] = harness.timer(functools.partial(harness.elapsed, call))
             for what in ("one", "several"):
-                ask = functools.partial(worker.ask, name=name, step=what)
-                timers[name, what, "captum"] = harness.timer(
-                    lambda calls, ask=ask: ask(calls=calls)["seconds"]
-                )
+                timers[name, what, "captum"] = worker.timer(name, what)
         seconds = harness.take_turns(timers, chosen.repeats)
     cells = []
     for name, row in rows.items():
@@ -89,7 +86,12 @@ def main(argv=None):
 def _network(network, chosen):
     """The network with fresh weights and an image of noise, or a trained one and a test image."""
     make = functools.partial(
-        harness.Network, network, size=chosen.size, batch_size=1, precision="float32"
+        harness.Network,
+        network,
+        size=chosen.size,
+        batch_size=1,
+        precision="float32",
+        devices=jax.devices()[:1],
     )
     if not chosen.workdir:
         return make()
@@ -136,9 +138,7 @@ def _agree(name, made, worker, steps):
     # No sum over the path, no check of completeness: the gradients alone, chunk by chunk.
     calls = -(-steps // chunk)
     points = jnp.linspace(0, 1, -(-steps // calls))[:, None, None, None] * images
-    gradient = jax.jit(
-        jax.grad(lambda x, f: jax.nn.sigmoid(f(x)[:, labels[0]]).sum())
-    )  # fmt: skip
+    gradient = jax.jit(jax.grad(lambda x, f: jax.nn.sigmoid(f(x)[:, labels[0]]).sum()))
 
     def bare():
         return [gradient(points, logit_fn) for _ in range(calls)]

@@ -134,8 +134,10 @@ class Network:
       state: the state of the training.
     """
 
-    def __init__(self, network, *, size, batch_size, precision, place=None, labels=LABELS):
-        """Args: place: see `state.create`; labels: K; the rest as in the page."""
+    def __init__(
+        self, network, *, size, batch_size, precision, place=None, labels=LABELS, devices=None
+    ):
+        """Args: place: see `state.create`; labels: K; devices: default all; the rest: the page."""
         changes = {"data.size": size, "data.batch_size": batch_size, "precision": precision}
         page = page_of(network)[1]
         self.config = configs.load(page, [f"{name}={value}" for name, value in changes.items()])
@@ -148,7 +150,7 @@ class Network:
             "index": np.arange(batch_size, dtype=np.int32),
         }
         self.label_counts = rng.integers(100, 5000, labels)
-        mesh = sharding.data_mesh()
+        mesh = sharding.data_mesh(devices)
         if batch_size % mesh.size:
             raise InputError(f"batch {batch_size} is no multiple of the {mesh.size} devices")
         model = workdir.build_model(self.config, labels)

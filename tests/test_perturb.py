@@ -317,6 +317,7 @@ def test_reasons_are_kept_whole(tmp_path):
     assert explain(tmp_path / "other", picked)[1] == [("image 1", "rows differ: 3 and 4")]
     with pytest.raises(InputError, match="rows differ: 3 and 4"):
         explain(tmp_path / "none", picked_of(2, bad=[0, 1]))
+    (tmp_path / "none" / ".settings.json.x.tmp").write_text("{")  # of a claim that was killed
     assert len(explain(tmp_path / "none", picked_of(4))[0]) == 4  # nothing held the folder
 
 
