@@ -53,13 +53,10 @@ def main(argv=None):
             )
             agreement = _agree(name, made, worker)
             for step in AIMS:
-                ask = functools.partial(worker.ask, name=name, step=step)
                 timers[name, step, "jax"] = harness.timer(
                     functools.partial(harness.elapsed, getattr(made, step)), at_least=1.0
                 )
-                timers[name, step, "torch"] = harness.timer(
-                    lambda calls, ask=ask: ask(calls=calls)["seconds"], at_least=1.0
-                )
+                timers[name, step, "torch"] = worker.timer(name, step, at_least=1.0)
                 rows[name, step] = {"network": name, "step": step} | agreement
         seconds = harness.take_turns(timers, chosen.repeats)
     for (name, step), row in rows.items():
@@ -131,6 +128,12 @@ class Worker:
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return self._answer()
+
+    def timer(self, name, step, **options):
+        """`harness.timer` of a step of a network that was handed over."""
+        return harness.timer(
+            lambda calls: self.ask(name=name, step=step, calls=calls)["seconds"], **options
+        )
 
     def _answer(self):
         line = self._process.stdout.readline()

@@ -166,10 +166,7 @@ def _prepare(rows, folder, page):
 def pretrain(folder, *, seed, settings):
     """Trains on the phantom, whose key slices tell how far down the body they lie; a workdir."""
     arguments = settings["phantom"] | {"seed": seed}
-    if (folder / "phantom" / "phantom.json").exists():
-        paths = phantom.read_phantom(folder / "phantom")
-    else:
-        paths = phantom.write_phantom(folder / "phantom", **arguments)
+    paths = phantom.open_phantom(folder / "phantom", **arguments)
     with paths["info"].open(newline="", encoding="utf-8") as file:
         keys = {row["File_name"]: row for row in csv.DictReader(file)}
     heights = [row["Normalized_lesion_location"].rpartition(",")[2] for row in keys.values()]

@@ -42,11 +42,8 @@ def main(argv=None):
         agreement = _agree(made, worker)
         for step in STEPS:
             ours = functools.partial(harness.elapsed, getattr(made, step))
-            ask = functools.partial(worker.ask, name="lesanet", step=step)
             timers[step, "jax"] = harness.timer(ours, at_least=1.0)
-            timers[step, "torch"] = harness.timer(
-                lambda calls, ask=ask: ask(calls=calls)["seconds"], at_least=1.0
-            )
+            timers[step, "torch"] = worker.timer("lesanet", step, at_least=1.0)
         seconds = harness.take_turns(timers, chosen.repeats)
     rows = []
     for step in STEPS:

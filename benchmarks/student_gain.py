@@ -63,10 +63,7 @@ def measure(folder, seed, form):
       seed: of the phantom and of all trainings.
       form: `FULL`, or one like it.
     """
-    if (folder / "phantom" / "phantom.json").exists():
-        paths = phantom.read_phantom(folder / "phantom")
-    else:
-        paths = phantom.write_phantom(folder / "phantom", seed=seed, **form["phantom"])
+    paths = phantom.open_phantom(folder / "phantom", seed=seed, **form["phantom"])
     labelled, unlabelled = folder / "labelled", folder / "unlabelled"
     if not (labelled / "dataset.json").exists():
         keep_few(paths, form["labelled"], folder / "labels.json")

@@ -124,10 +124,7 @@ def table1(workdir, *, data=None, form="full", seed=0, overrides=(), pages=PAGES
 
 
 def _prepare_phantom(folder, arguments, shards, size):
-    if (folder / "phantom.json").exists():
-        paths = phantom.read_phantom(folder)
-    else:
-        paths = phantom.write_phantom(folder, **arguments)
+    paths = phantom.open_phantom(folder, **arguments)
     prepare.prepare_deeplesion(
         paths["images"],
         paths["info"],

@@ -135,11 +135,8 @@ def table_rows(runs):
 def on_phantom(workdir, form, *, seeds, overrides=()):
     """The whole chain on a phantom: teacher, pseudo-labels, pre-training, LesaNet."""
     workdir, recipe = pathlib.Path(workdir), FORMS[form]
-    size, drawn = recipe["size"], workdir / "phantom"
-    if (drawn / "phantom.json").exists():
-        paths = phantom.read_phantom(drawn)
-    else:
-        paths = phantom.write_phantom(drawn, **recipe["phantom"])
+    size = recipe["size"]
+    paths = phantom.open_phantom(workdir / "phantom", **recipe["phantom"])
     given = {"label_file": paths["labels"], "hand_labels": paths["hand_labels"]}
     given |= {"ontology": paths["ontology"], "size": size}
     for name, patches in (("slices", False), ("lesions", True)):

@@ -11,10 +11,9 @@ from captum.attr import IntegratedGradients
 class Explained(torch_networks.Timed):
     """A network whose probabilities of some labels are attributed, from black."""
 
-    def _maps(self, method, labels, output="probability"):
+    def _maps(self, method, labels):
         def forward(images):
-            logits = self.network(images)[0]
-            return torch.sigmoid(logits) if output == "probability" else logits
+            return torch.sigmoid(self.network(images)[0])
 
         self.network.eval()
         for parameter in self.network.parameters():

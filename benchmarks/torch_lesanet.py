@@ -24,33 +24,24 @@ def roi_max_pool(x, box, scale):
     return torch.where(parts.isinf(), 0.0, parts)  # nothing of the map lies in it
 
 
-class LesaNet(torch_networks.Head):
+class LesaNet(torch_networks.VGG16Trunk):
     """`maknet_jax.models.LesaNet` on VGG16."""
 
     def __init__(self, labels, *, trunk, trunk_options, units, embedding):
         super().__init__(len(SCALES) * units, labels, 0.0, spl=True)
         if trunk != "vgg16" or trunk_options:
             raise ValueError("only VGG16 stands here for comparison")
-        self.names, width = [], 3
-        stages = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
-        for stage, (features, count) in enumerate(stages):
-            self.names.append([f"stage{stage + 1}_{number}" for number in range(count)])
-            for name in self.names[-1]:
-                self.add_module(name, torch_networks.ConvNorm(width, features, 3))
-                width = features
+        for stage, width in enumerate(self.WIDTHS):
             self.add_module(f"roi_{stage + 1}", nn.Linear(BINS * BINS * width, units))
         self.embedding = nn.Linear(len(SCALES) * units, embedding)
 
     def forward(self, images, box):
         """Images in [0, 1] and boxes -> (logits, scores before propagation, embedding)."""
         whole = torch.tensor([0.0, 0.0, *images.shape[2:]]).expand_as(box)
-        x, pooled = self.input(images), []
-        for number, names in enumerate(self.names):
-            for name in names:
-                x = F.relu(getattr(self, name)(x))
+        pooled = []
+        for number, x in enumerate(self.stages(images)):
             parts = roi_max_pool(x, box if number < CLOSE else whole, SCALES[number])
             pooled.append(getattr(self, f"roi_{number + 1}")(parts))
-            x = F.max_pool2d(x, 2)
         x = torch.cat(pooled, 1)
         return *self.scores(x), F.normalize(self.embedding(x), dim=1)
 

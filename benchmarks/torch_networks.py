@@ -155,28 +155,40 @@ class MAKNet(Head):
         return self.scores(torch.cat([x.amax((2, 3)), x.mean((2, 3))], 1))
 
 
-class VGG16(Head):
-    """`maknet_jax.models.VGG16`."""
+class VGG16Trunk(Head):
+    """The stages of VGG16-BN beside the head."""
 
-    def __init__(self, labels, *, dropout_rate):
-        super().__init__(512, labels, dropout_rate, spl=False)
+    WIDTHS = (64, 128, 256, 512, 512)
+
+    def __init__(self, *head, **options):
+        super().__init__(*head, **options)
         self.names, width = [], 3
-        for stage, (features, count) in enumerate(
-            ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
-        ):
+        for stage, (features, count) in enumerate(zip(self.WIDTHS, (2, 2, 3, 3, 3), strict=True)):
             self.names.append([f"stage{stage + 1}_{number}" for number in range(count)])
             for name in self.names[-1]:
                 self.add_module(name, ConvNorm(width, features, 3))
                 width = features
 
-    def forward(self, images):
-        """Images in [0, 1] -> (logits, None)."""
-        x = self.input(images)
+    def stages(self, images):
+        """Images in [0, 1] -> the output of each stage, before it is pooled."""
+        x, kept = self.input(images), []
         for stage in self.names:
             for name in stage:
                 x = F.relu(getattr(self, name)(x))
+            kept.append(x)
             x = F.max_pool2d(x, 2)
-        return self.scores(x.mean((2, 3)))
+        return kept
+
+
+class VGG16(VGG16Trunk):
+    """`maknet_jax.models.VGG16`."""
+
+    def __init__(self, labels, *, dropout_rate):
+        super().__init__(512, labels, dropout_rate, spl=False)
+
+    def forward(self, images):
+        """Images in [0, 1] -> (logits, None)."""
+        return self.scores(F.max_pool2d(self.stages(images)[-1], 2).mean((2, 3)))
 
 
 class BasicBlock(nn.Module):

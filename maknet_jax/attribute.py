@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from maknet_jax import cases as selection
-from maknet_jax import console, files
+from maknet_jax import console, files, workdir
 from maknet_jax.attribution import faithfulness, overlay, page, perturbation
 from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.data import contact_sheet
@@ -80,7 +80,7 @@ def attribute(
     given = {"path": path, "split": split, "data": data, "ids": ids, "labels": labels}
     picked = selection.pick(run, folder, **given, limit=limit, png_window=png_window)
     devices = jax.local_device_count()
-    batch_size = -(-(batch_size or devices) // devices) * devices
+    batch_size = workdir.global_batch(batch_size or devices, devices)
     top = min(top, len(run.vocabulary))
     options = {"steps": steps, "method": method, "output": output, "refine": refine}
     about = options | {"baseline": baseline, "top": top, "faithful": faithful}
@@ -218,7 +218,7 @@ def _differences(areas):
 def _write(out, done, failures, summary, most_shown):
     index, rows, relative, areas, groups = [], [], {}, {}, []
     for number, path in done.items():
-        about, _ = selection.load(path)
+        about = selection.load_about(path)
         file = path.relative_to(out).as_posix()
         index.append({"number": number, "file": file, "overlay": f"overlays/{path.stem}.png"})
         index[-1] |= about

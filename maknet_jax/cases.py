@@ -301,7 +301,7 @@ def explain(title, out, picked, settings, explain_batch, *, batch_size):
                     f"{out} holds results with {key} {before.get(key)}, not {settings.get(key)}: "
                     "choose another --out or the same settings"
                 )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif files.holds_other(out):
         raise InputError(f"--out {out} holds something else: choose a new folder")
     sharding.wait_for_all("looked")
     if jax.process_index() == 0:
@@ -358,8 +358,14 @@ def save(path, about, arrays):
         np.savez_compressed(file, about=json.dumps(about), **arrays)
 
 
+def load_about(path):
+    """The dict alone: arrays, which are large, are not decompressed."""
+    with np.load(path) as stored:
+        return json.loads(str(stored["about"]))
+
+
 def load(path):
     """(about, arrays) as `save` wrote them."""
     with np.load(path) as stored:
-        arrays = {name: stored[name] for name in stored.files}
-    return json.loads(str(arrays.pop("about"))), arrays
+        arrays = {name: stored[name] for name in stored.files if name != "about"}
+    return load_about(path), arrays

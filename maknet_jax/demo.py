@@ -34,11 +34,7 @@ def demo(out, *, seed=0, workers=1):
     log = console.Log(out / "log.jsonl")
     size = configs.load("smoke").data.size
     log.say(f"1/6 phantom: {PHANTOM['patients']} patients, CT with couch, noise and mined labels")
-    folder = out / "phantom"
-    if (folder / "phantom.json").exists():
-        paths = phantom.read_phantom(folder)
-    else:
-        paths = phantom.write_phantom(folder, seed=seed, **PHANTOM)
+    paths = phantom.open_phantom(out / "phantom", seed=seed, **PHANTOM)
     log.say(f"2/6 prepare: crop, {size} x {size}, three slices as channels")
     shards, unlabelled = out / "shards", out / "unlabelled"
     if not (shards / "dataset.json").exists():

@@ -48,11 +48,8 @@ def noisy_student(config, folder):
       Stopped: SIGTERM or SIGINT; the same call goes on.
     """
     folder = pathlib.Path(folder)
-    _check(config)
     pages = [_page(config, folder, number) for number in range(config.rounds + 1)]
-    labelled = records.open_dataset(config.labelled)
-    for page in pages:
-        train.check(page, labelled, jax.device_count())
+    _check(config, pages)
     main = jax.process_index() == 0
     _claim(folder, config, write=main)
     rounds = []
@@ -85,7 +82,7 @@ def noisy_student(config, folder):
     return summary
 
 
-def _check(config):
+def _check(config, pages):
     """Refuses before the first round what a later part would refuse after it."""
     if config.rounds < 0:
         raise InputError(f"config rounds {config.rounds} should be 0 or above")
@@ -106,6 +103,8 @@ def _check(config):
     for dataset, name in wanted:
         if not dataset.split(name)["count"]:
             raise InputError(f"split {name!r} of {dataset.path} is empty")
+    for page in pages:
+        train.check(page, labelled, jax.device_count())
 
 
 def _page(config, folder, number):

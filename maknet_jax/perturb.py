@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from maknet_jax import cases as selection
-from maknet_jax import console, files
+from maknet_jax import console, files, workdir
 from maknet_jax.attribution import faithfulness, overlay, page, perturbation
 from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.data import contact_sheet, nifti, png
@@ -94,7 +94,7 @@ def perturb(
         picked = selection.Picked([functools.partial(_with_regions, read, find) for read in
                                    picked.reads], picked.failures, picked.about)  # fmt: skip
     devices = jax.local_device_count()
-    batch_size = -(-(batch_size or devices) // devices) * devices
+    batch_size = workdir.global_batch(batch_size or devices, devices)
     top = min(top, len(run.vocabulary))
     about = {"strategies": list(strategies), "masks": masks and str(masks), "organs": organs}
     about |= {"masks_digest": digest, "share": share, "top": top, "steps": steps}
@@ -310,7 +310,7 @@ def _perturbed(out, networks, number, case, about, base, influential):
 def _scored(net, hu):
     """(labels by confidence, confidences), `[N, K]` each, a device's worth of images at a time."""
     devices = jax.local_device_count()
-    rows = -(-len(hu) // devices) * devices
+    rows = workdir.global_batch(len(hu), devices)
     padded = np.concatenate([hu, hu[:1].repeat(rows - len(hu), axis=0)])
     parts = [net.confidences(net.put(padded[k : k + devices])) for k in range(0, rows, devices)]
     scores = np.concatenate(parts)[: len(hu)]
@@ -320,7 +320,7 @@ def _scored(net, hu):
 def _write(out, done, failures, summary, most_shown):
     rows, drops, stays, groups = [], {}, {}, {}
     for path in done.values():
-        about, _ = selection.load(path)
+        about = selection.load_about(path)
         for model in about["models"]:
             original, *columns = model["columns"]
             before = {entry["label"]: entry for entry in original["labels"]}

@@ -91,8 +91,7 @@ def pseudo_label(
     mine = range(jax.process_index(), len(shards), jax.process_count())
     todo = [number for number in mine if not _is_made(out, shards[number])]
     total = sum(shards[number]["count"] for number in todo)
-    batch = batch_size or run.config.data.batch_size
-    batch = -(-batch // len(devices)) * len(devices)
+    batch = workdir.global_batch(batch_size or run.config.data.batch_size, len(devices))
     close = pseudo_labels.CLOSE[np.dtype(run.model.dtype).name]
     tallies = _Tally(run.vocabulary, top=top, threshold=threshold, truth=truth, close=close)
     with console.Log(out / "log.jsonl" if main else None) as log:

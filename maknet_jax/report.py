@@ -158,7 +158,7 @@ def _cases(run, folder, out, dataset, split, count, steps):
         attribute.attribute(folder, done, split=split, ids=ids, data=dataset.path, steps=steps)
         yield _heading(f"{title} of {split}")
         yield page.SLIDER if title.startswith("Best") or not best else ""
-        paths = {cases.load(path)[0]["id"]: path for path in sorted(done.glob("cases/*.npz"))}
+        paths = {cases.load_about(path)["id"]: path for path in sorted(done.glob("cases/*.npz"))}
         display = files.read_json(done / "settings.json")["display"]
         yield from attribute.cards([paths[name] for name in ids], display)
 

@@ -260,7 +260,7 @@ def _read(workdir, checkpoint_name):
 FOLDERS = {"best": "best", "last": "checkpoints"}
 
 
-def global_batch(batch_size):
-    """`batch_size` rounded up to a multiple of the devices, for scoring."""
-    devices = jax.device_count()
+def global_batch(batch_size, devices=None):
+    """`batch_size` rounded up to a multiple of the devices (default: all), for scoring."""
+    devices = devices or jax.device_count()
     return -(-batch_size // devices) * devices

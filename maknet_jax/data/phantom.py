@@ -111,6 +111,13 @@ def write_phantom(
     return read_phantom(out)
 
 
+def open_phantom(folder, **arguments):
+    """`read_phantom` of a folder that was written before, else `write_phantom` with `arguments`."""
+    if (pathlib.Path(folder) / "phantom.json").exists():
+        return read_phantom(folder)
+    return write_phantom(folder, **arguments)
+
+
 def read_phantom(folder):
     """What `write_phantom` returned for a folder that it has written.
 
