@@ -9,6 +9,7 @@ and bytes are those of XLA's compiled program.
 """
 
 import functools
+from typing import Any
 
 import harness
 import jax
@@ -18,7 +19,7 @@ from flax import linen as nn
 from maknet_jax import config as configs
 from maknet_jax.cli import options
 from maknet_jax.errors import InputError
-from maknet_jax.models import layers, vgg
+from maknet_jax.models import convolution, layers, vgg
 
 VGG = "VGG16's convolution"
 FULL = {
@@ -66,6 +67,21 @@ def main(argv=None):
     )
 
 
+class Convolution(nn.Module):
+    """A full convolution without bias, as the networks here have it."""
+
+    features: int
+    edge: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        """`[B, H, W, C]` -> `[B, H, W, features]`."""
+        shape = (self.edge, self.edge, x.shape[-1], self.features)
+        kernel = layers.Kernel(shape, self.dtype, name="conv")()
+        return convolution.convolve(x.astype(self.dtype), kernel)
+
+
 def places(network, size, precision):
     """The shapes of a MAKNet's blocks.
 
@@ -84,14 +100,14 @@ def places(network, size, precision):
     for number, (count, growth_rate, features) in enumerate(shapes):
         edge = size // 4 >> number
         channels = width + count // 2 * growth_rate
-        conv = functools.partial(nn.Conv, use_bias=False, dtype=dtype)
-        group = {f"full {k} x {k}": (conv(growth_rate, (k, k)), (edge, channels), (), ())}
+        full = Convolution(growth_rate, k, dtype)
+        group = {f"full {k} x {k}": (full, (edge, channels), (), ())}
         for form in (form for form in layers.FORMS if not form.startswith("wide")):
             layer = layers.MAKConv(growth_rate, k, form=form, dtype=dtype)
             group[f"MAKConv {form}"] = (layer, (edge, channels), (), ())
         if number + 2 < len(vgg.STAGES):  # VGG16 halves the image behind each stage
             wide = vgg.STAGES[number + 2][-1]
-            group[VGG] = (conv(wide, (3, 3)), (edge, wide), (), ())
+            group[VGG] = (Convolution(wide, 3, dtype), (edge, wide), (), ())
         yield "layers", f"{edge} x {edge}, {channels} to {growth_rate}", group
         group = {}
         for form in layers.FORMS:

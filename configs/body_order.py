@@ -46,7 +46,7 @@ def get_config():
                     "growth_rates": (32, 32, 32),
                     "widths": (64, 96, 128),
                     "kernel_size": 3,
-                    "form": "auto",  # of MAKConv: wide on CPU, fused elsewhere
+                    "form": "auto",  # of MAKConv: matmul on CPU, fused elsewhere
                     "dropout_rate": 0.0,
                     "mixpool_learned": True,
                 },

@@ -39,7 +39,7 @@ def get_config():
                     "growth_rates": (32, 32, 32),
                     "widths": (64, 96, 128),
                     "kernel_size": 3,
-                    "form": "auto",  # of MAKConv: wide on CPU, fused elsewhere
+                    "form": "auto",  # of MAKConv: matmul on CPU, fused elsewhere
                     "dropout_rate": 0.5,
                     "mixpool_learned": True,
                 },

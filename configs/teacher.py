@@ -39,7 +39,7 @@ def get_config():
                     "growth_rates": (16, 32, 112, 160),
                     "widths": (64, 128, 256, 384),
                     "kernel_size": 3,  # ours
-                    "form": "auto",  # of MAKConv: wide on CPU, fused elsewhere
+                    "form": "auto",  # of MAKConv: matmul on CPU, fused elsewhere
                     "dropout_rate": 0.0,
                     "mixpool_learned": True,  # ours
                 },

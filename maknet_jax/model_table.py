@@ -9,7 +9,7 @@ from flax import linen as nn
 from maknet_jax import config as configs
 from maknet_jax import console, files, models
 from maknet_jax.errors import InputError
-from maknet_jax.models.layers import MAKConv
+from maknet_jax.models.layers import ConvNorm, MAKConv
 
 PAGES = {"maknet": "teacher", "vgg16": "vgg16", "resnet18": "resnet18"}
 PAPER_MILLIONS = {"maknet": 4.50, "vgg16": 14.78, "resnet18": 11.25}  # table 1
@@ -43,7 +43,7 @@ def measure(name, *, num_classes=115, size=256):
 
     def record(next_call, args, kwargs, context):
         outputs = next_call(*args, **kwargs)
-        counted = isinstance(context.module, (nn.Conv, nn.Dense, MAKConv))
+        counted = isinstance(context.module, (nn.Conv, nn.Dense, ConvNorm, MAKConv))
         if counted and context.method_name == "__call__":
             leaves = jax.tree.leaves(context.module.variables["params"])
             kernels = sum(leaf.size for leaf in leaves if leaf.ndim > 1)  # no biases

@@ -271,3 +271,23 @@ def test_tpu_programs_are_counted(page):
     assert tpu_aot.largest_batch(found, 8e9) == 64
     with pytest.raises(InputError, match="'v9:2x2' is unknown"):
         tpu_aot.main(["--topologies", "v9:2x2"])
+
+
+def test_organs_draws_trains_and_measures(page, tmp_path):
+    import organs
+
+    argv = ["--folder", str(tmp_path / "own"), "--patients", "8", "--epochs", "1", "--size", "32"]
+    argv += ["--least", "0", "--images", "2", "--steps", "2"]
+    written = run(organs.main, tmp_path / "out.json", *argv)
+    rows = written["rows"]
+    assert len({row["id"] for row in rows}) == 2
+    for row in rows:
+        assert 0 < row["chance"] <= 1
+        assert 0 <= row["inside"] <= 1
+        assert len(row["areas"]) == 4
+    inside = written["results"]["mass inside the organ"]
+    assert inside["difference"][0] == pytest.approx(inside["map"][0] - inside["random"][0])
+    arguments = json.loads((tmp_path / "own" / "phantom" / "phantom.json").read_text())["arguments"]
+    assert arguments["absent"] == 0.5
+    with pytest.raises(InputError, match="--workdir and --masks belong together"):
+        organs.main(["--workdir", str(tmp_path / "own" / "run")])

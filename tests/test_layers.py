@@ -95,11 +95,12 @@ def test_makconv_of_one_kernel_is_that_convolution():
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", ["matmul", "fused"])
 @pytest.mark.parametrize("k", [1, 3, 5, 7])
 @pytest.mark.parametrize("features, stride", [(8, 1), (7, 2), (3, 1)])
-def test_both_forms_of_makconv_are_equal_in_value_and_gradient(k, features, stride):
+def test_all_forms_of_makconv_are_equal_in_value_and_gradient(k, features, stride, form):
     x = jnp.asarray(drawn(2, 9, 8, 3))
-    split, fused = (layers.MAKConv(features, k, stride, form=form) for form in ("split", "fused"))
+    split, fused = (layers.MAKConv(features, k, stride, form=each) for each in ("split", form))
     variables = redrawn(split.init(jax.random.key(0), x))
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(
         jnp.shape, fused.init(jax.random.key(0), x)
@@ -139,17 +140,17 @@ def test_all_forms_of_a_dense_block_are_equal_in_value_and_gradient(k, growth, f
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), *found)
 
 
-def test_makconv_splits_on_cpu_and_refuses_strange_forms():
+def test_makconv_multiplies_on_cpu_and_refuses_strange_forms():
     x = drawn(1, 8, 8, 3)
     text = {
         form: str(jax.make_jaxpr(lambda x, f=form: layers.MAKConv(8, form=f).init_with_output(
             jax.random.key(0), x)[0])(x)).count("conv_general_dilated[")
         for form in ("auto", "split", "fused")
     }  # fmt: skip
-    assert text == {"auto": 4, "split": 4, "fused": 1}
+    assert text == {"auto": 0, "split": 4, "fused": 1}
     with pytest.raises(
         InputError,
-        match="choose auto or one of split, fused, wide, wide_fused",
+        match="choose auto or one of split, matmul, fused, wide, wide_fused",
     ):
         layers.MAKConv(8, form="quick").init(jax.random.key(0), x)
 

@@ -44,7 +44,15 @@ _MANUFACTURERS = ("GE MEDICAL SYSTEMS", "SIEMENS", "Philips", "TOSHIBA")
 
 
 def write_phantom(
-    out, *, patients=60, unlabelled_volumes=6, seed=0, size=128, slices=60, lesions_per_patient=6
+    out,
+    *,
+    patients=60,
+    unlabelled_volumes=6,
+    seed=0,
+    size=128,
+    slices=60,
+    lesions_per_patient=6,
+    absent=None,
 ):
     """Writes the whole data set, or nothing; the same arguments give the same bytes.
 
@@ -57,6 +65,8 @@ def write_phantom(
       slices: per DICOM series; the last series has only two thirds, so that with the default of
         60 a rule of "more than 50 slices" leaves one out.
       lesions_per_patient: on average.
+      absent: the probability that a patient lacks a lung, kidney, spleen, stomach or bladder; near
+        0.5 the organs around one say little about it (default: 0.15 to 0.25).
 
     Returns:
       A dict of paths (images, info, labels, hand_labels, ontology, dicom, masks) and `counts`.
@@ -71,6 +81,8 @@ def write_phantom(
     ):  # fmt: skip
         if value < least:
             raise InputError(f"{name} is {value}; the phantom needs at least {least}: raise it")
+    if not (absent is None or 0 <= absent <= 1):
+        raise InputError(f"absent is {absent}; it is a probability: give 0 to 1, or None")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not empty; the phantom is written whole: name a new folder")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -80,14 +92,15 @@ def write_phantom(
         split = _split_patients(patients, seed)
         for patient in range(1, patients + 1):
             lesions += _write_patient(
-                temporary, patient, split[patient], seed, size, lesions_per_patient
+                temporary, patient, split[patient], seed, size, lesions_per_patient, absent
             )
         rng = np.random.default_rng([seed, 1])
         _write_info(temporary / "deeplesion" / "DL_info.csv", lesions, rng)
         counts = phantom_labels.write_labels(temporary / "lesanet", lesions, rng)
         for volume in range(unlabelled_volumes):
             short = volume == unlabelled_volumes - 1
-            _write_volume(temporary, volume, seed, size, slices * 2 // 3 if short else slices)
+            count = slices * 2 // 3 if short else slices
+            _write_volume(temporary, volume, seed, size, count, absent)
         write_json(temporary / "masks" / "organs.json", dict(enumerate(torso.ORGANS)))
         counts |= {
             "patients": patients,
@@ -99,7 +112,7 @@ def write_phantom(
         }
         arguments = {"patients": patients, "unlabelled_volumes": unlabelled_volumes, "seed": seed,
                      "size": size, "slices": slices,
-                     "lesions_per_patient": lesions_per_patient}  # fmt: skip
+                     "lesions_per_patient": lesions_per_patient, "absent": absent}  # fmt: skip
         write_json(temporary / "phantom.json", {"arguments": arguments, "counts": counts})
         umask = os.umask(0)
         os.umask(umask)
@@ -148,10 +161,10 @@ def _split_patients(patients, seed):
     return dict(zip(order.tolist(), names, strict=True))
 
 
-def _write_patient(root, patient, split, seed, size, lesions_per_patient):
+def _write_patient(root, patient, split, seed, size, lesions_per_patient, absent):
     """Writes the PNGs and organ maps of one patient; returns a dict per lesion."""
     rng = np.random.default_rng([seed, 2, patient])
-    body = anatomy.make_patient(rng)
+    body = anatomy.make_patient(rng, absent)
     height = torso.LENGTH * body.height
     count = int(rng.integers(max(1, lesions_per_patient // 2), lesions_per_patient * 3 // 2 + 1))
     person = {"Patient_index": patient, "Patient_gender": rng.choice(["F", "M"]),
@@ -266,10 +279,10 @@ def _write_info(path, lesions, rng):
             writer.writerow(lesion | known | fields)
 
 
-def _write_volume(root, volume, seed, size, slices):
+def _write_volume(root, volume, seed, size, slices, absent):
     """Writes one unlabelled DICOM series and its organ map."""
     rng = np.random.default_rng([seed, 4, volume])
-    body = anatomy.make_patient(rng)
+    body = anatomy.make_patient(rng, absent)
     scan = anatomy.make_scan(rng, body)
     first = rng.uniform(0, 0.3)
     levels = np.linspace(first, min(1, first + rng.uniform(0.55, 0.8)), slices)

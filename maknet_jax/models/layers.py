@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from maknet_jax.errors import InputError
+from maknet_jax.models import convolution
 
 he_normal = nn.initializers.he_normal()
 
@@ -35,15 +36,28 @@ def score_layer(features, **kwargs):
     return nn.Dense(features, precision=jax.lax.Precision.HIGHEST, **kwargs)
 
 
+@jax.custom_vjp
 def mish(x):
     """Mish, x * tanh(softplus(x)) (Misra, arXiv:1908.08681).
 
     With n = e^x (e^x + 2), tanh(softplus(x)) = n / (n + 2): one exponential instead of three
-    transcendental functions. Above 20 the quotient is 1 in float32.
+    transcendental functions. Above 20 the quotient is 1 in float32. Backwards only x is needed,
+    which BatchNorm keeps anyway: what was computed forwards is not carried along.
     """
     exp = jnp.exp(jnp.minimum(x, 20.0))
     n = exp * (exp + 2.0)
     return x * (n / (n + 2.0))
+
+
+def _mish_backward(x, slope):
+    """By q = e^-x, which XLA cannot take from the forward pass, so that it is not kept either."""
+    q = jnp.exp(jnp.minimum(-x, 40.0))
+    whole = 1.0 + 2.0 * q * (1.0 + q)
+    rise = 2.0 * q / whole
+    return (slope * ((1.0 + 2.0 * q) / whole + x * rise * (2.0 * q * (1.0 + q) / whole)),)
+
+
+mish.defvjp(lambda x: (mish(x), x), _mish_backward)
 
 
 class InputNorm(nn.Module):
@@ -63,39 +77,6 @@ class InputNorm(nn.Module):
         return ((images - mean.value) / std.value).astype(self.dtype)
 
 
-class ConvNorm(nn.Module):
-    """A convolution without bias (BatchNorm would cancel it) and BatchNorm."""
-
-    features: int
-    kernel_size: tuple[int, int]
-    strides: int = 1
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x, train):
-        """`[B, H, W, C]` -> `[B, ceil(H / strides), ceil(W / strides), features]`."""
-        # Padding as torch writes it: "SAME" shifts the grid of strided convolutions.
-        padding = [(size // 2, size // 2) for size in self.kernel_size]
-        x = nn.Conv(
-            self.features,
-            self.kernel_size,
-            self.strides,
-            padding,
-            use_bias=False,
-            kernel_init=he_normal,
-            dtype=self.dtype,
-            name="conv",
-        )(x)
-        return batch_norm(self.dtype, train, name="norm")(x)
-
-
-def batch_norm(dtype, train, **kwargs):
-    """BatchNorm as torch's default has it: momentum 0.1 (Flax counts 0.9), epsilon 1e-5."""
-    return nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, **kwargs
-    )
-
-
 class Kernel(nn.Module):
     """A convolution's kernel on its own, so that its layer can choose how to apply it."""
 
@@ -108,38 +89,44 @@ class Kernel(nn.Module):
         return self.param("kernel", he_normal, self.shape).astype(self.dtype)
 
 
-FORMS = ("split", "fused", "wide", "wide_fused")
+class ConvNorm(nn.Module):
+    """A convolution without bias (BatchNorm would cancel it) and BatchNorm."""
+
+    features: int
+    kernel_size: tuple[int, int]
+    strides: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, train):
+        """`[B, H, W, C]` -> `[B, ceil(H / strides), ceil(W / strides), features]`."""
+        shape = (*self.kernel_size, x.shape[-1], self.features)
+        kernel = Kernel(shape, self.dtype, name="conv")()
+        x = convolution.convolve(x.astype(self.dtype), kernel, self.strides)
+        return batch_norm(self.dtype, train, name="norm")(x)
+
+
+def batch_norm(dtype, train, **kwargs):
+    """BatchNorm as torch's default has it: momentum 0.1 (Flax counts 0.9), epsilon 1e-5."""
+    return nn.BatchNorm(
+        use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, **kwargs
+    )
+
+
+FORMS = ("split", "matmul", "fused", "wide", "wide_fused")
 
 
 def choose_form(form):
-    """The form of MAKConv for this platform where `form` is "auto", see `benchmarks/makconv.py`.
+    """The form of MAKConv: for this platform where it is "auto", from `benchmarks/makconv.py`.
 
     Raises:
       InputError: there is no such form.
     """
     if form == "auto":
-        return "wide" if jax.default_backend() == "cpu" else "fused"
+        return "matmul" if jax.default_backend() == "cpu" else "fused"
     if form not in FORMS:
         raise InputError(f"form {form!r} is unknown: choose auto or one of {', '.join(FORMS)}")
     return form
-
-
-def convolve(x, kernel, strides=1):
-    """A convolution padded as torch pads: `[B, H, W, C]`, HWIO -> `[B, ceil(H / strides), ..]`."""
-    padding = [(size // 2, size // 2) for size in kernel.shape[:2]]
-    return jax.lax.conv_general_dilated(
-        x, kernel, (strides, strides), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-
-def fuse(kernels, size):
-    """Kernels of several shapes as one of `size` x `size` over all their outputs, padded with 0."""
-    margins = [tuple((size - edge) // 2 for edge in kernel.shape[:2]) for kernel in kernels]
-    padded = [
-        jnp.pad(kernel, ((rows, rows), (columns, columns), (0, 0), (0, 0)))
-        for kernel, (rows, columns) in zip(kernels, margins, strict=True)
-    ]
-    return jnp.concatenate(padded, axis=-1)
 
 
 class MAKConv(nn.Module):
@@ -149,9 +136,11 @@ class MAKConv(nn.Module):
     that four does not divide. No bias: BatchNorm follows.
 
     The same parameters in forms that are equal in value and gradient. "split" are four
-    convolutions: the fewest FLOPs, but the input is read four times. "fused" is one k x k
-    convolution whose kernel holds zeros where the asymmetric ones end: 2.25 times the FLOPs at
-    k = 3 and one reading. The wide forms differ in a dense block only, see `DenseBlock`.
+    convolutions: the fewest FLOPs, but the input is read four times. "matmul" is one matrix product
+    whose columns are shifted and added: no FLOP more, one reading, but four times the output in
+    between (without strides only; with them it is "split"). "fused" is one k x k convolution whose
+    kernel holds zeros where the asymmetric ones end: 2.25 times the FLOPs at k = 3, one reading and
+    nothing in between. The wide forms differ in a dense block only, see `DenseBlock`.
     """
 
     features: int
@@ -177,11 +166,13 @@ class MAKConv(nn.Module):
 
     def __call__(self, x):
         """`[B, H, W, C]` -> `[B, ceil(H / strides), ceil(W / strides), features]`."""
-        fused = choose_form(self.form).endswith("fused")
+        form = choose_form(self.form)
         kernels, x = self.kernels(x.shape[-1]), x.astype(self.dtype)
-        if fused:
-            kernels = [fuse(kernels, self.kernel_size)]
-        outputs = [convolve(x, kernel, self.strides) for kernel in kernels]
+        if form == "matmul" and self.strides == 1:
+            return convolution.convolve_by_matmul(x, kernels)
+        if form.endswith("fused"):
+            kernels = [convolution.fuse(kernels, self.kernel_size)]
+        outputs = [convolution.convolve(x, kernel, self.strides) for kernel in kernels]
         return jnp.concatenate(outputs, axis=-1)
 
 
@@ -252,9 +243,9 @@ class ScorePropagation(nn.Module):
 class DenseBlock(nn.Module):
     """Densely connected MAKConv layers, then a standard 1 x 1 convolution and CBAM (figure 1).
 
-    In the forms "split" and "fused" every layer convolves all features before it. In "wide" and
-    "wide_fused" every new feature is convolved once, for all layers that will read it, and added to
-    what they have: the same sums, from fewer and larger convolutions.
+    In the forms "split", "matmul" and "fused" every layer convolves all features before it. In
+    "wide" and "wide_fused" every new feature is convolved once, for all layers that will read it,
+    and added to what they have: the same sums, from fewer and larger convolutions.
     """
 
     layers: int
@@ -277,7 +268,7 @@ class DenseBlock(nn.Module):
             channels = [x.shape[-1] + number * self.growth_rate for number in range(self.layers)]
             kernels = [makconv.kernels(c) for makconv, c in zip(layers, channels, strict=True)]
             if form == "wide_fused":
-                kernels = [[fuse(each, self.kernel_size)] for each in kernels]
+                kernels = [[convolution.fuse(each, self.kernel_size)] for each in kernels]
             sums = [0] * self.layers
         for number, makconv in enumerate(layers):
             if sums:
@@ -299,7 +290,8 @@ class DenseBlock(nn.Module):
 
 def _convolve_once(x, readers):
     """Yields what each reader, a list of kernels, makes of x: one convolution a kernel shape."""
-    by_shape = [convolve(x, jnp.concatenate(same, -1)) for same in zip(*readers, strict=True)]
+    shapes = (jnp.concatenate(same, axis=-1) for same in zip(*readers, strict=True))
+    by_shape = [convolution.convolve(x, kernel) for kernel in shapes]
     for number in range(len(readers)):
         parts = [jnp.split(made, len(readers), axis=-1)[number] for made in by_shape]
         yield jnp.concatenate(parts, axis=-1)

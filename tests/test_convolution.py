@@ -1,0 +1,95 @@
+"""Convolutions and their gradients, against XLA's own and against loops in float64."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maknet_jax.models import convolution
+
+
+def drawn(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def xla(x, kernel, strides):
+    """The convolution whose gradients are XLA's too."""
+    padding = [(edge // 2, edge // 2) for edge in kernel.shape[:2]]
+    return jax.lax.conv_general_dilated(
+        x, kernel, (strides, strides), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def kernel_gradient_loop(x, slope, shape, strides):
+    """What each weight met of the image, times what came of it; float64, pixel by pixel."""
+    rows, columns = shape[:2]
+    padded = np.pad(np.float64(x), ((0, 0), (rows // 2,) * 2, (columns // 2,) * 2, (0, 0)))
+    found = np.zeros(shape)
+    for row, column in itertools.product(range(rows), range(columns)):
+        for i, j in itertools.product(*map(range, slope.shape[1:3])):
+            pixel = padded[:, i * strides + row, j * strides + column]
+            found[row, column] += np.einsum("bx,by->xy", pixel, np.float64(slope[:, i, j]))
+    return found
+
+
+# 3 channels go to XLA, 16 and more to matrix products.
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (1, 3), (5, 1), (7, 7)])
+@pytest.mark.parametrize("channels, strides", [(3, 1), (3, 2), (16, 1), (17, 2), (16, 3)])
+def test_value_and_gradients_are_those_of_xla(size, channels, strides):
+    x, kernel = drawn(2, 9, 8, channels), drawn(*size, channels, 5, seed=1)
+    ours, pull = jax.vjp(functools.partial(convolution.convolve, strides=strides), x, kernel)
+    expected, expected_pull = jax.vjp(lambda *both: xla(*both, strides), x, kernel)
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+    slope = drawn(*ours.shape, seed=2)
+    for a, b in zip(pull(slope), expected_pull(slope), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    by_hand = kernel_gradient_loop(x, slope, kernel.shape, strides)
+    np.testing.assert_allclose(pull(slope)[1], by_hand, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_gradients_and_of_many_at_once():
+    x, kernel = drawn(3, 2, 6, 6, 16), drawn(3, 3, 16, 4, seed=1)
+
+    def penalty(convolve, kernel, x):
+        slope = jax.grad(lambda x: (convolve(x, kernel, 1) ** 2).sum())(x)
+        return (slope**2).sum()
+
+    found = [
+        jax.vmap(jax.grad(functools.partial(penalty, convolve)), (None, 0))(kernel, x)
+        for convolve in (convolution.convolve, xla)
+    ]
+    np.testing.assert_allclose(*found, rtol=1e-3, atol=1e-2 * float(jnp.abs(found[1]).max()) / 10)
+
+
+def test_the_platform_that_compiles_chooses_the_gradient():
+    """A host without accelerator lowers for TPU as a TPU would (`benchmarks/tpu_aot.py`)."""
+    x, kernel = drawn(2, 8, 8, 16), drawn(3, 3, 16, 8, seed=1)
+
+    def gradient(x, kernel):
+        return jax.grad(lambda kernel: convolution.convolve(x, kernel).sum())(kernel)
+
+    traced = jax.jit(gradient).trace(x, kernel)
+    texts = {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cpu", "tpu", "cuda")
+    }
+    products = {platform: text.count("stablehlo.dot_general") for platform, text in texts.items()}
+    assert products == {"cpu": 9, "tpu": 0, "cuda": 0}
+    assert all("stablehlo.convolution" in texts[platform] for platform in ("tpu", "cuda"))
+
+
+def test_one_product_is_the_convolutions_side_by_side():
+    x = drawn(2, 7, 6, 5)
+    shapes = [((3, 3), 4), ((1, 5), 2), ((1, 1), 3), ((7, 1), 1)]
+    kernels = [drawn(*size, 5, count, seed=n) for n, (size, count) in enumerate(shapes)]
+    ours, pull = jax.vjp(convolution.convolve_by_matmul, x, kernels)
+    apart, pull_apart = jax.vjp(
+        lambda x, kernels: jnp.concatenate([xla(x, k, 1) for k in kernels], axis=-1), x, kernels
+    )
+    np.testing.assert_allclose(ours, apart, rtol=1e-4, atol=1e-4)
+    slope = drawn(*ours.shape, seed=9)
+    for a, b in zip(jax.tree.leaves(pull(slope)), jax.tree.leaves(pull_apart(slope)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
