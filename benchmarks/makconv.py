@@ -3,9 +3,10 @@
     python benchmarks/makconv.py [--precision float32,bfloat16] [--batch 8] [--quick]
 
 Layers: the one in the middle of each dense block as MAKConv and as a full k x k convolution of the
-same channels, and the last convolution of VGG16 at the same resolution. Blocks: the whole dense
-blocks, with what surrounds their MAKConvs (not with --quick: they take a minute to compile). FLOPs
-and bytes are those of XLA's compiled program.
+same channels, the last convolution of VGG16 at the same resolution, and the block's 1 x 1
+convolution. Those of this package and, where it says so, XLA's own with their gradients. Blocks:
+the whole dense blocks, with what surrounds their MAKConvs (not with --quick: they take a minute to
+compile). FLOPs and bytes are those of XLA's compiled program.
 """
 
 import functools
@@ -101,7 +102,9 @@ def places(network, size, precision):
         edge = size // 4 >> number
         channels = width + count // 2 * growth_rate
         full = Convolution(growth_rate, k, dtype)
+        xla = nn.Conv(growth_rate, (k, k), use_bias=False, dtype=dtype)
         group = {f"full {k} x {k}": (full, (edge, channels), (), ())}
+        group["the same, gradient by XLA"] = (xla, (edge, channels), (), ())
         for form in (form for form in layers.FORMS if not form.startswith("wide")):
             layer = layers.MAKConv(growth_rate, k, form=form, dtype=dtype)
             group[f"MAKConv {form}"] = (layer, (edge, channels), (), ())
@@ -109,6 +112,13 @@ def places(network, size, precision):
             wide = vgg.STAGES[number + 2][-1]
             group[VGG] = (Convolution(wide, 3, dtype), (edge, wide), (), ())
         yield "layers", f"{edge} x {edge}, {channels} to {growth_rate}", group
+        channels = width + count * growth_rate
+        xla = nn.Conv(features, (1, 1), use_bias=False, dtype=dtype)
+        group = {
+            "1 x 1, gradient by XLA": (xla, (edge, channels), (), ()),
+            "1 x 1": (Convolution(features, 1, dtype), (edge, channels), (), ()),
+        }
+        yield "layers", f"{edge} x {edge}, {channels} to {features}", group
         group = {}
         for form in layers.FORMS:
             block = layers.DenseBlock(count, growth_rate, features, k, form=form, dtype=dtype)

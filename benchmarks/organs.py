@@ -3,12 +3,13 @@
     python benchmarks/organs.py --folder /tmp/organs           # draws a phantom and trains on it
     python benchmarks/organs.py --workdir demo/rounds/round-1 --masks demo/phantom/masks
 
-Its own phantom lacks every organ that it may lack in half of the patients: where organs always come
-together, a network may name one by the others, and rightly points at them.
+In its own phantom an organ that may be missing is missing in up to half of the patients: where
+organs always come together, a network may name one by the others, and rightly points at them.
 
 For each image of the split and each label that is an organ in sight, given with confidence: the
-share of the map's raising mass inside the organ, beside the organ's share of the body (chance), and
-the confidence while pixels are deleted in the order of the map, beside random pixels.
+share of the map's raising mass in the body that lies inside the organ, beside the organ's share of
+the body (chance), and the confidence while pixels are deleted in the order of the map, beside
+random pixels.
 """
 
 import pathlib
@@ -17,6 +18,7 @@ import tempfile
 import harness
 import jax
 import numpy as np
+from scipy import ndimage
 
 from maknet_jax import cases, files, perturb, prepare, train
 from maknet_jax import config as configs
@@ -27,8 +29,10 @@ from maknet_jax.cli import options
 from maknet_jax.data import phantom
 from maknet_jax.errors import InputError, Rejected
 
-FULL = {"images": 200, "steps": 50, "repeats": 1, "size": 96, "patients": 800, "epochs": 24}
-QUICK = {"images": 12, "steps": 10, "size": 64, "patients": 60, "epochs": 12}
+FULL = {"images": 200, "steps": 50, "repeats": 1}
+TRAINING = {"patients": 800, "epochs": 24, "size": 96, "seed": 0}
+QUICK = {"images": 12, "steps": 10}
+QUICK_TRAINING = {"patients": 60, "epochs": 12, "size": 64, "seed": 0}
 NOISE = [f"augment.{kind}_probability=0.5" for kind in ("rotation", "crop", "contrast")]
 BODY = -500  # HU
 SHARES = np.linspace(0, 1, 21)
@@ -42,7 +46,7 @@ def main(argv=None):
     parser.add_argument("--folder", help="where to train, kept (default: a temporary one)")
     parser.add_argument("--patients", type=options.count, help="of the phantom to train on")
     parser.add_argument("--epochs", type=options.count, help="of the training")
-    parser.add_argument("--seed", type=int, default=0, help="of the phantom and the training")
+    parser.add_argument("--seed", type=int, help="of the phantom and the training")
     parser.add_argument("--split", default="test")
     parser.add_argument("--images", type=options.count, help="at most")
     parser.add_argument("--steps", type=options.count, help="of the path")
@@ -55,6 +59,12 @@ def main(argv=None):
     chosen = harness.parse(parser, argv, full=FULL, quick=QUICK)
     if bool(chosen.workdir) != bool(chosen.masks):
         raise InputError("--workdir and --masks belong together: give both, or neither to train")
+    for name, value in (QUICK_TRAINING if chosen.quick else TRAINING).items():
+        given = getattr(chosen, name)
+        if chosen.workdir and given is not None:
+            raise InputError(f"--{name} {given} is of a training: leave it out beside --workdir")
+        if not chosen.workdir and given is None:
+            setattr(chosen, name, value)
     with tempfile.TemporaryDirectory() as temporary:
         workdir, masks = chosen.workdir, chosen.masks
         if not workdir:
@@ -113,7 +123,7 @@ def measure(workdir, masks, chosen):
         case = read()
         image = net.put(case.image[None])
         base = perturbation.make_baseline(case.image, chosen.baseline)
-        black, differs = net.put(base[None]), perturbation.differs(case.image, base)
+        baseline = net.put(base[None])
         scores = net.confidences(image)[0]
         regions = {}
         for column, name in labels.items():
@@ -127,23 +137,23 @@ def measure(workdir, masks, chosen):
                     continue  # given, but not in sight
         if not regions:
             continue
-        body = case.image[..., 1] > BODY
-        found = ig.integrated_gradients(net.logit_fn, image, [list(regions)], black, **options_)
+        body = ndimage.binary_fill_holes(case.image[..., 1] > BODY)
+        found = ig.integrated_gradients(net.logit_fn, image, [list(regions)], baseline, **options_)
         for place, (column, region) in enumerate(regions.items()):
             attribution = found.maps[0, place].sum(-1)
             noise = np.random.default_rng([number, column]).normal(size=attribution.shape)
-            areas = []
+            areas, whole = [], body | region
             # Smoothed alike, so that only the places differ; air is no random pixel.
             ordered = [overlay.smooth(values, chosen.smooth) for values in (attribution, noise)]
-            ordered[1] = np.where(differs, ordered[1], -np.inf)
+            ordered[1] = np.where(whole, ordered[1], -np.inf)
             for values in ordered:
                 order = faith.ranks(values[None])
-                curves = faith.curves(net.logit_fn, image, [column], black, order, SHARES)
+                curves = faith.curves(net.logit_fn, image, [column], baseline, order, SHARES)
                 areas += [float(faith.area(curve, SHARES)[0]) for curve in curves]
             rows.append(
                 {"patient": case.group, "id": case.id, "label": labels[column],
-                 "inside": faith.mass_inside(attribution, region),
-                 "chance": float(region.sum() / max(1, (body | region).sum())),
+                 "inside": faith.mass_inside(np.where(whole, attribution, 0), region),
+                 "chance": float(region.sum() / whole.sum()),
                  "flagged": bool(found.flagged[0, place]), "areas": areas}
             )  # fmt: skip
     return rows

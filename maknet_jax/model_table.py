@@ -36,7 +36,7 @@ def measure(name, *, num_classes=115, size=256):
         raise InputError(f"model {name!r} is unknown: choose one of {', '.join(PAGES)}")
     options = configs.load(PAGES[name]).model.options.to_dict()
     if "form" in options:
-        options["form"] = "split"  # the others compute more, or not in the modules counted here
+        options["form"] = "split"  # the wide ones compute outside of the modules counted here
     model = models.build(name, num_classes, **options)
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     calls = []

@@ -291,3 +291,7 @@ def test_organs_draws_trains_and_measures(page, tmp_path):
     assert arguments["absent"] == 0.5
     with pytest.raises(InputError, match="--workdir and --masks belong together"):
         organs.main(["--workdir", str(tmp_path / "own" / "run")])
+    with pytest.raises(InputError, match="--patients 9 is of a training: leave it out"):
+        organs.main(["--workdir", "run", "--masks", "masks", "--patients", "9"])
+    with pytest.raises(InputError, match="a phantom with patients 8, not 9: name a new folder"):
+        organs.main(["--folder", str(tmp_path / "own"), "--patients", "9"])

@@ -35,7 +35,7 @@ def kernel_gradient_loop(x, slope, shape, strides):
     return found
 
 
-# 3 channels go to XLA, 16 and more to matrix products.
+# On CPU the kernel's gradient is XLA's below 16 channels, and matrix products from there on.
 @pytest.mark.parametrize("size", [(1, 1), (3, 3), (1, 3), (5, 1), (7, 7)])
 @pytest.mark.parametrize("channels, strides", [(3, 1), (3, 2), (16, 1), (17, 2), (16, 3)])
 def test_value_and_gradients_are_those_of_xla(size, channels, strides):
@@ -50,35 +50,73 @@ def test_value_and_gradients_are_those_of_xla(size, channels, strides):
     np.testing.assert_allclose(pull(slope)[1], by_hand, rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_of_gradients_and_of_many_at_once():
-    x, kernel = drawn(3, 2, 6, 6, 16), drawn(3, 3, 16, 4, seed=1)
+@pytest.mark.parametrize("shape", [(2, 1, 2, 16), (1, 3, 2, 3), (0, 4, 4, 16)])
+def test_kernels_may_be_larger_than_images_and_batches_empty(shape):
+    x, kernel = drawn(*shape), drawn(7, 7, shape[-1], 4, seed=1)
+    for convolve in (convolution.convolve, lambda x, k: convolution.convolve_by_matmul(x, [k])):
+        ours, pull = jax.vjp(convolve, x, kernel)
+        expected, expected_pull = jax.vjp(lambda *both: xla(*both, 1), x, kernel)
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+        for a, b in zip(pull(ours), expected_pull(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("size, strides", [((3, 3), 1), ((3, 3), 2), ((1, 1), 1), ((1, 1), 2)])
+def test_gradients_of_gradients_and_of_many_at_once(size, strides):
+    x, kernels = drawn(3, 2, 6, 6, 16), drawn(3, *size, 16, 4, seed=1)
 
     def penalty(convolve, kernel, x):
-        slope = jax.grad(lambda x: (convolve(x, kernel, 1) ** 2).sum())(x)
+        slope = jax.grad(lambda x: (convolve(x, kernel, strides) ** 2).sum())(x)
         return (slope**2).sum()
 
-    found = [
-        jax.vmap(jax.grad(functools.partial(penalty, convolve)), (None, 0))(kernel, x)
-        for convolve in (convolution.convolve, xla)
-    ]
-    np.testing.assert_allclose(*found, rtol=1e-3, atol=1e-2 * float(jnp.abs(found[1]).max()) / 10)
+    for axes, kernel in ((None, kernels[0]), (0, kernels)):
+        found = [
+            jax.vmap(jax.grad(functools.partial(penalty, convolve)), (axes, 0))(kernel, x)
+            for convolve in (convolution.convolve, xla)
+        ]
+        np.testing.assert_allclose(*found, rtol=1e-3, atol=1e-3 * float(jnp.abs(found[1]).max()))
 
 
-def test_the_platform_that_compiles_chooses_the_gradient():
+# Products on CPU: of the value (1 x 1 only), of the image's gradient (1 x 1), of the kernel's.
+@pytest.mark.parametrize("size, products", [((3, 3), 0 + 0 + 9), ((1, 1), 1 + 1 + 1)])
+def test_the_platform_that_compiles_chooses_the_program(size, products):
     """A host without accelerator lowers for TPU as a TPU would (`benchmarks/tpu_aot.py`)."""
-    x, kernel = drawn(2, 8, 8, 16), drawn(3, 3, 16, 8, seed=1)
+    x, kernel = drawn(2, 8, 8, 16), drawn(*size, 16, 8, seed=1)
 
-    def gradient(x, kernel):
-        return jax.grad(lambda kernel: convolution.convolve(x, kernel).sum())(kernel)
+    def program(x, kernel):
+        return jax.value_and_grad(lambda *both: (convolution.convolve(*both) ** 2).sum(), (0, 1))(
+            x, kernel
+        )
 
-    traced = jax.jit(gradient).trace(x, kernel)
+    traced = jax.jit(program).trace(x, kernel)
     texts = {
         platform: traced.lower(lowering_platforms=(platform,)).as_text()
         for platform in ("cpu", "tpu", "cuda")
     }
-    products = {platform: text.count("stablehlo.dot_general") for platform, text in texts.items()}
-    assert products == {"cpu": 9, "tpu": 0, "cuda": 0}
-    assert all("stablehlo.convolution" in texts[platform] for platform in ("tpu", "cuda"))
+    found = {platform: text.count("stablehlo.dot_general") for platform, text in texts.items()}
+    assert found == {"cpu": products, "tpu": 0, "cuda": 0}
+    assert all(texts[each].count("stablehlo.convolution") == 3 for each in ("tpu", "cuda"))
+
+
+@pytest.mark.parametrize("size", [(3, 3), (1, 1)])
+@pytest.mark.parametrize("convolve", ["convolve", "convolve_by_matmul"])
+def test_the_way_back_has_the_precision_of_the_call(size, convolve):
+    """Attributions ask for float32 products, around the call alone (`cases.py`)."""
+    x, kernel = drawn(2, 8, 8, 16), drawn(*size, 16, 8, seed=1)
+
+    def value(x, kernel):
+        with jax.default_matmul_precision("highest"):
+            if convolve == "convolve":
+                return (convolution.convolve(x, kernel) ** 2).sum()
+            return (convolution.convolve_by_matmul(x, [kernel]) ** 2).sum()
+
+    traced = jax.jit(jax.grad(value, (0, 1))).trace(x, kernel)
+    for platform in ("cpu", "tpu"):
+        lines = traced.lower(lowering_platforms=(platform,)).as_text().splitlines()
+        kinds = ("stablehlo.dot_general", "stablehlo.convolution")
+        products = [line for line in lines if any(kind in line for kind in kinds)]
+        assert len(products) >= 3
+        assert all("HIGHEST" in line and "DEFAULT" not in line for line in products)
 
 
 def test_one_product_is_the_convolutions_side_by_side():

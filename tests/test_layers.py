@@ -147,7 +147,8 @@ def test_makconv_multiplies_on_cpu_and_refuses_strange_forms():
             jax.random.key(0), x)[0])(x)).count("conv_general_dilated[")
         for form in ("auto", "split", "fused")
     }  # fmt: skip
-    assert text == {"auto": 0, "split": 4, "fused": 1}
+    # Of "auto" it is the product, a 1 x 1 convolution where it is compiled for another platform.
+    assert text == {"auto": 1, "split": 4, "fused": 1}
     with pytest.raises(
         InputError,
         match="choose auto or one of split, matmul, fused, wide, wide_fused",
@@ -193,13 +194,20 @@ def mish_loop(x):
 
 
 def test_mish_and_its_gradient():
-    x = np.concatenate([np.linspace(-30, 30, 1201), [-1e4, -90, 19.999, 20, 20.001, 90, 1e4]])
+    edges = [-1e30, -1e4, -90, 19.999, 20, 20.001, 90, 1e4, 1e30]
+    x = np.concatenate([np.linspace(-30, 30, 1201), edges])
     x = np.float32(x)
     value, slope = mish_loop(x)
     np.testing.assert_allclose(layers.mish(x), value, rtol=1e-5, atol=1e-9)
     ours = jax.vmap(jax.grad(layers.mish))(jnp.asarray(x))
     assert np.isfinite(ours).all()
     np.testing.assert_allclose(ours, slope, rtol=1e-4, atol=2e-6)
+    middle = x[:1201]
+    ours = jax.vmap(jax.grad(jax.grad(layers.mish)))(jnp.asarray(middle))
+    bends = (
+        mish_loop(np.float64(middle) + 1e-4)[1] - mish_loop(np.float64(middle) - 1e-4)[1]
+    ) / 2e-4
+    np.testing.assert_allclose(ours, bends, atol=1e-5)
 
 
 def test_mish_is_finite_in_bfloat16():
@@ -207,7 +215,8 @@ def test_mish_is_finite_in_bfloat16():
     assert layers.mish(x).dtype == jnp.bfloat16
     ours = np.asarray(layers.mish(x), np.float64)
     np.testing.assert_allclose(ours, mish_loop(np.asarray(x, np.float32))[0], rtol=0.02, atol=1e-3)
-    assert np.isfinite(np.asarray(jax.grad(lambda x: layers.mish(x).sum())(x), np.float32)).all()
+    ours = np.asarray(jax.grad(lambda x: layers.mish(x).sum())(x), np.float64)
+    np.testing.assert_allclose(ours, mish_loop(np.asarray(x, np.float32))[1], atol=0.02)
 
 
 def windows(x):

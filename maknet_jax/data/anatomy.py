@@ -100,12 +100,13 @@ class Lesion:
     texture: str
 
 
-def make_patient(rng, absent=None):
+def make_patient(rng, absence=None):
     """Draws an `Anatomy`.
 
     Args:
       rng: a `numpy.random.Generator`.
-      absent: the probability that an organ is absent, of those that may be (default: 0.15 to 0.25).
+      absence: the probability that an organ is missing, of those that may be (default: 0.15 to
+        0.25 each); of a pair the left one stays where the right one is missing.
     """
     knots = np.array([0.0, 0.12, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0])
     moved = knots + rng.normal(0, 0.012, knots.size).clip(-0.025, 0.025)
@@ -117,7 +118,7 @@ def make_patient(rng, absent=None):
     # More often than in any hospital: else the height in the body would tell nearly every label.
     risk = {"right lung": 0.15, "left lung": 0.15, "right kidney": 0.25, "left kidney": 0.25,
             "spleen": 0.25, "stomach": 0.2, "urinary bladder": 0.2}  # fmt: skip
-    risk = risk if absent is None else dict.fromkeys(risk, absent)
+    risk = risk if absence is None else dict.fromkeys(risk, absence)
     absent = {name for name, p in risk.items() if rng.random() < p}
     for side in ("lung", "kidney"):  # nobody lives without both
         if {f"right {side}", f"left {side}"} <= absent:

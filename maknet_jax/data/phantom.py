@@ -65,8 +65,9 @@ def write_phantom(
       slices: per DICOM series; the last series has only two thirds, so that with the default of
         60 a rule of "more than 50 slices" leaves one out.
       lesions_per_patient: on average.
-      absent: the probability that a patient lacks a lung, kidney, spleen, stomach or bladder; near
-        0.5 the organs around one say little about it (default: 0.15 to 0.25).
+      absent: the probability that a patient lacks the spleen, stomach, bladder, a lung or a kidney
+        (the left one of a pair only where the right one is there); near 0.5 the organs around one
+        say little about it (default: 0.15 to 0.25).
 
     Returns:
       A dict of paths (images, info, labels, hand_labels, ontology, dicom, masks) and `counts`.
@@ -125,10 +126,21 @@ def write_phantom(
 
 
 def open_phantom(folder, **arguments):
-    """`read_phantom` of a folder that was written before, else `write_phantom` with `arguments`."""
-    if (pathlib.Path(folder) / "phantom.json").exists():
-        return read_phantom(folder)
-    return write_phantom(folder, **arguments)
+    """`read_phantom` of a folder that was written before, else `write_phantom` with `arguments`.
+
+    Raises:
+      InputError: the folder was written with other arguments.
+    """
+    if not (pathlib.Path(folder) / "phantom.json").exists():
+        return write_phantom(folder, **arguments)
+    written = read_json(pathlib.Path(folder) / "phantom.json")["arguments"]
+    for name, value in arguments.items():
+        if written.get(name) != value:
+            raise InputError(
+                f"{folder} holds a phantom with {name} {written.get(name)}, not {value}: name a "
+                "new folder"
+            )
+    return read_phantom(folder)
 
 
 def read_phantom(folder):

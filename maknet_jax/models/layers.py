@@ -41,8 +41,9 @@ def mish(x):
     """Mish, x * tanh(softplus(x)) (Misra, arXiv:1908.08681).
 
     With n = e^x (e^x + 2), tanh(softplus(x)) = n / (n + 2): one exponential instead of three
-    transcendental functions. Above 20 the quotient is 1 in float32. Backwards only x is needed,
-    which BatchNorm keeps anyway: what was computed forwards is not carried along.
+    transcendental functions. Above 20 the quotient is 1 in float32. For the way back only x is
+    kept, one array instead of several. `x` and the result: any shape, one dtype. Forward-mode
+    differentiation raises a TypeError.
     """
     exp = jnp.exp(jnp.minimum(x, 20.0))
     n = exp * (exp + 2.0)
@@ -50,8 +51,12 @@ def mish(x):
 
 
 def _mish_backward(x, slope):
-    """By q = e^-x, which XLA cannot take from the forward pass, so that it is not kept either."""
-    q = jnp.exp(jnp.minimum(-x, 40.0))
+    """tanh(softplus(x)) + x * 4 q^2 (1 + q) / (1 + 2 q + 2 q^2)^2 with q = e^-x, times `slope`.
+
+    By q and not by e^x, which XLA would take, and so keep, from the forward pass.
+    """
+    x = jnp.clip(x, -40.0, 40.0)  # beyond, the slope is 0 or 1 in float32
+    q = jnp.exp(-x)
     whole = 1.0 + 2.0 * q * (1.0 + q)
     rise = 2.0 * q / whole
     return (slope * ((1.0 + 2.0 * q) / whole + x * rise * (2.0 * q * (1.0 + q) / whole)),)
@@ -117,7 +122,9 @@ FORMS = ("split", "matmul", "fused", "wide", "wide_fused")
 
 
 def choose_form(form):
-    """The form of MAKConv: for this platform where it is "auto", from `benchmarks/makconv.py`.
+    """The form itself, or for "auto" the fastest here (measured by `benchmarks/makconv.py`).
+
+    Here is where this process computes: to compile ahead for another platform, name the form.
 
     Raises:
       InputError: there is no such form.
@@ -137,10 +144,11 @@ class MAKConv(nn.Module):
 
     The same parameters in forms that are equal in value and gradient. "split" are four
     convolutions: the fewest FLOPs, but the input is read four times. "matmul" is one matrix product
-    whose columns are shifted and added: no FLOP more, one reading, but four times the output in
-    between (without strides only; with them it is "split"). "fused" is one k x k convolution whose
-    kernel holds zeros where the asymmetric ones end: 2.25 times the FLOPs at k = 3, one reading and
-    nothing in between. The wide forms differ in a dense block only, see `DenseBlock`.
+    whose columns are shifted and added: no FLOP more, one reading, but (k + 1)^2 / 4 times the
+    output in between (without strides only; with them it is "split"). "fused" is one k x k
+    convolution whose kernel holds zeros where the asymmetric ones end: 2.25 times the FLOPs at
+    k = 3, one reading and nothing in between. The wide forms differ in a dense block only, see
+    `DenseBlock`.
     """
 
     features: int
