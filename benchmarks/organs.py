@@ -97,13 +97,7 @@ def trained(folder, chosen):
     )
     if not (folder / "shards" / "dataset.json").exists():
         prepare.prepare_deeplesion(
-            paths["images"],
-            paths["info"],
-            folder / "shards",
-            label_file=paths["labels"],
-            hand_labels=paths["hand_labels"],
-            ontology=paths["ontology"],
-            size=chosen.size,
+            out=folder / "shards", size=chosen.size, **phantom.deeplesion_files(paths)
         )
     changes = [f"data.path={folder / 'shards'}", f"data.size={chosen.size}", f"seed={chosen.seed}"]
     config = configs.load("smoke", [*changes, *NOISE, f"epochs={chosen.epochs:.1f}"])

@@ -67,10 +67,8 @@ def measure(folder, seed, form):
     labelled, unlabelled = folder / "labelled", folder / "unlabelled"
     if not (labelled / "dataset.json").exists():
         keep_few(paths, form["labelled"], folder / "labels.json")
-        prepare.prepare_deeplesion(
-            paths["images"], paths["info"], labelled, label_file=folder / "labels.json",
-            hand_labels=paths["hand_labels"], ontology=paths["ontology"], size=form["size"],
-        )  # fmt: skip
+        given = phantom.deeplesion_files(paths) | {"label_file": folder / "labels.json"}
+        prepare.prepare_deeplesion(out=labelled, size=form["size"], **given)
     if not (unlabelled / "dataset.json").exists():
         prepare.prepare_dicom(
             paths["dicom"], unlabelled, salt_file=folder / "salt", min_slices=10,

@@ -125,15 +125,7 @@ def table1(workdir, *, data=None, form="full", seed=0, overrides=(), pages=PAGES
 
 def _prepare_phantom(folder, arguments, shards, size):
     paths = phantom.open_phantom(folder, **arguments)
-    prepare.prepare_deeplesion(
-        paths["images"],
-        paths["info"],
-        shards,
-        label_file=paths["labels"],
-        hand_labels=paths["hand_labels"],
-        ontology=paths["ontology"],
-        size=size,
-    )
+    prepare.prepare_deeplesion(out=shards, size=size, **phantom.deeplesion_files(paths))
 
 
 def _run(config, folder):

@@ -137,12 +137,10 @@ def on_phantom(workdir, form, *, seeds, overrides=()):
     workdir, recipe = pathlib.Path(workdir), FORMS[form]
     size = recipe["size"]
     paths = phantom.open_phantom(workdir / "phantom", **recipe["phantom"])
-    given = {"label_file": paths["labels"], "hand_labels": paths["hand_labels"]}
-    given |= {"ontology": paths["ontology"], "size": size}
     for name, patches in (("slices", False), ("lesions", True)):
         if not (workdir / name / "dataset.json").exists():
             prepare.prepare_deeplesion(
-                paths["images"], paths["info"], workdir / name, patches=patches, **given
+                out=workdir / name, size=size, patches=patches, **phantom.deeplesion_files(paths)
             )
     if not (workdir / "ct" / "dataset.json").exists():
         salt = workdir / "salt"

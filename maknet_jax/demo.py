@@ -39,14 +39,7 @@ def demo(out, *, seed=0, workers=1):
     shards, unlabelled = out / "shards", out / "unlabelled"
     if not (shards / "dataset.json").exists():
         prepare.prepare_deeplesion(
-            paths["images"],
-            paths["info"],
-            shards,
-            label_file=paths["labels"],
-            hand_labels=paths["hand_labels"],
-            ontology=paths["ontology"],
-            size=size,
-            workers=workers,
+            out=shards, size=size, workers=workers, **phantom.deeplesion_files(paths)
         )
     if not (unlabelled / "dataset.json").exists():
         prepare.prepare_dicom(

@@ -166,6 +166,13 @@ def read_phantom(folder):
     }
 
 
+def deeplesion_files(paths):
+    """The files of `prepare.prepare_deeplesion`, by its arguments, of what `write_phantom` gave."""
+    names = {"images": "images", "info": "info", "label_file": "labels"}
+    names |= {"hand_labels": "hand_labels", "ontology": "ontology"}
+    return {argument: paths[name] for argument, name in names.items()}
+
+
 def _split_patients(patients, seed):
     order = np.random.default_rng([seed, 0]).permutation(patients) + 1
     val, test = max(1, round(0.12 * patients)), max(1, round(0.18 * patients))
