@@ -219,49 +219,6 @@ def test_mish_is_finite_in_bfloat16():
     np.testing.assert_allclose(ours, mish_loop(np.asarray(x, np.float32))[1], atol=0.02)
 
 
-def windows(x):
-    """`[B, H // 2, W // 2, 4, C]`: the four pixels of every 2 x 2 window."""
-    height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
-    return np.stack([x[:, i:height:2, j:width:2] for i in (0, 1) for j in (0, 1)], axis=3)
-
-
-@pytest.mark.parametrize("shape", [(2, 6, 8, 3), (1, 7, 5, 2)])
-def test_max_pool_and_its_gradient_are_those_of_xla(shape):
-    rng = np.random.default_rng(0)
-    for x in (rng.normal(size=shape), rng.integers(0, 3, shape)):  # the second is full of ties
-        x = jnp.asarray(x, jnp.float32)
-
-        def theirs(x):
-            step = (1, 2, 2, 1)
-            return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, step, step, "VALID")
-
-        ours, pull_ours = jax.vjp(layers.max_pool, x)
-        expected, pull_theirs = jax.vjp(theirs, x)
-        np.testing.assert_array_equal(ours, windows(np.asarray(x)).max(axis=3))
-        np.testing.assert_array_equal(ours, expected)
-        slope = jnp.asarray(rng.normal(size=ours.shape), jnp.float32)
-        np.testing.assert_array_equal(pull_ours(slope)[0], pull_theirs(slope)[0])
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_mixpool_mixes_maximum_and_mean(share):
-    x = drawn(2, 6, 7, 3)
-    pool = layers.MixPool()
-    assert float(pool.init(jax.random.key(0), x)["params"]["share"]) == 0.5
-    ours = pool.apply({"params": {"share": jnp.float32(share)}}, x)
-    parts = windows(np.float64(x))
-    theirs = share * parts.max(axis=3) + (1 - share) * parts.mean(axis=3)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
-
-
-def test_mixpool_that_is_not_learned_has_no_parameter():
-    x = drawn(1, 4, 4, 2)
-    pool = layers.MixPool(learned=False)
-    assert not pool.init(jax.random.key(0), x)
-    halves = layers.MixPool().apply({"params": {"share": jnp.float32(0.5)}}, x)
-    np.testing.assert_array_equal(pool.apply({}, x), halves)
-
-
 def test_global_concat_pool_is_maxima_then_means():
     x = drawn(3, 4, 5, 6)
     pixels = x.reshape(3, 20, 6)

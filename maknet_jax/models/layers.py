@@ -4,7 +4,6 @@ Images are `[B, H, W, C]`. Activations have the module's `dtype`; parameters and
 statistics are float32.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from maknet_jax.errors import InputError
-from maknet_jax.models import convolution
+from maknet_jax.models import convolution, pooling
 
 he_normal = nn.initializers.he_normal()
 
@@ -184,17 +183,6 @@ class MAKConv(nn.Module):
         return jnp.concatenate(outputs, axis=-1)
 
 
-def max_pool(x):
-    """2 x 2 maximum with stride 2: `[B, H, W, C]` -> `[B, H // 2, W // 2, C]`.
-
-    Written over four strided slices: the gradient of XLA's pooling is select-and-scatter, which
-    deterministic GPU mode refuses; values and gradients are the same, ties included (flax #4233).
-    """
-    corners = [x[:, row : x.shape[1] // 2 * 2 : 2, column : x.shape[2] // 2 * 2 : 2]
-               for row in (0, 1) for column in (0, 1)]  # fmt: skip
-    return functools.reduce(lambda a, b: jnp.where(a >= b, a, b), corners)
-
-
 class MixPool(nn.Module):
     """a * max pool + (1 - a) * average pool, 2 x 2 with stride 2; `a` is learned from 0.5."""
 
@@ -204,8 +192,7 @@ class MixPool(nn.Module):
     def __call__(self, x):
         """`[B, H, W, C]` -> `[B, H // 2, W // 2, C]`."""
         share = self.param("share", nn.initializers.constant(0.5), ()) if self.learned else 0.5
-        share = jnp.asarray(share, x.dtype)
-        return share * max_pool(x) + (1 - share) * nn.avg_pool(x, (2, 2), (2, 2))
+        return pooling.mix_pool(x, jnp.asarray(share, x.dtype))
 
 
 def global_concat_pool(x):

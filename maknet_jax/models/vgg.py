@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from maknet_jax.models import layers
+from maknet_jax.models import layers, pooling
 
 # Convolutions of each stage; a 2 x 2 maximum halves the image after it.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -39,7 +39,7 @@ class VGG16(nn.Module):
                 )(x, learning)
                 x = nn.relu(x)
             kept.append(x)
-            x = layers.max_pool(x)
+            x = pooling.max_pool(x)
         if self.frozen:
             x, kept = jax.lax.stop_gradient((x, kept))
         if stages:

@@ -1,0 +1,117 @@
+"""2 x 2 pooling and its gradients, against XLA's own and against numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from maknet_jax.models import layers, pooling
+
+SHAPES = [(2, 6, 8, 3), (1, 7, 5, 2), (3, 2, 3, 1), (0, 4, 4, 2)]
+
+
+def drawn(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def tied(*shape):
+    """Few values, so that many windows hold their maximum more than once."""
+    return jnp.asarray(np.random.default_rng(0).integers(0, 3, shape), jnp.float32)
+
+
+def windows(x):
+    """`[B, H // 2, W // 2, 4, C]`: the four pixels of every 2 x 2 window."""
+    height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
+    return np.stack([x[:, i:height:2, j:width:2] for i in (0, 1) for j in (0, 1)], axis=3)
+
+
+def maximum_by_xla(x):
+    step = (1, 2, 2, 1)
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, step, step, "VALID")
+
+
+def mixed_by_xla(x, share):
+    return share * maximum_by_xla(x) + (1 - share) * nn.avg_pool(x, (2, 2), (2, 2))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("values", [drawn, tied])
+def test_max_pool_and_its_gradient_are_those_of_xla(values, shape):
+    x = values(*shape)
+    ours, pull_ours = jax.vjp(pooling.max_pool, x)
+    expected, pull_theirs = jax.vjp(maximum_by_xla, x)
+    np.testing.assert_array_equal(ours, windows(np.asarray(x)).max(axis=3))
+    np.testing.assert_array_equal(ours, expected)
+    slope = drawn(*ours.shape, seed=1)
+    np.testing.assert_array_equal(pull_ours(slope)[0], pull_theirs(slope)[0])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("values", [drawn, tied])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_mix_pool_and_its_gradients_are_those_of_xla(share, values, shape):
+    x, share = values(*shape), jnp.float32(share)
+    ours, pull_ours = jax.vjp(pooling.mix_pool, x, share)
+    expected, pull_theirs = jax.vjp(mixed_by_xla, x, share)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+    slope = drawn(*ours.shape, seed=1)
+    for a, b in zip(pull_ours(slope), pull_theirs(slope), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_mix_pool_in_bfloat16_is_rounded_once():
+    x, share = drawn(2, 6, 8, 3).astype(jnp.bfloat16), jnp.bfloat16(0.3)
+    ours, pull = jax.vjp(pooling.mix_pool, x, share)
+    whole = pooling.mix_pool(x.astype(jnp.float32), share.astype(jnp.float32))
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(ours, whole.astype(jnp.bfloat16))
+    slopes = pull(jnp.ones_like(ours))
+    assert [slope.dtype for slope in slopes] == [jnp.bfloat16] * 2
+    parts = windows(np.asarray(x, np.float64))
+    np.testing.assert_allclose(slopes[1], (parts.max(3) - parts.mean(3)).sum(), rtol=0.01)
+
+
+def test_gradients_of_gradients_and_of_many_at_once():
+    """Pooling is linear in its slope, so a penalty on gradients has gradients too."""
+    x, weights = drawn(3, 2, 6, 6, 4), drawn(3, 2, 3, 3, 4, seed=1)
+    shares = jnp.asarray([0.2, 0.5, 0.9])
+
+    def penalty(pool, weights, share, x):
+        slope = jax.grad(lambda x: (weights * pool(x, share) ** 2).sum())(x)
+        return (slope**2).sum()
+
+    for argument in (1, 2, 3):
+        found = [
+            jax.vmap(jax.grad(penalty, argument), (None, 0, 0, 0))(pool, weights, shares, x)
+            for pool in (pooling.mix_pool, mixed_by_xla)
+        ]
+        np.testing.assert_allclose(*found, rtol=1e-3, atol=1e-3)
+
+
+def test_the_way_back_scatters_nothing_and_keeps_a_byte_a_window():
+    """What deterministic GPU mode refuses, and what training would have to keep."""
+    x = jax.ShapeDtypeStruct((2, 8, 8, 4), jnp.float32)
+    text = jax.jit(jax.grad(lambda x: pooling.max_pool(x).sum())).lower(x).as_text()
+    assert "scatter" not in text
+    kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(pooling.max_pool, x)[1], x))
+    assert [(leaf.shape, leaf.dtype) for leaf in kept] == [((2, 4, 4, 4), jnp.uint8)]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_mixpool_mixes_maximum_and_mean(share):
+    x = drawn(2, 6, 7, 3)
+    pool = layers.MixPool()
+    assert float(pool.init(jax.random.key(0), x)["params"]["share"]) == 0.5
+    ours = pool.apply({"params": {"share": jnp.float32(share)}}, x)
+    parts = windows(np.float64(x))
+    theirs = share * parts.max(axis=3) + (1 - share) * parts.mean(axis=3)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_mixpool_that_is_not_learned_has_no_parameter():
+    x = drawn(1, 4, 4, 2)
+    pool = layers.MixPool(learned=False)
+    assert not pool.init(jax.random.key(0), x)
+    halves = layers.MixPool().apply({"params": {"share": jnp.float32(0.5)}}, x)
+    np.testing.assert_array_equal(pool.apply({}, x), halves)
