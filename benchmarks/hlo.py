@@ -1,0 +1,168 @@
+"""What a program that XLA compiled for TPUs moves, read from its text."""
+
+import math
+import re
+
+SIZES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
+         "pred": 1, "u8": 1, "s8": 1, "s16": 2, "u16": 2}  # fmt: skip
+COLLECTIVES = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
+
+_ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?")
+_HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+)(?: \(.*\) -> .*)? \{$")
+_LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+# What only names buffers; "ConcatBitcast" names pieces that lie side by side.
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
+
+
+def collectives(text):
+    """(how many, bytes that they give) of the collectives in a compiled program."""
+    # Long tuples hold comments, as /*index=5*/: all up to the operation's name is its shape.
+    found = re.findall(rf"^[^=]*= (.*?) (?:{COLLECTIVES})(?:-start)?\(", text, re.MULTILINE)
+    moved = 0
+    for shapes in found:
+        for dtype, dims, _ in _ARRAY.findall(shapes):
+            moved += SIZES.get(dtype, 4) * math.prod(int(edge) for edge in dims.split(",") if edge)
+    return [len(found), moved]
+
+
+def hbm_bytes(text):
+    """Bytes that one run reads from and writes to a chip's main memory (HBM).
+
+    XLA's own "bytes accessed" counts the chip's fast memory (VMEM, whose arrays the text marks with
+    S(1)) as it does main memory, and an array anew for each use within one fused operation. Here
+    every operation reads each of its operands in main memory once, and writes its outputs once:
+    of an operand that it only slices the slices, of a buffer that it updates in place the update.
+    Arrays count with the padding of their tiles. What an operation reads again by itself, as the
+    edges of a convolution's windows, is not in the text and not counted.
+
+    Args:
+      text: of an optimized and scheduled module, `compiled.as_text()`.
+
+    Raises:
+      ValueError: it has no entry computation.
+    """
+    computations = _parse(text)
+    if "ENTRY" not in computations:
+        raise ValueError("the text has no ENTRY computation: give a compiled module's as_text()")
+    return _bytes_of(computations["ENTRY"], computations)
+
+
+def _parse(text):
+    """{computation: {name: (shape, operation, operands, the line's rest, is root)}}."""
+    computations, current = {}, None
+    for line in text.splitlines():
+        if not line.startswith(" "):
+            head = _HEAD.match(line)
+            current = {} if head else None
+            if head:
+                computations["ENTRY" if head[1] else head[2]] = current
+        elif current is not None and (found := _LINE.match(line)):
+            root, name, shape, operation, rest = found.groups()
+            operands = re.findall(r"%([\w.\-]+)", rest.split(")", 1)[0])
+            current[name] = (shape, operation, operands, rest, bool(root))
+    return computations
+
+
+def _arrays(shape):
+    """Bytes of each array of a shape, 0 for those that are not in main memory."""
+    for dtype, dims, layout in _ARRAY.findall(shape):
+        edges = [int(edge) for edge in dims.split(",") if edge]
+        order = re.match(r"\{([\d,]+)", layout or "")
+        tile = re.search(r"T\(([\d,]+)\)", layout or "")
+        if order and tile and edges:
+            minor = [int(axis) for axis in order[1].split(",")]
+            tiles = [int(edge) for edge in tile[1].split(",")]
+            for axis, edge in zip(minor, reversed(tiles), strict=False):
+                edges[axis] = -(-edges[axis] // edge) * edge
+        yield 0 if "S(" in (layout or "") else SIZES.get(dtype, 4) * math.prod(edges)
+
+
+def _size(shape):
+    return sum(_arrays(shape))
+
+
+def _whole(shape):
+    """As if all of it were in main memory."""
+    return _size(re.sub(r"S\(\d+\)", "", shape))
+
+
+def _bytes_of(computation, computations):
+    moved = 0
+    for shape, operation, operands, rest, _ in computation.values():
+        shapes = [computation[name][0] if name in computation else "" for name in operands]
+        called = [computations.get(name, {}) for name in _called(rest)]
+        if operation in _FREE or operation.endswith("-done") or '"ConcatBitcast"' in rest:
+            continue
+        if operation == "fusion":
+            moved += _fusion(called[0], shapes, shape)
+        elif operation in ("slice-start", "dynamic-slice-start"):
+            # ((operands), what it gives, ...): it reads as much as it gives.
+            given = _ARRAY.findall(shape.partition("), ")[2])[0]
+            given = f"{given[0]}[{given[1]}]{given[2]}"
+            moved += _size(given) + (_whole(given) if _size(shapes[0]) else 0)
+        elif operation == "copy-start":
+            moved += sum(list(_arrays(shape))[:2])  # (target, source, ...)
+        elif operation.endswith("-start"):
+            moved += 2 * sum(map(_size, shapes))
+        elif operation == "while":
+            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
+            body = computations.get(re.search(r"body=%?([\w.\-]+)", rest)[1], {})
+            moved += (int(trips[1]) if trips else 1) * _bytes_of(body, computations)
+        elif operation == "conditional":
+            moved += max((_bytes_of(branch, computations) for branch in called), default=0)
+        elif operation == "call":
+            moved += sum(_bytes_of(one, computations) for one in called)
+        elif operation == "dynamic-update-slice":
+            moved += 2 * _size(shapes[1])
+        elif operation in ("slice", "dynamic-slice"):
+            moved += _size(shape) + (_whole(shape) if _size(shapes[0]) else 0)
+        else:
+            moved += _size(shape) + sum(map(_size, shapes))
+    return moved
+
+
+def _called(rest):
+    found = re.search(r"(?:calls|to_apply|branch_computations)=\{?([^}\s]*(?:, %[^}\s]*)*)", rest)
+    return re.findall(r"%?([\w.\-]+)", found[1]) if found else []
+
+
+def _fusion(computation, shapes, given):
+    """What a fused operation reads of its operands' `shapes` and writes of what it has `given`."""
+    moved = 0
+    for name, (_, operation, _, rest, _) in computation.items():
+        if operation == "parameter":
+            number = int(rest.split(")")[0])
+            moved += min(_size(shapes[number]), _read(computation, name))
+    root = next(line for line in computation.values() if line[4])
+    written = root[2] if root[1] == "tuple" else [None]
+    outputs = [f"{a}[{b}]{c}" for a, b, c in _ARRAY.findall(given)]
+    for name, output in zip(written, outputs, strict=True):
+        line = root if name is None else computation[name]
+        while line[1] == "bitcast":
+            line = computation[line[2][0]]
+        in_place = line[1] == "dynamic-update-slice" and _base(computation, line[2][0])
+        update = _whole(computation[line[2][1]][0]) if in_place else math.inf
+        moved += min(_size(output), update)
+    return moved
+
+
+def _base(computation, name):
+    """Whether it is a parameter, by whatever name."""
+    while computation[name][1] == "bitcast":
+        name = computation[name][2][0]
+    return computation[name][1] == "parameter"
+
+
+def _read(computation, name):
+    """Bytes that a fused computation reads of a parameter, at most: slices, or all of it."""
+    moved, names = 0, {name}
+    for user, (shape, operation, operands, _, _) in computation.items():
+        if not names & set(operands):
+            continue
+        if operation == "bitcast":
+            names.add(user)
+        elif operation in ("slice", "dynamic-slice") and operands[0] in names:
+            moved += _whole(shape)
+        elif operation != "dynamic-update-slice" or operands[0] not in names:
+            return math.inf
+    return moved

@@ -1,0 +1,109 @@
+"""What the benchmarks count in a compiled program's text; compiling for TPUs takes minutes."""
+
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "benchmarks"))
+
+import hlo  # noqa: E402
+
+FUSED = """HloModule fused
+
+%double (param_0: f32[8,128]) -> f32[8,128] {
+  %param_0 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %add.1 = f32[8,128]{1,0:T(8,128)} add(%param_0, %param_0)
+}
+
+%slices (param_0: f32[64,128]) -> f32[16,128] {
+  %param_0 = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %bitcast.1 = f32[64,128]{1,0:T(8,128)} bitcast(%param_0)
+  %slice.1 = f32[16,128]{1,0:T(8,128)} slice(%bitcast.1), slice={[0:16], [0:128]}
+  %slice.2 = f32[16,128]{1,0:T(8,128)} slice(%param_0), slice={[16:32], [0:128]}
+  ROOT %add.2 = f32[16,128]{1,0:T(8,128)} add(%slice.1, %slice.2)
+}
+
+%update (param_0: f32[64,128], param_1: f32[8,128], param_2: s32[]) -> f32[64,128] {
+  %param_0 = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %param_1 = f32[8,128]{1,0:T(8,128)} parameter(1)
+  %param_2 = s32[]{:T(128)S(6)} parameter(2)
+  ROOT %dus = f32[64,128]{1,0:T(8,128)} dynamic-update-slice(%param_0, %param_1, %param_2, %param_2)
+}
+
+%fill (param_0: f32[8,128]) -> f32[64,128] {
+  %param_0 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %zeros = f32[64,128]{1,0:T(8,128)} broadcast(%zero), dimensions={}
+  ROOT %dus.2 = f32[64,128]{1,0:T(8,128)} dynamic-update-slice(%zeros, %param_0, %zero, %zero)
+}
+
+%body (state: f32[8,128]) -> f32[8,128] {
+  %state = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %twice = f32[8,128]{1,0:T(8,128)} multiply(%state, %state)
+}
+
+ENTRY %main (a: f32[8,128], b: f32[64,128]) -> f32[8,128] {
+  %a = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %near = f32[8,128]{1,0:T(8,128)S(1)} parameter(1)
+  %b = f32[64,128]{1,0:T(8,128)} parameter(2)
+  %i = s32[]{:T(128)S(6)} parameter(3)
+  OPERATION
+}
+"""
+ROW = 4 * 8 * 128  # bytes of f32[8,128]
+CASES = {
+    "%f = f32[8,128]{1,0:T(8,128)} fusion(%a), kind=kLoop, calls=%double": 2 * ROW,
+    "%f = f32[8,128]{1,0:T(8,128)S(1)} fusion(%a), kind=kLoop, calls=%double": ROW,
+    "%f = f32[8,128]{1,0:T(8,128)S(1)} fusion(%near), kind=kLoop, calls=%double": 0,
+    "%f = f32[16,128]{1,0:T(8,128)} fusion(%b), kind=kLoop, calls=%slices": 6 * ROW,
+    "%f = f32[64,128]{1,0:T(8,128)} fusion(%b, %a, %i), kind=kLoop, calls=%update": 2 * ROW,
+    "%f = f32[64,128]{1,0:T(8,128)} fusion(%b, %near, %i), kind=kLoop, calls=%update": ROW,
+    "%f = f32[64,128]{1,0:T(8,128)} fusion(%a), kind=kLoop, calls=%fill": 9 * ROW,
+    "%c = f32[8,128]{1,0:T(8,128)} add(%a, %near)": 2 * ROW,
+    "%g = f32[8,128]{1,0:T(8,128)} bitcast(%a)": 0,
+    "%c = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) "
+    "copy-start(%a)": ROW,
+    "%c = f32[8,128]{1,0:T(8,128)S(1)} copy-done(%start)": 0,
+    "%s = ((f32[64,128]{1,0:T(8,128)}), f32[8,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) "
+    "slice-start(%b), slice={[0:8], [0:128]}": ROW,
+    '%c = f32[8,128]{1,0:T(8,128)} custom-call(%a), custom_call_target="ConcatBitcast"': 0,
+    "%r = f32[8,128]{1,0:T(8,128)} all-reduce(%a), to_apply=%double": 2 * ROW,
+    "%u = f32[64,128]{1,0:T(8,128)} dynamic-update-slice(%b, %a, %i, %i)": 2 * ROW,
+    "%s = f32[8,128]{1,0:T(8,128)} dynamic-slice(%b, %i, %i)": 2 * ROW,
+    # Channels of 3 are padded to 8 and images of 100 to 128: what the memory holds.
+    "%c = bf16[100,4,3]{0,2,1:T(8,128)(2,1)} convert(%near)": 2 * 128 * 4 * 8,
+    "%w = f32[8,128]{1,0:T(8,128)} while(%a), condition=%cond, body=%body, "
+    'backend_config={"known_trip_count":{"n":"3"}}': 3 * 3 * ROW,
+    "%k = f32[8,128]{1,0:T(8,128)} conditional(%i, %a, %a), branch_computations={%body, %double}":
+        3 * ROW,
+    "%k = f32[8,128]{1,0:T(8,128)} call(%a), to_apply=%body": 3 * ROW,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("operation", CASES, ids=range(len(CASES)))
+def test_bytes_of_main_memory(operation):
+    assert hlo.hbm_bytes(FUSED.replace("OPERATION", operation)) == CASES[operation]
+
+
+def test_bytes_of_a_program_that_this_machine_compiled():
+    x = jnp.ones((1000, 100))
+    text = jax.jit(lambda x, y: jnp.sin(x) * y + x).lower(x, x).compile().as_text()
+    assert hlo.hbm_bytes(text) == 3 * 4 * x.size
+
+
+def test_text_without_a_program_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY computation"):
+        hlo.hbm_bytes("HloModule empty")
+
+
+def test_collectives_and_their_bytes():
+    text = """
+      %a = f32[64]{0} all-reduce(f32[64]{0} %x), to_apply=%sum
+      %b = (f32[8,2]{1,0}, bf16[4]{0}) all-reduce-start(f32[8,2]{1,0} %y, bf16[4]{0} %z)
+      %e = (f32[3]{0:T(256)}, f32[5]{0:T(256)}, /*index=2*/f32[7]{0:T(256)}) all-reduce(%x, %y, %z)
+      %c = f32[9]{0} fusion(f32[9]{0} %all-reduce)
+      %d = bf16[2,3]{1,0:T(8,128)(2,1)} all-gather(bf16[1,3]{1,0} %w)
+    """
+    assert hlo.collectives(text) == [4, 64 * 4 + 16 * 4 + 4 * 2 + 6 * 2 + 15 * 4]
