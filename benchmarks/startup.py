@@ -2,8 +2,9 @@
 
     python benchmarks/startup.py
 
-Each start is a new process, as a restart on a cluster is. The two take turns; the cold one gets an
-empty cache every time.
+Each start is a new process that makes one step and is stopped, as by a cluster: cold with an empty
+cache, warm in a new folder with the cache of an earlier run, and restarted, which is the warm one
+going on from its checkpoint. They take turns.
 """
 
 import json
@@ -19,18 +20,26 @@ import numpy as np
 from maknet_jax.data import records
 
 START = """
-import json, sys, time
+import contextlib, json, os, signal, sys, threading, time
 began = time.perf_counter()
 import jax, jax.monitoring
 compiled = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda name, seconds, **_: compiled.append(seconds) if name.endswith("backend_compile_duration")
     else None)
-from maknet_jax import config, train
+from maknet_jax import config, errors, train
 from maknet_jax.cli import options
 options.start_jax()
 imported = time.perf_counter()
-summary = train.train(config.load(sys.argv[1], sys.argv[3:]), sys.argv[2])
+before = signal.getsignal(signal.SIGTERM)
+def stop():  # as soon as training listens: it ends the step that it is in, and saves
+    while signal.getsignal(signal.SIGTERM) is before:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+if not os.path.exists(sys.argv[2]):  # a restart makes the second step, and is done
+    threading.Thread(target=stop, daemon=True).start()
+with contextlib.suppress(errors.Stopped):
+    train.train(config.load(sys.argv[1], sys.argv[3:]), sys.argv[2])
 print(json.dumps({"imports": imported - began, "first_step": time.perf_counter() - imported,
                   "compile": sum(compiled), "longest": max(compiled)}))
 """
@@ -62,13 +71,13 @@ def main(argv=None):
     full = {"size": 256, "repeats": 3, "config": "teacher"}
     quick = {"size": 64, "repeats": 1, "config": "smoke"}
     chosen = harness.parse(parser, argv, full=full, quick=quick)
-    found = {"cold": [], "warm": []}
+    found = {"cold": [], "warm": [], "restarted": []}
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         data_of(folder / "data", chosen.size, 8)
 
         def start(cache, number):
-            changes = [f"data.path={folder / 'data'}", f"data.size={chosen.size}", "epochs=1.0",
+            changes = [f"data.path={folder / 'data'}", f"data.size={chosen.size}", "epochs=2.0",
                        "data.batch_size=8", "evaluate_every=99"]  # fmt: skip
             done = subprocess.run(
                 [sys.executable, "-c", START, chosen.config, folder / f"run-{number}", *changes],
@@ -81,24 +90,28 @@ def main(argv=None):
         for turn in range(chosen.repeats):
             found["cold"].append(start(folder / f"empty-{turn}", f"cold-{turn}"))
             found["warm"].append(start(folder / "kept", f"warm-{turn}"))
+            found["restarted"].append(start(folder / "kept", f"warm-{turn}"))
     names = ("imports", "compile", "longest", "first_step")
     rows = [
         [kind, *(harness.shown(harness.spread([one[name] for one in ones])) for name in names)]
         for kind, ones in found.items()
     ]
-    share = harness.spread(
-        [warm["first_step"] / cold["first_step"]
-         for cold, warm in zip(found["cold"], found["warm"], strict=True)]
-    )  # fmt: skip
+    shares = {
+        kind: harness.spread(
+            [one["first_step"] / cold["first_step"]
+             for cold, one in zip(found["cold"], found[kind], strict=True)]
+        )
+        for kind in ("warm", "restarted")
+    }  # fmt: skip
     notes = [
         "seconds; first step: from the imports' end to one update done and saved (reading, making "
-        "the state, compiling or loading programs, checkpoint)",
-        f"warm over cold: {harness.shown(share)} (aim: at most 0.25); {chosen.config} at "
-        f"{chosen.size} x {chosen.size}, batch 8",
+        "or restoring the state, compiling or loading programs, checkpoint)",
+        *(f"{kind} over cold: {harness.shown(share)}" for kind, share in shares.items()),
+        f"aim: at most 0.25; {chosen.config} at {chosen.size} x {chosen.size}, batch 8",
     ]
     header = ["", "imports", "compiling, all", "longest program", "first step"]
     results = {"rows": [{"kind": kind, "starts": ones} for kind, ones in found.items()]}
-    harness.report(__file__, argv, chosen, header, rows, notes, results | {"warm_over_cold": share})
+    harness.report(__file__, argv, chosen, header, rows, notes, results | {"over_cold": shares})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import os
 import sys
 import time
 
@@ -53,6 +54,12 @@ class Log:
 
     def __exit__(self, *_):
         self.close()
+
+
+def say_from_signal(text):
+    """One line from a signal's handler, which may have come in the middle of rich's own work."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode())
 
 
 @contextlib.contextmanager

@@ -128,7 +128,7 @@ def _stop_flag():
 
     def note(number, _):
         if not caught:
-            console.Log().say("stopping after this step; its state will be saved")
+            console.say_from_signal("stopping after this step; its state will be saved")
         caught.append(number)
 
     with contextlib.suppress(ValueError):  # not in the main thread: nothing to catch

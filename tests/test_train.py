@@ -15,7 +15,7 @@ import pytest
 import toy
 from runs import NOISE, compile_cache, equal_runs, kept, signal_after  # noqa: F401
 
-from maknet_jax import train, workdir
+from maknet_jax import console, train, workdir
 from maknet_jax.data import pipeline
 from maknet_jax.errors import InputError, Stopped
 from maknet_jax.evaluation import evaluator
@@ -304,6 +304,23 @@ def test_without_validation_the_run_goes_on_and_says_so(tmp_path, capsys):
 def lines_of(run):
     path = run / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_a_signal_may_come_while_rich_is_at_work(monkeypatch, capfd):
+    """As it did while rich imported its emoji for the first line."""
+
+    def half_imported(*_, **__):
+        raise ImportError("partially initialized module")
+
+    monkeypatch.setattr(console._console, "print", half_imported)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with train._stop_flag() as stop:
+            signal.raise_signal(signal.SIGTERM)
+            assert stop == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capfd.readouterr().err == "stopping after this step; its state will be saved\n"
 
 
 def test_sigterm_to_the_command_exits_75_and_the_same_command_finishes(data, tmp_path):
