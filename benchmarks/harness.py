@@ -21,7 +21,6 @@ import maknet_jax
 from maknet_jax import config as configs
 from maknet_jax import console, files, workdir
 from maknet_jax.cli import options
-from maknet_jax.data import augment
 from maknet_jax.errors import InputError
 from maknet_jax.model_table import PAGES
 from maknet_jax.training import sharding, state, step
@@ -172,7 +171,7 @@ class Network:
                 ),
                 optimizer,
                 to_input=workdir.to_input(self.config),
-                augment=augment.make_augment(**self.config.augment.to_dict()),
+                augment=workdir.to_noisy_input(self.config, mesh.size),
             ),
             in_shardings=(whole, rows, whole),
             out_shardings=(whole, whole),

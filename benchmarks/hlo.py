@@ -33,13 +33,14 @@ def hbm_bytes(text):
     every operation reads each of its operands in main memory once, and writes its outputs once:
     of an operand that it only slices the slices, of a buffer that it updates in place the update.
     Arrays count with the padding of their tiles. What an operation reads again by itself, as the
-    edges of a convolution's windows, is not in the text and not counted.
+    edges of a convolution's windows, is not in the text and not counted; nor is that a gather reads
+    its operand in pieces, which takes far longer than reading it once.
 
     Args:
       text: of an optimized and scheduled module, `compiled.as_text()`.
 
     Raises:
-      ValueError: it has no entry computation.
+      ValueError: it has no entry computation, or a loop whose trips it does not say.
     """
     computations = _parse(text)
     if "ENTRY" not in computations:
@@ -105,9 +106,8 @@ def _bytes_of(computation, computations):
         elif operation.endswith("-start"):
             moved += 2 * sum(map(_size, shapes))
         elif operation == "while":
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
-            body = computations.get(re.search(r"body=%?([\w.\-]+)", rest)[1], {})
-            moved += (int(trips[1]) if trips else 1) * _bytes_of(body, computations)
+            body = computations[re.search(r"body=%?([\w.\-]+)", rest)[1]]
+            moved += _trips(rest, computations) * _bytes_of(body, computations)
         elif operation == "conditional":
             moved += max((_bytes_of(branch, computations) for branch in called), default=0)
         elif operation == "call":
@@ -119,6 +119,19 @@ def _bytes_of(computation, computations):
         else:
             moved += _size(shape) + sum(map(_size, shapes))
     return moved
+
+
+def _trips(rest, computations):
+    """How often a loop runs: as the compiler says, or up to the constant that it compares with."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
+    if known:
+        return int(known[1])
+    condition = computations[re.search(r"condition=%?([\w.\-]+)", rest)[1]]
+    limits = [line[3] for line in condition.values() if line[1] == "constant"]
+    compared = any("direction=LT" in line[3] for line in condition.values())
+    if len(limits) != 1 or not compared:
+        raise ValueError(f"a loop's trips are not in the text: ...{rest[:100]}")
+    return int(limits[0].split(")")[0])
 
 
 def _called(rest):

@@ -17,7 +17,7 @@ from clu import parameter_overview
 
 from maknet_jax import config as configs
 from maknet_jax import console, files, workdir
-from maknet_jax.data import augment, pipeline, pseudo_labels, records
+from maknet_jax.data import pipeline, pseudo_labels, records
 from maknet_jax.errors import InputError, Stopped
 from maknet_jax.evaluation.evaluator import Evaluator
 from maknet_jax.training import checkpoint, log, sharding, state, step, transfer
@@ -189,7 +189,7 @@ class _Run:
                 loss,
                 optimizer,
                 to_input=workdir.to_input(config),
-                augment=augment.make_augment(**config.augment.to_dict()),
+                augment=workdir.to_noisy_input(config, mesh.size),
                 ema_decay=config.ema_decay,
             ),
             in_shardings=(whole, rows, whole),

@@ -109,6 +109,12 @@ def to_input(config):
     return functools.partial(augment.to_unit, window=tuple(config.data.window))
 
 
+def to_noisy_input(config, devices, **options):
+    """The same with the page's augmentation, see `augment.make_augment`; None where it has none."""
+    options |= {"to_input": to_input(config), "devices": devices}
+    return augment.make_augment(**config.augment.to_dict(), **options)
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A trained network, ready to score.

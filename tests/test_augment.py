@@ -90,6 +90,54 @@ def test_shears_turn_and_crop_as_the_gathered_form_does(degrees, scale, centre):
     assert np.abs(sheared - gathered).mean() < 0.004
 
 
+@pytest.mark.parametrize("reach", [3, 8, 21])
+def test_a_shift_is_numpys_interpolation_with_black_beside_the_image(reach):
+    """Fractions, halves, whole strides and both ends, each row its own."""
+    shift = np.float32([-1, -0.7, -0.5, -0.2, 0, 0.1, 0.25, 0.5, 0.9, 1]) * reach
+    shift = np.append(shift, np.float32([4, 4.5, 8, -8, 7.99])).clip(-reach, reach)
+    image = np.random.default_rng(0).uniform(0, 1, (len(shift), 20, 3)).astype(np.float32)
+    shifted = np.asarray(augment._shift_rows(jnp.asarray(image), jnp.asarray(shift), reach))
+    wide = np.pad(image, ((0, 0), (1, 1), (0, 0)))
+    for row, by in enumerate(shift):
+        for channel in range(3):
+            places = np.arange(20) + by
+            expected = np.interp(places, np.arange(-1, 21), wide[row, :, channel])
+            np.testing.assert_allclose(shifted[row, :, channel], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("count, devices", [(8, 1), (8, 4), (16, 1), (22, 2), (5, 2), (0, 1)])
+def test_a_few_at_a_time_are_all_at_once(monkeypatch, count, devices):
+    """22 images on 2 devices go one by one (11 is prime), 5 on 2 all at once."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(-1000, 2000, (count, S, S, 3)).astype(np.int16)
+    keys = jax.random.split(jax.random.key(0), count)
+
+    def to_input(images):
+        return augment.to_unit(images, (-1024.0, 3071.0))
+
+    looped = augment.make_augment(**ON, form="shear", to_input=to_input, devices=devices)
+    monkeypatch.setattr(augment, "_few_at_a_time", lambda augment, devices: augment)
+    whole = augment.make_augment(**ON, form="shear")
+    expected = whole(to_input(images), keys)
+    np.testing.assert_allclose(looped(images, keys), expected, atol=1e-5)
+
+
+def test_every_device_takes_of_its_own_images():
+    """In the loop nothing is sent from one device to another."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    noise = augment.make_augment(**ON, form="shear", devices=8)
+    images = np.random.default_rng(0).uniform(0, 1, (128, S, S, 3)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), 128)
+    program = jax.jit(noise, in_shardings=rows, out_shardings=rows).lower(images, keys).compile()
+    text = program.as_text()
+    assert " while(" in text
+    for sent in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
+        assert sent not in text
+    spread = program(*jax.device_put((images, keys), rows))
+    np.testing.assert_allclose(spread, jax.jit(noise)(images, keys), atol=1e-5)
+
+
 def test_without_an_angle_shears_leave_every_pixel(images):
     whole = (0.0, 1.0, 1.0, MIDDLE)
     kept = augment.rotate_and_crop(images[0], *whole, reach=math.radians(15))

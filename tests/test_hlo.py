@@ -44,6 +44,16 @@ FUSED = """HloModule fused
   ROOT %twice = f32[8,128]{1,0:T(8,128)} multiply(%state, %state)
 }
 
+%five (state.1: s32[]) -> pred[] {
+  %state.1 = s32[] parameter(0)
+  %limit = s32[]{:T(128)} constant(5)
+  ROOT %less = pred[]{:T(512)} compare(%state.1, %limit), direction=LT
+}
+
+%never (state.2: pred[]) -> pred[] {
+  ROOT %state.2 = pred[] parameter(0)
+}
+
 ENTRY %main (a: f32[8,128], b: f32[64,128]) -> f32[8,128] {
   %a = f32[8,128]{1,0:T(8,128)} parameter(0)
   %near = f32[8,128]{1,0:T(8,128)S(1)} parameter(1)
@@ -76,6 +86,7 @@ CASES = {
     "%c = bf16[100,4,3]{0,2,1:T(8,128)(2,1)} convert(%near)": 2 * 128 * 4 * 8,
     "%w = f32[8,128]{1,0:T(8,128)} while(%a), condition=%cond, body=%body, "
     'backend_config={"known_trip_count":{"n":"3"}}': 3 * 3 * ROW,
+    "%w = f32[8,128]{1,0:T(8,128)} while(%a), condition=%five, body=%body": 5 * 3 * ROW,
     "%k = f32[8,128]{1,0:T(8,128)} conditional(%i, %a, %a), branch_computations={%body, %double}":
         3 * ROW,
     "%k = f32[8,128]{1,0:T(8,128)} call(%a), to_apply=%body": 3 * ROW,
@@ -96,6 +107,9 @@ def test_bytes_of_a_program_that_this_machine_compiled():
 def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         hlo.hbm_bytes("HloModule empty")
+    endless = "%w = f32[8,128]{1,0} while(%a), condition=%never, body=%body"
+    with pytest.raises(ValueError, match="a loop's trips are not in the text: .*%never"):
+        hlo.hbm_bytes(FUSED.replace("OPERATION", endless))
 
 
 def test_collectives_and_their_bytes():

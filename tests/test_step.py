@@ -77,7 +77,9 @@ def test_eight_devices_are_one():
     results = []
     for count in (1, 8):
         mesh = sharding.data_mesh(jax.devices()[:count])
-        train_step = compiled(model, optimizer, mesh, augment.make_augment(**NOISE))
+        train_step = compiled(
+            model, optimizer, mesh, augment.make_augment(**NOISE, to_input=TO_INPUT)
+        )
         results.append(run(start, train_step, mesh, 8))
         assert train_step._cache_size() == 1  # the state comes back as it went in
     for (one, one_metrics), (eight, eight_metrics) in zip(*results, strict=True):
@@ -131,7 +133,7 @@ def test_a_step_of_sgd_is_the_gradient_of_the_loss(linear):
 
 def test_noise_follows_the_record_the_step_and_the_seed_not_the_place_in_the_batch(linear):
     mesh, optimizer = one_device(), optax.sgd(0.5)
-    train_step = compiled(linear, optimizer, mesh, augment.make_augment(**NOISE))
+    train_step = compiled(linear, optimizer, mesh, augment.make_augment(**NOISE, to_input=TO_INPUT))
     start = state.create(linear, optimizer, size=32, seed=0)
     batch = next(batches(1))
 

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 
 from maknet_jax.errors import InputError
 
+_STRIDE = 8  # of the coarse part of a shift in pixels: about the root of how far shears reach
+_AT_ONCE = 8  # images of 256 x 256 whose shears fit into a TPU's fast memory together
+
 
 def to_unit(image, window):
     """HU -> [0, 1] float32: `window` (low, high) in HU, as LesaNet maps it to 0..255.
@@ -28,9 +31,9 @@ def rotate_and_crop(image, angle, scale, aspect, centre, *, reach=None):
     """Rotates and crops, bilinear, in one of two forms.
 
     With `reach` None every pixel is gathered from its four neighbours: one interpolation. TPUs
-    gather slowly (2,000 times the bytes of the other form, `benchmarks/augment.py`): there the
-    rotation is three shears (Paeth 1986), each a sum over shifted copies, and the crop two small
-    matrix products. The pictures are the same but for the blur of interpolating three times more.
+    gather slowly: there the rotation is three shears (Paeth 1986), each two sums over shifted
+    copies, and the crop two small matrix products. The pictures are the same but for the blur of
+    interpolating three times more.
 
     Args:
       image: float32 `[S, S, C]`.
@@ -86,12 +89,24 @@ def _shear_thrice(image, angle, reach):
 
 
 def _shift_rows(image, shift, reach):
-    """out[r, c] = image[r, c + shift[r]], linearly, as a sum over whole shifts up to `reach`."""
-    padded = jnp.pad(image, ((0, 0), (reach, reach), (0, 0)))
+    """out[r, c] = image[r, c + shift[r]], linearly, `shift` up to `reach`; 0 from outside.
+
+    First by whole multiples of 8, then by what is left: each a sum over few shifted copies.
+    """
+    coarse = jnp.round(shift / _STRIDE)
+    left = shift - coarse * _STRIDE  # at most half a stride, whose neighbours lie one further
+    most, rest = math.ceil(reach / _STRIDE), _STRIDE // 2 + 1
+    width = image.shape[1] + 2 * rest
+    first = most * _STRIDE
+    padded = jnp.pad(image, ((0, 0), (first + rest, first + rest), (0, 0)))
+    near = jnp.zeros_like(padded[:, :width])
+    for multiple in range(-most, most + 1):
+        start = first + multiple * _STRIDE
+        there = (coarse == multiple)[:, None, None]
+        near = jnp.where(there, padded[:, start : start + width], near)
     return sum(
-        _hat(shift - whole)[:, None, None]
-        * padded[:, reach + whole : reach + whole + image.shape[1]]
-        for whole in range(-reach, reach + 1)
+        _hat(left - whole)[:, None, None] * near[:, rest + whole : rest + whole + image.shape[1]]
+        for whole in range(-rest + 1, rest)
     )
 
 
@@ -147,8 +162,13 @@ def make_augment(
     contrast_probability,
     grayscale_probability,
     form="auto",
+    to_input=None,
+    devices=1,
 ):
     """The noise as one callable, or None where all of it is off.
+
+    In the form "shear" a loop takes a few images of every device at a time: their pictures stay in
+    a TPU's fast memory, and main memory is read and written once.
 
     Args:
       rotation_probability: how often an image is turned.
@@ -159,12 +179,14 @@ def make_augment(
       contrast_probability: how often auto-contrast is applied.
       grayscale_probability: how often all channels become the middle slice.
       form: of the rotation, "gather" or "shear"; "auto" shears on TPUs. See `rotate_and_crop`.
+      to_input: images -> float32 in [0, 1], applied first; None: they are.
+      devices: over which the images lie in equal parts, one after the other.
 
     Raises:
       InputError: a range is empty or out of bounds.
 
     Returns:
-      augment(images float32 [B, S, S, 3] in [0, 1], keys [B]) -> the same shape.
+      augment(images [B, S, S, 3], keys [B]) -> float32 of the same shape.
     """
     for name, (low, high) in {"crop_scale": crop_scale, "crop_aspect": crop_aspect}.items():
         if not 0 < low <= high or (name == "crop_scale" and high > 1):
@@ -211,4 +233,30 @@ def make_augment(
             image = jnp.where(flat, grayscale(image), image)
         return image
 
-    return jax.vmap(one)
+    def augment(images, keys):
+        return jax.vmap(one)(images if to_input is None else to_input(images), keys)
+
+    return augment if form == "gather" else _few_at_a_time(augment, devices)
+
+
+def _few_at_a_time(augment, devices):
+    """The same, in a loop over at most `_AT_ONCE` images of every device."""
+
+    def looped(images, keys):
+        each, beside = divmod(len(images), devices)
+        if beside or not each:
+            return augment(images, keys)
+        few = max(count for count in range(1, _AT_ONCE + 1) if each % count == 0)
+        # The first axis stays split over the devices; the loop is over the second.
+        rows, turns = devices * few, each // few
+        images = images.reshape(rows, turns, *images.shape[1:])
+        keys = keys.reshape(rows, turns)
+
+        def turn(number, done):
+            taken = (jax.lax.dynamic_index_in_dim(a, number, 1, False) for a in (images, keys))
+            return jax.lax.dynamic_update_index_in_dim(done, augment(*taken), number, 1)
+
+        made = jax.lax.fori_loop(0, turns, turn, jnp.zeros(images.shape, jnp.float32))
+        return made.reshape(-1, *images.shape[2:])
+
+    return looped

@@ -17,7 +17,7 @@ def make_train_step(model, loss_fn, optimizer, *, to_input, augment=None, ema_de
       loss_fn: loss_fn(outputs, batch) -> (scalar, metrics); the batch holds a `key` to draw with.
       optimizer: an optax transformation.
       to_input: batch["image"] (int16 HU) -> float32 images in [0, 1].
-      augment: augment(images, keys [B]) -> images, or None.
+      augment: augment(batch["image"], keys [B]) -> images, in the place of `to_input`, or None.
       ema_decay: of the moving average of weights and statistics, where the state keeps one.
 
     Returns:
@@ -28,9 +28,11 @@ def make_train_step(model, loss_fn, optimizer, *, to_input, augment=None, ema_de
 
     def train_step(state, batch, key):
         key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-        images = to_input(batch["image"])
-        if augment is not None:
-            images = augment(images, jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"]))
+        if augment is None:
+            images = to_input(batch["image"])
+        else:
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
+            images = augment(batch["image"], keys)
 
         def loss(params):
             outputs, updated = model.apply(
