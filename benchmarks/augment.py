@@ -2,7 +2,7 @@
 
     python benchmarks/augment.py
 
-For TPUs, without one: `python benchmarks/tpu_aot.py --kinds train,shear,gather`.
+For TPUs, without one: `python benchmarks/tpu_aot.py --kinds train,student`.
 """
 
 import harness

@@ -4,25 +4,45 @@ import math
 import re
 
 SIZES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
-         "pred": 1, "u8": 1, "s8": 1, "s16": 2, "u16": 2}  # fmt: skip
+         "pred": 1, "u8": 1, "s8": 1, "s16": 2, "u16": 2, "f64": 8, "token": 0}  # fmt: skip
 COLLECTIVES = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
 
 _ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+)(?: \(.*\) -> .*)? \{$")
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
-# What only names buffers; "ConcatBitcast" names pieces that lie side by side.
+# What only names buffers, as two custom calls do: new memory, and pieces that lie side by side.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
+_NEW, _BESIDE = '"AllocateBuffer"', '"ConcatBitcast"'
+
+
+_CALLERS = ("fusion", "conditional", "call", "async-start")
 
 
 def collectives(text):
     """(how many, bytes that they give) of the collectives in a compiled program."""
-    # Long tuples hold comments, as /*index=5*/: all up to the operation's name is its shape.
-    found = re.findall(rf"^[^=]*= (.*?) (?:{COLLECTIVES})(?:-start)?\(", text, re.MULTILINE)
-    moved = 0
-    for shapes in found:
-        for dtype, dims, _ in _ARRAY.findall(shapes):
-            moved += SIZES.get(dtype, 4) * math.prod(int(edge) for edge in dims.split(",") if edge)
-    return [len(found), moved]
+    count = moved = 0
+    for line in text.splitlines():
+        found = _LINE.match(line)
+        if found and re.fullmatch(rf"(?:{COLLECTIVES})(?:-start)?", found[4]):
+            count += 1
+            for dtype, dims, _ in _given(found[3], found[4], len(_operands(found[5]))):
+                edges = (int(edge) for edge in dims.split(",") if edge)
+                moved += _bytes_each(dtype) * math.prod(edges)
+    return [count, moved]
+
+
+def _given(shape, operation, operands):
+    """The arrays that a collective gives; two kinds of starts list their operands before them."""
+    arrays = _ARRAY.findall(shape)
+    if operation in ("all-gather-start", "collective-permute-start"):
+        return arrays[operands : 2 * operands]
+    return arrays
+
+
+def _bytes_each(dtype):
+    if dtype not in SIZES:
+        raise ValueError(f"type {dtype!r} is unknown: add its bytes to SIZES")
+    return SIZES[dtype]
 
 
 def hbm_bytes(text):
@@ -40,7 +60,8 @@ def hbm_bytes(text):
       text: of an optimized and scheduled module, `compiled.as_text()`.
 
     Raises:
-      ValueError: it has no entry computation, or a loop whose trips it does not say.
+      ValueError: it has no entry computation, a loop whose trips it does not say, or operands or
+        types that are unknown here.
     """
     computations = _parse(text)
     if "ENTRY" not in computations:
@@ -59,9 +80,18 @@ def _parse(text):
                 computations["ENTRY" if head[1] else head[2]] = current
         elif current is not None and (found := _LINE.match(line)):
             root, name, shape, operation, rest = found.groups()
-            operands = re.findall(r"%([\w.\-]+)", rest.split(")", 1)[0])
-            current[name] = (shape, operation, operands, rest, bool(root))
+            current[name] = (shape, operation, _operands(rest), rest, bool(root))
     return computations
+
+
+def _operands(rest):
+    """The names within the parentheses that a line's `rest` closes; types may stand before them."""
+    depth = 1
+    for end, letter in enumerate(rest):
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        if not depth:
+            return re.findall(r"%([\w.\-]+)", rest[:end])
+    return []
 
 
 def _arrays(shape):
@@ -75,7 +105,7 @@ def _arrays(shape):
             tiles = [int(edge) for edge in tile[1].split(",")]
             for axis, edge in zip(minor, reversed(tiles), strict=False):
                 edges[axis] = -(-edges[axis] // edge) * edge
-        yield 0 if "S(" in (layout or "") else SIZES.get(dtype, 4) * math.prod(edges)
+        yield 0 if "S(" in (layout or "") else _bytes_each(dtype) * math.prod(edges)
 
 
 def _size(shape):
@@ -90,10 +120,13 @@ def _whole(shape):
 def _bytes_of(computation, computations):
     moved = 0
     for shape, operation, operands, rest, _ in computation.values():
-        shapes = [computation[name][0] if name in computation else "" for name in operands]
-        called = [computations.get(name, {}) for name in _called(rest)]
-        if operation in _FREE or operation.endswith("-done") or '"ConcatBitcast"' in rest:
+        if operation in _FREE or operation.endswith("-done") or _NEW in rest or _BESIDE in rest:
             continue
+        missing = [name for name in operands if name not in computation]
+        if missing or (not operands and not rest.startswith(")")):
+            raise ValueError(f"the operands of {operation} are unknown: {missing or rest[:60]}")
+        shapes = [computation[name][0] for name in operands]
+        called = [computations[name] for name in _called(rest)] if operation in _CALLERS else []
         if operation == "fusion":
             moved += _fusion(called[0], shapes, shape)
         elif operation in ("slice-start", "dynamic-slice-start"):
@@ -103,14 +136,15 @@ def _bytes_of(computation, computations):
             moved += _size(given) + (_whole(given) if _size(shapes[0]) else 0)
         elif operation == "copy-start":
             moved += sum(list(_arrays(shape))[:2])  # (target, source, ...)
-        elif operation.endswith("-start"):
-            moved += 2 * sum(map(_size, shapes))
+        elif re.fullmatch(rf"(?:{COLLECTIVES})-start", operation):
+            given = _given(shape, operation, len(operands))
+            moved += sum(map(_size, shapes)) + sum(_size(f"{a}[{b}]{c}") for a, b, c in given)
         elif operation == "while":
             body = computations[re.search(r"body=%?([\w.\-]+)", rest)[1]]
             moved += _trips(rest, computations) * _bytes_of(body, computations)
         elif operation == "conditional":
             moved += max((_bytes_of(branch, computations) for branch in called), default=0)
-        elif operation == "call":
+        elif operation in ("call", "async-start"):
             moved += sum(_bytes_of(one, computations) for one in called)
         elif operation == "dynamic-update-slice":
             moved += 2 * _size(shapes[1])
@@ -122,7 +156,7 @@ def _bytes_of(computation, computations):
 
 
 def _trips(rest, computations):
-    """How often a loop runs: as the compiler says, or up to the constant that it compares with."""
+    """How often a loop runs: as the compiler says, or from 0 by 1 up to what it compares with."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
     if known:
         return int(known[1])
@@ -135,8 +169,9 @@ def _trips(rest, computations):
 
 
 def _called(rest):
-    found = re.search(r"(?:calls|to_apply|branch_computations)=\{?([^}\s]*(?:, %[^}\s]*)*)", rest)
-    return re.findall(r"%?([\w.\-]+)", found[1]) if found else []
+    one = re.findall(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", rest)
+    many = re.search(r"branch_computations=\{([^}]*)\}", rest)
+    return one + (re.findall(r"[\w.\-]+", many[1]) if many else [])
 
 
 def _fusion(computation, shapes, given):
@@ -160,10 +195,10 @@ def _fusion(computation, shapes, given):
 
 
 def _base(computation, name):
-    """Whether it is a parameter, by whatever name."""
+    """Whether it is a parameter or new memory, by whatever name."""
     while computation[name][1] == "bitcast":
         name = computation[name][2][0]
-    return computation[name][1] == "parameter"
+    return computation[name][1] == "parameter" or _NEW in computation[name][3]
 
 
 def _read(computation, name):

@@ -58,8 +58,9 @@ class Log:
 
 def say_from_signal(text):
     """One line from a signal's handler, which may have come in the middle of rich's own work."""
+    clear = "\r\x1b[2K" if _console.is_terminal else ""  # of a progress bar
     with contextlib.suppress(OSError):
-        os.write(2, f"{text}\n".encode())
+        os.write(2, f"{clear}{text}\n".encode())
 
 
 @contextlib.contextmanager

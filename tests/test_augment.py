@@ -105,8 +105,11 @@ def test_a_shift_is_numpys_interpolation_with_black_beside_the_image(reach):
             np.testing.assert_allclose(shifted[row, :, channel], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("count, devices", [(8, 1), (8, 4), (16, 1), (22, 2), (5, 2), (0, 1)])
-def test_a_few_at_a_time_are_all_at_once(monkeypatch, count, devices):
+@pytest.mark.parametrize(
+    "count, devices, few",
+    [(8, 1, 8), (8, 4, 8), (16, 1, 8), (24, 4, 24), (48, 4, 24), (22, 2, 2), (5, 2, 5), (0, 1, 0)],
+)
+def test_a_few_at_a_time_are_all_at_once(monkeypatch, count, devices, few):
     """22 images on 2 devices go one by one (11 is prime), 5 on 2 all at once."""
     rng = np.random.default_rng(0)
     images = rng.integers(-1000, 2000, (count, S, S, 3)).astype(np.int16)
@@ -115,11 +118,26 @@ def test_a_few_at_a_time_are_all_at_once(monkeypatch, count, devices):
     def to_input(images):
         return augment.to_unit(images, (-1024.0, 3071.0))
 
-    looped = augment.make_augment(**ON, form="shear", to_input=to_input, devices=devices)
+    sizes = []
+
+    def shrinking(images):
+        sizes.append(len(images))
+        return to_input(images)
+
+    looped = augment.make_augment(**ON, form="shear", to_input=shrinking, devices=devices)
     monkeypatch.setattr(augment, "_few_at_a_time", lambda augment, devices: augment)
     whole = augment.make_augment(**ON, form="shear")
     expected = whole(to_input(images), keys)
     np.testing.assert_allclose(looped(images, keys), expected, atol=1e-5)
+    assert set(sizes) == {few}
+
+
+@pytest.mark.parametrize("form", ["gather", "shear"])
+def test_images_of_integers_need_to_input_and_all_come_back_as_float32(form, images, keys):
+    noise = augment.make_augment(**OFF | {"grayscale_probability": 0.5}, form=form)
+    with pytest.raises(InputError, match="images to augment are int16: give to_input"):
+        noise(np.zeros((8, S, S, 3), np.int16), keys)
+    assert noise(jnp.asarray(images, jnp.bfloat16), keys).dtype == jnp.float32
 
 
 def test_every_device_takes_of_its_own_images():

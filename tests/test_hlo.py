@@ -39,6 +39,17 @@ FUSED = """HloModule fused
   ROOT %dus.2 = f32[64,128]{1,0:T(8,128)} dynamic-update-slice(%zeros, %param_0, %zero, %zero)
 }
 
+%first (param_0: f32[8,128]) -> f32[64,128] {
+  %param_0 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %new = f32[64,128]{1,0:T(8,128)} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %dus.3 = f32[64,128]{1,0:T(8,128)} dynamic-update-slice(%new, %param_0, %zero, %zero)
+}
+
+%sliced (param_0: f32[64,128]) -> f32[16,128] {
+  %param_0 = f32[64,128]{1,0:T(8,128)} parameter(0)
+  ROOT %slice.3 = f32[16,128]{1,0:T(8,128)} slice(%param_0), slice={[0:16], [0:128]}
+}
+
 %body (state: f32[8,128]) -> f32[8,128] {
   %state = f32[8,128]{1,0:T(8,128)} parameter(0)
   ROOT %twice = f32[8,128]{1,0:T(8,128)} multiply(%state, %state)
@@ -79,6 +90,12 @@ CASES = {
     "%s = ((f32[64,128]{1,0:T(8,128)}), f32[8,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) "
     "slice-start(%b), slice={[0:8], [0:128]}": ROW,
     '%c = f32[8,128]{1,0:T(8,128)} custom-call(%a), custom_call_target="ConcatBitcast"': 0,
+    '%n = f32[64,128]{1,0:T(8,128)} custom-call(), custom_call_target="AllocateBuffer"': 0,
+    "%f = f32[64,128]{1,0:T(8,128)} fusion(%a), kind=kLoop, calls=%first": 2 * ROW,
+    "%t = f32[8,128]{1,0:T(8,128)} add(f32[8,128]{1,0:T(8,128)} %a, f32[8,128]{1,0} %near)":
+        2 * ROW,
+    "%g = (f32[8,128]{1,0:T(8,128)}, f32[32,128]{1,0:T(8,128)}) all-gather-start(%a)": 5 * ROW,
+    "%y = ((f32[64,128]), f32[16,128]{1,0:T(8,128)}) async-start(%b), calls=%sliced": 4 * ROW,
     "%r = f32[8,128]{1,0:T(8,128)} all-reduce(%a), to_apply=%double": 2 * ROW,
     "%u = f32[64,128]{1,0:T(8,128)} dynamic-update-slice(%b, %a, %i, %i)": 2 * ROW,
     "%s = f32[8,128]{1,0:T(8,128)} dynamic-slice(%b, %i, %i)": 2 * ROW,
@@ -87,8 +104,10 @@ CASES = {
     "%w = f32[8,128]{1,0:T(8,128)} while(%a), condition=%cond, body=%body, "
     'backend_config={"known_trip_count":{"n":"3"}}': 3 * 3 * ROW,
     "%w = f32[8,128]{1,0:T(8,128)} while(%a), condition=%five, body=%body": 5 * 3 * ROW,
-    "%k = f32[8,128]{1,0:T(8,128)} conditional(%i, %a, %a), branch_computations={%body, %double}":
-        3 * ROW,
+    "%k = f32[8,128]{1,0:T(8,128)} conditional(%i, %a, %b), branch_computations={%body, %sliced}":
+        4 * ROW,
+    "%k = f32[8,128]{1,0:T(8,128)} conditional(%i, %a, %b), true_computation=%sliced, "
+    "false_computation=%body": 4 * ROW,
     "%k = f32[8,128]{1,0:T(8,128)} call(%a), to_apply=%body": 3 * ROW,
 }  # fmt: skip
 
@@ -107,6 +126,13 @@ def test_bytes_of_a_program_that_this_machine_compiled():
 def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         hlo.hbm_bytes("HloModule empty")
+    for wrong, said in {
+        "%c = f32[8,128]{1,0} add(a, near)": "operands of add are unknown",
+        "%c = f32[8,128]{1,0} add(%a, %nothing)": "unknown: .'nothing'",
+        "%c = q7[8,128]{1,0} negate(%a)": "type 'q7' is unknown",
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            hlo.hbm_bytes(FUSED.replace("OPERATION", wrong))
     endless = "%w = f32[8,128]{1,0} while(%a), condition=%never, body=%body"
     with pytest.raises(ValueError, match="a loop's trips are not in the text: .*%never"):
         hlo.hbm_bytes(FUSED.replace("OPERATION", endless))
@@ -116,8 +142,9 @@ def test_collectives_and_their_bytes():
     text = """
       %a = f32[64]{0} all-reduce(f32[64]{0} %x), to_apply=%sum
       %b = (f32[8,2]{1,0}, bf16[4]{0}) all-reduce-start(f32[8,2]{1,0} %y, bf16[4]{0} %z)
+      %g = (f32[8]{0:T(256)}, f32[32]{0}) all-gather-start(f32[8]{0:T(256)} %y), dimensions={0}
       %e = (f32[3]{0:T(256)}, f32[5]{0:T(256)}, /*index=2*/f32[7]{0:T(256)}) all-reduce(%x, %y, %z)
       %c = f32[9]{0} fusion(f32[9]{0} %all-reduce)
       %d = bf16[2,3]{1,0:T(8,128)(2,1)} all-gather(bf16[1,3]{1,0} %w)
     """
-    assert hlo.collectives(text) == [4, 64 * 4 + 16 * 4 + 4 * 2 + 6 * 2 + 15 * 4]
+    assert hlo.collectives(text) == [5, 64 * 4 + 16 * 4 + 4 * 2 + 32 * 4 + 6 * 2 + 15 * 4]

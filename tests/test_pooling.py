@@ -66,10 +66,25 @@ def test_mix_pool_in_bfloat16_is_rounded_once():
     whole = pooling.mix_pool(x.astype(jnp.float32), share.astype(jnp.float32))
     assert ours.dtype == jnp.bfloat16
     np.testing.assert_array_equal(ours, whole.astype(jnp.bfloat16))
-    slopes = pull(jnp.ones_like(ours))
+    slope = drawn(*ours.shape, seed=1).astype(jnp.bfloat16)
+    slopes = pull(slope)
     assert [slope.dtype for slope in slopes] == [jnp.bfloat16] * 2
-    parts = windows(np.asarray(x, np.float64))
-    np.testing.assert_allclose(slopes[1], (parts.max(3) - parts.mean(3)).sum(), rtol=0.01)
+    _, pull_whole = jax.vjp(pooling.mix_pool, x.astype(jnp.float32), share.astype(jnp.float32))
+    of_x, of_share = pull_whole(slope.astype(jnp.float32))
+    np.testing.assert_array_equal(slopes[0], of_x.astype(jnp.bfloat16))
+    np.testing.assert_allclose(slopes[1], of_share, rtol=0.02)
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_passes_through_as_xla_lets_it(value, place):
+    """The loop stops at a loss that is not finite: pooling must not swallow a NaN."""
+    pixels = np.float32([1, 2, 3, 4])
+    pixels[place] = value
+    x = jnp.asarray(pixels.reshape(1, 2, 2, 1))
+    np.testing.assert_array_equal(pooling.max_pool(x), maximum_by_xla(x))
+    share = jnp.float32(0.5)
+    np.testing.assert_array_equal(pooling.mix_pool(x, share), mixed_by_xla(x, share))
 
 
 def test_gradients_of_gradients_and_of_many_at_once():
@@ -89,13 +104,22 @@ def test_gradients_of_gradients_and_of_many_at_once():
         np.testing.assert_allclose(*found, rtol=1e-3, atol=1e-3)
 
 
-def test_the_way_back_scatters_nothing_and_keeps_a_byte_a_window():
+def test_the_backward_pass_scatters_nothing_and_keeps_little():
     """What deterministic GPU mode refuses, and what training would have to keep."""
-    x = jax.ShapeDtypeStruct((2, 8, 8, 4), jnp.float32)
-    text = jax.jit(jax.grad(lambda x: pooling.max_pool(x).sum())).lower(x).as_text()
-    assert "scatter" not in text
-    kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(pooling.max_pool, x)[1], x))
-    assert [(leaf.shape, leaf.dtype) for leaf in kept] == [((2, 4, 4, 4), jnp.uint8)]
+    x, share = jax.ShapeDtypeStruct((2, 8, 8, 4), jnp.float32), jnp.float32(0.5)
+    window = (2, 4, 4, 4)
+    for pool, expected in (
+        (pooling.max_pool, [(window, "uint8")]),
+        (
+            lambda x: pooling.mix_pool(x, share),
+            [((), "float32"), (window, "float32"), (window, "uint8")],
+        ),
+    ):
+        text = jax.jit(jax.grad(lambda x, pool=pool: pool(x).sum())).lower(x).as_text()
+        assert "scatter" not in text
+        kept = jax.tree.leaves(jax.eval_shape(lambda x, pool=pool: jax.vjp(pool, x)[1], x))
+        found = sorted((leaf.shape, leaf.dtype.name) for leaf in kept)
+        assert found == expected
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

@@ -70,16 +70,16 @@ def run(start, train_step, mesh, count):
     return rows
 
 
-def test_eight_devices_are_one():
+@pytest.mark.parametrize("form", ["gather", "shear"])
+def test_eight_devices_are_one(form):
     """Ranger with its first rectified and its first lookahead step, noise and dropout included."""
     model, optimizer = models.build("maknet", 3, **MAKNET), ranger.ranger(0.003)
     start = state.create(model, optimizer, size=32, seed=0)
     results = []
     for count in (1, 8):
         mesh = sharding.data_mesh(jax.devices()[:count])
-        train_step = compiled(
-            model, optimizer, mesh, augment.make_augment(**NOISE, to_input=TO_INPUT)
-        )
+        noise = augment.make_augment(**NOISE, form=form, to_input=TO_INPUT, devices=count)
+        train_step = compiled(model, optimizer, mesh, noise)
         results.append(run(start, train_step, mesh, 8))
         assert train_step._cache_size() == 1  # the state comes back as it went in
     for (one, one_metrics), (eight, eight_metrics) in zip(*results, strict=True):

@@ -306,6 +306,14 @@ def lines_of(run):
     return path.read_text().count("\n") if path.exists() else 0
 
 
+def test_the_augmentation_knows_over_how_many_devices_the_images_lie(data, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(workdir, "to_noisy_input", lambda config, devices: asked.append(devices))
+    page = toy.config(data, "linear", {"epochs": 0.1})
+    train.train(page, tmp_path / "run", devices=jax.devices()[:2])
+    assert asked == [2]
+
+
 def test_a_signal_may_come_while_rich_is_at_work(monkeypatch, capfd):
     """As it did while rich imported its emoji for the first line."""
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from maknet_jax.errors import InputError
 
 _STRIDE = 8  # of the coarse part of a shift in pixels: about the root of how far shears reach
-_AT_ONCE = 8  # images of 256 x 256 whose shears fit into a TPU's fast memory together
+_AT_ONCE = 8  # images; on v5e 8 of 256 x 256 fit into the fast memory, 16 do not
 
 
 def to_unit(image, window):
@@ -91,7 +91,7 @@ def _shear_thrice(image, angle, reach):
 def _shift_rows(image, shift, reach):
     """out[r, c] = image[r, c + shift[r]], linearly, `shift` up to `reach`; 0 from outside.
 
-    First by whole multiples of 8, then by what is left: each a sum over few shifted copies.
+    First by whole multiples of 8, chosen for each row, then by what is left, as a sum.
     """
     coarse = jnp.round(shift / _STRIDE)
     left = shift - coarse * _STRIDE  # at most half a stride, whose neighbours lie one further
@@ -122,22 +122,26 @@ def _crop(image, rows, columns):
 def _bilinear(image, row, column):
     """Values of `[S, S, C]` at fractional places, the edge repeated.
 
-    Places are taken to 1/256 of a pixel, as texture units take them. XLA may compute a place twice,
-    for the index and for the weight, with other last bits; whole pixels (a crop of full width, or
-    none) would then be rounded down for the one and not for the other, a shift by a pixel.
+    Places are taken to 1/256 of a pixel, as texture units take them. XLA may compute a place more
+    than once, with other last bits; whole pixels (a crop of full width, or none) would then be
+    rounded down for one neighbour and not for another, a shift by a pixel.
     """
-    row, column = (jnp.round(place * 256) / 256 for place in (row, column))
-    last = image.shape[0] - 1
-    result = 0.0
-    for row_step in (0, 1):
-        for column_step in (0, 1):
-            at_row = jnp.floor(row) + row_step
-            at_column = jnp.floor(column) + column_step
-            weight = (1 - jnp.abs(row - at_row)) * (1 - jnp.abs(column - at_column))
-            rows = jnp.clip(at_row, 0, last).astype(jnp.int32)
-            columns = jnp.clip(at_column, 0, last).astype(jnp.int32)
-            result += weight[..., None] * image[rows, columns]
-    return result
+    size = image.shape[0]
+    places = [jnp.round(place * 256) / 256 for place in (row, column)]
+    # The last window begins one pixel before the edge: its share is then 1.
+    at_row, at_column = firsts = [jnp.clip(jnp.floor(place), 0, size - 2) for place in places]
+    down, across = (
+        jnp.clip(place - first, 0, 1)[..., None]
+        for place, first in zip(places, firsts, strict=True)
+    )
+    corner = (at_row * size + at_column).astype(jnp.int32)
+    pixels = jnp.asarray(image).reshape(size * size, -1)
+    above, right, below, both = (
+        pixels.at[corner + step].get(mode="clip") for step in (0, 1, size, size + 1)
+    )
+    return (above * (1 - across) + right * across) * (1 - down) + (
+        below * (1 - across) + both * across
+    ) * down
 
 
 def auto_contrast(image):
@@ -167,8 +171,9 @@ def make_augment(
 ):
     """The noise as one callable, or None where all of it is off.
 
-    In the form "shear" a loop takes a few images of every device at a time: their pictures stay in
-    a TPU's fast memory, and main memory is read and written once.
+    In the form "shear" a loop takes a few images of every device at a time, as many as divide its
+    share, at most 8: at 256 x 256 and 15 degrees they stay in a TPU v5e's fast memory, and main
+    memory is read and written once.
 
     Args:
       rotation_probability: how often an image is turned.
@@ -179,11 +184,11 @@ def make_augment(
       contrast_probability: how often auto-contrast is applied.
       grayscale_probability: how often all channels become the middle slice.
       form: of the rotation, "gather" or "shear"; "auto" shears on TPUs. See `rotate_and_crop`.
-      to_input: images -> float32 in [0, 1], applied first; None: they are.
+      to_input: images -> float32 in [0, 1], applied first; None: they are that already.
       devices: over which the images lie in equal parts, one after the other.
 
     Raises:
-      InputError: a range is empty or out of bounds.
+      InputError: a range is empty or out of bounds; later, that integers came without `to_input`.
 
     Returns:
       augment(images [B, S, S, 3], keys [B]) -> float32 of the same shape.
@@ -234,7 +239,11 @@ def make_augment(
         return image
 
     def augment(images, keys):
-        return jax.vmap(one)(images if to_input is None else to_input(images), keys)
+        if to_input is not None:
+            images = to_input(images)
+        elif not jnp.issubdtype(images.dtype, jnp.floating):
+            raise InputError(f"images to augment are {images.dtype}: give to_input, or [0, 1]")
+        return jax.vmap(one)(images.astype(jnp.float32), keys)
 
     return augment if form == "gather" else _few_at_a_time(augment, devices)
 
@@ -252,11 +261,11 @@ def _few_at_a_time(augment, devices):
         images = images.reshape(rows, turns, *images.shape[1:])
         keys = keys.reshape(rows, turns)
 
-        def turn(number, done):
+        def few_more(number, done):
             taken = (jax.lax.dynamic_index_in_dim(a, number, 1, False) for a in (images, keys))
             return jax.lax.dynamic_update_index_in_dim(done, augment(*taken), number, 1)
 
-        made = jax.lax.fori_loop(0, turns, turn, jnp.zeros(images.shape, jnp.float32))
+        made = jax.lax.fori_loop(0, turns, few_more, jnp.zeros(images.shape, jnp.float32))
         return made.reshape(-1, *images.shape[2:])
 
     return looped

@@ -1,10 +1,11 @@
-"""2 x 2 pooling with stride 2, whose way back is one pass over a quarter of the image.
+"""2 x 2 pooling with stride 2 whose backward pass needs neither the image nor a scatter.
 
 The gradient of XLA's own pooling is select-and-scatter, which is slow and which deterministic GPU
-mode refuses (flax #4233). Here the way there keeps which of the four pixels was the largest, one
-byte each, and the way back chooses by it; values and gradients are the same, ties included: the
-first of equal pixels gets the slope. Images are `[B, H, W, C]`; the last row and column of odd
-sizes are left out. Forward-mode differentiation raises a TypeError.
+mode refuses (flax #4233). Here the forward pass keeps which of the four pixels was the largest, a
+byte a window (mixed pooling also how far it lay above the mean), and the backward pass chooses by
+it. Values and gradients are the same, ties and NaN included: of equal pixels the first gets the
+gradient. Images are `[B, H, W, C]`; the last row and column of odd sizes are left out.
+Forward-mode differentiation raises a TypeError.
 """
 
 import functools
@@ -21,7 +22,7 @@ def max_pool(x):
 def mix_pool(x, share):
     """`share` * maximum + (1 - `share`) * mean: `[B, H, W, C]` -> `[B, H // 2, W // 2, C]`.
 
-    Computed in float32; `share` is a scalar of the dtype of x.
+    Computed in float32, both ways; `share` is a scalar of the dtype of x.
     """
     return _mix_pool(_even(x), share)
 
@@ -38,7 +39,7 @@ def _largest(corners):
     """The maximum of the four and, as uint8, which of them it is."""
     largest, place = corners[0], jnp.zeros(corners[0].shape, jnp.uint8)
     for number, corner in enumerate(corners[1:], 1):
-        stays = largest >= corner
+        stays = (largest >= corner) | jnp.isnan(largest)
         largest = jnp.where(stays, largest, corner)
         place = jnp.where(stays, place, jnp.uint8(number))
     return largest, place
@@ -78,16 +79,18 @@ def _mix_pool_forward(x, share):
     corners = _corners(x)
     largest, place = _largest(corners)
     mean = functools.reduce(jnp.add, [corner.astype(jnp.float32) for corner in corners]) / 4
-    above = largest.astype(jnp.float32) - mean
-    mixed = mean + share.astype(jnp.float32) * above
-    return mixed.astype(x.dtype), (place, above.astype(x.dtype), share)
+    largest, part = largest.astype(jnp.float32), share.astype(jnp.float32)
+    mixed = part * largest + (1 - part) * mean
+    return mixed.astype(x.dtype), (place, (largest - mean).astype(x.dtype), share)
 
 
 def _mix_pool_backward(saved, slope):
     place, above, share = saved
-    others = slope * ((1 - share) / 4)
-    steep = (slope.astype(jnp.float32) * above.astype(jnp.float32)).sum()
-    return _spread(place, slope * share + others, others), steep.astype(share.dtype)
+    wide, part = slope.astype(jnp.float32), share.astype(jnp.float32)
+    others = wide * ((1 - part) / 4)
+    largest = (wide * part + others).astype(slope.dtype)
+    of_share = (wide * above.astype(jnp.float32)).sum().astype(share.dtype)
+    return _spread(place, largest, others.astype(slope.dtype)), of_share
 
 
 _mix_pool.defvjp(_mix_pool_forward, _mix_pool_backward)
