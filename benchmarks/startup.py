@@ -17,6 +17,7 @@ import tempfile
 import harness
 import numpy as np
 
+from maknet_jax import config as configs
 from maknet_jax.data import records
 
 START = """
@@ -71,6 +72,7 @@ def main(argv=None):
     full = {"size": 256, "repeats": 3, "config": "teacher"}
     quick = {"size": 64, "repeats": 1, "config": "smoke"}
     chosen = harness.parse(parser, argv, full=full, quick=quick)
+    configs.load(chosen.config)  # before processes are started that could say less
     found = {"cold": [], "warm": [], "restarted": []}
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)

@@ -12,6 +12,7 @@ chip. Those of 128 fill its lanes, and take longer to compile. XLA counts the FL
 loop's body once, so those of the student's augmentation are too low; HBM bytes count every turn.
 """
 
+import importlib.util
 import os
 import time
 
@@ -36,6 +37,7 @@ from maknet_jax.errors import InputError  # noqa: E402
 from maknet_jax.training import sharding, state, step  # noqa: E402
 
 BEST = ("roofline_seconds", "xla_roofline_seconds", "hbm_bytes")  # the least of each, an image
+KINDS = ("train", "student", "predict", "shear", "gather")
 # Peak bf16 FLOP/s, bytes/s and bytes of memory of a chip (cloud.google.com/tpu/docs).
 CHIPS = {"v5e": (197e12, 819e9, 16e9), "v6e": (918e12, 1640e9, 32e9)}
 
@@ -148,16 +150,18 @@ def main(argv=None):
     for topology in chosen.topologies:
         if topology.partition(":")[0] not in CHIPS:
             raise InputError(f"topology {topology!r} is unknown: its chip should be v5e or v6e")
+    for name, known in (("networks", full["networks"]), ("kinds", KINDS)):
+        for unknown in set(getattr(chosen, name)) - set(known):
+            raise InputError(f"--{name} {unknown!r} is unknown: choose of {', '.join(known)}")
+    if not importlib.util.find_spec("libtpu"):
+        raise InputError("no libtpu: pip install 'maknet-jax[tpu]', or .[tpu] in a clone")
     header = ["", "topology", "step", "batch", "GFLOP/image", "HBM MB/image", "roofline us/image",
               "bound by", "XLA's MB/image", "by them us/image", "memory GB", "collectives",
               "compiled in s"]  # fmt: skip
     rows, results = [], []
 
     def measure(network, topology, kind, batch):
-        try:
-            row = compile_step(network, kind, batch, topology, size=chosen.size, form=chosen.form)
-        except ImportError as error:
-            raise InputError(f"no libtpu ({error}): pip install 'maknet-jax[tpu]'") from None
+        row = compile_step(network, kind, batch, topology, size=chosen.size, form=chosen.form)
         bound = "HBM" if row["seconds_by_hbm"] > row["seconds_by_flops"] else "FLOPs"
         count, moved = row["collectives"]
         rows.append([

@@ -263,6 +263,17 @@ def test_the_largest_batch_of_a_tpu(page):
     assert tpu_aot.largest_batch(found, 8e9) == 64
     with pytest.raises(InputError, match="'v9:2x2' is unknown"):
         tpu_aot.main(["--topologies", "v9:2x2"])
+    with pytest.raises(InputError, match="--kinds 'trian' is unknown: choose of train, student"):
+        tpu_aot.main(["--quick", "--kinds", "trian"])
+    with pytest.raises(InputError, match="--networks 'vgg19' is unknown"):
+        tpu_aot.main(["--quick", "--networks", "vgg19"])
+
+
+def test_starts_of_an_unknown_page_are_one_line(page):
+    import startup
+
+    with pytest.raises(InputError, match="'nowhere'"):
+        startup.main(["--quick", "--config", "nowhere"])
 
 
 def test_organs_draws_trains_and_measures(page, tmp_path):

@@ -140,3 +140,5 @@ def test_mistakes_in_the_options_are_one_line():
         models.build("maknet", 5, depth=3)
     with pytest.raises(InputError, match=r"blocks \(1,\).* differ in length"):
         shapes(models.build("maknet", 5, **(TINY | {"blocks": (1,)})), 32)
+    with pytest.raises(InputError, match="images of 28 x 28 are too small: 4 blocks leave nothing"):
+        shapes(models.build("maknet", 5), 28)

@@ -89,6 +89,9 @@ def test_a_network_that_holds_all_the_names_is_still_another():
     flat = weights | {"bn1.running_var": np.zeros((), np.float32)}
     with pytest.raises(InputError, match=r"bn1\.running_var has shape \(\), not \(64,\)"):
         pretrained.trunk_from_torch("resnet18", flat)
+    broken = weights | {"bn1.bias": np.full(64, np.nan, np.float32)}
+    with pytest.raises(InputError, match=r"bn1\.bias holds NaN or infinity"):
+        pretrained.trunk_from_torch("resnet18", broken)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,11 @@ class MAKNet(nn.Module):
         for number, (count, growth_rate, features) in enumerate(shapes):
             if number:
                 x = layers.MixPool(self.mixpool_learned, name=f"mixpool_{number}")(x)
+                if not min(x.shape[1:3]):
+                    raise InputError(
+                        f"images of {images.shape[1]} x {images.shape[2]} are too small: "
+                        f"{len(self.blocks)} blocks leave nothing of them"
+                    )
             x = layers.DenseBlock(
                 count,
                 growth_rate,

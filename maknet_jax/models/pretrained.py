@@ -57,8 +57,8 @@ def trunk_from_torch(name, state_dict, *, mean=IMAGENET_MEAN, std=IMAGENET_STD):
       (the head).
 
     Raises:
-      InputError: no such network, an array of the trunk is missing, of another shape or one too
-        many, or `mean` and `std` are no normalisation.
+      InputError: no such network, an array of the trunk is missing, of another shape, not finite
+        or one too many, or `mean` and `std` are no normalisation.
     """
     if name not in LAYERS:
         raise InputError(f"no torch trunk of {name!r} is known: {', '.join(LAYERS)} are")
@@ -81,6 +81,8 @@ def trunk_from_torch(name, state_dict, *, mean=IMAGENET_MEAN, std=IMAGENET_STD):
         array = np.asarray(state_dict[key], np.float32)
         if array.shape != shape:
             raise InputError(f"{key} has shape {array.shape}, not {shape}: {expected}")
+        if not np.isfinite(array).all():
+            raise InputError(f"{key} holds NaN or infinity: {expected}")
         placed.add(key)
         return array
 
