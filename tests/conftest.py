@@ -9,9 +9,20 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Keeps below the kernel's limit of memory mappings in a process (65,530): XLA crashes there.
+
+    A compiled step of a network holds thousands, and without this all modules add up.
+    """
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
