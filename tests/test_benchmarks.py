@@ -2,18 +2,25 @@
 
 import json
 import os
-import pathlib
 import statistics
 import sys
 
+import against_pytorch
+import attribution
+import augment
+import harness
 import jax
+import lesanet
+import makconv
+import networks
 import numpy as np
+import organs
 import pytest
+import startup
 
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, Stopped
 from maknet_jax.models import layers
 
-FOLDER = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
 PAGE = """from maknet_jax import config
 
 def get_config():
@@ -24,19 +31,15 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """A very narrow MAKNet, and the benchmarks importable as they are for `python benchmarks/x`."""
+    """A very narrow MAKNet."""
     path = tmp_path_factory.mktemp("page") / "maknet.py"
     path.write_text(PAGE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FOLDER)
-        yield str(path)
+    return str(path)
 
 
 @pytest.fixture(scope="module")
 def network(page):
     """The network of that page."""
-    import harness
-
     return harness.Network(page, size=32, batch_size=8, precision="float32")
 
 
@@ -52,9 +55,7 @@ def run(main, out, *argv):
     return written
 
 
-def test_turns_alternate_and_a_timer_gives_seconds_per_call(page):
-    import harness
-
+def test_turns_alternate_and_a_timer_gives_seconds_per_call():
     asked, order = [], []
 
     def step(calls):
@@ -73,9 +74,29 @@ def test_turns_alternate_and_a_timer_gives_seconds_per_call(page):
     }
 
 
-def test_networks(page, tmp_path, capsys):
-    import networks
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (InputError("no such page"), 2, "no such page"),
+        (Stopped("SIGTERM; run it again"), 75, "stopped: SIGTERM; run it again"),
+        (FileNotFoundError(2, "No such file", "labels.csv"), 2, "labels.csv: No such file"),
+    ],
+)
+def test_errors_of_a_benchmark_are_one_line_and_exit_codes_of_maknet(error, code, said, capsys):
+    def main():
+        raise error
 
+    with pytest.raises(SystemExit) as stop:
+        harness.run(main)
+    assert stop.value.code == code
+    err = capsys.readouterr().err
+    assert err.startswith("benchmarks/") and err.endswith(f": {said}\n") and err.count("\n") == 1
+    with pytest.raises(SystemExit) as stop:
+        harness.run(lambda: None)
+    assert stop.value.code == 0
+
+
+def test_networks(page, tmp_path, capsys):
     argv = ["--networks", page, "--precision", "float32", "--batches", "8,10000000"]
     written = run(networks.main, tmp_path / "out.json", *argv)
     predict, train, *left_out = written["rows"]
@@ -91,8 +112,6 @@ def test_networks(page, tmp_path, capsys):
 
 
 def test_the_timed_step_trains_on_a_donated_state(page, network):
-    import harness
-
     def kernel():
         return network.state.params["stem"]["conv"]["kernel"]
 
@@ -109,8 +128,6 @@ def test_the_timed_step_trains_on_a_donated_state(page, network):
 
 
 def test_makconv(page, tmp_path):
-    import makconv
-
     argv = ["--page", page, "--batch", "2", "--precision", "float32"]
     written = run(makconv.main, tmp_path / "out.json", *argv)
     blocks = [row for row in written["rows"] if row["what"].startswith("dense block")]
@@ -141,9 +158,6 @@ def test_makconv(page, tmp_path):
 def test_a_python_without_torch_is_refused_in_one_line(
     page, tmp_path, capsys, monkeypatch, python, why
 ):
-    import against_pytorch
-    import harness
-
     stand_in = tmp_path / "worker.py"
     stand_in.write_text("import no_such_torch")
     monkeypatch.setattr(against_pytorch, "WORKER", stand_in)
@@ -175,8 +189,6 @@ class Echo:
 
 
 def test_networks_that_disagree_are_not_timed(network, monkeypatch):
-    import against_pytorch
-
     def train(original=network.train):
         metrics = original()
         network.last_loss = float(metrics["loss"])
@@ -196,13 +208,16 @@ def test_networks_that_disagree_are_not_timed(network, monkeypatch):
         against_pytorch._agree("maknet", network, Echo(network, train=1.002))
 
 
-def test_against_pytorch(page, tmp_path, capsys):
+@pytest.fixture
+def torch_python():
     python = os.environ.get("MAKNET_TORCH_PYTHON")
     if not python:
-        pytest.skip("MAKNET_TORCH_PYTHON names no Python with torch")
-    import against_pytorch
+        pytest.skip("MAKNET_TORCH_PYTHON names no Python with torch and captum")
+    return python
 
-    argv = ["--torch-python", python, "--networks", page, "--batch", "8"]
+
+def test_against_pytorch(page, torch_python, tmp_path, capsys):
+    argv = ["--torch-python", torch_python, "--networks", page, "--batch", "8"]
     written = run(against_pytorch.main, tmp_path / "out.json", *argv)
     assert [row["step"] for row in written["rows"]] == ["train", "predict"]
     for row in written["rows"]:
@@ -212,13 +227,8 @@ def test_against_pytorch(page, tmp_path, capsys):
     assert "at least 1.5x" in capsys.readouterr().out
 
 
-def test_attribution_agrees_with_captum(page, tmp_path, capsys):
-    python = os.environ.get("MAKNET_TORCH_PYTHON")
-    if not python:
-        pytest.skip("MAKNET_TORCH_PYTHON names no Python with torch and captum")
-    import attribution
-
-    argv = ["--torch-python", python, "--networks", page, "--steps", "4"]
+def test_attribution_agrees_with_captum(page, torch_python, tmp_path, capsys):
+    argv = ["--torch-python", torch_python, "--networks", page, "--steps", "4"]
     written = run(attribution.main, tmp_path / "out.json", *argv)
     (row,) = written["rows"].values()
     assert set(row["differences"]) == {"gauss", "midpoint"}
@@ -226,21 +236,14 @@ def test_attribution_agrees_with_captum(page, tmp_path, capsys):
     assert "5 of an image" in capsys.readouterr().out
 
 
-def test_lesanet_agrees_with_torch(tmp_path):
-    python = os.environ.get("MAKNET_TORCH_PYTHON")
-    if not python:
-        pytest.skip("MAKNET_TORCH_PYTHON names no Python with torch")
-    import lesanet
-
-    argv = ["--torch-python", python, "--batch", "8"]
+def test_lesanet_agrees_with_torch(torch_python, tmp_path):
+    argv = ["--torch-python", torch_python, "--batch", "8"]
     written = run(lesanet.main, tmp_path / "out.json", *argv)
     assert [row["step"] for row in written["rows"]] == ["train", "predict"]
     assert max(written["differences"].values()) < 1e-4
 
 
 def test_augment_shows_its_share_of_the_step(page, tmp_path, capsys):
-    import augment
-
     argv = ("--batch", "8", "--network", page)
     written = run(augment.main, tmp_path / "augment.json", *argv)
     step, gather, shear = written["rows"]
@@ -251,7 +254,7 @@ def test_augment_shows_its_share_of_the_step(page, tmp_path, capsys):
     assert "below 10 %" in capsys.readouterr().out
 
 
-def test_the_largest_batch_of_a_tpu(page):
+def test_the_largest_batch_of_a_tpu():
     """On the line through two sizes; compiling itself takes minutes."""
     environment = dict(os.environ)
     import tpu_aot
@@ -269,16 +272,12 @@ def test_the_largest_batch_of_a_tpu(page):
         tpu_aot.main(["--quick", "--networks", "vgg19"])
 
 
-def test_starts_of_an_unknown_page_are_one_line(page):
-    import startup
-
+def test_starts_of_an_unknown_page_are_one_line():
     with pytest.raises(InputError, match="'nowhere'"):
         startup.main(["--quick", "--config", "nowhere"])
 
 
 def test_organs_draws_trains_and_measures(page, tmp_path):
-    import organs
-
     argv = ["--folder", str(tmp_path / "own"), "--patients", "8", "--epochs", "1", "--size", "32"]
     argv += ["--least", "0", "--images", "2", "--steps", "2"]
     written = run(organs.main, tmp_path / "out.json", *argv)

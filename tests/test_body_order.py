@@ -2,18 +2,14 @@
 
 import csv
 import pathlib
-import sys
 
+import body_order
 import numpy as np
 import pytest
 from PIL import Image
 
 from maknet_jax.data import table
 from maknet_jax.errors import InputError
-
-REPO = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO / "benchmarks"))
-import body_order  # noqa: E402
 
 TINY = {
     "folds": 2,

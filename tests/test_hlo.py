@@ -1,15 +1,9 @@
 """What the benchmarks count in a compiled program's text; compiling for TPUs takes minutes."""
 
-import pathlib
-import sys
-
+import hlo
 import jax
 import jax.numpy as jnp
 import pytest
-
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "benchmarks"))
-
-import hlo  # noqa: E402
 
 FUSED = """HloModule fused
 

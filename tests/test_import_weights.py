@@ -3,7 +3,6 @@
 import hashlib
 import pathlib
 import pickle
-import sys
 import zipfile
 
 import jax
@@ -12,14 +11,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import toy
+from network_weights import golden
 
 from maknet_jax import cli, config, import_weights, train, workdir
 from maknet_jax.data import records
 from maknet_jax.models import pretrained
 from maknet_jax.training import sharding, transfer
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent / "golden"))
-from network_weights import golden  # noqa: E402
 
 HEAD = {"fc.weight": np.zeros((1000, 512), np.float32), "fc.bias": np.zeros(1000, np.float32)}
 

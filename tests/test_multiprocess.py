@@ -1,29 +1,20 @@
 """Two processes (gloo on CPU) train and label as one does: each reads its part of the images."""
 
 import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 import toy
+import two_processes
 
 from maknet_jax import pseudo_label, train
 
 SCRIPT = """
-import sys
-import jax
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-address, number, data, folder = sys.argv[1:]
-jax.distributed.initialize(address, num_processes=2, process_id=int(number))
-sys.path.insert(0, {tests!r})
 import toy
 from maknet_jax import pseudo_label, train
 from maknet_jax.data import pseudo_labels
+data, folder = arguments
 train.train(toy.config(data, "linear"), folder)
 written, original = [], pseudo_labels.write_rows
 pseudo_labels.write_rows = lambda path, rows: written.append(path.name) or original(path, rows)
@@ -36,23 +27,7 @@ assert jax.process_count() == 2 and jax.device_count() == 2
 def test_two_processes_are_one(tmp_path):
     data = toy.write(tmp_path / "data")
     toy.write_unlabelled(data / "unlabelled")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    script = SCRIPT.format(tests=str(pathlib.Path(__file__).parent))
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, address, str(number), data, tmp_path / "two"],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    outputs = [worker.communicate(timeout=180) for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], outputs
+    printed = two_processes.run(SCRIPT, data, tmp_path / "two", timeout=180)
     train.train(toy.config(data, "linear"), tmp_path / "one", devices=jax.devices()[:2])
     two, one = (toy.lines(tmp_path / name) for name in ("two", "one"))
     assert len(two) == len(one) > 5
@@ -65,7 +40,7 @@ def test_two_processes_are_one(tmp_path):
     ]
     np.testing.assert_allclose(*(s["best_val_auc"] for s in summaries), atol=1e-5)
     # Labels: the processes share the shards, and with as many images a device the bytes are equal.
-    wrote = [line.split()[1:] for out, _ in outputs for line in out.splitlines() if "wrote" in line]
+    wrote = [line.split()[1:] for lines in printed for line in lines if "wrote" in line]
     shards = [f"part-{number:05d}-of-00003.npy" for number in range(3)]
     assert wrote == [[shards[0], shards[2]], [shards[1]]]
     one, two = tmp_path / "one-labels", tmp_path / "labels"

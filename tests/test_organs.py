@@ -1,25 +1,15 @@
 """`benchmarks/organs.py` in small: on all devices that there are, and with whom it counts."""
 
 import json
-import pathlib
 
 import numpy as np
+import organs
 import pytest
 
 from maknet_jax.errors import InputError
 
-FOLDER = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
 
-
-@pytest.fixture
-def organs(monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
-    import organs
-
-    return organs
-
-
-def test_maps_are_measured_against_organs_by_patient(organs, trained, phantom, tmp_path, capsys):
+def test_maps_are_measured_against_organs_by_patient(trained, phantom, tmp_path, capsys):
     out = tmp_path / "out.json"
     argv = ["--workdir", str(trained), "--masks", str(phantom["masks"]), "--images", "4"]
     organs.main([*argv, "--steps", "2", "--least", "0", "--out", str(out)])

@@ -2,18 +2,15 @@
 
 import csv
 import json
-import os
 import pathlib
 import shutil
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import nibabel
 import numpy as np
 import pytest
+import two_processes
 from PIL import Image
 from test_attribute import check_page, linear  # noqa: F401
 
@@ -322,40 +319,20 @@ def test_reasons_are_kept_whole(tmp_path):
 
 
 SCRIPT = """
-import sys
-import jax
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-address, number, out = sys.argv[1:]
-jax.distributed.initialize(address, num_processes=2, process_id=int(number))
-sys.path.insert(0, {tests!r})
 import test_perturb
 from maknet_jax import cases
 def explain_batch(batch):
     print("did", *batch)
-    return [({{"id": case.id, "by": number}}, {{}}) for case in batch.values()]
+    return [({"id": case.id, "by": number}, {}) for case in batch.values()]
 picked = test_perturb.picked_of(7, bad=[4])
-done, failures = cases.explain("t", out, picked, {{}}, explain_batch, batch_size=2)
+done, failures = cases.explain("t", arguments[0], picked, {}, explain_batch, batch_size=2)
 print("done", *done)
 print("failed", *failures)
 """
 
 
 def test_two_processes_share_the_images_and_lose_none(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    script = SCRIPT.format(tests=str(pathlib.Path(__file__).parent))
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, address, str(number), tmp_path / "out"],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for number in range(2)
-    ]  # fmt: skip
-    outputs = [worker.communicate(timeout=120) for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], outputs
-    lines = [out.splitlines() for out, _ in outputs]
+    lines = two_processes.run(SCRIPT, tmp_path / "out", timeout=120)
     did = [[line for line in each if line.startswith("did")] for each in lines]
     assert did == [["did 0 2", "did 6"], ["did 1 3", "did 5"]]
     for each in lines:  # both know all

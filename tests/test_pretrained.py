@@ -1,19 +1,14 @@
 """Torch's trunks as ours: the same features, their normalisation with them, other files refused."""
 
-import pathlib
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from network_weights import golden, image
 
 from maknet_jax import models
 from maknet_jax.errors import InputError
 from maknet_jax.models import pretrained
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent / "golden"))
-from network_weights import golden, image  # noqa: E402
 
 AS_THEY_ARE = {"mean": (0, 0, 0), "std": (1, 1, 1)}
 
@@ -92,6 +87,14 @@ def test_a_network_that_holds_all_the_names_is_still_another():
     broken = weights | {"bn1.bias": np.full(64, np.nan, np.float32)}
     with pytest.raises(InputError, match=r"bn1\.bias holds NaN or infinity"):
         pretrained.trunk_from_torch("resnet18", broken)
+
+
+def test_weights_of_dataparallel_are_the_same():
+    weights, _ = golden("resnet18")
+    wrapped = {f"module.{key}": array for key, array in weights.items()}
+    ours, theirs = (pretrained.trunk_from_torch("resnet18", each) for each in (wrapped, weights))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert ours[2] == theirs[2] == []
 
 
 @pytest.mark.parametrize(

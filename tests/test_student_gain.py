@@ -1,18 +1,13 @@
 """The experiment of the noisy student: its sums, and that it is the runs that it says."""
 
 import json
-import pathlib
-import sys
 
 import numpy as np
 import pytest
+import student_gain
 from scipy import stats
 
 from maknet_jax.errors import InputError
-
-REPO = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO / "benchmarks"))
-import student_gain  # noqa: E402
 
 
 def test_an_interval_is_students():

@@ -5,9 +5,10 @@ import os
 import pathlib
 import re
 import signal
-import sys
 
+import harness
 import pytest
+import table1
 import toy
 from rich.markdown import Markdown
 
@@ -15,11 +16,7 @@ from maknet_jax import evaluate, files
 from maknet_jax.data import pipeline
 from maknet_jax.errors import InputError, Stopped
 
-REPO = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO / "benchmarks"))
-import table1  # noqa: E402
-
-TEXT = REPO.parent / "shared" / "paper" / "maknet_paper_with_tables.md"
+TEXT = pathlib.Path(__file__).resolve().parents[2] / "shared/paper/maknet_paper_with_tables.md"
 STEPS = 10
 SHORT = [f"epochs={STEPS * toy.BATCH / toy.TRAIN}"]
 
@@ -197,11 +194,9 @@ def test_small_forms_make_their_data_and_say_so(pages, tmp_path):
     ],
 )
 def test_refused_in_one_line_before_anything_is_written(arguments, said, tmp_path, capsys):
-    try:
-        code = table1.main([*arguments, f"--workdir={tmp_path / 'run'}"])
-    except SystemExit as stop:
-        code = stop.code
-    assert code == 2
+    with pytest.raises(SystemExit) as stop:
+        harness.run(lambda: table1.main([*arguments, f"--workdir={tmp_path / 'run'}"]))
+    assert stop.value.code == 2
     message = capsys.readouterr().err
     assert said in message and message.count("\n") == 1
     assert not (tmp_path / "run").exists()
@@ -222,7 +217,7 @@ def test_data_without_hand_labels_are_refused_before_hours_of_training(pages, tm
 
 @pytest.mark.slow  # compiles the three networks in full width
 def test_the_three_networks_differ_in_the_model_only(tmp_path):
-    assert table1.main(["--quick", f"--workdir={tmp_path / 'run'}"]) == 0
+    table1.main(["--quick", f"--workdir={tmp_path / 'run'}"])
     recipes = []
     for name, paper in (("vgg16", 14.78), ("resnet18", 11.25), ("maknet", 4.50)):
         recipe = files.read_json(tmp_path / "run" / name / "config.json")

@@ -3,20 +3,16 @@
 import csv
 import pathlib
 import re
-import sys
 
 import lesion_runs
 import pytest
+import table3
 import toy
 
 from maknet_jax import files
 from maknet_jax.errors import InputError
 
-REPO = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO / "benchmarks"))
-import table3  # noqa: E402
-
-TEXT = REPO.parent / "shared" / "paper" / "maknet_paper_with_tables.md"
+TEXT = pathlib.Path(__file__).resolve().parents[2] / "shared/paper/maknet_paper_with_tables.md"
 
 
 def splits(start):
