@@ -2,20 +2,30 @@
 
 import math
 import re
+from typing import NamedTuple
 
 SIZES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
          "pred": 1, "u8": 1, "s8": 1, "s16": 2, "u16": 2, "f64": 8, "token": 0}  # fmt: skip
 COLLECTIVES = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
 
-_ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?")
+_ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+)(?: \(.*\) -> .*)? \{$")
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 # What only names buffers, as two custom calls do: new memory, and pieces that lie side by side.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 _NEW, _BESIDE = '"AllocateBuffer"', '"ConcatBitcast"'
+# What runs other computations once.
+_CALLERS = {"fusion", "conditional", "call", "async-start"}
 
 
-_CALLERS = ("fusion", "conditional", "call", "async-start")
+class Line(NamedTuple):
+    """One operation: `name = shape kind(operands), rest`; `rest` begins with the operands."""
+
+    shape: str
+    kind: str
+    operands: list
+    rest: str
+    is_root: bool
 
 
 def collectives(text):
@@ -23,26 +33,24 @@ def collectives(text):
     count = moved = 0
     for line in text.splitlines():
         found = _LINE.match(line)
-        if found and re.fullmatch(rf"(?:{COLLECTIVES})(?:-start)?", found[4]):
+        if found and _is_collective(found[4]):
             count += 1
-            for dtype, dims, _ in _given(found[3], found[4], len(_operands(found[5]))):
-                edges = (int(edge) for edge in dims.split(",") if edge)
-                moved += _bytes_each(dtype) * math.prod(edges)
+            for array in _given(found[3], found[4], len(_operands(found[5]))):
+                dtype, edges, _ = _parts(array)
+                moved += SIZES[dtype] * math.prod(edges)
     return [count, moved]
 
 
-def _given(shape, operation, operands):
+def _is_collective(kind):
+    return re.fullmatch(rf"(?:{COLLECTIVES})(?:-start)?", kind)
+
+
+def _given(shape, kind, operands):
     """The arrays that a collective gives; two kinds of starts list their operands before them."""
-    arrays = _ARRAY.findall(shape)
-    if operation in ("all-gather-start", "collective-permute-start"):
+    arrays = _arrays(shape)
+    if kind in ("all-gather-start", "collective-permute-start"):
         return arrays[operands : 2 * operands]
     return arrays
-
-
-def _bytes_each(dtype):
-    if dtype not in SIZES:
-        raise ValueError(f"type {dtype!r} is unknown: add its bytes to SIZES")
-    return SIZES[dtype]
 
 
 def hbm_bytes(text):
@@ -70,7 +78,7 @@ def hbm_bytes(text):
 
 
 def _parse(text):
-    """{computation: {name: (shape, operation, operands, the line's rest, is root)}}."""
+    """{computation: {name: its line}}."""
     computations, current = {}, None
     for line in text.splitlines():
         if not line.startswith(" "):
@@ -79,8 +87,8 @@ def _parse(text):
             if head:
                 computations["ENTRY" if head[1] else head[2]] = current
         elif current is not None and (found := _LINE.match(line)):
-            root, name, shape, operation, rest = found.groups()
-            current[name] = (shape, operation, _operands(rest), rest, bool(root))
+            root, name, shape, kind, rest = found.groups()
+            current[name] = Line(shape, kind, _operands(rest), rest, bool(root))
     return computations
 
 
@@ -95,61 +103,68 @@ def _operands(rest):
 
 
 def _arrays(shape):
-    """Bytes of each array of a shape, 0 for those that are not in main memory."""
-    for dtype, dims, layout in _ARRAY.findall(shape):
-        edges = [int(edge) for edge in dims.split(",") if edge]
-        order = re.match(r"\{([\d,]+)", layout or "")
-        tile = re.search(r"T\(([\d,]+)\)", layout or "")
-        if order and tile and edges:
-            minor = [int(axis) for axis in order[1].split(",")]
-            tiles = [int(edge) for edge in tile[1].split(",")]
-            for axis, edge in zip(minor, reversed(tiles), strict=False):
-                edges[axis] = -(-edges[axis] // edge) * edge
-        yield 0 if "S(" in (layout or "") else _bytes_each(dtype) * math.prod(edges)
+    """Each array of a shape, which may be a tuple of tuples."""
+    return [found[0] for found in _ARRAY.finditer(shape)]
 
 
-def _size(shape):
-    return sum(_arrays(shape))
+def _parts(array):
+    """f32[8,128]{1,0:T(8,128)} -> ("f32", [8, 128], "1,0:T(8,128)")."""
+    dtype, dims, layout = _ARRAY.match(array).groups(default="")
+    if dtype not in SIZES:
+        raise ValueError(f"type {dtype!r} is unknown: add its bytes to SIZES")
+    return dtype, [int(edge) for edge in dims.split(",") if edge], layout
 
 
 def _whole(shape):
-    """As if all of it were in main memory."""
-    return _size(re.sub(r"S\(\d+\)", "", shape))
+    """Bytes of all arrays of a shape, with the padding of their tiles."""
+    total = 0
+    for array in _arrays(shape):
+        dtype, edges, layout = _parts(array)
+        order, tile = re.match(r"[\d,]+", layout), re.search(r"T\(([\d,]+)\)", layout)
+        if order and tile and edges:
+            minor = [int(axis) for axis in order[0].split(",")]
+            tiles = [int(edge) for edge in tile[1].split(",")]
+            for axis, edge in zip(minor, reversed(tiles), strict=False):
+                edges[axis] = -(-edges[axis] // edge) * edge
+        total += SIZES[dtype] * math.prod(edges)
+    return total
+
+
+def _size(shape):
+    """The same of those that are in main memory."""
+    return sum(_whole(array) for array in _arrays(shape) if "S(" not in _parts(array)[2])
 
 
 def _bytes_of(computation, computations):
     moved = 0
-    for shape, operation, operands, rest, _ in computation.values():
-        if operation in _FREE or operation.endswith("-done") or _NEW in rest or _BESIDE in rest:
+    for line in computation.values():
+        shape, kind, operands, rest, _ = line
+        if kind in _FREE or kind.endswith("-done") or _NEW in rest or _BESIDE in rest:
             continue
         missing = [name for name in operands if name not in computation]
         if missing or (not operands and not rest.startswith(")")):
-            raise ValueError(f"the operands of {operation} are unknown: {missing or rest[:60]}")
-        shapes = [computation[name][0] for name in operands]
-        called = [computations[name] for name in _called(rest)] if operation in _CALLERS else []
-        if operation == "fusion":
+            raise ValueError(f"the operands of {kind} are unknown: {missing or rest[:60]}")
+        shapes = [computation[name].shape for name in operands]
+        called = [computations[name] for name in _called(rest)] if kind in _CALLERS else []
+        if kind == "fusion":
             moved += _fusion(called[0], shapes, shape)
-        elif operation in ("slice-start", "dynamic-slice-start"):
-            # ((operands), what it gives, ...): it reads as much as it gives.
-            given = _ARRAY.findall(shape.partition("), ")[2])[0]
-            given = f"{given[0]}[{given[1]}]{given[2]}"
+        elif kind in ("slice", "dynamic-slice", "slice-start", "dynamic-slice-start"):
+            # A start gives ((operands), result, ...). It reads as much as it gives.
+            given = _arrays(shape.rpartition("), ")[2])[0]
             moved += _size(given) + (_whole(given) if _size(shapes[0]) else 0)
-        elif operation == "copy-start":
-            moved += sum(list(_arrays(shape))[:2])  # (target, source, ...)
-        elif re.fullmatch(rf"(?:{COLLECTIVES})-start", operation):
-            given = _given(shape, operation, len(operands))
-            moved += sum(map(_size, shapes)) + sum(_size(f"{a}[{b}]{c}") for a, b, c in given)
-        elif operation == "while":
+        elif kind == "copy-start":
+            moved += _size(shape)  # (target, source, ...)
+        elif _is_collective(kind):
+            moved += sum(map(_size, shapes + _given(shape, kind, len(operands))))
+        elif kind == "while":
             body = computations[re.search(r"body=%?([\w.\-]+)", rest)[1]]
             moved += _trips(rest, computations) * _bytes_of(body, computations)
-        elif operation == "conditional":
+        elif kind == "conditional":
             moved += max((_bytes_of(branch, computations) for branch in called), default=0)
-        elif operation in ("call", "async-start"):
+        elif kind in ("call", "async-start"):
             moved += sum(_bytes_of(one, computations) for one in called)
-        elif operation == "dynamic-update-slice":
+        elif kind == "dynamic-update-slice":
             moved += 2 * _size(shapes[1])
-        elif operation in ("slice", "dynamic-slice"):
-            moved += _size(shape) + (_whole(shape) if _size(shapes[0]) else 0)
         else:
             moved += _size(shape) + sum(map(_size, shapes))
     return moved
@@ -161,8 +176,8 @@ def _trips(rest, computations):
     if known:
         return int(known[1])
     condition = computations[re.search(r"condition=%?([\w.\-]+)", rest)[1]]
-    limits = [line[3] for line in condition.values() if line[1] == "constant"]
-    compared = any("direction=LT" in line[3] for line in condition.values())
+    limits = [line.rest for line in condition.values() if line.kind == "constant"]
+    compared = any("direction=LT" in line.rest for line in condition.values())
     if len(limits) != 1 or not compared:
         raise ValueError(f"a loop's trips are not in the text: ...{rest[:100]}")
     return int(limits[0].split(")")[0])
@@ -177,40 +192,44 @@ def _called(rest):
 def _fusion(computation, shapes, given):
     """What a fused operation reads of its operands' `shapes` and writes of what it has `given`."""
     moved = 0
-    for name, (_, operation, _, rest, _) in computation.items():
-        if operation == "parameter":
-            number = int(rest.split(")")[0])
+    for name, line in computation.items():
+        if line.kind == "parameter":
+            number = int(line.rest.split(")")[0])
             moved += min(_size(shapes[number]), _read(computation, name))
-    root = next(line for line in computation.values() if line[4])
-    written = root[2] if root[1] == "tuple" else [None]
-    outputs = [f"{a}[{b}]{c}" for a, b, c in _ARRAY.findall(given)]
-    for name, output in zip(written, outputs, strict=True):
-        line = root if name is None else computation[name]
-        while line[1] == "bitcast":
-            line = computation[line[2][0]]
-        in_place = line[1] == "dynamic-update-slice" and _base(computation, line[2][0])
-        update = _whole(computation[line[2][1]][0]) if in_place else math.inf
-        moved += min(_size(output), update)
+    (root,) = (name for name, line in computation.items() if line.is_root)
+    written = computation[root].operands if computation[root].kind == "tuple" else [root]
+    for name, output in zip(written, _arrays(given), strict=True):
+        line = computation[_named(computation, name)]
+        moved += min(_size(output), _updated(computation, line))
     return moved
 
 
-def _base(computation, name):
-    """Whether it is a parameter or new memory, by whatever name."""
-    while computation[name][1] == "bitcast":
-        name = computation[name][2][0]
-    return computation[name][1] == "parameter" or _NEW in computation[name][3]
+def _named(computation, name):
+    """What a bitcast, or several, is another name of."""
+    while computation[name].kind == "bitcast":
+        name = computation[name].operands[0]
+    return name
+
+
+def _updated(computation, line):
+    """Bytes that an operation writes, at most: an update in place, or all of its output."""
+    if line.kind == "dynamic-update-slice":
+        buffer = computation[_named(computation, line.operands[0])]
+        if buffer.kind == "parameter" or _NEW in buffer.rest:
+            return _whole(computation[line.operands[1]].shape)
+    return math.inf
 
 
 def _read(computation, name):
     """Bytes that a fused computation reads of a parameter, at most: slices, or all of it."""
     moved, names = 0, {name}
-    for user, (shape, operation, operands, _, _) in computation.items():
-        if not names & set(operands):
+    for user, line in computation.items():
+        if not names & set(line.operands):
             continue
-        if operation == "bitcast":
+        if line.kind == "bitcast":
             names.add(user)
-        elif operation in ("slice", "dynamic-slice") and operands[0] in names:
-            moved += _whole(shape)
-        elif operation != "dynamic-update-slice" or operands[0] not in names:
+        elif line.kind in ("slice", "dynamic-slice") and line.operands[0] in names:
+            moved += _whole(line.shape)
+        elif line.kind != "dynamic-update-slice" or line.operands[0] not in names:
             return math.inf
     return moved

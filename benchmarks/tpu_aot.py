@@ -76,10 +76,10 @@ def compile_step(network, kind, batch, topology, *, size, form, overrides=()):
         return jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype, whole), tree)
 
     images = array((rows_of, size, size, 3), jnp.int16, rows)
-    page.augment = configs.load("student").augment
-    noise = workdir.to_noisy_input(
-        page, len(devices), form="gather" if kind == "gather" else "shear"
-    )
+    if kind in ("student", "shear", "gather"):
+        page.augment = configs.load("student").augment
+    rotation = "gather" if kind == "gather" else "shear"
+    noise = workdir.to_noisy_input(page, len(devices), form=rotation)  # None for the others
     if kind in ("train", "student"):
         labels = array((rows_of, harness.LABELS), jnp.float32, rows)
         batches = {"image": images, "labels": labels, "label_mask": labels}
@@ -90,7 +90,7 @@ def compile_step(network, kind, batch, topology, *, size, form, overrides=()):
             workdir.build_loss(page, np.arange(1, harness.LABELS + 1) * 20, harness.EXAMPLES),
             optimizer,
             to_input=workdir.to_input(page),
-            augment=noise if kind == "student" else None,
+            augment=noise,
         )
         jitted = jax.jit(one, out_shardings=(whole, whole), donate_argnums=0)
         key = everywhere(jax.eval_shape(lambda: jax.random.key(0)))
@@ -185,29 +185,32 @@ def main(argv=None):
         for kind in chosen.kinds:
             for network in chosen.networks if kind not in ("shear", "gather") else ["maknet"]:
                 found = {b: measure(network, topology, kind, b) for b in chosen.batches}
-                best[topology, kind, network] = [
-                    min(row[name] / b for b, row in found.items()) for name in BEST
-                ]
+                best[topology, kind, network] = {
+                    name: min(row[name] / b for b, row in found.items()) for name in BEST
+                }
                 if len(found) > 1:
                     fits = largest_batch(found, memory)
                     notes.append(f"{network}, {kind}, {topology}: {fits} images a chip should fit")
                     if chosen.confirm:
                         used = measure(network, topology, kind, fits)["memory"]
                         notes[-1] += f"; compiled, it needs {used / 1e9:.2f} GB"
-    for (topology, kind, network), seconds in best.items():
-        if kind == "student" and (topology, "train", network) in best:
-            without = best[topology, "train", network]
+    for (topology, kind, network), least in best.items():
+        without = best.get((topology, "train", network))
+        if kind == "student" and without:
+            share = {name: 1 - without[name] / least[name] for name in BEST}
             notes.append(
-                f"{network}, {topology}: the augmentation is {1 - without[2] / seconds[2]:.1%} of "
-                "the HBM bytes of the student's training step, "
-                f"{1 - without[0] / seconds[0]:.1%} of its roofline's time (aim: below 10 %)"
+                f"{network}, {topology}: the augmentation is {share['hbm_bytes']:.1%} of the HBM "
+                f"bytes of the student's training step, {share['roofline_seconds']:.1%} of its "
+                "roofline's time (aim: below 10 %)"
             )
         other = best.get((topology, kind, "vgg16"))
-        if network != "vgg16" and other is not None:
+        if network != "vgg16" and other:
+            ratio = {name: other[name] / least[name] for name in BEST}
             notes.append(
                 f"{network}, {kind}, {topology}: VGG16's roofline time an image is "
-                f"{other[0] / seconds[0]:.2f} times as long, by XLA's bytes "
-                f"{other[1] / seconds[1]:.2f} times (aim for MAKNet: 5 training, 6 predicting)"
+                f"{ratio['roofline_seconds']:.2f} times as long, by XLA's bytes "
+                f"{ratio['xla_roofline_seconds']:.2f} times (aim for MAKNet: 5 training, 6 "
+                "predicting)"
             )
     notes.append("roofline times are bounds from the compiler's counts: nothing ran on a TPU")
     harness.report(__file__, argv, chosen, header, rows, notes, {"rows": results})
