@@ -127,14 +127,9 @@ def _bilinear(image, row, column):
     rounded down for one neighbour and not for another, a shift by a pixel.
     """
     size = image.shape[0]
-    places = [jnp.round(place * 256) / 256 for place in (row, column)]
-    # The last window begins one pixel before the edge: its share is then 1.
-    at_row, at_column = firsts = [jnp.clip(jnp.floor(place), 0, size - 2) for place in places]
-    down, across = (
-        jnp.clip(place - first, 0, 1)[..., None]
-        for place, first in zip(places, firsts, strict=True)
-    )
-    corner = (at_row * size + at_column).astype(jnp.int32)
+    row, down = _window(row, size)
+    column, across = _window(column, size)
+    corner = row * size + column
     pixels = jnp.asarray(image).reshape(size * size, -1)
     above, right, below, both = (
         pixels.at[corner + step].get(mode="clip") for step in (0, 1, size, size + 1)
@@ -142,6 +137,13 @@ def _bilinear(image, row, column):
     return (above * (1 - across) + right * across) * (1 - down) + (
         below * (1 - across) + both * across
     ) * down
+
+
+def _window(place, size):
+    """The first of a place's two neighbours and the share of the second; at the end it is 1."""
+    place = jnp.round(place * 256) / 256
+    first = jnp.clip(jnp.floor(place), 0, size - 2)
+    return first.astype(jnp.int32), jnp.clip(place - first, 0, 1)[..., None]
 
 
 def auto_contrast(image):
