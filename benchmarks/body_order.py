@@ -18,7 +18,6 @@ import dataclasses
 import pathlib
 import re
 import statistics
-import sys
 import tempfile
 
 import harness
@@ -371,4 +370,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    harness.run(lambda: sys.exit(main()))
+    harness.run(main)

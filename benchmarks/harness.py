@@ -31,13 +31,9 @@ RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 
 
 def run(main):
-    """Runs a benchmark as a command: errors are one line and exit code 2, programs are cached."""
+    """Runs a benchmark as a command, with the exit codes of `maknet`; programs are cached."""
     options.start_jax()
-    try:
-        main()
-    except InputError as error:
-        print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(options.BAD_INPUT)
+    sys.exit(options.exit_code(f"benchmarks/{pathlib.Path(sys.argv[0]).name}", main))
 
 
 def parser(file, text):
@@ -62,6 +58,14 @@ def parse(made, argv, *, full, quick):
             setattr(chosen, name, value)
     chosen.began = _ticks()
     return chosen
+
+
+def config_changes(made, rest):
+    """The changes of a page among the arguments that a parser left: FIELD=VALUE each."""
+    for text in rest:
+        if not text.startswith("--config.") or "=" not in text:
+            made.error(f"unknown argument {text!r}: a config field is --config.FIELD=VALUE")
+    return [text.removeprefix("--config.") for text in rest]
 
 
 def _ticks():
@@ -111,6 +115,17 @@ def device():
     cpu = f"{cpu[1] if cpu else platform.machine()}, {options.cores()} cores"
     name = cpu if first.platform == "cpu" else f"{jax.device_count()} x {first.device_kind}"
     return {"name": name, "platform": first.platform, "count": jax.device_count(), "host": cpu}
+
+
+def provenance(benchmark):
+    """What the JSON of every benchmark says: its name, the device, versions and the time."""
+    versions = {"maknet_jax": maknet_jax.__version__, "jax": jax.__version__}
+    return {
+        "benchmark": benchmark,
+        "device": device(),
+        "versions": versions | {"python": platform.python_version()},
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
 
 
 def _read(path):
@@ -277,14 +292,6 @@ def report(file, argv, chosen, header, rows, notes, results):
     slug = re.sub(r"[^a-z0-9]+", "-", about["name"].lower()).strip("-")
     quick = "-quick" if chosen.quick else ""  # never in the place of the real numbers
     path = chosen.out or RESULTS / f"{name}{quick}-{slug}.json"
-    versions = {"maknet_jax": maknet_jax.__version__, "jax": jax.__version__}
-    document = {
-        "benchmark": name,
-        "device": about,
-        "versions": versions | {"python": platform.python_version()},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(command),
-        "settings": settings,
-    }
-    files.write_json(path, document | results)
+    document = provenance(name) | {"device": about, "command": shlex.join(command)}
+    files.write_json(path, document | {"settings": settings} | results)
     print(f"\nwritten: {path}")

@@ -9,20 +9,15 @@ Run again it goes on where it was. Any field of the three configs is changed wit
 """
 
 import argparse
-import datetime
 import pathlib
-import platform
-import sys
 
 import harness
-import jax
 
-import maknet_jax
 from maknet_jax import config as configs
 from maknet_jax import console, evaluate, files, prepare, train
 from maknet_jax.cli import options
 from maknet_jax.data import deeplesion, phantom, records
-from maknet_jax.errors import InputError, Stopped
+from maknet_jax.errors import InputError
 from maknet_jax.model_table import PAGES, PAPER_MILLIONS
 
 METRICS = {"auc": "AUC", "f1": "F1", "precision": "precision", "recall": "recall"}
@@ -102,20 +97,12 @@ def table1(workdir, *, data=None, form="full", seed=0, overrides=(), pages=PAGES
         "test: " + "; hand: ".join(SETS.values()) + ". Averages over labels that have positives "
         "and negatives; thresholds and the checkpoint chosen on the validation split",
     ]
-    result = {
-        "benchmark": "table1",
+    result = harness.provenance("table1") | {
         "form": form,
         "notes": notes,
         "seed": seed,
         "overrides": list(overrides),
         "data": {"path": str(data), "fingerprint": dataset.fingerprint, "images": counts},
-        "device": harness.device(),
-        "versions": {
-            "maknet_jax": maknet_jax.__version__,
-            "jax": jax.__version__,
-            "python": platform.python_version(),
-        },
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "networks": networks,
     }
     _write(workdir, notes, networks)
@@ -171,16 +158,15 @@ def _write(workdir, notes, networks):
         + ["-" if number is None else f"{number:.4f}" for number in numbers]
         for title, source, count, *numbers in rows
     ]
-    lines = [HEADER, ["---", "---", *["--:"] * (len(HEADER) - 2)], *cells]
     with files.write_whole(workdir / "table1.md") as file:
-        file.write("".join(f"| {' | '.join(line)} |\n" for line in lines))
+        file.write(console.markdown_table(HEADER, cells))
         file.write("\n" + "".join(f"- {note}.\n" for note in notes))
     print(console.format_table(HEADER, cells))
     print("\n" + ".\n".join(notes) + f".\n\nwritten: {workdir / 'table1'}.md, .csv, .json")
 
 
 def main(argv=None):
-    """Runs one command; returns the exit code, those of `maknet`."""
+    """Parses, and makes the table."""
     parser = options.Parser(
         prog="benchmarks/table1.py",
         description=__doc__,
@@ -197,27 +183,16 @@ def main(argv=None):
     parser.add_argument("--workdir", help="default: runs/table1, runs/table1-small or -quick")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     chosen, rest = parser.parse_known_args(argv)
-    overrides = [text.removeprefix("--config.") for text in rest]
-    for text, override in zip(rest, overrides, strict=True):
-        if text == override or "=" not in text:
-            parser.error(f"unknown argument {text!r}: a config field is --config.FIELD=VALUE")
+    overrides = harness.config_changes(parser, rest)
+    for override in overrides:
         if (field := override.partition("=")[0]) in OWN:
-            parser.error(f"{text!r} is set by this script: {OWN[field]}")
+            parser.error(f"--config.{override} is set by this script: {OWN[field]}")
     if chosen.seed < 0:
         parser.error(f"--seed {chosen.seed} should be 0 or above")
     form = chosen.form or "full"
     workdir = chosen.workdir or f"runs/table1{f'-{form}' if chosen.form else ''}"
-    options.start_jax()
-    try:
-        table1(workdir, data=chosen.data, form=form, seed=chosen.seed, overrides=overrides)
-    except InputError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return options.BAD_INPUT
-    except Stopped as error:
-        print(f"{parser.prog}: stopped: {error}", file=sys.stderr)
-        return options.STOPPED
-    return options.DONE
+    table1(workdir, data=chosen.data, form=form, seed=chosen.seed, overrides=overrides)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    harness.run(main)

@@ -13,18 +13,16 @@ is changed with --config.FIELD=VALUE. Writes WORKDIR/table3.md, .csv and .json.
 import argparse
 import pathlib
 import statistics
-import sys
 
 import harness
+from table1 import METRICS, SETS
 
 from maknet_jax import config as configs
 from maknet_jax import console, evaluate, files, prepare, pseudo_label, train
 from maknet_jax.cli import options
 from maknet_jax.data import phantom, records
-from maknet_jax.errors import InputError, Stopped
+from maknet_jax.errors import InputError
 
-METRICS = {"auc": "AUC", "f1": "F1", "precision": "precision", "recall": "recall"}
-SETS = {"test": "text-mined", "hand": "hand-labelled"}
 PAPER = {
     "imagenet": {
         "test": (0.9344, 0.3423, 0.3593, 0.5327),
@@ -95,17 +93,17 @@ def table3(workdir, data, inits, *, seeds=1, overrides=(), trunk=None, notes=())
             console.Log().say(f"{folder}")
             train.train(page, folder)
             runs[name].append(evaluate.evaluate(folder, splits=list(SETS))["splits"])
-    result = {"benchmark": "table3", "device": harness.device(), "runs": runs}
-    result |= {"notes": list(notes), "overrides": list(overrides), "bases": inits}
-    header, rows = HEADER, table_rows(runs)
-    console.write_table(workdir / "table3.csv", header, rows)
+    result = harness.provenance("table3") | {"runs": runs, "notes": list(notes)}
+    result |= {"overrides": list(overrides), "bases": inits}
+    rows = table_rows(runs)
+    console.write_table(workdir / "table3.csv", HEADER, rows)
     cells = [["-" if c is None else f"{c:.4f}" if isinstance(c, float) else c for c in row]
              for row in rows]  # fmt: skip
     with files.write_whole(workdir / "table3.md") as file:
-        file.write(console.markdown_table(header, cells))
+        file.write(console.markdown_table(HEADER, cells))
         file.write("".join(f"\n{note}.\n" for note in notes))
     files.write_json(workdir / "table3.json", result)
-    print(console.format_table(header, cells))
+    print(console.format_table(HEADER, cells))
     for name, each in runs.items():
         found = ", ".join(f"{splits['test']['auc']:.4f}" for splits in each)
         print(f"{name}: AUC of each seed on {SETS['test']}: {found}")
@@ -167,7 +165,7 @@ def on_phantom(workdir, form, *, seeds, overrides=()):
 
 
 def main(argv=None):
-    """Runs one command; returns the exit code, those of `maknet`."""
+    """Parses, and makes the table."""
     parser = options.Parser(
         prog="benchmarks/table3.py",
         description=__doc__,
@@ -181,29 +179,17 @@ def main(argv=None):
     parser.add_argument("--workdir", help="default: runs/table3, runs/table3-small or -quick")
     parser.add_argument("--seeds", type=options.count, help="default: 1, of --small 5")
     chosen, rest = parser.parse_known_args(argv)
-    overrides = [text.removeprefix("--config.") for text in rest]
-    for text, override in zip(rest, overrides, strict=True):
-        if text == override or "=" not in text:
-            parser.error(f"unknown argument {text!r}: a config field is --config.FIELD=VALUE")
+    overrides = harness.config_changes(parser, rest)
     inits = dict(text.partition("=")[::2] for text in chosen.init)
     if bool(inits) != bool(chosen.data):
         parser.error("--data and --init NAME=PATH belong together")
     workdir = chosen.workdir or f"runs/table3{f'-{chosen.form}' if chosen.form else ''}"
-    options.start_jax()
-    try:
-        if chosen.form:
-            seeds = chosen.seeds or {"small": 5, "quick": 1}[chosen.form]
-            on_phantom(workdir, chosen.form, seeds=seeds, overrides=overrides)
-        else:
-            table3(workdir, chosen.data, inits, seeds=chosen.seeds or 1, overrides=overrides)
-    except InputError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return options.BAD_INPUT
-    except Stopped as error:
-        print(f"{parser.prog}: stopped: {error}", file=sys.stderr)
-        return options.STOPPED
-    return options.DONE
+    if chosen.form:
+        seeds = chosen.seeds or {"small": 5, "quick": 1}[chosen.form]
+        on_phantom(workdir, chosen.form, seeds=seeds, overrides=overrides)
+    else:
+        table3(workdir, chosen.data, inits, seeds=chosen.seeds or 1, overrides=overrides)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    harness.run(main)

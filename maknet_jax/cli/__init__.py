@@ -11,8 +11,8 @@ import sys
 
 import maknet_jax
 from maknet_jax.cli import data, explain, inference, lesions, students, training
-from maknet_jax.cli.options import BAD_INPUT, DONE, STOPPED, Parser
-from maknet_jax.errors import InputError, Stopped
+from maknet_jax.cli.options import Parser, exit_code
+from maknet_jax.errors import Stopped
 
 
 def main(argv=None):
@@ -28,20 +28,12 @@ def main(argv=None):
     # XLA and grain log through absl and C++: a user's lines should not drown in theirs.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    try:
+
+    def work():
         with _signals_stop():
-            return options.run(options) or DONE
-    except InputError as error:
-        print(f"maknet: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except Stopped as error:
-        print(f"maknet: stopped: {error}", file=sys.stderr)
-        return STOPPED
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"maknet: {error.filename}: {error.strerror}", file=sys.stderr)
-        return BAD_INPUT
+            return options.run(options)
+
+    return exit_code("maknet", work)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,9 @@
 import argparse
 import os
 import pathlib
+import sys
 
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, Stopped
 
 DONE, BAD_INPUT, SOME_REJECTED, STOPPED = 0, 2, 3, 75
 
@@ -18,6 +19,23 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         """Says what is wrong in one line."""
         self.exit(BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def exit_code(prog, work):
+    """Calls `work()`, which may return an exit code; errors are one line that `prog` says."""
+    try:
+        return work() or DONE
+    except InputError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except Stopped as error:
+        print(f"{prog}: stopped: {error}", file=sys.stderr)
+        return STOPPED
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"{prog}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return BAD_INPUT
 
 
 def verb(verbs, name, text, example, run, *, takes_config=False):

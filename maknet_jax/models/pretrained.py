@@ -67,6 +67,8 @@ def trunk_from_torch(name, state_dict, *, mean=IMAGENET_MEAN, std=IMAGENET_STD):
         raise InputError(
             f"mean {mean.tolist()} and std {std.tolist()} should be three numbers each, std above 0"
         )
+    if all(key.startswith("module.") for key in state_dict):  # saved from torch's DataParallel
+        state_dict = {key.removeprefix("module."): array for key, array in state_dict.items()}
     model = models.build(name, 1)
     like = jax.eval_shape(
         lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
