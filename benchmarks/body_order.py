@@ -12,13 +12,11 @@ of it keeps to the recipe of configs/body_order.py.
 """
 
 import argparse
-import contextlib
 import csv
 import dataclasses
 import pathlib
 import re
 import statistics
-import tempfile
 
 import harness
 import numpy as np
@@ -261,7 +259,7 @@ def benchmark(chosen, argv):
     slices = read_slices(chosen.slices)
     others = unlabelled_rows(chosen.unlabelled, {one.patient for one in slices})
     ranks = np.array([one.rank for one in slices])
-    with _workdir(chosen.workdir) as folder:
+    with harness.kept(chosen.workdir) as folder:
         folds, found = cross_validate(slices, others, folder, seed=chosen.seed, settings=settings)
     rows, results = [], {}
     for name, positions in found.items():
@@ -304,7 +302,7 @@ def train_and_predict(chosen):
     changes, out = (QUICK if chosen.quick else FULL)["changes"], pathlib.Path(chosen.out)
     slices, wanted = read_slices(chosen.train), pictures(chosen.predict)
     log = console.Log()
-    with _workdir(chosen.workdir) as folder:
+    with harness.kept(chosen.workdir) as folder:
         log.say(f"1/2 train on {len(slices)} slices of {chosen.train}")
         changes = (*changes, f"seed={chosen.seed}")
         data = _prepare(labelled_rows(slices), folder, configs.load(PAGE, changes))
@@ -322,15 +320,6 @@ def train_and_predict(chosen):
         value = correlation(list(placed.values()), [int(match[1]) for match in named.values()])
         print(f"Spearman correlation with the ranks of the names: {value:.4f}")
     return options.SOME_REJECTED if failures else options.DONE
-
-
-@contextlib.contextmanager
-def _workdir(folder):
-    if folder:
-        yield pathlib.Path(folder)
-    else:
-        with tempfile.TemporaryDirectory(prefix="body-order-") as temporary:
-            yield pathlib.Path(temporary)
 
 
 def main(argv=None):

@@ -1,6 +1,7 @@
 """What the benchmarks share: options, the steps of `maknet train`, turns, tables and JSON."""
 
 import argparse
+import contextlib
 import datetime
 import functools
 import math
@@ -11,6 +12,7 @@ import re
 import shlex
 import statistics
 import sys
+import tempfile
 import time
 
 import jax
@@ -20,8 +22,8 @@ import numpy as np
 import maknet_jax
 from maknet_jax import config as configs
 from maknet_jax import console, files, workdir
-from maknet_jax.cli import options
-from maknet_jax.errors import InputError
+from maknet_jax.cli import ending, options
+from maknet_jax.errors import InputError, Stopped
 from maknet_jax.model_table import PAGES
 from maknet_jax.training import sharding, state, step
 
@@ -33,7 +35,7 @@ RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 def run(main):
     """Runs a benchmark as a command, with the exit codes of `maknet`; programs are cached."""
     options.start_jax()
-    sys.exit(options.exit_code(f"benchmarks/{pathlib.Path(sys.argv[0]).name}", main))
+    sys.exit(ending.exit_code(f"benchmarks/{pathlib.Path(sys.argv[0]).name}", main))
 
 
 def parser(file, text):
@@ -60,12 +62,17 @@ def parse(made, argv, *, full, quick):
     return chosen
 
 
-def config_changes(made, rest):
-    """The changes of a page among the arguments that a parser left: FIELD=VALUE each."""
-    for text in rest:
-        if not text.startswith("--config.") or "=" not in text:
-            made.error(f"unknown argument {text!r}: a config field is --config.FIELD=VALUE")
-    return [text.removeprefix("--config.") for text in rest]
+@contextlib.contextmanager
+def kept(folder, option="--workdir"):
+    """The folder that was named by an option, or a temporary one, of which a stop keeps nothing."""
+    if folder:
+        yield pathlib.Path(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="maknet-") as temporary:
+        try:
+            yield pathlib.Path(temporary)
+        except Stopped:
+            raise Stopped(f"nothing is kept without {option}: begin again") from None
 
 
 def _ticks():

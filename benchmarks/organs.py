@@ -13,7 +13,6 @@ random pixels.
 """
 
 import pathlib
-import tempfile
 
 import harness
 import jax
@@ -65,10 +64,10 @@ def main(argv=None):
             raise InputError(f"--{name} {given} is of a training: leave it out beside --workdir")
         if not chosen.workdir and given is None:
             setattr(chosen, name, value)
-    with tempfile.TemporaryDirectory() as temporary:
+    with harness.kept(chosen.folder, "--folder") as folder:
         workdir, masks = chosen.workdir, chosen.masks
         if not workdir:
-            workdir, masks = trained(pathlib.Path(chosen.folder or temporary), chosen)
+            workdir, masks = trained(folder, chosen)
         rows = measure(workdir, pathlib.Path(masks), chosen)
     if not rows:
         raise InputError(f"{workdir} gives no organ of {chosen.split} with confidence")

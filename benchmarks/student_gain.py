@@ -9,10 +9,7 @@ stand over the teacher and over the labels-only student with 95 % intervals of t
 (Student's t). Seeds 0 and 1 chose the settings below.
 """
 
-import contextlib
 import csv
-import pathlib
-import tempfile
 
 import harness
 import numpy as np
@@ -139,12 +136,11 @@ def main(argv=None):
     shown = ({name: form[name] for name in ("seeds", "size")} for form in (FULL, QUICK))
     chosen = harness.parse(parser, argv, **dict(zip(("full", "quick"), shown, strict=True)))
     form = (QUICK if chosen.quick else FULL) | {"size": chosen.size}
-    with contextlib.ExitStack() as stack:
-        folder = chosen.workdir or stack.enter_context(tempfile.TemporaryDirectory())
+    with harness.kept(chosen.workdir) as folder:
         found = []
         for seed in chosen.seeds:
             console.Log().say(f"seed {seed}")
-            found.append(measure(pathlib.Path(folder) / f"seed-{seed}", seed, form))
+            found.append(measure(folder / f"seed-{seed}", seed, form))
     found = np.array(found)
     rows = [
         [title, *(f"{column.mean():.4f} ({column.min():.4f} to {column.max():.4f})"

@@ -4,8 +4,8 @@
     python benchmarks/table1.py --small    # a phantom at 96 x 96: 18 minutes on 2 shared cores
     python benchmarks/table1.py --quick    # in tiny, 2 minutes: shows only that it runs
 
-Run again it goes on where it was. Any field of the three configs is changed with
---config.FIELD=VALUE. Writes WORKDIR/table1.md, .csv and .json; the runs lie beside them.
+Run again it goes on where it was. Other fields of the three configs are changed
+with --config.FIELD=VALUE. Writes WORKDIR/table1.md, .csv and .json; the runs lie beside them.
 """
 
 import argparse
@@ -183,10 +183,7 @@ def main(argv=None):
     parser.add_argument("--workdir", help="default: runs/table1, runs/table1-small or -quick")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     chosen, rest = parser.parse_known_args(argv)
-    overrides = harness.config_changes(parser, rest)
-    for override in overrides:
-        if (field := override.partition("=")[0]) in OWN:
-            parser.error(f"--config.{override} is set by this script: {OWN[field]}")
+    overrides = options.config_changes(parser, rest, OWN)
     if chosen.seed < 0:
         parser.error(f"--seed {chosen.seed} should be 0 or above")
     form = chosen.form or "full"

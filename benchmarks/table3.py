@@ -6,8 +6,8 @@
     python benchmarks/table3.py --quick     # the same in tiny: shows only that it runs
 
 `--init NAME=PATH` names what LesaNet's base starts from, `random=` random weights; imagenet and
-tcia stand beside the paper's rows. Run again it goes on where it was. Any field of lesanet.py
-is changed with --config.FIELD=VALUE. Writes WORKDIR/table3.md, .csv and .json.
+tcia stand beside the paper's rows. Run again it goes on where it was. Other fields of lesanet.py
+are changed with --config.FIELD=VALUE. Writes WORKDIR/table3.md, .csv and .json.
 """
 
 import argparse
@@ -50,13 +50,21 @@ FORMS = {
         "min_slices": 1,
     },
 }
-NOTE = (
-    "On a generated phantom with a small MAKNet for a base: it shows that the chain runs and what "
-    "pre-training brings there, nothing of the paper's rows"
+NOTES = {
+    "small": "SMALL FORM: a generated phantom with a small MAKNet for a base. It shows that the "
+    "chain runs and what pre-training brings there, nothing of the paper's rows",
+    "quick": "QUICK FORM: an epoch each on a tiny phantom, with a small MAKNet for a base. It "
+    "shows only that everything runs: the numbers mean nothing",
+}
+# Fields that this script sets, and what to write instead; on a phantom it sets the trunk too.
+OWN = {"seed": "use --seeds", "data.path": "use --data", "data.size": "it is that of the data",
+       "init.path": "use --init"}  # fmt: skip
+TRUNK = dict.fromkeys(
+    ("model.options.trunk", "model.options.trunk_options"), "the phantom's base is a small MAKNet"
 )
 
 
-def table3(workdir, data, inits, *, seeds=1, overrides=(), trunk=None, notes=()):
+def table3(workdir, data, inits, *, seeds=1, overrides=(), trunk=None, form="full", notes=()):
     """Trains and evaluates LesaNet from each base; what is finished is not repeated.
 
     Args:
@@ -66,6 +74,7 @@ def table3(workdir, data, inits, *, seeds=1, overrides=(), trunk=None, notes=())
       seeds: runs a base; the table has their means, the JSON each of them.
       overrides: strings `epochs=2` for configs/lesanet.py.
       trunk: (name, options) in the place of VGG16.
+      form: full, small or quick, for the JSON.
       notes: sentences under the table.
 
     Returns:
@@ -93,7 +102,7 @@ def table3(workdir, data, inits, *, seeds=1, overrides=(), trunk=None, notes=())
             console.Log().say(f"{folder}")
             train.train(page, folder)
             runs[name].append(evaluate.evaluate(folder, splits=list(SETS))["splits"])
-    result = harness.provenance("table3") | {"runs": runs, "notes": list(notes)}
+    result = harness.provenance("table3") | {"form": form, "runs": runs, "notes": list(notes)}
     result |= {"overrides": list(overrides), "bases": inits}
     rows = table_rows(runs)
     console.write_table(workdir / "table3.csv", HEADER, rows)
@@ -160,7 +169,7 @@ def on_phantom(workdir, form, *, seeds, overrides=()):
     changes = [*recipe["lesanet"], *overrides]
     return table3(
         workdir, workdir / "lesions", inits, seeds=seeds, overrides=changes,
-        trunk=("maknet", plain), notes=[NOTE],
+        trunk=("maknet", plain), form=form, notes=[NOTES[form]],
     )  # fmt: skip
 
 
@@ -179,10 +188,17 @@ def main(argv=None):
     parser.add_argument("--workdir", help="default: runs/table3, runs/table3-small or -quick")
     parser.add_argument("--seeds", type=options.count, help="default: 1, of --small 5")
     chosen, rest = parser.parse_known_args(argv)
-    overrides = harness.config_changes(parser, rest)
-    inits = dict(text.partition("=")[::2] for text in chosen.init)
-    if bool(inits) != bool(chosen.data):
+    overrides = options.config_changes(parser, rest, OWN | (TRUNK if chosen.form else {}))
+    if bool(chosen.init) != bool(chosen.data):
         parser.error("--data and --init NAME=PATH belong together")
+    inits = {}
+    for text in chosen.init:
+        name, equals, path = text.partition("=")
+        if not (name and equals and bool(path) == (name != "random")):
+            parser.error(f"--init {text!r} should be NAME=PATH, or random= for random weights")
+        if name in inits:
+            parser.error(f"--init names {name!r} twice")
+        inits[name] = path
     workdir = chosen.workdir or f"runs/table3{f'-{chosen.form}' if chosen.form else ''}"
     if chosen.form:
         seeds = chosen.seeds or {"small": 5, "quick": 1}[chosen.form]

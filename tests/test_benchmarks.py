@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import statistics
 import sys
 
@@ -91,9 +92,35 @@ def test_errors_of_a_benchmark_are_one_line_and_exit_codes_of_maknet(error, code
     assert stop.value.code == code
     err = capsys.readouterr().err
     assert err.startswith("benchmarks/") and err.endswith(f": {said}\n") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("given", "code"), [(None, 0), (3, 3)])
+def test_a_benchmark_that_ends_gives_its_own_code(given, code):
     with pytest.raises(SystemExit) as stop:
-        harness.run(lambda: None)
-    assert stop.value.code == 0
+        harness.run(lambda: given)
+    assert stop.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ("kept", "SIGTERM; run the same command again"),
+        (None, "nothing is kept without --workdir: begin again"),
+    ],
+)
+def test_a_signal_stops_a_benchmark_wherever_it_is(folder, said, tmp_path, capsys):
+    seen = []
+
+    def main():
+        with harness.kept(folder and tmp_path / folder) as kept:
+            seen.append(kept)
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as stop:
+        harness.run(main)
+    assert stop.value.code == 75
+    assert capsys.readouterr().err.endswith(f": stopped: {said}\n")
+    assert folder or not seen[0].exists()
 
 
 def test_networks(page, tmp_path, capsys):
@@ -155,13 +182,10 @@ def test_makconv(page, tmp_path):
 @pytest.mark.parametrize(
     "python, why", [("/nowhere/python", "No such file"), (sys.executable, "No module named")]
 )
-def test_a_python_without_torch_is_refused_in_one_line(
-    page, tmp_path, capsys, monkeypatch, python, why
-):
+def test_a_python_without_torch_is_refused_in_one_line(tmp_path, capsys, monkeypatch, python, why):
     stand_in = tmp_path / "worker.py"
     stand_in.write_text("import no_such_torch")
     monkeypatch.setattr(against_pytorch, "WORKER", stand_in)
-    monkeypatch.setattr(harness.options, "start_jax", lambda: None)
     monkeypatch.setattr(sys, "argv", ["against_pytorch.py"])
     with pytest.raises(SystemExit) as ended:
         harness.run(lambda: against_pytorch.main(["--torch-python", python]))

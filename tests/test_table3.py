@@ -60,11 +60,28 @@ def test_the_table_of_a_phantom(phantom, tmp_path):
     assert files.read_json(tmp_path / "out" / "table3.json")["overrides"] == changes
 
 
-def test_options_that_belong_together(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data=x"], "--data and --init NAME=PATH belong together"),
+        (["--quick", "--init=a=b"], "--data and --init NAME=PATH belong together"),
+        (["--data=x", "--init=imagenet"], "--init 'imagenet' should be NAME=PATH, or random="),
+        (["--data=x", "--init=imagenet="], "--init 'imagenet=' should be NAME=PATH, or random="),
+        (["--data=x", "--init=random=y"], "--init 'random=y' should be NAME=PATH, or random="),
+        (["--data=x", "--init=tcia=a", "--init=tcia=b"], "--init names 'tcia' twice"),
+        (["--data=x", "--init=random=", "--config.seed=3"], "use --seeds"),
+        (["--data=x", "--init=random=", "--config.init.path=y"], "use --init"),
+        (["--quick", "--config.model.options.trunk=vgg16"], "the phantom's base is a small MAKNet"),
+        (["--quick", "--config.model.options.trunk_options.stem=8"], "a small MAKNet"),
+    ],
+)
+def test_options_that_cannot_be_are_one_line(arguments, said, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
-        table3.main(["--data", "x"])
+        table3.main([*arguments, f"--workdir={tmp_path / 'run'}"])
     assert caught.value.code == 2
-    assert "--data and --init NAME=PATH belong together" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert said in message and message.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_data_set_without_a_split_is_refused(tmp_path):

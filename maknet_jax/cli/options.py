@@ -1,11 +1,10 @@
-"""What the commands share: the parser, types of options, the start of JAX."""
+"""What the commands share: exit codes, the parser, types of options, the start of JAX."""
 
 import argparse
 import os
 import pathlib
-import sys
 
-from maknet_jax.errors import InputError, Stopped
+from maknet_jax.errors import InputError
 
 DONE, BAD_INPUT, SOME_REJECTED, STOPPED = 0, 2, 3, 75
 
@@ -21,21 +20,23 @@ class Parser(argparse.ArgumentParser):
         self.exit(BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def exit_code(prog, work):
-    """Calls `work()`, which may return an exit code; errors are one line that `prog` says."""
-    try:
-        return work() or DONE
-    except InputError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except Stopped as error:
-        print(f"{prog}: stopped: {error}", file=sys.stderr)
-        return STOPPED
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"{prog}: {error.filename}: {error.strerror}", file=sys.stderr)
-        return BAD_INPUT
+def config_changes(parser, rest, own=None):
+    """The changes of a config page, FIELD=VALUE each, among the arguments that a parser left over.
+
+    Args:
+      parser: says what is wrong.
+      rest: what it left over; anything but --config.FIELD=VALUE is an error.
+      own: field -> what to write in its place, for fields that the caller sets.
+    """
+    changes = [text.removeprefix("--config.") for text in rest]
+    for text, change in zip(rest, changes, strict=True):
+        field, equals, _ = change.partition("=")
+        if text == change or not equals:
+            parser.error(f"unknown argument {text!r}: a config field is --config.FIELD=VALUE")
+        for name, instead in (own or {}).items():
+            if f"{field}.".startswith(f"{name}."):
+                parser.error(f"{text!r} is set here already: {instead}")
+    return changes
 
 
 def verb(verbs, name, text, example, run, *, takes_config=False):
