@@ -8,7 +8,7 @@ SIZES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
          "pred": 1, "u8": 1, "s8": 1, "s16": 2, "u16": 2, "f64": 8, "token": 0}  # fmt: skip
 COLLECTIVES = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
 
-_ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+)(?: \(.*\) -> .*)? \{$")
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 # What only names buffers, as two custom calls do: new memory, and pieces that lie side by side.
@@ -18,26 +18,53 @@ _NEW, _BESIDE = '"AllocateBuffer"', '"ConcatBitcast"'
 _CALLERS = {"fusion", "conditional", "call", "async-start"}
 
 
-class Line(NamedTuple):
-    """One operation: `name = shape kind(operands), rest`; `rest` begins with the operands."""
+class Array(NamedTuple):
+    """An array of a shape: f32[8,128]{1,0:T(8,128)S(1)} in the text."""
 
-    shape: str
+    edges: list
+    itemsize: int
+    layout: str
+
+    @property
+    def in_hbm(self):
+        """Whether it is in main memory."""
+        return "S(" not in self.layout
+
+    @property
+    def padded_bytes(self):
+        """Its size with the padding of its tiles."""
+        edges = list(self.edges)
+        order, tile = re.match(r"[\d,]+", self.layout), re.search(r"T\(([\d,]+)\)", self.layout)
+        if order and tile and edges:
+            minor = [int(axis) for axis in order[0].split(",")]
+            tiles = [int(edge) for edge in tile[1].split(",")]
+            for axis, edge in zip(minor, reversed(tiles), strict=False):
+                edges[axis] = -(-edges[axis] // edge) * edge
+        return self.itemsize * math.prod(edges)
+
+
+class Line(NamedTuple):
+    """One operation: `name = arrays kind(operands), rest`; `rest` begins with the operands."""
+
+    arrays: list
     kind: str
     operands: list
     rest: str
     is_root: bool
 
+    @property
+    def hbm_bytes(self):
+        """Of what it gives, the part in main memory."""
+        return _in_hbm(self.arrays)
+
 
 def collectives(text):
     """(how many, bytes that they give) of the collectives in a compiled program."""
     count = moved = 0
-    for line in text.splitlines():
-        found = _LINE.match(line)
-        if found and _is_collective(found[4]):
+    for _, line in filter(None, map(_line, text.splitlines())):
+        if _is_collective(line.kind):
             count += 1
-            for array in _given(found[3], found[4], len(_operands(found[5]))):
-                dtype, edges, _ = _parts(array)
-                moved += SIZES[dtype] * math.prod(edges)
+            moved += sum(array.itemsize * math.prod(array.edges) for array in _given(line))
     return [count, moved]
 
 
@@ -45,12 +72,11 @@ def _is_collective(kind):
     return re.fullmatch(rf"(?:{COLLECTIVES})(?:-start)?", kind)
 
 
-def _given(shape, kind, operands):
+def _given(line):
     """The arrays that a collective gives; two kinds of starts list their operands before them."""
-    arrays = _arrays(shape)
-    if kind in ("all-gather-start", "collective-permute-start"):
-        return arrays[operands : 2 * operands]
-    return arrays
+    if line.kind in ("all-gather-start", "collective-permute-start"):
+        return line.arrays[len(line.operands) : 2 * len(line.operands)]
+    return line.arrays
 
 
 def hbm_bytes(text):
@@ -86,10 +112,18 @@ def _parse(text):
             current = {} if head else None
             if head:
                 computations["ENTRY" if head[1] else head[2]] = current
-        elif current is not None and (found := _LINE.match(line)):
-            root, name, shape, kind, rest = found.groups()
-            current[name] = Line(shape, kind, _operands(rest), rest, bool(root))
+        elif current is not None and (found := _line(line)):
+            current[found[0]] = found[1]
     return computations
+
+
+def _line(text):
+    """(its name, the `Line`) of one line, or None where it is none."""
+    found = _LINE.match(text)
+    if not found:
+        return None
+    root, name, shape, kind, rest = found.groups()
+    return name, Line(_arrays(shape), kind, _operands(rest), rest, bool(root))
 
 
 def _operands(rest):
@@ -103,59 +137,40 @@ def _operands(rest):
 
 
 def _arrays(shape):
-    """Each array of a shape, which may be a tuple of tuples."""
-    return [found[0] for found in _ARRAY.finditer(shape)]
+    """Each `Array` of a shape, which may be a tuple of tuples."""
+    found = []
+    for dtype, dims, layout in _ARRAY.findall(shape):
+        if dtype not in SIZES:
+            raise ValueError(f"type {dtype!r} is unknown: add its bytes to SIZES")
+        found.append(Array([int(edge) for edge in dims.split(",") if edge], SIZES[dtype], layout))
+    return found
 
 
-def _parts(array):
-    """f32[8,128]{1,0:T(8,128)} -> ("f32", [8, 128], "1,0:T(8,128)")."""
-    dtype, dims, layout = _ARRAY.match(array).groups(default="")
-    if dtype not in SIZES:
-        raise ValueError(f"type {dtype!r} is unknown: add its bytes to SIZES")
-    return dtype, [int(edge) for edge in dims.split(",") if edge], layout
-
-
-def _whole(shape):
-    """Bytes of all arrays of a shape, with the padding of their tiles."""
-    total = 0
-    for array in _arrays(shape):
-        dtype, edges, layout = _parts(array)
-        order, tile = re.match(r"[\d,]+", layout), re.search(r"T\(([\d,]+)\)", layout)
-        if order and tile and edges:
-            minor = [int(axis) for axis in order[0].split(",")]
-            tiles = [int(edge) for edge in tile[1].split(",")]
-            for axis, edge in zip(minor, reversed(tiles), strict=False):
-                edges[axis] = -(-edges[axis] // edge) * edge
-        total += SIZES[dtype] * math.prod(edges)
-    return total
-
-
-def _size(shape):
-    """The same of those that are in main memory."""
-    return sum(_whole(array) for array in _arrays(shape) if "S(" not in _parts(array)[2])
+def _in_hbm(arrays):
+    return sum(array.padded_bytes for array in arrays if array.in_hbm)
 
 
 def _bytes_of(computation, computations):
     moved = 0
     for line in computation.values():
-        shape, kind, operands, rest, _ = line
+        kind, rest = line.kind, line.rest
         if kind in _FREE or kind.endswith("-done") or _NEW in rest or _BESIDE in rest:
             continue
-        missing = [name for name in operands if name not in computation]
-        if missing or (not operands and not rest.startswith(")")):
+        missing = [name for name in line.operands if name not in computation]
+        if missing or (not line.operands and not rest.startswith(")")):
             raise ValueError(f"the operands of {kind} are unknown: {missing or rest[:60]}")
-        shapes = [computation[name].shape for name in operands]
+        read = [computation[name].hbm_bytes for name in line.operands]
         called = [computations[name] for name in _called(rest)] if kind in _CALLERS else []
         if kind == "fusion":
-            moved += _fusion(called[0], shapes, shape)
+            moved += _fusion(called[0], read, line.arrays)
         elif kind in ("slice", "dynamic-slice", "slice-start", "dynamic-slice-start"):
             # A start gives ((operands), result, ...). It reads as much as it gives.
-            given = _arrays(shape.rpartition("), ")[2])[0]
-            moved += _size(given) + (_whole(given) if _size(shapes[0]) else 0)
+            given = line.arrays[len(read) if kind.endswith("-start") else 0]
+            moved += _in_hbm([given]) + (given.padded_bytes if read[0] else 0)
         elif kind == "copy-start":
-            moved += _size(shape)  # (target, source, ...)
+            moved += line.hbm_bytes  # (target, source, ...)
         elif _is_collective(kind):
-            moved += sum(map(_size, shapes + _given(shape, kind, len(operands))))
+            moved += _in_hbm(_given(line)) + sum(read)
         elif kind == "while":
             body = computations[re.search(r"body=%?([\w.\-]+)", rest)[1]]
             moved += _trips(rest, computations) * _bytes_of(body, computations)
@@ -164,9 +179,9 @@ def _bytes_of(computation, computations):
         elif kind in ("call", "async-start"):
             moved += sum(_bytes_of(one, computations) for one in called)
         elif kind == "dynamic-update-slice":
-            moved += 2 * _size(shapes[1])
+            moved += 2 * read[1]
         else:
-            moved += _size(shape) + sum(map(_size, shapes))
+            moved += line.hbm_bytes + sum(read)
     return moved
 
 
@@ -189,18 +204,17 @@ def _called(rest):
     return one + (re.findall(r"[\w.\-]+", many[1]) if many else [])
 
 
-def _fusion(computation, shapes, given):
-    """What a fused operation reads of its operands' `shapes` and writes of what it has `given`."""
+def _fusion(computation, operands, outputs):
+    """What a fused operation reads of its `operands` (bytes of each) and writes of its outputs."""
     moved = 0
     for name, line in computation.items():
         if line.kind == "parameter":
             number = int(line.rest.split(")")[0])
-            moved += min(_size(shapes[number]), _read(computation, name))
+            moved += min(operands[number], _read(computation, name))
     (root,) = (name for name, line in computation.items() if line.is_root)
     written = computation[root].operands if computation[root].kind == "tuple" else [root]
-    for name, output in zip(written, _arrays(given), strict=True):
-        line = computation[_named(computation, name)]
-        moved += min(_size(output), _updated(computation, line))
+    for name, output in zip(written, outputs, strict=True):
+        moved += min(_in_hbm([output]), _updated(computation, name))
     return moved
 
 
@@ -208,15 +222,16 @@ def _named(computation, name):
     """What a bitcast, or several, is another name of."""
     while computation[name].kind == "bitcast":
         name = computation[name].operands[0]
-    return name
+    return computation[name]
 
 
-def _updated(computation, line):
+def _updated(computation, name):
     """Bytes that an operation writes, at most: an update in place, or all of its output."""
+    line = _named(computation, name)
     if line.kind == "dynamic-update-slice":
-        buffer = computation[_named(computation, line.operands[0])]
+        buffer = _named(computation, line.operands[0])
         if buffer.kind == "parameter" or _NEW in buffer.rest:
-            return _whole(computation[line.operands[1]].shape)
+            return computation[line.operands[1]].arrays[0].padded_bytes
     return math.inf
 
 
@@ -229,7 +244,7 @@ def _read(computation, name):
         if line.kind == "bitcast":
             names.add(user)
         elif line.kind in ("slice", "dynamic-slice") and line.operands[0] in names:
-            moved += _whole(line.shape)
+            moved += line.arrays[0].padded_bytes
         elif line.kind != "dynamic-update-slice" or line.operands[0] not in names:
             return math.inf
     return moved

@@ -42,7 +42,7 @@ KINDS = ("train", "student", "predict", "shear", "gather")
 CHIPS = {"v5e": (197e12, 819e9, 16e9), "v6e": (918e12, 1640e9, 32e9)}
 
 
-def compile_step(network, kind, batch, topology, *, size, form, overrides=()):
+def compile_step(network, kind, batch, topology, *, size, form):
     """Compiles one step for every chip of a topology.
 
     Args:
@@ -53,15 +53,38 @@ def compile_step(network, kind, batch, topology, *, size, form, overrides=()):
       topology: as v5e:2x2.
       size: the edge of the images.
       form: of MAKConv.
-      overrides: changes of the config page.
 
     Returns:
       A dict of what one chip spends on a step, and of the roofline's times in seconds.
     """
-    chip = topology.partition(":")[0]
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    began = time.perf_counter()
+    compiled = _lower(network, kind, batch, devices, size, form).compile()
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    text = compiled.as_text()
+    flops, moved, in_hbm = cost["flops"], cost["bytes accessed"], hlo.hbm_bytes(text)
+    used = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    used += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    peak, bandwidth, _ = CHIPS[topology.partition(":")[0]]
+    return {
+        "flops": flops,
+        "bytes": moved,
+        "hbm_bytes": in_hbm,
+        "memory": used + memory.generated_code_size_in_bytes,
+        "seconds_by_flops": flops / peak,
+        "seconds_by_bytes": moved / bandwidth,
+        "seconds_by_hbm": in_hbm / bandwidth,
+        "xla_roofline_seconds": max(flops / peak, moved / bandwidth),
+        "roofline_seconds": max(flops / peak, in_hbm / bandwidth),
+        "collectives": hlo.collectives(text),
+        "compile_seconds": time.perf_counter() - began,
+    }
+
+
+def _lower(network, kind, batch, devices, size, form):
+    """The step of `compile_step` as StableHLO for `devices`, which need not be here."""
     mesh = sharding.data_mesh(devices)
-    page = configs.load(harness.page_of(network)[1], ["precision=bfloat16", *overrides])
+    page = configs.load(harness.page_of(network)[1], ["precision=bfloat16"])
     options = page.model.options.to_dict() | ({"form": form} if network == "maknet" else {})
     model = models.build(page.model.name, harness.LABELS, dtype=jnp.bfloat16, **options)
     optimizer = workdir.build_optimizer(page, 1000)
@@ -76,10 +99,11 @@ def compile_step(network, kind, batch, topology, *, size, form, overrides=()):
         return jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype, whole), tree)
 
     images = array((rows_of, size, size, 3), jnp.int16, rows)
+    noise = None
     if kind in ("student", "shear", "gather"):
         page.augment = configs.load("student").augment
-    rotation = "gather" if kind == "gather" else "shear"
-    noise = workdir.to_noisy_input(page, len(devices), form=rotation)  # None for the others
+        rotation = "gather" if kind == "gather" else "shear"
+        noise = workdir.to_noisy_input(page, len(devices), form=rotation)
     if kind in ("train", "student"):
         labels = array((rows_of, harness.LABELS), jnp.float32, rows)
         batches = {"image": images, "labels": labels, "label_mask": labels}
@@ -103,27 +127,7 @@ def compile_step(network, kind, batch, topology, *, size, form, overrides=()):
         one = step.make_predict_step(model, to_input=workdir.to_input(page))
         jitted = jax.jit(one, out_shardings=rows)
         arguments = (everywhere(like.variables), images)
-    began = time.perf_counter()
-    compiled = jitted.lower(*arguments).compile()
-    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
-    text = compiled.as_text()
-    flops, moved, in_hbm = cost["flops"], cost["bytes accessed"], hlo.hbm_bytes(text)
-    used = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    used += memory.temp_size_in_bytes - memory.alias_size_in_bytes
-    peak, bandwidth, _ = CHIPS[chip]
-    return {
-        "flops": flops,
-        "bytes": moved,
-        "hbm_bytes": in_hbm,
-        "memory": used + memory.generated_code_size_in_bytes,
-        "seconds_by_flops": flops / peak,
-        "seconds_by_bytes": moved / bandwidth,
-        "seconds_by_hbm": in_hbm / bandwidth,
-        "xla_roofline_seconds": max(flops / peak, moved / bandwidth),
-        "roofline_seconds": max(flops / peak, in_hbm / bandwidth),
-        "collectives": hlo.collectives(text),
-        "compile_seconds": time.perf_counter() - began,
-    }
+    return jitted.lower(*arguments)
 
 
 def largest_batch(found, memory):

@@ -124,6 +124,7 @@ def test_text_without_a_program_is_refused():
         "%c = f32[8,128]{1,0} add(a, near)": "operands of add are unknown",
         "%c = f32[8,128]{1,0} add(%a, %nothing)": "unknown: .'nothing'",
         "%c = q7[8,128]{1,0} negate(%a)": "type 'q7' is unknown",
+        "%c = f8e4m3fn[8,128]{1,0} negate(%a)": "type 'f8e4m3fn' is unknown",
     }.items():
         with pytest.raises(ValueError, match=said):
             hlo.hbm_bytes(FUSED.replace("OPERATION", wrong))
