@@ -15,6 +15,14 @@ import pytest  # noqa: E402
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Commands keep compiled programs: not those of the user who runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Keeps below the kernel's limit of memory mappings in a process (65,530): XLA crashes there.

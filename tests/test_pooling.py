@@ -83,6 +83,9 @@ def test_what_is_not_finite_passes_through_as_xla_lets_it(value, place):
     pixels[place] = value
     x = jnp.asarray(pixels.reshape(1, 2, 2, 1))
     np.testing.assert_array_equal(pooling.max_pool(x), maximum_by_xla(x))
+    slope = jax.grad(lambda x: pooling.max_pool(x).sum())(x)
+    largest = place if np.isnan(value) else np.argmax(pixels)
+    np.testing.assert_array_equal(slope.ravel(), np.arange(4) == largest)
     share = jnp.float32(0.5)
     np.testing.assert_array_equal(pooling.mix_pool(x, share), mixed_by_xla(x, share))
 

@@ -1,36 +1,55 @@
 """Runs a script on two processes that know each other (gloo on CPU), with a device each."""
 
+import contextlib
 import os
 import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 
+TESTS = pathlib.Path(__file__).parent
 START = """
 import sys
 import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-address, number, *arguments = sys.argv[1:]
+tests, address, number, *arguments = sys.argv[1:]
+sys.path.insert(0, tests)
 jax.distributed.initialize(address, num_processes=2, process_id=int(number))
 """
 
 
 def run(script, *arguments, timeout):
-    """The lines that each has printed; `script` knows its `number` and its `arguments`."""
+    """The lines that each has printed; `script` knows its `number` and its `arguments`.
+
+    What one of them says on stderr is in the error if it fails, and the other is then killed.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    own = {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": pathlib.Path(__file__).parent}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", START + script, address, str(number), *arguments],
-            env={**os.environ, **own},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    outputs = [worker.communicate(timeout=timeout) for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], outputs
-    return [printed.splitlines() for printed, _ in outputs]
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    with contextlib.ExitStack() as stack:
+        workers, printed, said = [], [], []
+        for number in range(2):
+            for files in (printed, said):
+                files.append(stack.enter_context(tempfile.TemporaryFile("w+")))
+            command = [sys.executable, "-c", START + script, TESTS, address, str(number)]
+            workers.append(
+                subprocess.Popen(
+                    [*command, *arguments], env=environment, stdout=printed[-1], stderr=said[-1]
+                )
+            )
+            stack.callback(workers[-1].wait)
+            stack.callback(workers[-1].kill)
+        ends = time.monotonic() + timeout
+        while any(worker.poll() is None for worker in workers) and time.monotonic() < ends:
+            if any(worker.returncode for worker in workers):
+                break
+            time.sleep(0.05)
+        for files in (printed, said):
+            for file in files:
+                file.seek(0)
+        codes = [worker.returncode for worker in workers]
+        assert codes == [0, 0], [codes, *(file.read() for file in said)]
+        return [file.read().splitlines() for file in printed]
