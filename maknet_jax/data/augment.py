@@ -120,15 +120,10 @@ def _crop(image, rows, columns):
 
 
 def _bilinear(image, row, column):
-    """Values of `[S, S, C]` at fractional places, the edge repeated.
-
-    Places are taken to 1/256 of a pixel, as texture units take them. XLA may compute a place more
-    than once, with other last bits; whole pixels (a crop of full width, or none) would then be
-    rounded down for one neighbour and not for another, a shift by a pixel.
-    """
+    """Values of `[S, S, C]` at fractional places, the edge repeated."""
     size = image.shape[0]
-    row, down = _window(row, size)
-    column, across = _window(column, size)
+    row, down = _first_and_share(row, size)
+    column, across = _first_and_share(column, size)
     corner = row * size + column
     pixels = jnp.asarray(image).reshape(size * size, -1)
     above, right, below, both = (
@@ -139,8 +134,13 @@ def _bilinear(image, row, column):
     ) * down
 
 
-def _window(place, size):
-    """The first of a place's two neighbours and the share of the second; at the end it is 1."""
+def _first_and_share(place, size):
+    """The first of a place's two neighbours and the share of the second; at the end it is 1.
+
+    Places are taken to 1/256 of a pixel, as texture units take them. XLA may compute a place more
+    than once, with other last bits; whole pixels (a crop of full width, or none) would then be
+    rounded down for one neighbour and not for another, a shift by a pixel.
+    """
     place = jnp.round(place * 256) / 256
     first = jnp.clip(jnp.floor(place), 0, size - 2)
     return first.astype(jnp.int32), jnp.clip(place - first, 0, 1)[..., None]

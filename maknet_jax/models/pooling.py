@@ -3,9 +3,10 @@
 The gradient of XLA's own pooling is select-and-scatter, which is slow and which deterministic GPU
 mode refuses (flax #4233). Here the forward pass keeps which of the four pixels was the largest, a
 byte a window (mixed pooling also how far it lay above the mean), and the backward pass chooses by
-it. Values and gradients are the same, ties and NaN included: of equal pixels the first gets the
-gradient. Images are `[B, H, W, C]`; the last row and column of odd sizes are left out.
-Forward-mode differentiation raises a TypeError.
+it. Values are the same, NaN included. So are gradients, ties included: of equal pixels the first
+gets it; but a NaN gets that of its window itself, which XLA gives to another pixel. Images are
+`[B, H, W, C]`; the last row and column of odd sizes are left out. Forward-mode differentiation
+raises a TypeError.
 """
 
 import functools

@@ -47,7 +47,8 @@ def trunk_from_torch(name, state_dict, *, mean=IMAGENET_MEAN, std=IMAGENET_STD):
 
     Args:
       name: "vgg16" or "resnet18".
-      state_dict: torch names -> arrays, as torchvision and timm call them.
+      state_dict: torch names -> arrays, as torchvision and timm call them. Where all begin with
+        "module." (torch's DataParallel), that is left off, in errors and `unplaced` too.
       mean: three numbers, what the weights' images in [0, 1] were centred by.
       std: three numbers, what they were divided by then.
 
