@@ -20,30 +20,7 @@ import numpy as np
 from maknet_jax import config as configs
 from maknet_jax.data import records
 
-START = """
-import contextlib, json, os, signal, sys, threading, time
-began = time.perf_counter()
-import jax, jax.monitoring
-compiled = []
-jax.monitoring.register_event_duration_secs_listener(
-    lambda name, seconds, **_: compiled.append(seconds) if name.endswith("backend_compile_duration")
-    else None)
-from maknet_jax import config, errors, train
-from maknet_jax.cli import options
-options.start_jax()
-imported = time.perf_counter()
-before = signal.getsignal(signal.SIGTERM)
-def stop():  # as soon as training listens: it ends the step that it is in, and saves
-    while signal.getsignal(signal.SIGTERM) is before:
-        time.sleep(0.01)
-    os.kill(os.getpid(), signal.SIGTERM)
-if not os.path.exists(sys.argv[2]):  # a restart makes the second step, and is done
-    threading.Thread(target=stop, daemon=True).start()
-with contextlib.suppress(errors.Stopped):
-    train.train(config.load(sys.argv[1], sys.argv[3:]), sys.argv[2])
-print(json.dumps({"imports": imported - began, "first_step": time.perf_counter() - imported,
-                  "compile": sum(compiled), "longest": max(compiled)}))
-"""
+START = pathlib.Path(__file__).with_name("start_once.py")
 
 
 def data_of(folder, size, batch):
@@ -82,10 +59,13 @@ def main(argv=None):
             changes = [f"data.path={folder / 'data'}", f"data.size={chosen.size}", "epochs=2.0",
                        "data.batch_size=8", "evaluate_every=99"]  # fmt: skip
             done = subprocess.run(
-                [sys.executable, "-c", START, chosen.config, folder / f"run-{number}", *changes],
+                [sys.executable, START, chosen.config, folder / f"run-{number}", *changes],
                 env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)},
-                capture_output=True, text=True, check=True,
-            )  # fmt: skip
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode:
+                raise RuntimeError(f"a start failed:\n{done.stderr}")
             return json.loads(done.stdout.splitlines()[-1])
 
         start(folder / "kept", "first")
