@@ -3,14 +3,14 @@
     python benchmarks/start_once.py CONFIG WORKDIR FIELD=VALUE ...
 
 In a new folder it is stopped after its first step, as by a cluster; in an old one it goes on to the
-end. Prints JSON: seconds of imports, to the first step's end, of compiling in all and at most.
+end. Prints JSON: seconds of imports, to the first step's end, of compiling in all and at most, and
+whether it was stopped.
 """
 
 import time
 
 BEGAN = time.perf_counter()
 
-import contextlib  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import signal  # noqa: E402
@@ -45,10 +45,14 @@ def main(page, folder, *changes):
     if not os.path.exists(folder):
         before = signal.getsignal(signal.SIGTERM)
         threading.Thread(target=stop_once_it_listens, args=[before], daemon=True).start()
-    with contextlib.suppress(Stopped):
+    stopped = False
+    try:
         train.train(config.load(page, changes), folder)
+    except Stopped:
+        stopped = True
     found = {"imports": imported - BEGAN, "first_step": time.perf_counter() - imported}
-    print(json.dumps(found | {"compile": sum(compiled), "longest": max(compiled)}))
+    found |= {"compile": sum(compiled), "longest": max(compiled), "stopped": stopped}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -301,6 +301,16 @@ def test_starts_of_an_unknown_page_are_one_line():
         startup.main(["--quick", "--config", "nowhere"])
 
 
+@pytest.mark.slow
+def test_a_warm_start_compiles_less_and_a_restart_makes_the_second_step(page, tmp_path):
+    argv = ["--quick", "--config", page, "--size", "32", "--repeats", "1"]
+    written = run(startup.main, tmp_path / "out.json", *argv)
+    [cold], [warm], [restarted] = (row["starts"] for row in written["rows"])
+    assert warm["longest"] < cold["longest"] / 2
+    assert restarted["longest"] < cold["longest"] / 2
+    assert (cold["stopped"], warm["stopped"], restarted["stopped"]) == (True, True, False)
+
+
 def test_organs_draws_trains_and_measures(page, tmp_path):
     argv = ["--folder", str(tmp_path / "own"), "--patients", "8", "--epochs", "1", "--size", "32"]
     argv += ["--least", "0", "--images", "2", "--steps", "2"]
