@@ -23,8 +23,7 @@ def write_label_chart(path, confidences, chosen, names, *, title="", most=40):
     shown = [k for k in np.argsort(-given, kind="stable") if given[k]][:most]
     # In the order in which they begin, so that the chart reads as the body does.
     shown.sort(key=lambda k: (np.flatnonzero(chosen[:, k]).mean(), k))
-    figure = Figure(figsize=(9, 1.6 + 0.22 * max(1, len(shown))), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure((9, 1.6 + 0.22 * max(1, len(shown))))
     axes = figure.subplots()
     cells = confidences[:, shown].T if shown else np.zeros((1, len(confidences)))
     image = axes.imshow(cells, aspect="auto", vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
@@ -35,8 +34,7 @@ def write_label_chart(path, confidences, chosen, names, *, title="", most=40):
     axes.set_xlabel("slice, head to feet")
     axes.set_title(title or "labels along the series", fontsize=9)
     figure.colorbar(image, ax=axes, label="confidence (red: given)", fraction=0.03, pad=0.01)
-    with files.write_whole(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=130)
+    _write(figure, path)
 
 
 def write_histograms(path, counts, confidences, *, most=50):
@@ -49,8 +47,7 @@ def write_histograms(path, counts, confidences, *, most=50):
       most: labels shown at most.
     """
     shown = [row for row in counts if row[0]][:most]
-    figure = Figure(figsize=(10, 2 + 0.17 * max(12, len(shown))), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure((10, 2 + 0.17 * max(12, len(shown))))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     left.barh(range(len(shown)), [count for count, _ in shown], color="#47a")
     left.set_yticks(range(len(shown)), [name for _, name in shown], fontsize=7)
@@ -62,8 +59,7 @@ def write_histograms(path, counts, confidences, *, most=50):
     right.bar(edges[:-1], confidences, width=np.diff(edges), align="edge", color="#47a")
     right.set_xlabel("confidence of a given label")
     right.set_ylabel("labels")
-    with files.write_whole(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=130)
+    _write(figure, path)
 
 
 def write_rounds(path, reached, paper, *, metrics):
@@ -75,8 +71,7 @@ def write_rounds(path, reached, paper, *, metrics):
       paper: split -> the same from the paper, drawn pale and dashed.
       metrics: a panel each.
     """
-    figure = Figure(figsize=(4.5 * len(metrics), 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure((4.5 * len(metrics), 3.4))
     for axes, metric in zip(
         figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True
     ):
@@ -92,8 +87,38 @@ def write_rounds(path, reached, paper, *, metrics):
         axes.set_title({"auc": "AUC", "f1": "F1"}.get(metric, metric), fontsize=10)
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+    _write(figure, path)
+
+
+def draw_curves(panels):
+    """Draws a panel each, side by side.
+
+    Args:
+      panels: for each its curves, title -> [(step, value), ...].
+
+    Returns:
+      The picture, uint8 `[H, W, 3]`.
+    """
+    figure = _figure((4.5 * len(panels), 3.2))
+    for axes, curves in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for title, points in curves.items():
+            axes.plot(*zip(*points, strict=True), ".-", label=title)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        if curves:
+            axes.legend(fontsize=8)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def _figure(inches):
+    return Figure(figsize=inches, dpi=130, layout="constrained")
+
+
+def _write(figure, path):
     with files.write_whole(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=130)
+        figure.savefig(file, format="png")
 
 
 def _runs(flags):

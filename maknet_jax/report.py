@@ -2,16 +2,13 @@
 
 import csv
 import html
-import io
 import json
 import pathlib
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 
-from maknet_jax import attribute, cases, files, workdir
+from maknet_jax import attribute, cases, charts, files, workdir
 from maknet_jax.attribution import overlay, page
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
@@ -70,23 +67,15 @@ def _heading(text):
 def _curves(folder):
     path = folder / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    drawn = False
-    for axes, names in zip(figure.subplots(1, 2), CURVES, strict=True):
-        for name, title in names.items():
-            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), ".-", label=title)
-                drawn = True
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(fontsize=8)
-    if drawn:
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=130)
-        picture = overlay.to_uri(np.asarray(Image.open(file).convert("RGB")), lossy=False)
+    panels = []
+    for names in CURVES:
+        points = {
+            title: [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            for name, title in names.items()
+        }
+        panels.append({title: drawn for title, drawn in points.items() if drawn})
+    if any(panels):
+        picture = overlay.to_uri(charts.draw_curves(panels), lossy=False)
         yield _heading("Training")
         yield f'<img class="chart" src="{picture}" alt="curves of loss and validation">\n'
 
