@@ -12,6 +12,7 @@ chip. Those of 128 fill its lanes, and take longer to compile. XLA counts the FL
 loop's body once, so those of the student's augmentation are too low; HBM bytes count every turn.
 """
 
+import functools
 import importlib.util
 import os
 import time
@@ -137,6 +138,24 @@ def largest_batch(found, memory):
     return int((memory - a) / slope + low) // 8 * 8
 
 
+def confirm(compile_at, found, memory):
+    """(batch, bytes) of the first batch that fits when it is compiled, from `largest_batch` down.
+
+    Args:
+      compile_at: a batch -> its row, or None where the compiler refuses it.
+      found: batch -> row of two at least.
+      memory: bytes of a chip.
+    """
+    batch = largest_batch(found, memory)
+    while not (row := compile_at(batch)) or row["memory"] > memory:
+        if row:
+            found = found | {batch: row}
+            batch = min(batch - 8, largest_batch(found, memory))
+        else:
+            batch = batch * 7 // 8 // 8 * 8
+    return batch, row["memory"]
+
+
 def main(argv=None):
     """Compiles what was asked for, prints the table and writes the JSON."""
     parser = harness.parser(__file__, __doc__)
@@ -145,7 +164,9 @@ def main(argv=None):
     parser.add_argument("--kinds", type=harness.words, help="train,student,predict,shear,gather")
     parser.add_argument("--batches", type=harness.counts, help="images a chip: 16,32")
     parser.add_argument("--form", help="of MAKConv (default: fused)")
-    parser.add_argument("--confirm", action="store_true", help="compile the largest batch once")
+    parser.add_argument(
+        "--confirm", action="store_true", help="compile the largest batch, and less until it fits"
+    )
     full = {"networks": ["maknet", "vgg16", "resnet18"], "kinds": ["train", "student", "predict"]}
     full |= {"topologies": ["v5e:2x2", "v5e:4x4", "v6e:2x2"], "batches": [16, 32]}
     full |= {"form": "fused", "size": 256, "repeats": 1}
@@ -165,7 +186,16 @@ def main(argv=None):
     rows, results = [], []
 
     def measure(network, topology, kind, batch):
-        row = compile_step(network, kind, batch, topology, size=chosen.size, form=chosen.form)
+        """Compiles and notes a row; None where the compiler says that the chip is too small."""
+        about = {"network": network, "topology": topology, "kind": kind, "batch": batch}
+        try:
+            row = compile_step(network, kind, batch, topology, size=chosen.size, form=chosen.form)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            rows.append([network, topology, kind, batch, *"-" * 6, "does not fit", "-", "-"])
+            results.append(about | {"memory": None})
+            return None
         bound = "HBM" if row["seconds_by_hbm"] > row["seconds_by_flops"] else "FLOPs"
         count, moved = row["collectives"]
         rows.append([
@@ -178,7 +208,6 @@ def main(argv=None):
             f"{row['compile_seconds']:.0f}",
         ])  # fmt: skip
         print("  ".join(str(cell) for cell in rows[-1]), flush=True)
-        about = {"network": network, "topology": topology, "kind": kind, "batch": batch}
         results.append(about | row)
         return row
 
@@ -189,15 +218,19 @@ def main(argv=None):
         for kind in chosen.kinds:
             for network in chosen.networks if kind not in ("shear", "gather") else ["maknet"]:
                 found = {b: measure(network, topology, kind, b) for b in chosen.batches}
+                found = {batch: row for batch, row in found.items() if row}
+                if not found:
+                    continue
                 best[topology, kind, network] = {
                     name: min(row[name] / b for b, row in found.items()) for name in BEST
                 }
                 if len(found) > 1:
                     fits = largest_batch(found, memory)
-                    notes.append(f"{network}, {kind}, {topology}: {fits} images a chip should fit")
+                    notes.append(f"{network}, {kind}, {topology}: {fits} images should fit a chip")
                     if chosen.confirm:
-                        used = measure(network, topology, kind, fits)["memory"]
-                        notes[-1] += f"; compiled, it needs {used / 1e9:.2f} GB"
+                        compile_at = functools.partial(measure, network, topology, kind)
+                        fits, used = confirm(compile_at, found, memory)
+                        notes[-1] += f"; compiled, {fits} need {used / 1e9:.2f} GB"
     for (topology, kind, network), least in best.items():
         without = best.get((topology, "train", network))
         if kind == "student" and without:

@@ -288,6 +288,16 @@ def test_the_largest_batch_of_a_tpu():
     # 1 GB + 0.1 GB an image: 8 GB hold 70, in multiples of 8.
     found = {16: {"memory": 2.6e9}, 32: {"memory": 4.2e9}}
     assert tpu_aot.largest_batch(found, 8e9) == 64
+    # In truth 64 need more than the line says, 56 are refused, and then 49 is 48.
+    real = {64: {"memory": 8.2e9}, 56: None, 48: {"memory": 5.9e9}}
+    asked = []
+
+    def compile_at(batch):
+        asked.append(batch)
+        return real[batch]
+
+    assert tpu_aot.confirm(compile_at, found, 8e9) == (48, 5.9e9)
+    assert asked == [64, 56, 48]
     with pytest.raises(InputError, match="'v9:2x2' is unknown"):
         tpu_aot.main(["--topologies", "v9:2x2"])
     with pytest.raises(InputError, match="--kinds 'trian' is unknown: choose of train, student"):
