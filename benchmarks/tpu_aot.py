@@ -43,6 +43,18 @@ KINDS = ("train", "student", "predict", "shear", "gather")
 CHIPS = {"v5e": (197e12, 819e9, 16e9), "v6e": (918e12, 1640e9, 32e9)}
 
 
+def chips(topology):
+    """The devices of a topology, as v5e:2x2, described: none need be here.
+
+    Raises:
+      InputError: there is no such topology.
+    """
+    try:
+        return topologies.get_topology_desc(topology, platform="tpu").devices
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(f"topology {topology!r} cannot be ({error}): try v5e:2x2") from error
+
+
 def compile_step(network, kind, batch, topology, *, size, form):
     """Compiles one step for every chip of a topology.
 
@@ -58,7 +70,7 @@ def compile_step(network, kind, batch, topology, *, size, form):
     Returns:
       A dict of what one chip spends on a step, and of the roofline's times in seconds.
     """
-    devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    devices = chips(topology)
     began = time.perf_counter()
     compiled = _lower(network, kind, batch, devices, size, form).compile()
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
@@ -180,6 +192,8 @@ def main(argv=None):
             raise InputError(f"--{name} {unknown!r} is unknown: choose of {', '.join(known)}")
     if not importlib.util.find_spec("libtpu"):
         raise InputError("no libtpu: pip install 'maknet-jax[tpu]', or .[tpu] in a clone")
+    for topology in chosen.topologies:
+        chips(topology)
     header = ["", "topology", "step", "batch", "GFLOP/image", "HBM MB/image", "roofline us/image",
               "bound by", "XLA's MB/image", "by them us/image", "memory GB", "collectives",
               "compiled in s"]  # fmt: skip

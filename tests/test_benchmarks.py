@@ -5,6 +5,7 @@ import os
 import signal
 import statistics
 import sys
+import types
 
 import against_pytorch
 import attribution
@@ -278,7 +279,7 @@ def test_augment_shows_its_share_of_the_step(page, tmp_path, capsys):
     assert "below 10 %" in capsys.readouterr().out
 
 
-def test_the_largest_batch_of_a_tpu():
+def test_the_largest_batch_of_a_tpu(monkeypatch):
     """On the line through two sizes; compiling itself takes minutes."""
     environment = dict(os.environ)
     import tpu_aot
@@ -304,6 +305,16 @@ def test_the_largest_batch_of_a_tpu():
         tpu_aot.main(["--quick", "--kinds", "trian"])
     with pytest.raises(InputError, match="--networks 'vgg19' is unknown"):
         tpu_aot.main(["--quick", "--networks", "vgg19"])
+
+    def describe(topology, platform):
+        if topology != "v5e:2x2":
+            raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: not divisible")
+        return types.SimpleNamespace(devices=[])
+
+    monkeypatch.setattr(tpu_aot.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(tpu_aot.topologies, "get_topology_desc", describe)
+    with pytest.raises(InputError, match="'v5e:9x9' cannot be .*not divisible"):
+        tpu_aot.main(["--topologies", "v5e:2x2,v5e:9x9"])
 
 
 def test_starts_of_an_unknown_page_are_one_line():
