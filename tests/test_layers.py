@@ -226,6 +226,12 @@ def test_global_concat_pool_is_maxima_then_means():
     np.testing.assert_allclose(layers.global_concat_pool(jnp.asarray(x)), theirs, rtol=1e-5)
 
 
+def test_global_concat_pool_of_bfloat16_is_float32():
+    x = jnp.asarray(drawn(3, 4, 5, 6), jnp.bfloat16)
+    whole = layers.global_concat_pool(x.astype(jnp.float32))
+    np.testing.assert_allclose(layers.global_concat_pool(x), whole, rtol=1e-6)
+
+
 def test_score_propagation_starts_as_identity_and_is_a_dense_layer():
     scores = drawn(4, 5)
     layer = layers.ScorePropagation()

@@ -142,3 +142,9 @@ def test_mistakes_in_the_options_are_one_line():
         shapes(models.build("maknet", 5, **(TINY | {"blocks": (1,)})), 32)
     with pytest.raises(InputError, match="images of 28 x 28 are too small: 4 blocks leave nothing"):
         shapes(models.build("maknet", 5), 28)
+
+
+def test_lists_as_options_make_the_same_network_as_tuples():
+    listed = models.build("maknet", 5, blocks=[3, 3, 6, 6])
+    assert listed == models.build("maknet", 5, blocks=(3, 3, 6, 6))
+    assert hash(listed) == hash(models.build("maknet", 5))

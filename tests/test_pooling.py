@@ -136,6 +136,14 @@ def test_mixpool_mixes_maximum_and_mean(share):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_mixpool_in_bfloat16_does_not_round_its_share():
+    x, share = jnp.asarray(drawn(2, 6, 8, 3), jnp.bfloat16), 0.5005  # bfloat16 has 0.5 and 0.504
+    ours = layers.MixPool().apply({"params": {"share": jnp.float32(share)}}, x)
+    whole = pooling.mix_pool(x.astype(jnp.float32), jnp.float32(share))
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(ours, whole.astype(jnp.bfloat16))
+
+
 def test_mixpool_that_is_not_learned_has_no_parameter():
     x = drawn(1, 4, 4, 2)
     pool = layers.MixPool(learned=False)

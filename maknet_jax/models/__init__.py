@@ -32,9 +32,15 @@ def build(name, num_classes, **options):
     rate = options.get("dropout_rate", 0.0)
     if not 0 <= rate < 1:
         raise InputError(f"model {name}: dropout_rate {rate} should be 0 or above and below 1")
-    # Frozen, a network can be hashed, and what is made of it be kept.
-    options = {k: freeze(v) if isinstance(v, dict) else v for k, v in options.items()}
+    options = {key: _hashable(value) for key, value in options.items()}
     try:
         return MODELS[name](num_classes=num_classes, **options)
     except TypeError as error:
         raise InputError(f"model {name}: {error}") from None
+
+
+def _hashable(value):
+    """A network can be hashed when its attributes can, and what is made of it be kept."""
+    if isinstance(value, dict):
+        return freeze(value)
+    return tuple(value) if isinstance(value, list) else value

@@ -41,8 +41,8 @@ def mish(x):
 
     With n = e^x (e^x + 2), tanh(softplus(x)) = n / (n + 2): one exponential instead of three
     transcendental functions. Above 20 the quotient is 1 in float32. For the way back only x is
-    kept, one array instead of several. `x` and the result: any shape, one dtype. Forward-mode
-    differentiation raises a TypeError.
+    kept, one array instead of several. `x` and the result: any shape, float32 or bfloat16 (float16
+    overflows). Forward-mode differentiation raises a TypeError.
     """
     exp = jnp.exp(jnp.minimum(x, 20.0))
     n = exp * (exp + 2.0)
@@ -111,7 +111,10 @@ class ConvNorm(nn.Module):
 
 
 def batch_norm(dtype, train, **kwargs):
-    """BatchNorm as torch's default has it: momentum 0.1 (Flax counts 0.9), epsilon 1e-5."""
+    """BatchNorm with torch's defaults: momentum 0.1 (Flax counts 0.9), epsilon 1e-5.
+
+    The variance that it keeps is the batch's own; torch keeps n / (n - 1) of it.
+    """
     return nn.BatchNorm(
         use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, **kwargs
     )
@@ -192,12 +195,13 @@ class MixPool(nn.Module):
     def __call__(self, x):
         """`[B, H, W, C]` -> `[B, H // 2, W // 2, C]`."""
         share = self.param("share", nn.initializers.constant(0.5), ()) if self.learned else 0.5
-        return pooling.mix_pool(x, jnp.asarray(share, x.dtype))
+        return pooling.mix_pool(x, jnp.asarray(share, jnp.float32))
 
 
 def global_concat_pool(x):
-    """GCP: `[B, H, W, C]` -> `[B, 2C]`, maxima then means."""
-    return jnp.concatenate([x.max(axis=(1, 2)), x.mean(axis=(1, 2))], axis=-1)
+    """GCP: `[B, H, W, C]` -> float32 `[B, 2C]`, maxima then means."""
+    means = x.mean(axis=(1, 2), dtype=jnp.float32)
+    return jnp.concatenate([x.max(axis=(1, 2)).astype(jnp.float32), means], axis=-1)
 
 
 class CBAM(nn.Module):

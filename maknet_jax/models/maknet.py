@@ -86,7 +86,7 @@ class MAKNet(nn.Module):
             x, kept = jax.lax.stop_gradient((x, kept))
         if stages:
             return kept
-        features = layers.global_concat_pool(x).astype(jnp.float32)
+        features = layers.global_concat_pool(x)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(features)
         scores = layers.score_layer(self.num_classes, name="classifier")(x)
         logits = layers.ScorePropagation(name="spl")(scores)

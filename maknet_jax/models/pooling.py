@@ -23,7 +23,7 @@ def max_pool(x):
 def mix_pool(x, share):
     """`share` * maximum + (1 - `share`) * mean: `[B, H, W, C]` -> `[B, H // 2, W // 2, C]`.
 
-    Computed in float32, both ways; `share` is a scalar of the dtype of x.
+    Computed in float32, both ways; `share` is a scalar, the result has the dtype of x.
     """
     return _mix_pool(_even(x), share)
 
