@@ -60,6 +60,7 @@ def test_help_shows_an_example(capsys, verb):
         (["prepare", "dicom", ".", "--out", "y", "--min-slices", "0"], "'0'"),
         (["prepare", "table", "nowhere.csv", "--out", "y"], "nowhere.csv"),
         (["prepare", "table", "t.csv", "--out", "y", "--png-window=275,-175"], "LOW"),
+        (["prepare", "table", "t.csv", "--out", "y", "--png-window=-inf,inf"], "both finite"),
         (["prepare", "deeplesion", "--images", "i", "--info", "d", "--out", "y"], "--images i"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -72,6 +73,14 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, ar
     assert len(err.strip().splitlines()) == 1
     assert out == ""
     assert not list(tmp_path.iterdir()), "bad input must not leave anything behind"
+
+
+def test_a_process_number_that_is_none_is_one_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    argv = ("train", "--config", "smoke", "--workdir", tmp_path / "run", "--distributed")
+    code, _, err = run(capsys, *argv)
+    assert code == 2
+    assert "'two'" in err and "JAX_NUM_PROCESSES" in err and err.count("\n") == 1
 
 
 def test_size_must_suit_the_networks(capsys, tmp_path, phantom):

@@ -1,6 +1,7 @@
 """What the commands share: exit codes, the parser, types of options, the start of JAX."""
 
 import argparse
+import math
 import os
 import pathlib
 
@@ -68,8 +69,8 @@ def window(text):
         low, high = (float(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} should be LOW,HIGH in HU") from None
-    if not low < high:
-        raise argparse.ArgumentTypeError(f"{text!r}: LOW should be below HIGH")
+    if not -math.inf < low < high < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: LOW should be below HIGH, both finite")
     return low, high
 
 
@@ -100,12 +101,12 @@ def start_jax(distributed=False):
     import jax
 
     if distributed:
-        given = {
-            name: int(os.environ[f"JAX_{name.upper()}"])
-            for name in ("num_processes", "process_id")
-            if f"JAX_{name.upper()}" in os.environ
-        }
         try:
+            given = {
+                name: int(os.environ[f"JAX_{name.upper()}"])
+                for name in ("num_processes", "process_id")
+                if f"JAX_{name.upper()}" in os.environ
+            }
             jax.distributed.initialize(**given)
         except ValueError as error:
             raise InputError(
