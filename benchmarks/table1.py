@@ -70,7 +70,8 @@ def table1(workdir, *, data=None, form="full", seed=0, overrides=(), pages=PAGES
       What `table1.json` holds.
 
     Raises:
-      InputError: the data lack a split, or an override fits not all three configs.
+      InputError: the data lack a split, or an override fits not all three configs, or
+        `workdir` holds the phantom of another seed.
       Stopped: by a signal; the same call goes on.
     """
     workdir = pathlib.Path(workdir)
@@ -79,8 +80,11 @@ def table1(workdir, *, data=None, form="full", seed=0, overrides=(), pages=PAGES
     changes = [*changes, *overrides, f"seed={seed}", f"data.path={data}"]
     recipes = {name: configs.load(pages[name], changes) for name in PAPER}
     recipe = recipes["maknet"]
-    if arguments and not (data / "dataset.json").exists():
-        _prepare_phantom(workdir / "phantom", arguments | {"seed": seed}, data, recipe.data.size)
+    if arguments:
+        paths = phantom.open_phantom(workdir / "phantom", seed=seed, **arguments)
+        if not (data / "dataset.json").exists():
+            source = phantom.deeplesion_files(paths)
+            prepare.prepare_deeplesion(out=data, size=recipe.data.size, **source)
     dataset = records.open_dataset(data)
     counts = {split: dataset.split(split)["count"] for split in ("train", "val", *SETS)}
     if not all(counts.values()):
@@ -108,11 +112,6 @@ def table1(workdir, *, data=None, form="full", seed=0, overrides=(), pages=PAGES
     _write(workdir, notes, networks)
     files.write_json(workdir / "table1.json", result)  # the last: where it is, all is
     return result
-
-
-def _prepare_phantom(folder, arguments, shards, size):
-    paths = phantom.open_phantom(folder, **arguments)
-    prepare.prepare_deeplesion(out=shards, size=size, **phantom.deeplesion_files(paths))
 
 
 def _run(config, folder):

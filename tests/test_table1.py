@@ -120,6 +120,16 @@ def test_markdown_renders_as_one_table_and_says_what_it_is(made, data):
     assert "FORM" not in text  # of the small ones
 
 
+def test_the_phantom_of_another_seed_is_refused(tmp_path):
+    (tmp_path / "phantom").mkdir()
+    arguments = {"seed": 0, **table1.FORMS["quick"][0]}
+    files.write_json(tmp_path / "phantom" / "phantom.json", {"arguments": arguments, "counts": {}})
+    (tmp_path / "shards").mkdir()
+    files.write_json(tmp_path / "shards" / "dataset.json", {})
+    with pytest.raises(InputError, match="holds a phantom with seed 0, not 5: name a new folder"):
+        table1.table1(tmp_path, form="quick", seed=5)
+
+
 def test_an_undefined_metric_is_a_dash(made, tmp_path):
     networks = made[1]["networks"]
     unknown = {"test": dict.fromkeys(table1.METRICS), "hand": dict.fromkeys(table1.METRICS)}
