@@ -179,7 +179,8 @@ def _bytes_of(computation, computations):
         elif kind in ("call", "async-start"):
             moved += sum(_bytes_of(one, computations) for one in called)
         elif kind == "dynamic-update-slice":
-            moved += 2 * read[1]
+            update = computation[line.operands[1]].arrays[0]
+            moved += read[1] + (update.padded_bytes if line.hbm_bytes else 0)
         else:
             moved += line.hbm_bytes + sum(read)
     return moved

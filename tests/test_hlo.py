@@ -64,6 +64,7 @@ ENTRY %main (a: f32[8,128], b: f32[64,128]) -> f32[8,128] {
   %near = f32[8,128]{1,0:T(8,128)S(1)} parameter(1)
   %b = f32[64,128]{1,0:T(8,128)} parameter(2)
   %i = s32[]{:T(128)S(6)} parameter(3)
+  %far = f32[64,128]{1,0:T(8,128)S(1)} parameter(4)
   OPERATION
 }
 """
@@ -92,6 +93,8 @@ CASES = {
     "%y = ((f32[64,128]), f32[16,128]{1,0:T(8,128)}) async-start(%b), calls=%sliced": 4 * ROW,
     "%r = f32[8,128]{1,0:T(8,128)} all-reduce(%a), to_apply=%double": 2 * ROW,
     "%u = f32[64,128]{1,0:T(8,128)} dynamic-update-slice(%b, %a, %i, %i)": 2 * ROW,
+    "%u = f32[64,128]{1,0:T(8,128)} dynamic-update-slice(%b, %near, %i, %i)": ROW,
+    "%u = f32[64,128]{1,0:T(8,128)S(1)} dynamic-update-slice(%far, %a, %i, %i)": ROW,
     "%s = f32[8,128]{1,0:T(8,128)} dynamic-slice(%b, %i, %i)": 2 * ROW,
     # Channels of 3 are padded to 8 and images of 100 to 128: what the memory holds.
     "%c = bf16[100,4,3]{0,2,1:T(8,128)(2,1)} convert(%near)": 2 * 128 * 4 * 8,
