@@ -25,7 +25,7 @@ from maknet_jax import console, files, workdir
 from maknet_jax.cli import ending, options
 from maknet_jax.errors import InputError, Stopped
 from maknet_jax.model_table import PAGES
-from maknet_jax.training import sharding, state, step
+from maknet_jax.training import sharding, state
 
 LABELS = 115  # body parts of LesaNet's vocabulary
 EXAMPLES = 17_697  # training lesions of the paper
@@ -53,11 +53,18 @@ def parser(file, text):
 
 
 def parse(made, argv, *, full, quick):
-    """Parses; what was not given comes from `full`, or with --quick from `quick` where it is."""
+    """Parses; what was not given comes from `full`, or with --quick from `quick` where it is.
+
+    `extent` of the result is "quick", "full", or "partial" where another value than in `full` was
+    given.
+    """
     chosen = made.parse_args(argv)
+    chosen.extent = "quick" if chosen.quick else "full"
     for name, value in (full | quick if chosen.quick else full).items():
         if getattr(chosen, name) is None:
             setattr(chosen, name, value)
+        elif getattr(chosen, name) != value and not chosen.quick:
+            chosen.extent = "partial"
     chosen.began = _ticks()
     return chosen
 
@@ -184,21 +191,10 @@ class Network:
         self.state = sharding.put_state(mesh, made)
         self._key = sharding.put_state(mesh, jax.random.key(0))
         self._batch = sharding.put_batch(mesh, self.batch)
-        whole, rows = sharding.replicated(mesh), sharding.split(mesh)
-        self._train_step = jax.jit(
-            step.make_train_step(
-                model,
-                workdir.build_loss(
-                    self.config, self.label_counts, EXAMPLES, np.zeros((labels, labels), bool)
-                ),
-                optimizer,
-                to_input=workdir.to_input(self.config),
-                augment=workdir.to_noisy_input(self.config, mesh.size),
-            ),
-            in_shardings=(whole, rows, whole),
-            out_shardings=(whole, whole),
-            donate_argnums=0,
+        loss = workdir.build_loss(
+            self.config, self.label_counts, EXAMPLES, np.zeros((labels, labels), bool)
         )
+        self._train_step = workdir.jit_train(self.config, model, optimizer, loss, mesh)
         self._predict_step = workdir.jit_predict(self.config, model, mesh)
 
     def train(self):
@@ -271,7 +267,7 @@ def ratios(slow, fast):
 def shown(values, unit=""):
     """`spread` in a cell of a table."""
     ordered = (values[name] for name in ("median", "low", "high"))
-    median, low, high = (f"{v:,.0f}{unit}" if v >= 1000 else f"{v:.3g}{unit}" for v in ordered)
+    median, low, high = (f"{v:,.0f}{unit}" if v >= 999.5 else f"{v:.3g}{unit}" for v in ordered)
     return median if low == high else f"{median} ({low} to {high})"
 
 
@@ -297,8 +293,9 @@ def report(file, argv, chosen, header, rows, notes, results):
     if others is not None and others > 0.05:
         print(f"other work took {others:.0%} of the cores meanwhile: no numbers to quote")
     slug = re.sub(r"[^a-z0-9]+", "-", about["name"].lower()).strip("-")
-    quick = "-quick" if chosen.quick else ""  # never in the place of the real numbers
-    path = chosen.out or RESULTS / f"{name}{quick}-{slug}.json"
+    # Others than the full ones never go in their place.
+    extent = "" if chosen.extent == "full" else f"-{chosen.extent}"
+    path = chosen.out or RESULTS / f"{name}{extent}-{slug}.json"
     document = provenance(name) | {"device": about, "command": shlex.join(command)}
     files.write_json(path, document | {"settings": settings} | results)
     print(f"\nwritten: {path}")

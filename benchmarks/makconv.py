@@ -60,8 +60,8 @@ def main(argv=None):
         [
             f"{chosen.batch} images of {chosen.size} x {chosen.size} on one device; medians of "
             f"{chosen.repeats} turns (lowest to highest)",
-            "faster: how many times, than the full convolution or the first form of the block; "
-            "then than VGG16's convolution",
+            "faster: how many times, than the first row of the place and pass; then than VGG16's "
+            "convolution",
             "gradient: forward and gradient of input and weights, dense blocks in training mode",
         ],
         {"rows": rows},

@@ -42,7 +42,7 @@ def main(argv=None):
             timed, flops = _one_batch(chosen, precision, batch, latest)
             matmuls += timed.pop("matmul")
             rows += _rows(chosen, precision, batch, timed, latest)
-        peaks[precision] = flops / min(matmuls)
+        peaks[precision] = jax.device_count() * flops / min(matmuls)
     for row in rows:
         flops = _flops(row["network"], chosen.size)
         row["peak_share"] = None
@@ -59,7 +59,7 @@ def main(argv=None):
         [
             f"{chosen.size} x {chosen.size} pixels, {jax.device_count()} device(s); medians of "
             f"{chosen.repeats} turns (lowest to highest)",
-            "matmul peak: "
+            "matmul peak of all devices, each by itself: "
             + ", ".join(f"{peak / 1e9:,.0f} GFLOP/s {name}" for name, peak in peaks.items()),
             "FLOPs of the peak's share: convolutions and dense layers, MAKConv as four "
             "convolutions, a training step as three forwards",

@@ -55,7 +55,7 @@ def main(argv=None):
         folder = pathlib.Path(folder)
         data_of(folder / "data", chosen.size, 8)
 
-        def start(cache, number):
+        def start(cache, number, goes_on=False):
             changes = [f"data.path={folder / 'data'}", f"data.size={chosen.size}", "epochs=2.0",
                        "data.batch_size=8", "evaluate_every=99"]  # fmt: skip
             done = subprocess.run(
@@ -66,13 +66,16 @@ def main(argv=None):
             )
             if done.returncode:
                 raise RuntimeError(f"a start failed:\n{done.stderr}")
-            return json.loads(done.stdout.splitlines()[-1])
+            taken = json.loads(done.stdout.splitlines()[-1])
+            if taken["stopped"] == goes_on:  # it made both steps before the signal came, or neither
+                raise RuntimeError(f"a start made not one step but another number: {taken}")
+            return taken
 
         start(folder / "kept", "first")
         for turn in range(chosen.repeats):
             found["cold"].append(start(folder / f"empty-{turn}", f"cold-{turn}"))
             found["warm"].append(start(folder / "kept", f"warm-{turn}"))
-            found["restarted"].append(start(folder / "kept", f"warm-{turn}"))
+            found["restarted"].append(start(folder / "kept", f"warm-{turn}", goes_on=True))
     names = ("imports", "compile", "longest", "first_step")
     rows = [
         [kind, *(harness.shown(harness.spread([one[name] for one in ones])) for name in names)]
@@ -87,7 +90,8 @@ def main(argv=None):
     }  # fmt: skip
     notes = [
         "seconds; first step: from the imports' end to one update done and saved (reading, making "
-        "or restoring the state, compiling or loading programs, checkpoint)",
+        "or restoring the state, compiling or loading programs, checkpoint); the restarted one is "
+        "the last of its training, whose end it holds too",
         *(f"{kind} over cold: {harness.shown(share)}" for kind, share in shares.items()),
         f"aim: at most 0.25; {chosen.config} at {chosen.size} x {chosen.size}, batch 8",
     ]

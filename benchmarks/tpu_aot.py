@@ -14,6 +14,7 @@ loop's body once, so those of the student's augmentation are too low; HBM bytes 
 
 import functools
 import importlib.util
+import math
 import os
 import time
 
@@ -33,9 +34,10 @@ import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from maknet_jax import config as configs  # noqa: E402
-from maknet_jax import models, workdir  # noqa: E402
+from maknet_jax import workdir  # noqa: E402
 from maknet_jax.errors import InputError  # noqa: E402
-from maknet_jax.training import sharding, state, step  # noqa: E402
+from maknet_jax.models import layers  # noqa: E402
+from maknet_jax.training import sharding, state  # noqa: E402
 
 BEST = ("roofline_seconds", "xla_roofline_seconds", "hbm_bytes")  # the least of each, an image
 KINDS = ("train", "student", "predict", "shear", "gather")
@@ -96,51 +98,37 @@ def compile_step(network, kind, batch, topology, *, size, form):
 
 def _lower(network, kind, batch, devices, size, form):
     """The step of `compile_step` as StableHLO for `devices`, which need not be here."""
-    mesh = sharding.data_mesh(devices)
-    page = configs.load(harness.page_of(network)[1], ["precision=bfloat16"])
-    options = page.model.options.to_dict() | ({"form": form} if network == "maknet" else {})
-    model = models.build(page.model.name, harness.LABELS, dtype=jnp.bfloat16, **options)
-    optimizer = workdir.build_optimizer(page, 1000)
-    like = state.shapes(model, optimizer, size=size)
+    changes = [f"model.options.form={form}"] if network == "maknet" else []
+    page = configs.load(harness.page_of(network)[1], ["precision=bfloat16", *changes])
+    if kind in ("student", "shear", "gather"):
+        page.augment = configs.load("student").augment
+    mesh, rows_of = sharding.data_mesh(devices), batch * len(devices)
     whole, rows = sharding.replicated(mesh), sharding.split(mesh)
-    rows_of = batch * len(devices)
 
-    def array(shape, dtype, where):
+    def array(shape, dtype, where=rows):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     def everywhere(tree):
         return jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype, whole), tree)
 
-    images = array((rows_of, size, size, 3), jnp.int16, rows)
-    noise = None
-    if kind in ("student", "shear", "gather"):
-        page.augment = configs.load("student").augment
-        rotation = "gather" if kind == "gather" else "shear"
-        noise = workdir.to_noisy_input(page, len(devices), form=rotation)
-    if kind in ("train", "student"):
-        labels = array((rows_of, harness.LABELS), jnp.float32, rows)
-        batches = {"image": images, "labels": labels, "label_mask": labels}
-        batches["weight"] = array((rows_of,), jnp.float32, rows)
-        batches["index"] = array((rows_of,), jnp.int32, rows)
-        one = step.make_train_step(
-            model,
-            workdir.build_loss(page, np.arange(1, harness.LABELS + 1) * 20, harness.EXAMPLES),
-            optimizer,
-            to_input=workdir.to_input(page),
-            augment=noise,
-        )
-        jitted = jax.jit(one, out_shardings=(whole, whole), donate_argnums=0)
-        key = everywhere(jax.eval_shape(lambda: jax.random.key(0)))
-        arguments = (everywhere(like), batches, key)
-    elif kind in ("shear", "gather"):
+    images = array((rows_of, size, size, 3), jnp.int16)
+    if kind in ("shear", "gather"):
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows_of))
-        jitted = jax.jit(noise, out_shardings=rows)
-        arguments = (images, array(keys.shape, keys.dtype, rows))
-    else:
-        one = step.make_predict_step(model, to_input=workdir.to_input(page))
-        jitted = jax.jit(one, out_shardings=rows)
-        arguments = (everywhere(like.variables), images)
-    return jitted.lower(*arguments)
+        noise = workdir.to_noisy_input(page, mesh.size, form=kind)
+        return jax.jit(noise, out_shardings=rows).lower(images, array(keys.shape, keys.dtype))
+    model = workdir.build_model(page, harness.LABELS)
+    optimizer = workdir.build_optimizer(page, 1000)
+    like = everywhere(state.shapes(model, optimizer, size=size))
+    if kind == "predict":
+        return workdir.jit_predict(page, model, mesh).lower(like.variables, images, None)
+    labels = array((rows_of, harness.LABELS), jnp.float32)
+    batches = {"image": images, "labels": labels, "label_mask": labels}
+    batches |= {"weight": array((rows_of,), jnp.float32), "index": array((rows_of,), jnp.int32)}
+    counts = np.arange(1, harness.LABELS + 1) * 20
+    loss = workdir.build_loss(page, counts, harness.EXAMPLES)
+    key = everywhere(jax.eval_shape(lambda: jax.random.key(0)))
+    train = workdir.jit_train(page, model, optimizer, loss, mesh, rotation="shear")
+    return train.lower(like, batches, key)
 
 
 def largest_batch(found, memory):
@@ -151,21 +139,47 @@ def largest_batch(found, memory):
 
 
 def confirm(compile_at, found, memory):
-    """(batch, bytes) of the first batch that fits when it is compiled, from `largest_batch` down.
+    """(batch, bytes) of the largest batch that fits, compiled: above it 8 more do not, by the line.
+
+    Memory is no straight line, so the line is drawn anew through what was compiled, until it ends
+    at a batch that fits; where the compiler refuses a batch, half the way to it is tried.
 
     Args:
       compile_at: a batch -> its row, or None where the compiler refuses it.
       found: batch -> row of two at least.
       memory: bytes of a chip.
     """
-    batch = largest_batch(found, memory)
-    while not (row := compile_at(batch)) or row["memory"] > memory:
-        if row:
-            found = found | {batch: row}
-            batch = min(batch - 8, largest_batch(found, memory))
+    found, fits, too_many = dict(found), 0, math.inf
+    for batch, row in found.items():
+        if row["memory"] <= memory:
+            fits = max(fits, batch)
         else:
-            batch = batch * 7 // 8 // 8 * 8
-    return batch, row["memory"]
+            too_many = min(too_many, batch)
+    while True:
+        batch = largest_batch(found, memory)
+        if batch >= too_many:
+            batch = (fits + too_many) // 16 * 8
+        if batch <= fits:
+            return fits, found[fits]["memory"] if fits else 0
+        if row := compile_at(batch):
+            found[batch] = row
+        if row and row["memory"] <= memory:
+            fits = batch
+        else:
+            too_many = batch
+
+
+def compare(slow, fast):
+    """{quantity: how many times `fast` is below `slow`, an image}, at the best of common batches.
+
+    Args: both: batch -> row. Where they have no batch in common, the result is empty.
+    """
+    common = slow.keys() & fast.keys()
+
+    def least(rows, name):
+        return min(rows[batch][name] / batch for batch in common)
+
+    return {name: least(slow, name) / least(fast, name) for name in BEST} if common else {}
 
 
 def main(argv=None):
@@ -190,6 +204,8 @@ def main(argv=None):
     for name, known in (("networks", full["networks"]), ("kinds", KINDS)):
         for unknown in set(getattr(chosen, name)) - set(known):
             raise InputError(f"--{name} {unknown!r} is unknown: choose of {', '.join(known)}")
+    if chosen.form not in layers.FORMS:  # "auto" would be that of this machine
+        raise InputError(f"--form {chosen.form!r} is unknown: choose of {', '.join(layers.FORMS)}")
     if not importlib.util.find_spec("libtpu"):
         raise InputError("no libtpu: pip install 'maknet-jax[tpu]', or .[tpu] in a clone")
     for topology in chosen.topologies:
@@ -226,7 +242,7 @@ def main(argv=None):
         return row
 
     notes = []
-    best = {}
+    measured = {}
     for topology in chosen.topologies:
         memory = CHIPS[topology.partition(":")[0]][2]
         for kind in chosen.kinds:
@@ -235,9 +251,7 @@ def main(argv=None):
                 found = {batch: row for batch, row in found.items() if row}
                 if not found:
                     continue
-                best[topology, kind, network] = {
-                    name: min(row[name] / b for b, row in found.items()) for name in BEST
-                }
+                measured[topology, kind, network] = found
                 if len(found) > 1:
                     fits = largest_batch(found, memory)
                     notes.append(f"{network}, {kind}, {topology}: {fits} images should fit a chip")
@@ -245,18 +259,17 @@ def main(argv=None):
                         compile_at = functools.partial(measure, network, topology, kind)
                         fits, used = confirm(compile_at, found, memory)
                         notes[-1] += f"; compiled, {fits} need {used / 1e9:.2f} GB"
-    for (topology, kind, network), least in best.items():
-        without = best.get((topology, "train", network))
-        if kind == "student" and without:
-            share = {name: 1 - without[name] / least[name] for name in BEST}
+    for (topology, kind, network), found in measured.items():
+        without = measured.get((topology, "train", network), {})
+        if kind == "student" and (both := compare(found, without)):
+            share = {name: 1 - 1 / ratio for name, ratio in both.items()}
             notes.append(
                 f"{network}, {topology}: the augmentation is {share['hbm_bytes']:.1%} of the HBM "
                 f"bytes of the student's training step, {share['roofline_seconds']:.1%} of its "
                 "roofline's time (aim: below 10 %)"
             )
-        other = best.get((topology, kind, "vgg16"))
-        if network != "vgg16" and other:
-            ratio = {name: other[name] / least[name] for name in BEST}
+        other = measured.get((topology, kind, "vgg16"), {})
+        if network != "vgg16" and (ratio := compare(other, found)):
             notes.append(
                 f"{network}, {kind}, {topology}: VGG16's roofline time an image is "
                 f"{ratio['roofline_seconds']:.2f} times as long, by XLA's bytes "

@@ -182,20 +182,7 @@ class _Run:
         place, start = self._start_from(dataset.vocabulary)
         self.create = functools.partial(state.create, model, optimizer, place=place, **keeps)
         self.parameters = int(parameter_overview.count_parameters(self.shapes.params))
-        whole, rows = sharding.replicated(mesh), sharding.split(mesh)
-        self.train_step = jax.jit(
-            step.make_train_step(
-                model,
-                loss,
-                optimizer,
-                to_input=workdir.to_input(config),
-                augment=workdir.to_noisy_input(config, mesh.size),
-                ema_decay=config.ema_decay,
-            ),
-            in_shardings=(whole, rows, whole),
-            out_shardings=(whole, whole),
-            donate_argnums=0,
-        )
+        self.train_step = workdir.jit_train(config, model, optimizer, loss, mesh)
         self.evaluator = None
         if dataset.info["splits"].get(config.data.val_split, {"count": 0})["count"]:
             self.evaluator = Evaluator(

@@ -153,6 +153,28 @@ class Run:
         return make_predict(self.predict_step, self.mesh)
 
 
+def jit_train(config, model, optimizer, loss, mesh, *, rotation="auto"):
+    """The training step of a config jitted over the mesh; the state that it is given is used up.
+
+    `rotation` is the form of the augmentation, see `augment.make_augment`.
+    """
+    whole, rows = sharding.replicated(mesh), sharding.split(mesh)
+    train_step = step.make_train_step(
+        model,
+        loss,
+        optimizer,
+        to_input=to_input(config),
+        augment=to_noisy_input(config, mesh.size, form=rotation),
+        ema_decay=config.ema_decay,
+    )
+    return jax.jit(
+        train_step,
+        in_shardings=(whole, rows, whole),
+        out_shardings=(whole, whole),
+        donate_argnums=0,
+    )
+
+
 def jit_predict(config, model, mesh):
     """The prediction step jitted over the mesh; without boxes pass None."""
     return jax.jit(
