@@ -1,6 +1,7 @@
 """MAKConv in each of its forms beside full convolutions, at the shapes of the network's blocks.
 
-    python benchmarks/makconv.py [--precision float32,bfloat16] [--batch 8] [--quick]
+    python benchmarks/makconv.py --quick    # the layers in small, under a minute
+    python benchmarks/makconv.py [--precision float32,bfloat16] [--batch 8]
 
 Layers: the one in the middle of each dense block as MAKConv and as a full k x k convolution of the
 same channels, the last convolution of VGG16 at the same resolution, and the block's 1 x 1

@@ -1,6 +1,6 @@
 """A linear model on 32 x 32 pixels: what the networks must beat. The smoke recipe, another model.
 
-maknet train --config linear --workdir runs/linear --config.data.path=shards/phantom
+maknet train --config linear --workdir runs/linear --config.data.path=demo/shards
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ def get_config():
             "epochs": 100.0,
             "precision": "auto",
             "data": {
-                "path": "shards/phantom",
+                "path": "demo/shards",
                 "train_split": "train",
                 "val_split": "val",
                 "size": 96,  # pixels

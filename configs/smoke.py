@@ -1,8 +1,9 @@
 """The teacher in small, for the phantom and for tests: 96 x 96, a narrower MAKNet, minutes on CPU.
 
-    maknet train --config smoke --workdir runs/smoke --config.data.path=shards/phantom
+    maknet train --config smoke --workdir runs/smoke --config.data.path=demo/shards
 
-Expect the numbers of the README from 100 phantom patients. It reproduces nothing of the paper.
+Its default data are those of `make demo`, where the README says what to expect. It reproduces
+nothing of the paper.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +17,7 @@ def get_config():
             "epochs": 20.0,
             "precision": "auto",
             "data": {
-                "path": "shards/phantom",
+                "path": "demo/shards",
                 "train_split": "train",
                 "val_split": "val",
                 "size": 96,  # pixels

@@ -1,8 +1,8 @@
 """The noisy student in small: the smoke page with the student's noise and pseudo-labels.
 
     maknet noisy-student --config noisy_student --workdir runs/ns --config.teacher=smoke \\
-        --config.student=smoke_student --config.labelled=shards/phantom \\
-        --config.unlabelled=shards/ct
+        --config.student=smoke_student --config.labelled=demo/shards \\
+        --config.unlabelled=demo/unlabelled
 
 It shows on the phantom that the rounds work, and what they bring there: see the README.
 """
@@ -18,7 +18,7 @@ def get_config():
             "epochs": 40.0,
             "precision": "auto",
             "data": {
-                "path": "shards/phantom",
+                "path": "demo/shards",
                 "train_split": "train",
                 "val_split": "val",
                 "size": 96,  # pixels

@@ -86,7 +86,7 @@ def demo(out, *, seed=0, workers=1):
     )
     print(
         f"A generated phantom at {size} x {size}, blocks {network.blocks}, widths "
-        f"{network.widths}: it shows that the chain works, not how good the paper's network is."
+        f"{network.widths}:\nit shows that the chain works, not how good the paper's network is."
     )
     print(f"{minutes:.1f} minutes. Look at:")
     for path, what in (

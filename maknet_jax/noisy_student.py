@@ -56,7 +56,7 @@ def noisy_student(config, folder):
     with console.Log(folder / "log.jsonl" if main else None) as log:
         for number, page in enumerate(pages):
             if number:
-                log.say(f"round {number} of {config.rounds}: round {number - 1} labels")
+                log.say(f"round {number} of {config.rounds}: pseudo-labels by round {number - 1}")
                 pseudo_label.pseudo_label(
                     folder / f"round-{number - 1}",
                     config.unlabelled,

@@ -112,7 +112,7 @@ def pseudo_label(
             log.say(
                 f"{about['kept']:,} of {about['images']:,} images kept "
                 f"{about['labels_given']:,} labels, {about['dropped']:,} kept none; "
-                f"{about['close']:,} within {tallies.close} of another choice",
+                f"{about['close']:,} would choose others if scores changed by {tallies.close}",
                 event="pseudo-labelled",
             )
         sharding.wait_for_all("summed up")

@@ -1,11 +1,12 @@
 """The command line: exit codes, one line an error, help with an example."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 
-from maknet_jax import cli
+from maknet_jax import cli, config
 
 VERBS = (
     ["demo"],
@@ -81,6 +82,12 @@ def test_a_process_number_that_is_none_is_one_line(capsys, monkeypatch, tmp_path
     code, _, err = run(capsys, *argv)
     assert code == 2
     assert "'two'" in err and "JAX_NUM_PROCESSES" in err and err.count("\n") == 1
+
+
+def test_train_names_every_page_that_it_takes(capsys):
+    pages = {page.stem for page in config.folder().glob("[!_]*.py")} - {"noisy_student"}
+    _, out, _ = run(capsys, "train", "--help")
+    assert pages and pages <= set(re.findall(r"\w+", out.partition("--config CONFIG")[2]))
 
 
 def test_size_must_suit_the_networks(capsys, tmp_path, phantom):

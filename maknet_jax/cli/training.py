@@ -66,8 +66,9 @@ def _train(verbs):
     verb.add_argument(
         "--config",
         required=True,
-        help="teacher (the paper's), smoke (small) or linear (a baseline), or a .py file; each "
-        "field that it shows can be changed",
+        help="a page: teacher, vgg16 or resnet18 (table 1), student (table 2), vgg16_pretrain or "
+        "lesanet (table 3), finetune, body_order, smoke, smoke_student or linear (small), or a .py "
+        "file; each field that it shows can be changed",
     )
     verb.add_argument("--workdir", required=True, help="folder of the run")
     options.distributed(verb)
@@ -81,7 +82,9 @@ def _run_train(chosen):
     page = config.load(chosen.config, chosen.overrides)
     summary = train.train(page, chosen.workdir)
     val = summary["best_val_auc"]
-    shown = "no validation AUC" if val is None else f"best validation AUC {val:.4f}"
+    shown = "no validation AUC"
+    if val is not None:
+        shown = f"best validation AUC {val:.4f} at step {summary['best_step']}, in best/"
     print(f"{summary['steps']} steps done, {shown}; {chosen.workdir}/summary.json")
 
 

@@ -25,7 +25,7 @@ def read_salt(path, *, log):
     if not path.exists():
         with files.write_whole(path, private=True) as file:
             file.write(secrets.token_hex(32) + "\n")
-        log.say(f"made the salt {path}: keep it, the same ids need it again")
+        log.say(f"made {path}, the salt of the pseudonyms: keep it, for the same ones again")
     salt = path.read_text(encoding="utf-8").strip()
     if len(salt) < 16:
         raise InputError(f"salt file {path} holds {len(salt)} characters: 16 at least")

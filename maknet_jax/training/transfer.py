@@ -122,4 +122,4 @@ def read_safetensors(path):
             f"python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('{path}', "
             f"weights_only=True), '{path.with_suffix('.safetensors')}')\""
         )
-    raise InputError(f"{path} is no whole safetensors file ({reason}): fetch it again")
+    raise InputError(f"{path} is no whole safetensors file ({reason}): give one, or fetch it again")
