@@ -132,8 +132,13 @@ def _lower(network, kind, batch, devices, size, form):
 
 
 def largest_batch(found, memory):
-    """The largest multiple of 8 that fits, on the line through the two largest batches."""
+    """The largest multiple of 8 that fits, on the line through the two largest batches.
+
+    Where the larger needs no more than the smaller, as XLA's layouts may have it: twice the larger.
+    """
     (low, a), (high, b) = sorted((batch, row["memory"]) for batch, row in found.items())[-2:]
+    if b <= a:
+        return 2 * high // 8 * 8
     slope = (b - a) / (high - low)
     return int((memory - a) / slope + low) // 8 * 8
 

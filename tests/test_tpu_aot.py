@@ -39,6 +39,8 @@ def test_the_largest_batch_of_a_tpu(program):
     # Or less: then the next line leads further, until it ends within 8 images.
     assert confirm({64: 5.8e9, 104: 7.8e9}) == (104, 7.8e9)
     assert asked == [64, 104]
+    # 64 need less than 32 do: the line falls, and leads nowhere.
+    assert confirm({64: 4e9, 128: 7.9e9}) == (128, 7.9e9)
     assert confirm({8: None}, {16: {"memory": 9e9}, 32: {"memory": 17e9}}) == (0, 0)
 
 
