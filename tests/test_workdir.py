@@ -2,13 +2,15 @@
 
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
 
-from maknet_jax import train, workdir
+from maknet_jax import config, train, workdir
 from maknet_jax.errors import InputError
+from maknet_jax.training import sharding, state
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,33 @@ def test_the_learning_rate_falls_from_where_it_should(data):
     )
     with pytest.raises(InputError, match=r"decay_from 1\.5"):
         workdir.build_optimizer(toy.config(data, "linear", {"optimizer.decay_from": 1.5}), 40)
+
+
+def test_the_jitted_step_keeps_the_average_and_rotates_as_asked():
+    changes = ["augment.rotation_probability=1.0", "ema_decay=0.75", "data.size=32"]
+    page = config.load("linear", changes)
+    model, optimizer = workdir.build_model(page, 4), workdir.build_optimizer(page, 10)
+    loss = workdir.build_loss(page, np.full(4, 5), 10)
+    mesh = sharding.data_mesh()
+
+    def step(rotation):
+        return workdir.jit_train(page, model, optimizer, loss, mesh, rotation=rotation)
+
+    ones = np.ones((8, 4), np.float32)
+    batch = {"image": np.zeros((8, 32, 32, 3), np.int16), "labels": ones, "label_mask": ones}
+    batch |= {"weight": np.ones(8, np.float32), "index": np.arange(8, dtype=np.int32)}
+    first = state.create(model, optimizer, size=32, seed=0, ema=True)
+    before = jax.tree.map(np.array, first.params)
+    given = (sharding.put_state(mesh, first), sharding.put_batch(mesh, batch), jax.random.key(0))
+    for rotation in ("gather", "shear"):
+        text = step(rotation).lower(*given).as_text()
+        assert ("stablehlo.gather" in text) == (rotation == "gather")
+    after, _ = step("gather")(*given)
+    assert given[0].step.is_deleted()
+    for old, new, average in zip(
+        *map(jax.tree.leaves, (before, after.params, after.ema["params"])), strict=True
+    ):
+        np.testing.assert_allclose(average, 0.75 * old + 0.25 * new, rtol=1e-5, atol=1e-7)
 
 
 def test_a_folder_that_is_no_run_cannot_be_opened(data, tmp_path, monkeypatch):
