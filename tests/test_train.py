@@ -308,10 +308,14 @@ def lines_of(run):
 
 def test_the_augmentation_knows_over_how_many_devices_the_images_lie(data, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(workdir, "to_noisy_input", lambda config, devices: asked.append(devices))
+
+    def to_noisy_input(config, devices, form):
+        asked.append((devices, form))
+
+    monkeypatch.setattr(workdir, "to_noisy_input", to_noisy_input)
     page = toy.config(data, "linear", {"epochs": 0.1})
     train.train(page, tmp_path / "run", devices=jax.devices()[:2])
-    assert asked == [2]
+    assert asked == [(2, "auto")]
 
 
 def test_a_signal_may_come_while_rich_is_at_work(monkeypatch, capfd):
