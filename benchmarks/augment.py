@@ -16,7 +16,7 @@ from maknet_jax.data import augment
 from maknet_jax.errors import InputError
 from maknet_jax.training import sharding
 
-FORMS = ("gather", "shear")
+STEP = "training step"
 
 
 def main(argv=None):
@@ -37,10 +37,10 @@ def main(argv=None):
     images = jax.random.uniform(jax.random.key(0), shape, jnp.float32)
     keys = jax.random.split(jax.random.key(1), chosen.batch)
     images, keys = jax.device_put((images, keys), sharding.split(mesh))
-    calls = {"training step": network.train}
-    for form in FORMS:
+    calls = {STEP: network.train}
+    for form in ("gather", "shear"):
         noise = jax.jit(augment.make_augment(**page, form=form, devices=mesh.size))
-        calls[form] = lambda noise=noise: noise(images, keys)
+        calls[f"augmentation, {form}"] = lambda noise=noise: noise(images, keys)
     timers = {
         name: harness.timer(lambda count, call=call: harness.elapsed(call, count))
         for name, call in calls.items()
@@ -48,14 +48,13 @@ def main(argv=None):
     seconds = harness.take_turns(timers, chosen.repeats)
     rows, results = [], []
     for name, values in seconds.items():
-        row = {"what": name}
-        row["ms_per_image"] = harness.spread([1e3 * value / chosen.batch for value in values])
-        if name in FORMS:
-            both = [a + b for a, b in zip(values, seconds["training step"], strict=True)]
+        per_image = harness.spread([1e3 * value / chosen.batch for value in values])
+        row, share = {"what": name, "ms_per_image": per_image}, ""
+        if name != STEP:
+            both = [a + b for a, b in zip(values, seconds[STEP], strict=True)]
             row["share_of_step"] = harness.ratios(values, both)
-        share = f"{row['share_of_step']['median']:.1%}" if name in FORMS else ""
-        title = f"augmentation, {name}" if name in FORMS else name
-        rows.append([title, harness.shown(row["ms_per_image"]), share])
+            share = f"{row['share_of_step']['median']:.1%}"
+        rows.append([name, harness.shown(per_image), share])
         results.append(row)
     notes = [
         f"{chosen.network} at {chosen.size} x {chosen.size}, batch {chosen.batch}, {precision}; "

@@ -136,7 +136,8 @@ def largest_batch(found, memory):
 
     Where the larger needs no more than the smaller, as XLA's layouts may have it: twice the larger.
     """
-    (low, a), (high, b) = sorted((batch, row["memory"]) for batch, row in found.items())[-2:]
+    compiled = ((b, row["memory"]) for b, row in found.items() if row["memory"] < math.inf)
+    (low, a), (high, b) = sorted(compiled)[-2:]
     if b <= a:
         return 2 * high // 8 * 8
     slope = (b - a) / (high - low)
@@ -154,24 +155,16 @@ def confirm(compile_at, found, memory):
       found: batch -> row of two at least.
       memory: bytes of a chip.
     """
-    found, fits, too_many = dict(found), 0, math.inf
-    for batch, row in found.items():
-        if row["memory"] <= memory:
-            fits = max(fits, batch)
-        else:
-            too_many = min(too_many, batch)
+    found = dict(found)
     while True:
+        fits = max((b for b, row in found.items() if row["memory"] <= memory), default=0)
+        too_many = min((b for b, row in found.items() if row["memory"] > memory), default=math.inf)
         batch = largest_batch(found, memory)
         if batch >= too_many:
             batch = (fits + too_many) // 16 * 8
         if batch <= fits:
             return fits, found[fits]["memory"] if fits else 0
-        if row := compile_at(batch):
-            found[batch] = row
-        if row and row["memory"] <= memory:
-            fits = batch
-        else:
-            too_many = batch
+        found[batch] = compile_at(batch) or {"memory": math.inf}
 
 
 def compare(slow, fast):
