@@ -20,28 +20,35 @@ import jax.numpy as jnp
 import numpy as np
 
 import maknet_jax
-from maknet_jax import config as configs
-from maknet_jax import console, files, workdir
-from maknet_jax.cli import ending, options
+from maknet_jax import console, files
+from maknet_jax.cli import exit_codes, options
 from maknet_jax.errors import InputError, Stopped
 from maknet_jax.model_table import PAGES
+from maknet_jax.runs import config as configs
+from maknet_jax.runs import workdir
 from maknet_jax.training import sharding, state
 
 LABELS = 115  # body parts of LesaNet's vocabulary
 EXAMPLES = 17_697  # training lesions of the paper
-RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+HERE = pathlib.Path(__file__).resolve().parent
+RESULTS = HERE / "results"
 
 
 def run(main):
     """Runs a benchmark as a command, with the exit codes of `maknet`; programs are cached."""
     options.start_jax()
-    sys.exit(ending.exit_code(f"benchmarks/{pathlib.Path(sys.argv[0]).name}", main))
+    sys.exit(exit_codes.exit_code(f"benchmarks/{pathlib.Path(sys.argv[0]).name}", main))
+
+
+def _shown(file):
+    """The path of a benchmark in the repository, as a user types it."""
+    return pathlib.Path(file).resolve().relative_to(HERE.parent).as_posix()
 
 
 def parser(file, text):
     """A parser with the options that every benchmark has; `file` is the benchmark's __file__."""
     result = options.Parser(
-        prog=f"benchmarks/{pathlib.Path(file).name}",
+        prog=_shown(file),
         description=text,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -286,7 +293,7 @@ def report(file, argv, chosen, header, rows, notes, results):
     settings = {key: value for key, value in vars(chosen).items() if key != "out"}
     others = _others_share(settings.pop("began"))
     name, about = pathlib.Path(file).stem, device() | {"share_of_other_work": others}
-    command = ["python", f"benchmarks/{name}.py", *(sys.argv[1:] if argv is None else argv)]
+    command = ["python", _shown(file), *(sys.argv[1:] if argv is None else argv)]
     print(f"{name} on {about['name']}, jax {jax.__version__}, Python {platform.python_version()}\n")
     print(console.format_table(header, rows))
     print("\n" + "\n".join(notes))

@@ -1,6 +1,6 @@
 """Where in the body a slice lies, learned from a few slices whose order is known.
 
-    python benchmarks/body_order.py --table FOLDER slices.csv   # names hold ranks, neck to thigh
+    python benchmarks/experiments/body_order.py --table FOLDER slices.csv
     maknet prepare table slices.csv --out shards/slices --size 64 --png-window=-175,275
     maknet train --config body_order --workdir runs/slices --config.data.path=shards/slices
     maknet predict OTHER --workdir runs/slices --png-window=-175,275 --json --out slices.csv
@@ -8,7 +8,7 @@
 Label k says that the slice lies beyond threshold k of 19; the mean of the confidences is the
 position, 0 to 1. The same in one command, with a CSV of positions:
 
-    python benchmarks/body_order.py --train FOLDER --predict OTHER --out positions.csv
+    python benchmarks/experiments/body_order.py --train FOLDER --predict OTHER --out positions.csv
 
 Expect Spearman 0.90 as the mean of five folds by patient (0.59 to 1.0), 0.86 over all slices: a
 slice at the shoulders of which there is one only is taken for hips.

@@ -6,11 +6,12 @@ import jax
 import numpy as np
 from PIL import Image
 
-from maknet_jax import cases as selection
-from maknet_jax import console, files, workdir
-from maknet_jax.attribution import faithfulness, overlay, page, perturbation
+from maknet_jax import console, files
+from maknet_jax.attribution import faithfulness, perturbation
 from maknet_jax.attribution import integrated_gradients as ig
-from maknet_jax.data import contact_sheet
+from maknet_jax.explain import selection
+from maknet_jax.figures import contact_sheet, overlay, page
+from maknet_jax.runs import workdir
 
 SHARES = np.linspace(0, 1, 21)  # of the pixels, for deletion and insertion
 AREAS = ("deletion", "insertion", "random deletion", "random insertion")

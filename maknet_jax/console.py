@@ -117,6 +117,12 @@ def format_table(header, rows):
     return "\n".join(lines)
 
 
+def format_interval(values, digits=3):
+    """A (mean, low, high) as text; low equals high where there is no interval."""
+    mean, low, high = (f"{value:.{digits}f}" for value in values)
+    return f"{mean} ({low} to {high})" if values[1] < values[2] else f"{mean} (no interval)"
+
+
 def markdown_table(header, rows):
     """A table in Markdown, numbers to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]

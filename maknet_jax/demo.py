@@ -3,9 +3,18 @@
 import pathlib
 import time
 
-from maknet_jax import config as configs
-from maknet_jax import console, evaluate, files, noisy_student, predict, prepare, report, train
-from maknet_jax.data import phantom
+from maknet_jax import (
+    console,
+    evaluate,
+    files,
+    noisy_student,
+    phantom,
+    predict,
+    prepare,
+    report,
+    train,
+)
+from maknet_jax.runs import config as configs
 
 # The phantom as the demo uses it: about 430 training images, minutes on two cores.
 PHANTOM = {"patients": 100, "unlabelled_volumes": 12, "size": 128, "lesions_per_patient": 6}

@@ -5,10 +5,11 @@ import pathlib
 import jax
 import numpy as np
 
-from maknet_jax import console, files, workdir
+from maknet_jax import console, files
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation.evaluator import Evaluator
+from maknet_jax.runs import workdir
 
 DEFAULT_SPLITS = ("test", "hand")
 # How many training examples a label has: LesaNet's three groups.

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from maknet_jax import config as configs
 from maknet_jax import console, files, models
 from maknet_jax.errors import InputError
 from maknet_jax.models.layers import ConvNorm, MAKConv
+from maknet_jax.runs import config as configs
 
 PAGES = {"maknet": "teacher", "vgg16": "vgg16", "resnet18": "resnet18"}
 PAPER_MILLIONS = {"maknet": 4.50, "vgg16": 14.78, "resnet18": 11.25}  # table 1

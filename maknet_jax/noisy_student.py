@@ -13,10 +13,12 @@ import pathlib
 
 import jax
 
-from maknet_jax import charts, console, evaluate, files, pseudo_label, train, workdir
-from maknet_jax import config as configs
+from maknet_jax import console, evaluate, files, pseudo_label, train
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
+from maknet_jax.figures import charts
+from maknet_jax.runs import config as configs
+from maknet_jax.runs import workdir
 from maknet_jax.training import sharding
 
 FREE = ("rounds", "labelled", "unlabelled")  # what may differ when the rounds go on

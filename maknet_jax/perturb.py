@@ -8,12 +8,14 @@ import jax
 import numpy as np
 from PIL import Image
 
-from maknet_jax import cases as selection
-from maknet_jax import console, files, workdir
-from maknet_jax.attribution import faithfulness, overlay, page, perturbation
+from maknet_jax import console, files
+from maknet_jax.attribution import faithfulness, perturbation
 from maknet_jax.attribution import integrated_gradients as ig
-from maknet_jax.data import contact_sheet, nifti, png
+from maknet_jax.ct import nifti, png
 from maknet_jax.errors import InputError, Rejected
+from maknet_jax.explain import selection
+from maknet_jax.figures import contact_sheet, overlay, page
+from maknet_jax.runs import workdir
 
 STRATEGIES = ("neighbour", "patch", "attribution", "random")
 COLUMNS = ("id", "model", "perturbed", "label", "truth", "before", "after", "rank_before",
@@ -364,7 +366,7 @@ def table(results):
     """(header, rows) of a summary's results: text."""
     rows = [
         [result["model"], result["strategy"], result["images"], result["groups"],
-         *(faithfulness.shown(result[name]) for name in ("fall", "stay"))]
+         *(console.format_interval(result[name]) for name in ("fall", "stay"))]
         for result in results
     ]  # fmt: skip
     header = ["network", "perturbed", "images", "patients or series", "confidence falls by",

@@ -5,11 +5,12 @@ import pathlib
 
 import numpy as np
 
-from maknet_jax import console, files, workdir
-from maknet_jax.charts import write_label_chart
-from maknet_jax.data import preprocess, volumes
+from maknet_jax import console, files
+from maknet_jax.ct import preprocess, volumes
 from maknet_jax.errors import InputError, Rejected
 from maknet_jax.evaluation import protocol
+from maknet_jax.figures.charts import write_label_chart
+from maknet_jax.runs import workdir
 
 SLICE_COLUMNS = ("series", "slice", "file", "labels", "confidences", "thresholds")
 SERIES_COLUMNS = ("series", "label", "first_slice", "last_slice", "slices", "mean_confidence")

@@ -6,19 +6,10 @@ import pathlib
 import numpy as np
 
 from maknet_jax import console, files
-from maknet_jax.data import (
-    contact_sheet,
-    deeplesion,
-    labels,
-    lesions,
-    preprocess,
-    pseudonym,
-    records,
-    shards,
-    table,
-    volumes,
-)
+from maknet_jax.ct import preprocess, pseudonym, volumes
+from maknet_jax.data import deeplesion, labels, lesions, records, shards, table
 from maknet_jax.errors import InputError, Rejected
+from maknet_jax.figures import contact_sheet
 
 _SHOWN = 24  # records on the contact sheet
 

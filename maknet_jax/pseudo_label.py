@@ -5,9 +5,11 @@ import pathlib
 import jax
 import numpy as np
 
-from maknet_jax import charts, console, files, workdir
+from maknet_jax import console, files
 from maknet_jax.data import pipeline, pseudo_labels, records
 from maknet_jax.errors import InputError
+from maknet_jax.figures import charts
+from maknet_jax.runs import workdir
 from maknet_jax.training import sharding, transfer
 
 # Thresholds of the sweep: what each of them would keep is counted beside the one that was used.

@@ -8,11 +8,13 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from maknet_jax import attribute, cases, charts, files, workdir
-from maknet_jax.attribution import overlay, page
+from maknet_jax import attribute, files
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation.evaluator import Evaluator
+from maknet_jax.explain import selection as cases
+from maknet_jax.figures import charts, overlay, page
+from maknet_jax.runs import workdir
 from maknet_jax.training import transfer
 
 METRICS = {"auc": "AUC", "f1": "F1", "precision": "precision", "recall": "recall",

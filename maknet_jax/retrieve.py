@@ -7,9 +7,12 @@ import pathlib
 import jax
 import numpy as np
 
-from maknet_jax import console, workdir
-from maknet_jax.data import contact_sheet, lesions, pipeline, records, volumes
+from maknet_jax import console
+from maknet_jax.ct import volumes
+from maknet_jax.data import lesions, pipeline, records
 from maknet_jax.errors import InputError, Rejected
+from maknet_jax.figures import contact_sheet
+from maknet_jax.runs import workdir
 from maknet_jax.training import sharding, step
 
 AROUND = 6  # neighbours of a DICOM slice: 2 mm of slices as thin as 0.4 mm

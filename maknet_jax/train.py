@@ -15,11 +15,12 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from maknet_jax import config as configs
-from maknet_jax import console, files, workdir
+from maknet_jax import console, files
 from maknet_jax.data import pipeline, pseudo_labels, records
 from maknet_jax.errors import InputError, Stopped
 from maknet_jax.evaluation.evaluator import Evaluator
+from maknet_jax.runs import config as configs
+from maknet_jax.runs import workdir
 from maknet_jax.training import checkpoint, log, sharding, state, step, transfer
 
 # What may differ when a run goes on: it changes no number.

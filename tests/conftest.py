@@ -1,7 +1,6 @@
 """What all tests share: eight simulated CPU devices, and the real data where it exists."""
 
 import os
-import pathlib
 
 # Before jax is imported: the sharding tests need eight devices on one machine.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -12,7 +11,7 @@ os.environ["XLA_FLAGS"] = (
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
+from benchmarks.real_data import DATA  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,15 +35,15 @@ def forget_programs():
 @pytest.fixture(scope="session")
 def shared_data():
     """The folder of real CT and label files; tests that need it are skipped without it."""
-    if not SHARED.is_dir():
-        pytest.skip(f"real CT not found at {SHARED}: see data/README.md")
-    return SHARED
+    if not DATA.is_dir():
+        pytest.skip(f"real CT not found at {DATA} (set MAKNET_SHARED): see data/README.md")
+    return DATA
 
 
 @pytest.fixture(scope="session")
 def phantom(tmp_path_factory):
     """A small phantom: the paths that `write_phantom` returns."""
-    from maknet_jax.data.phantom import write_phantom
+    from maknet_jax.phantom import write_phantom
 
     return write_phantom(
         tmp_path_factory.mktemp("phantom") / "phantom",
@@ -77,7 +76,8 @@ def shards(phantom, tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained(shards, tmp_path_factory):
     """The workdir of a tiny MAKNet after a few dozen steps; tests must not change its weights."""
-    from maknet_jax import config, train
+    from maknet_jax import train
+    from maknet_jax.runs import config
 
     folder = tmp_path_factory.mktemp("runs") / "trained"
     page = config.load(

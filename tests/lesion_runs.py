@@ -2,8 +2,8 @@
 
 import ml_collections
 
-from maknet_jax import config as configs
 from maknet_jax import prepare
+from maknet_jax.runs import config as configs
 
 TRUNK = {"stem": 16, "blocks": (1, 1, 1), "growth_rates": (16, 16, 16), "widths": (16, 24, 32)}
 

@@ -11,8 +11,8 @@ import pytest
 import toy
 from jax.experimental.compilation_cache import compilation_cache
 
-from maknet_jax import workdir
 from maknet_jax.data import pipeline
+from maknet_jax.runs import workdir
 from maknet_jax.training import checkpoint, state
 
 NOISE = {

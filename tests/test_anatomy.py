@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from maknet_jax.data import anatomy
+from maknet_jax.phantom import anatomy
 
 
 def test_organs_are_absent_as_often_as_asked():

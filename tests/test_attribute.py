@@ -14,11 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maknet_jax import attribute, cases, cli, config, train, workdir
-from maknet_jax.attribution import faithfulness, page, perturbation
+from maknet_jax import attribute, cli, train
+from maknet_jax.attribution import faithfulness, perturbation
 from maknet_jax.attribution import integrated_gradients as ig
-from maknet_jax.data import augment, volumes
+from maknet_jax.ct import volumes
 from maknet_jax.errors import InputError
+from maknet_jax.explain import selection as cases
+from maknet_jax.figures import page
+from maknet_jax.runs import config, workdir
+from maknet_jax.training import augment
 
 FEW = {"split": "test", "limit": 9, "steps": 6, "refine": 0}
 

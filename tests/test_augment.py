@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from maknet_jax.data import augment
 from maknet_jax.errors import InputError
+from maknet_jax.training import augment
 
 S = 32
 OFF = {

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maknet_jax import config, models, workdir
+from maknet_jax import models
+from maknet_jax.runs import config, workdir
 
 
 def shapes(name):

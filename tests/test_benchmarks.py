@@ -7,23 +7,20 @@ import statistics
 import sys
 import time
 
-import against_pytorch
-import attribution
-import augment
-import harness
 import jax
-import lesanet
-import makconv
-import networks
 import numpy as np
-import organs
 import pytest
-import startup
 
+from benchmarks import harness
+from benchmarks.experiments import organs
+from benchmarks.speed import against_captum as attribution
+from benchmarks.speed import against_pytorch, makconv, networks, startup
+from benchmarks.speed import augmentation as augment
+from benchmarks.speed import lesanet_against_pytorch as lesanet
 from maknet_jax.errors import InputError, Stopped
 from maknet_jax.models import layers
 
-PAGE = """from maknet_jax import config
+PAGE = """from maknet_jax.runs import config
 
 def get_config():
     return config.load("smoke", ["model.options.stem=8", "model.options.blocks=(1,)",
@@ -52,7 +49,9 @@ def run(main, out, *argv):
     keys = {"benchmark", "device", "versions", "date", "command", "settings", "rows"}
     assert keys <= written.keys() and written["rows"]
     assert written["versions"]["jax"] == jax.__version__
-    assert written["command"].startswith(f"python benchmarks/{written['benchmark']}.py --size 32")
+    assert written["command"].startswith(
+        f"python benchmarks/speed/{written['benchmark']}.py --size 32"
+    )
     assert written["device"]["name"] and written["device"]["count"] == jax.device_count()
     return written
 

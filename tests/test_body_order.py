@@ -3,11 +3,11 @@
 import csv
 import pathlib
 
-import body_order
 import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.experiments import body_order
 from maknet_jax.data import table
 from maknet_jax.errors import InputError
 

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from maknet_jax import cli, config
+from maknet_jax import cli
+from maknet_jax.runs import config
 
 VERBS = (
     ["demo"],

@@ -6,8 +6,8 @@ import pathlib
 import ml_collections
 import pytest
 
-from maknet_jax import config as configs
 from maknet_jax.errors import InputError
+from maknet_jax.runs import config as configs
 
 PAGES = sorted(page.stem for page in configs.folder().glob("[!_]*.py"))
 ROUNDS = ["noisy_student"]  # pages of several runs, each with a page of its own

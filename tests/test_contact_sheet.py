@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maknet_jax.data import contact_sheet, records
+from maknet_jax.data import records
 from maknet_jax.errors import InputError
+from maknet_jax.figures import contact_sheet
 
 
 def make_example(value, labels=(1, 0), name="a slice"):

@@ -4,7 +4,8 @@ import pathlib
 
 import pytest
 
-from maknet_jax import cli, config, demo
+from maknet_jax import cli, demo
+from maknet_jax.runs import config
 
 TINY = (
     "data.size=32",

@@ -11,7 +11,7 @@ import pytest
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
-from maknet_jax.data import dicom, volumes
+from maknet_jax.ct import dicom, volumes
 from maknet_jax.errors import Rejected
 
 LOSSLESS = ("1.2.2.dcm", "1.2.1.99.dcm", "4.90.dcm", "4.80.dcm", "4.70.dcm", "4.57.dcm")

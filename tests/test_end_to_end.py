@@ -12,8 +12,10 @@ import nibabel
 import numpy as np
 import pytest
 
-from maknet_jax import charts, config, evaluate, predict, prepare, pseudo_label, train
+from maknet_jax import evaluate, predict, prepare, pseudo_label, train
 from maknet_jax.data import pseudo_labels
+from maknet_jax.figures import charts
+from maknet_jax.runs import config
 
 # Of TotalSegmentator's label map; organs on both sides and neighbours of one kind share a name.
 ORGANS = {

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import toy
 
-from maknet_jax import workdir
 from maknet_jax.data import records
 from maknet_jax.evaluation import protocol
 from maknet_jax.evaluation.evaluator import Evaluator, Scores
+from maknet_jax.runs import workdir
 from maknet_jax.training import sharding, state
 
 WEIGHTS = np.random.default_rng(0).normal(size=(3, 4)) / 500

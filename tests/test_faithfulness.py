@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maknet_jax import console
 from maknet_jax.attribution import faithfulness, perturbation
 from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.errors import InputError
@@ -120,7 +121,7 @@ def test_refusals(images):
 
 def test_one_group_alone_is_shown_without_an_interval():
     assert (
-        faithfulness.shown(faithfulness.bootstrap([0.25, 0.75], groups=["a", "a"]))
+        console.format_interval(faithfulness.bootstrap([0.25, 0.75], groups=["a", "a"]))
         == "0.500 (no interval)"
     )
-    assert faithfulness.shown((0.5, 0.25, 0.75), 2) == "0.50 (0.25 to 0.75)"
+    assert console.format_interval((0.5, 0.25, 0.75), 2) == "0.50 (0.25 to 0.75)"

@@ -11,9 +11,10 @@ import optax
 import pytest
 import toy
 
-from maknet_jax import config as configs
-from maknet_jax import models, train, workdir
+from maknet_jax import models, train
 from maknet_jax.errors import InputError
+from maknet_jax.runs import config as configs
+from maknet_jax.runs import workdir
 from maknet_jax.training import sgd, transfer
 
 PARAMS = {

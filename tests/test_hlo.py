@@ -1,9 +1,10 @@
 """What the benchmarks count in a compiled program's text; compiling for TPUs takes minutes."""
 
-import hlo
 import jax
 import jax.numpy as jnp
 import pytest
+
+from benchmarks.speed import hlo
 
 FUSED = """HloModule fused
 

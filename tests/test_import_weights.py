@@ -13,9 +13,10 @@ import safetensors.numpy
 import toy
 from network_weights import golden
 
-from maknet_jax import cli, config, import_weights, train, workdir
+from maknet_jax import cli, import_weights, train
 from maknet_jax.data import records
 from maknet_jax.models import pretrained
+from maknet_jax.runs import config, workdir
 from maknet_jax.training import sharding, transfer
 
 HEAD = {"fc.weight": np.zeros((1000, 512), np.float32), "fc.bias": np.zeros(1000, np.float32)}

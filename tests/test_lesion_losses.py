@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from maknet_jax import models
-from maknet_jax.data import augment
 from maknet_jax.errors import InputError
 from maknet_jax.models.layers import Outputs
-from maknet_jax.training import lesion_losses, losses, sgd, sharding, state, step
+from maknet_jax.training import augment, lesion_losses, losses, sgd, sharding, state, step
 
 LABELS = 7
 

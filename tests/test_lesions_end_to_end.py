@@ -5,8 +5,8 @@ import json
 import lesion_runs
 import pytest
 
-from maknet_jax import evaluate, train
-from maknet_jax.data import phantom, records
+from maknet_jax import evaluate, phantom, train
+from maknet_jax.data import records
 
 SIZE = 64
 

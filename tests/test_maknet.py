@@ -6,9 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from maknet_jax import config as configs
-from maknet_jax import models, workdir
+from maknet_jax import models
 from maknet_jax.errors import InputError
+from maknet_jax.runs import config as configs
+from maknet_jax.runs import workdir
 from maknet_jax.training import state
 
 TINY = {"stem": 8, "blocks": (1, 1), "growth_rates": (8, 8), "widths": (8, 16)}

@@ -6,7 +6,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from maknet_jax.data import nifti
+from maknet_jax.ct import nifti
 from maknet_jax.errors import Rejected
 
 

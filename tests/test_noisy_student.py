@@ -4,7 +4,6 @@ import contextlib
 import csv
 import itertools
 import json
-import pathlib
 import re
 import shutil
 
@@ -12,14 +11,15 @@ import pytest
 import toy
 from runs import Killed, compile_cache, kept, kill, on_call, sigterm  # noqa: F401
 
-from maknet_jax import cli, evaluate, files, noisy_student, workdir
-from maknet_jax import config as configs
+from benchmarks.real_data import PAPER
+from maknet_jax import cli, evaluate, files, noisy_student
 from maknet_jax.data import pipeline, pseudo_labels
 from maknet_jax.errors import InputError, Stopped
 from maknet_jax.evaluation import evaluator
+from maknet_jax.runs import config as configs
+from maknet_jax.runs import workdir
 from maknet_jax.training import checkpoint, sharding, transfer
 
-PAPER = pathlib.Path(__file__).resolve().parents[2] / "shared" / "paper"
 TINY = {
     "data.size": toy.SIZE,
     "data.batch_size": toy.BATCH,
@@ -177,10 +177,9 @@ def test_a_table_has_a_dash_where_there_is_no_number():
 
 
 def test_the_papers_numbers_are_the_papers():
-    path = PAPER / "maknet_paper_with_tables.md"
-    if not path.is_file():
-        pytest.skip(f"the paper is not at {path}")
-    text = path.read_text()
+    if not PAPER.is_file():
+        pytest.skip(f"the paper is not at {PAPER}")
+    text = PAPER.read_text()
     table = text[text.index("**Table 2.**") :]
     found = {}
     for line in re.findall(

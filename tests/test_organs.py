@@ -1,11 +1,11 @@
-"""`benchmarks/organs.py` in small: on all devices that there are, and with whom it counts."""
+"""`experiments/organs.py` in small: on all devices, and over which images it counts."""
 
 import json
 
 import numpy as np
-import organs
 import pytest
 
+from benchmarks.experiments import organs
 from maknet_jax.errors import InputError
 
 

@@ -14,9 +14,10 @@ import two_processes
 from PIL import Image
 from test_attribute import check_page, linear  # noqa: F401
 
-from maknet_jax import cases, cli, perturb
+from maknet_jax import cli, perturb
 from maknet_jax.attribution import perturbation
 from maknet_jax.errors import InputError, Rejected
+from maknet_jax.explain import selection as cases
 
 
 def rows_of(out):
@@ -320,7 +321,7 @@ def test_reasons_are_kept_whole(tmp_path):
 
 SCRIPT = """
 import test_perturb
-from maknet_jax import cases
+from maknet_jax.explain import selection as cases
 def explain_batch(batch):
     print("did", *batch)
     return [({"id": case.id, "by": number}, {}) for case in batch.values()]

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maknet_jax.attribution import overlay, perturbation
-from maknet_jax.data import preprocess
+from maknet_jax.attribution import perturbation
+from maknet_jax.ct import preprocess
 from maknet_jax.errors import InputError, Rejected
+from maknet_jax.figures import overlay
 
 
 def image_of(plane):

@@ -13,8 +13,10 @@ import pydicom
 import pytest
 from PIL import Image
 
-from maknet_jax.data import anatomy, phantom, phantom_labels, torso
+from maknet_jax import phantom
 from maknet_jax.errors import InputError
+from maknet_jax.phantom import anatomy, torso, volumes
+from maknet_jax.phantom import labels as phantom_labels
 
 BODY_PARTS = {
     term for term in phantom_labels.TERMS if phantom_labels.ONTOLOGY[term][0] == "bodypart"
@@ -144,7 +146,7 @@ def test_ontology_agrees_with_itself(written):
 
 def test_rows_are_in_the_original_order(rows):
     order = [
-        tuple(int(row[c]) for c in phantom.INFO_COLUMNS[1:5])  # patient, study, series, slice
+        tuple(int(row[c]) for c in volumes.INFO_COLUMNS[1:5])  # patient, study, series, slice
         for row in rows
     ]
     assert order == sorted(order)
@@ -318,13 +320,13 @@ def test_text_mining_loses_and_invents_labels():
 
 @pytest.mark.parametrize(
     ("syntax", "intercept", "padding"),
-    list(itertools.product(phantom.SYNTAXES, (0, -1024), (0, -3024))),
+    list(itertools.product(volumes.SYNTAXES, (0, -1024), (0, -3024))),
 )
 def test_dicom_gives_back_the_hu(tmp_path, syntax, intercept, padding):
     rng = np.random.default_rng(0)
     hu = rng.integers(-1024, 3000, (5, 20, 24)).astype(np.int16)
     hu[:, 0] = padding
-    uids = phantom.write_series(
+    uids = volumes.write_series(
         tmp_path / "series", hu, (5.0, 0.8, 0.7), "key", rng,
         syntax=syntax, intercept=intercept, upwards=True,
     )  # fmt: skip
@@ -378,7 +380,7 @@ def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     small = {"patients": 4, "size": 32, "slices": 3, "lesions_per_patient": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(phantom, "_write_volume", fail)
+        patch.setattr(volumes, "_write_volume", fail)
         with pytest.raises(OSError, match="disk full"):
             phantom.write_phantom(tmp_path / "data", **small)
     assert not list(tmp_path.iterdir())

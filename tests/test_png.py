@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maknet_jax.data import png
+from maknet_jax.ct import png
 from maknet_jax.errors import InputError, Rejected
 
 

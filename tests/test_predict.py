@@ -7,9 +7,10 @@ import shutil
 import numpy as np
 import pytest
 
-from maknet_jax import cli, evaluate, predict, workdir
-from maknet_jax.data import preprocess, volumes
+from maknet_jax import cli, evaluate, predict
+from maknet_jax.ct import preprocess, volumes
 from maknet_jax.errors import InputError
+from maknet_jax.runs import workdir
 
 
 def read(path):

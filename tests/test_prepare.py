@@ -14,7 +14,8 @@ from PIL import Image
 from prepared import examples, read_csv
 
 from maknet_jax import prepare
-from maknet_jax.data import deeplesion, labels, png, preprocess, records
+from maknet_jax.ct import png, preprocess
+from maknet_jax.data import deeplesion, labels, records
 from maknet_jax.errors import InputError, Stopped
 
 # Environment of a command: the tests' own simulated devices are no matter of it.

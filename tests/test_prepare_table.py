@@ -6,7 +6,8 @@ from PIL import Image
 from prepared import examples, read_csv
 
 from maknet_jax import prepare
-from maknet_jax.data import png, preprocess, records
+from maknet_jax.ct import png, preprocess
+from maknet_jax.data import records
 from maknet_jax.errors import InputError
 
 

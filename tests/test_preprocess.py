@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from maknet_jax.data import png, preprocess, volumes
+from maknet_jax.ct import png, preprocess, volumes
 
 S = 256
 

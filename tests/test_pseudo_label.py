@@ -10,9 +10,10 @@ import pytest
 import toy
 from runs import Killed, kill, on_call, sigterm
 
-from maknet_jax import cli, files, pseudo_label, train, workdir
+from maknet_jax import cli, files, pseudo_label, train
 from maknet_jax.data import pseudo_labels, records
 from maknet_jax.errors import InputError
+from maknet_jax.runs import workdir
 from maknet_jax.training import sharding
 
 COUNTS = (10, 7, 12)

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from test_attribute import check_page
 
-from maknet_jax import cases, cli, evaluate, report, workdir
+from maknet_jax import cli, evaluate, report
 from maknet_jax.errors import InputError
+from maknet_jax.explain import selection as cases
+from maknet_jax.runs import workdir
 
 
 def test_the_report_is_one_page_with_all_of_a_run(trained, tmp_path):

@@ -9,8 +9,7 @@ import optax
 import pytest
 
 from maknet_jax import models
-from maknet_jax.data import augment
-from maknet_jax.training import losses, ranger, sharding, state, step
+from maknet_jax.training import augment, losses, ranger, sharding, state, step
 
 NOISE = {
     "rotation_probability": 0.5,

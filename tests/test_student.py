@@ -9,9 +9,10 @@ import pytest
 import toy
 from runs import NOISE, compile_cache, equal_runs, kept, signal_after  # noqa: F401
 
-from maknet_jax import evaluate, files, train, workdir
+from maknet_jax import evaluate, files, train
 from maknet_jax.data import pipeline, pseudo_labels, records
 from maknet_jax.errors import InputError, Stopped
+from maknet_jax.runs import workdir
 from maknet_jax.training import checkpoint, sharding
 
 IMAGE_NOISE = {name: value for name, value in NOISE.items() if "augment" in name}

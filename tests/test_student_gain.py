@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-import student_gain
 from scipy import stats
 
+from benchmarks.experiments import student_gain
 from maknet_jax.errors import InputError
 
 

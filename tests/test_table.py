@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from maknet_jax.data import table, volumes
+from maknet_jax.ct import volumes
+from maknet_jax.data import table
 from maknet_jax.errors import InputError
 
 HEADER = "path,labels,split,slice,patient\n"

@@ -2,21 +2,20 @@
 
 import csv
 import os
-import pathlib
 import re
 import signal
 
-import harness
 import pytest
-import table1
 import toy
 from rich.markdown import Markdown
 
+from benchmarks import harness
+from benchmarks.experiments import table1
+from benchmarks.real_data import PAPER
 from maknet_jax import evaluate, files
 from maknet_jax.data import pipeline
 from maknet_jax.errors import InputError, Stopped
 
-TEXT = pathlib.Path(__file__).resolve().parents[2] / "shared/paper/maknet_paper_with_tables.md"
 STEPS = 10
 SHORT = [f"epochs={STEPS * toy.BATCH / toy.TRAIN}"]
 
@@ -39,7 +38,7 @@ def pages(data, tmp_path_factory):
     for name, edge in stand_ins.items():
         changes = toy.overrides(data, "linear", **{"model.options.edge": edge})
         made = f"config.load('linear', {changes})"
-        text = f"from maknet_jax import config\n\n\ndef get_config():\n    return {made}\n"
+        text = f"from maknet_jax.runs import config\n\n\ndef get_config():\n    return {made}\n"
         (folder / f"{name}.py").write_text(text)
     return {name: str(folder / f"{name}.py") for name in stand_ins}
 
@@ -64,10 +63,10 @@ def markdown_rows(path):
 
 
 def test_the_papers_rows_are_those_of_its_text():
-    if not TEXT.is_file():
-        pytest.skip(f"the paper's text is not at {TEXT}")
+    if not PAPER.is_file():
+        pytest.skip(f"the paper's text is not at {PAPER}")
     found = {}
-    for line in TEXT.read_text().partition("Table 1.")[2].partition("\n### ")[0].splitlines():
+    for line in PAPER.read_text().partition("Table 1.")[2].partition("\n### ")[0].splitlines():
         title, *numbers = [cell.strip() for cell in line.strip("|").split("|")]
         if re.match(r"[\d.]+M", "".join(numbers[:1])):
             found[title] = [float(number.rstrip("M")) for number in numbers if number]

@@ -1,18 +1,16 @@
 """Table 3: its numbers are those that were evaluated and those that the paper printed."""
 
 import csv
-import pathlib
 import re
 
 import lesion_runs
 import pytest
-import table3
 import toy
 
+from benchmarks.experiments import table3
+from benchmarks.real_data import PAPER
 from maknet_jax import files
 from maknet_jax.errors import InputError
-
-TEXT = pathlib.Path(__file__).resolve().parents[2] / "shared/paper/maknet_paper_with_tables.md"
 
 
 def splits(start):
@@ -34,9 +32,9 @@ def test_rows_are_means_over_seeds_beside_the_papers():
     assert all(len(row) == len(table3.HEADER) for row in rows)
 
 
-@pytest.mark.skipif(not TEXT.exists(), reason="the paper's text is not in the repository")
+@pytest.mark.skipif(not PAPER.exists(), reason="the paper's text is not in the repository")
 def test_the_papers_rows_are_those_of_its_text():
-    text = TEXT.read_text()
+    text = PAPER.read_text()
     for name, title in (("imagenet", "ImageNet"), ("tcia", "TCIA")):
         (line,) = re.findall(rf"^.*LesaNet \({title}\).*$", text, re.M)
         numbers = tuple(float(value) for value in re.findall(r"0\.\d{4}", line))

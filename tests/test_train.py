@@ -15,10 +15,11 @@ import pytest
 import toy
 from runs import NOISE, compile_cache, equal_runs, kept, signal_after  # noqa: F401
 
-from maknet_jax import console, train, workdir
+from maknet_jax import console, train
 from maknet_jax.data import pipeline
 from maknet_jax.errors import InputError, Stopped
 from maknet_jax.evaluation import evaluator
+from maknet_jax.runs import workdir
 from maknet_jax.training import checkpoint
 
 

@@ -11,8 +11,9 @@ import safetensors.numpy
 import toy
 from test_train import compile_cache, signal_after  # noqa: F401  (the cache is a fixture)
 
-from maknet_jax import files, models, train, workdir
+from maknet_jax import files, models, train
 from maknet_jax.errors import InputError, Stopped
+from maknet_jax.runs import workdir
 from maknet_jax.training import checkpoint, ranger, state, transfer
 
 TINY = {"stem": 8, "blocks": (1,), "growth_rates": (8,), "widths": (8,)}

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import toy
 
-from maknet_jax import config, train, workdir
+from maknet_jax import train
 from maknet_jax.errors import InputError
+from maknet_jax.runs import config, workdir
 from maknet_jax.training import sharding, state
 
 

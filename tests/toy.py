@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 
-from maknet_jax import config as configs
 from maknet_jax import files
 from maknet_jax.data import pseudo_labels, records
 from maknet_jax.data.labels import Label, Vocabulary
+from maknet_jax.runs import config as configs
 
 SIZE, TRAIN, VAL, BATCH = 32, 40, 13, 8
 VOCABULARY = Vocabulary(

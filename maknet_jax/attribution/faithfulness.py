@@ -75,12 +75,6 @@ def mass_inside(attribution, region):
     return float(raising[region].sum(dtype=np.float64) / total) if total > 0 else np.nan
 
 
-def shown(values, digits=3):
-    """What `bootstrap` gives as text; of one group alone there is no interval."""
-    mean, low, high = (f"{value:.{digits}f}" for value in values)
-    return f"{mean} ({low} to {high})" if values[1] < values[2] else f"{mean} (no interval)"
-
-
 def bootstrap(values, groups=None, *, seed=0, draws=2000, level=0.95):
     """(mean, low, high) of the mean over images, by resampling them, or groups of them.
 

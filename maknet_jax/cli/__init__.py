@@ -9,7 +9,7 @@ import os
 import maknet_jax
 from maknet_jax.cli import (
     data,
-    ending,
+    exit_codes,
     explain,
     inference,
     lesions,
@@ -29,7 +29,7 @@ def main(argv=None):
     # XLA and grain log through absl and C++: a user's lines should not drown in theirs.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    return ending.exit_code("maknet", lambda: chosen.run(chosen))
+    return exit_codes.exit_code("maknet", lambda: chosen.run(chosen))
 
 
 def _parser():

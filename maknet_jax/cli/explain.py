@@ -99,7 +99,7 @@ def _words(text):
 
 
 def _run_attribute(chosen):
-    from maknet_jax import attribute
+    from maknet_jax import attribute, console
 
     given = _picked(chosen)
     summary = attribute.attribute(
@@ -113,7 +113,7 @@ def _run_attribute(chosen):
     areas = {f"{name}: {area}": values for name, each in summary.get("faithfulness", {}).items()
              for area, values in each.items()}  # fmt: skip
     for name, values in (areas | summary.get("differences", {})).items():
-        print(name, attribute.faithfulness.shown(values))
+        print(name, console.format_interval(values))
     return _ended(summary)
 
 

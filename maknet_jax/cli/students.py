@@ -71,7 +71,8 @@ def _noisy_student(verbs):
 
 
 def _run_noisy_student(chosen):
-    from maknet_jax import config, evaluate, noisy_student
+    from maknet_jax import evaluate, noisy_student
+    from maknet_jax.runs import config
 
     options.start_jax(chosen.distributed)
     page = config.load(chosen.config, chosen.overrides)

@@ -76,7 +76,8 @@ def _train(verbs):
 
 
 def _run_train(chosen):
-    from maknet_jax import config, train
+    from maknet_jax import train
+    from maknet_jax.runs import config
 
     options.start_jax(chosen.distributed)
     page = config.load(chosen.config, chosen.overrides)

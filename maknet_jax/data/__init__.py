@@ -1,1 +1,1 @@
-"""CT files, records and batches: NumPy on the host, and what runs on them on the device."""
+"""Labels, data sets, shards and batches: NumPy only."""

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 from scipy import ndimage
 
-from maknet_jax.data import png, preprocess
+from maknet_jax.ct import png, preprocess
 from maknet_jax.errors import Rejected
 
 SIZE = 120  # pixels of 1 mm

@@ -20,7 +20,8 @@ import numpy as np
 
 import maknet_jax
 from maknet_jax import files
-from maknet_jax.data import preprocess, records
+from maknet_jax.ct import preprocess
+from maknet_jax.data import records
 from maknet_jax.errors import InputError
 
 SHARD_RECORDS = 512  # about 100 MB at 256 x 256

@@ -15,7 +15,8 @@ import csv
 import dataclasses
 import pathlib
 
-from maknet_jax.data import labels, volumes
+from maknet_jax.ct import volumes
+from maknet_jax.data import labels
 from maknet_jax.errors import InputError
 
 SPLITS = ("train", "val", "test", "hand", "unlabelled")

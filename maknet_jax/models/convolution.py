@@ -3,7 +3,7 @@
 Images are `[B, H, W, C]`, kernels HWIO with odd edges, padded as torch pads: by half the edge on
 every side ("SAME" would shift the grid of strided ones). Accelerators get XLA's own convolution.
 On CPU the gradients of XLA's convolutions are slow where matrix products would do, most of all
-those of 1 x 1 kernels (`benchmarks/makconv.py` times both).
+those of 1 x 1 kernels (`benchmarks/speed/makconv.py` times both).
 
 The gradients are written by hand, so forward-mode differentiation (`jax.jvp`) raises a TypeError.
 """

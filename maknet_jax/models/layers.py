@@ -124,7 +124,7 @@ FORMS = ("split", "matmul", "fused", "wide", "wide_fused")
 
 
 def choose_form(form):
-    """The form itself, or for "auto" the fastest here (measured by `benchmarks/makconv.py`).
+    """The form itself, or for "auto" the fastest here (measured by `benchmarks/speed/makconv.py`).
 
     Here is where this process computes: to compile ahead for another platform, name the form.
 

@@ -1,1 +1,1 @@
-"""The step, the optimiser and what a run keeps."""
+"""Augmentation, losses, optimisers, the training step, checkpoints and logs."""

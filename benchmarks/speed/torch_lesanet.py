@@ -1,0 +1,114 @@
+"""LesaNet on VGG16 in PyTorch, for lesanet.py. Needs torch and NumPy only.
+
+Losses and ROI pooling are those of `maknet_jax.training.lesion_losses` and `models.lesanet`, as
+they are written in PyTorch: a loop over boxes, draws by torch's generator.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.speed import torch_networks
+
+BINS, CLOSE, SCALES = 5, 3, (1, 2, 4, 8, 16)
+
+
+def roi_max_pool(x, box, scale):
+    """`[B, C, H, W]` and boxes `[B, 4]` -> `[B, 25 C]`, a loop over the boxes."""
+    x = F.pad(x, (0, 2, 0, 2), value=-torch.inf)  # a box may end beyond the map
+    corners = (box / scale + 0.5).floor().long().tolist()
+    parts = [
+        F.adaptive_max_pool2d(one[:, y0 : y1 + 1, x0 : x1 + 1], BINS)
+        for one, (x0, y0, x1, y1) in zip(x, corners, strict=True)
+    ]
+    parts = torch.stack(parts).permute(0, 2, 3, 1).flatten(1)
+    return torch.where(parts.isinf(), 0.0, parts)  # nothing of the map lies in it
+
+
+class LesaNet(torch_networks.VGG16Trunk):
+    """`maknet_jax.models.LesaNet` on VGG16."""
+
+    def __init__(self, labels, *, trunk, trunk_options, units, embedding):
+        super().__init__(len(SCALES) * units, labels, 0.0, spl=True)
+        if trunk != "vgg16" or trunk_options:
+            raise ValueError("only VGG16 stands here for comparison")
+        for stage, width in enumerate(self.WIDTHS):
+            self.add_module(f"roi_{stage + 1}", nn.Linear(BINS * BINS * width, units))
+        self.embedding = nn.Linear(len(SCALES) * units, embedding)
+
+    def forward(self, images, box):
+        """Images in [0, 1] and boxes -> (logits, scores before propagation, embedding)."""
+        whole = torch.tensor([0.0, 0.0, *images.shape[2:]]).expand_as(box)
+        pooled = []
+        for number, x in enumerate(self.stages(images)):
+            parts = roi_max_pool(x, box if number < CLOSE else whole, SCALES[number])
+            pooled.append(getattr(self, f"roi_{number + 1}")(parts))
+        x = torch.cat(pooled, 1)
+        return *self.scores(x), F.normalize(self.embedding(x), dim=1)
+
+
+class Timed(torch_networks.Timed):
+    """LesaNet with its weights, batch, losses and SGD."""
+
+    def __init__(self, file, about):
+        super().__init__(file, about)
+        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=1e-3, momentum=0.9)
+
+    def predict(self):
+        """Logits `[B, K]`."""
+        self.network.eval()
+        with torch.inference_mode():
+            return self.network(self.images(), self.batch["box"])[0]
+
+    def cross_entropy(self):
+        """The part of the training loss that nothing is drawn for, without an update."""
+        self.network.train()
+        logits, before, _ = self.network(self.images(), self.batch["box"])
+        both = [torch_networks.focal_loss(scores, self.batch, 0.0) for scores in (logits, before)]
+        return sum(both).detach()
+
+    def train(self):
+        """One update; returns the loss."""
+        self.network.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        logits, before, embedding = self.network(self.images(), self.batch["box"])
+        loss = sum(
+            torch_networks.focal_loss(scores, self.batch, 0.0) for scores in (logits, before)
+        )
+        loss = loss + self._hard_examples(before) + 5.0 * self._triplets(embedding)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), 10.0)
+        self.optimizer.step()
+        return loss.detach()
+
+    def _hard_examples(self, logits):
+        labels = self.batch["labels"]
+        error = (torch.sigmoid(logits) - labels).abs() * (labels > 0)  # no label excludes another
+        drawn = torch.multinomial((error**2).detach().flatten(), 10_000, replacement=True)
+        values = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        return values.flatten()[drawn].mean()
+
+    def _triplets(self, embedding):
+        labels, count = self.batch["labels"], len(embedding)
+        common, size = labels @ labels.T, labels.sum(1)
+        alike = common**2 / (size[:, None] + size - common).clamp(min=1)
+        anchor = torch.randint(count, (5_000,))
+        rows = alike[anchor]
+        other = torch.arange(count) != anchor[:, None]
+
+        def draw(among, otherwise):
+            random = torch.where(among, torch.rand(among.shape), -1.0).argmax(1)
+            return torch.where(among.any(1), random, otherwise)
+
+        like = draw(other & (rows >= 1), torch.where(other, rows, -1.0).argmax(1))
+        chosen = rows.gather(1, like[:, None])
+        unlike = draw(other & (rows < chosen), torch.where(other, rows, torch.inf).argmin(1))
+        far = F.pairwise_distance(embedding[anchor], embedding[unlike])
+        near = F.pairwise_distance(embedding[anchor], embedding[like])
+        return F.relu(near - far + 0.1).mean()
+
+
+if __name__ == "__main__":
+    torch_networks.NETWORKS["lesanet"] = LesaNet
+    torch_networks.Timed = Timed
+    torch_networks.main()

@@ -1,0 +1,1 @@
+"""CT files read into Hounsfield units in one standard orientation, and cut into network inputs."""

@@ -1,0 +1,1 @@
+"""Selecting images to explain, and explaining them in batches that resume."""

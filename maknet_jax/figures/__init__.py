@@ -1,0 +1,1 @@
+"""Pictures, charts and HTML pages, drawn from arrays and plain values."""

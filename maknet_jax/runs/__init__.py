@@ -1,0 +1,1 @@
+"""Runs: configs, the assembly of model, optimiser and steps, and workdirs."""
