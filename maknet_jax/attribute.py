@@ -15,8 +15,19 @@ from maknet_jax.runs import workdir
 
 SHARES = np.linspace(0, 1, 21)  # of the pixels, for deletion and insertion
 AREAS = ("deletion", "insertion", "random deletion", "random insertion")
-COLUMNS = ("id", "model", "label", "truth", "confidence", "threshold", "change", "residual",
-           "relative", "flagged", "file")  # fmt: skip
+COLUMNS = (
+    "id",
+    "model",
+    "label",
+    "truth",
+    "confidence",
+    "threshold",
+    "change",
+    "residual",
+    "relative",
+    "flagged",
+    "file",
+)
 
 
 def attribute(
@@ -95,8 +106,10 @@ def attribute(
         base = np.stack([perturbation.make_baseline(image, baseline) for image in hu])
         found, random = [], None
         if faithful:  # by the image's number, whatever the batch
-            order = [faithfulness.random_ranks(differs, number) for differs, number in
-                     zip(perturbation.differs(hu, base), numbered, strict=False)]  # fmt: skip
+            order = [
+                faithfulness.random_ranks(differs, number)
+                for differs, number in zip(perturbation.differs(hu, base), numbered, strict=False)
+            ]
             random = np.stack(order + order[-1:] * (batch_size - len(order)))
         for net in networks:
             images, black = net.put(hu), net.put(base)
@@ -241,8 +254,9 @@ def _write(out, done, failures, summary, most_shown):
         more["flagged"][name] = int(np.sum(flags))
         more["complete"][name] = float(1 - np.mean(flags))
     if summary["faithful"]:
-        areas = {name: dict(zip(AREAS, np.transpose(each), strict=True))
-                 for name, each in areas.items()}  # fmt: skip
+        areas = {
+            name: dict(zip(AREAS, np.transpose(each), strict=True)) for name, each in areas.items()
+        }
         more["faithfulness"] = {
             name: {area: faithfulness.bootstrap(values, groups) for area, values in each.items()}
             for name, each in areas.items()

@@ -70,8 +70,10 @@ def demo(out, *, seed=0, workers=1):
     train.train(config, out / "linear")
     student = out / "rounds" / "round-1"
     summaries = {
-        "teacher": rounds[0], "student": rounds[1], "linear": evaluate.evaluate(out / "linear"),
-    }  # fmt: skip
+        "teacher": rounds[0],
+        "student": rounds[1],
+        "linear": evaluate.evaluate(out / "linear"),
+    }
     log.say("5/6 predict: DICOM series that no label was ever given for")
     predicted = predict.predict(student, paths["dicom"], out / "labels.csv", charts=True)
     log.say("6/6 report: curves, scores, and why the best and the worst cases got their labels")
@@ -79,8 +81,11 @@ def demo(out, *, seed=0, workers=1):
     minutes = (time.perf_counter() - started) / 60
     network = configs.load("smoke").model.options
     parameters = files.read_json(student / "summary.json")["parameters"]
-    titles = [f"MAKNet, narrow ({parameters:,} parameters): teacher", "the same: student, round 1",
-              "linear on pixels"]  # fmt: skip
+    titles = [
+        f"MAKNet, narrow ({parameters:,} parameters): teacher",
+        "the same: student, round 1",
+        "linear on pixels",
+    ]
     print(evaluate.table(list(summaries.values()), titles))
     images = files.read_json(out / "rounds" / "pseudo-1" / "pseudo.json")["images"]
     before, after = (done["splits"]["hand"]["auc"] for done in rounds)

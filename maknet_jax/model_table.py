@@ -83,9 +83,15 @@ def model_table(names=tuple(PAGES), *, num_classes=115, size=256, out=None):
         summary[name] = [dict(zip(keys, row, strict=True)) for row in [*rows, total]]
     header = ["", "parameters", "paper", "GFLOP forward", "MB moved at least"]
     rows = [
-        [n, f"{t[1] / 1e6:.2f} M", f"{PAPER_MILLIONS[n]:.2f} M", f"{t[2] / 1e9:.2f}",
-         f"{t[3] / 1e6:.0f}"] for n, t in totals.items()
-    ]  # fmt: skip
+        [
+            n,
+            f"{t[1] / 1e6:.2f} M",
+            f"{PAPER_MILLIONS[n]:.2f} M",
+            f"{t[2] / 1e9:.2f}",
+            f"{t[3] / 1e6:.0f}",
+        ]
+        for n, t in totals.items()
+    ]
     lines.append(console.format_table(header, rows))
     lines.append(f"\n{num_classes} labels, one image of {size} x {size}, float32")
     if out is not None:

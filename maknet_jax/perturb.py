@@ -18,8 +18,18 @@ from maknet_jax.figures import contact_sheet, overlay, page
 from maknet_jax.runs import workdir
 
 STRATEGIES = ("neighbour", "patch", "attribution", "random")
-COLUMNS = ("id", "model", "perturbed", "label", "truth", "before", "after", "rank_before",
-           "rank_after", "fell_out")  # fmt: skip
+COLUMNS = (
+    "id",
+    "model",
+    "perturbed",
+    "label",
+    "truth",
+    "before",
+    "after",
+    "rank_before",
+    "rank_after",
+    "fell_out",
+)
 
 
 def perturb(
@@ -93,8 +103,11 @@ def perturb(
     digest = None
     if needed:
         digest = masks and _check_masks(pathlib.Path(masks), organs)
-        picked = selection.Picked([functools.partial(_with_regions, read, find) for read in
-                                   picked.reads], picked.failures, picked.about)  # fmt: skip
+        picked = selection.Picked(
+            [functools.partial(_with_regions, read, find) for read in picked.reads],
+            picked.failures,
+            picked.about,
+        )
     devices = jax.local_device_count()
     batch_size = workdir.global_batch(batch_size or devices, devices)
     top = min(top, len(run.vocabulary))
@@ -109,10 +122,11 @@ def perturb(
         base = np.stack([perturbation.make_baseline(image, baseline) for image in hu])
         influential = [_influential(net, hu, base, about) for net in networks]
         return [
-            _perturbed(out, networks, number, case, about, base[row],
-                       [masks[row] for masks in influential])
+            _perturbed(
+                out, networks, number, case, about, base[row], [masks[row] for masks in influential]
+            )
             for row, (number, case) in enumerate(numbered.items())
-        ]  # fmt: skip
+        ]
 
     done, failures = selection.explain(
         "perturb", out, picked, about, explain_batch, batch_size=batch_size
@@ -167,16 +181,21 @@ def find_regions(case, *, masks, organs, size):
         regions = {"lesion": perturbation.box_region(box, crop or (0, 0, size, size), size)}
     else:
         if crop is None:
-            raise Rejected("a patch around a lesion, but masks are of whole slices: leave --masks "
-                           "out, and its box is taken")  # fmt: skip
+            raise Rejected(
+                "a patch around a lesion, but masks are of whole slices: leave --masks "
+                "out, and its box is taken"
+            )
         plane, values = _mask_of(case, pathlib.Path(masks))
         shape, (*_, bottom, right) = case.meta.get("shape"), crop
         # Records do not keep the size of their slices, but where they were cut out.
         known = shape is None or tuple(shape[-2:]) == plane.shape
         if not known or bottom > plane.shape[0] or right > plane.shape[1]:
             of = "{1} x {2}".format(*shape) if shape else f"{bottom} x {right} or more"
-            raise Rejected("the mask is {} x {}, the slice {}: give masks of whole slices".format(
-                *plane.shape, of))  # fmt: skip
+            raise Rejected(
+                "the mask is {} x {}, the slice {}: give masks of whole slices".format(
+                    *plane.shape, of
+                )
+            )
         plane = perturbation.mask_region(plane, crop, size)
         regions = {"region": plane != 0}
         if organs:
@@ -202,8 +221,10 @@ def _value(organ, values):
 def _mask_of(case, masks):
     """(mask or label map of the case's slice, name -> value)."""
     if "file" not in case.meta:
-        raise Rejected("the record does not keep its file's name, so no mask is known to be of it: "
-                       "give the CT files themselves")  # fmt: skip
+        raise Rejected(
+            "the record does not keep its file's name, so no mask is known to be of it: "
+            "give the CT files themselves"
+        )
     name, names = pathlib.Path(case.meta["file"]), _names_of(masks)
     if _is_nifti(masks):
         if "shape" not in case.meta:
@@ -262,9 +283,13 @@ def _influential(net, hu, base, about):
     images = net.put(hu)
     order = np.argsort(-net.confidences(images), axis=1, kind="stable")
     result = ig.integrated_gradients(
-        net.logit_fn, images, order[:, : about["top"]], net.put(base), steps=about["steps"],
+        net.logit_fn,
+        images,
+        order[:, : about["top"]],
+        net.put(base),
+        steps=about["steps"],
         method=about["method"],
-    )  # fmt: skip
+    )
     maps = result.maps.sum(axis=(1, 4))
     return np.stack([perturbation.most_influential(one, about["share"]) for one in maps])
 
@@ -285,8 +310,9 @@ def _perturbed(out, networks, number, case, about, base, influential):
         deleted = {"attribution": mask, "random": ranks < mask.sum()}
         forms = common + [
             (f"{name}: {gone.mean():.0%} of pixels", perturbation.delete(case.image, gone, base))
-            for name, gone in deleted.items() if name in about["strategies"]
-        ]  # fmt: skip
+            for name, gone in deleted.items()
+            if name in about["strategies"]
+        ]
         hu = np.stack([image for _, image in forms])
         order, scores = _scored(net, hu)
         first = order[0, : about["top"]].tolist()
@@ -295,11 +321,16 @@ def _perturbed(out, networks, number, case, about, base, influential):
             rank = np.argsort(order[row])
             now = order[row, : about["top"]].tolist()
             labels = [
-                {"label": names[k], "truth": case.truth(k), "confidence": float(scores[row, k]),
-                 "before": float(scores[0, k]), "rank": int(rank[k]) + 1,
-                 "state": "" if k in first and k in now else "gone" if k in first else "new"}
+                {
+                    "label": names[k],
+                    "truth": case.truth(k),
+                    "confidence": float(scores[row, k]),
+                    "before": float(scores[0, k]),
+                    "rank": int(rank[k]) + 1,
+                    "state": "" if k in first and k in now else "gone" if k in first else "new",
+                }
                 for k in now + [k for k in first if k not in now]
-            ]  # fmt: skip
+            ]
             columns.append({"title": title, "labels": labels})
         models.append({"name": net.name, "columns": columns})
         arrays[f"pictures_{place}"] = contact_sheet.to_grey(hu[..., 1], display)
@@ -331,9 +362,20 @@ def _write(out, done, failures, summary, most_shown):
                 first = [e for e in column["labels"] if e["label"] in before]
                 for entry in first:
                     old = before[entry["label"]]
-                    rows.append([about["id"], model["name"], column["title"], entry["label"],
-                                 entry["truth"], old["confidence"], entry["confidence"],
-                                 old["rank"], entry["rank"], entry["state"] == "gone"])  # fmt: skip
+                    rows.append(
+                        [
+                            about["id"],
+                            model["name"],
+                            column["title"],
+                            entry["label"],
+                            entry["truth"],
+                            old["confidence"],
+                            entry["confidence"],
+                            old["rank"],
+                            entry["rank"],
+                            entry["state"] == "gone",
+                        ]
+                    )
                 fall = np.mean([e["before"] - e["confidence"] for e in first])
                 stay = np.mean([e["state"] != "gone" for e in first])
                 strategy = column["title"].partition(":")[0]
@@ -346,11 +388,16 @@ def _write(out, done, failures, summary, most_shown):
     console.write_table(out / "perturbations.csv", COLUMNS, rows)
     console.write_failures(out / "failures.csv", failures)
     results = [
-        {"model": key[0], "strategy": key[1], "images": len(values),
-         "groups": len(set(groups[key])), "fall": faithfulness.bootstrap(values, groups[key]),
-         "stay": faithfulness.bootstrap(stays[key], groups[key])}
+        {
+            "model": key[0],
+            "strategy": key[1],
+            "images": len(values),
+            "groups": len(set(groups[key])),
+            "fall": faithfulness.bootstrap(values, groups[key]),
+            "stay": faithfulness.bootstrap(stays[key], groups[key]),
+        }
         for key, values in drops.items()
-    ]  # fmt: skip
+    ]
     shown = [done[number] for number in list(done)[:most_shown]]
     with files.write_whole(out / "index.html") as file:
         lead = _lead(results, summary, len(shown))
@@ -365,12 +412,23 @@ def _write(out, done, failures, summary, most_shown):
 def table(results):
     """(header, rows) of a summary's results: text."""
     rows = [
-        [result["model"], result["strategy"], result["images"], result["groups"],
-         *(console.format_interval(result[name]) for name in ("fall", "stay"))]
+        [
+            result["model"],
+            result["strategy"],
+            result["images"],
+            result["groups"],
+            *(console.format_interval(result[name]) for name in ("fall", "stay")),
+        ]
         for result in results
-    ]  # fmt: skip
-    header = ["network", "perturbed", "images", "patients or series", "confidence falls by",
-              "of the first stay"]  # fmt: skip
+    ]
+    header = [
+        "network",
+        "perturbed",
+        "images",
+        "patients or series",
+        "confidence falls by",
+        "of the first stay",
+    ]
     return header, rows
 
 

@@ -17,8 +17,14 @@ from maknet_jax.figures import charts, overlay, page
 from maknet_jax.runs import workdir
 from maknet_jax.training import transfer
 
-METRICS = {"auc": "AUC", "f1": "F1", "precision": "precision", "recall": "recall",
-           "f1_at_0.5": "F1 at 0.5", "examples": "images"}  # fmt: skip
+METRICS = {
+    "auc": "AUC",
+    "f1": "F1",
+    "precision": "precision",
+    "recall": "recall",
+    "f1_at_0.5": "F1 at 0.5",
+    "examples": "images",
+}
 CURVES = ({"train/loss": "training loss"}, {"val/auc": "validation AUC", "val/f1": "validation F1"})
 
 
@@ -106,10 +112,13 @@ def _labels(folder):
             rows = [row for row in csv.DictReader(file) if row["evaluated"] == "True"]
         rows.sort(key=lambda row: -float(row["auc"]))
         cells = [
-            [row["name"], row["positives"],
-             *(f"{float(row[name]):.3f}" for name in ("auc", "f1", "precision", "recall"))]
+            [
+                row["name"],
+                row["positives"],
+                *(f"{float(row[name]):.3f}" for name in ("auc", "f1", "precision", "recall")),
+            ]
             for row in rows
-        ]  # fmt: skip
+        ]
         title = f"Each label on {path.stem.removesuffix('_labels')}: {len(cells)}"
         header = ["label", "positives", "AUC", "F1", "precision", "recall"]
         yield f"<details><summary>{html.escape(title)}</summary>{page.table(header, cells)}"

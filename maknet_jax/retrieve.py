@@ -19,9 +19,18 @@ AROUND = 6  # neighbours of a DICOM slice: 2 mm of slices as thin as 0.4 mm
 
 
 def retrieve(
-    folder, image, box, data, out, *, spacing=None, splits=None, top=11, checkpoint="best",
+    folder,
+    image,
+    box,
+    data,
+    out,
+    *,
+    spacing=None,
+    splits=None,
+    top=11,
+    checkpoint="best",
     batch_size=32,
-):  # fmt: skip
+):
     """Writes the most similar lesions as a CSV and, beside it, as a contact sheet.
 
     Lesions are compared by the cosine of their embeddings; a record of the same slice and box is

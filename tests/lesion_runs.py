@@ -12,19 +12,34 @@ def write(phantom, out, size):
     """Prepares the phantom's lesions as patches of `size` mm; returns `out`."""
     files = {name: phantom[name] for name in ("hand_labels", "ontology")}
     prepare.prepare_deeplesion(
-        phantom["images"], phantom["info"], out, label_file=phantom["labels"], patches=True,
-        size=size, **files,
-    )  # fmt: skip
+        phantom["images"],
+        phantom["info"],
+        out,
+        label_file=phantom["labels"],
+        patches=True,
+        size=size,
+        **files,
+    )
     return out
 
 
 def page(data, size, **changes):
     """The page `lesanet` on a tiny MAKNet; `changes` name fields with dots."""
     plain = configs.load("lesanet").to_dict()
-    plain["model"]["options"] = {"trunk": "maknet", "trunk_options": TRUNK, "units": 32,
-                                 "embedding": 32}  # fmt: skip
-    values = {"data.path": str(data), "data.size": size, "data.batch_size": 16, "epochs": 2.0,
-              "checkpoint_every": 1000, "log_every": 5}  # fmt: skip
+    plain["model"]["options"] = {
+        "trunk": "maknet",
+        "trunk_options": TRUNK,
+        "units": 32,
+        "embedding": 32,
+    }
+    values = {
+        "data.path": str(data),
+        "data.size": size,
+        "data.batch_size": 16,
+        "epochs": 2.0,
+        "checkpoint_every": 1000,
+        "log_every": 5,
+    }
     for key, value in (values | changes).items():
         *parents, last = key.split(".")
         node = plain

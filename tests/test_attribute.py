@@ -127,8 +127,10 @@ def test_the_table_is_that_of_the_index(done):
     index = json.loads((out / "index.json").read_text())
     entries = [
         (case["id"], model["name"], label)
-        for case in index for model in case["models"] for label in model["labels"]
-    ]  # fmt: skip
+        for case in index
+        for model in case["models"]
+        for label in model["labels"]
+    ]
     rows = rows_of(out)
     assert len(rows) == len(entries) == 9 * 2 * 5
     for row, (name, model, label) in zip(rows, entries, strict=True):
@@ -185,8 +187,10 @@ def test_both_networks_are_asked_for_one_label_and_compared_on_the_same_images(
         for name, curve in zip(names, curves, strict=True):
             area = faithfulness.area(curve[0], attribute.SHARES)
             assert model["areas"][name] == pytest.approx(area, abs=1e-4), name
-    expected = {f"{area}, {one} minus {two}": [a[area] - b[area] for a, b in areas]
-                for area in ("deletion", "insertion")}  # fmt: skip
+    expected = {
+        f"{area}, {one} minus {two}": [a[area] - b[area] for a, b in areas]
+        for area in ("deletion", "insertion")
+    }
     for place, name in enumerate((one, two)):
         for area in ("deletion", "insertion"):
             expected[f"{name}: {area}, map minus random"] = [
@@ -231,8 +235,9 @@ def test_names_and_titles_are_escaped():
         assert tag not in text.replace("<i></i>", "")
 
 
-def test_a_killed_run_neither_repeats_nor_loses_an_image(done, trained, linear, tmp_path,
-                                                         monkeypatch):  # fmt: skip
+def test_a_killed_run_neither_repeats_nor_loses_an_image(
+    done, trained, linear, tmp_path, monkeypatch
+):
     out, wrote, save = tmp_path / "out", [], cases.save
 
     def killed(path, *rest):
@@ -245,8 +250,9 @@ def test_a_killed_run_neither_repeats_nor_loses_an_image(done, trained, linear, 
     with pytest.raises(KeyboardInterrupt):
         attribute.attribute(trained, out, compare=linear, faithful=True, **FEW)
     assert not (out / "index.json").exists() and len(list(out.glob("cases/*"))) == 3
-    monkeypatch.setattr(cases, "save", lambda path, *rest: [save(path, *rest),
-                                                            wrote.append(path.name)])  # fmt: skip
+    monkeypatch.setattr(
+        cases, "save", lambda path, *rest: [save(path, *rest), wrote.append(path.name)]
+    )
     attribute.attribute(trained, out, compare=linear, faithful=True, **FEW)
     assert sorted(wrote) == [f"{number:05d}.npz" for number in range(9)]
     for number in range(9):  # the same as in one go, in whatever batch it was
@@ -296,8 +302,11 @@ def test_labels_choose_images_and_targets(trained, shards, tmp_path):
         trained, tmp_path / "ids", split="test", ids=[has[1].id, has[0].id], steps=2
     )
     assert by_id["images"] == 2
-    without = next(source[k].id for k in range(len(source)) if source[k].id not in
-                   {example.id for example in has})  # fmt: skip
+    without = next(
+        source[k].id
+        for k in range(len(source))
+        if source[k].id not in {example.id for example in has}
+    )
     with pytest.raises(InputError, match=f"{without!r} is annotated with none of --labels {name}"):
         attribute.attribute(
             trained, tmp_path / "no", split="test", ids=[has[0].id, without], labels=[name]

@@ -13,14 +13,20 @@ from maknet_jax.training import augment
 
 S = 32
 OFF = {
-    "rotation_probability": 0.0, "rotation_degrees": 15.0, "crop_probability": 0.0,
-    "crop_scale": (0.5, 1.0), "crop_aspect": (0.75, 4 / 3), "contrast_probability": 0.0,
+    "rotation_probability": 0.0,
+    "rotation_degrees": 15.0,
+    "crop_probability": 0.0,
+    "crop_scale": (0.5, 1.0),
+    "crop_aspect": (0.75, 4 / 3),
+    "contrast_probability": 0.0,
     "grayscale_probability": 0.0,
-}  # fmt: skip
+}
 ON = OFF | {
-    "rotation_probability": 0.5, "crop_probability": 0.5, "contrast_probability": 0.5,
+    "rotation_probability": 0.5,
+    "crop_probability": 0.5,
+    "contrast_probability": 0.5,
     "grayscale_probability": 0.5,
-}  # fmt: skip
+}
 MIDDLE = jnp.array([0.5, 0.5])
 
 
@@ -219,9 +225,9 @@ def test_all_probabilities_zero_is_no_augmentation():
 
 
 @pytest.mark.parametrize(
-    "one", ["rotation_probability", "crop_probability", "contrast_probability",
-            "grayscale_probability"],
-)  # fmt: skip
+    "one",
+    ["rotation_probability", "crop_probability", "contrast_probability", "grayscale_probability"],
+)
 def test_each_noise_acts_alone_and_as_often_as_it_should(one, images):
     noise = jax.jit(augment.make_augment(**(OFF | {one: 0.5})))
     many = np.tile(images[:1] * 0.5, (256, 1, 1, 1))

@@ -105,10 +105,22 @@ def test_options_of_a_trunk_are_free():
 def test_noisy_student_is_the_papers_and_has_fields_of_its_own():
     page = configs.load("noisy_student")
     assert set(fields(page)) == {
-        "seed", "rounds", "labelled", "unlabelled", "split", "teacher", "student",
-        "teacher_changes", "student_changes", "from_last", "checkpoint", "top", "threshold",
-        "evaluate", "soft",
-    }  # fmt: skip
+        "seed",
+        "rounds",
+        "labelled",
+        "unlabelled",
+        "split",
+        "teacher",
+        "student",
+        "teacher_changes",
+        "student_changes",
+        "from_last",
+        "checkpoint",
+        "top",
+        "threshold",
+        "evaluate",
+        "soft",
+    }
     assert (page.rounds, page.top, page.threshold, page.soft) == (5, 15, 0.5, False)
     assert (page.teacher, page.student) == ("teacher", "student")
     assert page.teacher_changes == page.student_changes == page.evaluate == ()
@@ -190,8 +202,10 @@ def test_an_override_has_the_type_of_its_field(text, value):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("optimizer.learning_rat=1", "'optimizer.learning_rat' is unknown: did"
-         " you mean 'learning_rate'"),
+        (
+            "optimizer.learning_rat=1",
+            "'optimizer.learning_rat' is unknown: did you mean 'learning_rate'",
+        ),
         ("optimiser.k=1", "did you mean 'optimizer'"),
         ("xyz=1", "config field 'xyz' is unknown: known are "),
         ("optimizer.learning_rate=fast", "'optimizer.learning_rate' is a float, 'fast' is not"),
@@ -203,7 +217,7 @@ def test_an_override_has_the_type_of_its_field(text, value):
         ("seed.x=3", "'seed' in 'seed.x' is a value, not a group"),
         ("seed", "override 'seed' should be key=value"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_override_is_one_line_with_its_mend(text, message):
     with pytest.raises(InputError) as caught:
         configs.load("smoke", [text])

@@ -17,8 +17,10 @@ def test_the_log_appends_one_json_line_an_event(tmp_path, capsys):
         log.event(event="again")
     events = [json.loads(line) for line in path.read_text().splitlines()]
     assert [set(event) - {"time"} for event in events] == [
-        {"message", "step"}, {"event", "path"}, {"event"},
-    ]  # fmt: skip
+        {"message", "step"},
+        {"event", "path"},
+        {"event"},
+    ]
     assert events[0]["message"] == "[bold] stays as it is" and events[0]["step"] == 3
     assert events[1]["path"] == str(tmp_path)
     assert all(event["time"] > 1e9 for event in events)

@@ -214,8 +214,12 @@ def test_extra_columns_and_float_ages_change_nothing(shared_data, first):
     for row in shared:
         other = plain[row.file_name, row.box]
         assert (row.patient, row.study, row.series, row.key_slice, row.official_split) == (
-            other.patient, other.study, other.series, other.key_slice, other.official_split,
-        )  # fmt: skip
+            other.patient,
+            other.study,
+            other.series,
+            other.key_slice,
+            other.official_split,
+        )
         assert row.spacing == other.spacing and row.location == other.location
 
 
@@ -251,8 +255,10 @@ def test_a_bad_cell_is_named_with_its_line(phantom, tmp_path, column, value, mes
 
 
 def test_a_file_that_is_no_info_table_is_refused(phantom, tmp_path):
-    rows = [{k: v for k, v in row.items() if k != "Bounding_boxes"}
-            for row in read_rows(phantom["info"])]  # fmt: skip
+    rows = [
+        {k: v for k, v in row.items() if k != "Bounding_boxes"}
+        for row in read_rows(phantom["info"])
+    ]
     with pytest.raises(InputError, match="no column 'Bounding_boxes'"):
         deeplesion.read_info(write_rows(tmp_path / "narrow.csv", rows))
     (tmp_path / "empty.csv").write_text("")

@@ -72,8 +72,15 @@ def of_page(name, data, **changes):
     page = configs.load(name).to_dict()
     page["model"]["options"] = toy_options(name)
     page = ml_collections.ConfigDict(page)
-    values = {"data.path": str(data), "data.size": toy.SIZE, "data.batch_size": 8, "epochs": 4.0,
-              "evaluate_every": 2.0, "checkpoint_every": 100, "log_every": 5}  # fmt: skip
+    values = {
+        "data.path": str(data),
+        "data.size": toy.SIZE,
+        "data.batch_size": 8,
+        "epochs": 4.0,
+        "evaluate_every": 2.0,
+        "checkpoint_every": 100,
+        "log_every": 5,
+    }
     with page.unlocked():
         for key, value in (values | changes).items():
             *parents, last = key.split(".")
@@ -113,8 +120,11 @@ def last(folder):
 
 
 def test_the_schedule_drops_once_and_stays(data):
-    page = of_page("finetune", data, **{"optimizer.momentum": 0.0, "optimizer.weight_decay": 0.0,
-                                        "optimizer.decay_from": 0.5})  # fmt: skip
+    page = of_page(
+        "finetune",
+        data,
+        **{"optimizer.momentum": 0.0, "optimizer.weight_decay": 0.0, "optimizer.decay_from": 0.5},
+    )
     optimizer = workdir.build_optimizer(page, 10)
     params, sizes = PARAMS, []
     opt_state = optimizer.init(params)

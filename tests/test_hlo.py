@@ -88,8 +88,8 @@ CASES = {
     '%c = f32[8,128]{1,0:T(8,128)} custom-call(%a), custom_call_target="ConcatBitcast"': 0,
     '%n = f32[64,128]{1,0:T(8,128)} custom-call(), custom_call_target="AllocateBuffer"': 0,
     "%f = f32[64,128]{1,0:T(8,128)} fusion(%a), kind=kLoop, calls=%first": 2 * ROW,
-    "%t = f32[8,128]{1,0:T(8,128)} add(f32[8,128]{1,0:T(8,128)} %a, f32[8,128]{1,0} %near)":
-        2 * ROW,
+    "%t = f32[8,128]{1,0:T(8,128)} add(f32[8,128]{1,0:T(8,128)} %a, f32[8,128]{1,0} %near)": 2
+    * ROW,
     "%g = (f32[8,128]{1,0:T(8,128)}, f32[32,128]{1,0:T(8,128)}) all-gather-start(%a)": 5 * ROW,
     "%y = ((f32[64,128]), f32[16,128]{1,0:T(8,128)}) async-start(%b), calls=%sliced": 4 * ROW,
     "%r = f32[8,128]{1,0:T(8,128)} all-reduce(%a), to_apply=%double": 2 * ROW,
@@ -102,12 +102,12 @@ CASES = {
     "%w = f32[8,128]{1,0:T(8,128)} while(%a), condition=%cond, body=%body, "
     'backend_config={"known_trip_count":{"n":"3"}}': 3 * 3 * ROW,
     "%w = f32[8,128]{1,0:T(8,128)} while(%a), condition=%five, body=%body": 5 * 3 * ROW,
-    "%k = f32[8,128]{1,0:T(8,128)} conditional(%i, %a, %b), branch_computations={%body, %sliced}":
-        4 * ROW,
+    "%k = f32[8,128]{1,0:T(8,128)} conditional(%i, %a, %b), branch_computations={%body, %sliced}": 4
+    * ROW,
     "%k = f32[8,128]{1,0:T(8,128)} conditional(%i, %a, %b), true_computation=%sliced, "
     "false_computation=%body": 4 * ROW,
     "%k = f32[8,128]{1,0:T(8,128)} call(%a), to_apply=%body": 3 * ROW,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("operation", CASES, ids=range(len(CASES)))

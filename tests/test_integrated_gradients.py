@@ -69,9 +69,14 @@ def test_the_error_on_a_cubic_is_as_in_the_facts():
 @pytest.mark.parametrize("method", ig.METHODS)
 def test_a_linear_model_gives_weight_times_change_exactly(case, method):
     found = ig.integrated_gradients(
-        case["linear"], case["images"], case["targets"], case["baseline"], steps=5, method=method,
+        case["linear"],
+        case["images"],
+        case["targets"],
+        case["baseline"],
+        steps=5,
+        method=method,
         output="logit",
-    )  # fmt: skip
+    )
     change = (case["images"] - case["baseline"])[:, None]
     expected = change * np.moveaxis(case["weights"], -1, 0)[case["targets"]]
     np.testing.assert_allclose(found.maps, expected, rtol=1e-5, atol=1e-6)
@@ -88,9 +93,14 @@ def test_gradient_x_input_is_the_same_for_a_linear_model(case):
 
 def test_occlusion_of_a_linear_model_is_the_mean_over_each_square(case):
     found = ig.occlusion(
-        case["linear"], case["images"], case["targets"], case["baseline"], window=2, stride=2,
+        case["linear"],
+        case["images"],
+        case["targets"],
+        case["baseline"],
+        window=2,
+        stride=2,
         output="logit",
-    )  # fmt: skip
+    )
     change = (case["images"] - case["baseline"])[:, None]
     exact = (change * np.moveaxis(case["weights"], -1, 0)[case["targets"]]).sum(-1)
     squares = exact.reshape(8, 3, 3, 2, 4, 2).mean(axis=(3, 5)).repeat(2, 2).repeat(2, 3)
@@ -98,9 +108,13 @@ def test_occlusion_of_a_linear_model_is_the_mean_over_each_square(case):
     np.testing.assert_allclose(found.residual, 0, atol=1e-4)  # the squares tile the image
     weights = case["linear"].args[0]
     odd = ig.occlusion(  # a plain function will do
-        lambda images: linear(weights, images), case["images"], case["targets"], case["baseline"],
-        window=3, stride=2,
-    )  # fmt: skip
+        lambda images: linear(weights, images),
+        case["images"],
+        case["targets"],
+        case["baseline"],
+        window=3,
+        stride=2,
+    )
     assert np.isfinite(odd.maps).all()
 
 
@@ -236,9 +250,14 @@ def test_1_device_is_8_devices(case):
     many = ig.integrated_gradients(network, put["x"], case["targets"], put["b"], chunk=5)
     np.testing.assert_allclose(one.maps, many.maps, rtol=1e-4, atol=1e-7)
     gradients = ig._path_gradients(
-        network, put["x"], put["b"], case["targets"].astype(np.int32), np.ones(2, np.float32),
-        np.ones(2, np.float32), "logit",
-    )  # fmt: skip
+        network,
+        put["x"],
+        put["b"],
+        case["targets"].astype(np.int32),
+        np.ones(2, np.float32),
+        np.ones(2, np.float32),
+        "logit",
+    )
     assert gradients.sharding.shard_shape(gradients.shape)[0] == 1  # nobody gathers the batch
 
 
@@ -260,9 +279,14 @@ def test_the_chunk_keeps_to_the_budget(case):
     # What XLA says that it needs is of the size that the shapes foretold.
     images = jnp.asarray(case["images"])
     lowered = ig._path_gradients.lower(
-        network, images, images, case["targets"][:, :1].astype(np.int32),
-        np.ones(large, np.float32), np.ones(large, np.float32), "probability",
-    )  # fmt: skip
+        network,
+        images,
+        images,
+        case["targets"][:, :1].astype(np.int32),
+        np.ones(large, np.float32),
+        np.ones(large, np.float32),
+        "probability",
+    )
     needed = lowered.compile().memory_analysis().temp_size_in_bytes
     assert needed < 4 << 22
 

@@ -56,8 +56,10 @@ def test_the_real_ontology_has_115_27_and_29_of_the_171_terms(ontology, terms):
     kinds = [label.label_class for label in vocabulary.labels]
     assert vocabulary.names == tuple(terms)
     assert {kind: kinds.count(kind) for kind in kinds} == {
-        "bodypart": 115, "type": 27, "attribute": 29,
-    }  # fmt: skip
+        "bodypart": 115,
+        "type": 27,
+        "attribute": 29,
+    }
 
 
 def test_real_parents_equal_the_transitive_closure_of_a_matrix(ontology, terms):
@@ -144,9 +146,11 @@ def test_exclusion_is_inherited_by_the_children_of_both_sides():
         ("liver", ("abdomen",), ("no such label",)),
         ("skin", (), ()),
     )
-    expected = {frozenset((one, two))
-                for one in ("chest", "lung", "left lung", "right lung")
-                for two in ("abdomen", "liver")}  # fmt: skip
+    expected = {
+        frozenset((one, two))
+        for one in ("chest", "lung", "left lung", "right lung")
+        for two in ("abdomen", "liver")
+    }
     assert pairs(found) == expected | {frozenset(("left lung", "right lung"))}
     np.testing.assert_array_equal(found.exclusive, found.exclusive.T)
     assert found.exclusive.dtype == bool and not found.exclusive.diagonal().any()

@@ -143,10 +143,15 @@ def test_all_forms_of_a_dense_block_are_equal_in_value_and_gradient(k, growth, f
 def test_makconv_multiplies_on_cpu_and_refuses_strange_forms():
     x = drawn(1, 8, 8, 3)
     text = {
-        form: str(jax.make_jaxpr(lambda x, f=form: layers.MAKConv(8, form=f).init_with_output(
-            jax.random.key(0), x)[0])(x)).count("conv_general_dilated[")
+        form: str(
+            jax.make_jaxpr(
+                lambda x, f=form: layers.MAKConv(8, form=f).init_with_output(jax.random.key(0), x)[
+                    0
+                ]
+            )(x)
+        ).count("conv_general_dilated[")
         for form in ("auto", "split", "fused")
-    }  # fmt: skip
+    }
     # Of "auto" it is the product, a 1 x 1 convolution where it is compiled for another platform.
     assert text == {"auto": 1, "split": 4, "fused": 1}
     with pytest.raises(

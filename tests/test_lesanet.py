@@ -25,10 +25,14 @@ def loop_pool(x, box, scale, bins=5):
     out, places = np.zeros((bins, bins, channels)), {}
     for row in range(bins):
         for column in range(bins):
-            rows = [max(math.floor(row * high / bins) + top, 0),
-                    min(math.ceil((row + 1) * high / bins) + top, height)]  # fmt: skip
-            columns = [max(math.floor(column * wide / bins) + left, 0),
-                       min(math.ceil((column + 1) * wide / bins) + left, width)]  # fmt: skip
+            rows = [
+                max(math.floor(row * high / bins) + top, 0),
+                min(math.ceil((row + 1) * high / bins) + top, height),
+            ]
+            columns = [
+                max(math.floor(column * wide / bins) + left, 0),
+                min(math.ceil((column + 1) * wide / bins) + left, width),
+            ]
             for c in range(channels):
                 best = None
                 for y in range(*rows):
@@ -68,8 +72,9 @@ def test_a_box_of_one_pixel_is_that_pixel_and_parts_beyond_the_map_are_0():
 @functools.cache
 def tiny(frozen=False):
     """A LesaNet on a tiny MAKNet and its variables at 64 x 64."""
-    model = models.build("lesanet", 5, trunk="maknet", trunk_options=TINY, units=16, embedding=8,
-                         frozen=frozen)  # fmt: skip
+    model = models.build(
+        "lesanet", 5, trunk="maknet", trunk_options=TINY, units=16, embedding=8, frozen=frozen
+    )
     images = jnp.zeros((1, 64, 64, 3))
     return model, jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(0))
 

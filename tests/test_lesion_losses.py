@@ -174,8 +174,9 @@ def test_draws_below_1_are_refused():
 
 def test_a_step_of_lesanet_draws_on_the_device_and_one_device_is_eight():
     trunk = {"stem": 8, "blocks": (1,), "growth_rates": (8,), "widths": (8,)}
-    model = models.build("lesanet", LABELS, trunk="maknet", trunk_options=trunk, units=8,
-                         embedding=8)  # fmt: skip
+    model = models.build(
+        "lesanet", LABELS, trunk="maknet", trunk_options=trunk, units=8, embedding=8
+    )
     optimizer = sgd.sgd(0.01)
     start = state.create(model, optimizer, size=32, seed=0)
     rng = np.random.default_rng(0)

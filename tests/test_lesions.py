@@ -67,9 +67,13 @@ def test_borders_are_repeated_and_the_box_stays_at_the_lesion():
 
 @pytest.mark.parametrize(
     "box, spacing, says",
-    [((5, 5, 4, 9), (1, 1), "box"), ((5, 5, math.nan, 9), (1, 1), "box"),
-     ((1, 1, 2, 2), (0, 1), "spacing"), ((1, 1, 2, 2), (math.nan,) * 2, "spacing")],
-)  # fmt: skip
+    [
+        ((5, 5, 4, 9), (1, 1), "box"),
+        ((5, 5, math.nan, 9), (1, 1), "box"),
+        ((1, 1, 2, 2), (0, 1), "spacing"),
+        ((1, 1, 2, 2), (math.nan,) * 2, "spacing"),
+    ],
+)
 def test_what_is_no_box_or_spacing_is_rejected(box, spacing, says):
     with pytest.raises(Rejected, match=says):
         lesions.make_patch(FLAT, box, spacing)

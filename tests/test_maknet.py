@@ -81,9 +81,12 @@ def test_bfloat16_activations_leave_logits_statistics_and_parameters_in_float32(
     def run(key):
         variables = model.init(key, images, train=False)
         outputs, updated = model.apply(
-            variables, images, train=True, mutable=["batch_stats", "intermediates"],
+            variables,
+            images,
+            train=True,
+            mutable=["batch_stats", "intermediates"],
             capture_intermediates=True,
-        )  # fmt: skip
+        )
         return variables, outputs, updated
 
     variables, outputs, updated = jax.eval_shape(run, jax.random.key(0))

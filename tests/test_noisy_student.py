@@ -335,9 +335,12 @@ def test_a_student_starts_from_its_teacher_only_where_it_is_told_to(overrides, t
     for from_last in (True, False):
         folder = tmp_path / str(from_last)
         config = page(
-            overrides, rounds=1, from_last=from_last, teacher_changes=changes(TINY | teacher),
+            overrides,
+            rounds=1,
+            from_last=from_last,
+            teacher_changes=changes(TINY | teacher),
             student_changes=changes(still | teacher),
-        )  # fmt: skip
+        )
         noisy_student.noisy_student(config, folder)
         best = workdir.open_run(folder / "round-0").variables["params"]
         student = final(folder, 1).params
@@ -362,10 +365,17 @@ def test_the_options_reach_the_rounds(overrides, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluator.Scores, "report", falling)
     short = {"epochs": 1.6, "evaluate_every": 0.8}
     config = page(
-        overrides, rounds=1, seed=3, top=2, threshold=0.25, soft=True, checkpoint="last",
-        evaluate=("val",), teacher_changes=changes(TINY | short),
+        overrides,
+        rounds=1,
+        seed=3,
+        top=2,
+        threshold=0.25,
+        soft=True,
+        checkpoint="last",
+        evaluate=("val",),
+        teacher_changes=changes(TINY | short),
         student_changes=changes(TINY | short | STUDENT),
-    )  # fmt: skip
+    )
     summary = noisy_student.noisy_student(config, tmp_path / "ns")
     about = files.read_json(tmp_path / "ns" / "pseudo-1" / "pseudo.json")
     assert [about[key] for key in ("top", "threshold", "soft", "teacher_step")] == [

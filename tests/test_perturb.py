@@ -45,9 +45,15 @@ def done(trained, linear, phantom, tmp_path_factory, seen):  # noqa: F811
 
             patch.setattr(perturb, name, spy)
         summary = perturb.perturb(
-            trained, out, split="test", limit=6, steps=4, compare=linear,
-            masks=phantom["masks"] / "deeplesion", organs=["liver", "soft tissue"],
-        )  # fmt: skip
+            trained,
+            out,
+            split="test",
+            limit=6,
+            steps=4,
+            compare=linear,
+            masks=phantom["masks"] / "deeplesion",
+            organs=["liver", "soft tissue"],
+        )
     return out, summary
 
 
@@ -115,8 +121,11 @@ def test_what_falls_out_of_the_first_is_marked_and_counted(done):
                     state = "" if entry["rank"] <= 5 else "gone"
                     assert entry["state"] == (state if entry["label"] in first else "new")
     for result in summary["results"]:
-        some = [row for row in rows if row["model"] == result["model"]
-                and row["perturbed"].startswith(result["strategy"])]  # fmt: skip
+        some = [
+            row
+            for row in rows
+            if row["model"] == result["model"] and row["perturbed"].startswith(result["strategy"])
+        ]
         each = {}
         for row in some:
             fall = float(row["before"]) - float(row["after"])
@@ -167,8 +176,11 @@ def test_masks_of_all_kinds_lie_on_their_slice(tmp_path):
         return next(iter(regions.values()))
 
     for masks, organs in (
-        ("a_007.png", None), (".", ["3"]), ("npz", ["liver"]), ("npz", ["3"]),
-    ):  # fmt: skip
+        ("a_007.png", None),
+        (".", ["3"]),
+        ("npz", ["liver"]),
+        ("npz", ["3"]),
+    ):
         region = found(masks, organs)
         assert (region & expected).sum() / (region | expected).sum() > 0.75, masks
     region = found("a.nii.gz", ["3"], slice=1, shape=(3, 40, 60), kind="dicom")
@@ -228,8 +240,7 @@ def test_masks_of_another_place_or_size_are_rejected(tmp_path):
     Image.fromarray(np.ones((40, 60), np.uint8)).save(path)
     with pytest.raises(Rejected, match="fills the whole image"):
         regions_of(case_of(), path)
-    nibabel.save(nibabel.Nifti1Image(np.ones((60, 40, 3), np.uint8), np.eye(4)),
-                 tmp_path / "a.nii")  # fmt: skip
+    nibabel.save(nibabel.Nifti1Image(np.ones((60, 40, 3), np.uint8), np.eye(4)), tmp_path / "a.nii")
     with pytest.raises(Rejected, match="of a volume"):
         regions_of(case_of(slice=1), tmp_path / "a.nii")
 

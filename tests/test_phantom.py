@@ -234,11 +234,21 @@ def test_the_box_holds_the_lesion():
 
 def test_hu_of_organs(torsos):
     expected = {
-        "background": (-1010, -985), "right lung": (-900, -680), "left lung": (-900, -680),
-        "liver": (20, 160), "spleen": (20, 180), "cardiac": (10, 220), "urinary bladder": (-10, 50),
-        "pelvic bone": (180, 700), "rib": (120, 600), "thigh": (-100, 80), "trachea": (-1000, -500),
-        "right kidney": (-20, 240), "left kidney": (-20, 240), "lumbar": (90, 600),
-    }  # fmt: skip
+        "background": (-1010, -985),
+        "right lung": (-900, -680),
+        "left lung": (-900, -680),
+        "liver": (20, 160),
+        "spleen": (20, 180),
+        "cardiac": (10, 220),
+        "urinary bladder": (-10, 50),
+        "pelvic bone": (180, 700),
+        "rib": (120, 600),
+        "thigh": (-100, 80),
+        "trachea": (-1000, -500),
+        "right kidney": (-20, 240),
+        "left kidney": (-20, 240),
+        "lumbar": (90, 600),
+    }
     values = {name: [] for name in expected}
     for _, _, _, hu, organs in torsos:
         for name in expected:
@@ -290,8 +300,11 @@ def test_body_parts_come_in_order_and_exclusive_ones_apart(torsos):
 
 def test_parents_are_added_once_and_for_all():
     assert phantom_labels.with_parents(["right kidney"]) == {
-        "right kidney", "kidney", "abdomen", "upper abdomen",
-    }  # fmt: skip
+        "right kidney",
+        "kidney",
+        "abdomen",
+        "upper abdomen",
+    }
     everything = phantom_labels.with_parents(phantom_labels.TERMS)
     assert everything == set(phantom_labels.TERMS)
     assert phantom_labels.with_parents(["table", "soft tissue", "rib"]) == {"rib"}
@@ -327,9 +340,15 @@ def test_dicom_gives_back_the_hu(tmp_path, syntax, intercept, padding):
     hu = rng.integers(-1024, 3000, (5, 20, 24)).astype(np.int16)
     hu[:, 0] = padding
     uids = volumes.write_series(
-        tmp_path / "series", hu, (5.0, 0.8, 0.7), "key", rng,
-        syntax=syntax, intercept=intercept, upwards=True,
-    )  # fmt: skip
+        tmp_path / "series",
+        hu,
+        (5.0, 0.8, 0.7),
+        "key",
+        rng,
+        syntax=syntax,
+        intercept=intercept,
+        upwards=True,
+    )
     files = [pydicom.dcmread(path) for path in sorted((tmp_path / "series").iterdir())]
     assert {data.file_meta.TransferSyntaxUID for data in files} == {syntax}
     positions = [float(data.ImagePositionPatient[2]) for data in files]
@@ -393,8 +412,13 @@ def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_arguments_out_of_range(tmp_path):
-    for wrong in ({"patients": 3}, {"size": 31}, {"slices": 2}, {"lesions_per_patient": 0},
-                  {"absent": 1.5}):  # fmt: skip
+    for wrong in (
+        {"patients": 3},
+        {"size": 31},
+        {"slices": 2},
+        {"lesions_per_patient": 0},
+        {"absent": 1.5},
+    ):
         with pytest.raises(InputError, match=next(iter(wrong))):
             phantom.write_phantom(tmp_path / "data", **wrong)
     assert not list(tmp_path.iterdir())

@@ -65,10 +65,12 @@ def test_a_batch_holds_what_the_contract_says():
     (batch,) = train(9, 1)
     index = batch["index"]
     expected = {
-        "image": ((4, 4, 4, 3), np.int16), "labels": ((4, 2), np.float32),
-        "label_mask": ((4, 2), np.float32), "weight": ((4,), np.float32),
+        "image": ((4, 4, 4, 3), np.int16),
+        "labels": ((4, 2), np.float32),
+        "label_mask": ((4, 2), np.float32),
+        "weight": ((4,), np.float32),
         "index": ((4,), np.int32),
-    }  # fmt: skip
+    }
     assert set(batch) == {*expected, "id"}
     for field, (shape, dtype) in expected.items():
         assert batch[field].shape == shape and batch[field].dtype == dtype

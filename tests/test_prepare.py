@@ -25,9 +25,14 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
 def of_phantom(phantom, out, **options):
     options = {"size": 32} | options
     return prepare.prepare_deeplesion(
-        phantom["images"], phantom["info"], out, label_file=phantom["labels"],
-        hand_labels=phantom["hand_labels"], ontology=phantom["ontology"], **options,
-    )  # fmt: skip
+        phantom["images"],
+        phantom["info"],
+        out,
+        label_file=phantom["labels"],
+        hand_labels=phantom["hand_labels"],
+        ontology=phantom["ontology"],
+        **options,
+    )
 
 
 def of_real(shared_data, out, images="Images_png", **options):
@@ -40,8 +45,10 @@ def of_real(shared_data, out, images="Images_png", **options):
     } | options
     return prepare.prepare_deeplesion(
         shared_data / "deeplesion" / images,
-        shared_data / "deeplesion" / "DL_info_first_691_rows.csv", out, **options,
-    )  # fmt: skip
+        shared_data / "deeplesion" / "DL_info_first_691_rows.csv",
+        out,
+        **options,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -122,8 +129,10 @@ def test_a_slice_that_is_all_body_keeps_every_hu_of_its_file(shared_data, tmp_pa
 def test_flat_names_are_found(shared_data, tmp_path):
     prepare.prepare_deeplesion(
         shared_data / "deeplesion" / "key_slices_flat",
-        shared_data / "deeplesion" / "DL_info_key_slices.csv", tmp_path / "out", size=32,
-    )  # fmt: skip
+        shared_data / "deeplesion" / "DL_info_key_slices.csv",
+        tmp_path / "out",
+        size=32,
+    )
     found = examples(tmp_path / "out")["unlabelled"]
     assert len(found) == 23
     assert found[0].id == "002648_01_01_061"
@@ -183,12 +192,15 @@ def test_uncertain_labels_and_what_they_imply_are_unknown_unless_sure_or_exclude
 
     vocabulary = labels.Vocabulary(
         (
-            labels.Label("abdomen"), labels.Label("liver", parents=("abdomen",)),
-            labels.Label("liver mass", parents=("liver", "abdomen")), labels.Label("lung"),
-            labels.Label("lung nodule", parents=("lung",)), labels.Label("pelvis"),
+            labels.Label("abdomen"),
+            labels.Label("liver", parents=("abdomen",)),
+            labels.Label("liver mass", parents=("liver", "abdomen")),
+            labels.Label("lung"),
+            labels.Label("lung nodule", parents=("lung",)),
+            labels.Label("pelvis"),
             labels.Label("spleen", exclusive=("liver",)),
         )
-    )  # fmt: skip
+    )
     given, mask = (np.frombuffer(b, np.uint8) for b in prepare._vectors(vocabulary, Lesion))
     # As LesaNet: the truth is what was said, what it implies is not added.
     assert given.tolist() == [0, 1, 0, 0, 0, 0, 0]
@@ -216,8 +228,11 @@ def test_bad_images_are_listed_and_the_rest_is_prepared(phantom, tmp_path):
         target.symlink_to(path)
     rows = read_csv(phantom["info"])
     keys = [images / row["File_name"][:12] / row["File_name"][13:] for row in rows]
-    lonely = next(key for key in keys if png.neighbour_path(key, 1).is_file()
-                  and png.neighbour_path(key, 1) not in keys)  # fmt: skip
+    lonely = next(
+        key
+        for key in keys
+        if png.neighbour_path(key, 1).is_file() and png.neighbour_path(key, 1) not in keys
+    )
     broken = png.neighbour_path(lonely, 1)
     other = next(key for key in keys if key.parent != lonely.parent)
     broken.unlink()
@@ -262,11 +277,28 @@ def test_sizes_and_folders_are_checked_before_anything_is_read(phantom, shards, 
 
 def command(phantom, out):
     return [
-        sys.executable, "-m", "maknet_jax", "prepare", "deeplesion", "--images", phantom["images"],
-        "--info", phantom["info"], "--labels", phantom["labels"], "--hand-labels",
-        phantom["hand_labels"], "--ontology", phantom["ontology"], "--out", out, "--size", "512",
-        "--workers", "1",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "maknet_jax",
+        "prepare",
+        "deeplesion",
+        "--images",
+        phantom["images"],
+        "--info",
+        phantom["info"],
+        "--labels",
+        phantom["labels"],
+        "--hand-labels",
+        phantom["hand_labels"],
+        "--ontology",
+        phantom["ontology"],
+        "--out",
+        out,
+        "--size",
+        "512",
+        "--workers",
+        "1",
+    ]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

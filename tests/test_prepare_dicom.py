@@ -72,8 +72,11 @@ def test_small_volumes_are_left_out_and_counted(phantom, salt, tmp_path):
     # The phantom's series have 12 and 8 slices.
     summary = of_dicom(phantom["dicom"], tmp_path / "out", salt, min_slices=9)
     assert summary["about"] == {
-        "series": 1, "min_slices": 9, "series_too_small": 1, "series_unreadable": 0,
-    }  # fmt: skip
+        "series": 1,
+        "min_slices": 9,
+        "series_too_small": 1,
+        "series_unreadable": 0,
+    }
     (failure,) = read_csv(tmp_path / "out" / "failures.csv")
     assert failure["reason"] == "8 slices, --min-slices asks for 9"
     assert summary["records"] == {"unlabelled": 4} and "series too small: 1" in prepare.describe(
@@ -91,8 +94,9 @@ def test_ids_are_keyed_digests_and_the_salt_stays_outside(phantom, salt, tmp_pat
     of_dicom(phantom["dicom"], tmp_path / "out", salt)
     found = examples(tmp_path / "out")["unlabelled"]
     ids = [e.id for e in found]
-    headers = [pydicom.dcmread(path, stop_before_pixels=True)
-               for path in phantom["dicom"].rglob("*.dcm")]  # fmt: skip
+    headers = [
+        pydicom.dcmread(path, stop_before_pixels=True) for path in phantom["dicom"].rglob("*.dcm")
+    ]
 
     def digest(uid):
         secret = salt.read_text().strip().encode()

@@ -21,9 +21,11 @@ def test_a_table_of_8_bit_pictures(shared_data, tmp_path):
     paths = sorted(folder.glob("*.png"))[::7]
     table = write_table(
         tmp_path / "t.csv",
-        [f"{p},{'neck' if k < 2 else 'other|x'},{'train' if k % 2 else 'test'},,{k}"
-         for k, p in enumerate(paths)],
-    )  # fmt: skip
+        [
+            f"{p},{'neck' if k < 2 else 'other|x'},{'train' if k % 2 else 'test'},,{k}"
+            for k, p in enumerate(paths)
+        ],
+    )
     summary = prepare.prepare_table(
         table, tmp_path / "out", png_window=(-175.0, 275.0), size=512, workers=1
     )
@@ -73,8 +75,10 @@ def test_a_table_over_nifti_and_dicom(shared_data, phantom, tmp_path):
     assert found["val"][0].meta["slice"] == 2
     # A file by its path, and by its name in its folder, is one slice.
     np.testing.assert_array_equal(found["val"][1].image, found["val"][2].image)
-    reasons = {row["input"].split(":")[0]: row["reason"]
-               for row in read_csv(tmp_path / "out" / "failures.csv")}  # fmt: skip
+    reasons = {
+        row["input"].split(":")[0]: row["reason"]
+        for row in read_csv(tmp_path / "out" / "failures.csv")
+    }
     assert list(reasons) == ["line 7", "line 8", "line 9"] and summary["failures"] == 3
     assert "slice 112 is not among the 112" in reasons["line 7"]
     assert "name one in the column slice" in reasons["line 8"]

@@ -75,9 +75,15 @@ def equal_outputs(one, two):
     """All bytes but for where the folders of the inputs lie and for the log."""
     for out in (one, two):
         assert {path.name for path in out.iterdir()} == {
-            *SHARDS, "made", "claim.json", "pseudo.json", "counts.csv", "sweep.csv",
-            "histogram.png", "log.jsonl",
-        }  # fmt: skip
+            *SHARDS,
+            "made",
+            "claim.json",
+            "pseudo.json",
+            "counts.csv",
+            "sweep.csv",
+            "histogram.png",
+            "log.jsonl",
+        }
     for name in [*SHARDS, "counts.csv", "sweep.csv", "pseudo.json", "claim.json"]:
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
 

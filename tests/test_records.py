@@ -40,8 +40,7 @@ def write_set(folder, counts=(5, 3), split="train"):
         number += count
     entry = {"count": number, "label_counts": [0] * 5, "shards": shards}
     labels = [{"name": n, "class": "", "parents": [], "exclusive": []} for n in "abcde"]
-    info = {"format": 1, "size": 8, "labels": labels, "splits": {split: entry},
-            "fingerprint": "f"}  # fmt: skip
+    info = {"format": 1, "size": 8, "labels": labels, "splits": {split: entry}, "fingerprint": "f"}
     (folder / "dataset.json").write_text(json.dumps(info))
     return folder
 

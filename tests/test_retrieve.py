@@ -58,10 +58,26 @@ def test_a_lesion_of_the_set_is_the_most_like_itself(lesanet, phantom, tmp_path,
     path, box = query_of(phantom, example)
     out = tmp_path / "similar.csv"
     code = cli.main(
-        ["retrieve", "--workdir", str(folder), "--image", str(path), "--data", str(data),
-         "--box", ",".join(map(str, box)), "--spacing", ",".join(map(str, example.meta["spacing"])),
-         "--out", str(out), "--top", "5", "--split", "train,test"]
-    )  # fmt: skip
+        [
+            "retrieve",
+            "--workdir",
+            str(folder),
+            "--image",
+            str(path),
+            "--data",
+            str(data),
+            "--box",
+            ",".join(map(str, box)),
+            "--spacing",
+            ",".join(map(str, example.meta["spacing"])),
+            "--out",
+            str(out),
+            "--top",
+            "5",
+            "--split",
+            "train,test",
+        ]
+    )
     assert code == 0
     rows = read_csv(out)
     assert len(rows) == 5 and {row["split"] for row in rows} <= {"train", "test"}
@@ -124,11 +140,19 @@ def test_means_by_class_and_frequency():
     groups = evaluate.by_group(report, vocabulary, [100, 101, 1000, 1001])["groups"]
     assert list(groups) == ["bodypart", "type", "attribute", "rare", "medium", "frequent"]
     assert groups["bodypart"] == {
-        "labels": 2, "auc": pytest.approx(0.7), "f1": pytest.approx(0.35),
-        "precision": pytest.approx(0.7), "recall": 1.0,
-    }  # fmt: skip
-    assert groups["attribute"] == {"labels": 0, "auc": None, "f1": None, "precision": None,
-                                   "recall": None}  # fmt: skip
+        "labels": 2,
+        "auc": pytest.approx(0.7),
+        "f1": pytest.approx(0.35),
+        "precision": pytest.approx(0.7),
+        "recall": 1.0,
+    }
+    assert groups["attribute"] == {
+        "labels": 0,
+        "auc": None,
+        "f1": None,
+        "precision": None,
+        "recall": None,
+    }
     assert groups["rare"]["auc"] == 0.5 and groups["medium"]["labels"] == 2
     assert "rare" not in evaluate.by_group(report, vocabulary)["groups"]
     one = Vocabulary((Label("a"), Label("b")))

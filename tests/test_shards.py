@@ -61,9 +61,16 @@ def small_shards(monkeypatch):
 def write(out, make=make, splits=SPLITS, workers=1, size=8, finish=True):
     advanced = []
     info, failures = shards.write_shards(
-        out, splits, make, kind="test", size=size, vocabulary=VOCABULARY, about={"why": "test"},
-        workers=workers, advance=advanced.append,
-    )  # fmt: skip
+        out,
+        splits,
+        make,
+        kind="test",
+        size=size,
+        vocabulary=VOCABULARY,
+        about={"why": "test"},
+        workers=workers,
+        advance=advanced.append,
+    )
     assert sum(advanced) == sum(map(len, splits.values()))
     if finish:
         shards.finish(out, info)

@@ -88,8 +88,10 @@ def test_eight_devices_are_one(form):
     final, metrics = results[0][-1]
     assert int(final.step) == 8
     assert set(metrics) == {"loss", "loss_before_spl", "loss_after_spl", "gradient_norm"}
-    moved = [np.abs(a - b).max() for a, b in zip(
-        jax.tree.leaves(final.params), jax.tree.leaves(start.params), strict=True)]  # fmt: skip
+    moved = [
+        np.abs(a - b).max()
+        for a, b in zip(jax.tree.leaves(final.params), jax.tree.leaves(start.params), strict=True)
+    ]
     assert min(moved) > 1e-5  # every parameter learns
 
 

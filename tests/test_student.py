@@ -256,7 +256,9 @@ def test_the_average_of_a_run_is_that_of_its_steps(student, data, pseudo, tmp_pa
     assert [int(state.step) for state in states] == [1, 2, 3, 4, 5]
     for before, after in zip(states[:-1], states[1:], strict=True):
         for old, new, mean in zip(
-            jax.tree.leaves(before.ema), jax.tree.leaves(after._replace(ema=()).variables),
-            jax.tree.leaves(after.ema), strict=True,
-        ):  # fmt: skip
+            jax.tree.leaves(before.ema),
+            jax.tree.leaves(after._replace(ema=()).variables),
+            jax.tree.leaves(after.ema),
+            strict=True,
+        ):
             np.testing.assert_allclose(mean, 0.8 * old + 0.2 * new, rtol=1e-5, atol=1e-6)

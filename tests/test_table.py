@@ -28,8 +28,9 @@ def test_rows_are_read_with_their_lines_and_paths_beside_the_table(read, tmp_pat
     )
     assert vocabulary.names == ("liver", "lung", "spleen")
     assert [row.line for row in rows] == [2, 4, 5]
-    assert rows[0] == table.Row(2, str(tmp_path / "a.nii.gz"), ("liver", "spleen"), "train", "57",
-                                "p1")  # fmt: skip
+    assert rows[0] == table.Row(
+        2, str(tmp_path / "a.nii.gz"), ("liver", "spleen"), "train", "57", "p1"
+    )
     assert rows[1].labels == () and rows[1].path == str(tmp_path / "b, c/x.dcm")
     assert rows[0].where == f"line 2: {tmp_path}/a.nii.gz slice 57"
     assert rows[2].where == f"line 5: {tmp_path}/d.png"

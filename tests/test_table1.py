@@ -89,11 +89,15 @@ def test_the_table_holds_what_evaluate_returned(made):
         assert evaluated["test"]["auc"] != evaluated["hand"]["auc"]
         assert result["networks"][name]["splits"] == evaluated
         for split, metric, column in (
-            ("test", "auc", "test AUC"), ("test", "f1", "test F1"),
-            ("test", "precision", "test precision"), ("test", "recall", "test recall"),
-            ("hand", "auc", "hand AUC"), ("hand", "f1", "hand F1"),
-            ("hand", "precision", "hand precision"), ("hand", "recall", "hand recall"),
-        ):  # fmt: skip
+            ("test", "auc", "test AUC"),
+            ("test", "f1", "test F1"),
+            ("test", "precision", "test precision"),
+            ("test", "recall", "test recall"),
+            ("hand", "auc", "hand AUC"),
+            ("hand", "f1", "hand F1"),
+            ("hand", "precision", "hand precision"),
+            ("hand", "recall", "hand recall"),
+        ):
             assert float(row[column]) == evaluated[split][metric], column
         trained = files.read_json(folder / name / "summary.json")
         assert int(row["parameters"]) == trained["parameters"]
@@ -113,8 +117,15 @@ def test_markdown_renders_as_one_table_and_says_what_it_is(made, data):
         assert [float(cell) for cell in row[3:]] == pytest.approx(numbers, abs=5e-5)
     text = (folder / "table1.md").read_text()
     fingerprint = files.read_json(data / "dataset.json")["fingerprint"]
-    for said in (fingerprint[:16], "seed 3", "2 epochs", f"changed: {SHORT[0]}", "train 40, val 13",
-                 "train 17,697", "8 x cpu"):  # fmt: skip
+    for said in (
+        fingerprint[:16],
+        "seed 3",
+        "2 epochs",
+        f"changed: {SHORT[0]}",
+        "train 40, val 13",
+        "train 17,697",
+        "8 x cpu",
+    ):
         assert said in text
     assert "FORM" not in text  # of the small ones
 

@@ -23,9 +23,10 @@ def test_rows_are_means_over_seeds_beside_the_papers():
     runs["random"][0]["hand"]["auc"] = None  # too few labels to score
     rows = table3.table_rows(runs)
     assert [row[:3] for row in rows] == [
-        ["LesaNet (random)", "ours", 2], ["LesaNet (tcia)", "ours", 1],
+        ["LesaNet (random)", "ours", 2],
+        ["LesaNet (tcia)", "ours", 1],
         ["LesaNet (tcia)", "paper", 1],
-    ]  # fmt: skip
+    ]
     assert rows[0][3:7] == pytest.approx([0.2, 0.21, 0.22, 0.23])
     assert rows[0][7] is None and rows[0][8:] == pytest.approx([0.21, 0.22, 0.23])
     assert rows[2][3:] == [0.9331, 0.3569, 0.3045, 0.6669, 0.9403, 0.4972, 0.4754, 0.7531]
@@ -46,8 +47,15 @@ def test_the_table_of_a_phantom(phantom, tmp_path):
     data = lesion_runs.write(phantom, tmp_path / "data", 32)
     changes = ["epochs=1", "data.batch_size=8"]
     trunk = ("maknet", lesion_runs.TRUNK)
-    made = table3.table3(tmp_path / "out", data, {"random": ""}, seeds=2, overrides=changes,
-                         trunk=trunk, notes=["a note"])  # fmt: skip
+    made = table3.table3(
+        tmp_path / "out",
+        data,
+        {"random": ""},
+        seeds=2,
+        overrides=changes,
+        trunk=trunk,
+        notes=["a note"],
+    )
     assert len(made["runs"]["random"]) == 2
     with (tmp_path / "out" / "table3.csv").open(newline="") as file:
         rows = list(csv.reader(file))

@@ -51,9 +51,11 @@ def main(argv=None):
     parser.add_argument("--images", type=options.count, help="at most")
     parser.add_argument("--steps", type=options.count, help="of the path")
     parser.add_argument(
-        "--baseline", default="-400", help="black, blurred or HU; default -400: between lung and "
-        "soft tissue, for what equals the baseline can get no share of the map"
-    )  # fmt: skip
+        "--baseline",
+        default="-400",
+        help="black, blurred or HU; default -400: between lung and "
+        "soft tissue, for what equals the baseline can get no share of the map",
+    )
     parser.add_argument("--least", type=float, default=0.5, help="confidence of a label")
     parser.add_argument("--smooth", type=float, default=1.0, help="sigma in pixels, of the order")
     chosen = harness.parse(parser, argv, full=FULL, quick=QUICK)
@@ -73,17 +75,31 @@ def main(argv=None):
     if not rows:
         raise InputError(f"{workdir} gives no organ of {chosen.split} with confidence")
     results = _summary(rows)
-    cells = [[name, *("{:.3f} ({:.3f} to {:.3f})".format(*results[name][kind])
-              for kind in ("map", "random", "difference"))] for name in results]  # fmt: skip
+    cells = [
+        [
+            name,
+            *(
+                "{:.3f} ({:.3f} to {:.3f})".format(*results[name][kind])
+                for kind in ("map", "random", "difference")
+            ),
+        ]
+        for name in results
+    ]
     flagged = np.mean([row["flagged"] for row in rows])
     harness.report(
-        __file__, argv, chosen, ["", "map", "chance", "difference"], cells,
-        [f"{len(rows)} labels of {len({row['id'] for row in rows})} images of "
-         f"{len({row['patient'] for row in rows})} patients; means over patients, 95 % by "
-         f"resampling patients; {flagged:.1%} of maps flagged as not complete",
-         "mass inside over chance: " + ", ".join(_times(rows))],
+        __file__,
+        argv,
+        chosen,
+        ["", "map", "chance", "difference"],
+        cells,
+        [
+            f"{len(rows)} labels of {len({row['id'] for row in rows})} images of "
+            f"{len({row['patient'] for row in rows})} patients; means over patients, 95 % by "
+            f"resampling patients; {flagged:.1%} of maps flagged as not complete",
+            "mass inside over chance: " + ", ".join(_times(rows)),
+        ],
         {"results": results, "rows": rows},
-    )  # fmt: skip
+    )
 
 
 def trained(folder, chosen):
@@ -124,9 +140,11 @@ def measure(workdir, masks, chosen):
             if scores[column] >= chosen.least:
                 try:
                     regions[column] = perturb.find_regions(
-                        case, masks=masks / "deeplesion", organs=[name],
+                        case,
+                        masks=masks / "deeplesion",
+                        organs=[name],
                         size=len(case.image),
-                    )[name]  # fmt: skip
+                    )[name]
                 except Rejected:
                     continue  # given, but not in sight
         if not regions:
@@ -145,11 +163,16 @@ def measure(workdir, masks, chosen):
                 curves = faith.curves(net.logit_fn, image, [column], baseline, order, SHARES)
                 areas += [float(faith.area(curve, SHARES)[0]) for curve in curves]
             rows.append(
-                {"patient": case.group, "id": case.id, "label": labels[column],
-                 "inside": faith.mass_inside(np.where(whole, attribution, 0), region),
-                 "chance": float(region.sum() / whole.sum()),
-                 "flagged": bool(found.flagged[0, place]), "areas": areas}
-            )  # fmt: skip
+                {
+                    "patient": case.group,
+                    "id": case.id,
+                    "label": labels[column],
+                    "inside": faith.mass_inside(np.where(whole, attribution, 0), region),
+                    "chance": float(region.sum() / whole.sum()),
+                    "flagged": bool(found.flagged[0, place]),
+                    "areas": areas,
+                }
+            )
     return rows
 
 
@@ -170,9 +193,12 @@ def _summary(rows):
     for row in rows:
         deletion, insertion, random_deletion, random_insertion = row["areas"]
         patients.setdefault(row["patient"], []).append(
-            [[row["inside"], row["chance"]], [deletion, random_deletion],
-             [insertion, random_insertion]]
-        )  # fmt: skip
+            [
+                [row["inside"], row["chance"]],
+                [deletion, random_deletion],
+                [insertion, random_insertion],
+            ]
+        )
     means = np.array([np.mean(values, axis=0) for values in patients.values()])
     names = (
         "mass inside the organ",

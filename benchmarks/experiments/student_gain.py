@@ -67,16 +67,23 @@ def measure(folder, seed, form):
         prepare.prepare_deeplesion(out=labelled, size=form["size"], **given)
     if not (unlabelled / "dataset.json").exists():
         prepare.prepare_dicom(
-            paths["dicom"], unlabelled, salt_file=folder / "salt", min_slices=10,
+            paths["dicom"],
+            unlabelled,
+            salt_file=folder / "salt",
+            min_slices=10,
             size=form["size"],
-        )  # fmt: skip
+        )
     size = f"data.size={form['size']}"
     changes = [
-        "teacher=smoke_student", "student=smoke_student", "rounds=2", f"seed={seed}",
-        f"labelled={labelled}", f"unlabelled={unlabelled}",
+        "teacher=smoke_student",
+        "student=smoke_student",
+        "rounds=2",
+        f"seed={seed}",
+        f"labelled={labelled}",
+        f"unlabelled={unlabelled}",
         f"teacher_changes={(size, 'evaluate_every=8', 'pseudo.path=', *form['teacher'])}",
         f"student_changes={(size, 'evaluate_every=8', *form['student'])}",
-    ]  # fmt: skip
+    ]
     made = noisy_student.noisy_student(configs.load("noisy_student", changes), folder / "rounds")[
         "rounds"
     ]
@@ -142,10 +149,15 @@ def main(argv=None):
             found.append(measure(folder / f"seed-{seed}", seed, form))
     found = np.array(found)
     rows = [
-        [title, *(f"{column.mean():.4f} ({column.min():.4f} to {column.max():.4f})"
-                  for column in found[:, number].T)]
+        [
+            title,
+            *(
+                f"{column.mean():.4f} ({column.min():.4f} to {column.max():.4f})"
+                for column in found[:, number].T
+            ),
+        ]
         for number, title in enumerate(TITLES)
-    ]  # fmt: skip
+    ]
     made, notes = gains(found), []
     for student, controls in made.items():
         for control, metrics in controls.items():
@@ -159,12 +171,20 @@ def main(argv=None):
     if chosen.quick:
         notes.append("QUICK FORM: two epochs: the numbers mean nothing")
     harness.report(
-        __file__, argv, chosen,
+        __file__,
+        argv,
+        chosen,
         ["hand-labelled phantom slices", "AUC", "F1"],
-        rows, notes,
-        {"rows": found.tolist(), "networks": TITLES, "metrics": list(METRICS), "gains": made,
-         "form": form},
-    )  # fmt: skip
+        rows,
+        notes,
+        {
+            "rows": found.tolist(),
+            "networks": TITLES,
+            "metrics": list(METRICS),
+            "gains": made,
+            "form": form,
+        },
+    )
 
 
 if __name__ == "__main__":

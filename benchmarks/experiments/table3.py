@@ -56,8 +56,12 @@ NOTES = {
     "shows only that everything runs: the numbers mean nothing",
 }
 # Fields that this script sets, and what to write instead; on a phantom it sets the trunk too.
-OWN = {"seed": "use --seeds", "data.path": "use --data", "data.size": "it is that of the data",
-       "init.path": "use --init"}  # fmt: skip
+OWN = {
+    "seed": "use --seeds",
+    "data.path": "use --data",
+    "data.size": "it is that of the data",
+    "init.path": "use --init",
+}
 TRUNK = dict.fromkeys(
     ("model.options.trunk", "model.options.trunk_options"), "the phantom's base is a small MAKNet"
 )
@@ -105,8 +109,10 @@ def table3(workdir, data, inits, *, seeds=1, overrides=(), trunk=None, form="ful
     result |= {"overrides": list(overrides), "bases": inits}
     rows = table_rows(runs)
     console.write_table(workdir / "table3.csv", HEADER, rows)
-    cells = [["-" if c is None else f"{c:.4f}" if isinstance(c, float) else c for c in row]
-             for row in rows]  # fmt: skip
+    cells = [
+        ["-" if c is None else f"{c:.4f}" if isinstance(c, float) else c for c in row]
+        for row in rows
+    ]
     with files.write_whole(workdir / "table3.md") as file:
         file.write(console.markdown_table(HEADER, cells))
         file.write("".join(f"\n{note}.\n" for note in notes))
@@ -167,9 +173,15 @@ def on_phantom(workdir, form, *, seeds, overrides=()):
     inits = {"random": "", "pseudo-labels": str(workdir / "pretrained")}
     changes = [*recipe["lesanet"], *overrides]
     return table3(
-        workdir, workdir / "lesions", inits, seeds=seeds, overrides=changes,
-        trunk=("maknet", plain), form=form, notes=[NOTES[form]],
-    )  # fmt: skip
+        workdir,
+        workdir / "lesions",
+        inits,
+        seeds=seeds,
+        overrides=changes,
+        trunk=("maknet", plain),
+        form=form,
+        notes=[NOTES[form]],
+    )
 
 
 def main(argv=None):

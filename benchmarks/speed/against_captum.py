@@ -54,8 +54,9 @@ def main(argv=None):
     cells = []
     for name, row in rows.items():
         taken = {what: seconds[name, what, "jax"] for what in AIMS}
-        row["seconds"] = {"/".join(key[1:]): value for key, value in seconds.items()
-                          if key[0] == name}  # fmt: skip
+        row["seconds"] = {
+            "/".join(key[1:]): value for key, value in seconds.items() if key[0] == name
+        }
         for what, labels in (("one", 1), ("several", LABELS)):
             gradients = chosen.steps * labels
             theirs = seconds[name, what, "captum"]
@@ -63,25 +64,44 @@ def main(argv=None):
             ratio = harness.ratios(theirs, taken[what])
             row[what] = {"jax": rates[0], "captum": rates[1], "ratio": ratio}
             judged = against_pytorch.judged(ratio, AIMS[what])
-            cells.append([name, f"{labels} of an image", *map(harness.shown, rates),
-                          harness.shown(ratio, "x"), judged])  # fmt: skip
+            cells.append(
+                [
+                    name,
+                    f"{labels} of an image",
+                    *map(harness.shown, rates),
+                    harness.shown(ratio, "x"),
+                    judged,
+                ]
+            )
         limit = harness.ratios(taken["bare"], taken["one"])
         row["of_the_bare_gradient"] = limit
-        cells.append([name, "bare gradient", harness.shown(harness.rates(chosen.steps,
-                      taken["bare"])), "", f"one label reaches {harness.shown(limit)}",
-                      against_pytorch.judged(limit, AIMS["bare"])])  # fmt: skip
+        cells.append(
+            [
+                name,
+                "bare gradient",
+                harness.shown(harness.rates(chosen.steps, taken["bare"])),
+                "",
+                f"one label reaches {harness.shown(limit)}",
+                against_pytorch.judged(limit, AIMS["bare"]),
+            ]
+        )
     differences = ", ".join(
         f"{name} {method} {values['largest']:.1g} (99 % of pixels below {values['p99']:.1g})"
-        for name, row in rows.items() for method, values in row["differences"].items()
-    )  # fmt: skip
+        for name, row in rows.items()
+        for method, values in row["differences"].items()
+    )
     harness.report(
-        __file__, argv, chosen,
+        __file__,
+        argv,
+        chosen,
         ["network", "labels", "here, gradients/s", "Captum, gradients/s", "here is faster", "aim"],
         cells,
-        [f"{chosen.steps} midpoints of one image of {chosen.size} x {chosen.size}, float32",
-         f"largest difference of maps over the largest value (aim: {TOLERANCE}): {differences}"],
+        [
+            f"{chosen.steps} midpoints of one image of {chosen.size} x {chosen.size}, float32",
+            f"largest difference of maps over the largest value (aim: {TOLERANCE}): {differences}",
+        ],
         {"torch": worker.about, "rows": rows, "aims": AIMS},
-    )  # fmt: skip
+    )
 
 
 def _network(network, chosen):
@@ -116,9 +136,15 @@ def _agree(name, made, worker, steps):
     targets = np.array([labels])
     chunk = min(steps, ig.find_chunk(logit_fn, images, LABELS))
     against_pytorch.hand_over(
-        worker, name, made, made.batch,
-        optimizer={"lr": 0.0}, steps=steps, chunk=chunk, labels=labels,
-    )  # fmt: skip
+        worker,
+        name,
+        made,
+        made.batch,
+        optimizer={"lr": 0.0},
+        steps=steps,
+        chunk=chunk,
+        labels=labels,
+    )
     run = functools.partial(
         ig.integrated_gradients, logit_fn, images, baseline=0.0, steps=steps, chunk=chunk
     )

@@ -71,8 +71,16 @@ def main(argv=None):
         __file__,
         argv,
         chosen,
-        ["network", "step", "JAX images/s", "PyTorch images/s", "JAX is faster", "aim",
-         "logits differ", "first loss differs"],
+        [
+            "network",
+            "step",
+            "JAX images/s",
+            "PyTorch images/s",
+            "JAX is faster",
+            "aim",
+            "logits differ",
+            "first loss differs",
+        ],
         [_cells(row) for row in rows.values()],
         [
             f"{quick}{chosen.batch} images of {chosen.size} x {chosen.size}, float32, medians of "
@@ -88,7 +96,7 @@ def main(argv=None):
             "aims": AIMS | {"maknet_over_vgg16": AIM_VGG16},
             "maknet_over_vgg16": over_vgg16,
         },
-    )  # fmt: skip
+    )
 
 
 class Worker:
@@ -200,7 +208,10 @@ def _agree(name, made, worker):
     batch = made.batch | dict(zip(("pos_weight", "neg_weight"), weights, strict=True))
     optimizer = config.optimizer
     hand_over(
-        worker, name, made, batch,
+        worker,
+        name,
+        made,
+        batch,
         gamma=loss["gamma"],
         head_weights=loss["head_weights"],
         optimizer={
@@ -208,7 +219,7 @@ def _agree(name, made, worker):
             "betas": [optimizer.b1, optimizer.b2],
             "eps": optimizer.eps,
         },
-    )  # fmt: skip
+    )
     ours = np.asarray(made.predict())
     theirs = np.asarray(worker.ask(name=name, step="predict", calls=1)["result"])
     first = float(made.train()["loss"])

@@ -80,8 +80,10 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         rows, notes = measure(chosen, pathlib.Path(folder))
     header = ["", "images/s", "of the limit", "what the limit is"]
-    table = [[row["what"], harness.shown(row["rate"]), harness.shown(row["share"]), row["limit"]]
-             for row in rows]  # fmt: skip
+    table = [
+        [row["what"], harness.shown(row["rate"]), harness.shown(row["share"]), row["limit"]]
+        for row in rows
+    ]
     harness.report(__file__, argv, chosen, header, table, notes, {"rows": rows})
 
 
@@ -92,9 +94,12 @@ def measure(chosen, folder):
     )
     for size in {chosen.size, 32}:
         prepare.prepare_dicom(
-            paths["dicom"], folder / f"shards-{size}", salt_file=folder / "salt", min_slices=30,
+            paths["dicom"],
+            folder / f"shards-{size}",
+            salt_file=folder / "salt",
+            min_slices=30,
             size=size,
-        )  # fmt: skip
+        )
     shards, split, cores = folder / f"shards-{chosen.size}", "unlabelled", options.cores()
     dataset = records.open_dataset(shards)
     source = dataset.source(split)
@@ -113,9 +118,13 @@ def measure(chosen, folder):
     threaded = [loading(cores) for _ in range(chosen.repeats)]
     rows = [
         row_of("loader, one thread", loaded, plain, "sequential read of the same shards"),
-        row_of(f"loader, {cores} threads", threaded, [cores * rate for rate in plain],
-               f"{cores} x the sequential read"),
-    ]  # fmt: skip
+        row_of(
+            f"loader, {cores} threads",
+            threaded,
+            [cores * rate for rate in plain],
+            f"{cores} x the sequential read",
+        ),
+    ]
     per_core = float(np.median(threaded)) / cores
     notes = [
         f"records of {chosen.size} x {chosen.size} x 3; {per_core:.0f} images/s a core: a TPU v5e "
@@ -130,16 +139,21 @@ def measure(chosen, folder):
 def row_of(what, rates, limits, limit):
     """One line of the table: rates, and their share of what they could be at most, in turns."""
     share = [rate / most for rate, most in zip(rates, limits, strict=True)]
-    return {"what": what, "rate": harness.spread(rates), "share": harness.spread(share),
-            "limit": limit}  # fmt: skip
+    return {
+        "what": what,
+        "rate": harness.spread(rates),
+        "share": harness.spread(share),
+        "limit": limit,
+    }
 
 
 def teacher(folder, data, name, size, labels=5):
     """A workdir of one training step on the images of `data`, with made-up labels."""
     info = files.read_json(data / "dataset.json")
     examples = records.open_dataset(data).source("unlabelled")
-    vocabulary = [{"name": f"label {n}", "class": "", "parents": [], "exclusive": []}
-                  for n in range(labels)]  # fmt: skip
+    vocabulary = [
+        {"name": f"label {n}", "class": "", "parents": [], "exclusive": []} for n in range(labels)
+    ]
     made = []
     for number in range(8):
         one = np.arange(labels) == number % labels
@@ -151,8 +165,16 @@ def teacher(folder, data, name, size, labels=5):
     entry = {"count": 8, "label_counts": [2] * labels, "shards": [shard]}
     info |= {"labels": vocabulary, "splits": {"train": entry}, "fingerprint": digest}
     files.write_json(out / "dataset.json", info)
-    page = configs.load(name, [f"data.path={out}", f"data.size={size}", "data.batch_size=8",
-                               "epochs=1.0", "evaluate_every=99"])  # fmt: skip
+    page = configs.load(
+        name,
+        [
+            f"data.path={out}",
+            f"data.size={size}",
+            "data.batch_size=8",
+            "epochs=1.0",
+            "evaluate_every=99",
+        ],
+    )
     train.train(page, folder / f"run-{name}-{size}", devices=jax.devices()[:1])
     return folder / f"run-{name}-{size}"
 
@@ -212,11 +234,19 @@ def at_size(chosen, folder, split):
         added.append((more - less) / (second - first))
     one, ten = f"{sizes[0]:,}", f"{sizes[1]:,}"
     rows = [
-        row_of(f"load, {sizes[2]:,} records", [rates[sizes[2]]], [rates[sizes[0]]],
-               f"{one} records (aim: 0.9), 32 x 32"),
-        row_of(f"label, the records from {ten} to {sizes[2]:,}", added[1:], added[:1],
-               f"those from {one} to {ten} (aim: 0.9), linear network"),
-    ]  # fmt: skip
+        row_of(
+            f"load, {sizes[2]:,} records",
+            [rates[sizes[2]]],
+            [rates[sizes[0]]],
+            f"{one} records (aim: 0.9), 32 x 32",
+        ),
+        row_of(
+            f"label, the records from {ten} to {sizes[2]:,}",
+            added[1:],
+            added[:1],
+            f"those from {one} to {ten} (aim: 0.9), linear network",
+        ),
+    ]
     note = "memory held at most: " + ", ".join(
         f"{most / 2**20:.0f} MiB after {count:,} records" for count, most in held.items()
     )

@@ -34,9 +34,13 @@ def main(argv=None):
     parser.add_argument("--batch", type=options.count, help="patches")
     chosen = harness.parse(parser, argv, full=FULL, quick=QUICK)
     made = harness.Network(
-        "lesanet", size=chosen.size, batch_size=chosen.batch, precision="float32",
-        labels=LABELS, place=against_pytorch.unlike_the_start,
-    )  # fmt: skip
+        "lesanet",
+        size=chosen.size,
+        batch_size=chosen.batch,
+        precision="float32",
+        labels=LABELS,
+        place=against_pytorch.unlike_the_start,
+    )
     timers = {}
     with against_pytorch.Worker(chosen.torch_python, WORKER) as worker:
         agreement = _agree(made, worker)
@@ -49,26 +53,37 @@ def main(argv=None):
     for step in STEPS:
         ours, theirs = seconds[step, "jax"], seconds[step, "torch"]
         rows.append(
-            {"step": step, "seconds": {"jax": ours, "torch": theirs},
-             "jax_patches_per_second": harness.rates(chosen.batch, ours),
-             "torch_patches_per_second": harness.rates(chosen.batch, theirs),
-             "jax_is_faster": harness.ratios(theirs, ours)}
-        )  # fmt: skip
+            {
+                "step": step,
+                "seconds": {"jax": ours, "torch": theirs},
+                "jax_patches_per_second": harness.rates(chosen.batch, ours),
+                "torch_patches_per_second": harness.rates(chosen.batch, theirs),
+                "jax_is_faster": harness.ratios(theirs, ours),
+            }
+        )
     cells = [
-        [row["step"], harness.shown(row["jax_patches_per_second"]),
-         harness.shown(row["torch_patches_per_second"]), harness.shown(row["jax_is_faster"], "x")]
+        [
+            row["step"],
+            harness.shown(row["jax_patches_per_second"]),
+            harness.shown(row["torch_patches_per_second"]),
+            harness.shown(row["jax_is_faster"], "x"),
+        ]
         for row in rows
-    ]  # fmt: skip
+    ]
     harness.report(
-        __file__, argv, chosen,
+        __file__,
+        argv,
+        chosen,
         ["step", "JAX patches/s", "PyTorch patches/s", "JAX is faster"],
         cells,
-        [f"{chosen.batch} patches of {chosen.size} x {chosen.size}, {LABELS} labels, float32; "
-         f"PyTorch {worker.about['torch']}, channels_last, {worker.about['threads']} threads",
-         "before timing they differed by "
-         + ", ".join(f"{value:.1g} ({name})" for name, value in agreement.items())],
+        [
+            f"{chosen.batch} patches of {chosen.size} x {chosen.size}, {LABELS} labels, float32; "
+            f"PyTorch {worker.about['torch']}, channels_last, {worker.about['threads']} threads",
+            "before timing they differed by "
+            + ", ".join(f"{value:.1g} ({name})" for name, value in agreement.items()),
+        ],
         {"torch": worker.about, "rows": rows, "differences": agreement},
-    )  # fmt: skip
+    )
 
 
 def _agree(made, worker):

@@ -35,8 +35,10 @@ def data_of(folder, size, batch):
     shard = {"file": "train/part-0.array_record", "count": batch, "digest": digest}
     counts = np.sum([example.labels for example in made], axis=0, dtype=int).tolist()
     entry = {"count": batch, "label_counts": counts, "shards": [shard]}
-    labels = [{"name": f"label {n}", "class": "", "parents": [], "exclusive": []}
-              for n in range(harness.LABELS)]  # fmt: skip
+    labels = [
+        {"name": f"label {n}", "class": "", "parents": [], "exclusive": []}
+        for n in range(harness.LABELS)
+    ]
     info = {"format": records.FORMAT, "kind": "table", "size": size, "labels": labels}
     info |= {"fingerprint": digest, "splits": {"train": entry}}
     (folder / "dataset.json").write_text(json.dumps(info))
@@ -56,8 +58,13 @@ def main(argv=None):
         data_of(folder / "data", chosen.size, 8)
 
         def start(cache, number, goes_on=False):
-            changes = [f"data.path={folder / 'data'}", f"data.size={chosen.size}", "epochs=2.0",
-                       "data.batch_size=8", "evaluate_every=99"]  # fmt: skip
+            changes = [
+                f"data.path={folder / 'data'}",
+                f"data.size={chosen.size}",
+                "epochs=2.0",
+                "data.batch_size=8",
+                "evaluate_every=99",
+            ]
             done = subprocess.run(
                 [sys.executable, START, chosen.config, folder / f"run-{number}", *changes],
                 env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)},
@@ -83,11 +90,13 @@ def main(argv=None):
     ]
     shares = {
         kind: harness.spread(
-            [one["first_step"] / cold["first_step"]
-             for cold, one in zip(found["cold"], found[kind], strict=True)]
+            [
+                one["first_step"] / cold["first_step"]
+                for cold, one in zip(found["cold"], found[kind], strict=True)
+            ]
         )
         for kind in ("warm", "restarted")
-    }  # fmt: skip
+    }
     notes = [
         "seconds; first step: from the imports' end to one update done and saved (reading, making "
         "or restoring the state, compiling or loading programs, checkpoint); the restarted one is "

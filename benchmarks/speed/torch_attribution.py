@@ -23,13 +23,17 @@ class Explained(torch_networks.Timed):
         return torch.stack(
             [
                 explainer.attribute(
-                    images, torch.zeros_like(images), target=label, n_steps=self.about["steps"],
-                    method=method, internal_batch_size=self.about["chunk"],
+                    images,
+                    torch.zeros_like(images),
+                    target=label,
+                    n_steps=self.about["steps"],
+                    method=method,
+                    internal_batch_size=self.about["chunk"],
                 )
                 for label in labels
             ],
             1,
-        ).permute(0, 1, 3, 4, 2)  # fmt: skip
+        ).permute(0, 1, 3, 4, 2)
 
     def gauss(self):
         """Maps `[B, T, S, S, 3]` of all labels by Gauss-Legendre."""

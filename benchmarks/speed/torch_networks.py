@@ -132,8 +132,19 @@ class Head(nn.Module):
 class MAKNet(Head):
     """`maknet_jax.models.MAKNet`; `form` only says how XLA should compute it."""
 
-    def __init__(self, labels, *, stem, blocks, growth_rates, widths, kernel_size, dropout_rate,
-                 mixpool_learned, form):  # fmt: skip
+    def __init__(
+        self,
+        labels,
+        *,
+        stem,
+        blocks,
+        growth_rates,
+        widths,
+        kernel_size,
+        dropout_rate,
+        mixpool_learned,
+        form,
+    ):
         super().__init__(2 * widths[-1], labels, dropout_rate, spl=True)
         self.stem, self.blocks, width = ConvNorm(3, stem, 7, 4), len(blocks), stem
         for number, (count, growth_rate, features) in enumerate(

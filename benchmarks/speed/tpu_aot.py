@@ -208,9 +208,21 @@ def main(argv=None):
         raise InputError("no libtpu: pip install 'maknet-jax[tpu]', or .[tpu] in a clone")
     for topology in chosen.topologies:
         chips(topology)
-    header = ["", "topology", "step", "batch", "GFLOP/image", "HBM MB/image", "roofline us/image",
-              "bound by", "XLA's MB/image", "by them us/image", "memory GB", "collectives",
-              "compiled in s"]  # fmt: skip
+    header = [
+        "",
+        "topology",
+        "step",
+        "batch",
+        "GFLOP/image",
+        "HBM MB/image",
+        "roofline us/image",
+        "bound by",
+        "XLA's MB/image",
+        "by them us/image",
+        "memory GB",
+        "collectives",
+        "compiled in s",
+    ]
     rows, results = [], []
 
     def measure(network, topology, kind, batch):
@@ -226,15 +238,23 @@ def main(argv=None):
             return None
         bound = "HBM" if row["seconds_by_hbm"] > row["seconds_by_flops"] else "FLOPs"
         count, moved = row["collectives"]
-        rows.append([
-            network, topology, kind, batch, f"{row['flops'] / batch / 1e9:.2f}",
-            f"{row['hbm_bytes'] / batch / 1e6:.1f}",
-            f"{row['roofline_seconds'] / batch * 1e6:.1f}", bound,
-            f"{row['bytes'] / batch / 1e6:.1f}",
-            f"{row['xla_roofline_seconds'] / batch * 1e6:.1f}",
-            f"{row['memory'] / 1e9:.2f}", f"{count} ({moved / 1e6:.1f} MB)",
-            f"{row['compile_seconds']:.0f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                network,
+                topology,
+                kind,
+                batch,
+                f"{row['flops'] / batch / 1e9:.2f}",
+                f"{row['hbm_bytes'] / batch / 1e6:.1f}",
+                f"{row['roofline_seconds'] / batch * 1e6:.1f}",
+                bound,
+                f"{row['bytes'] / batch / 1e6:.1f}",
+                f"{row['xla_roofline_seconds'] / batch * 1e6:.1f}",
+                f"{row['memory'] / 1e9:.2f}",
+                f"{count} ({moved / 1e6:.1f} MB)",
+                f"{row['compile_seconds']:.0f}",
+            ]
+        )
         print("  ".join(str(cell) for cell in rows[-1]), flush=True)
         results.append(about | row)
         return row

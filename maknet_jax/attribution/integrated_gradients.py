@@ -128,8 +128,10 @@ def integrated_gradients(
     images, targets, baseline = _checked(logit_fn, images, targets, baseline, output)
     if chunk is None or rows is None:
         fits = fit(logit_fn, images, targets.shape[1], output=output)
-        chunk, rows = (own if own is not None else found for own, found in
-                       zip((chunk, rows), fits, strict=True))  # fmt: skip
+        chunk, rows = (
+            own if own is not None else found
+            for own, found in zip((chunk, rows), fits, strict=True)
+        )
     if chunk < 1 or rows < 1:
         raise InputError(f"chunk {chunk} and rows {rows} should be 1 or more")
     parts = []
@@ -141,9 +143,7 @@ def integrated_gradients(
     return Attribution(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def _refined(
-    logit_fn, images, targets, baseline, steps, method, refine, output, chunk, tolerance
-):  # fmt: skip
+def _refined(logit_fn, images, targets, baseline, steps, method, refine, output, chunk, tolerance):
     given = logit_fn, images, targets, baseline
     found = _along(*given, *quadrature(method, steps), output, chunk, tolerance)
     for _ in range(refine):

@@ -74,9 +74,12 @@ def _picking(verb):
     verb.add_argument("--checkpoint", default="best", choices=("best", "last"))
     verb.add_argument("--batch-size", type=options.count, help="images a step (default: devices)")
     verb.add_argument(
-        "--display", type=options.window, default=(-160.0, 240.0), metavar="LOW,HIGH",
+        "--display",
+        type=options.window,
+        default=(-160.0, 240.0),
+        metavar="LOW,HIGH",
         help="HU of the pictures, as --display=-160,240",
-    )  # fmt: skip
+    )
     verb.add_argument(
         "--most-shown", type=options.count, default=50, help="images on the page (default: 50)"
     )
@@ -84,8 +87,22 @@ def _picking(verb):
     options.distributed(verb)
 
 
-_SAME = ("path", "split", "data", "limit", "compare", "top", "steps", "method", "baseline",
-         "checkpoint", "batch_size", "display", "most_shown", "png_window")  # fmt: skip
+_SAME = (
+    "path",
+    "split",
+    "data",
+    "limit",
+    "compare",
+    "top",
+    "steps",
+    "method",
+    "baseline",
+    "checkpoint",
+    "batch_size",
+    "display",
+    "most_shown",
+    "png_window",
+)
 
 
 def _picked(chosen):
@@ -103,15 +120,24 @@ def _run_attribute(chosen):
 
     given = _picked(chosen)
     summary = attribute.attribute(
-        chosen.workdir, chosen.out, output=chosen.output, faithful=chosen.faithfulness,
-        refine=chosen.refine, **given,
-    )  # fmt: skip
+        chosen.workdir,
+        chosen.out,
+        output=chosen.output,
+        faithful=chosen.faithfulness,
+        refine=chosen.refine,
+        **given,
+    )
     for name, share in summary.get("complete", {}).items():
         flagged = summary["flagged"][name]
-        print(f"{name}: {summary['images']} images, {share:.1%} of maps complete to 1 %, {flagged} "
-              "flagged")  # fmt: skip
-    areas = {f"{name}: {area}": values for name, each in summary.get("faithfulness", {}).items()
-             for area, values in each.items()}  # fmt: skip
+        print(
+            f"{name}: {summary['images']} images, {share:.1%} of maps complete to 1 %, {flagged} "
+            "flagged"
+        )
+    areas = {
+        f"{name}: {area}": values
+        for name, each in summary.get("faithfulness", {}).items()
+        for area, values in each.items()
+    }
     for name, values in (areas | summary.get("differences", {})).items():
         print(name, console.format_interval(values))
     return _ended(summary)
@@ -123,9 +149,14 @@ def _run_perturb(chosen):
     given = _picked(chosen)
     strategies = tuple(_words(chosen.strategy) or perturb.STRATEGIES)
     summary = perturb.perturb(
-        chosen.workdir, chosen.out, strategies=strategies, masks=chosen.masks,
-        organs=_words(chosen.organs), share=chosen.share, **given,
-    )  # fmt: skip
+        chosen.workdir,
+        chosen.out,
+        strategies=strategies,
+        masks=chosen.masks,
+        organs=_words(chosen.organs),
+        share=chosen.share,
+        **given,
+    )
     if "results" in summary:
         print(console.format_table(*perturb.table(summary["results"])))
     return _ended(summary)

@@ -105,8 +105,10 @@ def attribution_lead(about, shown):
             "pixels. Of two networks both are asked for the first label of the first."
         )
         lead += paragraph(text) + table(header, rows)
-        rows = [[name, console.format_interval(values, 2)]
-                for name, values in about["differences"].items()]  # fmt: skip
+        rows = [
+            [name, console.format_interval(values, 2)]
+            for name, values in about["differences"].items()
+        ]
         lead += table(["on the same images", "difference"], rows)
     return lead + SLIDER
 

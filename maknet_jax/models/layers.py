@@ -272,8 +272,9 @@ class DenseBlock(nn.Module):
         for number, makconv in enumerate(layers):
             if sums:
                 first = channels[number] - features[-1].shape[-1]
-                readers = [[k[:, :, first : channels[number]] for k in each]
-                           for each in kernels[number:]]  # fmt: skip
+                readers = [
+                    [k[:, :, first : channels[number]] for k in each] for each in kernels[number:]
+                ]
                 for reader, read in enumerate(_convolve_once(features[-1], readers), number):
                     sums[reader] += read
                 new = sums[number]

@@ -15,9 +15,19 @@ from scipy import ndimage
 from maknet_jax.phantom import torso
 
 _ORGAN_JITTER = (
-    "liver", "spleen", "stomach", "right kidney", "left kidney", "cardiac", "urinary bladder",
-    "right dome", "left dome", "apex", "crest", "spine",
-)  # fmt: skip
+    "liver",
+    "spleen",
+    "stomach",
+    "right kidney",
+    "left kidney",
+    "cardiac",
+    "urinary bladder",
+    "right dome",
+    "left dome",
+    "apex",
+    "crest",
+    "spine",
+)
 _ARMS = ((False, False), (True, True), (True, False), (False, True))
 _ARMS_P = (0.5, 0.26, 0.12, 0.12)
 
@@ -116,8 +126,15 @@ def make_patient(rng, absence=None):
         for name in _ORGAN_JITTER
     }
     # More often than in any hospital: else the height in the body would tell nearly every label.
-    risk = {"right lung": 0.15, "left lung": 0.15, "right kidney": 0.25, "left kidney": 0.25,
-            "spleen": 0.25, "stomach": 0.2, "urinary bladder": 0.2}  # fmt: skip
+    risk = {
+        "right lung": 0.15,
+        "left lung": 0.15,
+        "right kidney": 0.25,
+        "left kidney": 0.25,
+        "spleen": 0.25,
+        "stomach": 0.2,
+        "urinary bladder": 0.2,
+    }
     risk = risk if absence is None else dict.fromkeys(risk, absence)
     absent = {name for name, p in risk.items() if rng.random() < p}
     for side in ("lung", "kidney"):  # nobody lives without both
@@ -133,18 +150,29 @@ def make_patient(rng, absence=None):
             tubes.append((*start, *end, rng.uniform(2.5, 6)))
     count = 64
     contents = rng.choice([25, 40, -900, 250, -40], count, p=[0.4, 0.25, 0.15, 0.12, 0.08])
-    bowel = np.column_stack([
-        rng.uniform(-100, 100, count), rng.uniform(-75, 40, count), rng.uniform(510, 800, count),
-        rng.uniform(13, 25, count), rng.uniform(0.8, 1.8, count), contents,
-    ])  # fmt: skip
+    bowel = np.column_stack(
+        [
+            rng.uniform(-100, 100, count),
+            rng.uniform(-75, 40, count),
+            rng.uniform(510, 800, count),
+            rng.uniform(13, 25, count),
+            rng.uniform(0.8, 1.8, count),
+            contents,
+        ]
+    )
     return Anatomy(
-        width=rng.uniform(0.86, 1.16), depth=rng.uniform(0.86, 1.16), height=rng.uniform(0.9, 1.1),
+        width=rng.uniform(0.86, 1.16),
+        depth=rng.uniform(0.86, 1.16),
+        height=rng.uniform(0.9, 1.1),
         fat=float(rng.choice([5, 14, 30]) * rng.uniform(0.7, 1.3)),
-        arms=_ARMS[rng.choice(4, p=_ARMS_P)], absent=frozenset(absent), shift=shift,
+        arms=_ARMS[rng.choice(4, p=_ARMS_P)],
+        absent=frozenset(absent),
+        shift=shift,
         levels=np.stack([moved, knots]),
         warp=np.concatenate([rng.uniform(0, 2 * math.pi, 4), rng.uniform(2, 6, 4)]),
-        vessels=np.array(tubes, np.float32), bowel=bowel,
-    )  # fmt: skip
+        vessels=np.array(tubes, np.float32),
+        bowel=bowel,
+    )
 
 
 def make_scan(rng, anatomy):
@@ -162,11 +190,13 @@ def make_scan(rng, anatomy):
         noise=float(rng.uniform(8, 30)),
         offset={name: float(rng.normal(0, 9)) for name in torso.TISSUE_HU},
         table=(
-            float(rng.choice([0.0, 4.0, 12.0])), float(rng.uniform(170, 250)),
-            float(rng.uniform(5, 40)), float(rng.uniform(50, 400)),
+            float(rng.choice([0.0, 4.0, 12.0])),
+            float(rng.uniform(170, 250)),
+            float(rng.uniform(5, 40)),
+            float(rng.uniform(50, 400)),
         ),
         padding=rng.choice([None, None, -2000, -3024]),
-    )  # fmt: skip
+    )
 
 
 class Canvas:

@@ -62,10 +62,17 @@ ONTOLOGY = {
     "hyperattenuation": ("attribute", "hyperdense | high density", ""),
 }
 EXCLUSIVE = (
-    ("neck", "abdomen"), ("neck", "pelvis"), ("neck", "thigh"), ("chest", "pelvis"),
-    ("chest", "thigh"), ("abdomen", "thigh"), ("upper abdomen", "urinary bladder"),
-    ("nodule", "cyst"), ("large", "subcentimeter"), ("hypoattenuation", "hyperattenuation"),
-)  # fmt: skip
+    ("neck", "abdomen"),
+    ("neck", "pelvis"),
+    ("neck", "thigh"),
+    ("chest", "pelvis"),
+    ("chest", "thigh"),
+    ("abdomen", "thigh"),
+    ("upper abdomen", "urinary bladder"),
+    ("nodule", "cyst"),
+    ("large", "subcentimeter"),
+    ("hypoattenuation", "hyperattenuation"),
+)
 TERMS = tuple(sorted(set(ONTOLOGY) - {"bone", "airway"}))
 VISIBLE_MM2 = 100.0  # an organ with less area in a slice is not labelled
 _ORGAN_TERMS = {"cervical spine": "neck", "arm": "extremity"}
@@ -155,15 +162,35 @@ def mine_terms(terms, rng):
 def _write_ontology(path, detected):
     book = openpyxl.Workbook()
     sheet = book.active
-    sheet.append(("id", "class", "term", "synonyms", "num_detected", "term_exclusive",
-                  "term_parents", "term_children"))  # fmt: skip
+    sheet.append(
+        (
+            "id",
+            "class",
+            "term",
+            "synonyms",
+            "num_detected",
+            "term_exclusive",
+            "term_parents",
+            "term_children",
+        )
+    )
     for number, (term, (kind, synonyms, parents)) in enumerate(ONTOLOGY.items(), start=1):
         pairs = [pair for pair in EXCLUSIVE if term in pair]
         exclusive = [b if a == term else a for a, b in pairs]
         children = [name for name, row in ONTOLOGY.items() if term in row[2].split(" | ")]
         synonyms = " | ".join([term] + ([synonyms] if synonyms else []))
-        sheet.append((number, kind, term, synonyms, detected[term], " | ".join(exclusive) or None,
-                      parents or None, " | ".join(children) or None))  # fmt: skip
+        sheet.append(
+            (
+                number,
+                kind,
+                term,
+                synonyms,
+                detected[term],
+                " | ".join(exclusive) or None,
+                parents or None,
+                " | ".join(children) or None,
+            )
+        )
     buffer = io.BytesIO()
     book.save(buffer)
     # The archive holds the time of writing in two places: the same phantom must be the same bytes.

@@ -10,11 +10,33 @@ import math
 import numpy as np
 
 ORGANS = (
-    "background", "soft tissue", "right lung", "left lung", "trachea", "mediastinum", "cardiac",
-    "aorta", "liver", "spleen", "stomach", "intestine", "right kidney", "left kidney",
-    "urinary bladder", "cervical spine", "thoracic spine", "lumbar", "sacrum", "rib", "sternum",
-    "pelvic bone", "femur", "thigh", "arm", "table",
-)  # fmt: skip
+    "background",
+    "soft tissue",
+    "right lung",
+    "left lung",
+    "trachea",
+    "mediastinum",
+    "cardiac",
+    "aorta",
+    "liver",
+    "spleen",
+    "stomach",
+    "intestine",
+    "right kidney",
+    "left kidney",
+    "urinary bladder",
+    "cervical spine",
+    "thoracic spine",
+    "lumbar",
+    "sacrum",
+    "rib",
+    "sternum",
+    "pelvic bone",
+    "femur",
+    "thigh",
+    "arm",
+    "table",
+)
 VALUE = {name: value for value, name in enumerate(ORGANS)}
 
 # Half width and half depth (mm) of the muscle wall, and how much of the fat lies over it.
@@ -26,10 +48,16 @@ LENGTH = 950.0  # mm from z = 0 to z = 1 in the reference adult
 BACK = 112.0  # y of the skin of the back: patients lie flat
 # HU without contrast, in the portal and in the arterial phase.
 TISSUE_HU = {
-    "blood": (44, 145, 130), "aorta": (44, 150, 290), "liver": (58, 112, 78),
-    "spleen": (50, 122, 135), "cortex": (34, 190, 175), "medulla": (30, 165, 90),
-    "muscle": (52, 62, 58), "wall": (38, 75, 60), "myocardium": (42, 100, 95),
-}  # fmt: skip
+    "blood": (44, 145, 130),
+    "aorta": (44, 150, 290),
+    "liver": (58, 112, 78),
+    "spleen": (50, 122, 135),
+    "cortex": (34, 190, 175),
+    "medulla": (30, 165, 90),
+    "muscle": (52, 62, 58),
+    "wall": (38, 75, 60),
+    "myocardium": (42, 100, 95),
+}
 
 
 def _ball(z, top, bottom):
@@ -257,8 +285,9 @@ def _abdomen(canvas, anatomy, tissue, level, cavity, depth, spine):
     elif 0.65 <= level < 0.83:
         for sign in (-1, 1):
             out = 14 + 420 * (level - 0.65)
-            canvas.paint(canvas.ellipse(sign * out, depth - 80 - 250 * (level - 0.65), 7, 7),
-                         tissue["blood"])  # fmt: skip
+            canvas.paint(
+                canvas.ellipse(sign * out, depth - 80 - 250 * (level - 0.65), 7, 7), tissue["blood"]
+            )
     if level > 0.48:
         _bowel(canvas, anatomy, tissue, level, below)
     for side, sign, top in (("right", -1, 0.492), ("left", 1, 0.47)):

@@ -24,23 +24,51 @@ from maknet_jax.phantom import anatomy, torso
 from maknet_jax.phantom import labels as phantom_labels
 
 INFO_COLUMNS = (
-    "File_name", "Patient_index", "Study_index", "Series_ID", "Key_slice_index",
-    "Measurement_coordinates", "Bounding_boxes", "Lesion_diameters_Pixel_",
-    "Normalized_lesion_location", "Coarse_lesion_type", "Possibly_noisy", "Slice_range",
-    "Spacing_mm_px_", "Image_size", "DICOM_windows", "Patient_gender", "Patient_age",
+    "File_name",
+    "Patient_index",
+    "Study_index",
+    "Series_ID",
+    "Key_slice_index",
+    "Measurement_coordinates",
+    "Bounding_boxes",
+    "Lesion_diameters_Pixel_",
+    "Normalized_lesion_location",
+    "Coarse_lesion_type",
+    "Possibly_noisy",
+    "Slice_range",
+    "Spacing_mm_px_",
+    "Image_size",
+    "DICOM_windows",
+    "Patient_gender",
+    "Patient_age",
     "Train_Val_Test",
-)  # fmt: skip
+)
 # DeepLesion's coarse types: 1 bone, 2 abdomen, 3 mediastinum, 4 liver, 5 lung, 6 kidney, 7 soft
 # tissue, 8 pelvis. The organs that a lesion may sit in:
 _COARSE = {
-    "right lung": 5, "left lung": 5, "mediastinum": 3, "cardiac": 3, "liver": 4, "spleen": 2,
-    "intestine": 2, "right kidney": 6, "left kidney": 6, "urinary bladder": 8, "sacrum": 1,
-    "pelvic bone": 1, "thoracic spine": 1, "lumbar": 1, "soft tissue": 7, "thigh": 7,
-}  # fmt: skip
+    "right lung": 5,
+    "left lung": 5,
+    "mediastinum": 3,
+    "cardiac": 3,
+    "liver": 4,
+    "spleen": 2,
+    "intestine": 2,
+    "right kidney": 6,
+    "left kidney": 6,
+    "urinary bladder": 8,
+    "sacrum": 1,
+    "pelvic bone": 1,
+    "thoracic spine": 1,
+    "lumbar": 1,
+    "soft tissue": 7,
+    "thigh": 7,
+}
 SYNTAXES = (
-    pydicom.uid.ExplicitVRLittleEndian, pydicom.uid.RLELossless, pydicom.uid.ImplicitVRLittleEndian,
+    pydicom.uid.ExplicitVRLittleEndian,
+    pydicom.uid.RLELossless,
+    pydicom.uid.ImplicitVRLittleEndian,
     pydicom.uid.DeflatedExplicitVRLittleEndian,
-)  # fmt: skip
+)
 _MANUFACTURERS = ("GE MEDICAL SYSTEMS", "SIEMENS", "Philips", "TOSHIBA")
 
 
@@ -78,9 +106,12 @@ def write_phantom(
     """
     out = pathlib.Path(out)
     for name, value, least in (
-        ("patients", patients, 4), ("unlabelled_volumes", unlabelled_volumes, 0),
-        ("size", size, 32), ("slices", slices, 3), ("lesions_per_patient", lesions_per_patient, 1),
-    ):  # fmt: skip
+        ("patients", patients, 4),
+        ("unlabelled_volumes", unlabelled_volumes, 0),
+        ("size", size, 32),
+        ("slices", slices, 3),
+        ("lesions_per_patient", lesions_per_patient, 1),
+    ):
         if value < least:
             raise InputError(f"{name} is {value}; the phantom needs at least {least}: raise it")
     if not (absent is None or 0 <= absent <= 1):
@@ -112,9 +143,15 @@ def write_phantom(
             "dicom_series": unlabelled_volumes,
             "dicom_slices": len(list(temporary.glob("dicom/*/*.dcm"))),
         }
-        arguments = {"patients": patients, "unlabelled_volumes": unlabelled_volumes, "seed": seed,
-                     "size": size, "slices": slices,
-                     "lesions_per_patient": lesions_per_patient, "absent": absent}  # fmt: skip
+        arguments = {
+            "patients": patients,
+            "unlabelled_volumes": unlabelled_volumes,
+            "seed": seed,
+            "size": size,
+            "slices": slices,
+            "lesions_per_patient": lesions_per_patient,
+            "absent": absent,
+        }
         write_json(temporary / "phantom.json", {"arguments": arguments, "counts": counts})
         umask = os.umask(0)
         os.umask(umask)
@@ -187,8 +224,12 @@ def _write_patient(root, patient, split, seed, size, lesions_per_patient, absent
     body = anatomy.make_patient(rng, absent)
     height = torso.LENGTH * body.height
     count = int(rng.integers(max(1, lesions_per_patient // 2), lesions_per_patient * 3 // 2 + 1))
-    person = {"Patient_index": patient, "Patient_gender": rng.choice(["F", "M"]),
-              "Patient_age": int(rng.integers(18, 88)), "split": split}  # fmt: skip
+    person = {
+        "Patient_index": patient,
+        "Patient_gender": rng.choice(["F", "M"]),
+        "Patient_age": int(rng.integers(18, 88)),
+        "split": split,
+    }
     studies = np.sort(rng.integers(1, 3 if count > 3 else 2, count))
     rows = []
     for study in np.unique(studies):
@@ -212,16 +253,25 @@ def _write_patient(root, patient, split, seed, size, lesions_per_patient, absent
             found.append(blob)
             low, high = (key - 1 if key - 1 in wanted else key), key + (key + 1 in wanted)
             spacing = scan.fov / size
-            rows.append(person | row | {
-                "File_name": f"{series}_{key:03d}.png", "Study_index": int(study), "Series_ID": 1,
-                "Key_slice_index": key, "Slice_range": f"{low}, {high}",
-                "Spacing_mm_px_": f"{spacing:.6g}, {spacing:.6g}, {interval:g}",
-                "Image_size": f"{size}, {size}",
-                # DeepLesion measures from head to feet: the neck is at about a quarter.
-                "Normalized_lesion_location": f"{blob.column / size:.6f}, {blob.row / size:.6f}, "
-                f"{0.25 + 0.7 * levels[key]:.6f}",
-                "terms": terms | phantom_labels.visible_terms(organs, spacing * spacing),
-            })  # fmt: skip
+            rows.append(
+                person
+                | row
+                | {
+                    "File_name": f"{series}_{key:03d}.png",
+                    "Study_index": int(study),
+                    "Series_ID": 1,
+                    "Key_slice_index": key,
+                    "Slice_range": f"{low}, {high}",
+                    "Spacing_mm_px_": f"{spacing:.6g}, {spacing:.6g}, {interval:g}",
+                    "Image_size": f"{size}, {size}",
+                    # DeepLesion measures from head to feet: the neck is at about a quarter.
+                    "Normalized_lesion_location": (
+                        f"{blob.column / size:.6f}, {blob.row / size:.6f}, "
+                        f"{0.25 + 0.7 * levels[key]:.6f}"
+                    ),
+                    "terms": terms | phantom_labels.visible_terms(organs, spacing * spacing),
+                }
+            )
         folder = root / "deeplesion" / "Images_png" / series
         folder.mkdir(parents=True)
         maps = {}
@@ -262,23 +312,33 @@ def _make_lesion(rng, hu, organs, spacing, z):
     terms |= {texture} & {"calcified", "cavitary"}
     terms |= {"large"} if radius > 18 else {"subcentimeter"} if radius < 5 else set()
     blob = anatomy.Lesion(
-        z=z, row=float(rows[pick]), column=float(columns[pick]), radius=radius / spacing,
-        ratio=float(rng.uniform(0.6, 1)), angle=float(rng.uniform(0, math.pi)),
-        depth=max(radius, 6.0), hu=value, texture=texture,
-    )  # fmt: skip
+        z=z,
+        row=float(rows[pick]),
+        column=float(columns[pick]),
+        radius=radius / spacing,
+        ratio=float(rng.uniform(0.6, 1)),
+        angle=float(rng.uniform(0, math.pi)),
+        depth=max(radius, 6.0),
+        hu=value,
+        texture=texture,
+    )
     # Long axis, then short axis, as the radiologist draws them; the box is 5 pixels of 512 wider.
     long = blob.radius * np.array([math.cos(blob.angle), math.sin(blob.angle)])
     short = blob.ratio * np.array([-long[1], long[0]])
     ends = np.array([blob.column, blob.row]) + np.stack([-long, long, -short, short])
     edge = 5 * hu.shape[0] / 512
     box = np.concatenate([ends.min(0) - edge, ends.max(0) + edge]).clip(0, hu.shape[0] - 1)
-    return blob, phantom_labels.with_parents(terms), {
-        "Measurement_coordinates": ", ".join(f"{v:.6g}" for v in ends.ravel()),
-        "Bounding_boxes": ", ".join(f"{v:.6g}" for v in box),
-        "Lesion_diameters_Pixel_": f"{2 * blob.radius:.6g}, {2 * blob.radius * blob.ratio:.6g}",
-        "Coarse_lesion_type": _COARSE[organ],
-        "DICOM_windows": "-1500, 500" if "lung" in organ else "-175, 275",
-    }  # fmt: skip
+    return (
+        blob,
+        phantom_labels.with_parents(terms),
+        {
+            "Measurement_coordinates": ", ".join(f"{v:.6g}" for v in ends.ravel()),
+            "Bounding_boxes": ", ".join(f"{v:.6g}" for v in box),
+            "Lesion_diameters_Pixel_": f"{2 * blob.radius:.6g}, {2 * blob.radius * blob.ratio:.6g}",
+            "Coarse_lesion_type": _COARSE[organ],
+            "DICOM_windows": "-1500, 500" if "lung" in organ else "-175, 275",
+        },
+    )
 
 
 def _write_masks(path, maps):
@@ -311,10 +371,16 @@ def _write_volume(root, volume, seed, size, slices, absent):
     spacing = (interval, scan.fov / size, scan.fov / size)
     name = f"phantom-{seed}-{volume}"
     uids = write_series(
-        root / "dicom" / f"series_{volume:02d}", np.stack([hu for hu, _ in drawn]), spacing, name,
-        rng, syntax=SYNTAXES[volume % 4], intercept=-1024 if volume % 3 else 0,
-        manufacturer=_MANUFACTURERS[volume % 4], upwards=bool(volume % 2),
-    )  # fmt: skip
+        root / "dicom" / f"series_{volume:02d}",
+        np.stack([hu for hu, _ in drawn]),
+        spacing,
+        name,
+        rng,
+        syntax=SYNTAXES[volume % 4],
+        intercept=-1024 if volume % 3 else 0,
+        manufacturer=_MANUFACTURERS[volume % 4],
+        upwards=bool(volume % 2),
+    )
     labels = np.stack([organs for _, organs in drawn])
     _write_masks(
         root / "masks" / "dicom" / f"series_{volume:02d}.npz", {"labels": labels, "uids": uids}

@@ -49,8 +49,9 @@ def place(variables, params, batch_stats, *, head):
                 f"{name} is {given[name].shape} in the weights, {own[name].shape} in this network: "
                 f"take the config of the network that they are of{mend}"
             )
-    leaves = [np.asarray(given[name], leaf.dtype) if name in given else leaf
-              for name, leaf in own.items()]  # fmt: skip
+    leaves = [
+        np.asarray(given[name], leaf.dtype) if name in given else leaf for name, leaf in own.items()
+    ]
     placed = jax.tree.unflatten(jax.tree.structure(variables), leaves)
     return placed, sorted(given), sorted(own.keys() - given.keys())
 
