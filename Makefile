@@ -9,7 +9,7 @@ help:
 	@echo "make demo      install, then train, evaluate and predict on a generated CT phantom"
 	@echo "make test      install, then the fast tests"
 	@echo "make test-all  the slow and wide tests too"
-	@echo "make lint      ruff: check and format"
+	@echo "make lint      ruff (check, format) and mypy"
 	@echo "make wheel     build the wheel into dist/"
 	@echo "make clean     remove .venv, dist/ and caches"
 	@echo "PYTHON=path chooses the Python (3.11 to 3.13), ARGS=... goes to demo, test and test-all"
@@ -29,6 +29,7 @@ test-all: venv
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 wheel: venv
 	$(BIN)/python -m build --wheel --no-isolation

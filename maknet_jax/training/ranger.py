@@ -12,7 +12,7 @@ import optax
 class RadamRangerState(NamedTuple):
     """State of `scale_by_radam_ranger`: updates so far and the two moments of the gradient."""
 
-    count: jax.Array  # [], int32
+    count: jax.Array  # type: ignore[assignment]  # tuple.count; int32 []
     mu: optax.Updates
     nu: optax.Updates
 
@@ -20,7 +20,7 @@ class RadamRangerState(NamedTuple):
 class LookaheadSlowState(NamedTuple):
     """State of `lookahead_slow`: updates so far and the slow weights."""
 
-    count: jax.Array  # [], int32
+    count: jax.Array  # type: ignore[assignment]  # tuple.count; int32 []
     slow: optax.Params
 
 
