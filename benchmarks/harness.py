@@ -280,22 +280,13 @@ def shown(values, unit=""):
 
 
 def compact(document):
-    """JSON with one row per line and five significant digits: results are read in diffs too."""
-
-    def rounded(value):
-        if isinstance(value, dict):
-            return {key: rounded(child) for key, child in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [rounded(child) for child in value]
-        return float(f"{value:.5g}") if isinstance(value, float) else value
+    """JSON with one row per line, because results are read in diffs too."""
 
     def nested(value):
         return isinstance(value, (dict, list)) and value
 
     lines = []
-    for key, value in rounded(
-        json.loads(json.dumps(document, allow_nan=False, default=str))
-    ).items():
+    for key, value in json.loads(json.dumps(document, allow_nan=False)).items():
         if isinstance(value, list) and any(map(nested, value)):
             rows = ",\n".join(f"    {json.dumps(row)}" for row in value)
             text = f"[\n{rows}\n  ]"
