@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from maknet_jax import console, files
-from maknet_jax.ct import preprocess, pseudonym, volumes
+from maknet_jax.ct import preprocess, pseudonym, search, volumes
 from maknet_jax.data import deeplesion, labels, lesions, records, shards, table
 from maknet_jax.errors import InputError, Rejected
 from maknet_jax.figures import contact_sheet
@@ -31,7 +31,7 @@ class _KeySlice:
 class _Series:
     """The records of one unlabelled volume."""
 
-    ref: volumes.SeriesRef
+    ref: search.SeriesRef
     salt: str
     size: int
     count: int
@@ -211,7 +211,7 @@ def prepare_dicom(folder, out, *, salt_file=None, min_slices=51, size=256, worke
       InputError: nothing usable is there, or `out` is taken.
     """
     _check(out, size)
-    found, failures = volumes.find_series(folder, workers=workers)
+    found, failures = search.find_series(folder, workers=workers)
     small = [ref for ref in found if ref.count < min_slices]
     kept = [ref for ref in found if ref.count >= min_slices]
     if not kept:

@@ -11,7 +11,7 @@ import pytest
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
-from maknet_jax.ct import dicom, volumes
+from maknet_jax.ct import dicom, reading, search, volumes
 from maknet_jax.errors import Rejected
 
 LOSSLESS = ("1.2.2.dcm", "1.2.1.99.dcm", "4.90.dcm", "4.80.dcm", "4.70.dcm", "4.57.dcm")
@@ -63,14 +63,14 @@ def write_series(folder, places, **changes):
 
 
 def only_series(path):
-    found, reasons = volumes.find_series(path)
+    found, reasons = search.find_series(path)
     assert reasons == []
     assert len(found) == 1
     return volumes.load_series(found[0])
 
 
 def only_reason(path):
-    found, reasons = volumes.find_series(path)
+    found, reasons = search.find_series(path)
     if found:
         with pytest.raises(Rejected) as caught:
             volumes.load_series(found[0])
@@ -358,7 +358,7 @@ def test_nothing_leaks_from_the_decoders(tmp_path, shared_data, capfd, caplog):
 
 def test_quiet_restores_warnings_and_logging():
     before = list(warnings.filters), logging.getLogger("pydicom").disabled
-    with dicom.quiet(), dicom.quiet():
+    with reading.quiet(), reading.quiet():
         warnings.warn("not heard", UserWarning, stacklevel=1)
     assert (list(warnings.filters), logging.getLogger("pydicom").disabled) == before
     with pytest.raises(UserWarning, match="heard"):

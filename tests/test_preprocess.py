@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from maknet_jax.ct import png, preprocess, volumes
+from maknet_jax.ct import png, preprocess, search, volumes
 
 S = 256
 
@@ -173,7 +173,7 @@ def rows_of_body_and_table(hu):
 
 
 def test_the_real_table_lies_outside_the_box(shared_data):
-    (ref,), _ = volumes.find_series(shared_data / "dicom" / "liver_j2k_20")
+    (ref,), _ = search.find_series(shared_data / "dicom" / "liver_j2k_20")
     slices = list(volumes.load_series(ref).hu[::5])
     flat = sorted((shared_data / "deeplesion" / "key_slices_flat").glob("*.png"))
     slices += [png.read_png(path) for path in flat[::3]]
@@ -186,7 +186,7 @@ def test_the_real_table_lies_outside_the_box(shared_data):
 
 def test_the_box_of_a_real_series_does_not_jump(shared_data):
     # Both arms touch the body in some slices only; a box with one arm would shift the middle.
-    (ref,), _ = volumes.find_series(shared_data / "dicom" / "liver_j2k_20")
+    (ref,), _ = search.find_series(shared_data / "dicom" / "liver_j2k_20")
     boxes = np.array([preprocess.body_box(hu) for hu in volumes.load_series(ref).hu])
     assert np.ptp(boxes, axis=0).max() <= 8
 

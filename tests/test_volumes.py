@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from test_dicom import stored_values, write_series, write_slice
 
-from maknet_jax.ct import png, volumes
+from maknet_jax.ct import png, search, volumes
 from maknet_jax.errors import InputError, Rejected
 
 
@@ -23,8 +23,8 @@ def test_all_real_data_is_found_in_a_fixed_order(shared_data):
     folders = [shared_data / name for name in ("body_part_ordinal", "deeplesion", "dicom", "nifti")]
     found, reasons = [], []
     for folder in folders:
-        listed = volumes.find_series(folder)
-        assert volumes.find_series(folder, workers=4) == listed
+        listed = search.find_series(folder)
+        assert search.find_series(folder, workers=4) == listed
         found += listed[0]
         reasons += listed[1]
     counts = {kind: sum(ref.kind == kind for ref in found) for kind in ("dicom", "nifti", "png")}
@@ -36,7 +36,7 @@ def test_all_real_data_is_found_in_a_fixed_order(shared_data):
 
 
 def test_a_label_map_is_no_ct(shared_data):
-    found, _ = volumes.find_series(shared_data / "nifti")
+    found, _ = search.find_series(shared_data / "nifti")
     assert volumes.load_series(found[0]).hu.shape == (112, 101, 122)
     with pytest.raises(Rejected, match="values from 0 to 117: not HU"):
         volumes.load_series(found[1])
@@ -44,7 +44,7 @@ def test_a_label_map_is_no_ct(shared_data):
 
 def test_deeplesion_volume(shared_data):
     folder = shared_data / "deeplesion" / "Images_png" / "000001_01_01"
-    (ref,), reasons = volumes.find_series(folder)
+    (ref,), reasons = search.find_series(folder)
     volume = volumes.load_series(ref)
     assert reasons == [] and ref.key == volume.series == "000001_01_01:103-115"
     assert volume.slices == tuple(f"{k}.png" for k in range(103, 116))
@@ -63,15 +63,15 @@ def test_what_is_no_image_is_passed_over_in_silence(tmp_path):
     )
     report = {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.88.11", "Modality": "SR"}
     write_slice(tmp_path / "report", **report, drop=["Rows", "Columns", "PixelData"])
-    assert volumes.find_series(tmp_path) == ([], [])
+    assert search.find_series(tmp_path) == ([], [])
     (tmp_path / "empty.nii.gz").write_bytes(b"")
     (tmp_path / "empty.dcm").write_bytes(b"")
-    assert [os.path.basename(path) for path, _ in volumes.find_series(tmp_path)[1]] == [
+    assert [os.path.basename(path) for path, _ in search.find_series(tmp_path)[1]] == [
         "empty.dcm",
         "empty.nii.gz",
     ]
     with pytest.raises(InputError, match="nowhere does not exist"):
-        volumes.find_series(tmp_path / "nowhere")
+        search.find_series(tmp_path / "nowhere")
 
 
 def test_dicom_is_found_by_content_and_grouped_by_uid(tmp_path):
@@ -82,7 +82,7 @@ def test_dicom_is_found_by_content_and_grouped_by_uid(tmp_path):
     for k in range(3):
         mr = {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.4", "Modality": "MR"}
         write_slice(tmp_path / f"mr{k}", SeriesInstanceUID="1.2.5", **mr)
-    found, reasons = volumes.find_series(tmp_path)
+    found, reasons = search.find_series(tmp_path)
     assert [(ref.key, ref.count) for ref in found] == [("1.2.3", 3), ("1.2.9", 3)]
     assert [reason for _, reason in reasons] == [
         "modality MR, not CT (3 files of series 1.2.5)",
@@ -94,7 +94,7 @@ def test_runs_of_png_become_series(tmp_path):
     write_pngs(tmp_path / "a" / "000001_01_01", ["008.png", "009.png", "010.png", "012.png"])
     write_pngs(tmp_path / "flat", ["000002_01_01_099.png", "000002_01_01_100.png", "liver.png"])
     write_pngs(tmp_path / "twice", ["1.png", "01.png"])
-    found, reasons = volumes.find_series(tmp_path)
+    found, reasons = search.find_series(tmp_path)
     assert [(ref.key, ref.count) for ref in found] == [
         ("a/000001_01_01:8-10", 3),
         ("a/000001_01_01:12-12", 1),
@@ -107,7 +107,7 @@ def test_runs_of_png_become_series(tmp_path):
 def test_the_slice_of_a_dicom_file_with_its_neighbours(tmp_path):
     paths = write_series(tmp_path, [0, 4, 9, 14])
     write_slice(tmp_path / "other.dcm", z=7, SeriesInstanceUID="1.2.9")
-    whole = volumes.load_series(volumes.find_series(tmp_path)[0][0])
+    whole = volumes.load_series(search.find_series(tmp_path)[0][0])
     for k, wanted in ((0, ("001.dcm", "000.dcm")), (1, ("002.dcm", "001.dcm", "000.dcm"))):
         volume, index = volumes.load_series_of(paths[k])
         assert volume.slices == wanted and volume.slices[index] == paths[k].name
@@ -141,7 +141,7 @@ def test_the_slice_of_a_png_file_and_of_a_volume(tmp_path, shared_data):
 def test_many_threads_read_at_once(shared_data):
     """The silence around pydicom holds in threads; JPEG lossless borrows stderr in turn."""
     folder = shared_data / "dicom" / "transfer_syntaxes"
-    refs = [volumes.find_series(path)[0] for path in sorted(folder.glob("*.4.[578][07].dcm"))] * 4
+    refs = [search.find_series(path)[0] for path in sorted(folder.glob("*.4.[578][07].dcm"))] * 4
     refs = [found[0] for found in refs if found]
     assert len(refs) == 12
     with concurrent.futures.ThreadPoolExecutor(4) as pool:

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import pathlib
 import re
 import struct
@@ -9,17 +10,18 @@ import struct
 import numpy as np
 from PIL import Image
 
+from maknet_jax.ct.reading import LARGEST_MATRIX, one_line
 from maknet_jax.errors import InputError, Rejected
 
 OFFSET = 32768  # DeepLesion stores HU + 32768
-LARGEST_MATRIX = 4096
 LOWEST = -4096  # no scanner pads below this; DeepLesion holds -2048 and -3024
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
-END = b"IEND\xaeB`\x82"
-GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6
+
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_END = b"IEND\xaeB`\x82"
+_GREY = 0  # colour type
 
 
-def split_name(path):
+def split_name(path: str | os.PathLike[str]) -> tuple[str, int | None]:
     """Splits the name of a slice into its series and its index, the last number in the name.
 
     `000001_01_01/109.png` and `000001_01_01_109.png` both give ("000001_01_01", 109). A name
@@ -33,7 +35,7 @@ def split_name(path):
     return series or path.absolute().parent.name, int(match[2])
 
 
-def neighbour_path(path, offset):
+def neighbour_path(path: str | os.PathLike[str], offset: int) -> pathlib.Path:
     """The path of the slice `offset` further on in the same series; it may not exist.
 
     The index keeps its zero padding. Where there is no such index (the name holds no number, or
@@ -47,7 +49,7 @@ def neighbour_path(path, offset):
     return path.with_name(f"{match[1]}{number}{match[3]}{path.suffix}")
 
 
-def read_png(path, window=None):
+def read_png(path: str | os.PathLike[str], window: tuple[float, float] | None = None) -> np.ndarray:
     """Reads one slice; returns int16 [rows, columns] in HU.
 
     16-bit files: HU = value - 32768, exactly. 8-bit files (grey, or colour with three equal
@@ -67,15 +69,15 @@ def read_png(path, window=None):
         content = pathlib.Path(path).read_bytes()
     except OSError as error:
         raise Rejected(f"cannot be read ({error.strerror})") from error
-    if not content.startswith(SIGNATURE) or content[12:16] != b"IHDR" or len(content) < 33:
+    if not content.startswith(_SIGNATURE) or content[12:16] != b"IHDR" or len(content) < 33:
         raise Rejected("not a PNG file")
     columns, rows, depth, colour = struct.unpack(">IIBB", content[16:26])
     if not (1 <= rows <= LARGEST_MATRIX and 1 <= columns <= LARGEST_MATRIX):
         raise Rejected(f"a PNG of {rows} x {columns}: 1 to {LARGEST_MATRIX} is understood")
-    if depth == 16 and colour == GREY:
+    if depth == 16 and colour == _GREY:
         pixels = _pixels(content)
         hu = pixels.astype(np.int32) - OFFSET
-        if hu.max() < LOWEST:
+        if np.max(hu) < LOWEST:
             raise Rejected(
                 f"16-bit values from {pixels.min()} to {pixels.max()}: not HU + {OFFSET} as in "
                 "DeepLesion"
@@ -87,7 +89,7 @@ def read_png(path, window=None):
         raise Rejected(
             "8-bit PNG: its HU are unknown without the display window; add --png-window LOW,HIGH"
         )
-    pixels = _pixels(content, None if colour == GREY else "RGBA")
+    pixels = _pixels(content, None if colour == _GREY else "RGBA")
     if pixels.ndim == 3:
         if (pixels[..., 3] != 255).any():
             raise Rejected("a PNG with transparent pixels")
@@ -98,21 +100,20 @@ def read_png(path, window=None):
     return np.rint(low + pixels.astype(np.float64) * ((high - low) / 255)).astype(np.int16)
 
 
-def check_window(window):
+def check_window(window: tuple[float, float]) -> None:
     """Raises InputError unless `window` is (low, high) in HU with low < high, both in int16."""
     low, high = window
     if not (math.isfinite(low) and math.isfinite(high) and -32768 <= low < high <= 32767):
         raise InputError(f"png window {low},{high}: LOW must be below HIGH, both HU in int16")
 
 
-def _pixels(content, mode=None):
+def _pixels(content: bytes, mode: str | None = None) -> np.ndarray:
     try:
-        if END not in content:  # Pillow takes a file that lacks only its end
+        if _END not in content:  # Pillow takes a file that lacks only its end
             raise ValueError("no end marker")
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             if getattr(image, "n_frames", 1) != 1:
                 raise ValueError("animated")
             return np.asarray(image if mode is None else image.convert(mode))
     except Exception as error:  # Pillow raises OSError, SyntaxError, zlib.error, ...
-        text = " ".join(str(error).split())[:200]
-        raise Rejected(f"broken or truncated PNG ({text})") from error
+        raise Rejected(f"broken or truncated PNG ({one_line(error)})") from error

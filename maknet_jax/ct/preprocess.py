@@ -5,23 +5,27 @@ consecutive slices become the channels. Values stay HU in int16: the window is a
 device, so that changing it never re-reads DICOM.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image
 from scipy import ndimage
+
+Box = tuple[int, int, int, int]  # top, left, bottom, right in pixels, half open
 
 AIR = -1024
 PADDING = -2000  # scanners fill what they did not see with -2000 and below
 CROP_RULE = "body mask > -500 HU, opening 7x7 at 512, components >= 5 % of the largest, margin 1 %"
 
-_BODY = -500  # HU: above lung and foam, below fat and skin
+BODY = -500  # HU; above lung and foam, below fat and skin
 
 
-def clean(hu):
+def clean(hu: np.ndarray) -> np.ndarray:
     """Replaces padding by air: int16 HU of any shape -> int16."""
     return np.where(hu <= PADDING, np.int16(AIR), np.maximum(hu, AIR)).astype(np.int16)
 
 
-def body_box(hu, *, threshold=_BODY):
+def body_box(hu: np.ndarray, *, threshold: float = BODY) -> Box:
     """The bounding box of the body without air and table.
 
     An opening as wide as LesaNet's 7x7 (scaled with the matrix) cuts thin shells, blankets and
@@ -40,7 +44,7 @@ def body_box(hu, *, threshold=_BODY):
     # Half resolution is enough for a box and four times quicker.
     stride = 2 if min(height, width) >= 256 else 1
     mask = hu[::stride, ::stride] > threshold
-    if threshold > _BODY:  # the window cut lungs and thin fat to black: skin still encloses them
+    if threshold > BODY:  # the window cut lungs and thin fat to black: skin still encloses them
         mask = ndimage.binary_fill_holes(mask)
     reach = max(1, round(min(height, width) * 3 / 512 / stride))
     mask = _opening(mask, reach)
@@ -49,32 +53,32 @@ def body_box(hu, *, threshold=_BODY):
         return 0, 0, height, width
     areas = np.bincount(components.ravel())[1:]
     boxes = ndimage.find_objects(components)
-    largest = int(areas.argmax())
+    largest = int(np.argmax(areas))
     floor = boxes[largest][0].stop
-    kept = [boxes[largest]]
+    body = [boxes[largest]]
     for number, (area, box) in enumerate(zip(areas, boxes, strict=True)):
         if number == largest or area < 0.05 * areas[largest]:
             continue
         rows, columns = box[0].stop - box[0].start, box[1].stop - box[1].start
         flat = columns > 3 * rows
         if not (flat and (box[0].start + box[0].stop) / 2 > floor - rows):
-            kept.append(box)
+            body.append(box)
     margin = round(0.01 * max(height, width))
-    top = min(box[0].start for box in kept) * stride - margin
-    left = min(box[1].start for box in kept) * stride - margin
-    bottom = max(box[0].stop for box in kept) * stride + margin
-    right = max(box[1].stop for box in kept) * stride + margin
+    top = min(box[0].start for box in body) * stride - margin
+    left = min(box[1].start for box in body) * stride - margin
+    bottom = max(box[0].stop for box in body) * stride + margin
+    right = max(box[1].stop for box in body) * stride + margin
     return max(top, 0), max(left, 0), min(bottom, height), min(right, width)
 
 
-def _opening(mask, reach):
+def _opening(mask: np.ndarray, reach: int) -> np.ndarray:
     # A square is separable: minimum then maximum along each axis.
     size = 2 * reach + 1
     eroded = ndimage.minimum_filter(mask.view(np.uint8), size, mode="constant")
     return ndimage.maximum_filter(eroded, size, mode="constant").astype(bool)
 
 
-def resize(hu, box, size):
+def resize(hu: np.ndarray, box: Box, size: int) -> np.ndarray:
     """Crops `[H, W]` to `box` and resizes it to `[size, size]`: bilinear, antialiased, int16."""
     top, left, bottom, right = box
     picture = Image.fromarray(np.ascontiguousarray(hu, np.float32))
@@ -82,7 +86,9 @@ def resize(hu, box, size):
     return np.rint(np.asarray(resized)).astype(np.int16)
 
 
-def make_triplet(slices, size, *, threshold=_BODY):
+def make_triplet(
+    slices: Sequence[np.ndarray], size: int, *, threshold: float = BODY
+) -> tuple[np.ndarray, Box]:
     """Three neighbouring slices as one image.
 
     Args:
@@ -93,12 +99,12 @@ def make_triplet(slices, size, *, threshold=_BODY):
     Returns:
       (image, box): int16 `[size, size, 3]` and the box of the middle slice that all three share.
     """
-    slices = [clean(one) for one in slices]
-    box = body_box(slices[1], threshold=threshold)
-    return np.stack([resize(one, box, size) for one in slices], axis=-1), box
+    planes = [clean(plane) for plane in slices]
+    box = body_box(planes[1], threshold=threshold)
+    return np.stack([resize(plane, box, size) for plane in planes], axis=-1), box
 
 
-def centres(count, *, overlap):
+def centres(count: int, *, overlap: bool) -> range:
     """The middle slices of the triplets of a volume of `count` slices.
 
     Unlabelled volumes are cut without overlap (paper, section 4.1): the last one or two slices of
@@ -108,13 +114,13 @@ def centres(count, *, overlap):
     return range(count) if overlap else range(1, count - 1, 3)
 
 
-def neighbours(hu, centre):
+def neighbours(hu: np.ndarray, centre: int) -> list[np.ndarray]:
     """The slices before, at and after `centre` of `[Z, H, W]`; the edge is repeated."""
     last = len(hu) - 1
     return [hu[max(centre - 1, 0)], hu[centre], hu[min(centre + 1, last)]]
 
 
-def body_threshold(hu, png_window=None):
+def body_threshold(hu: np.ndarray, png_window: tuple[float, float] | None = None) -> float:
     """The threshold of `body_box` for a volume.
 
     Pictures of 8 bits were cut to a display window, and in it fat and lung may lie at its low end:
@@ -125,6 +131,6 @@ def body_threshold(hu, png_window=None):
       png_window: (low, high) in HU of 8-bit pictures, where it was given.
     """
     if png_window is None or hu.min() < np.floor(png_window[0]):
-        return _BODY
+        return BODY
     low, high = png_window
-    return max(_BODY, low + 0.02 * (high - low))
+    return max(BODY, low + 0.02 * (high - low))
