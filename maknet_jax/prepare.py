@@ -138,7 +138,9 @@ def _label_rows(rows, label_file, hand_labels, ontology, *, patches):
     kept = [term for term in mined.terms if patches or terms[term].label_class == "bodypart"]
     vocabulary = labels.ontology_vocabulary(terms, kept)
     numbering = deeplesion.number_lesions(rows, mined)
-    found, counts = deeplesion.label_lesions(numbering, mined, hand, vocabulary, doubtful=patches)
+    found, counts = deeplesion.label_lesions(
+        numbering, mined, hand, vocabulary, uncertain_unknown=patches
+    )
     about = {"numbering": numbering.reason, "label_counts": counts}
     # The paper counts lesions with a body part only.
     about["paper_counts"] = dict.fromkeys(counts, "-") if patches else deeplesion.PAPER_COUNTS
@@ -165,12 +167,12 @@ def _make_key_slice(unit):
     try:
         volume, centre = volumes.load_series_of(unit.path)
     except (Rejected, InputError) as error:
-        return shards.Made(failures=((unit.path, str(error)),))
+        return shards.UnitResult(failures=((unit.path, str(error)),))
     slices = preprocess.neighbours(volume.hu, centre)
     image, box = preprocess.make_triplet(slices, unit.size)
     meta = dict(unit.meta) | {"crop": box}
     example = _example(unit.id, image, unit.labels, unit.label_mask, meta)
-    return shards.Made((example,), counters={"neighbours repeated": 3 - len(volume.hu)})
+    return shards.UnitResult((example,), counters={"neighbours repeated": 3 - len(volume.hu)})
 
 
 def _make_lesion(unit):
@@ -180,10 +182,10 @@ def _make_lesion(unit):
             unit.path, [place - 1 for place in meta["slice_box"]], meta["spacing"], unit.size
         )
     except (Rejected, InputError) as error:
-        return shards.Made(failures=((unit.path, str(error)),))
+        return shards.UnitResult(failures=((unit.path, str(error)),))
     image, meta["box"], repeated = made
     example = _example(unit.id, image, unit.labels, unit.label_mask, meta)
-    return shards.Made((example,), counters={"neighbours repeated": repeated})
+    return shards.UnitResult((example,), counters={"neighbours repeated": repeated})
 
 
 def _example(record_id, image, vector, mask, meta):
@@ -248,7 +250,7 @@ def _make_series(unit):
     try:
         volume = volumes.load_series(unit.ref)
     except Rejected as error:
-        return shards.Made(failures=((unit.ref.paths[0], str(error)),))
+        return shards.UnitResult(failures=((unit.ref.paths[0], str(error)),))
     series = pseudonym.pseudonym(unit.salt, volume.series)
     examples = []
     for centre in preprocess.centres(len(volume.hu), overlap=False):
@@ -259,7 +261,7 @@ def _make_series(unit):
         name = f"{series}-{pseudonym.pseudonym(unit.salt, volume.uids[centre])}"
         examples.append(_example(name, image, b"", b"", meta))
     left = len(volume.hu) - 3 * len(examples)
-    return shards.Made(tuple(examples), counters={"slices left over": left})
+    return shards.UnitResult(tuple(examples), counters={"slices left over": left})
 
 
 def prepare_table(csv_file, out, *, png_window=None, size=256, workers=1):
@@ -306,7 +308,7 @@ def _make_table_volume(unit):
     try:
         volume, named = volumes.load_series_of(unit.path, png_window=unit.png_window)
     except (Rejected, InputError) as error:
-        return shards.Made(failures=tuple((row.where, str(error)) for row in unit.rows))
+        return shards.UnitResult(failures=tuple((row.where, str(error)) for row in unit.rows))
     threshold = preprocess.body_threshold(volume.hu, unit.png_window)
     examples, failures = [], []
     for row, vector in zip(unit.rows, unit.labels, strict=True):
@@ -319,7 +321,7 @@ def _make_table_volume(unit):
         image, box = preprocess.make_triplet(slices, unit.size, threshold=threshold)
         meta = {"line": row.line, "slice": centre, "slices": len(volume.hu), "crop": box}
         examples.append(_example(f"line-{row.line:06d}", image, vector, b"\1" * len(vector), meta))
-    return shards.Made(tuple(examples), tuple(failures))
+    return shards.UnitResult(tuple(examples), tuple(failures))
 
 
 def _check(out, size, step=32):
