@@ -15,7 +15,7 @@ from prepared import examples, read_csv
 
 from maknet_jax import prepare
 from maknet_jax.ct import png, preprocess
-from maknet_jax.data import deeplesion, labels, records
+from maknet_jax.data import deeplesion, key_slices, labels, records
 from maknet_jax.errors import InputError, Stopped
 
 # Environment of a command: the tests' own simulated devices are no matter of it.
@@ -186,10 +186,6 @@ def test_labels_are_what_the_files_say_and_counted(phantom, shards):
 
 
 def test_uncertain_labels_and_what_they_imply_are_unknown_unless_sure_or_excluded():
-    class Lesion:
-        names = ("liver",)
-        unknown = ("liver mass", "lung nodule", "elsewhere", "spleen")
-
     vocabulary = labels.Vocabulary(
         (
             labels.Label("abdomen"),
@@ -201,7 +197,9 @@ def test_uncertain_labels_and_what_they_imply_are_unknown_unless_sure_or_exclude
             labels.Label("spleen", exclusive=("liver",)),
         )
     )
-    given, mask = (np.frombuffer(b, np.uint8) for b in prepare._vectors(vocabulary, Lesion))
+    unknown = ("liver mass", "lung nodule", "elsewhere", "spleen")
+    vectors = key_slices.label_vectors(vocabulary, ("liver",), unknown)
+    given, mask = (np.frombuffer(vector, np.uint8) for vector in vectors)
     # As LesaNet: the truth is what was said, what it implies is not added.
     assert given.tolist() == [0, 1, 0, 0, 0, 0, 0]
     # Abdomen is implied by what is uncertain; spleen is uncertain but the sure liver excludes it.

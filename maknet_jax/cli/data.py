@@ -1,9 +1,12 @@
 """`maknet prepare` in its three forms."""
 
+import argparse
+from typing import Any
+
 from maknet_jax.cli import options
 
 
-def add_verbs(verbs):
+def add_verbs(verbs: argparse._SubParsersAction) -> None:
     """Adds `prepare`."""
     prepare = verbs.add_parser(
         "prepare",
@@ -32,7 +35,7 @@ def add_verbs(verbs):
         action="store_true",
         help="patches around the lesions with all 171 labels, for LesaNet",
     )
-    _writing(verb, size="256, of --lesions 120")
+    _add_output_options(verb, size="256, of --lesions 120")
     verb.set_defaults(size=None)
 
     verb = options.verb(
@@ -53,7 +56,7 @@ def add_verbs(verbs):
         default=51,
         help="leave smaller volumes out (default: 51)",
     )
-    _writing(verb)
+    _add_output_options(verb)
 
     verb = options.verb(
         forms,
@@ -64,10 +67,10 @@ def add_verbs(verbs):
     )
     verb.add_argument("table", help="the CSV; labels are separated by |")
     options.png_window(verb)
-    _writing(verb)
+    _add_output_options(verb)
 
 
-def _writing(verb, size="256"):
+def _add_output_options(verb: argparse.ArgumentParser, size: str = "256") -> None:
     verb.add_argument("--out", required=True, help="folder to write")
     verb.add_argument(
         "--size", type=options.count, default=256, help=f"edge of images (default: {size})"
@@ -77,11 +80,11 @@ def _writing(verb, size="256"):
     )
 
 
-def _run_deeplesion(chosen):
+def _run_deeplesion(chosen: argparse.Namespace) -> int:
     from maknet_jax import prepare
 
     chosen.size = chosen.size or (120 if chosen.lesions else 256)
-    return _prepared(
+    return _report(
         prepare.prepare_deeplesion(
             chosen.images,
             chosen.info,
@@ -89,30 +92,37 @@ def _run_deeplesion(chosen):
             hand_labels=chosen.hand_labels,
             ontology=chosen.ontology,
             patches=chosen.lesions,
-            **_written(chosen),
+            **_output_options(chosen),
         )
     )
 
 
-def _run_dicom(chosen):
+def _run_dicom(chosen: argparse.Namespace) -> int:
     from maknet_jax import prepare
 
-    given = {"salt_file": chosen.salt_file, "min_slices": chosen.min_slices}
-    return _prepared(prepare.prepare_dicom(chosen.folder, **given, **_written(chosen)))
+    return _report(
+        prepare.prepare_dicom(
+            chosen.folder,
+            salt_file=chosen.salt_file,
+            min_slices=chosen.min_slices,
+            **_output_options(chosen),
+        )
+    )
 
 
-def _run_table(chosen):
+def _run_table(chosen: argparse.Namespace) -> int:
     from maknet_jax import prepare
 
-    window = chosen.png_window
-    return _prepared(prepare.prepare_table(chosen.table, png_window=window, **_written(chosen)))
+    return _report(
+        prepare.prepare_table(chosen.table, png_window=chosen.png_window, **_output_options(chosen))
+    )
 
 
-def _written(chosen):
+def _output_options(chosen: argparse.Namespace) -> dict[str, Any]:
     return {"out": chosen.out, "size": chosen.size, "workers": chosen.workers}
 
 
-def _prepared(summary):
+def _report(summary: dict[str, Any]) -> int:
     from maknet_jax import prepare
 
     print(prepare.describe(summary))
