@@ -113,7 +113,7 @@ def test_unsigned_and_twelve_bits(tmp_path):
     np.testing.assert_array_equal(hu, values.astype(int) - 1024)
     values[2, 2] = 4096
     path = write_slice(tmp_path / "b.dcm", values=values, **kind)
-    with pytest.raises(Rejected, match="4096 do not fit into BitsStored 12"):
+    with pytest.raises(Rejected, match="4096 .*BitsStored 12"):
         dicom.read_slice(path)
 
 
@@ -133,7 +133,7 @@ def test_encodings_of_one_slice_have_equal_hu(shared_data):
 @pytest.mark.parametrize("number", [50, 51, 53, 55])
 def test_lossy_jpeg_is_refused_by_name(shared_data, number):
     (path,) = (shared_data / "dicom" / "transfer_syntaxes").glob(f"*.4.{number}.dcm")
-    assert re.match(rf"JPEG .*4\.{number}\): lossy JPEG", only_reason(path))
+    assert f"1.2.840.10008.1.2.4.{number}" in only_reason(path)
 
 
 def test_jpeg_2000_series_against_openjpeg(shared_data):
@@ -152,10 +152,10 @@ def test_jpeg_2000_series_against_openjpeg(shared_data):
 
 def test_two_slices_at_one_position_are_refused(shared_data, tmp_path):
     reason = only_reason(shared_data / "dicom" / "duplicate_positions")
-    assert "two slices at one position" in reason
-    assert "CT26.dcm and CT28.dcm" in reason
+    assert "CT26.dcm" in reason and "CT28.dcm" in reason
     write_series(tmp_path, [0, 5, 10, 5, 15])
-    assert "001.dcm and 003.dcm" in only_reason(tmp_path)
+    reason = only_reason(tmp_path)
+    assert "one position" in reason and "001.dcm" in reason and "003.dcm" in reason
 
 
 def test_big_endian_deflated_and_implicit(tmp_path):
@@ -213,52 +213,52 @@ def test_gantry_tilt_up_to_30_degrees(tmp_path):
     assert volume.slices == ("002.dcm", "001.dcm", "000.dcm")
     assert volume.spacing[0] == pytest.approx(5 * np.cos(np.radians(20)), abs=1e-5)
     write_series(tmp_path / "steep", [0, 5, 10], ImageOrientationPatient=tilted(40))
-    assert only_reason(tmp_path / "steep") == (
-        "oblique: 40 degrees from the body's axes, the limit is 30 (3 files of series 1.2.3)"
-    )
+    reason = only_reason(tmp_path / "steep")
+    assert all(part in reason for part in ("40 degrees", "30", "3 files", "1.2.3"))
 
 
 @pytest.mark.parametrize(
-    ("places", "reason"),
+    ("places", "parts"),
     [
-        ([0, 5, 10, 20, 25], "uneven slices: 10.00 mm between 003.dcm and 002.dcm, 5.00 mm"),
-        ([0, 5, 15], "uneven slices: 10.00 mm"),
-        ([0, 5, 10, 12, 15, 20], "uneven slices: 2.00 mm between 003.dcm and 002.dcm"),
+        ([0, 5, 10, 20, 25], ("uneven", "10.00 mm", "003.dcm", "002.dcm", "5.00 mm")),
+        ([0, 5, 15], ("uneven", "10.00 mm")),
+        ([0, 5, 10, 12, 15, 20], ("uneven", "2.00 mm", "003.dcm", "002.dcm")),
     ],
 )
-def test_uneven_slices_are_refused(tmp_path, places, reason):
+def test_uneven_slices_are_refused(tmp_path, places, parts):
     write_series(tmp_path, places)
-    assert reason in only_reason(tmp_path)
+    reason = only_reason(tmp_path)
+    assert all(part in reason for part in parts), reason
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"drop": ["Modality"]}, "no Modality"),
-        ({"Modality": "MR"}, "modality MR, not CT"),
-        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.2.1"}, "Enhanced CT Image Storage: only"),
-        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, "Secondary Capture Image Storage: only"),
-        ({"NumberOfFrames": 3}, "3 frames in one file"),
+        ({"drop": ["Modality"]}, "Modality"),
+        ({"Modality": "MR"}, "MR"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.2.1"}, "Enhanced CT Image Storage"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, "Secondary Capture Image Storage"),
+        ({"NumberOfFrames": 3}, "3 frames"),
         ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "ImageType LOCALIZER"),
-        ({"PhotometricInterpretation": "MONOCHROME1"}, "1 samples of MONOCHROME1"),
-        ({"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3}, "3 samples of RGB"),
-        ({"Rows": 5000}, "a matrix of 5000 x 5"),
+        ({"PhotometricInterpretation": "MONOCHROME1"}, "MONOCHROME1"),
+        ({"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3}, "3 .*RGB"),
+        ({"Rows": 5000}, "5000 x 5"),
         ({"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}, "BitsAllocated 8, BitsStored 8"),
         ({"HighBit": 14}, "BitsAllocated 16, BitsStored 16, HighBit 14"),
         ({"BitsStored": 17, "HighBit": 16}, "BitsAllocated 16, BitsStored 17"),
         ({"RescaleSlope": 0}, "RescaleSlope 0"),
-        ({"RescaleType": "MGML"}, "RescaleType MGML: the values are not HU"),
-        ({"ImageOrientationPatient": [0, 1, 0, 0, 0, -1]}, "not axial|oblique: 90 degrees"),
-        ({"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}, "is no pair of directions"),
-        ({"ImageOrientationPatient": [1, 0, 0]}, "not 6 numbers"),
-        ({"drop": ["ImageOrientationPatient"]}, "no ImageOrientationPatient"),
-        ({"drop": ["RescaleIntercept"]}, "no RescaleSlope or RescaleIntercept"),
+        ({"RescaleType": "MGML"}, "RescaleType MGML"),
+        ({"ImageOrientationPatient": [0, 1, 0, 0, 0, -1]}, "not axial|90 degrees"),
+        ({"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}, "ImageOrientationPatient .*1.0"),
+        ({"ImageOrientationPatient": [1, 0, 0]}, "ImageOrientationPatient .*6 numbers"),
+        ({"drop": ["ImageOrientationPatient"]}, "ImageOrientationPatient"),
+        ({"drop": ["RescaleIntercept"]}, "RescaleIntercept"),
         ({"drop": ["PixelRepresentation"]}, "PixelRepresentation None"),
         ({"drop": ["BitsStored"]}, "BitsStored None"),
         ({"drop": ["PixelData"]}, "no pixel data"),
-        ({"drop": ["Rows"]}, "a matrix of None x 5"),
-        ({"PixelData": bytes(40)}, "truncated pixel data: 40 bytes, expected 60"),
-        ({"PixelData": bytes(120)}, "oversized pixel data: 120 bytes, expected 60"),
+        ({"drop": ["Rows"]}, "None x 5"),
+        ({"PixelData": bytes(40)}, "truncated.* 40 .*60"),
+        ({"PixelData": bytes(120)}, "oversized.* 120 .*60"),
     ],
 )
 def test_what_is_not_understood_is_refused(tmp_path, changes, reason):
@@ -269,17 +269,18 @@ def test_what_is_not_understood_is_refused(tmp_path, changes, reason):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"FrameOfReferenceUID": "9.9"}, "FrameOfReferenceUID differs"),
-        ({"ImageOrientationPatient": [-1, 0, 0, 0, 1, 0]}, "the orientation differs"),
-        ({"values": stored_values(shape=(4, 4))}, "the matrix differs"),
-        ({"PixelSpacing": [1, 1]}, "PixelSpacing differs"),
-        ({"drop": ["ImagePositionPatient"]}, "b.dcm: no ImagePositionPatient"),
+        ({"FrameOfReferenceUID": "9.9"}, "FrameOfReferenceUID"),
+        ({"ImageOrientationPatient": [-1, 0, 0, 0, 1, 0]}, "orientation"),
+        ({"values": stored_values(shape=(4, 4))}, "matrix"),
+        ({"PixelSpacing": [1, 1]}, "PixelSpacing"),
+        ({"drop": ["ImagePositionPatient"]}, "ImagePositionPatient"),
     ],
 )
 def test_differences_within_a_series_are_refused(tmp_path, changes, reason):
     write_slice(tmp_path / "a.dcm", z=0)
     write_slice(tmp_path / "b.dcm", z=5, **changes)
-    assert reason in only_reason(tmp_path)
+    message = only_reason(tmp_path)
+    assert reason in message and "b.dcm" in message
 
 
 def test_truncated_files(tmp_path, shared_data):
@@ -301,7 +302,7 @@ def test_an_encoded_image_without_its_end_is_refused(tmp_path, shared_data):
         frame = get_frame(data.PixelData, 0, number_of_frames=1)
         data.PixelData = encapsulate([frame[: len(frame) // 2]])
         data.save_as(tmp_path / "a.dcm")
-        assert "the encoded image has no end marker" in only_reason(tmp_path / "a.dcm")
+        assert "end marker" in only_reason(tmp_path / "a.dcm")
 
 
 def test_broken_headers_and_bombs(tmp_path, monkeypatch):
@@ -314,7 +315,7 @@ def test_broken_headers_and_bombs(tmp_path, monkeypatch):
     item = b"\xfe\xff\x00\xe0\xff\xff\xff\xff" + b"\x08\x00\x40\x11SQ\0\0\xff\xff\xff\xff"
     deep.write_bytes(good[:128] + b"DICM" + b"\x08\x00\x40\x11SQ\0\0\xff\xff\xff\xff" + item * 5000)
     for path in (empty, noise, deep):
-        assert re.match("broken DICOM|no Modality", only_reason(path))
+        assert re.match("broken DICOM|.*Modality", only_reason(path))
     monkeypatch.setattr(dicom, "LARGEST_FILE", 1 << 20)
     bomb = write_slice(tmp_path / "bomb.dcm", syntax="1.2.840.10008.1.2.1.99").read_bytes()
     start = bomb.index(b"1.2.840.10008.1.2.1.99")
@@ -324,7 +325,7 @@ def test_broken_headers_and_bombs(tmp_path, monkeypatch):
     squeeze = zlib.compressobj(9, zlib.DEFLATED, -15)
     packed = squeeze.compress(bytes(8 << 20)) + squeeze.flush()
     (tmp_path / "bomb.dcm").write_bytes(bomb[:end] + packed)
-    assert "more than 1 MiB inflated" in only_reason(tmp_path / "bomb.dcm")
+    assert "1 MiB" in only_reason(tmp_path / "bomb.dcm")
 
 
 def test_an_encoded_image_of_another_size_is_never_decoded(tmp_path, shared_data):
@@ -334,10 +335,10 @@ def test_an_encoded_image_of_another_size_is_never_decoded(tmp_path, shared_data
         data = pydicom.dcmread(path)
         data.Rows = 256
         data.save_as(tmp_path / "a.dcm")
-        assert re.search("encoded matrix is .512, 512.", only_reason(tmp_path / "a.dcm"))
+        assert re.search(r"encoded .*\(512, 512\).*\(256, 512\)", only_reason(tmp_path / "a.dcm"))
     syntax = "1.2.840.10008.1.2.4.90"
     write_slice(tmp_path / "b.dcm", syntax=syntax, PixelData=encapsulate([b"nonsense\xff\xd9"]))
-    assert "the encoded matrix is None" in only_reason(tmp_path / "b.dcm")
+    assert re.search(r"encoded .*None.*\(6, 5\)", only_reason(tmp_path / "b.dcm"))
 
 
 def test_nothing_leaks_from_the_decoders(tmp_path, shared_data, capfd, caplog):
@@ -347,11 +348,11 @@ def test_nothing_leaks_from_the_decoders(tmp_path, shared_data, capfd, caplog):
         content = bytearray(path.read_bytes())
         content[-60000:-100] = bytes(59900)
         (tmp_path / "a.dcm").write_bytes(content)
-        assert re.search("broken (DICOM )?pixel data", only_reason(tmp_path / "a.dcm"))
+        assert re.search("pixel data", only_reason(tmp_path / "a.dcm"))
     data = write_slice(tmp_path / "b.dcm", drop=["FrameOfReferenceUID"])
     content = data.read_bytes().replace(b"0.75", b"0,75")  # a comma is no number
     data.write_bytes(content)
-    assert "broken DICOM header" in only_reason(data)
+    assert "header" in only_reason(data)
     assert capfd.readouterr() == ("", "")
     assert caplog.records == []
 

@@ -89,22 +89,22 @@ def test_torso_by_its_label_map(shared_data):
 
 
 @pytest.mark.parametrize(
-    ("values", "reason"),
+    ("values", "part"),
     [
-        (np.abs(block()) % 256, "not HU"),
-        (block() + 1024, "not HU"),
-        (block().astype(np.float32) / 1000, "not HU"),
-        (np.where(block() == 0, np.nan, block()), "not finite"),
-        (block().astype(np.float32) * 1000, "outside int16"),
-        (np.stack([block()] * 2, -1), "only 3-D"),
-        (block().astype(np.complex64), "only numbers"),
-        (block()[:, :, 0], "only 3-D"),
+        (np.abs(block()) % 256, "0 to 254"),
+        (block() + 1024, "424 to 1614"),
+        (block().astype(np.float32) / 1000, "-0.6 to 0.59"),
+        (np.where(block() == 0, np.nan, block()), "finite"),
+        (block().astype(np.float32) * 1000, "-600000 to 590000"),
+        (np.stack([block()] * 2, -1), r"\(4, 5, 6, 2\)"),
+        (block().astype(np.complex64), "complex64"),
+        (block()[:, :, 0], r"\(4, 5\)"),
     ],
 )
-def test_values_that_are_not_hu_are_refused(tmp_path, values, reason):
+def test_values_that_are_not_hu_are_refused(tmp_path, values, part):
     values = values.astype(np.float32) if values.dtype == np.float64 else values
     path = write(tmp_path / "a.nii", values)
-    with pytest.raises(Rejected, match=reason):
+    with pytest.raises(Rejected, match=part):
         nifti.read_nifti(path)
 
 
@@ -119,19 +119,19 @@ def test_affines_that_are_not_understood_are_refused(tmp_path):
         return np.array([[1, 0, 0, 0], [0, c, -s, 0], [0, s, c, 0], [0, 0, 0, 1.0]])
 
     assert nifti.check_nifti(write(tmp_path / "a.nii", block(), turned(25))) == 6
-    assert "oblique: 40 degrees" in reason(turned(40))
+    assert "40 degrees" in reason(turned(40))
     content = bytearray((tmp_path / "a.nii").read_bytes())
     content[252:256] = bytes(4)  # qform_code and sform_code
     (tmp_path / "a.nii").write_bytes(content)
-    with pytest.raises(Rejected, match="neither sform nor qform"):
+    with pytest.raises(Rejected, match="sform .*qform"):
         nifti.check_nifti(tmp_path / "a.nii")
-    assert "unit of the affine is meter" in reason(xyzt_units=1)
-    assert "outside 0.05 to 50" in reason(np.diag([0.001, 0.001, 0.001, 1]))
+    assert "meter" in reason(xyzt_units=1)
+    assert "0.05 to 50" in reason(np.diag([0.001, 0.001, 0.001, 1]))
     image = nibabel.Nifti1Image(block(), np.eye(4))
     image.set_sform(np.diag([-1.0, 1, 1, 1]), 1)
     image.set_qform(np.eye(4), 1)
     image.to_filename(tmp_path / "a.nii")
-    with pytest.raises(Rejected, match="disagree"):
+    with pytest.raises(Rejected, match="sform and qform"):
         nifti.check_nifti(tmp_path / "a.nii")
 
 
@@ -146,7 +146,7 @@ def test_broken_files(tmp_path, capfd):
         content = write(tmp_path / name, block()).read_bytes()
         for size in (0, 3, 40, len(content) * 2 // 3, len(content) - 9):
             (tmp_path / name).write_bytes(content[:size])
-            with pytest.raises(Rejected, match="broken"):
+            with pytest.raises(Rejected):
                 nifti.read_nifti(tmp_path / name)
     assert capfd.readouterr() == ("", "")
 
@@ -159,9 +159,9 @@ def test_label_maps_hold_whole_numbers(tmp_path):
     assert got.dtype == np.uint16
     np.testing.assert_array_equal(got, labels[::-1, ::-1, ::-1].transpose(2, 1, 0))
     for wrong in (block(), block().astype(np.float32) / 7):
-        with pytest.raises(Rejected, match="whole numbers"):
+        with pytest.raises(Rejected, match="0 to 65535"):
             nifti.load_label_map(write(tmp_path / "b.nii", wrong))
     shifted = np.diag([2.0, 3, 4, 1])
     shifted[0, 3] = 9
-    with pytest.raises(Rejected, match="another voxel grid"):
+    with pytest.raises(Rejected, match="ct.nii"):
         nifti.load_label_map(write(tmp_path / "c.nii", labels, shifted), like=hu_path)

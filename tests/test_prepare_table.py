@@ -43,7 +43,7 @@ def test_a_table_of_8_bit_pictures(shared_data, tmp_path):
     boxes = np.array([e.meta["crop"] for split in found.values() for e in split])
     whole = np.array([0, 0, *grey.shape])
     assert (np.abs(boxes - whole).max(1) > 20).mean() > 0.5
-    with pytest.raises(InputError, match="8-bit PNG: its HU are unknown .* --png-window"):
+    with pytest.raises(InputError, match="--png-window"):
         prepare.prepare_table(table, tmp_path / "none", size=32)
 
 
@@ -80,14 +80,14 @@ def test_a_table_over_nifti_and_dicom(shared_data, phantom, tmp_path):
         for row in read_csv(tmp_path / "out" / "failures.csv")
     }
     assert list(reasons) == ["line 7", "line 8", "line 9"] and summary["failures"] == 3
-    assert "slice 112 is not among the 112" in reasons["line 7"]
-    assert "name one in the column slice" in reasons["line 8"]
-    assert "does not exist" in reasons["line 9"]
+    assert "slice 112" in reasons["line 7"]
+    assert "112 slices" in reasons["line 8"]
+    assert "absent.dcm" in reasons["line 9"]
 
 
 def test_a_patient_in_two_splits_is_refused(tmp_path):
     table = write_table(tmp_path / "t.csv", ["a.png,liver,train,,p", "b.png,liver,test,,p"])
-    with pytest.raises(InputError, match="patient p is in train and test"):
+    with pytest.raises(InputError, match=r"\bp\b.*train.*test"):
         prepare.prepare_table(table, tmp_path / "out", size=32)
     assert not (tmp_path / "out").exists()
 

@@ -38,7 +38,7 @@ def test_all_real_data_is_found_in_a_fixed_order(shared_data):
 def test_a_label_map_is_no_ct(shared_data):
     found, _ = search.find_series(shared_data / "nifti")
     assert volumes.load_series(found[0]).hu.shape == (112, 101, 122)
-    with pytest.raises(Rejected, match="values from 0 to 117: not HU"):
+    with pytest.raises(Rejected, match="0 to 117"):
         volumes.load_series(found[1])
 
 
@@ -70,7 +70,7 @@ def test_what_is_no_image_is_passed_over_in_silence(tmp_path):
         "empty.dcm",
         "empty.nii.gz",
     ]
-    with pytest.raises(InputError, match="nowhere does not exist"):
+    with pytest.raises(InputError, match="nowhere"):
         search.find_series(tmp_path / "nowhere")
 
 
@@ -84,10 +84,9 @@ def test_dicom_is_found_by_content_and_grouped_by_uid(tmp_path):
         write_slice(tmp_path / f"mr{k}", SeriesInstanceUID="1.2.5", **mr)
     found, reasons = search.find_series(tmp_path)
     assert [(ref.key, ref.count) for ref in found] == [("1.2.3", 3), ("1.2.9", 3)]
-    assert [reason for _, reason in reasons] == [
-        "modality MR, not CT (3 files of series 1.2.5)",
-        "ImageType LOCALIZER: not an axial slice",
-    ]
+    (_, mr), (_, scout) = reasons
+    assert "MR" in mr and "3 files" in mr and "1.2.5" in mr
+    assert "LOCALIZER" in scout and "files" not in scout
 
 
 def test_runs_of_png_become_series(tmp_path):
@@ -101,7 +100,7 @@ def test_runs_of_png_become_series(tmp_path):
         ("flat/000002_01_01:99-100", 2),
         ("flat/liver", 1),
     ]
-    assert "two files have the index 1" in reasons[0][1]
+    assert "index 1" in reasons[0][1]
 
 
 def test_the_slice_of_a_dicom_file_with_its_neighbours(tmp_path):
@@ -118,7 +117,7 @@ def test_the_slice_of_a_dicom_file_with_its_neighbours(tmp_path):
     with pytest.raises(InputError, match=r"2 series \(1.2.3, 1.2.9\)"):
         volumes.load_series_of(tmp_path)
     paths[1].unlink()  # now a slice is missing, so neighbours would be wrong
-    with pytest.raises(Rejected, match="uneven slices"):
+    with pytest.raises(Rejected, match="9.00 mm .*5.00 mm"):
         volumes.load_series_of(paths[0])
 
 
@@ -131,10 +130,10 @@ def test_the_slice_of_a_png_file_and_of_a_volume(tmp_path, shared_data):
     torso = shared_data / "nifti" / "torso_112" / "example_ct.nii.gz"
     volume, index = volumes.load_series_of(torso)
     assert index is None and volumes.slice_of(volume, 111) == 0
-    with pytest.raises(InputError, match="no slice 112 in example_ct.nii.gz: it has 111 to 0"):
+    with pytest.raises(InputError, match="112 .*example_ct.nii.gz.* 111 .*0"):
         volumes.slice_of(volume, 112)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="holds no CT"):
+    with pytest.raises(InputError, match="empty"):
         volumes.load_series_of(tmp_path / "empty")
 
 
