@@ -35,9 +35,9 @@ def prepare_deeplesion(
     size: int = 256,
     workers: int = 1,
 ) -> dict[str, Any]:
-    """DeepLesion's key slices with LesaNet's body-part labels; every lesion is one record.
+    """Prepares DeepLesion's key slices with LesaNet's body-part labels, one record per lesion.
 
-    Without `label_file` each key slice, or lesion, becomes one record of the split `unlabelled`.
+    Without `label_file` each key slice (or lesion) is one record of the split `unlabelled`.
 
     Args:
       images: the folder of 16-bit PNGs, nested (`000001_01_01/109.png`) or flat.
@@ -46,20 +46,24 @@ def prepare_deeplesion(
       label_file: LesaNet's text-mined labels and split (JSON).
       hand_labels: LesaNet's hand-labelled test set (JSON).
       ontology: LesaNet's ontology (xlsx).
-      patches: patches around the lesions with all 171 labels, for LesaNet, see `data.lesions`.
+      patches: write patches around the lesions with all 171 labels, for LesaNet; see
+        `data.lesions`.
       size: the edge S of the images in pixels; of patches in mm.
       workers: processes.
 
     Returns:
-      The summary: counts beside the paper's, and where the files are.
+      The summary: counts, the paper's counts, and the paths of the files.
 
     Raises:
-      InputError: see `deeplesion.number_lesions`; an input is missing; `out` is taken.
+      InputError: an input is missing, lesions cannot be numbered (`deeplesion.number_lesions`), or
+        `out` is in use.
     """
     images = pathlib.Path(images)
     _check(out, size, step=8 if patches else 32)
     if not images.is_dir():
-        raise InputError(f"--images {images} is no folder: see data/README.md for DeepLesion")
+        raise InputError(
+            f"--images {images} is not a folder: data/README.md says how to get DeepLesion"
+        )
     if (label_file is None) != (ontology is None) or (hand_labels and not label_file):
         raise InputError("--labels and --ontology belong together, and --hand-labels needs both")
     rows = deeplesion.read_info(info)
@@ -101,7 +105,7 @@ def _read_labels(
     mined = deeplesion.read_mined_labels(label_file)
     hand = deeplesion.read_hand_labels(hand_labels) if hand_labels else None
     terms = labels.read_ontology(ontology)
-    labels.ontology_vocabulary(terms, mined.terms)  # checks that all are known
+    labels.ontology_vocabulary(terms, mined.terms)  # raises if a term is unknown
     names = [term for term in mined.terms if patches or terms[term].label_class == "bodypart"]
     vocabulary = labels.ontology_vocabulary(terms, names)
     numbering = deeplesion.number_lesions(rows, mined)
@@ -109,7 +113,7 @@ def _read_labels(
         numbering, mined, hand, vocabulary, uncertain_unknown=patches
     )
     about = {"numbering": numbering.reason, "label_counts": counts}
-    # The paper counts lesions with a body part only.
+    # The paper counts only lesions with a body part.
     about["paper_counts"] = dict.fromkeys(counts, "-") if patches else deeplesion.PAPER_COUNTS
     return vocabulary, labelled, about
 
@@ -123,14 +127,14 @@ def prepare_dicom(
     size: int = 256,
     workers: int = 1,
 ) -> dict[str, Any]:
-    """Folders of DICOM or NIfTI -> unlabelled triplets without overlap (paper, section 4.1).
+    """Prepares folders of DICOM or NIfTI as unlabelled triplets without overlap (section 4.1).
 
     Args:
-      folder: a file or a tree of CT.
+      folder: a file or a folder tree of CT.
       out: the folder to write.
-      salt_file: the secret that ids are made with; made where it does not exist. None takes
+      salt_file: the secret key of the ids, created if absent; None means
         `~/.config/maknet/salt`. It is never written into the records.
-      min_slices: smaller volumes are left out, counted (the paper keeps more than 50 slices).
+      min_slices: smaller volumes are dropped and counted (the paper uses more than 50 slices).
       size: the edge S of the images in pixels.
       workers: processes.
 
@@ -138,7 +142,7 @@ def prepare_dicom(
       The summary.
 
     Raises:
-      InputError: nothing usable is there, or `out` is taken.
+      InputError: `folder` contains no usable series, or `out` is in use.
     """
     _check(out, size)
     series, failures = search.find_series(folder, workers=workers)
@@ -156,7 +160,7 @@ def prepare_dicom(
         "series_unreadable": len(failures),
     }
     failures += [
-        (ref.paths[0], f"{ref.count} slices, --min-slices asks for {min_slices}") for ref in small
+        (ref.paths[0], f"{ref.count} slices, fewer than --min-slices {min_slices}") for ref in small
     ]
     return _write(
         out,
@@ -179,7 +183,7 @@ def prepare_table(
     size: int = 256,
     workers: int = 1,
 ) -> dict[str, Any]:
-    """Your own labelled slices: a CSV of `path, labels, split[, slice, patient]`.
+    """Prepares your own labelled slices from a CSV of `path, labels, split[, slice, patient]`.
 
     Args:
       csv_file: the table; paths are relative to its folder (see `data.table`).
@@ -192,7 +196,7 @@ def prepare_table(
       The summary.
 
     Raises:
-      InputError: the table breaks a rule, or `out` is taken.
+      InputError: the table is invalid, or `out` is in use.
     """
     _check(out, size)
     rows, vocabulary = table.read_table(csv_file)
@@ -209,9 +213,9 @@ def prepare_table(
 
 
 def _check(out: str | os.PathLike[str], size: int, step: int = 32) -> None:
-    # Before anything is read: a tree of CT can take long to look through.
+    # Called before anything is read, because searching a tree of CT can take long.
     if size % step:
-        why = "networks halve five times" if step == 32 else "as LesaNet's 120"
+        why = "networks halve it five times" if step == 32 else "as LesaNet's 120 is"
         raise InputError(f"--size {size} should be a multiple of {step}: {why}")
     shards.check_unfinished(out)
 
@@ -229,7 +233,7 @@ def _write(
     failures: Sequence[tuple[str, str]] = (),
     missing: Sequence[tuple[str, str]] = (),
 ) -> dict[str, Any]:
-    """Writes the shards and everything beside them; returns the summary."""
+    """Writes the shards, the contact sheet and the reports; returns the summary."""
     out = pathlib.Path(out)
     with console.progress(f"prepare {kind}", sum(map(len, splits.values()))) as advance:
         info, rejected = shards.write_shards(
@@ -266,7 +270,7 @@ def _write(
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """A few lines for a person: what was made, beside the paper's counts where there are any."""
+    """The summary as a few lines of text, with the paper's counts if it has any."""
     lines = []
     about = summary["about"]
     if "numbering" in about:

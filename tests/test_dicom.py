@@ -1,4 +1,4 @@
-"""DICOM: exact HU, the standard orientation, and a reason for whatever is not understood."""
+"""DICOM: exact HU, the standard orientation, and a reason for whatever is rejected."""
 
 import logging
 import re
@@ -19,12 +19,12 @@ LOSSLESS += ("10008.1.2.1.dcm", "10008.1.2.dcm", "10008.1.2.5.dcm")
 
 
 def stored_values(seed=0, shape=(6, 5)):
-    """Values that tell every pixel, and so every flip, from any other."""
+    """Unique values, so that any flip or transposition changes the array."""
     return np.random.default_rng(seed).permutation(np.prod(shape)).reshape(shape).astype("<i2")
 
 
 def write_slice(path, *, z=0.0, values=None, syntax=ExplicitVRLittleEndian, drop=(), **changes):
-    """Writes a CT slice with pydicom; `changes` replace elements, `drop` takes some out."""
+    """Writes a CT slice with pydicom; `changes` replace elements, `drop` removes some."""
     values = stored_values() if values is None else values
     data = pydicom.Dataset()
     data.SOPClassUID, data.Modality = CTImageStorage, "CT"
@@ -63,17 +63,17 @@ def write_series(folder, places, **changes):
 
 
 def only_series(path):
-    found, reasons = search.find_series(path)
+    series, reasons = search.find_series(path)
     assert reasons == []
-    assert len(found) == 1
-    return volumes.load_series(found[0])
+    assert len(series) == 1
+    return volumes.load_series(series[0])
 
 
 def only_reason(path):
-    found, reasons = search.find_series(path)
-    if found:
+    series, reasons = search.find_series(path)
+    if series:
         with pytest.raises(Rejected) as caught:
-            volumes.load_series(found[0])
+            volumes.load_series(series[0])
         return str(caught.value)
     assert len(reasons) == 1
     return reasons[0][1]
@@ -125,19 +125,19 @@ def test_encodings_of_one_slice_have_equal_hu(shared_data):
     assert len(files) == 9
     for path in [folder / "CTImage.dcm", *files]:
         np.testing.assert_array_equal(only_series(path).hu[0], expected, err_msg=path.name)
-    for ending, bound in (("4.91.dcm", 5), ("4.81.dcm", 1)):  # both are nearly lossless here
+    for ending, bound in (("4.91.dcm", 5), ("4.81.dcm", 1)):  # both are near-lossless
         (path,) = folder.glob(f"*{ending}")
         assert np.abs(only_series(path).hu[0] - expected).max() <= bound
 
 
 @pytest.mark.parametrize("number", [50, 51, 53, 55])
-def test_lossy_jpeg_is_refused_by_name(shared_data, number):
+def test_lossy_jpeg_is_rejected_with_its_transfer_syntax(shared_data, number):
     (path,) = (shared_data / "dicom" / "transfer_syntaxes").glob(f"*.4.{number}.dcm")
     assert f"1.2.840.10008.1.2.4.{number}" in only_reason(path)
 
 
 def test_jpeg_2000_series_against_openjpeg(shared_data):
-    openjpeg = pytest.importorskip("openjpeg")  # another decoder than the one we use
+    openjpeg = pytest.importorskip("openjpeg")  # an independent decoder
     volume = only_series(shared_data / "dicom" / "liver_j2k_20")
     assert volume.hu.shape == (20, 512, 512)
     assert volume.spacing == (2.0, 0.9765625, 0.9765625)
@@ -150,7 +150,7 @@ def test_jpeg_2000_series_against_openjpeg(shared_data):
         np.testing.assert_array_equal(volume.hu[k], values.astype(int) - 1024)
 
 
-def test_two_slices_at_one_position_are_refused(shared_data, tmp_path):
+def test_two_slices_at_one_position_are_rejected(shared_data, tmp_path):
     reason = only_reason(shared_data / "dicom" / "duplicate_positions")
     assert "CT26.dcm" in reason and "CT28.dcm" in reason
     write_series(tmp_path, [0, 5, 10, 5, 15])
@@ -170,7 +170,7 @@ def test_big_endian_deflated_and_implicit(tmp_path):
         np.testing.assert_array_equal(dicom.read_slice(path)[1], expected)
 
 
-def test_slices_are_sorted_head_to_feet_whatever_the_names(tmp_path):
+def test_slices_are_sorted_head_to_feet_by_position_not_name(tmp_path):
     places = [10, -5, 0, 5, -10]
     write_series(tmp_path, places)
     volume = only_series(tmp_path)
@@ -193,7 +193,7 @@ def test_slices_are_sorted_head_to_feet_whatever_the_names(tmp_path):
         ([0, 1, 0, -1, 0, 0], lambda a: a[::-1].T),
     ],
 )
-def test_axis_aligned_orientations_come_out_standard(tmp_path, orientation, turn):
+def test_axis_aligned_orientations_become_standard(tmp_path, orientation, turn):
     for z in (0, 3):
         write_slice(tmp_path / f"{z}.dcm", z=z, ImageOrientationPatient=orientation)
     volume = only_series(tmp_path)
@@ -203,7 +203,7 @@ def test_axis_aligned_orientations_come_out_standard(tmp_path, orientation, turn
     assert volume.spacing == (3.0, 0.75, 0.5) if transposed else (3.0, 0.5, 0.75)
 
 
-def test_gantry_tilt_up_to_30_degrees(tmp_path):
+def test_gantry_tilt_is_accepted_up_to_30_degrees(tmp_path):
     def tilted(degrees):
         angle = np.radians(degrees)
         return [1, 0, 0, 0, round(np.cos(angle), 6), round(np.sin(angle), 6)]
@@ -225,7 +225,7 @@ def test_gantry_tilt_up_to_30_degrees(tmp_path):
         ([0, 5, 10, 12, 15, 20], ("uneven", "2.00 mm", "003.dcm", "002.dcm")),
     ],
 )
-def test_uneven_slices_are_refused(tmp_path, places, parts):
+def test_unevenly_spaced_slices_are_rejected(tmp_path, places, parts):
     write_series(tmp_path, places)
     reason = only_reason(tmp_path)
     assert all(part in reason for part in parts), reason
@@ -250,7 +250,7 @@ def test_uneven_slices_are_refused(tmp_path, places, parts):
         ({"RescaleType": "MGML"}, "RescaleType MGML"),
         ({"ImageOrientationPatient": [0, 1, 0, 0, 0, -1]}, "not axial|90 degrees"),
         ({"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}, "ImageOrientationPatient .*1.0"),
-        ({"ImageOrientationPatient": [1, 0, 0]}, "ImageOrientationPatient .*6 numbers"),
+        ({"ImageOrientationPatient": [1, 0, 0]}, "ImageOrientationPatient .* 6 "),
         ({"drop": ["ImageOrientationPatient"]}, "ImageOrientationPatient"),
         ({"drop": ["RescaleIntercept"]}, "RescaleIntercept"),
         ({"drop": ["PixelRepresentation"]}, "PixelRepresentation None"),
@@ -261,7 +261,7 @@ def test_uneven_slices_are_refused(tmp_path, places, parts):
         ({"PixelData": bytes(120)}, "oversized.* 120 .*60"),
     ],
 )
-def test_what_is_not_understood_is_refused(tmp_path, changes, reason):
+def test_unsupported_files_are_rejected(tmp_path, changes, reason):
     write_slice(tmp_path / "a.dcm", **changes)
     assert re.search(reason, only_reason(tmp_path))
 
@@ -276,14 +276,14 @@ def test_what_is_not_understood_is_refused(tmp_path, changes, reason):
         ({"drop": ["ImagePositionPatient"]}, "ImagePositionPatient"),
     ],
 )
-def test_differences_within_a_series_are_refused(tmp_path, changes, reason):
+def test_differences_within_a_series_are_rejected(tmp_path, changes, reason):
     write_slice(tmp_path / "a.dcm", z=0)
     write_slice(tmp_path / "b.dcm", z=5, **changes)
     message = only_reason(tmp_path)
     assert reason in message and "b.dcm" in message
 
 
-def test_truncated_files(tmp_path, shared_data):
+def test_truncated_files_are_rejected_in_one_line(tmp_path, shared_data):
     folder = shared_data / "dicom" / "transfer_syntaxes"
     for number, path in enumerate(sorted(folder.glob("*.dcm"))):
         content = path.read_bytes()
@@ -294,8 +294,8 @@ def test_truncated_files(tmp_path, shared_data):
             assert "\n" not in reason and len(reason) < 400
 
 
-def test_an_encoded_image_without_its_end_is_refused(tmp_path, shared_data):
-    """The decoders fill up what is missing, so the end marker is looked for before."""
+def test_an_encoded_image_without_its_end_marker_is_rejected(tmp_path, shared_data):
+    """Decoders make up missing pixels, so the end marker is checked first."""
     for number in (57, 80, 90):
         (path,) = (shared_data / "dicom" / "transfer_syntaxes").glob(f"*.1.2.4.{number}.dcm")
         data = pydicom.dcmread(path)
@@ -305,7 +305,7 @@ def test_an_encoded_image_without_its_end_is_refused(tmp_path, shared_data):
         assert "end marker" in only_reason(tmp_path / "a.dcm")
 
 
-def test_broken_headers_and_bombs(tmp_path, monkeypatch):
+def test_broken_headers_and_decompression_bombs_are_rejected(tmp_path, monkeypatch):
     good = write_slice(tmp_path / "good.dcm").read_bytes()
     empty = tmp_path / "empty.dcm"
     empty.write_bytes(b"")
@@ -341,8 +341,8 @@ def test_an_encoded_image_of_another_size_is_never_decoded(tmp_path, shared_data
     assert re.search(r"encoded .*None.*\(6, 5\)", only_reason(tmp_path / "b.dcm"))
 
 
-def test_nothing_leaks_from_the_decoders(tmp_path, shared_data, capfd, caplog):
-    """A damaged stream: refused, with no log line, no warning, no line of a C library."""
+def test_decoders_print_and_log_nothing(tmp_path, shared_data, capfd, caplog):
+    """A damaged stream is rejected without log lines, warnings or output of C libraries."""
     for ending in ("4.80.dcm", "4.57.dcm", "4.70.dcm", "1.2.5.dcm"):
         (path,) = (shared_data / "dicom" / "transfer_syntaxes").glob(f"*{ending}")
         content = bytearray(path.read_bytes())
@@ -350,7 +350,7 @@ def test_nothing_leaks_from_the_decoders(tmp_path, shared_data, capfd, caplog):
         (tmp_path / "a.dcm").write_bytes(content)
         assert re.search("pixel data", only_reason(tmp_path / "a.dcm"))
     data = write_slice(tmp_path / "b.dcm", drop=["FrameOfReferenceUID"])
-    content = data.read_bytes().replace(b"0.75", b"0,75")  # a comma is no number
+    content = data.read_bytes().replace(b"0.75", b"0,75")  # not a number
     data.write_bytes(content)
     assert "header" in only_reason(data)
     assert capfd.readouterr() == ("", "")
@@ -360,13 +360,13 @@ def test_nothing_leaks_from_the_decoders(tmp_path, shared_data, capfd, caplog):
 def test_quiet_restores_warnings_and_logging():
     before = list(warnings.filters), logging.getLogger("pydicom").disabled
     with reading.quiet(), reading.quiet():
-        warnings.warn("not heard", UserWarning, stacklevel=1)
+        warnings.warn("suppressed", UserWarning, stacklevel=1)
     assert (list(warnings.filters), logging.getLogger("pydicom").disabled) == before
-    with pytest.raises(UserWarning, match="heard"):
-        warnings.warn("heard", UserWarning, stacklevel=1)
+    with pytest.raises(UserWarning, match="visible"):
+        warnings.warn("visible", UserWarning, stacklevel=1)
 
 
-def test_a_file_without_preamble_or_uids(tmp_path, shared_data):
+def test_a_file_without_preamble_or_uids_is_read(tmp_path, shared_data):
     content = write_slice(tmp_path / "a", syntax="1.2.840.10008.1.2").read_bytes()
     meta = pydicom.filereader.read_file_meta_info(tmp_path / "a")
     (tmp_path / "a").write_bytes(content[144 + meta.FileMetaInformationGroupLength :])

@@ -79,7 +79,7 @@ def looks_like_dicom(path: str | os.PathLike[str]) -> bool:
         start = file.read(132)
     if start[128:] == b"DICM":
         return True
-    # Without a preamble a data set begins with group 0002 or 0008, little or (rarely) big endian.
+    # Without a preamble a data set starts with group 0002 or 0008, little or (rarely) big endian.
     begins = start[:2] in (b"\x02\x00", b"\x08\x00") or start[:3] == b"\x00\x08\x00"
     return begins or pathlib.Path(path).suffix.lower() in _NAMES
 
@@ -99,8 +99,8 @@ def _inflated(path: str) -> io.BytesIO | None:
         content = stream.decompress(file.read(), LARGEST_FILE)
     if not stream.eof:
         if len(content) >= LARGEST_FILE:
-            raise Rejected(f"the deflated file takes more than {LARGEST_FILE >> 20} MiB inflated")
-        raise Rejected("truncated: the deflated data end too early")
+            raise Rejected(f"the deflated file inflates to more than {LARGEST_FILE >> 20} MiB")
+        raise Rejected("truncated: the deflated data end early")
     syntax = str(dicom_uid.ExplicitVRLittleEndian).encode() + b"\0"
     element = b"\x02\x00\x10\x00UI" + struct.pack("<H", len(syntax)) + syntax
     return io.BytesIO(bytes(128) + b"DICM" + element + content)
@@ -109,7 +109,9 @@ def _inflated(path: str) -> io.BytesIO | None:
 def _read(path: str, *, pixels: bool) -> pydicom.Dataset:
     """The data set of a file: the elements in _TAGS, and the pixel data if `pixels`."""
     if os.path.getsize(path) > LARGEST_FILE:
-        raise Rejected(f"the file is larger than {LARGEST_FILE >> 20} MiB: not a single CT slice")
+        raise Rejected(
+            f"the file is larger than {LARGEST_FILE >> 20} MiB, the limit for a CT slice"
+        )
     return pydicom.dcmread(
         _inflated(path) or path,
         force=True,
@@ -148,7 +150,7 @@ def _header(data: pydicom.Dataset, path: str) -> Header | None:
     if not uid:
         uid = content_id(pathlib.Path(path).read_bytes())
     header = Header(path, str(data.get("SeriesInstanceUID") or ""), str(uid))
-    # Without file meta information the transfer syntax is what pydicom recognised.
+    # Without file meta information pydicom detects the encoding.
     syntax = meta.get("TransferSyntaxUID")
     if syntax is None:
         _, little = data.original_encoding
@@ -187,7 +189,7 @@ def _numbers(data: pydicom.Dataset, name: str, count: int) -> tuple[float, ...] 
         return None
     numbers = tuple(float(value) for value in values)
     if len(numbers) != count or not all(map(math.isfinite, numbers)):
-        raise Rejected(f"{name} is {values}, not {count} numbers")
+        raise Rejected(f"{name} {values}: expected {count} finite numbers")
     return numbers
 
 
@@ -205,29 +207,30 @@ def _problem(data: pydicom.Dataset, modality: str, storage: str, syntax: str) ->
     if modality != "CT":
         return f"modality {modality}, not CT" if modality else "no Modality in the header"
     if storage and storage != dicom_uid.CTImageStorage:
-        return f"{name}: only single-slice CT Image Storage is understood"
+        return f"{name}: only single-slice CT Image Storage is supported"
     if int(data.get("NumberOfFrames") or 1) != 1:
-        return f"{data.NumberOfFrames} frames in one file: only single slices are understood"
+        return f"{data.NumberOfFrames} frames in one file: only single slices are supported"
     if types & _NOT_A_SLICE:
         return f"ImageType {sorted(types & _NOT_A_SLICE)[0]}: not an axial slice"
     if grey != (1, "MONOCHROME2"):
-        return f"{grey[0]} samples of {grey[1]}: only one of MONOCHROME2 is understood"
+        return f"{grey[0]} samples per pixel of {grey[1]}: only 1 of MONOCHROME2 is supported"
     if syntax in dicom_pixels.LOSSY_JPEG:
-        return f"{transfer.name} ({syntax}): lossy JPEG, its HU cannot be trusted"
+        return f"{transfer.name} ({syntax}): lossy JPEG does not preserve HU"
     if syntax not in dicom_pixels.NATIVE and syntax not in dicom_pixels.DECODERS:
-        return f"transfer syntax {transfer.name} ({syntax}) is not understood"
+        return f"transfer syntax {transfer.name} ({syntax}) is not supported"
     if not all(isinstance(n, int) and 1 <= n <= LARGEST_MATRIX for n in shape):
-        return f"a matrix of {shape[0]} x {shape[1]}: 1 to {LARGEST_MATRIX} is understood"
+        return f"matrix of {shape[0]} x {shape[1]} pixels: expected 1 to {LARGEST_MATRIX} each"
     if bits[0] != 16 or not 10 <= (bits[1] or 0) <= 16 or bits[2] != bits[1] - 1:
-        return "BitsAllocated {}, BitsStored {}, HighBit {}: not a CT pixel".format(*bits)
+        names = "BitsAllocated {}, BitsStored {}, HighBit {}".format(*bits)
+        return f"{names}: expected 16, 10 to 16, BitsStored - 1"
     if signed not in (0, 1):
-        return f"PixelRepresentation {signed}: 0 or 1 is understood"
+        return f"PixelRepresentation {signed}: expected 0 or 1"
     if slope is None or intercept is None:
-        return "no RescaleSlope or RescaleIntercept: the values are not HU"
+        return "no RescaleSlope or RescaleIntercept: the values cannot be converted to HU"
     if not (math.isfinite(slope) and slope > 0 and math.isfinite(intercept)):
-        return f"RescaleSlope {slope} and RescaleIntercept {intercept}: the values are not HU"
+        return f"RescaleSlope {slope} and RescaleIntercept {intercept}: expected finite, slope > 0"
     if units not in ("", "HU"):
-        return f"RescaleType {units}: the values are not HU"
+        return f"RescaleType {units}: expected HU"
     return ""
 
 
@@ -235,12 +238,12 @@ def _orientation_problem(orientation: tuple[float, ...]) -> str:
     along_columns, along_rows = np.reshape(orientation, (2, 3))
     lengths = np.linalg.norm([along_columns, along_rows], axis=1)
     if np.abs(lengths - 1).max() > 0.01 or abs(along_columns @ along_rows) > 0.01:
-        return f"ImageOrientationPatient {orientation} is no pair of directions"
+        return f"ImageOrientationPatient {orientation}: expected two perpendicular unit vectors"
     try:
         z, _, _ = _axes(orientation)
     except Rejected as error:
         return str(error)
-    return "" if z.axis == 0 else "not axial: a sagittal or coronal image"
+    return "" if z.axis == 0 else "not axial but sagittal or coronal"
 
 
 def _axes(orientation: tuple[float, ...]) -> tuple[geometry.StoredAxis, ...]:

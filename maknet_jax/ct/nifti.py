@@ -87,16 +87,16 @@ def load_label_map(
         other = _open(like)
         same_affine = np.allclose(opened.affine, other.affine, atol=1e-2)
         if opened.shape != other.shape or not same_affine:
-            raise Rejected(f"the label map lies on another voxel grid than {like}")
+            raise Rejected(f"the voxel grid of the label map differs from that of {like}")
     values = _values(opened)
     labels = np.empty(values.shape, np.uint16)
     for k, plane in enumerate(values):
         plane = _scaled(opened, plane)
         if not (np.isfinite(plane).all() and plane.min() >= 0 and plane.max() <= 65535):
-            raise Rejected("a label map holds whole numbers from 0 to 65535")
+            raise Rejected("label map values must be whole numbers from 0 to 65535")
         labels[k] = np.rint(plane)
         if (labels[k] != plane).any():
-            raise Rejected("a label map holds whole numbers from 0 to 65535")
+            raise Rejected("label map values must be whole numbers from 0 to 65535")
     return labels
 
 
@@ -120,15 +120,17 @@ def _open(path: str | os.PathLike[str]) -> _Opened:
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) != 3:
-        raise Rejected(f"a NIfTI of shape {shape}: only 3-D volumes are understood")
+        raise Rejected(f"NIfTI of shape {shape}: only 3-D volumes are supported")
     if dtype.kind not in "iuf":
-        raise Rejected(f"a NIfTI of {dtype}: only numbers of one channel are understood")
+        raise Rejected(f"NIfTI of {dtype}: only integers and floats are supported")
     if min(shape) < 1 or max(shape) > LARGEST_MATRIX or np.prod(shape) * 2 > LARGEST_SERIES:
-        raise Rejected(f"a NIfTI of shape {shape}: at most {LARGEST_MATRIX} and 8 GiB of int16")
+        raise Rejected(
+            f"NIfTI of shape {shape}: at most {LARGEST_MATRIX} per axis and 8 GiB as int16"
+        )
     if forms == (0, 0):
         raise Rejected("neither sform nor qform: left and right are unknown")
     if unit not in ("mm", "unknown"):
-        raise Rejected(f"the unit of the affine is {unit}: only mm is understood")
+        raise Rejected(f"the unit of the affine is {unit}: only mm is supported")
     axes, spacing = _geometry(affine)
     if forms[0] > 0 and qform is not None and _geometry(qform)[0] != axes:
         raise Rejected("sform and qform disagree about the orientation")
@@ -145,7 +147,7 @@ def _geometry(
     if not (
         np.isfinite(affine).all() and SPACING[0] <= spacing.min() <= spacing.max() <= SPACING[1]
     ):
-        raise Rejected(f"voxels of {spacing} mm: outside {SPACING[0]} to {SPACING[1]} mm")
+        raise Rejected(f"voxel size {spacing} mm: expected {SPACING[0]} to {SPACING[1]} mm")
     axes = geometry.standard_axes((_RAS_TO_LPS @ (columns / spacing)).T)
     if sorted(stored.axis for stored in axes) != [0, 1, 2]:
         raise Rejected("the axes of the affine are not independent")
@@ -170,11 +172,11 @@ def _scaled(opened: _Opened, plane: np.ndarray) -> np.ndarray:
 
 
 def _check_hu(low: float, high: float) -> None:
-    """CT holds air, so real HU go below 0; and they span more than a normalised picture."""
+    """Rejects values that cannot be HU: CT contains air, so HU go below 0 and span a wide range."""
     values = f"values from {low:g} to {high:g}"
     if low >= 0:
         raise Rejected(
-            f"{values}: not HU (a label map, a display picture or shifted values); "
+            f"{values}: not HU (a label map, a display image or shifted values); "
             "store Hounsfield units, in which water is 0 and air -1000"
         )
     if high - low <= 2:

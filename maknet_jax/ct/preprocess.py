@@ -1,8 +1,8 @@
 """From slices in Hounsfield units to network input (paper, section 4.1).
 
-The air and the table around the body are clipped, the rest is resized to `size` x `size`, and three
-consecutive slices become the channels. Values stay HU in int16: the window is applied on the
-device, so that changing it never re-reads DICOM.
+Air and table around the body are cropped, the rest is resized to `size` x `size`, and three
+consecutive slices become the channels. Values stay HU in int16; the window is applied on the
+device, so changing it needs no new records.
 """
 
 from collections.abc import Sequence
@@ -14,37 +14,37 @@ from scipy import ndimage
 Box = tuple[int, int, int, int]  # top, left, bottom, right in pixels, half open
 
 AIR = -1024
-PADDING = -2000  # scanners fill what they did not see with -2000 and below
+PADDING = -2000  # HU; scanners fill pixels outside their field of view with this or less
 CROP_RULE = "body mask > -500 HU, opening 7x7 at 512, components >= 5 % of the largest, margin 1 %"
 
 BODY = -500  # HU; above lung and foam, below fat and skin
 
 
 def clean(hu: np.ndarray) -> np.ndarray:
-    """Replaces padding by air: int16 HU of any shape -> int16."""
+    """Replaces padding and values below air by air: HU of any shape -> int16."""
     return np.where(hu <= PADDING, np.int16(AIR), np.maximum(hu, AIR)).astype(np.int16)
 
 
 def body_box(hu: np.ndarray, *, threshold: float = BODY) -> Box:
     """The bounding box of the body without air and table.
 
-    An opening as wide as LesaNet's 7x7 (scaled with the matrix) cuts thin shells, blankets and
-    tubes off. Of what remains the largest component is the body; arms and legs, which are other
-    components, count from a twentieth of its area on, unless they lie wholly below it and are flat,
-    as tables are.
+    A morphological opening of 7 x 7 pixels at 512 x 512 (scaled with the matrix) removes thin
+    shells, blankets and tubes. The largest remaining component is the body. Other components, such
+    as arms and legs, are included from 5 % of its area, unless they are flat and lie below it,
+    like a table.
 
     Args:
       hu: int16 `[H, W]`.
       threshold: HU above which a pixel can be body.
 
     Returns:
-      (top, left, bottom, right), half open; the whole slice where nothing is body.
+      (top, left, bottom, right), half open; the whole slice if nothing is body.
     """
     height, width = hu.shape
-    # Half resolution is enough for a box and four times quicker.
+    # Half resolution is precise enough for a box and four times faster.
     stride = 2 if min(height, width) >= 256 else 1
     mask = hu[::stride, ::stride] > threshold
-    if threshold > BODY:  # the window cut lungs and thin fat to black: skin still encloses them
+    if threshold > BODY:  # the window maps lungs and thin fat to black, but skin encloses them
         mask = ndimage.binary_fill_holes(mask)
     reach = max(1, round(min(height, width) * 3 / 512 / stride))
     mask = _opening(mask, reach)
@@ -94,10 +94,10 @@ def make_triplet(
     Args:
       slices: three int16 `[H, W]` arrays in HU, head to feet; padding allowed.
       size: the edge of the result.
-      threshold: HU above which a pixel can be body (8-bit pictures need a higher one).
+      threshold: HU above which a pixel can be body, see `body_threshold`.
 
     Returns:
-      (image, box): int16 `[size, size, 3]` and the box of the middle slice that all three share.
+      (image, box): int16 `[size, size, 3]`, and the box of the middle slice, used for all three.
     """
     planes = [clean(plane) for plane in slices]
     box = body_box(planes[1], threshold=threshold)
@@ -107,15 +107,14 @@ def make_triplet(
 def centres(count: int, *, overlap: bool) -> range:
     """The middle slices of the triplets of a volume of `count` slices.
 
-    Unlabelled volumes are cut without overlap (paper, section 4.1): the last one or two slices of
-    a volume whose count is no multiple of three are left over. With overlap every slice is a
-    middle.
+    Unlabelled volumes are cut without overlap (paper, section 4.1); the last one or two slices are
+    dropped if `count` is not a multiple of three. With overlap every slice is a middle slice.
     """
     return range(count) if overlap else range(1, count - 1, 3)
 
 
 def neighbours(hu: np.ndarray, centre: int) -> list[np.ndarray]:
-    """The slices before, at and after `centre` of `[Z, H, W]`; the edge is repeated."""
+    """The slices before, at and after `centre` of `[Z, H, W]`; at the ends the edge is repeated."""
     last = len(hu) - 1
     return [hu[max(centre - 1, 0)], hu[centre], hu[min(centre + 1, last)]]
 
@@ -123,12 +122,13 @@ def neighbours(hu: np.ndarray, centre: int) -> list[np.ndarray]:
 def body_threshold(hu: np.ndarray, png_window: tuple[float, float] | None = None) -> float:
     """The threshold of `body_box` for a volume.
 
-    Pictures of 8 bits were cut to a display window, and in it fat and lung may lie at its low end:
-    there the threshold is 2 % above that. Whole CT reaches far below any such window.
+    8-bit images were clipped to a display window, at whose low end fat and lung may lie: there
+    the threshold is 2 % of the window above its low end. Unclipped CT reaches far below any such
+    window and keeps the usual threshold.
 
     Args:
       hu: int16 of any shape.
-      png_window: (low, high) in HU of 8-bit pictures, where it was given.
+      png_window: (low, high) in HU of 8-bit images.
     """
     if png_window is None or hu.min() < np.floor(png_window[0]):
         return BODY

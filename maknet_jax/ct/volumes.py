@@ -52,7 +52,7 @@ def load_series(ref: SeriesRef, *, png_window: tuple[float, float] | None = None
             return _load_png(ref, png_window)
         hu, spacing, stored = nifti.read_nifti(ref.paths[0])
         digest = _file_id(ref.paths[0])
-    except OSError as error:  # the file went away, or may not be read
+    except OSError as error:  # the file is gone or not readable
         raise Rejected(f"cannot be read ({error.strerror or error})") from error
     return Volume(hu, spacing, ref.key, stored, tuple(f"{digest}:{k}" for k in stored))
 
@@ -75,7 +75,7 @@ def load_series_of(
       (volume, index of the named slice in it; None for a whole volume).
 
     Raises:
-      InputError: the path does not exist, or the folder holds no or several series.
+      InputError: the path does not exist, or the folder contains no series or several.
       Rejected: the file or its series cannot be used.
     """
     path = pathlib.Path(path)
@@ -93,7 +93,7 @@ def slice_of(volume: Volume, name: str | int) -> int:
     """The index, head to feet, of the slice called `name`: a file, or an index as stored.
 
     Raises:
-      InputError: there is no such slice.
+      InputError: the volume has no such slice.
     """
     try:
         return volume.slices.index(str(name))
@@ -109,10 +109,10 @@ def _only_series(path: pathlib.Path) -> SeriesRef:
         return series[0]
     if series:
         keys = ", ".join(ref.key for ref in series[:5]) + (", ..." if len(series) > 5 else "")
-        raise InputError(f"{path} holds {len(series)} series ({keys}): name one file or folder")
+        raise InputError(f"{path} contains {len(series)} series ({keys}): name one file or folder")
     if failures:
         raise Rejected(failures[0][1])
-    raise InputError(f"{path} holds no CT: DICOM, NIfTI and PNG are read")
+    raise InputError(f"{path} contains no CT: expected DICOM, NIfTI or PNG")
 
 
 def _file_id(path: str) -> str:
@@ -156,7 +156,7 @@ def _load_dicom_neighbours(path: pathlib.Path, around: int) -> tuple[Volume, int
     headers = _folder_headers(str(path.parent), os.stat(path.parent).st_mtime_ns)
     centre = next((header for header in headers if header.path == str(path)), None)
     if centre is None:
-        raise Rejected("not a CT image: DICOM, NIfTI and PNG are read")
+        raise Rejected("not a CT image: expected DICOM, NIfTI or PNG")
     if centre.problem:
         raise Rejected(centre.problem)
     usable = [header for header in headers if not header.problem]
@@ -189,6 +189,6 @@ def _load_png(ref: SeriesRef, window: tuple[float, float] | None) -> Volume:
         except Rejected as error:
             raise Rejected(f"{name}: {error}") from error
         if planes[-1].shape != planes[0].shape:
-            raise Rejected(f"the size of {name} differs within its series")
+            raise Rejected(f"{name} differs in size from the rest of its series")
     uids = tuple(_file_id(path) for path in ref.paths)
     return Volume(np.stack(planes), (math.nan,) * 3, ref.key, names, uids)

@@ -115,7 +115,7 @@ def plan_units(
         units, row = splits.setdefault(plan.split, []), plan.row
         path = deeplesion.find_image(images, row.file_name)
         if path is None:
-            reason = f"image of {plan.id} ({plan.split}) is not under {images}"
+            reason = f"image of {plan.id} ({plan.split}) not found under {images}"
             missing.append((row.file_name, reason))
             continue
         meta: dict[str, Any] = {"file": row.file_name, "slice_box": row.box, "spacing": row.spacing}
