@@ -134,7 +134,9 @@ def prepare_dicom(
       out: the folder to write.
       salt_file: the secret key of the ids, created if absent; None means
         `~/.config/maknet/salt`. It is never written into the records.
-      min_slices: smaller volumes are dropped and counted (the paper uses more than 50 slices).
+      min_slices: smaller volumes are dropped, counted and listed in `failures.csv`. The paper
+        uses volumes of more than 50 slices. That a series with one unreadable slice is dropped
+        whole is our choice.
       size: the edge S of the images in pixels.
       workers: processes.
 

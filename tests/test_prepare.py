@@ -200,10 +200,28 @@ def test_uncertain_labels_and_their_ancestors_are_unknown_unless_certain_or_excl
     unknown = ("liver mass", "lung nodule", "elsewhere", "spleen")
     vectors = key_slices.label_vectors(vocabulary, ("liver",), unknown)
     vector, mask = (np.frombuffer(content, np.uint8) for content in vectors)
-    # As LesaNet: the truth is what was said, what it implies is not added.
+    # As in LesaNet, the ancestors of certain labels are not added.
     assert vector.tolist() == [0, 1, 0, 0, 0, 0, 0]
-    # Abdomen is implied by what is uncertain; spleen is uncertain but the sure liver excludes it.
+    # Abdomen is an ancestor of an uncertain label; the certain liver excludes the spleen.
     assert mask.tolist() == [0, 1, 0, 0, 0, 1, 1]
+
+
+def test_more_labels_are_unknown_than_in_lesanet():
+    vocabulary = labels.Vocabulary(
+        (
+            labels.Label("liver"),
+            labels.Label("spleen", exclusive=("liver",)),
+            labels.Label("splenic cyst", parents=("spleen",)),
+            labels.Label("chest"),
+            labels.Label("lung", parents=("chest",)),
+            labels.Label("lung nodule", parents=("lung", "chest")),
+        )
+    )
+    unknown = ("splenic cyst", "lung nodule")
+    _, mask = key_slices.label_vectors(vocabulary, ("liver",), unknown)
+    # LesaNet's closure lets the liver exclude the splenic cyst too, and it adds the direct parent
+    # of the nodule only, so the chest would be known.
+    assert np.frombuffer(mask, np.uint8).tolist() == [1, 1, 0, 0, 0, 0]
 
 
 def test_the_fingerprint_does_not_depend_on_the_location_of_the_input(phantom, shards, tmp_path):

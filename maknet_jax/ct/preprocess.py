@@ -3,6 +3,10 @@
 Air and table around the body are cropped, the rest is resized to `size` x `size`, and three
 consecutive slices become the channels. Values stay HU in int16; the window is applied on the
 device, so changing it needs no new records.
+
+The paper says only that the black background around the scan is clipped before resizing to
+256 x 256. Our choices: the crop rule (`CROP_RULE`, see `body_box`), one box for all three slices,
+stretching the box to a square, padding replaced by air, and repeating the edge slice of a volume.
 """
 
 from collections.abc import Sequence
@@ -32,6 +36,9 @@ def body_box(hu: np.ndarray, *, threshold: float = BODY) -> Box:
     shells, blankets and tubes. The largest remaining component is the body. Other components, such
     as arms and legs, are included from 5 % of its area, unless they are flat and lie below it,
     like a table.
+
+    This rule is our choice. LesaNet's code has a simpler one: the bounding box of the pixels above
+    -768 HU after a 7 x 7 opening, which includes thick tables; its training does not use it.
 
     Args:
       hu: int16 `[H, W]`.
@@ -108,7 +115,8 @@ def centres(count: int, *, overlap: bool) -> range:
     """The middle slices of the triplets of a volume of `count` slices.
 
     Unlabelled volumes are cut without overlap (paper, section 4.1); the last one or two slices are
-    dropped if `count` is not a multiple of three. With overlap every slice is a middle slice.
+    dropped if `count` is not a multiple of three (our choice). With overlap every slice is a middle
+    slice.
     """
     return range(count) if overlap else range(1, count - 1, 3)
 

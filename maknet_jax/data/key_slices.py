@@ -57,7 +57,7 @@ def plan_unlabelled(rows: Iterable[deeplesion.Lesion], *, patches: bool) -> list
 def plan_labelled(
     labelled: Iterable[deeplesion.LabelledLesion], vocabulary: Vocabulary
 ) -> list[RecordPlan]:
-    """One record for each lesion; a slice with two lesions makes two records."""
+    """One record for each lesion, as the paper counts them: two on one slice make two records."""
     return [
         RecordPlan(
             lesion.split,
@@ -73,11 +73,18 @@ def plan_labelled(
 def label_vectors(
     vocabulary: Vocabulary, names: Sequence[str], unknown: Sequence[str]
 ) -> tuple[bytes, bytes]:
-    """Labels and mask of a lesion as LesaNet has them.
+    """The labels of a lesion and the mask of those that are known.
 
-    The truth is what the reports say, ancestors not added (the mined lists bring most of them).
-    Uncertain labels and their ancestors are unknown, but for those that are sure after all and
-    those that a sure one excludes.
+    As in LesaNet, labels are those that the label files list, without added ancestors (the mined
+    lists contain most of them). Uncertain labels and their ancestors are unknown, except those
+    that are also certain and those that a certain label excludes.
+
+    Which labels are unknown differs from LesaNet's dataset_DeepLesion.py, and is our choice:
+    LesaNet adds only the direct parents of an uncertain label, not all ancestors, and applies the
+    exclusions after their closure over parents and children, not as the ontology lists them. So
+    here more labels are unknown, including all that are unknown in LesaNet. On the published label
+    files: 28 instead of 21 in val and 50 instead of 47 in test for the 115 body parts; 831 instead
+    of 780 in train, 204 instead of 194 in val and 185 instead of 181 in test for all 171 labels.
 
     Args:
       vocabulary: the labels in column order.
@@ -87,11 +94,13 @@ def label_vectors(
     Returns:
       (labels, mask): uint8 [K] each, as bytes.
     """
-    sure = set(names)
+    certain = set(names)
     masked = [
         name
         for name in vocabulary.with_ancestors(unknown)
-        if name in vocabulary.index and name not in sure and not vocabulary.excludes(name, sure)
+        if name in vocabulary.index
+        and name not in certain
+        and not vocabulary.excludes(name, certain)
     ]
     return vocabulary.vector(names).tobytes(), (1 - vocabulary.vector(masked)).tobytes()
 
@@ -127,7 +136,11 @@ def plan_units(
 
 
 def make_key_slice(unit: _KeySlice) -> shards.UnitResult:
-    """The key slice with its neighbours, cropped to the body."""
+    """The key slice with its neighbours, cropped to the body.
+
+    Our choice: neighbours are the adjacent slices at the spacing of the scan (LesaNet interpolates
+    slices 2 mm apart); a missing neighbour is replaced by the slice itself and counted.
+    """
     try:
         volume, centre = volumes.load_series_of(unit.path)
     except (Rejected, InputError) as error:
