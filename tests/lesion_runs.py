@@ -23,8 +23,8 @@ def write(phantom, out, size):
     return out
 
 
-def page(data, size, **changes):
-    """The page `lesanet` on a tiny MAKNet; `changes` name fields with dots."""
+def make_config(data, size, **changes):
+    """The config `lesanet` on a tiny MAKNet; `changes` name fields with dots."""
     plain = configs.load("lesanet").to_dict()
     plain["model"]["options"] = {
         "trunk": "maknet",

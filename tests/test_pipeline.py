@@ -139,9 +139,9 @@ def streams(batches):
     for number in (0, 1):
         parts.append([])
         for batch in batches:
-            mine = batch["index"] // pipeline._APART == number
+            mine = batch["index"] // pipeline._STREAM_OFFSET == number
             rows = {field: value[mine] for field, value in batch.items()}
-            parts[-1].append(rows | {"index": rows["index"] % pipeline._APART})
+            parts[-1].append(rows | {"index": rows["index"] % pipeline._STREAM_OFFSET})
     return parts
 
 

@@ -21,7 +21,7 @@ class Unit:
 def make(unit):
     """`count` records of a unit; multiples of 7 fail."""
     if unit.number % 7 == 0:
-        return shards.Made(failures=((f"unit {unit.number}", "a multiple of 7"),))
+        return shards.UnitResult(failures=((f"unit {unit.number}", "a multiple of 7"),))
     examples = []
     for k in range(unit.count):
         rng = np.random.default_rng([unit.number, k])
@@ -29,7 +29,7 @@ def make(unit):
         vector = np.array([unit.number % 2 == 0, 1], np.uint8)
         name = f"{unit.number}-{k}"
         examples.append((records.encode(records.Example(name, image, vector, vector, {})), vector))
-    return shards.Made(tuple(examples), counters={"seen": 1})
+    return shards.UnitResult(tuple(examples), counters={"seen": 1})
 
 
 class Stopping:

@@ -6,8 +6,12 @@ DeepLesion: Yan et al., J. Med. Imaging 5(3), 2018. Labels: Yan et al., arXiv:19
 import csv
 import dataclasses
 import json
+import os
 import pathlib
+from collections.abc import Container, Iterable, Sequence
+from typing import Any
 
+from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError
 
 SPLITS = ("train", "val", "test")
@@ -53,12 +57,12 @@ class Lesion:
     lesion_idx: int | None
 
     @property
-    def slice_id(self):
+    def slice_id(self) -> str:
         """The public name, `PPPPPP_SS_RR_NNN`."""
         return self.file_name.removesuffix(".png").replace("/", "_")
 
 
-def read_info(path):
+def read_info(path: str | os.PathLike) -> list[Lesion]:
     """Reads `DL_info.csv` in its order: 18 columns, extra columns and float ages are fine.
 
     Raises:
@@ -79,14 +83,14 @@ def read_info(path):
         raise InputError(f"{path} is no CSV table: {error}") from None
 
 
-def find_image(folder, name):
+def find_image(folder: pathlib.Path, name: str) -> pathlib.Path | None:
     """The file of a slice in `folder`, which may be nested or flat; None where it is not there."""
     flat = name.replace("/", "_")
     nested = pathlib.PurePath(*flat.rsplit("_", 1))
     return next((path for path in (folder / nested, folder / flat) if path.is_file()), None)
 
 
-def _lesion(path, number, row):
+def _lesion(path: pathlib.Path, number: int, row: dict[str, str]) -> Lesion:
     try:
         return Lesion(
             row=number,
@@ -106,20 +110,20 @@ def _lesion(path, number, row):
         raise InputError(f"{path} line {number + 2} cannot be read: {error}") from None
 
 
-def _whole(cell):
+def _whole(cell: str) -> int:
     value = float(cell)
     if value != int(value):
         raise ValueError(f"{cell!r} should be a whole number")
     return int(value)
 
 
-def _choice(value, allowed):
+def _choice(value: int, allowed: Container[int]) -> int:
     if value not in allowed:
         raise ValueError(f"{value} should be one of {allowed}")
     return value
 
 
-def _numbers(cell, count):
+def _numbers(cell: str, count: int) -> tuple[float, ...]:
     values = tuple(float(part) for part in cell.split(","))
     if len(values) != count:
         raise ValueError(f"{cell!r} should be {count} numbers")
@@ -139,14 +143,16 @@ class MinedLabels:
     uncertain: dict[int, tuple[str, ...]]
 
 
-def read_mined_labels(path):
+def read_mined_labels(path: str | os.PathLike) -> MinedLabels:
     """Reads LesaNet's `text_mined_labels_171_and_split.json`.
 
     Raises:
       InputError: the file is missing or of another form.
     """
     content = _read_json(path)
-    split, kinds = {}, {"relevant": {}, "uncertain": {}}
+    split: dict[int, str] = {}
+    relevant: dict[int, tuple[str, ...]] = {}
+    uncertain: dict[int, tuple[str, ...]] = {}
     try:
         terms = tuple(content["term_list"])
         for name in SPLITS:
@@ -154,7 +160,7 @@ def read_mined_labels(path):
             for number in numbers:
                 if split.setdefault(number, name) != name:
                     raise InputError(f"{path}: lesion {number} is in {split[number]} and {name}")
-            for kind, target in kinds.items():
+            for kind, target in (("relevant", relevant), ("uncertain", uncertain)):
                 lists = content[f"{name}_{kind}_labels"]
                 if len(lists) != len(numbers):
                     raise InputError(
@@ -165,10 +171,10 @@ def read_mined_labels(path):
                     target[number] = tuple(dict.fromkeys(terms[index] for index in indices))
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not LesaNet's label file: {error!r}") from None
-    return MinedLabels(terms, split, **kinds)
+    return MinedLabels(terms, split, relevant, uncertain)
 
 
-def read_hand_labels(path):
+def read_hand_labels(path: str | os.PathLike) -> dict[int, tuple[str, ...]]:
     """Reads LesaNet's `hand_labeled_test_set.json`: a dict lesion number -> label names."""
     content = _read_json(path)
     try:
@@ -177,7 +183,7 @@ def read_hand_labels(path):
         raise InputError(f"{path} is not LesaNet's hand-labelled set: {error!r}") from None
 
 
-def _read_json(path):
+def _read_json(path: str | os.PathLike) -> Any:
     try:
         return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -194,7 +200,7 @@ class Numbering:
     reason: str
 
 
-def number_lesions(rows, mined):
+def number_lesions(rows: Sequence[Lesion], mined: MinedLabels) -> Numbering:
     """Decides which row each lesion number of `mined` means.
 
     LesaNet numbers the rows of the full DL_info.csv; its readme says from 0, its files say from 1.
@@ -216,7 +222,7 @@ def number_lesions(rows, mined):
         column lesion_idx names a number twice or contradicts the split.
     """
     if any(row.lesion_idx is not None for row in rows):
-        return _numbered_by_column([row for row in rows if row.lesion_idx is not None], mined)
+        return _numbered_by_column(rows, mined)
     verdicts = {base: _misfit(rows, mined, base) for base in (1, 0)}
     fitting = [base for base, misfit in verdicts.items() if misfit is None]
     if len(fitting) != 1:
@@ -234,10 +240,10 @@ def number_lesions(rows, mined):
     return Numbering({row.row + base: row for row in rows}, reason)
 
 
-def _numbered_by_column(rows, mined):
-    lesions = {}
+def _numbered_by_column(rows: Iterable[Lesion], mined: MinedLabels) -> Numbering:
+    lesions: dict[int, Lesion] = {}
     for row in rows:
-        if lesions.setdefault(row.lesion_idx, row) is not row:
+        if row.lesion_idx is not None and lesions.setdefault(row.lesion_idx, row) is not row:
             raise InputError(f"lesion_idx {row.lesion_idx} stands in several rows of DL_info")
     labelled = [(row, mined.split[n]) for n, row in lesions.items() if n in mined.split]
     if misfit := _split_misfit(labelled):
@@ -245,7 +251,7 @@ def _numbered_by_column(rows, mined):
     return Numbering(lesions, "numbered by the column lesion_idx")
 
 
-def _misfit(rows, mined, base):
+def _misfit(rows: Sequence[Lesion], mined: MinedLabels, base: int) -> str | None:
     """None where `base` fits, else the reason why not."""
     patients = [row.patient for row in rows]
     if patients != sorted(patients):
@@ -266,7 +272,7 @@ def _misfit(rows, mined, base):
     return None
 
 
-def _split_misfit(labelled):
+def _split_misfit(labelled: Sequence[tuple[Lesion, str]]) -> str | None:
     """None where the (row, split) pairs agree with the official split, else the reason."""
     for start in range(0, len(labelled), _WINDOW):
         part = labelled[start : start + _WINDOW]
@@ -296,7 +302,14 @@ class LabelledLesion:
     unknown: tuple[str, ...]
 
 
-def label_lesions(numbering, mined, hand, vocabulary, *, doubtful=False):
+def label_lesions(
+    numbering: Numbering,
+    mined: MinedLabels,
+    hand: dict[int, tuple[str, ...]] | None,
+    vocabulary: Vocabulary,
+    *,
+    uncertain_unknown: bool = False,
+) -> tuple[list[LabelledLesion], dict[str, dict[str, int]]]:
     """Joins rows and labels (paper, sections 2 and 4.2).
 
     Training takes relevant and uncertain labels, val and test only relevant ones: so the counts of
@@ -308,36 +321,38 @@ def label_lesions(numbering, mined, hand, vocabulary, *, doubtful=False):
       mined: `MinedLabels`.
       hand: dict of `read_hand_labels`, or None.
       vocabulary: the labels to keep; a lesion without any of them is left out.
-      doubtful: uncertain labels of training are also given as unknown, so that those which they
-        imply can be left out of the loss, as LesaNet does.
+      uncertain_unknown: also lists uncertain training labels as unknown, so that the labels they
+        imply can be left out of the loss.
 
     Returns:
       (lesions, counts): a list of `LabelledLesion` in order of split and number, and a dict
       split -> {labelled, without_row, noisy, kept}.
     """
     known = set(vocabulary.names)
+    wanted: dict[str, list[tuple[int, tuple[str, ...], tuple[str, ...]]]]
     wanted = {name: [] for name in (*SPLITS, "hand")}
     for number, split in sorted(mined.split.items()):
         names, unknown = mined.relevant[number], mined.uncertain[number]
         if split == "train":
-            names, unknown = names + unknown, unknown if doubtful else ()
+            names, unknown = names + unknown, unknown if uncertain_unknown else ()
         wanted[split].append((number, names, unknown))
     for number, names in sorted((hand or {}).items()):
         wanted["hand"].append((number, names, ()))
-    lesions, counts = [], {}
+    lesions: list[LabelledLesion] = []
+    counts = {}
     for split, entries in wanted.items():
         entries = [entry for entry in entries if known & set(entry[1])]
         present = [entry for entry in entries if entry[0] in numbering.lesions]
-        kept = [
+        clean = [
             LabelledLesion(split, number, numbering.lesions[number], names, unknown)
             for number, names, unknown in present
             if not numbering.lesions[number].noisy
         ]
-        lesions.extend(kept)
+        lesions.extend(clean)
         counts[split] = {
             "labelled": len(entries),
             "without_row": len(entries) - len(present),
-            "noisy": len(present) - len(kept),
-            "kept": len(kept),
+            "noisy": len(present) - len(clean),
+            "kept": len(clean),
         }
     return lesions, counts

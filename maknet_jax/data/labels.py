@@ -2,7 +2,11 @@
 
 import dataclasses
 import functools
+import itertools
+import os
 import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import openpyxl
@@ -31,37 +35,38 @@ class Vocabulary:
 
     labels: tuple[Label, ...]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
     @property
-    def names(self):
+    def names(self) -> tuple[str, ...]:
         """The label names in column order."""
         return tuple(label.name for label in self.labels)
 
     @functools.cached_property
-    def index(self):
+    def index(self) -> dict[str, int]:
         """Label name -> column."""
         return {label.name: column for column, label in enumerate(self.labels)}
 
     @functools.cached_property
-    def parents(self):
+    def parents(self) -> tuple[tuple[int, ...], ...]:
         """For each column the columns of all its ancestors."""
         index = self.index
         return tuple(tuple(index[parent] for parent in label.parents) for label in self.labels)
 
-    def vector(self, names):
+    def vector(self, names: Iterable[str]) -> np.ndarray:
         """`uint8 [K]`: 1 for each name of the vocabulary; others are ignored."""
         vector = np.zeros(len(self), np.uint8)
         vector[[self.index[name] for name in names if name in self.index]] = 1
         return vector
 
-    def with_ancestors(self, names):
+    def with_ancestors(self, names: Iterable[str]) -> tuple[str, ...]:
         """`names` and all that they imply."""
+        names = tuple(names)
         implied = (self.labels[self.index[name]].parents for name in names if name in self.index)
-        return tuple(dict.fromkeys([*names, *(parent for some in implied for parent in some)]))
+        return tuple(dict.fromkeys([*names, *itertools.chain.from_iterable(implied)]))
 
-    def excludes(self, name, others):
+    def excludes(self, name: str, others: Iterable[str]) -> bool:
         """Whether the ontology says that `name` cannot stand with one of `others` (either way)."""
         exclusive = self.labels[self.index[name]].exclusive
         return any(
@@ -71,7 +76,7 @@ class Vocabulary:
         )
 
     @functools.cached_property
-    def exclusive(self):
+    def exclusive(self) -> np.ndarray:
         """Columns that exclude each other, bool `[K, K]`: LesaNet's closure, then both ways.
 
         A label inherits what its parents exclude, and excludes the children of what it excludes,
@@ -84,15 +89,15 @@ class Vocabulary:
             matrix[column, [self.index[name] for name in label.exclusive if name in self.index]] = 1
             parent[column, list(self.parents[column])] = True
         pairs = -1
-        while pairs != matrix.sum():
-            pairs = matrix.sum()
+        while pairs != int(matrix.sum()):
+            pairs = int(matrix.sum())
             matrix |= parent @ matrix  # a boolean product: of any parent
             matrix |= matrix @ parent.T
         matrix |= matrix.T
         np.fill_diagonal(matrix, False)
         return matrix
 
-    def to_json(self):
+    def to_json(self) -> list[dict[str, Any]]:
         """A list of plain dicts, as `dataset.json` holds it."""
         return [
             {
@@ -105,7 +110,7 @@ class Vocabulary:
         ]
 
     @classmethod
-    def from_json(cls, rows):
+    def from_json(cls, rows: Iterable[dict[str, Any]]) -> "Vocabulary":
         """The inverse of `to_json`."""
         return cls(
             tuple(
@@ -115,12 +120,12 @@ class Vocabulary:
         )
 
     @classmethod
-    def from_names(cls, names):
+    def from_names(cls, names: Iterable[str]) -> "Vocabulary":
         """A vocabulary without relations, for people's own labels."""
         return cls(tuple(Label(name) for name in names))
 
 
-def read_ontology(path):
+def read_ontology(path: str | os.PathLike) -> dict[str, Label]:
     """Reads LesaNet's `lesion_ontology_*.xlsx`.
 
     Returns:
@@ -145,25 +150,25 @@ def read_ontology(path):
             f"ontology {path} has no column {', '.join(missing)}; LesaNet's sheet has "
             f"{', '.join(_COLUMNS)}"
         )
-    where = {column: header.index(column) for column in _COLUMNS}
+    position = {column: header.index(column) for column in _COLUMNS}
     terms = {}
     for row in rows[1:]:
-        name = str(row[where["term"]] or "").strip()
+        name = str(row[position["term"]] or "").strip()
         if name:
             terms[name] = Label(
                 name,
-                str(row[where["class"]] or "").strip(),
-                _split(row[where["term_parents"]]),
-                _split(row[where["term_exclusive"]]),
+                str(row[position["class"]] or "").strip(),
+                _split(row[position["term_parents"]]),
+                _split(row[position["term_exclusive"]]),
             )
     return terms
 
 
-def _split(cell):
+def _split(cell: Any) -> tuple[str, ...]:
     return tuple(part.strip() for part in str(cell or "").split("|") if part.strip())
 
 
-def ontology_vocabulary(terms, names):
+def ontology_vocabulary(terms: dict[str, Label], names: Sequence[str]) -> Vocabulary:
     """The vocabulary of `names` with the ontology's relations restricted to them.
 
     Args:
@@ -179,21 +184,22 @@ def ontology_vocabulary(terms, names):
             f"label {unknown[0]!r} is not in the ontology ({len(unknown)} such labels): "
             "use the ontology that belongs to these label files"
         )
-    kept = set(names)
+    members = set(names)
     labels = []
     for name in names:
-        parents = tuple(p for p in _ancestors(terms, name) if p in kept)
-        exclusive = tuple(e for e in terms[name].exclusive if e in kept)
+        parents = tuple(p for p in _ancestors(terms, name) if p in members)
+        exclusive = tuple(e for e in terms[name].exclusive if e in members)
         labels.append(Label(name, terms[name].label_class, parents, exclusive))
     return Vocabulary(tuple(labels))
 
 
-def _ancestors(terms, name):
+def _ancestors(terms: dict[str, Label], name: str) -> list[str]:
     # Through terms outside the vocabulary too: a grandparent stays one when the parent is unused.
-    found, queue = [], list(terms[name].parents)
+    ancestors: list[str] = []
+    queue = list(terms[name].parents)
     while queue:
         parent = queue.pop(0)
-        if parent != name and parent not in found:
-            found.append(parent)
+        if parent != name and parent not in ancestors:
+            ancestors.append(parent)
             queue.extend(terms[parent].parents if parent in terms else ())
-    return found
+    return ancestors

@@ -1,7 +1,9 @@
 """Patches around lesions as LesaNet cuts them (Yan et al. 2019, section 4.1 and published code)."""
 
 import math
+import os
 import pathlib
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -10,11 +12,11 @@ from maknet_jax.ct import png, preprocess
 from maknet_jax.errors import Rejected
 
 SIZE = 120  # pixels of 1 mm
-BETWEEN = 2.0  # mm from one of the three slices to the next
+SLICE_DISTANCE = 2.0  # mm from one of the three slices to the next
 RULE = "1 mm a pixel, three slices at 2 mm, around the lesion's centre, borders repeated"
 
 
-def three_slices(read, interval):
+def three_slices(read: Callable[[int], np.ndarray], interval: float) -> list[np.ndarray]:
     """The slice of a lesion and those 2 mm before and behind it, by linear interpolation.
 
     Args:
@@ -29,26 +31,31 @@ def three_slices(read, interval):
       Rejected: the slices differ in size.
     """
 
-    def plane(offset):
+    def plane(offset: int) -> np.ndarray:
         return preprocess.clean(read(offset)).astype(np.float32)
 
     middle = plane(0)
     if not interval > 0:
         return [middle] * 3
-    steps = BETWEEN / interval
+    steps = SLICE_DISTANCE / interval
     whole, share = math.floor(steps), steps % 1
-    found = []
+    outer = []
     for sign in (-1, 1):
         planes = (
             [plane(sign * whole), plane(sign * (whole + 1))] if share else [plane(sign * whole)]
         )
         if any(one.shape != middle.shape for one in planes):
             raise Rejected("the slices beside it are of another size")
-        found.append((1 - share) * planes[0] + share * planes[-1])
-    return [found[0], middle, found[1]]
+        outer.append((1 - share) * planes[0] + share * planes[-1])
+    return [outer[0], middle, outer[1]]
 
 
-def make_patch(slices, box, spacing, size=SIZE):
+def make_patch(
+    slices: Sequence[np.ndarray],
+    box: Sequence[float],
+    spacing: Sequence[float],
+    size: int = SIZE,
+) -> tuple[np.ndarray, tuple[float, ...]]:
     """The surroundings of a lesion at 1 mm a pixel.
 
     Boxes lie on the grid of pixels from 0. LesaNet repeats the border on one side of each axis
@@ -85,7 +92,9 @@ def make_patch(slices, box, spacing, size=SIZE):
     return image, tuple(inside.ravel().tolist())
 
 
-def patch_of_png(path, box, spacing, size=SIZE):
+def patch_of_png(
+    path: str | os.PathLike, box: Sequence[float], spacing: Sequence[float], size: int = SIZE
+) -> tuple[np.ndarray, tuple[float, ...], int]:
     """`make_patch` of a PNG slice and those beside it, by their names.
 
     Args:
@@ -100,14 +109,14 @@ def patch_of_png(path, box, spacing, size=SIZE):
     Raises:
       Rejected: a slice cannot be read, or the box or the spacing is none.
     """
-    repeated = 0
+    path, repeated = pathlib.Path(path), 0
 
-    def read(offset):
+    def read(offset: int) -> np.ndarray:
         nonlocal repeated
-        found = offset
-        while found and not png.neighbour_path(path, found).is_file():
-            found -= int(math.copysign(1, found))
-        repeated += found != offset
-        return png.read_png(png.neighbour_path(path, found) if found else pathlib.Path(path))
+        nearest = offset
+        while nearest and not png.neighbour_path(path, nearest).is_file():
+            nearest -= int(math.copysign(1, nearest))
+        repeated += nearest != offset
+        return png.read_png(png.neighbour_path(path, nearest) if nearest else path)
 
     return *make_patch(three_slices(read, spacing[2]), box, spacing, size), repeated

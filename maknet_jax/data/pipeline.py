@@ -7,15 +7,21 @@ its contiguous part of the batch.
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 
+from maknet_jax.data.records import Example, ExampleSource
+
+Batch = dict[str, np.ndarray]
+
 _ENDLESS = 2**30  # epochs; with none named, grain overflows in batches of one
-_APART = 2**29  # between the record numbers of two streams: more than any of them holds
+_STREAM_OFFSET = 2**29  # between the record numbers of two streams: more than any of them holds
 
 
-def to_fields(example, index):
+def to_fields(example: Example, index: int) -> dict[str, Any]:
     """What a batch holds of an example; `box` where the record has one."""
     fields = {
         "image": example.image,
@@ -33,27 +39,27 @@ def to_fields(example, index):
 class _Indexed:
     """A source that yields batch fields and the number of the record."""
 
-    def __init__(self, source):
+    def __init__(self, source: ExampleSource) -> None:
         self._source = source
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return to_fields(self._source[index], index)
 
 
 class _Padded(_Indexed):
     """The same, lengthened to `length` with examples that count nothing."""
 
-    def __init__(self, source, length):
+    def __init__(self, source: ExampleSource, length: int) -> None:
         super().__init__(source)
         self._length = length
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, Any]:
         if index < len(self._source):
             return super().__getitem__(index)
         padding = super().__getitem__(0)
@@ -61,8 +67,16 @@ class _Padded(_Indexed):
 
 
 def train_batches(
-    source, *, batch_size, seed, start=0, process_index=0, process_count=1, threads=4, prefetch=4
-):
+    source: ExampleSource,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 4,
+    prefetch: int = 4,
+) -> Iterator[Batch]:
     """Endless shuffled batches from step `start` on.
 
     Args:
@@ -91,12 +105,19 @@ def train_batches(
     stream = grain.MapDataset.source(_Indexed(source)).seed(seed).shuffle().repeat(_ENDLESS)
     # Batch s of process p is block s * process_count + p of the stream cut into local batches.
     blocks = stream.batch(local)[start * process_count + process_index :: process_count]
-    return iter(blocks.to_iter_dataset(_reading(threads, prefetch)))
+    return iter(blocks.to_iter_dataset(_read_options(threads, prefetch)))
 
 
 def mixed_batches(
-    sources, batch_sizes, *, seed, start=0, process_index=0, process_count=1, threads=4
-):
+    sources: Sequence[ExampleSource],
+    batch_sizes: Sequence[int],
+    *,
+    seed: int,
+    start: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 4,
+) -> Iterator[Batch]:
     """Batches of several streams at once: labelled and pseudo-labelled images (section 4.2).
 
     Every stream has an order of its own, and all positions follow from the step. Rows alternate in
@@ -136,12 +157,12 @@ def mixed_batches(
     local = unit // process_count
     for batches in zip(*streams, strict=True):
         for number, batch in enumerate(batches):
-            batch["index"] = batch["index"] + np.int32(number * _APART)
+            batch["index"] = batch["index"] + np.int32(number * _STREAM_OFFSET)
         shared = set.intersection(*map(set, batches))  # of lesions and whole slices no boxes
         yield {name: _alternate([batch[name] for batch in batches], local) for name in shared}
 
 
-def _alternate(columns, units):
+def _alternate(columns: Sequence[np.ndarray], units: int) -> np.ndarray:
     if len(columns) == 1:
         return columns[0]
     parts = [column.reshape(units, -1, *column.shape[1:]) for column in columns]
@@ -149,7 +170,15 @@ def _alternate(columns, units):
     return whole.reshape(-1, *whole.shape[2:])
 
 
-def ordered_batches(source, *, batch_size, process_index=0, process_count=1, threads=4, prefetch=2):
+def ordered_batches(
+    source: ExampleSource,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 4,
+    prefetch: int = 2,
+) -> Iterator[Batch]:
     """All examples once, in order, in batches of one shape; the last ones are padded.
 
     Padding repeats an example with `weight` 0 and `index` -1. Every process yields the same number
@@ -173,8 +202,8 @@ def ordered_batches(source, *, batch_size, process_index=0, process_count=1, thr
     padded = -(-len(source) // batch_size) * batch_size
     stream = grain.MapDataset.source(_Padded(source, padded))[process_index::process_count]
     blocks = stream.batch(batch_size // process_count)
-    return iter(blocks.to_iter_dataset(_reading(threads, prefetch)))
+    return iter(blocks.to_iter_dataset(_read_options(threads, prefetch)))
 
 
-def _reading(threads, prefetch):
+def _read_options(threads: int, prefetch: int) -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))

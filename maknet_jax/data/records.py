@@ -12,6 +12,8 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import msgpack
 import numpy as np
@@ -34,10 +36,18 @@ class Example:
     image: np.ndarray
     labels: np.ndarray
     label_mask: np.ndarray
-    meta: dict
+    meta: dict[str, Any]
 
 
-def encode(example):
+class ExampleSource(Protocol):
+    """Random access to examples: a `RecordSource`, or a list of `Example`s."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+def encode(example: Example) -> bytes:
     """`Example` -> bytes."""
     size = example.image.shape[0]
     if example.image.shape != (size, size, 3) or example.image.dtype != np.int16:
@@ -55,7 +65,7 @@ def encode(example):
     )
 
 
-def decode(payload):
+def decode(payload: bytes) -> Example:
     """Bytes -> `Example`; the image is a read-only view where the byte order allows it."""
     record = msgpack.unpackb(payload)
     size = record["size"]
@@ -69,7 +79,7 @@ def decode(payload):
     )
 
 
-def write_shard(path, payloads):
+def write_shard(path: str | os.PathLike, payloads: Iterable[bytes]) -> tuple[int, str]:
     """Writes one shard whole or not at all; returns (count, SHA-256 of the payloads in order)."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,24 +108,24 @@ class Dataset:
     """A prepared folder: `dataset.json` read and checked against the shards that are there."""
 
     path: pathlib.Path
-    info: dict
+    info: dict[str, Any]
 
     @property
-    def size(self):
+    def size(self) -> int:
         """The edge S of the images."""
         return self.info["size"]
 
     @property
-    def vocabulary(self):
+    def vocabulary(self) -> Vocabulary:
         """The labels in column order."""
         return Vocabulary.from_json(self.info["labels"])
 
     @property
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         """SHA-256 over the digests of all shards: the same data gives the same one."""
         return self.info["fingerprint"]
 
-    def split(self, name):
+    def split(self, name: str) -> dict[str, Any]:
         """The entry of a split: count, label_counts, shards.
 
         Raises:
@@ -127,13 +137,13 @@ class Dataset:
             )
         return self.info["splits"][name]
 
-    def source(self, name):
+    def source(self, name: str) -> "RecordSource":
         """A random-access `RecordSource` of a split."""
         paths = [self.path / shard["file"] for shard in self.split(name)["shards"]]
         return RecordSource(paths)
 
 
-def open_dataset(path):
+def open_dataset(path: str | os.PathLike) -> Dataset:
     """Reads `path/dataset.json`.
 
     Raises:
@@ -163,7 +173,7 @@ def open_dataset(path):
 class RecordSource:
     """Random access to the examples of several shards, as grain wants it (picklable)."""
 
-    def __init__(self, paths):
+    def __init__(self, paths: Iterable[str | os.PathLike]) -> None:
         """Opens shards.
 
         Args:
@@ -179,16 +189,16 @@ class RecordSource:
         except RuntimeError as error:
             raise self._damaged(error) from error
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Example:
         try:
             payload = self._records[index]
         except RuntimeError as error:
             raise self._damaged(error) from error
         return decode(payload)
 
-    def _damaged(self, error):
+    def _damaged(self, error: Exception) -> InputError:
         folder = pathlib.Path(self._paths[0]).parent
         return InputError(f"a shard in {folder} is damaged ({error}): prepare the data again")

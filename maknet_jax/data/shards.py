@@ -10,11 +10,13 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import multiprocessing
+import os
 import pathlib
 import shutil
 import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -22,6 +24,7 @@ import maknet_jax
 from maknet_jax import files
 from maknet_jax.ct import preprocess
 from maknet_jax.data import records
+from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError
 
 SHARD_RECORDS = 512  # about 100 MB at 256 x 256
@@ -29,8 +32,8 @@ WINDOW = (-1024.0, 3071.0)  # HU; LesaNet's, the default of the configs
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
-    """What one unit of work gave.
+class UnitResult:
+    """The records of one unit of work, and what was rejected.
 
     Attributes:
       examples: encoded records with their label vectors.
@@ -40,17 +43,49 @@ class Made:
 
     examples: tuple[tuple[bytes, np.ndarray], ...] = ()
     failures: tuple[tuple[str, str], ...] = ()
-    counters: dict = dataclasses.field(default_factory=dict)
+    counters: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-def write_shards(out, splits, make, *, kind, size, vocabulary, about, workers, advance):
+class Unit(Protocol):
+    """A unit of work: a picklable dataclass whose `repr` says everything that its records need."""
+
+    @property
+    def count(self) -> int:
+        """The number of records expected of it."""
+
+
+AnyUnit = TypeVar("AnyUnit", bound=Unit)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One finished shard, as its sidecar in `.parts` holds it."""
+
+    count: int
+    digest: str
+    label_counts: list[int]
+    failures: list[tuple[str, str]]
+    counters: dict[str, int]
+
+
+def write_shards(
+    out: str | os.PathLike,
+    splits: Mapping[str, Sequence[AnyUnit]],
+    make: Callable[[AnyUnit], UnitResult],
+    *,
+    kind: str,
+    size: int,
+    vocabulary: Vocabulary,
+    about: dict[str, Any],
+    workers: int,
+    advance: Callable[[int], None],
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Writes all splits; returns (content for `finish`, failures).
 
     Args:
       out: the folder to fill; it may hold an unfinished run of the same plan.
-      splits: dict split -> list of units; a unit is a picklable dataclass with `count`, the number
-        of records expected of it, and a `repr` that says all about it.
-      make: make(unit) -> Made, importable by name (worker processes call it).
+      splits: split -> units.
+      make: make(unit) -> UnitResult, importable by name (worker processes call it).
       kind: deeplesion, dicom or table.
       size: the edge of the images.
       vocabulary: `labels.Vocabulary`.
@@ -65,7 +100,9 @@ def write_shards(out, splits, make, *, kind, size, vocabulary, about, workers, a
     labels = vocabulary.to_json()
     made_by = (records.FORMAT, preprocess.CROP_RULE, kind, size, labels)
     _claim(out, _digest(*made_by, splits))
-    entries, failures, counters = {}, [], collections.Counter()
+    entries: dict[str, dict[str, Any]] = {}
+    failures: list[tuple[str, str]] = []
+    counters: collections.Counter[str] = collections.Counter()
     with _mapper(workers) as run:
         for split, units in splits.items():
             shards, label_counts = [], np.zeros(len(vocabulary), np.int64)
@@ -73,11 +110,11 @@ def write_shards(out, splits, make, *, kind, size, vocabulary, about, workers, a
             for number, part in enumerate(parts):
                 name = f"{split}/part-{number:05d}-of-{len(parts):05d}.array_record"
                 done = _write_part(out, name, part, make, run, len(vocabulary), advance)
-                label_counts += np.asarray(done["label_counts"], np.int64)
-                failures.extend(tuple(pair) for pair in done["failures"])
-                counters.update(done["counters"])
-                if done["count"]:
-                    shards.append({"file": name, "count": done["count"], "digest": done["digest"]})
+                label_counts += np.asarray(done.label_counts, np.int64)
+                failures.extend(done.failures)
+                counters.update(done.counters)
+                if done.count:
+                    shards.append({"file": name, "count": done.count, "digest": done.digest})
             entries[split] = {
                 "count": sum(shard["count"] for shard in shards),
                 "label_counts": label_counts.tolist(),
@@ -107,7 +144,7 @@ def write_shards(out, splits, make, *, kind, size, vocabulary, about, workers, a
     return info, failures
 
 
-def finish(out, info):
+def finish(out: pathlib.Path, info: dict[str, Any]) -> None:
     """Writes `dataset.json`: from here on the folder is a data set."""
     files.write_json(out / "dataset.json", info)
     shutil.rmtree(out / ".parts")
@@ -119,7 +156,7 @@ def check_unfinished(out):
         raise InputError(f"{out} already holds a finished data set: choose another --out")
 
 
-def _digest(*parts):
+def _digest(*parts: Any) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -138,8 +175,9 @@ def _claim(out, plan):
         files.write_json(marker, {"plan": plan})
 
 
-def _chunks(units):
-    parts, filled = [[]], 0
+def _chunks(units: Iterable[AnyUnit]) -> list[list[AnyUnit]]:
+    parts: list[list[AnyUnit]] = [[]]
+    filled = 0
     for unit in units:
         if filled and filled + unit.count > SHARD_RECORDS:
             parts.append([])
@@ -149,20 +187,31 @@ def _chunks(units):
     return parts if parts[0] else []
 
 
-def _write_part(out, name, units, make, run, label_count, advance):
+def _write_part(
+    out: pathlib.Path,
+    name: str,
+    units: Sequence[AnyUnit],
+    make: Callable[[AnyUnit], UnitResult],
+    run: Callable[..., Iterable[UnitResult]],
+    label_count: int,
+    advance: Callable[[int], None],
+) -> _Part:
     # The sidecar is written after the shard: where it is, the shard is whole.
     sidecar = out / ".parts" / f"{name.replace('/', '.')}.json"
     if sidecar.exists():
         advance(len(units))
-        return files.read_json(sidecar)
+        content = files.read_json(sidecar)
+        failed = [(name, reason) for name, reason in content["failures"]]
+        return _Part(**content | {"failures": failed})
     label_counts = np.zeros(label_count, np.int64)
-    failures, counters = [], collections.Counter()
+    failures: list[tuple[str, str]] = []
+    counters: collections.Counter[str] = collections.Counter()
 
-    def payloads():
-        for made in run(make, units):
-            failures.extend(made.failures)
-            counters.update(made.counters)
-            for payload, labels in made.examples:
+    def payloads() -> Iterator[bytes]:
+        for result in run(make, units):
+            failures.extend(result.failures)
+            counters.update(result.counters)
+            for payload, labels in result.examples:
                 np.add(label_counts, labels, out=label_counts)
                 yield payload
             advance(1)
@@ -170,19 +219,13 @@ def _write_part(out, name, units, make, run, label_count, advance):
     count, digest = records.write_shard(out / name, payloads())
     if not count:
         (out / name).unlink()
-    done = {
-        "count": count,
-        "digest": digest,
-        "label_counts": label_counts.tolist(),
-        "failures": failures,
-        "counters": dict(counters),
-    }
-    files.write_json(sidecar, done)
-    return json.loads(json.dumps(done))
+    part = _Part(count, digest, label_counts.tolist(), failures, dict(counters))
+    files.write_json(sidecar, dataclasses.asdict(part))
+    return part
 
 
 @contextlib.contextmanager
-def _mapper(workers):
+def _mapper(workers: int) -> Iterator[Callable[..., Iterable[Any]]]:
     """Yields map(function, units), in order, over processes."""
     if workers <= 1:
         yield map
@@ -211,7 +254,7 @@ def _mapper(workers):
         pool.shutdown(cancel_futures=True)
 
 
-def _ignore_interrupts():
+def _ignore_interrupts() -> None:
     # Ctrl-C and a scheduler's SIGTERM reach the whole group; the parent decides what they mean.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -13,6 +13,7 @@ folder. `patient` is optional, but only with it can a patient in two splits be r
 
 import csv
 import dataclasses
+import os
 import pathlib
 
 from maknet_jax.ct import volumes
@@ -36,12 +37,12 @@ class Row:
     patient: str
 
     @property
-    def where(self):
+    def where(self) -> str:
         """What `failures.csv` calls it."""
         return f"line {self.line}: {self.path}" + (f" slice {self.slice}" if self.slice else "")
 
 
-def read_table(path):
+def read_table(path: str | os.PathLike) -> tuple[list[Row], labels.Vocabulary]:
     """Reads and checks the table.
 
     Returns:
@@ -68,7 +69,8 @@ def read_table(path):
     names = sorted({name for row in rows for name in row.labels})
     if not names:
         raise InputError(f"{path} names no label: prepare unlabelled CT with `prepare dicom`")
-    split_of, seen = {}, {}
+    split_of: dict[str, str] = {}
+    seen: dict[tuple[str, str], int] = {}
     for row in rows:
         if row.patient and split_of.setdefault(row.patient, row.split) != row.split:
             raise InputError(
@@ -80,8 +82,8 @@ def read_table(path):
     return rows, labels.Vocabulary.from_names(names)
 
 
-def _row(path, line, cells):
-    cells = {key: (value or "").strip() for key, value in cells.items() if isinstance(key, str)}
+def _row(path: pathlib.Path, line: int, record: dict[str, str | None]) -> Row:
+    cells = {key: (value or "").strip() for key, value in record.items() if isinstance(key, str)}
     if not cells["path"] or cells["split"] not in SPLITS:
         raise InputError(
             f"{path} line {line}: path {cells['path']!r}, split {cells['split']!r}: both are "
@@ -92,7 +94,7 @@ def _row(path, line, cells):
     return Row(line, file, names, cells["split"], cells.get("slice", ""), cells.get("patient", ""))
 
 
-def slice_index(row, volume, named):
+def slice_index(row: Row, volume: volumes.Volume, named: int | None) -> int:
     """The index, head to feet, of the slice that a row means.
 
     Args:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from maknet_jax import console, files
-from maknet_jax.ct import preprocess, volumes
+from maknet_jax.ct import preprocess, search, volumes
 from maknet_jax.data import records
 from maknet_jax.errors import InputError, Rejected
 from maknet_jax.runs import workdir
@@ -247,7 +247,7 @@ def _records(run, folder, data, split, wanted, columns):
 
 
 def _slices(run, path, wanted, png_window):
-    series, failures = volumes.find_series(path)
+    series, failures = search.find_series(path)
     size, none = run.config.data.size, np.zeros(0, np.uint8)
 
     @functools.lru_cache(maxsize=1)
