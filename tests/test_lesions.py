@@ -66,7 +66,7 @@ def test_borders_are_repeated_and_the_box_stays_at_the_lesion():
 
 
 @pytest.mark.parametrize(
-    "box, spacing, says",
+    "box, spacing, field",
     [
         ((5, 5, 4, 9), (1, 1), "box"),
         ((5, 5, math.nan, 9), (1, 1), "box"),
@@ -74,8 +74,8 @@ def test_borders_are_repeated_and_the_box_stays_at_the_lesion():
         ((1, 1, 2, 2), (math.nan,) * 2, "spacing"),
     ],
 )
-def test_what_is_no_box_or_spacing_is_rejected(box, spacing, says):
-    with pytest.raises(Rejected, match=says):
+def test_what_is_no_box_or_spacing_is_rejected(box, spacing, field):
+    with pytest.raises(Rejected, match=field):
         lesions.make_patch(FLAT, box, spacing)
 
 
@@ -127,8 +127,9 @@ def test_records_hold_all_labels_and_the_box(patches):
                 np.testing.assert_allclose((box[:2] + box[2:]) / 2, 32, atol=0.51)
     batch = next(pipeline.ordered_batches(dataset.source("train"), batch_size=4))
     assert batch["box"].shape == (4, 4) and batch["box"].dtype == np.float32
-    text = prepare.describe(summary)
-    assert "neighbours repeated" in text
+    assert f"neighbours repeated: {summary['counters']['neighbours repeated']}" in (
+        prepare.describe(summary)
+    )
 
 
 def test_only_what_uncertain_labels_imply_is_unknown_in_training(patches):
@@ -148,7 +149,7 @@ def test_every_lesion_of_a_slice_is_a_record_without_labels_too(phantom, tmp_pat
         phantom["images"], phantom["info"], tmp_path / "out", patches=True, size=32
     )
     assert summary["records"] == {"unlabelled": phantom["counts"]["lesions"]}
-    with pytest.raises(InputError, match="--size 100 should be a multiple of 8: as LesaNet's 120"):
+    with pytest.raises(InputError, match="--size 100 .*8"):
         prepare.prepare_deeplesion(
             phantom["images"], phantom["info"], tmp_path / "other", patches=True, size=100
         )

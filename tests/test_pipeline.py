@@ -117,11 +117,11 @@ def test_a_source_smaller_than_a_batch_repeats():
 
 
 def test_impossible_batches_are_refused():
-    with pytest.raises(ValueError, match="no examples to train on"):
+    with pytest.raises(ValueError, match="no examples"):
         train(0, 1)
-    with pytest.raises(ValueError, match="batch_size 4 is no multiple of 3 processes"):
+    with pytest.raises(ValueError, match="4 .*3 "):
         train(10, 1, process_count=3)
-    with pytest.raises(ValueError, match="batch_size 4 is no multiple of 3 processes"):
+    with pytest.raises(ValueError, match="4 .*3 "):
         ordered(10, process_count=3)
 
 
@@ -181,9 +181,9 @@ def test_the_mixes_of_all_processes_make_that_of_one(sizes, processes, start):
 
 
 def test_impossible_mixes_are_refused():
-    with pytest.raises(ValueError, match=r"batches \(6, 4\) cannot be split over 4 processes"):
+    with pytest.raises(ValueError, match=r"\(6, 4\) .*4 "):
         mixed(1, process_count=4)
-    with pytest.raises(ValueError, match="no examples to train on"):
+    with pytest.raises(ValueError, match="no examples"):
         mixed(1, counts=(10, 0))
 
 

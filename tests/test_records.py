@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_only_square_int16_triplets_are_records():
         good.image[:4],
         good.image[..., 0],
     ):
-        with pytest.raises(ValueError, match=r"image should be int16 \[S, S, 3\]"):
+        with pytest.raises(ValueError, match="int16"):
             records.encode(records.Example("x", image, good.labels, good.label_mask, {}))
 
 
@@ -115,7 +116,7 @@ def test_a_flipped_bit_is_noticed(tmp_path, number):
     assert at > 0
     content[at] ^= 0x10
     path.write_bytes(content)
-    with pytest.raises(InputError, match="a shard in .* is damaged .*: prepare the data again"):
+    with pytest.raises(InputError, match=f"{re.escape(str(path.parent))} .*damaged"):
         read_all(tmp_path)
 
 
@@ -124,27 +125,27 @@ def test_a_cut_shard_is_noticed(tmp_path, kept):
     write_set(tmp_path, counts=(6,))
     (path,) = tmp_path.glob("train/*")
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(InputError, match="a shard in .* is damaged .*: prepare the data again"):
+    with pytest.raises(InputError, match=f"{re.escape(str(path.parent))} .*damaged"):
         read_all(tmp_path)
 
 
 def test_what_is_no_finished_data_set_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "absent", tmp_path / "file"):
-        with pytest.raises(InputError, match="holds no finished data set .* run `maknet prepare`"):
+        with pytest.raises(InputError, match=re.escape(str(path))):
             records.open_dataset(path)
     write_set(tmp_path)
     dataset = records.open_dataset(tmp_path)
-    with pytest.raises(InputError, match="split 'test' is not in .*: it has train"):
+    with pytest.raises(InputError, match="'test'.*train"):
         dataset.source("test")
     info = json.loads((tmp_path / "dataset.json").read_text())
     (tmp_path / "dataset.json").write_text(json.dumps(info | {"format": 2}))
-    with pytest.raises(InputError, match="has record format 2, this version reads 1"):
+    with pytest.raises(InputError, match="format 2.*1"):
         records.open_dataset(tmp_path)
     (tmp_path / "dataset.json").write_text(json.dumps(info)[:50])
-    with pytest.raises(InputError, match="dataset.json is damaged"):
+    with pytest.raises(InputError, match="dataset.json"):
         records.open_dataset(tmp_path)
     (tmp_path / "dataset.json").write_text(json.dumps(info))
     (tmp_path / info["splits"]["train"]["shards"][1]["file"]).unlink()
-    with pytest.raises(InputError, match="part-00001.array_record is missing"):
+    with pytest.raises(InputError, match="part-00001.array_record"):
         records.open_dataset(tmp_path)

@@ -194,10 +194,14 @@ def _read_json(path: str | os.PathLike) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Numbering:
-    """How lesion numbers map to rows, and one line that says why it is believed."""
+    """How lesion numbers map to rows, and one line that says why it is believed.
+
+    `base` is the number of the first row, None where the column lesion_idx numbers the rows.
+    """
 
     lesions: dict[int, Lesion]
     reason: str
+    base: int | None = None
 
 
 def number_lesions(rows: Sequence[Lesion], mined: MinedLabels) -> Numbering:
@@ -237,7 +241,7 @@ def number_lesions(rows: Sequence[Lesion], mined: MinedLabels) -> Numbering:
         f"numbered from {base}: {shared} labelled lesions agree with the official split and with "
         f"the order of body parts along z; from {1 - base}: {verdicts[1 - base]}"
     )
-    return Numbering({row.row + base: row for row in rows}, reason)
+    return Numbering({row.row + base: row for row in rows}, reason, base)
 
 
 def _numbered_by_column(rows: Iterable[Lesion], mined: MinedLabels) -> Numbering:
