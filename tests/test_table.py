@@ -1,4 +1,4 @@
-"""The table of people's own labelled slices."""
+"""The CSV table of labelled slices."""
 
 import re
 
@@ -21,7 +21,7 @@ def read(tmp_path):
     return read
 
 
-def test_rows_are_read_with_their_lines_and_paths_beside_the_table(read, tmp_path):
+def test_rows_have_their_line_numbers_and_paths_relative_to_the_table(read, tmp_path):
     rows, vocabulary = read(
         "a.nii.gz, liver | spleen|liver,train,57,p1\n"
         "\n"
@@ -38,7 +38,7 @@ def test_rows_are_read_with_their_lines_and_paths_beside_the_table(read, tmp_pat
     assert rows[2].where == f"line 5: {tmp_path}/d.png"
 
 
-def test_slice_and_patient_may_be_absent_and_other_columns_ignored(read):
+def test_slice_and_patient_are_optional_and_other_columns_ignored(read):
     rows, _ = read("train,liver,a.png,x\n", header="split,labels,path,remark\n")
     assert rows[0].slice == "" and rows[0].patient == "" and rows[0].split == "train"
 
@@ -57,13 +57,13 @@ def test_slice_and_patient_may_be_absent_and_other_columns_ignored(read):
         ("", "labels.csv"),
     ],
 )
-def test_rows_that_break_a_rule_are_refused_in_one_line(read, text, values):
+def test_invalid_rows_are_rejected_in_one_line(read, text, values):
     with pytest.raises(InputError, match=values) as caught:
         read(text)
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_table_is_refused(read, tmp_path):
+def test_files_other_than_a_table_are_rejected(read, tmp_path):
     with pytest.raises(InputError, match="'labels'"):
         read("a.png,train\n", header="path,split\n")
     with pytest.raises(InputError, match="'path'"):
@@ -85,14 +85,14 @@ def row(name):
     return table.Row(2, "a", (), "train", name, "")
 
 
-def test_a_slice_is_found_by_stored_index_by_file_or_from_the_head():
-    # NIfTI files are often stored from the feet up: their names are the stored indices.
+def test_a_slice_is_selected_by_stored_index_file_name_or_position():
+    # NIfTI files are often stored from the feet up; slices are named by their stored index.
     stored = volume("3", "2", "1", "0")
     assert [table.slice_index(row(str(k)), stored, None) for k in range(4)] == [3, 2, 1, 0]
     files = volume("z.dcm", "a.dcm", "7.dcm")
     assert table.slice_index(row("a.dcm"), files, None) == 1
     assert table.slice_index(row("2"), files, None) == 2
-    # The path itself names the slice.
+    # The path is a single slice.
     assert table.slice_index(row(""), files, 1) == 1
     assert table.slice_index(row(""), volume("0"), None) == 0
 
@@ -107,6 +107,6 @@ def test_a_slice_is_found_by_stored_index_by_file_or_from_the_head():
         ("-1", ("a.dcm", "b.dcm"), "-1 .*series"),
     ],
 )
-def test_slices_that_are_not_there_are_refused(name, names, values):
+def test_missing_slices_are_rejected(name, names, values):
     with pytest.raises(InputError, match=values):
         table.slice_index(row(name), volume(*names), None)

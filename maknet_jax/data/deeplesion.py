@@ -341,7 +341,7 @@ def label_lesions(
       hand: see `read_hand_labels`, or None.
       vocabulary: the labels to keep; a lesion with none of them is dropped.
       uncertain_unknown: list uncertain labels as unknown in training, too, so that the caller can
-        leave their ancestors out of the loss.
+        leave their ancestors out of the loss (LesaNet marks their direct parents only).
 
     Returns:
       (lesions, counts): sorted by split and lesion number, and split -> {labelled, without_row,

@@ -122,4 +122,4 @@ def slice_index(row: Row, volume: volumes.Volume, named: int | None) -> int:
         )
     if len(volume.hu) == 1:
         return 0
-    raise InputError(f"{row.path} has {len(volume.hu)} slices: select one in the column slice")
+    raise InputError(f"{row.path} has {len(volume.hu)} slices: name one in the column slice")
