@@ -47,7 +47,7 @@ class UnitResult:
 
 
 class Unit(Protocol):
-    """A unit of work: a picklable dataclass whose `repr` determines its records."""
+    """A unit of work: a picklable dataclass whose `repr` determines its records and the plan."""
 
     @property
     def count(self) -> int:
