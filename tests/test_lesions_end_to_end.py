@@ -1,4 +1,4 @@
-"""256 lesions from files to scores: a small LesaNet learns them by heart, on the phantom."""
+"""From files to scores: a small LesaNet memorises 256 lesions of the phantom."""
 
 import json
 
@@ -12,7 +12,7 @@ SIZE = 64
 
 
 @pytest.mark.slow
-def test_a_small_lesanet_learns_256_lesions_by_heart(tmp_path):
+def test_a_small_lesanet_memorises_256_lesions(tmp_path):
     drawn = phantom.write_phantom(
         tmp_path / "phantom", patients=62, unlabelled_volumes=0, size=96, slices=12
     )

@@ -28,7 +28,7 @@ def torsos():
     return drawn
 
 
-def test_the_box_holds_the_lesion():
+def test_a_lesion_changes_only_its_surroundings():
     lesion = anatomy.Lesion(300.0, 40.0, 60.0, 6.0, 0.7, 0.4, 12.0, 400.0, "smooth")
     body = anatomy.make_patient(np.random.default_rng(3))
     scan = anatomy.make_scan(np.random.default_rng(3), body)
@@ -66,19 +66,19 @@ def test_hu_of_organs(torsos):
         for name in expected:
             values[name].append(hu[organs == reference.VALUE[name]])
     for name, (low, high) in expected.items():
-        found = np.concatenate(values[name])
-        assert found.size and low < found.mean() < high, (name, found.mean())
-        assert found.std() > 5  # noise
+        hu = np.concatenate(values[name])
+        assert hu.size and low < hu.mean() < high, (name, hu.mean())
+        assert hu.std() > 5  # noise
 
 
-def test_the_body_lies_on_a_table(torsos):
+def test_the_body_lies_on_the_table(torsos):
     for body, scan, z, hu, organs in torsos:
         table = organs == reference.VALUE["table"]
         shape = (organs != 0) & ~table
         assert shape.sum() * 25 > 8000, z  # mm2
         assert hu[table].max() > -700 and np.median(hu[table]) < -600  # shell and foam
         column = round(mean_column(shape))
-        back = (reference.BACK + scan.table.gap) * body.depth / 5 + 47.5  # 5 mm a pixel
+        back = (reference.BACK + scan.table.gap) * body.depth / 5 + 47.5  # 5 mm per pixel
         assert abs(np.nonzero(table[:, column])[0].min() - back) < 5
         bare = dataclasses.replace(scan, table=anatomy.Table(0.0, 1e-3, 0.0, 0.0))
         _, alone = drawing.draw_slice(body, bare, z, 96, np.random.default_rng(0))
@@ -95,7 +95,7 @@ def test_columns_run_from_the_patients_right_to_left(torsos):
     assert mean_of("liver") < 45 < 51 < mean_of("spleen")
 
 
-def test_body_parts_come_in_order_and_exclusive_ones_apart(torsos):
+def test_body_parts_are_in_order_and_exclusive_ones_never_together(torsos):
     seen = {}
     for body, scan, z, _, organs in torsos:
         terms = phantom_labels.visible_terms(organs, (scan.fov / 96) ** 2)

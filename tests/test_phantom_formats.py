@@ -13,7 +13,7 @@ from maknet_jax.phantom import formats
     ("syntax", "intercept", "padding"),
     list(itertools.product(formats.SYNTAXES, (0, -1024), (0, -3024))),
 )
-def test_dicom_gives_back_the_hu(tmp_path, syntax, intercept, padding):
+def test_dicom_round_trips_the_hu(tmp_path, syntax, intercept, padding):
     rng = np.random.default_rng(0)
     hu = rng.integers(-1024, 3000, (5, 20, 24)).astype(np.int16)
     hu[:, 0] = padding

@@ -1,4 +1,4 @@
-"""The phantom's vocabulary: parents, visible organs and what text mining makes of them."""
+"""The phantom's vocabulary: parents, visible organs and simulated text mining."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from maknet_jax.phantom import labels as phantom_labels
 from maknet_jax.phantom import reference
 
 
-def test_parents_are_added_once_and_for_all():
+def test_with_parents_adds_all_ancestors():
     assert phantom_labels.with_parents(["right kidney"]) == {
         "right kidney",
         "kidney",
@@ -31,10 +31,10 @@ def test_text_mining_loses_and_invents_labels():
     true = phantom_labels.with_parents(["liver", "right kidney", "lumbar", "rib"])
     mined = [phantom_labels.mine_terms(true, rng) for _ in range(2000)]
     relevant, uncertain, _ = zip(*mined, strict=True)
-    kept = np.mean([len(true & set(terms)) / len(true) for terms in relevant])
+    recall = np.mean([len(true & set(terms)) / len(true) for terms in relevant])
     doubted = np.mean([len(terms) / len(true) for terms in uncertain])
     wrong = np.mean([len(set(terms) - true) / len(true) for terms in relevant])
-    assert kept == pytest.approx(0.88, abs=0.02)
+    assert recall == pytest.approx(0.88, abs=0.02)
     assert doubted == pytest.approx(0.04, abs=0.01)
     assert wrong == pytest.approx(0.03 * 0.88, abs=0.01)
     assert all(set(terms) <= true for terms in uncertain)

@@ -1,4 +1,4 @@
-"""Label vocabularies: LesaNet's lesion ontology (xlsx) and anybody's own list of names."""
+"""Label vocabularies: LesaNet's lesion ontology (xlsx), or a plain list of names."""
 
 import dataclasses
 import functools
@@ -18,7 +18,14 @@ _COLUMNS = ("class", "term", "term_exclusive", "term_parents")
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-    """One label: its class (bodypart, type, attribute or ""), direct parents, raw exclusions."""
+    """One label.
+
+    Attributes:
+      name: unique within the vocabulary.
+      label_class: bodypart, type, attribute, or "" where there is no ontology.
+      parents: direct ones as `read_ontology` returns them; all ancestors in a `Vocabulary`.
+      exclusive: labels that the ontology lists as excluded, before the closure.
+    """
 
     name: str
     label_class: str = ""
@@ -30,7 +37,7 @@ class Label:
 class Vocabulary:
     """The labels of a data set in column order, with the relations between them.
 
-    Relations name labels of this vocabulary only; parents are transitive.
+    Parents are transitive. Relations refer to labels of this vocabulary only.
     """
 
     labels: tuple[Label, ...]
@@ -50,24 +57,24 @@ class Vocabulary:
 
     @functools.cached_property
     def parents(self) -> tuple[tuple[int, ...], ...]:
-        """For each column the columns of all its ancestors."""
+        """The columns of all ancestors of each column."""
         index = self.index
         return tuple(tuple(index[parent] for parent in label.parents) for label in self.labels)
 
     def vector(self, names: Iterable[str]) -> np.ndarray:
-        """`uint8 [K]`: 1 for each name of the vocabulary; others are ignored."""
+        """uint8 `[K]`, 1 for each of `names`; names outside the vocabulary are ignored."""
         vector = np.zeros(len(self), np.uint8)
         vector[[self.index[name] for name in names if name in self.index]] = 1
         return vector
 
     def with_ancestors(self, names: Iterable[str]) -> tuple[str, ...]:
-        """`names` and all that they imply."""
+        """`names`, then the ancestors they imply, each once."""
         names = tuple(names)
         implied = (self.labels[self.index[name]].parents for name in names if name in self.index)
         return tuple(dict.fromkeys([*names, *itertools.chain.from_iterable(implied)]))
 
     def excludes(self, name: str, others: Iterable[str]) -> bool:
-        """Whether the ontology says that `name` cannot stand with one of `others` (either way)."""
+        """Whether the ontology lists `name` and one of `others` as exclusive, either way round."""
         exclusive = self.labels[self.index[name]].exclusive
         return any(
             other in exclusive or name in self.labels[self.index[other]].exclusive
@@ -77,11 +84,11 @@ class Vocabulary:
 
     @functools.cached_property
     def exclusive(self) -> np.ndarray:
-        """Columns that exclude each other, bool `[K, K]`: LesaNet's closure, then both ways.
+        """Columns that exclude each other, bool `[K, K]`: LesaNet's closure, made symmetric.
 
-        A label inherits what its parents exclude, and excludes the children of what it excludes,
-        until nothing is added: of LesaNet's 396 entries come 8,902 directed pairs. No label
-        excludes itself here (one does in the closure).
+        A label inherits the exclusions of its parents and excludes the children of each label that
+        it excludes, repeated until nothing changes: LesaNet's 396 entries become 8,902 directed
+        pairs. The diagonal is False, although one label excludes itself in LesaNet's closure.
         """
         size = len(self)
         matrix, parent = np.zeros((2, size, size), bool)
@@ -91,14 +98,14 @@ class Vocabulary:
         pairs = -1
         while pairs != int(matrix.sum()):
             pairs = int(matrix.sum())
-            matrix |= parent @ matrix  # a boolean product: of any parent
+            matrix |= parent @ matrix  # boolean product: any parent
             matrix |= matrix @ parent.T
         matrix |= matrix.T
         np.fill_diagonal(matrix, False)
         return matrix
 
     def to_json(self) -> list[dict[str, Any]]:
-        """A list of plain dicts, as `dataset.json` holds it."""
+        """A list of plain dicts, as stored in `dataset.json`."""
         return [
             {
                 "name": label.name,
@@ -121,7 +128,7 @@ class Vocabulary:
 
     @classmethod
     def from_names(cls, names: Iterable[str]) -> "Vocabulary":
-        """A vocabulary without relations, for people's own labels."""
+        """A vocabulary without relations."""
         return cls(tuple(Label(name) for name in names))
 
 
@@ -132,7 +139,7 @@ def read_ontology(path: str | os.PathLike) -> dict[str, Label]:
       A dict term -> `Label` with direct parents and exclusions as written in the sheet.
 
     Raises:
-      InputError: the file is missing, is no xlsx or lacks a column.
+      InputError: the file is missing, is not an xlsx file, or lacks a column.
     """
     path = pathlib.Path(path)
     try:
@@ -142,7 +149,7 @@ def read_ontology(path: str | os.PathLike) -> dict[str, Label]:
     except FileNotFoundError:
         raise InputError(f"ontology {path} does not exist: see data/README.md") from None
     except Exception as error:
-        raise InputError(f"ontology {path} is no readable xlsx file: {error}") from None
+        raise InputError(f"ontology {path} is not a readable xlsx file: {error}") from None
     header = [str(cell or "").strip() for cell in rows[0]] if rows else []
     missing = [column for column in _COLUMNS if column not in header]
     if missing:
@@ -172,7 +179,7 @@ def ontology_vocabulary(terms: dict[str, Label], names: Sequence[str]) -> Vocabu
     """The vocabulary of `names` with the ontology's relations restricted to them.
 
     Args:
-      terms: what `read_ontology` returned.
+      terms: the ontology, see `read_ontology`.
       names: label names in column order.
 
     Raises:
@@ -181,7 +188,7 @@ def ontology_vocabulary(terms: dict[str, Label], names: Sequence[str]) -> Vocabu
     unknown = [name for name in names if name not in terms]
     if unknown:
         raise InputError(
-            f"label {unknown[0]!r} is not in the ontology ({len(unknown)} such labels): "
+            f"label {unknown[0]!r} is not in the ontology ({len(unknown)} labels are missing): "
             "use the ontology that belongs to these label files"
         )
     members = set(names)
@@ -194,7 +201,7 @@ def ontology_vocabulary(terms: dict[str, Label], names: Sequence[str]) -> Vocabu
 
 
 def _ancestors(terms: dict[str, Label], name: str) -> list[str]:
-    # Through terms outside the vocabulary too: a grandparent stays one when the parent is unused.
+    # Also through terms outside the vocabulary: a grandparent counts if the parent is not a label.
     ancestors: list[str] = []
     queue = list(terms[name].parents)
     while queue:

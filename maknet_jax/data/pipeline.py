@@ -1,9 +1,9 @@
 """Batches from records (grain). A batch is a function of (seed, step): no position is stored.
 
-The order of the examples is a permutation an epoch, each epoch another; batches run on over the
-end of an epoch, so that every example is seen once an epoch and no remainder is dropped. Step s of
-a run takes examples s*B .. (s+1)*B of that stream, whatever the number of processes: each reads
-its contiguous part of the batch.
+Each epoch is a new permutation of the examples. Batches continue across the end of an epoch, so
+every example is seen once per epoch and no remainder is dropped. Step s of a run reads examples
+s*B to (s+1)*B of that stream, whatever the number of processes: each reads its contiguous part of
+the batch.
 """
 
 import math
@@ -17,12 +17,12 @@ from maknet_jax.data.records import Example, ExampleSource
 
 Batch = dict[str, np.ndarray]
 
-_ENDLESS = 2**30  # epochs; with none named, grain overflows in batches of one
-_STREAM_OFFSET = 2**29  # between the record numbers of two streams: more than any of them holds
+_ENDLESS = 2**30  # epochs; with repeat(None), grain overflows in batches of one
+_STREAM_OFFSET = 2**29  # added to the record numbers of each further stream: no stream is this long
 
 
 def to_fields(example: Example, index: int) -> dict[str, Any]:
-    """What a batch holds of an example; `box` where the record has one."""
+    """The batch fields of one example; `box` if the record has one."""
     fields = {
         "image": example.image,
         "labels": example.labels.astype(np.float32),
@@ -37,7 +37,7 @@ def to_fields(example: Example, index: int) -> dict[str, Any]:
 
 
 class _Indexed:
-    """A source that yields batch fields and the number of the record."""
+    """A source of batch fields, the record number included."""
 
     def __init__(self, source: ExampleSource) -> None:
         self._source = source
@@ -50,7 +50,7 @@ class _Indexed:
 
 
 class _Padded(_Indexed):
-    """The same, lengthened to `length` with examples that count nothing."""
+    """`_Indexed`, extended to `length` with zero-weight padding."""
 
     def __init__(self, source: ExampleSource, length: int) -> None:
         super().__init__(source)
@@ -77,30 +77,31 @@ def train_batches(
     threads: int = 4,
     prefetch: int = 4,
 ) -> Iterator[Batch]:
-    """Endless shuffled batches from step `start` on.
+    """Endless shuffled batches, starting at step `start`.
 
     Args:
       source: a random-access source of `records.Example`.
-      batch_size: examples a step over all processes; a multiple of `process_count`.
-      seed: of the order.
+      batch_size: examples per step over all processes; a multiple of `process_count`.
+      seed: determines the order.
       start: the first step.
-      process_index: which part of each batch this process reads.
-      process_count: how many processes read.
-      threads: that read and decompress.
+      process_index: the part of each batch that this process reads.
+      process_count: the number of processes.
+      threads: the number of threads that read and decompress.
       prefetch: batches read ahead.
 
     Yields:
-      `batch` dicts as design.md's contract has them, each array with batch_size / process_count
-      rows, `index` int32: the record number, from which augmentation derives its randomness, and
-      of lesions `box` float32 [B, 4].
+      Dicts of arrays with B = batch_size / process_count rows: `image` int16 `[B, S, S, 3]` in HU,
+      `labels` and `label_mask` float32 `[B, K]` (mask 0: unknown), `weight` float32 `[B]` (0:
+      padding), `id` str `[B]`, `index` int32 `[B]` (the record number, from which augmentation
+      derives its randomness), and for lesions `box` float32 `[B, 4]`.
 
     Raises:
       ValueError: the source is empty or the batch cannot be split evenly.
     """
     if len(source) == 0:
-        raise ValueError("there are no examples to train on")
+        raise ValueError("the source has no examples to train on")
     if batch_size % process_count:
-        raise ValueError(f"batch_size {batch_size} is no multiple of {process_count} processes")
+        raise ValueError(f"batch_size {batch_size} is not a multiple of {process_count} processes")
     local = batch_size // process_count
     stream = grain.MapDataset.source(_Indexed(source)).seed(seed).shuffle().repeat(_ENDLESS)
     # Batch s of process p is block s * process_count + p of the stream cut into local batches.
@@ -118,23 +119,24 @@ def mixed_batches(
     process_count: int = 1,
     threads: int = 4,
 ) -> Iterator[Batch]:
-    """Batches of several streams at once: labelled and pseudo-labelled images (section 4.2).
+    """Batches mixed from several streams: labelled and pseudo-labelled images (section 4.2).
 
-    Every stream has an order of its own, and all positions follow from the step. Rows alternate in
-    a fixed pattern, so that a row has one place in the batch however many processes read it.
+    Each stream is shuffled separately, and all positions follow from the step. Rows alternate in a
+    fixed pattern, so a row has the same place in the batch for any number of processes.
 
     Args:
       sources: random-access sources of `records.Example`.
-      batch_sizes: examples a step of each; their greatest common divisor is a multiple of
-        `process_count`.
-      seed: of the orders.
+      batch_sizes: examples per step from each source; their greatest common divisor is a multiple
+        of `process_count`.
+      seed: determines the orders.
       start: the first step.
-      process_index: which part this process reads.
-      process_count: how many processes read.
-      threads: that read and decompress, a stream.
+      process_index: the part of each batch that this process reads.
+      process_count: the number of processes.
+      threads: the number of threads per source that read and decompress.
 
     Yields:
-      Batches as `train_batches` does; `index` counts on from stream to stream.
+      Batches like those of `train_batches`; `index` is unique across sources, and fields that one
+      source lacks (`box`) are left out.
 
     Raises:
       ValueError: a source is empty or the batches cannot be split evenly.
@@ -158,7 +160,7 @@ def mixed_batches(
     for batches in zip(*streams, strict=True):
         for number, batch in enumerate(batches):
             batch["index"] = batch["index"] + np.int32(number * _STREAM_OFFSET)
-        shared = set.intersection(*map(set, batches))  # of lesions and whole slices no boxes
+        shared = set.intersection(*map(set, batches))  # whole slices have no box
         yield {name: _alternate([batch[name] for batch in batches], local) for name in shared}
 
 
@@ -179,24 +181,25 @@ def ordered_batches(
     threads: int = 4,
     prefetch: int = 2,
 ) -> Iterator[Batch]:
-    """All examples once, in order, in batches of one shape; the last ones are padded.
+    """All examples once, in order, in batches of equal shape; the last batch is padded.
 
-    Padding repeats an example with `weight` 0 and `index` -1. Every process yields the same number
-    of batches (collective steps need that): process p reads every process_count-th example.
+    Padding repeats the first example with `weight` 0 and `index` -1. Process p reads every
+    process_count-th example, and every process yields the same number of batches, as collective
+    operations require.
 
     Args:
       source: a random-access source of `records.Example`.
-      batch_size: examples a step over all processes; a multiple of `process_count`.
-      process_index: which part this process reads.
-      process_count: how many processes read.
-      threads: that read and decompress.
+      batch_size: examples per step over all processes; a multiple of `process_count`.
+      process_index: the part of each batch that this process reads.
+      process_count: the number of processes.
+      threads: the number of threads that read and decompress.
       prefetch: batches read ahead.
 
     Yields:
-      Batches as `train_batches` does.
+      Batches like those of `train_batches`.
     """
     if batch_size % process_count:
-        raise ValueError(f"batch_size {batch_size} is no multiple of {process_count} processes")
+        raise ValueError(f"batch_size {batch_size} is not a multiple of {process_count} processes")
     if len(source) == 0:
         return iter(())
     padded = -(-len(source) // batch_size) * batch_size

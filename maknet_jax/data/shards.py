@@ -1,7 +1,7 @@
-"""Writing a prepared data set: planned first, then shard by shard, finished by `dataset.json`.
+"""Writes a prepared data set: the plan first, then shard by shard, `dataset.json` last.
 
-A run that was stopped goes on with the shards that are missing. Nothing is called finished before
-`dataset.json` is there (it comes last, by `finish`), and each shard appears whole or not at all.
+An interrupted run resumes with the missing shards. Each shard is written atomically, and the data
+set is finished once `dataset.json` exists (see `finish`).
 """
 
 import collections
@@ -36,9 +36,9 @@ class UnitResult:
     """The records of one unit of work, and what was rejected.
 
     Attributes:
-      examples: encoded records with their label vectors.
+      examples: encoded records with their label vectors, uint8 `[K]`.
       failures: (input, reason) pairs.
-      counters: what to add up over the run, as {"neighbours repeated": 1}.
+      counters: summed over the run, for example {"neighbours repeated": 1}.
     """
 
     examples: tuple[tuple[bytes, np.ndarray], ...] = ()
@@ -47,7 +47,7 @@ class UnitResult:
 
 
 class Unit(Protocol):
-    """A unit of work: a picklable dataclass whose `repr` says everything that its records need."""
+    """A unit of work: a picklable dataclass whose `repr` determines its records and the plan."""
 
     @property
     def count(self) -> int:
@@ -59,7 +59,7 @@ AnyUnit = TypeVar("AnyUnit", bound=Unit)
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """One finished shard, as its sidecar in `.parts` holds it."""
+    """One finished shard, as stored in its sidecar in `.parts`."""
 
     count: int
     digest: str
@@ -80,21 +80,22 @@ def write_shards(
     workers: int,
     advance: Callable[[int], None],
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Writes all splits; returns (content for `finish`, failures).
+    """Writes all splits; returns (info for `finish`, failures).
 
     Args:
-      out: the folder to fill; it may hold an unfinished run of the same plan.
+      out: the output folder; it may hold an unfinished run with the same plan.
       splits: split -> units.
       make: make(unit) -> UnitResult, importable by name (worker processes call it).
-      kind: deeplesion, dicom or table.
+      kind: deeplesion, lesions, dicom or table.
       size: the edge of the images.
       vocabulary: `labels.Vocabulary`.
-      about: JSON to keep in `dataset.json`: how the units were chosen.
-      workers: processes; 1 works in this one.
-      advance: advance(count) is called after each unit.
+      about: how the units were chosen; JSON, stored in `dataset.json`.
+      workers: the number of processes; 1 runs in this process.
+      advance: called with the number of units done.
 
     Raises:
-      InputError: `out` holds something else, or no unit gave a record.
+      InputError: `out` is not empty and does not hold this plan, no unit gave a record, or a worker
+        was killed.
     """
     out = pathlib.Path(out)
     labels = vocabulary.to_json()
@@ -123,8 +124,8 @@ def write_shards(
     if not any(entry["count"] for entry in entries.values()):
         shutil.rmtree(out / ".parts")
         for folder in filter(pathlib.Path.is_dir, map(out.joinpath, splits)):
-            folder.rmdir()  # empty; the next try finds the folder as this one did
-        reason = f"the first one says: {failures[0][1]}" if failures else "there was no input"
+            folder.rmdir()  # empty: leaves the folder as it was before
+        reason = f"the first failure: {failures[0][1]}" if failures else "there is no input"
         raise InputError(f"no record could be made for {out}: {reason}")
     info = {
         "format": records.FORMAT,
@@ -138,14 +139,14 @@ def write_shards(
         "about": about,
         "versions": {"maknet-jax": maknet_jax.__version__}
         | {name: importlib.metadata.version(name) for name in ("numpy", "pillow", "pydicom")},
-        # Of what was made, not of where it came from: moved inputs give the same one.
+        # Of the records, not of their paths: moving the inputs does not change it.
         "fingerprint": _digest(*made_by, entries),
     }
     return info, failures
 
 
 def finish(out: pathlib.Path, info: dict[str, Any]) -> None:
-    """Writes `dataset.json`: from here on the folder is a data set."""
+    """Writes `dataset.json`, which marks the data set as finished."""
     files.write_json(out / "dataset.json", info)
     shutil.rmtree(out / ".parts")
 
@@ -196,7 +197,7 @@ def _write_part(
     label_count: int,
     advance: Callable[[int], None],
 ) -> _Part:
-    # The sidecar is written after the shard: where it is, the shard is whole.
+    # The sidecar is written after the shard: if it exists, the shard is complete.
     sidecar = out / ".parts" / f"{name.replace('/', '.')}.json"
     if sidecar.exists():
         advance(len(units))
@@ -226,18 +227,18 @@ def _write_part(
 
 @contextlib.contextmanager
 def _mapper(workers: int) -> Iterator[Callable[..., Iterable[Any]]]:
-    """Yields map(function, units), in order, over processes."""
+    """Yields map(function, units) over processes; results come in order."""
     if workers <= 1:
         yield map
         return
-    # Spawned, not forked: threads of the parent (grain, JAX) do not survive a fork.
+    # Spawned, not forked: the threads of the parent (grain, JAX) do not survive a fork.
     pool = concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_ignore_interrupts
     )
     signals = {signal.SIGINT, signal.SIGTERM}
     try:
-        # Started with the signals blocked, which they inherit: one that comes before a worker can
-        # ignore it would kill it. The parent gets what came meanwhile afterwards.
+        # Workers start with the signals blocked: a signal that arrives before a worker ignores it
+        # would kill the worker. The parent receives pending signals after unblocking them.
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         started = [pool.submit(_ignore_interrupts) for _ in range(workers)]
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
@@ -245,9 +246,9 @@ def _mapper(workers: int) -> Iterator[Callable[..., Iterable[Any]]]:
         yield pool.map
     except concurrent.futures.process.BrokenProcessPool:
         raise InputError(
-            f"one of {workers} worker processes was killed, most often for memory: the same "
-            "command with fewer --workers goes on (a script of yours needs `if __name__ == "
-            "'__main__':`, because each worker imports it)"
+            f"one of {workers} worker processes was killed, most likely for lack of memory: repeat "
+            "the command with fewer --workers to resume (a script must guard its calls with `if "
+            "__name__ == '__main__':`, because each worker imports it)"
         ) from None
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
@@ -255,6 +256,6 @@ def _mapper(workers: int) -> Iterator[Callable[..., Iterable[Any]]]:
 
 
 def _ignore_interrupts() -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the whole group; the parent decides what they mean.
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the parent handles them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,9 +1,9 @@
 """Generated patients, scans and lesions, drawn from a random generator.
 
-Coordinates. `z` runs from 0 (top of the neck) to 1 (middle of the thigh). Everything is painted
-in reference millimetres of an average adult: x from the patient's right to left, y from the front
-to the back, zero in the middle of the body; the patient's size scales them. Nothing here is
-meant for medicine: the shapes only have to look like CT and to move like patients do.
+Coordinates: `z` runs from 0 (top of the neck) to 1 (middle of the thigh). Everything is painted
+in millimetres of the reference adult, x from the patient's right to left, y from front to back,
+with the origin in the middle of the body; the patient's size scales them. The phantom is not a
+medical model: it only has to look like CT and to vary like patients do.
 """
 
 import dataclasses
@@ -33,18 +33,18 @@ _ARMS_P = (0.5, 0.26, 0.12, 0.12)
 
 @dataclasses.dataclass(frozen=True)
 class Anatomy:
-    """One patient: what stays the same in all of the patient's scans.
+    """One patient: everything that is the same in all scans.
 
     Attributes:
       width, depth, height: size relative to the reference adult.
       fat: thickness of the subcutaneous fat in mm.
-      arms: (right, left): whether the arm lies beside the body, else it is raised.
-      absent: organs that were removed; an absent lung is filled with fluid.
+      arms: (right, left): True if the arm lies beside the body, False if it is raised.
+      absent: removed organs; an absent lung is filled with fluid.
       shift: per organ (dx, dy in mm, dz, size); see `_ORGAN_JITTER`.
-      levels: [2, n] the patient's z and the reference z that belongs to it.
-      warp: [8] phases and amplitudes that make outlines irregular.
-      vessels: [n, 7] tubes in the lungs: start (x, y, z in mm), end (x, y, z), radius.
-      bowel: [n, 6] loops: centre (x, y, z in mm), radius, elongation, content in HU.
+      levels: float64 `[2, n]`: the patient's z and the reference z it corresponds to.
+      warp: float64 `[8]`: four phases and four amplitudes that make outlines irregular.
+      vessels: float32 `[n, 7]`: tubes in the lungs: start (x, y, z in mm), end (x, y, z), radius.
+      bowel: float64 `[n, 6]`: loops: centre (x, y, z in mm), radius, elongation, content in HU.
     """
 
     width: float
@@ -79,17 +79,17 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """One series: how the scanner saw the patient.
+    """One series: position of the patient, contrast, noise and couch.
 
     Attributes:
       phase: 0 without contrast, 1 portal, 2 arterial.
       fov: width of the square image in mm.
       centre: (x, y) of the patient in the image, mm.
-      rotation: of the patient, radians.
+      rotation: of the patient in radians.
       noise: standard deviation in HU.
-      offset: per tissue of `reference.TISSUE_HU`, added HU.
+      offset: HU added to each tissue of `reference.TISSUE_HU`.
       table: the couch below the patient.
-      padding: HU outside of the circular field of view, or None for a full square.
+      padding: HU outside the circular field of view, or None for a square one.
     """
 
     phase: int
@@ -109,8 +109,10 @@ class Lesion:
     Attributes:
       z: mm from the top of the neck, along the body.
       row, column: centre in pixels.
-      radius, ratio, angle: long half axis in pixels, short over long, radians to the columns.
-      depth: half height in mm.
+      radius: long half axis in pixels.
+      ratio: short over long axis.
+      angle: of the long axis to the rows, radians.
+      depth: half height along z in mm.
       hu: mean value.
       texture: "smooth", "mixed", "calcified" or "cavitary".
     """
@@ -131,8 +133,8 @@ def make_patient(rng: np.random.Generator, absence: float | None = None) -> Anat
 
     Args:
       rng: a `numpy.random.Generator`.
-      absence: the probability that an organ is missing, of those that may be (default: 0.15 to
-        0.25 each); of a pair the left one stays where the right one is missing.
+      absence: the probability that each removable organ is missing (default: 0.15 to 0.25). If the
+        right one of a pair is missing, the left one is kept.
     """
     knots = np.array([0.0, 0.12, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0])
     moved = knots + rng.normal(0, 0.012, knots.size).clip(-0.025, 0.025)
@@ -141,7 +143,7 @@ def make_patient(rng: np.random.Generator, absence: float | None = None) -> Anat
         name: np.append(rng.normal(0, (8, 6, 0.01)).clip(-16, 16), rng.uniform(0.78, 1.22))
         for name in _ORGAN_JITTER
     }
-    # More often than in any hospital: else the height in the body would tell nearly every label.
+    # More often than in any hospital: otherwise z alone would predict nearly every label.
     risk = {
         "right lung": 0.15,
         "left lung": 0.15,
@@ -153,7 +155,7 @@ def make_patient(rng: np.random.Generator, absence: float | None = None) -> Anat
     }
     risk = risk if absence is None else dict.fromkeys(risk, absence)
     absent = {name for name, p in risk.items() if rng.random() < p}
-    for side in ("lung", "kidney"):  # nobody lives without both
+    for side in ("lung", "kidney"):  # one of each pair remains
         if {f"right {side}", f"left {side}"} <= absent:
             absent.discard(f"left {side}")
     tubes = []
@@ -194,7 +196,7 @@ def make_patient(rng: np.random.Generator, absence: float | None = None) -> Anat
 def make_scan(rng: np.random.Generator, anatomy: Anatomy) -> Scan:
     """Draws a `Scan` of a patient from a `numpy.random.Generator`."""
     body = 2 * (165 * anatomy.width + anatomy.fat)
-    # Some images show only a part of the body, as when they are made for the spine or the heart.
+    # Some scans show a part of the body only, like those of the spine or the heart.
     part = rng.random() < 0.25
     scale = rng.uniform(0.6, 0.85) if part else rng.uniform(0.9, 1.28) + 0.15 * any(anatomy.arms)
     spread = (40, 24) if part else (12, 16)

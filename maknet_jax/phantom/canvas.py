@@ -9,7 +9,7 @@ from maknet_jax.phantom import reference
 
 
 class Canvas:
-    """A slice being painted.
+    """The HU and the organs of one slice, painted shape by shape.
 
     Attributes:
       x, y: float32 `[rows, columns]`, mm from the middle of the body.
@@ -18,7 +18,7 @@ class Canvas:
     """
 
     def __init__(self, x: np.ndarray, y: np.ndarray) -> None:
-        """Starts with air everywhere."""
+        """Fills the slice with air."""
         self.x, self.y = x, y
         self.hu = np.full(x.shape, -1000, np.float32)
         self.organs = np.zeros(x.shape, np.uint8)
@@ -53,6 +53,6 @@ class Canvas:
     def bone(
         self, mask: np.ndarray, organ: str | None, inside: float = 230, cortex: float = 620
     ) -> None:
-        """A cortex of about a pixel around spongy bone."""
+        """Paints spongy bone within a cortex of about one pixel; HU inside and of the cortex."""
         self.paint(mask, cortex, organ)
         self.paint(ndimage.binary_erosion(mask), inside)

@@ -24,15 +24,15 @@ def draw_slice(
     Args:
       anatomy: the patient.
       scan: the series.
-      z: 0 (top of the neck) to 1 (middle of the thigh).
+      z: 0 (top of the neck) to 1 (middle of the thigh), in the patient.
       size: rows and columns.
       rng: a `numpy.random.Generator` for the noise of this slice.
-      lesions: the `Lesion`s of this series; those that do not reach the slice leave no trace.
+      lesions: the lesions of this series; those that do not reach the slice are skipped.
 
     Returns:
       (hu, organs): int16 `[size, size]` in HU with rows from front to back and columns from the
       patient's right to left, and uint8 `[size, size]` with the values of
-      `reference.ORGANS`. A lesion keeps the value of the organ it sits in.
+      `reference.ORGANS`. A lesion keeps the value of the organ around it.
     """
     axis = (np.arange(size, dtype=np.float32) - (size - 1) / 2) * (scan.fov / size)
     image_x, image_y = np.meshgrid(axis - scan.centre[0], axis - scan.centre[1])
@@ -56,7 +56,7 @@ def draw_slice(
     _paint_lesions(canvas, lesions, z * reference.LENGTH * anatomy.height)
     hu = ndimage.gaussian_filter(canvas.hu, 0.55)
     noise = rng.standard_normal((size, size), np.float32)
-    # Rays through the shoulders and the hips are weakened most: streaks along the rows.
+    # Shoulders attenuate most: streaks along the rows.
     streak = ndimage.uniform_filter1d(noise, 9, axis=1) * (2.0 if 0.09 < level < 0.15 else 0.6)
     hu += scan.noise * (ndimage.gaussian_filter(noise, 0.4) + streak)
     hu = np.maximum(np.rint(hu), -1024).astype(np.int16)
@@ -78,7 +78,7 @@ def _paint_table(
     canvas.paint(inside, -890, "table")
     pixel = float(x[0, 1] - x[0, 0])
     for middle in (1.5, 37):
-        # A shell is thinner than a pixel: it takes its share, as in a scanner.
+        # Partial volume: a shell is thinner than a pixel.
         share = (0.5 + (2.5 - np.abs(y - top - middle)) / pixel).clip(0, 1)
         canvas.hu[inside] += (share * (table.shell + 890))[inside]
 

@@ -57,13 +57,13 @@ def write_info(
     lesions: Sequence[phantom_labels.LabelledLesion],
     rng: np.random.Generator,
 ) -> None:
-    """Writes DL_info.csv; `rng` draws the rows that are marked as noisy."""
+    """Writes DL_info.csv; `rng` chooses the rows marked as noisy."""
     noisy = set(rng.choice(len(lesions), max(1, len(lesions) // 60), replace=False).tolist())
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, INFO_COLUMNS)
         writer.writeheader()
         for position, lesion in enumerate(lesions):
-            # DeepLesion gives coarse types in the official val and test sets only.
+            # DeepLesion has coarse types in the official val and test splits only.
             known = {"Coarse_lesion_type": -1} if lesion.split == "train" else {}
             split = phantom_labels.SPLITS.index(lesion.split) + 1
             fields = {"Possibly_noisy": int(position in noisy), "Train_Val_Test": split}
@@ -82,18 +82,18 @@ def write_series(
     manufacturer: str = "",
     upwards: bool = False,
 ) -> np.ndarray:
-    """Writes a CT series as DICOM files whose names say nothing about their order.
+    """Writes a CT series as DICOM files with random names, unrelated to their order.
 
     Args:
       folder: a new folder.
       hu: int16 `[slices, rows, columns]` from head to feet.
       spacing: (slice, row, column) in mm.
-      name: what all UIDs are derived from.
+      name: the PatientID, from which all UIDs are derived.
       rng: a `numpy.random.Generator` for the file names.
-      syntax: the transfer syntax, one that pydicom can write.
-      intercept: rescale intercept; the stored numbers are signed only if they must be.
-      manufacturer: written as it is.
-      upwards: whether the instance numbers run from the feet to the head.
+      syntax: a transfer syntax that pydicom can write.
+      intercept: rescale intercept; stored values are signed only if necessary.
+      manufacturer: of the scanner.
+      upwards: whether instance numbers increase from feet to head.
 
     Returns:
       The SOP instance UIDs from head to feet, as an array of str.
@@ -118,7 +118,7 @@ def write_series(
         data.InstanceNumber = len(stored) - index if upwards else index + 1
         data.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
         corner = [-half * n / 2 for half, n in zip(spacing[:0:-1], frame.shape[::-1], strict=True)]
-        height = -index * spacing[0]  # DICOM's z runs to the head
+        height = -index * spacing[0]  # DICOM's z increases towards the head
         data.ImagePositionPatient = [f"{v:.6g}" for v in (*corner, height)]
         data.PixelSpacing = [f"{v:.8g}" for v in spacing[1:]]
         data.SliceThickness = f"{spacing[0]:.4g}"

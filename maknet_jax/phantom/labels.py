@@ -1,7 +1,7 @@
-"""The phantom's vocabulary and the three label files of LesaNet that `phantom` writes.
+"""The phantom's vocabulary, and its label files in LesaNet's three formats.
 
-What a slice is labelled with is what it contains (`visible_terms`). The text-mined labels then
-lose about 12 % (a third of those to the uncertain ones) and gain about 3 %; the hand labels are
+A slice is labelled with its contents (`visible_terms`). The text-mined labels lose about 12 % of
+them, a third of these to the uncertain labels, and gain about 3 % wrong ones; the hand labels are
 complete.
 """
 
@@ -36,8 +36,8 @@ class LabelledLesion:
 
     Attributes:
       split: one of `SPLITS`.
-      terms: everything that is true of the lesion and of its slice.
-      info: its row of DL_info.csv without the split and the noise mark.
+      terms: all true labels of the lesion and its slice, parents included.
+      info: its columns of DL_info.csv except the split and Possibly_noisy.
     """
 
     split: str
@@ -47,7 +47,7 @@ class LabelledLesion:
 
 # The words are those of LesaNet's ontology; its parents are
 # kept where they hold for whole slices (ribs also lie beside the liver, so rib is not "chest").
-# "bone", "airway" and "gastrointestinal" are no labels, as some terms of the real ontology.
+# "bone", "airway" and "gastrointestinal" are not labels, like some terms of the real ontology.
 ONTOLOGY: dict[str, Term] = {
     "bone": Term("bodypart", "osseous", ""),
     "airway": Term("bodypart", "", ""),
@@ -103,7 +103,7 @@ EXCLUSIVE = (
     ("hypoattenuation", "hyperattenuation"),
 )
 TERMS = tuple(sorted(set(ONTOLOGY) - {"bone", "airway"}))
-VISIBLE_MM2 = 100.0  # an organ with less area in a slice is not labelled
+VISIBLE_MM2 = 100.0  # organs with a smaller area in a slice are not labelled
 _ORGAN_TERMS = {"cervical spine": "neck", "arm": "extremity"}
 
 
@@ -115,7 +115,7 @@ def visible_terms(organs: np.ndarray, pixel_mm2: float) -> set[str]:
       pixel_mm2: area of a pixel.
 
     Returns:
-      A set of terms: of organs with at least `VISIBLE_MM2`, and of all that contain them.
+      The terms of organs with at least `VISIBLE_MM2`, and their parents.
     """
     area = np.bincount(organs.ravel(), minlength=len(reference.ORGANS)) * pixel_mm2
     names = [name for name, mm2 in zip(reference.ORGANS, area, strict=True) if mm2 >= VISIBLE_MM2]
@@ -123,7 +123,7 @@ def visible_terms(organs: np.ndarray, pixel_mm2: float) -> set[str]:
 
 
 def with_parents(terms: Iterable[str]) -> set[str]:
-    """The labels among `terms` and all their parents, as a set."""
+    """`terms` and all their ancestors, restricted to `TERMS`."""
     closure: set[str] = set()
     queue = list(terms)
     while queue:
@@ -140,18 +140,18 @@ def write_labels(
     """Writes text-mined labels, hand labels and the ontology; lesions are numbered from 1.
 
     Args:
-      folder: where to.
+      folder: the output folder.
       lesions: in the order of DL_info.csv.
       rng: a `numpy.random.Generator`.
 
     Returns:
-      A dict of counts.
+      Lesions per split with text-mined labels, and lesions with hand labels.
     """
     labels: dict[str, list] = {"term_list": list(TERMS)}
     for split in SPLITS:
         for kind in ("relevant_labels", "uncertain_labels", "lesion_idxs"):
             labels[f"{split}_{kind}"] = []
-    labels["train_irrelevant_labels"] = []  # LesaNet has no others
+    labels["train_irrelevant_labels"] = []  # LesaNet lists them for train only
     hand, detected = [], dict.fromkeys(ONTOLOGY, 0)
     for number, lesion in enumerate(lesions, start=1):
         split, fate = lesion.split, rng.random()
@@ -175,7 +175,7 @@ def write_labels(
 
 
 def mine_terms(terms: set[str], rng: np.random.Generator) -> tuple[list[str], list[str], list[str]]:
-    """What text mining makes of the true terms: (relevant, uncertain, irrelevant) lists."""
+    """Simulated text mining of the true terms: (relevant, uncertain, irrelevant)."""
     relevant, uncertain = [], []
     for term in rng.permutation(sorted(terms)).tolist():
         chance = rng.random()
@@ -185,7 +185,7 @@ def mine_terms(terms: set[str], rng: np.random.Generator) -> tuple[list[str], li
             uncertain.append(term)
     absent = sorted(set(TERMS) - terms)
     relevant += [str(rng.choice(absent)) for _ in range(rng.binomial(len(relevant), 0.03))]
-    if relevant and rng.random() < 0.1:  # the real lists repeat terms
+    if relevant and rng.random() < 0.1:  # like the real lists, which repeat terms
         relevant.append(relevant[0])
     irrelevant = [str(rng.choice(absent))] if rng.random() < 0.03 else []
     return relevant, uncertain, irrelevant
@@ -223,7 +223,7 @@ def _write_ontology(path: pathlib.Path, detected: dict[str, int]) -> None:
         )
     buffer = io.BytesIO()
     book.save(buffer)
-    # The archive holds the time of writing in two places: the same phantom must be the same bytes.
+    # The archive stores the time of writing in two places; fix both for reproducible bytes.
     with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(path, "w") as target:
         for entry_name in sorted(source.namelist()):
             content = source.read(entry_name)

@@ -9,7 +9,7 @@ from maknet_jax.phantom import anatomy, reference
 from maknet_jax.phantom import labels as phantom_labels
 
 # DeepLesion's coarse types: 1 bone, 2 abdomen, 3 mediastinum, 4 liver, 5 lung, 6 kidney, 7 soft
-# tissue, 8 pelvis. The organs that a lesion may sit in:
+# tissue, 8 pelvis. Of the organs that a lesion may be in:
 _COARSE = {
     "right lung": 5,
     "left lung": 5,
@@ -84,7 +84,8 @@ def make_lesion(
         hu=value,
         texture=texture,
     )
-    # Long axis, then short axis, as the radiologist draws them; the box is 5 pixels of 512 wider.
+    # Long axis, then short axis, as the radiologist draws them. The box adds a margin of 5 pixels
+    # at 512 x 512.
     long = lesion.radius * np.array([math.cos(lesion.angle), math.sin(lesion.angle)])
     short = lesion.ratio * np.array([-long[1], long[0]])
     ends = np.array([lesion.column, lesion.row]) + np.stack([-long, long, -short, short])

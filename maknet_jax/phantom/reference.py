@@ -38,13 +38,14 @@ ORGANS = (
 )
 VALUE = {name: value for value, name in enumerate(ORGANS)}
 
-# Half width and half depth (mm) of the muscle wall, and how much of the fat lies over it.
+# At the levels _Z: half width and half depth (mm) of the muscle wall, and the share of the
+# patient's fat that covers it.
 _Z = (0.0, 0.05, 0.085, 0.115, 0.15, 0.2, 0.28, 0.36, 0.44, 0.52, 0.6, 0.66, 0.72, 0.8, 0.86, 1.0)
 _WIDTH = (54, 56, 76, 150, 172, 162, 152, 150, 147, 140, 136, 142, 152, 162, 164, 164)
 _DEPTH = (60, 58, 62, 76, 90, 98, 104, 107, 104, 97, 90, 90, 95, 98, 98, 92)
 _FAT = (0.3, 0.3, 0.4, 0.5, 0.5, 0.6, 0.6, 0.65, 0.8, 0.95, 1.1, 1.1, 1.15, 1.2, 1.1, 0.9)
-LENGTH = 950.0  # mm from z = 0 to z = 1 in the reference adult
-BACK = 112.0  # y of the skin of the back: patients lie flat
+LENGTH = 950.0  # mm from level 0 to level 1
+BACK = 112.0  # y (mm) of the skin of the back: patients lie flat
 # HU without contrast, in the portal and in the arterial phase.
 TISSUE_HU = {
     "blood": (44, 145, 130),

@@ -2,7 +2,7 @@
 
 Everything is in millimetres of the reference adult (see `reference`): x from the patient's
 right to left, y from front to back, both from the middle of the body, and the level from 0 (top
-of the neck) to 1 (middle of the thigh). Later paint covers earlier paint.
+of the neck) to 1 (middle of the thigh). Later shapes cover earlier ones.
 """
 
 import math
@@ -15,7 +15,7 @@ from maknet_jax.phantom.canvas import Canvas
 
 
 def paint_body(canvas: Canvas, anatomy: Anatomy, tissue: dict[str, float], level: float) -> None:
-    """Paints all of the patient that the slice shows.
+    """Paints everything of the patient that the slice shows.
 
     Args:
       canvas: the slice, still empty.

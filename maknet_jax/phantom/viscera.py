@@ -54,7 +54,7 @@ def paint_chest(
         for sign in (-1, 1):
             canvas.paint(canvas.ellipse(sign * (width - 8), -6, 11, 30), -95)
             canvas.paint(canvas.bar(sign * out, 44, sign * (out - 52), 80, 4.5), 330)
-    # Ribs run forwards and downwards, so an axial slice cuts each of them once.
+    # Ribs run forwards and downwards, so an axial slice cuts each rib once.
     ring = canvas.ellipse(0, -4, width - 6, depth - 8, power=2.3) & ~cavity
     around = np.arctan2(np.abs(x), y) / math.pi  # 0 at the back, 1 in front
     order = level - 0.1 * around
@@ -97,7 +97,7 @@ def paint_chest(
 
 
 def _vessels(canvas: Canvas, anatomy: Anatomy, lungs: np.ndarray, level: float) -> None:
-    """Tubes that run from the hilum outwards and get thinner."""
+    """Paints tubes that run outwards from the hilum and taper."""
     z = level * reference.LENGTH
     tubes = anatomy.vessels
     low, high = np.minimum(tubes[:, 2], tubes[:, 5]), np.maximum(tubes[:, 2], tubes[:, 5])
@@ -256,5 +256,5 @@ def _bowel(
         canvas.paint(canvas.ellipse(cx, cy, a, b) & below, tissue["wall"], "intestine")
         inner = canvas.ellipse(cx, cy, max(a - 5, 1), max(b - 5, 1)) & below
         canvas.paint(inner, content)
-        if content < -100:  # gas lies in front of what is fluid
+        if content < -100:  # gas lies in front of the fluid
             canvas.paint(inner & (canvas.y > cy + 0.25 * b), 35)

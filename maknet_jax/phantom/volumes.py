@@ -1,8 +1,7 @@
-"""Writes a generated CT data set in the formats of the real ones: DeepLesion, LesaNet, DICOM.
+"""Writes a generated CT data set in the formats of DeepLesion, LesaNet and DICOM.
 
-The demo and the tests run the code of the real data on it. A slice is labelled with what it
-contains; the text-mined labels then lose and gain some, as reports do, and the hand labels are
-complete (see `phantom.labels`). The organ maps are kept beside the images.
+The demo and the tests process it like real data. Labels follow from the organs in a slice (see
+`phantom.labels`), and the organ maps are stored beside the images.
 """
 
 import os
@@ -23,7 +22,7 @@ _MANUFACTURERS = ("GE MEDICAL SYSTEMS", "SIEMENS", "Philips", "TOSHIBA")
 
 
 class PhantomPaths(TypedDict):
-    """The files of a phantom, and how many patients, lesions, slices and labels they hold."""
+    """The files of a phantom, and the counts of patients, lesions, slices and labels."""
 
     images: pathlib.Path
     info: pathlib.Path
@@ -46,26 +45,26 @@ def write_phantom(
     lesions_per_patient: int = 6,
     absent: float | None = None,
 ) -> PhantomPaths:
-    """Writes the whole data set, or nothing; the same arguments give the same bytes.
+    """Writes a phantom atomically; equal arguments give equal bytes.
 
     Args:
-      out: a folder that does not exist yet (or is empty).
-      patients: labelled patients, at least 4; about 70, 12 and 18 % train, val and test.
-      unlabelled_volumes: DICOM series.
-      seed: of everything.
-      size: rows and columns of every slice.
-      slices: per DICOM series; the last series has only two thirds, so that with the default of
-        60 a rule of "more than 50 slices" leaves one out.
+      out: a folder that is empty or does not exist.
+      patients: labelled patients, at least 4; about 70 %, 12 % and 18 % in train, val and test.
+      unlabelled_volumes: number of DICOM series.
+      seed: determines everything.
+      size: rows and columns of each slice.
+      slices: per DICOM series. The last series has two thirds of them: with the default of 60 the
+        rule "more than 50 slices" drops one series.
       lesions_per_patient: on average.
-      absent: the probability that a patient lacks the spleen, stomach, bladder, a lung or a kidney
-        (the left one of a pair only where the right one is there); near 0.5 the organs around one
-        say little about it (default: 0.15 to 0.25).
+      absent: the probability that a patient lacks the spleen, the stomach, the bladder, a lung or
+        a kidney (of a pair never both); near 0.5 the other organs in a slice predict little about
+        one. Default: 0.15 to 0.25, by organ.
 
     Returns:
-      A dict of paths (images, info, labels, hand_labels, ontology, dicom, masks) and `counts`.
+      The paths of its files, and counts.
 
     Raises:
-      InputError: an argument is out of range, or `out` holds something.
+      InputError: an argument is out of range, or `out` is not empty.
     """
     out = pathlib.Path(out)
     for name, value, least in (
@@ -76,11 +75,11 @@ def write_phantom(
         ("lesions_per_patient", lesions_per_patient, 1),
     ):
         if value < least:
-            raise InputError(f"{name} is {value}; the phantom needs at least {least}: raise it")
+            raise InputError(f"{name} {value} is too small for a phantom: use at least {least}")
     if not (absent is None or 0 <= absent <= 1):
-        raise InputError(f"absent is {absent}; it is a probability: give 0 to 1, or None")
+        raise InputError(f"absent {absent} is not a probability: use 0 to 1, or None")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is not empty; the phantom is written whole: name a new folder")
+        raise InputError(f"{out} is not empty: choose a new folder for the phantom")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -127,10 +126,14 @@ def write_phantom(
 
 
 def open_phantom(folder: str | os.PathLike, **arguments: Any) -> PhantomPaths:
-    """`read_phantom` of a folder that was written before, else `write_phantom` with `arguments`.
+    """Reads the phantom in `folder`, or writes it there.
+
+    Args:
+      folder: a phantom, or the folder to write.
+      **arguments: see `write_phantom`.
 
     Raises:
-      InputError: the folder was written with other arguments.
+      InputError: the folder holds a phantom with different arguments.
     """
     if not (pathlib.Path(folder) / "phantom.json").exists():
         return write_phantom(folder, **arguments)
@@ -145,16 +148,16 @@ def open_phantom(folder: str | os.PathLike, **arguments: Any) -> PhantomPaths:
 
 
 def read_phantom(folder: str | os.PathLike) -> PhantomPaths:
-    """What `write_phantom` returned for a folder that it has written.
+    """The paths and counts of a phantom, as `write_phantom` returned them.
 
     Raises:
-      InputError: the folder holds no phantom.
+      InputError: the folder does not hold a phantom.
     """
     folder = pathlib.Path(folder)
     try:
         counts = read_json(folder / "phantom.json")["counts"]
     except FileNotFoundError:
-        raise InputError(f"{folder} holds no phantom: write one first") from None
+        raise InputError(f"{folder} does not hold a phantom: write one first") from None
     return {
         "images": folder / "deeplesion" / "Images_png",
         "info": folder / "deeplesion" / "DL_info.csv",
@@ -168,7 +171,7 @@ def read_phantom(folder: str | os.PathLike) -> PhantomPaths:
 
 
 def deeplesion_files(paths: PhantomPaths) -> dict[str, pathlib.Path]:
-    """The files of `prepare.prepare_deeplesion`, by its arguments, of what `write_phantom` gave."""
+    """The paths as keyword arguments of `prepare.prepare_deeplesion`."""
     return {
         "images": paths["images"],
         "info": paths["info"],
@@ -179,7 +182,7 @@ def deeplesion_files(paths: PhantomPaths) -> dict[str, pathlib.Path]:
 
 
 def _split_patients(patients: int, seed: int) -> dict[int, str]:
-    """The split of each patient, who are numbered from 1."""
+    """Patient number, from 1, -> split."""
     order = np.random.default_rng([seed, 0]).permutation(patients) + 1
     val, test = max(1, round(0.12 * patients)), max(1, round(0.18 * patients))
     names = ["test"] * test + ["val"] * val + ["train"] * (patients - val - test)
@@ -217,7 +220,7 @@ def _write_patient(
         again = rng.random(keys.size) < 0.12  # several lesions on one slice
         keys = np.sort(np.where(again, np.roll(keys, 1), keys))
         wanted = np.unique(np.concatenate([keys - 1, keys, keys + 1]))
-        lost = rng.random(wanted.size) < 0.04  # as at the ends of real series
+        lost = rng.random(wanted.size) < 0.04  # like the ends of real series
         wanted = wanted[(wanted >= 1) & (wanted <= number) & ~(lost & ~np.isin(wanted, keys))]
         series = f"{patient:06d}_{study:02d}_01"
         blobs = []
@@ -238,7 +241,7 @@ def _write_patient(
                 "Slice_range": f"{low}, {high}",
                 "Spacing_mm_px_": f"{spacing:.6g}, {spacing:.6g}, {interval:g}",
                 "Image_size": f"{size}, {size}",
-                # DeepLesion measures from head to feet: the neck is at about a quarter.
+                # DeepLesion normalises from head to feet: the neck is at about 0.25.
                 "Normalized_lesion_location": (
                     f"{blob.column / size:.6f}, {blob.row / size:.6f}, "
                     f"{0.25 + 0.7 * levels[key]:.6f}"
