@@ -12,8 +12,8 @@ import toy
 from jax.experimental.compilation_cache import compilation_cache
 
 from maknet_jax.data import pipeline
-from maknet_jax.runs import workdir
-from maknet_jax.training import checkpoint, state
+from maknet_jax.runs import build, workdir
+from maknet_jax.training import checkpoint, sharding
 
 NOISE = {
     "augment.rotation_probability": 0.5,
@@ -40,8 +40,7 @@ def compile_cache(tmp_path_factory):
 
 def kept(folder, page, which="last", labels=4):
     """The newest state in a workdir, its meta, and what was damaged."""
-    model, optimizer = workdir.build_model(page, labels), workdir.build_optimizer(page, 40)
-    like = state.shapes(model, optimizer, size=page.data.size, ema=page.ema_decay > 0)
+    like = build.assemble(page, labels, sharding.data_mesh()).shapes
     with contextlib.closing(checkpoint.Checkpoints(folder / workdir.FOLDERS[which])) as saved:
         return saved.restore(like)
 

@@ -13,8 +13,8 @@ import toy
 
 from maknet_jax import models, train
 from maknet_jax.errors import InputError
+from maknet_jax.runs import build, workdir
 from maknet_jax.runs import config as configs
-from maknet_jax.runs import workdir
 from maknet_jax.training import sgd, transfer
 
 PARAMS = {
@@ -125,7 +125,7 @@ def test_the_schedule_drops_once_and_stays(data):
         data,
         **{"optimizer.momentum": 0.0, "optimizer.weight_decay": 0.0, "optimizer.decay_from": 0.5},
     )
-    optimizer = workdir.build_optimizer(page, 10)
+    optimizer = build.build_optimizer(page, 10)
     params, sizes = PARAMS, []
     opt_state = optimizer.init(params)
     for _ in range(10):
@@ -185,14 +185,14 @@ def test_lesanet_starts_from_imported_weights_of_vgg16(phantom, tmp_path, monkey
     weights = tmp_path / "vgg16.safetensors"
     transfer.write(weights, given["params"], given["batch_stats"], {"model": "vgg16"})
     runs = []
-    monkeypatch.setattr(train._Run, "loop", lambda run, stop, say: runs.append(run))
+    monkeypatch.setattr(train._Loop, "run", lambda loop: runs.append(loop.setup))
     data = lesion_runs.write(phantom, tmp_path / "data", 32)
     page = configs.load(
         "lesanet",
         [f"data.path={data}", "data.size=32", "data.batch_size=8", f"init.path={weights}"],
     )
     train.train(page, tmp_path / "run")
-    made = runs[0].create(seed=0)
+    made = runs[0].assembly.create(0, runs[0].place)
     for kind in ("params", "batch_stats"):
         for layer, leaves in given[kind].items():
             for a, b in zip(

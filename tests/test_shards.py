@@ -153,7 +153,7 @@ def test_an_unfinished_folder_takes_only_the_same_plan(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write(out, Stopping(4))
     for other in ({"size": 16}, {"splits": SPLITS | {"val": [Unit(30)]}}):
-        with pytest.raises(InputError, match="unfinished run with other inputs or options"):
+        with pytest.raises(InputError, match="with plan .*: choose another --out"):
             write(out, **other)
     write(out)
 
@@ -164,7 +164,7 @@ def test_a_finished_or_foreign_folder_is_refused_and_left_alone(whole, tmp_path)
         write(whole[0])
     assert content(whole[0]) == before
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match="is not empty"):
+    with pytest.raises(InputError, match="choose a new --out"):
         write(tmp_path)
     assert content(tmp_path) == {"thesis.txt": b"mine"}
 

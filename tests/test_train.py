@@ -19,7 +19,7 @@ from maknet_jax import console, train
 from maknet_jax.data import pipeline
 from maknet_jax.errors import InputError, Stopped
 from maknet_jax.evaluation import evaluator
-from maknet_jax.runs import workdir
+from maknet_jax.runs import build, workdir
 from maknet_jax.training import checkpoint
 
 
@@ -207,27 +207,27 @@ def test_a_finished_run_has_nothing_to_do(linear, tmp_path):
 
 def test_the_step_is_compiled_once(data, tmp_path, monkeypatch):
     runs = []
-    original = train._Run.loop
+    original = train._Loop.run
 
-    def loop(self, stop, say):
-        runs.append(self)
-        return original(self, stop, say)
+    def run(self):
+        runs.append(self.setup.assembly)
+        return original(self)
 
-    monkeypatch.setattr(train._Run, "loop", loop)
+    monkeypatch.setattr(train._Loop, "run", run)
     page = toy.config(data, "linear")
     with monkeypatch.context() as patch:
         signal_after(patch, 9)
         with pytest.raises(Stopped):
             train.train(page, tmp_path / "run")
     train.train(page, tmp_path / "run")
-    assert [run.train_step._cache_size() for run in runs] == [1, 1]
+    assert [assembly.train_step._cache_size() for assembly in runs] == [1, 1]
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"optimizer.learning_rate": 0.5}, "run with optimizer.learning_rate 0.01, not 0.5"),
-        ({"seed": 3}, "holds a run with seed 0, not 3: choose another --workdir"),
+        ({"optimizer.learning_rate": 0.5}, "with optimizer.learning_rate 0.01, not 0.5"),
+        ({"seed": 3}, "with seed 0, not 3: choose another --workdir"),
         ({"model.options.edge": 8}, "model.options.edge 4, not 8"),
     ],
 )
@@ -250,7 +250,7 @@ def test_a_run_that_diverges_ends_in_one_line_and_keeps_no_such_state(data, tmp_
 def test_other_data_is_refused_and_moved_data_is_not(linear, data, tmp_path):
     folder, _, summary = linear
     other = toy.write(tmp_path / "other", seed=1)
-    with pytest.raises(InputError, match="was trained on other data than .*other: choose another"):
+    with pytest.raises(InputError, match="dataset.fingerprint .*: choose another"):
         train.train(toy.config(other, "linear"), folder)
     shutil.copytree(folder, tmp_path / "run")
     shutil.copytree(data, tmp_path / "moved")
@@ -263,7 +263,7 @@ def test_other_data_is_refused_and_moved_data_is_not(linear, data, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"data.size": 64}, "data.size 64 is not the 32 of .*toy: change one"),
+        ({"data.size": 64}, "data.size 64 does not match the 32 of .*toy: change one"),
         ({"data.batch_size": 12}, "data.batch_size 12 should be above 0 and a multiple of the 8"),
         ({"data.batch_size": 0}, "data.batch_size 0 should be above 0"),
         ({"epochs": 0.0}, "epochs 0.0 should be above 0"),
@@ -310,10 +310,10 @@ def lines_of(run):
 def test_the_augmentation_knows_over_how_many_devices_the_images_lie(data, tmp_path, monkeypatch):
     asked = []
 
-    def to_noisy_input(config, devices, form):
+    def build_augment(config, devices, form):
         asked.append((devices, form))
 
-    monkeypatch.setattr(workdir, "to_noisy_input", to_noisy_input)
+    monkeypatch.setattr(build, "build_augment", build_augment)
     page = toy.config(data, "linear", {"epochs": 0.1})
     train.train(page, tmp_path / "run", devices=jax.devices()[:2])
     assert asked == [(2, "auto")]

@@ -13,8 +13,8 @@ from test_train import compile_cache, signal_after  # noqa: F401  (the cache is 
 
 from maknet_jax import files, models, train
 from maknet_jax.errors import InputError, Stopped
-from maknet_jax.runs import workdir
-from maknet_jax.training import checkpoint, ranger, state, transfer
+from maknet_jax.runs import build, workdir
+from maknet_jax.training import checkpoint, ranger, sharding, state, transfer
 
 TINY = {"stem": 8, "blocks": (1,), "growth_rates": (8,), "widths": (8,)}
 
@@ -180,8 +180,7 @@ def test_a_run_starts_from_another_and_goes_on_without_it(teacher, data, tmp_pat
     shutil.rmtree(source)
     page, summary = trained(data, run, **{"init.path": str(source)})
     found = weights(run)
-    optimizer = workdir.build_optimizer(page, 5)
-    fresh = state.create(workdir.build_model(page, 4), optimizer, size=32, seed=page.seed).params
+    fresh = build.assemble(page, 4, sharding.data_mesh()).create(page.seed).params
     for part, leaves in found["params"].items():
         assert equal(leaves, (fresh if part in transfer.HEAD else given["params"])[part]), part
     assert not equal(found["params"]["stem"], fresh["stem"])
