@@ -27,7 +27,8 @@ from maknet_jax.runs import workdir
 from maknet_jax.runs.claim import claim
 from maknet_jax.runs.progress import Progress
 from maknet_jax.runs.setup import Setup, set_up
-from maknet_jax.training import checkpoint, log, sharding
+from maknet_jax.training import checkpoint, sharding
+from maknet_jax.training import log as metric_log
 from maknet_jax.training.state import TrainState
 
 # May change on resume, because no number depends on them. Moved data keep their fingerprint.
@@ -60,12 +61,12 @@ def train(
     _claim(setup)
     last, best = (folder / workdir.FOLDERS[name] for name in ("last", "best"))
     with (
-        console.Log(folder / "log.jsonl" if _is_main() else None) as said,
+        console.Log(folder / "log.jsonl" if _is_main() else None) as log,
         _stop_flag() as stop,
         contextlib.closing(checkpoint.Checkpoints(last)) as last_checkpoints,
         contextlib.closing(checkpoint.Checkpoints(best, keep=1)) as best_checkpoints,
     ):
-        return _Loop(setup, said, stop, last=last_checkpoints, best=best_checkpoints).run()
+        return _Loop(setup, log, stop, last=last_checkpoints, best=best_checkpoints).run()
 
 
 def _is_main() -> bool:
@@ -145,13 +146,13 @@ class _Loop:
     def __init__(
         self,
         setup: Setup,
-        said: console.Log,
+        log: console.Log,
         stop: list[int],
         *,
         last: checkpoint.Checkpoints,
         best: checkpoint.Checkpoints,
     ) -> None:
-        self.setup, self.log, self.stop = setup, said, stop
+        self.setup, self.log, self.stop = setup, log, stop
         self.last, self.best = last, best
         self.progress = Progress(init=setup.init)
         self.evaluator = _evaluator(setup)
@@ -179,7 +180,7 @@ class _Loop:
         logged = first
         with (
             contextlib.closing(
-                log.MetricLog(setup.folder if _is_main() else None, step=first)
+                metric_log.MetricLog(setup.folder if _is_main() else None, step=first)
             ) as metrics,
             console.progress("train", total, done=first) as advance,
         ):
@@ -201,7 +202,7 @@ class _Loop:
                 if saving or logging:
                     _check_finite(values["loss"], number)
                 if logging:
-                    means, now = log.averages(pending), time.perf_counter()
+                    means, now = metric_log.averages(pending), time.perf_counter()
                     rate = (number - logged) * setup.images / (now - window_began)
                     means["images_per_second"] = rate
                     metrics.write(number, {f"train/{k}": v for k, v in means.items()})
@@ -265,7 +266,7 @@ class _Loop:
                 file.write(overview + "\n")
         return state
 
-    def _repeat_evaluation(self, state: TrainState, metrics: log.MetricLog) -> None:
+    def _repeat_evaluation(self, state: TrainState, metrics: metric_log.MetricLog) -> None:
         """Validates where the previous process was interrupted."""
         number = int(state.step)
         self.progress.evaluation_due = False
@@ -275,7 +276,7 @@ class _Loop:
         if not finished:
             raise Stopped(self._saved(number))
 
-    def _evaluate(self, state: TrainState, number: int, metrics: log.MetricLog) -> bool:
+    def _evaluate(self, state: TrainState, number: int, metrics: metric_log.MetricLog) -> bool:
         """Validates; False if a signal interrupted it, the next run then repeats it."""
         setup, progress = self.setup, self.progress
         if self.evaluator is None:

@@ -26,7 +26,8 @@ class Setup:
     Attributes:
       config: the locked config.
       folder: the workdir.
-      dataset: the labelled images.
+      dataset: the labelled data set.
+      labelled: its training split.
       pseudo: the pseudo-labelled images, or None.
       epoch_steps: steps per epoch of labelled images.
       total: steps of the whole run.
@@ -38,6 +39,7 @@ class Setup:
     config: ConfigDict
     folder: pathlib.Path
     dataset: records.Dataset
+    labelled: records.RecordSource
     pseudo: pseudo_labels.PseudoSource | None
     epoch_steps: float
     total: int
@@ -46,10 +48,9 @@ class Setup:
     init: dict[str, Any] | None
 
     @property
-    def sources(self) -> list[Any]:
+    def sources(self) -> list[records.RecordSource | pseudo_labels.PseudoSource]:
         """The labelled images, then the pseudo-labelled ones if there are any."""
-        labelled = self.dataset.source(self.config.data.train_split)
-        return [labelled] if self.pseudo is None else [labelled, self.pseudo]
+        return [self.labelled] if self.pseudo is None else [self.labelled, self.pseudo]
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -91,10 +92,10 @@ def set_up(
     if not count or not len(vocabulary):
         raise InputError(f"{dataset.path} has no labelled record in {config.data.train_split}")
     frequencies = [np.asarray(split["label_counts"]) / count]
-    source: Any = dataset.source(config.data.train_split)
+    labelled = dataset.source(config.data.train_split)
     pseudo = None
     if config.pseudo.path:
-        source = pseudo = pseudo_labels.PseudoSource(
+        pseudo = pseudo_labels.PseudoSource(
             config.pseudo.path,
             size=dataset.size,
             names=vocabulary.names,
@@ -112,12 +113,14 @@ def set_up(
         mesh,
         training=build.TrainingSet(total, share * count, count, vocabulary.exclusive),
     )
-    step.box_kwargs(assembly.model, pipeline.to_fields(source[0], 0).get("box"))  # may refuse
+    first = (labelled if pseudo is None else pseudo)[0]
+    step.box_kwargs(assembly.model, pipeline.to_fields(first, 0).get("box"))  # may refuse
     place, init = _initial_weights(config, folder, dataset, assembly.shapes)
     return Setup(
         config=config,
         folder=folder,
         dataset=dataset,
+        labelled=labelled,
         pseudo=pseudo,
         epoch_steps=epoch_steps,
         total=total,
