@@ -106,7 +106,7 @@ def _stop_flag() -> Iterator[list[int]]:
 
     def note(number: int, _: Any) -> None:
         if not caught:
-            console.say_from_signal("stopping after this step; its state will be saved")
+            console.say_from_signal("stopping after this step, its state will be saved")
         caught.append(number)
 
     with contextlib.suppress(ValueError):  # only the main thread can catch signals
@@ -216,7 +216,7 @@ class _Loop:
                     self.last.save(state, self.progress.to_json())
                 if stopping and (not at_end or self.progress.evaluation_due):
                     self.log.event(message=f"stopped at step {number} of {total}", step=number)
-                    raise Stopped(f"{self._saved(number)}; the same command goes on")
+                    raise Stopped(f"{self._saved(number)}; run the same command to resume")
         return self._finish(int(state.step) - first, time.perf_counter() - began)
 
     def _saved(self, number: int) -> str:
@@ -237,7 +237,7 @@ class _Loop:
             state = self._create()
         else:
             self.progress = Progress.from_json(metadata)
-            self.log.say(f"going on from step {int(state.step)} of {setup.total}")
+            self.log.say(f"resuming from step {int(state.step)} of {setup.total}")
         newer = [number for number in self.best.steps() if number > int(state.step)]
         for number in newer:  # the run will reach it again
             self.best.discard(number)
@@ -256,7 +256,7 @@ class _Loop:
         state = setup.assembly.create(setup.config.seed, setup.place)
         if init := setup.init:
             self.log.say(
-                f"starting from {init['path']}: {init['placed']} arrays placed, fresh: "
+                f"starting from {init['path']}: {init['placed']} arrays placed, newly initialised: "
                 f"{', '.join(init['fresh']) or 'nothing'}",
                 init=init,
             )

@@ -38,7 +38,7 @@ def compile_cache(tmp_path_factory):
     compilation_cache.reset_cache()
 
 
-def kept(folder, page, which="last", labels=4):
+def newest_checkpoint(folder, page, which="last", labels=4):
     """The newest state in a workdir, its meta, and what was damaged."""
     like = build.assemble(page, labels, sharding.data_mesh()).shapes
     with contextlib.closing(checkpoint.Checkpoints(folder / workdir.FOLDERS[which])) as saved:
@@ -47,11 +47,11 @@ def kept(folder, page, which="last", labels=4):
 
 def equal_runs(one, two, page):
     """All that two runs have in common if the second was stopped and the first was not."""
-    first, second = kept(one, page), kept(two, page)
+    first, second = newest_checkpoint(one, page), newest_checkpoint(two, page)
     assert int(first[0].step) == int(second[0].step)
     assert checkpoint.digests(first[0]) == checkpoint.digests(second[0])
     assert first[1] == second[1]
-    assert kept(one, page, "best")[1:2] == kept(two, page, "best")[1:2]
+    assert newest_checkpoint(one, page, "best")[1:2] == newest_checkpoint(two, page, "best")[1:2]
     assert toy.lines(one) == toy.lines(two)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, two)]
     for summary in summaries:

@@ -1,4 +1,4 @@
-"""SGD against torch's rules, slower and frozen trunks, LesaNet and fine-tuning through `train`."""
+"""SGD against torch's rules, slow and frozen trunks, LesaNet and fine-tuning through `train`."""
 
 import json
 
@@ -47,7 +47,7 @@ def test_sgd_is_torchs_with_lesanets_groups():
             np.testing.assert_allclose(found[layer][name], w, rtol=1e-6)
 
 
-def test_the_norm_of_all_gradients_together_is_cut():
+def test_gradients_are_clipped_by_their_global_norm():
     large = steps(sgd.sgd(1.0, weight_decay=0.0, bias_rate=1.0), [scaled(100.0)])
     moved = jax.tree.map(lambda a, b: a - b, PARAMS, large)
     assert float(optax.tree.norm(moved)) == pytest.approx(10.0, rel=1e-6)
@@ -159,13 +159,13 @@ def test_a_frozen_trunk_is_bit_for_bit_that_of_the_base(data, base, tmp_path):
 @pytest.mark.parametrize(
     "page, changes, says",
     [
-        ("lesanet", {}, "have no box: take data of `maknet prepare deeplesion --lesions`"),
-        ("lesanet", {"augment.crop_probability": 0.5}, "looks at boxes, which turned and cropped"),
-        ("finetune", {"optimizer.trunk_rate": 2.0}, r"trunk_rate 2\.0 should lie in 0\.\.1"),
-        ("finetune", {"optimizer.clip": 0.0}, r"clip 0\.0 should be above 0"),
+        ("lesanet", {}, "box .*--lesions`"),
+        ("lesanet", {"augment.crop_probability": 0.5}, "lesanet .*augment.crop_probability"),
+        ("finetune", {"optimizer.trunk_rate": 2.0}, r"trunk_rate 2\.0 "),
+        ("finetune", {"optimizer.clip": 0.0}, r"clip 0\.0 "),
     ],
 )
-def test_what_cannot_be_trained_is_refused_before_anything_is_written(
+def test_invalid_configs_are_refused_before_anything_is_written(
     data, tmp_path, page, changes, says
 ):
     with pytest.raises(InputError, match=says):

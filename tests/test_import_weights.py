@@ -99,9 +99,9 @@ def test_help_shows_an_example(capsys):
 @pytest.mark.parametrize(
     "name, options, says",
     [
-        ("nowhere.safetensors", (), "nowhere.safetensors is no file: give a .safetensors file"),
-        ("cut.safetensors", (), "cut.safetensors is no whole safetensors file"),
-        ("text.safetensors", (), "text.safetensors is no whole safetensors file"),
+        ("nowhere.safetensors", (), "nowhere.safetensors not found"),
+        ("cut.safetensors", (), "cut.safetensors is not a valid"),
+        ("text.safetensors", (), "text.safetensors is not a valid"),
         ("new.pth", (), "s.save_file(torch.load('"),
         ("old.pth", (), "s.save_file(torch.load('"),
         ("whole.safetensors", ("--model=vgg16",), "features.0.weight is missing: take "),

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import toy
-from runs import Killed, compile_cache, kept, kill, on_call, sigterm  # noqa: F401
+from runs import Killed, compile_cache, kill, newest_checkpoint, on_call, sigterm  # noqa: F401
 
 from benchmarks.real_data import PAPER
 from maknet_jax import cli, evaluate, files, noisy_student
@@ -93,7 +93,7 @@ def page(overrides, **more):
 def final(folder, number):
     """The last state of a round."""
     run = folder / f"round-{number}"
-    return kept(run, configs.from_json(files.read_json(run / "config.json")))[0]
+    return newest_checkpoint(run, configs.from_json(files.read_json(run / "config.json")))[0]
 
 
 def equal_rounds(one, two, rounds=2):

@@ -93,7 +93,7 @@ def test_the_command_says_where(trained, tmp_path, capsys):
 
 
 def test_refusals(trained, tmp_path):
-    with pytest.raises(InputError, match="no workdir"):
+    with pytest.raises(InputError, match="no config.json"):
         report.report(tmp_path)
     with pytest.raises(InputError, match="'nine'"):
         report.report(trained, tmp_path / "out", split="nine")

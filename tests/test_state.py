@@ -39,7 +39,7 @@ def test_shapes_are_those_of_create(recipe):
         assert (leaf.shape, leaf.dtype) == (expected.shape, expected.dtype), name
 
 
-def test_a_fresh_state_stands_at_step_0_with_the_networks_variables(recipe):
+def test_a_new_state_is_at_step_0_with_the_variables_of_the_network(recipe):
     made = state.create(*recipe, size=32, seed=0)
     assert made.step.dtype == jnp.int32 and int(made.step) == 0
     assert made.variables == {"params": made.params, "batch_stats": made.batch_stats}
@@ -50,7 +50,7 @@ def test_a_fresh_state_stands_at_step_0_with_the_networks_variables(recipe):
     assert jax.tree.map(np.shape, made.variables) == jax.tree.map(np.shape, expected)
 
 
-def test_slow_weights_start_as_the_parameters_in_buffers_of_their_own(recipe):
+def test_slow_weights_start_as_the_parameters_in_separate_buffers(recipe):
     """Where they shared one, the step could not donate the state."""
     made = state.create(*recipe, size=32, seed=0)
     slow = made.opt_state[-1].slow
@@ -60,12 +60,12 @@ def test_slow_weights_start_as_the_parameters_in_buffers_of_their_own(recipe):
     assert len(set(pointers)) == len(pointers)
 
 
-def test_without_a_moving_average_there_is_none(recipe):
+def test_the_moving_average_is_optional(recipe):
     made = state.create(*recipe, size=32, seed=0)
     assert made.ema == state.shapes(*recipe, size=32).ema == ()
 
 
-def test_a_moving_average_starts_as_the_network_in_buffers_of_its_own(recipe):
+def test_a_moving_average_starts_as_the_network_in_separate_buffers(recipe):
     made = state.create(*recipe, size=32, seed=0, ema=True)
     plain = state.create(*recipe, size=32, seed=0)
     for name, leaf in leaves(plain.variables).items():
@@ -92,7 +92,7 @@ def test_a_moving_average_starts_from_the_weights_that_were_placed(recipe):
     assert len(set(pointers)) == len(pointers)
 
 
-def test_scoring_takes_the_moving_average(recipe):
+def test_scoring_uses_the_moving_average(recipe):
     made = state.create(*recipe, size=32, seed=0, ema=True)
     assert made.variables is made.ema
     other = made._replace(ema=())

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import toy
-from runs import NOISE, compile_cache, equal_runs, kept, signal_after  # noqa: F401
+from runs import NOISE, compile_cache, equal_runs, newest_checkpoint, signal_after  # noqa: F401
 
 from maknet_jax import evaluate, files, train
 from maknet_jax.data import pipeline, pseudo_labels, records
@@ -52,7 +52,7 @@ def test_40_steps_are_17_and_a_restart_and_23(student, tmp_path, monkeypatch):
             train.train(page, tmp_path / "run")
     train.train(page, tmp_path / "run")
     equal_runs(folder, tmp_path / "run", page)
-    assert kept(folder, page)[0].ema  # and it is among what was equal
+    assert newest_checkpoint(folder, page)[0].ema  # and it is among what was equal
 
 
 def test_one_device_gives_what_eight_give(student, tmp_path):
@@ -64,7 +64,7 @@ def test_one_device_gives_what_eight_give(student, tmp_path):
 def close_runs(one, two, page, atol=1e-5):
     for first, second in zip(toy.lines(one), toy.lines(two), strict=True):
         assert first == pytest.approx(second, rel=1e-5, abs=1e-5)
-    states = [jax.tree.leaves(kept(folder, page)[0]) for folder in (one, two)]
+    states = [jax.tree.leaves(newest_checkpoint(folder, page)[0]) for folder in (one, two)]
     for first, second in zip(*states, strict=True):
         np.testing.assert_allclose(first, second, rtol=1e-5, atol=atol)
 
@@ -219,12 +219,12 @@ def test_decay_0_keeps_no_average(data, tmp_path):
     page = toy.config(data, "linear", {"epochs": 1.6})
     assert page.ema_decay == 0
     train.train(page, tmp_path / "run")
-    assert kept(tmp_path / "run", page)[0].ema == ()
+    assert newest_checkpoint(tmp_path / "run", page)[0].ema == ()
 
 
 def test_the_average_is_what_validation_and_the_verbs_score(student):
     folder, page, summary = student
-    last = kept(folder, page)[0]
+    last = newest_checkpoint(folder, page)[0]
     run = workdir.open_run(folder, checkpoint_name="last")
     assert checkpoint.digests(run.variables) == checkpoint.digests(last.ema)
     weights = {"params": last.params, "batch_stats": last.batch_stats}
@@ -233,7 +233,7 @@ def test_the_average_is_what_validation_and_the_verbs_score(student):
     for name, value in summary["val"].items():
         assert value == pytest.approx(found[name], abs=1e-6)
     # What init.path takes from a workdir is the average of its best state too.
-    best = kept(folder, page, "best")[0]
+    best = newest_checkpoint(folder, page, "best")[0]
     params, statistics, _ = workdir.open_weights(folder)
     given = {"params": params, "batch_stats": statistics}
     assert checkpoint.digests(given) == checkpoint.digests(best.ema)

@@ -1,4 +1,4 @@
-"""Starting from weights: each array in its place or refused, and a run that remembers its start."""
+"""Starting from weights: each array is placed or refused, and the run records its start."""
 
 import json
 import shutil
@@ -70,25 +70,23 @@ def test_a_trunk_alone_leaves_the_rest_as_it_is():
     assert equal(placed["batch_stats"], own["batch_stats"]) and len(fresh) == len(named(own)) - 3
 
 
-def test_what_does_not_fit_is_refused_in_one_line():
+def test_weights_that_do_not_fit_are_refused_in_one_line():
     _, own = network()
     wide = drawn(network(stem=16)[1])
-    message = r"params/stem/conv/kernel is \(7, 7, 3, 16\) in the weights, \(7, 7, 3, 8\) in this"
-    with pytest.raises(InputError, match="batch_stats/stem/norm/mean is"):
+    message = r"params/stem/conv/kernel is \(7, 7, 3, 16\) .*\(7, 7, 3, 8\)"
+    with pytest.raises(InputError, match="batch_stats/stem/norm/mean "):
         transfer.place(own, **wide, head=False)
     with pytest.raises(InputError, match=message):
         transfer.place(own, {"stem": wide["params"]["stem"]}, {}, head=False)
     more = drawn(network(labels=9)[1])
-    with pytest.raises(InputError, match=r"classifier/bias is \(9,\).* or leave the head out"):
+    with pytest.raises(InputError, match=r"classifier/bias is \(9,\).*init.head"):
         transfer.place(own, **more, head=True)
     deeper = drawn(network(blocks=(2,))[1])
-    with pytest.raises(
-        InputError, match="block_0/makconv_1/.* of the weights has no place"
-    ) as line:
+    with pytest.raises(InputError, match="block_0/makconv_1/") as line:
         transfer.place(own, deeper["params"], {}, head=False)
     assert "\n" not in str(line.value)
     head = {"classifier": deeper["params"]["classifier"]}
-    with pytest.raises(InputError, match="the weights have no place in this network"):
+    with pytest.raises(InputError, match="no place"):
         transfer.place(own, head, {}, head=False)
 
 
@@ -111,7 +109,7 @@ def test_the_optimiser_begins_with_what_was_placed():
     assert equal(given, drawn(shapes))  # its memory was not lent
 
 
-def test_a_file_gives_back_what_was_written(tmp_path):
+def test_weights_survive_a_file(tmp_path):
     given = drawn(network()[1])
     kernel = given["params"]["stem"]["conv"]["kernel"]
     given["params"]["stem"]["conv"]["kernel"] = kernel.transpose(1, 0, 2, 3)  # not contiguous
@@ -124,19 +122,20 @@ def test_a_file_gives_back_what_was_written(tmp_path):
     assert "params/stem/conv/kernel" in safetensors.numpy.load_file(tmp_path / "w.safetensors")
 
 
-def test_a_file_that_is_not_whole_is_refused(tmp_path):
+def test_damaged_and_foreign_files_are_refused(tmp_path):
     path = tmp_path / "w.safetensors"
     transfer.write(path, {"w": np.ones((4, 4), np.float32)}, {}, {})
     content = path.read_bytes()
     path.write_bytes(content[:-1] + b"\x00")  # a flipped bit, which safetensors does not see
-    with pytest.raises(InputError, match="is damaged, its arrays differ from their digest"):
+    with pytest.raises(InputError, match="w.safetensors is damaged.* digest"):
         transfer.read(path)
     path.write_bytes(content[:-1])
-    refused = "is no whole safetensors file .*: give one, or fetch it again"
-    with pytest.raises(InputError, match=refused):
+    with pytest.raises(InputError, match="w.safetensors is not a valid safetensors file"):
         transfer.read(path)
     safetensors.numpy.save_file({"conv1.weight": np.ones(3, np.float32)}, path)
-    with pytest.raises(InputError, match="holds no weights of ours: run `maknet import-weights`"):
+    with pytest.raises(
+        InputError, match="w.safetensors is not in maknet-jax format: run `maknet import-weights`"
+    ):
         transfer.read(path)
 
 
@@ -169,7 +168,7 @@ def teacher(data, tmp_path_factory):
     return folder
 
 
-def test_a_run_starts_from_another_and_goes_on_without_it(teacher, data, tmp_path, monkeypatch):
+def test_a_run_starts_from_another_and_resumes_without_it(teacher, data, tmp_path, monkeypatch):
     source, run = tmp_path / "teacher", tmp_path / "run"
     shutil.copytree(teacher, source)
     with monkeypatch.context() as patch:
@@ -192,17 +191,17 @@ def test_a_run_starts_from_another_and_goes_on_without_it(teacher, data, tmp_pat
     said = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     (event,) = [event for event in said if "init" in event]
     assert event["init"] == start and start["placed"] == len(named(given)) - 4
-    expected = f"from {source}: {start['placed']} arrays placed, fresh: classifier, spl"
-    assert expected in event["message"]
+    for part in (str(source), str(start["placed"]), "classifier, spl"):
+        assert part in event["message"]
 
 
-def test_with_the_head_a_run_begins_as_the_other_ended(teacher, data, tmp_path):
+def test_with_the_head_a_run_starts_as_the_other_ended(teacher, data, tmp_path):
     _, summary = trained(data, tmp_path / "run", **{"init.path": str(teacher), "init.head": True})
     assert equal(weights(tmp_path / "run")["params"], weights(teacher)["params"])
     assert summary["init"]["fresh"] == []
 
 
-def test_what_cannot_be_started_from_is_refused_before_anything_is_written(teacher, data, tmp_path):
+def test_unusable_weights_are_refused_before_anything_is_written(teacher, data, tmp_path):
     def refused(match, data, name="smoke", **changes):
         changes = {key.replace("__", "."): value for key, value in changes.items()}
         with pytest.raises(InputError, match=match):
@@ -210,16 +209,16 @@ def test_what_cannot_be_started_from_is_refused_before_anything_is_written(teach
         assert not (tmp_path / "run").exists()
 
     teacher = str(teacher)
-    refused("nowhere is no file: give a .safetensors", data, init__path=str(tmp_path / "nowhere"))
-    refused("is no workdir of `maknet train`", data, init__path=str(tmp_path))
-    refused("no place in this network: take the config", data, "linear", init__path=teacher)
-    refused("in this network: take the", data, init__path=teacher, model__options__stem=16)
+    refused("nowhere not found: give a .safetensors", data, init__path=str(tmp_path / "nowhere"))
+    refused("has no config.json", data, init__path=str(tmp_path))
+    refused("no place in this network", data, "linear", init__path=teacher)
+    refused("stem", data, init__path=teacher, model__options__stem=16)
     shutil.copytree(data, tmp_path / "renamed")
     info = files.read_json(data / "dataset.json")
     info["labels"][3]["name"] = "bottom middle"
     files.write_json(tmp_path / "renamed" / "dataset.json", info)
     refused(
-        "has other labels than the data: set init.head to False",
+        "init.head",
         tmp_path / "renamed",
         init__path=teacher,
         init__head=True,

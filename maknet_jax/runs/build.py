@@ -174,7 +174,7 @@ def build_model(config: ConfigDict, labels: int) -> nn.Module:
     moved = config.augment.rotation_probability or config.augment.crop_probability
     if moved and model.takes_box:
         raise InputError(
-            f"model {config.model.name} looks at boxes, which turned and cropped images leave: set "
+            f"model {config.model.name} takes boxes, which rotation and cropping do not move: set "
             "augment.rotation_probability and augment.crop_probability to 0"
         )
     return model

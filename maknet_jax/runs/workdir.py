@@ -1,8 +1,8 @@
-"""What a training run leaves behind, and how the other verbs open it.
+"""The files of a training run, and how the other verbs open them.
 
 WORKDIR/config.json      the whole configuration
 WORKDIR/dataset.json     labels, size and fingerprint of the data that it was trained on
-WORKDIR/checkpoints/N    the last states; WORKDIR/best/N the one of the best validation AUC
+WORKDIR/checkpoints/N    the last states; WORKDIR/best/N the state of the best validation AUC
 WORKDIR/metrics.jsonl    training and validation metrics; tensorboard/ the same
 WORKDIR/log.jsonl        log messages; summary.json the final summary
 """
@@ -167,7 +167,7 @@ def open_weights(
         opened = _open(path, "best", sharding.data_mesh())
         if vocabulary is not None and opened.vocabulary.names != vocabulary.names:
             raise InputError(
-                f"{path} has other labels than the data: set init.head to False, or take data with "
+                f"{path} has other labels than the data: set init.head to False, or use data with "
                 "the same labels"
             )
         variables = opened.state.variables
@@ -199,7 +199,9 @@ def _open(workdir: pathlib.Path, checkpoint_name: str, mesh: Mesh) -> _Opened:
         config = configs.from_json(files.read_json(workdir / "config.json"))
         dataset = files.read_json(workdir / "dataset.json")
     except FileNotFoundError:
-        raise InputError(f"{workdir} is no workdir of `maknet train`: no config.json") from None
+        raise InputError(
+            f"{workdir} is not a `maknet train` workdir: it has no config.json"
+        ) from None
     vocabulary = Vocabulary.from_json(dataset["labels"])
     assembly = build.assemble(config, len(vocabulary), mesh)
     for name in dict.fromkeys((checkpoint_name, "last")):
@@ -219,4 +221,4 @@ def _open(workdir: pathlib.Path, checkpoint_name: str, mesh: Mesh) -> _Opened:
         if restored.state is not None:
             progress = Progress.from_json(restored.metadata)
             return _Opened(config, vocabulary, assembly, restored.state, progress, name)
-    raise InputError(f"{workdir} holds no checkpoint yet: let `maknet train` run on")
+    raise InputError(f"{workdir} holds no checkpoint yet: wait for the first one of `maknet train`")

@@ -116,7 +116,7 @@ class Checkpoints:
         expected, actual = restored.content["digests"], digests(restored.state)
         if actual != expected:
             wrong = [name for name in expected if actual.get(name) != expected[name]]
-            raise ValueError(f"{len(wrong)} arrays differ from their digest, first {wrong[:1]}")
+            raise ValueError(f"{len(wrong)} arrays do not match their digest, first {wrong[:1]}")
         return restored.state, restored.content["meta"]
 
     def set_aside(self, step: int) -> None:

@@ -110,7 +110,7 @@ def box_kwargs(model: nn.Module, box: Any) -> dict[str, Any]:
         return {}
     if box is None:
         raise InputError(
-            "the network looks at lesions and these images have no box: take data of `maknet "
+            "the network takes a lesion's box and these images have none: use data of `maknet "
             "prepare deeplesion --lesions`"
         )
     return {"box": box}

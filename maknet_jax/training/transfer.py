@@ -49,14 +49,14 @@ def place(
     if lacking or not new:
         subject = f"{lacking[0]} of the weights has" if lacking else "the weights have"
         raise InputError(
-            f"{subject} no place in this network: take the config of the network that they are of"
+            f"{subject} no place in this network: use the config of the network they belong to"
         )
     for name in new:
         if new[name].shape != old[name].shape:
             hint = ", or leave the head out (init.head)" if name.split("/")[1] in HEAD else ""
             raise InputError(
                 f"{name} is {new[name].shape} in the weights, {old[name].shape} in this network: "
-                f"take the config of the network that they are of{hint}"
+                f"use the config of the network they belong to{hint}"
             )
     leaves = [
         np.asarray(new[name], leaf.dtype) if name in new else leaf for name, leaf in old.items()
@@ -108,11 +108,13 @@ def read(path: str | os.PathLike[str]) -> tuple[Variables, Variables, dict[str, 
     arrays, metadata = read_safetensors(path)
     if metadata.get("format") != FORMAT:
         raise InputError(
-            f"{path} holds no weights of ours: run `maknet import-weights` on it first"
+            f"{path} is not in maknet-jax format: run `maknet import-weights` on it first"
         )
     tree = {"params": {}, "batch_stats": {}} | traverse_util.unflatten_dict(arrays, sep="/")
     if digest(**tree) != metadata["digest"]:
-        raise InputError(f"{path} is damaged, its arrays differ from their digest: import it again")
+        raise InputError(
+            f"{path} is damaged, its arrays do not match their digest: import it again"
+        )
     return tree["params"], tree["batch_stats"], metadata
 
 
@@ -126,7 +128,7 @@ def read_safetensors(
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise InputError(f"{path} is no file: give a .safetensors file")
+        raise InputError(f"{path} not found: give a .safetensors file")
     with path.open("rb") as file:
         head = file.read(4)
     try:
@@ -136,8 +138,8 @@ def read_safetensors(
         reason = " ".join(str(error).split())
     if head == b"PK\x03\x04" or head[:1] == b"\x80":  # the formats of torch.save, new and old
         raise InputError(
-            f"{path} is a pickle, which could run anything: convert it where you trust it, with "
+            f"{path} is a pickle, which can run any code: if you trust it, convert it with "
             f"python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('{path}', "
             f"weights_only=True), '{path.with_suffix('.safetensors')}')\""
         )
-    raise InputError(f"{path} is no whole safetensors file ({reason}): give one, or fetch it again")
+    raise InputError(f"{path} is not a valid safetensors file ({reason}): download it again")
