@@ -19,7 +19,7 @@ def write_whole(
     """Opens a temporary file beside `path` that takes its name only when the block ends well.
 
     Args:
-      path: the final name; its folder is made.
+      path: the final name; its folder is created.
       mode: "w" (UTF-8 text) or "wb".
       private: only the owner may read the file; else permissions obey the umask.
     """
@@ -29,7 +29,7 @@ def write_whole(
         raise IsADirectoryError(errno.EISDIR, "is a folder, not a file", str(path))
     try:
         handle, temporary = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
-    except OSError as error:  # the user knows no temporary name
+    except OSError as error:  # the message names the file that the user knows
         raise type(error)(error.errno, error.strerror, str(path)) from None
     encoding = None if "b" in mode else "utf-8"
     newline = None if "b" in mode else ""

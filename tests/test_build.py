@@ -55,12 +55,16 @@ def test_the_jitted_step_keeps_the_average_and_rotates_as_asked():
     batch |= {"weight": np.ones(8, np.float32), "index": np.arange(8, dtype=np.int32)}
     first = build.assemble(page, 4, mesh).create(0)
     before = jax.tree.map(np.array, first.params)
-    given = (sharding.put_state(mesh, first), sharding.put_batch(mesh, batch), jax.random.key(0))
+    arguments = (
+        sharding.put_state(mesh, first),
+        sharding.put_batch(mesh, batch),
+        jax.random.key(0),
+    )
     for rotation in ("gather", "shear"):
-        text = step(rotation).lower(*given).as_text()
+        text = step(rotation).lower(*arguments).as_text()
         assert ("stablehlo.gather" in text) == (rotation == "gather")
-    after, _ = step("gather")(*given)
-    assert given[0].step.is_deleted()
+    after, _ = step("gather")(*arguments)
+    assert arguments[0].step.is_deleted()
     for old, new, average in zip(
         *map(jax.tree.leaves, (before, after.params, after.ema["params"])), strict=True
     ):

@@ -63,10 +63,10 @@ def equal(one, two):
 
 def test_restore_gives_back_every_bit(folder):
     with opened(folder) as saved:
-        found, meta, damaged = saved.restore(LIKE)
-    assert equal(found, at(20)) and damaged == {}
+        restored, meta, damaged = saved.restore(LIKE)
+    assert equal(restored, at(20)) and damaged == {}
     assert meta == {"best": 20 / 7, "thresholds": [0.3, 1.0]}
-    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found))
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(restored))
 
 
 def test_restore_of_one_step(folder):
@@ -149,8 +149,8 @@ def lose_the_digests(step):
 def test_a_damaged_checkpoint_is_skipped(folder, damage, late_errors):
     damage(folder / "20")
     with opened(folder) as saved:
-        found, meta, damaged = saved.restore(LIKE)
-        assert equal(found, at(10)) and meta["best"] == 10 / 7
+        restored, meta, damaged = saved.restore(LIKE)
+        assert equal(restored, at(10)) and meta["best"] == 10 / 7
         assert list(damaged) == [20] and "Error: " in damaged[20]
         with pytest.raises(InputError, match="20: "):
             saved.restore(LIKE, step=20)
@@ -177,8 +177,8 @@ def flip_the_stored_value(step):
 def test_digests_detect_one_flipped_bit_that_orbax_reads(folder):
     flip_the_stored_value(folder / "20")
     with opened(folder) as saved:
-        found, _, damaged = saved.restore(LIKE)
-    assert equal(found, at(10))
+        restored, _, damaged = saved.restore(LIKE)
+    assert equal(restored, at(10))
     assert damaged[20].startswith("ValueError: 1 arrays ") and "kernel" in damaged[20]
 
 

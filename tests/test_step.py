@@ -174,11 +174,13 @@ def test_the_moving_average_of_two_steps(linear):
     start = state.create(linear, optimizer, size=32, seed=0, ema=True)
     one, two = (s for s, _ in run(start, compiled(linear, optimizer, mesh, ema_decay=0.5), mesh, 2))
     weights = [{"params": s.params, "batch_stats": s.batch_stats} for s in (start, one, two)]
-    for first, second, third, found, half in zip(
+    for first, second, third, average, half in zip(
         *map(jax.tree.leaves, (*weights, two.ema, one.ema)), strict=True
     ):
         np.testing.assert_allclose(half, first / 2 + second / 2, rtol=1e-6, atol=1e-7)
-        np.testing.assert_allclose(found, first / 4 + second / 4 + third / 2, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(
+            average, first / 4 + second / 4 + third / 2, rtol=1e-6, atol=1e-7
+        )
     moved = [
         np.abs(a - b).max()
         for a, b in zip(*map(jax.tree.leaves, (weights[2], two.ema)), strict=True)

@@ -243,8 +243,8 @@ def test_a_diverging_run_is_an_error_and_its_state_is_not_saved(data, tmp_path):
     page = toy.config(data, "linear", {"optimizer.learning_rate": 1e38, "checkpoint_every": 1})
     with pytest.raises(InputError, match="(nan|inf) at step .*learning_rate"):
         train.train(page, tmp_path / "run")
-    kept = [int(path.name) for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*")]
-    assert max(kept, default=0) < 40
+    saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*")]
+    assert max(saved, default=0) < 40
 
 
 def test_other_data_is_refused_and_moved_data_is_not(linear, data, tmp_path):
@@ -256,8 +256,8 @@ def test_other_data_is_refused_and_moved_data_is_not(linear, data, tmp_path):
     shutil.copytree(data, tmp_path / "moved")
     page = toy.config(tmp_path / "moved", "linear", {"data.threads": 1})  # may change too
     assert train.train(page, tmp_path / "run")["steps"] == 40
-    about = json.loads((tmp_path / "run" / "dataset.json").read_text())
-    assert about["path"] == str(tmp_path / "moved")
+    dataset = json.loads((tmp_path / "run" / "dataset.json").read_text())
+    assert dataset["path"] == str(tmp_path / "moved")
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def _initial_weights(
         return transfer.place(variables, params, batch_stats, head=init.head)[0]
 
     # Placed into shapes first: weights that do not fit are refused before anything is written.
-    own = {"params": shapes.params, "batch_stats": shapes.batch_stats}
-    _, placed, fresh = transfer.place(own, params, batch_stats, head=init.head)
+    fresh_variables = {"params": shapes.params, "batch_stats": shapes.batch_stats}
+    _, placed, fresh = transfer.place(fresh_variables, params, batch_stats, head=init.head)
     parts = sorted({name.split("/")[1] for name in fresh})
     return place, metadata | {"placed": len(placed), "fresh": parts}
