@@ -11,7 +11,7 @@ from maknet_jax.attribution import faithfulness, perturbation
 from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.explain import selection
 from maknet_jax.figures import contact_sheet, overlay, page
-from maknet_jax.runs import workdir
+from maknet_jax.training import sharding
 
 SHARES = np.linspace(0, 1, 21)  # of the pixels, for deletion and insertion
 AREAS = ("deletion", "insertion", "random deletion", "random insertion")
@@ -92,7 +92,7 @@ def attribute(
     given = {"path": path, "split": split, "data": data, "ids": ids, "labels": labels}
     picked = selection.pick(run, folder, **given, limit=limit, png_window=png_window)
     devices = jax.local_device_count()
-    batch_size = workdir.global_batch(batch_size or devices, devices)
+    batch_size = sharding.round_up_to_devices(batch_size or devices, devices)
     top = min(top, len(run.vocabulary))
     options = {"steps": steps, "method": method, "output": output, "refine": refine}
     about = options | {"baseline": baseline, "top": top, "faithful": faithful}

@@ -10,6 +10,7 @@ from maknet_jax.data import records
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation.evaluator import Evaluator
 from maknet_jax.runs import workdir
+from maknet_jax.training import sharding
 
 DEFAULT_SPLITS = ("test", "hand")
 # How many training examples a label has: LesaNet's three groups.
@@ -49,16 +50,15 @@ def evaluate(folder, *, splits=None, data=None, checkpoint="best", batch_size=No
             f"{dataset.path} has other labels than {folder}: evaluate on data with its "
             f"{len(run.vocabulary)} labels"
         )
-    if dataset.size != run.config.data.size:
+    if dataset.size != run.size:
         raise InputError(
-            f"{dataset.path} was prepared with --size {dataset.size}, the network with "
-            f"{run.config.data.size}"
+            f"{dataset.path} was prepared with --size {dataset.size}, the network with {run.size}"
         )
     available = [name for name, split in dataset.info["splits"].items() if split["count"]]
     wanted = splits or [name for name in DEFAULT_SPLITS if name in available]
     if not wanted:
         raise InputError(f"{dataset.path} has neither test nor hand: name one with --split")
-    val = None if other else run.config.data.val_split
+    val = None if other else run.val_split
     for name in wanted:
         if not dataset.split(name)["count"]:
             raise InputError(f"split {name!r} of {dataset.path} is empty")
@@ -70,7 +70,7 @@ def evaluate(folder, *, splits=None, data=None, checkpoint="best", batch_size=No
             evaluator = Evaluator(
                 dataset.source(name),
                 run.predict,
-                batch_size=workdir.global_batch(batch_size or run.config.data.batch_size),
+                batch_size=sharding.round_up_to_devices(batch_size or run.batch_size),
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
             )
@@ -86,7 +86,7 @@ def evaluate(folder, *, splits=None, data=None, checkpoint="best", batch_size=No
         "out": str(out),
     }
     reports = {name: scores[name].report(thresholds, run.vocabulary.parents) for name in wanted}
-    counts = None if other else dataset.split(run.config.data.train_split)["label_counts"]
+    counts = None if other else dataset.split(run.train_split)["label_counts"]
     summary["splits"] = {
         name: report.summary | by_group(report, run.vocabulary, counts)
         for name, report in reports.items()

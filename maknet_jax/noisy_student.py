@@ -19,9 +19,10 @@ from maknet_jax.errors import InputError
 from maknet_jax.figures import charts
 from maknet_jax.runs import config as configs
 from maknet_jax.runs import workdir
-from maknet_jax.training import sharding
+from maknet_jax.runs.claim import claim
 
-FREE = ("rounds", "labelled", "unlabelled")  # what may differ when the rounds go on
+# May change on resume: more rounds may follow, and moved data keep their fingerprint.
+MAY_CHANGE = ("rounds", "labelled", "unlabelled")
 METRICS = ("auc", "f1", "precision", "recall")
 # Table 2: round -> AUC, F1, precision, recall on the text-mined, then on the hand-labelled set.
 PAPER = {
@@ -53,7 +54,13 @@ def noisy_student(config, folder):
     pages = [_page(config, folder, number) for number in range(config.rounds + 1)]
     _check(config, pages)
     main = jax.process_index() == 0
-    _claim(folder, config, write=main)
+    claim(
+        folder,
+        {"noisy_student.json": configs.to_json(config)},
+        command="maknet noisy-student",
+        option="--workdir",
+        may_change=MAY_CHANGE,
+    )
     rounds = []
     with console.Log(folder / "log.jsonl" if main else None) as log:
         for number, page in enumerate(pages):
@@ -106,7 +113,7 @@ def _check(config, pages):
         if not dataset.split(name)["count"]:
             raise InputError(f"split {name!r} of {dataset.path} is empty")
     for page in pages:
-        train.check(page, labelled, jax.device_count())
+        configs.validate(page, labelled.size, jax.device_count())
 
 
 def _page(config, folder, number):
@@ -118,26 +125,6 @@ def _page(config, folder, number):
             changes += [f"init.path={folder / f'round-{number - 1}'}", "init.head=True"]
         return configs.load(config.student, [*changes, *config.student_changes])
     return configs.load(config.teacher, [*changes, *config.teacher_changes])
-
-
-def _claim(folder, config, *, write):
-    wanted = configs.to_json(config)
-    claim = folder / "noisy_student.json"
-    if claim.exists():
-        before = files.read_json(claim)
-        for key in sorted(before.keys() | wanted.keys()):
-            # More rounds may be asked for later; data that moved are known by their fingerprints.
-            if before.get(key) != wanted.get(key) and key not in FREE:
-                raise InputError(
-                    f"{folder} holds rounds with {key} {before.get(key)}, not {wanted.get(key)}: "
-                    "choose another --workdir or the same config"
-                )
-    elif files.holds_other(folder):
-        raise InputError(f"{folder} is no workdir of `maknet noisy-student`: choose a new one")
-    sharding.wait_for_all("looked")  # before the first one writes
-    if write:
-        files.write_json(claim, wanted)
-    sharding.wait_for_all("claimed")
 
 
 def table(rounds):

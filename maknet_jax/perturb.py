@@ -15,7 +15,7 @@ from maknet_jax.ct import nifti, png
 from maknet_jax.errors import InputError, Rejected
 from maknet_jax.explain import selection
 from maknet_jax.figures import contact_sheet, overlay, page
-from maknet_jax.runs import workdir
+from maknet_jax.training import sharding
 
 STRATEGIES = ("neighbour", "patch", "attribution", "random")
 COLUMNS = (
@@ -98,7 +98,7 @@ def perturb(
     run = networks[0].run
     given = {"path": path, "split": split, "data": data, "ids": ids, "labels": labels}
     picked = selection.pick(run, folder, **given, limit=limit, png_window=png_window)
-    find = functools.partial(find_regions, masks=masks, organs=organs, size=run.config.data.size)
+    find = functools.partial(find_regions, masks=masks, organs=organs, size=run.size)
     needed = {"neighbour", "patch"} & set(strategies)
     digest = None
     if needed:
@@ -109,7 +109,7 @@ def perturb(
             picked.about,
         )
     devices = jax.local_device_count()
-    batch_size = workdir.global_batch(batch_size or devices, devices)
+    batch_size = sharding.round_up_to_devices(batch_size or devices, devices)
     top = min(top, len(run.vocabulary))
     about = {"strategies": list(strategies), "masks": masks and str(masks), "organs": organs}
     about |= {"masks_digest": digest, "share": share, "top": top, "steps": steps}
@@ -343,7 +343,7 @@ def _perturbed(out, networks, number, case, about, base, influential):
 def _scored(net, hu):
     """(labels by confidence, confidences), `[N, K]` each, a device's worth of images at a time."""
     devices = jax.local_device_count()
-    rows = workdir.global_batch(len(hu), devices)
+    rows = sharding.round_up_to_devices(len(hu), devices)
     padded = np.concatenate([hu, hu[:1].repeat(rows - len(hu), axis=0)])
     parts = [net.confidences(net.put(padded[k : k + devices])) for k in range(0, rows, devices)]
     scores = np.concatenate(parts)[: len(hu)]

@@ -10,8 +10,11 @@ from maknet_jax.data import pipeline, pseudo_labels, records
 from maknet_jax.errors import InputError
 from maknet_jax.figures import charts
 from maknet_jax.runs import workdir
+from maknet_jax.runs.claim import claim
 from maknet_jax.training import sharding, transfer
 
+# May change on resume: a moved teacher or data set keeps its digest or fingerprint.
+MAY_CHANGE = ("teacher", "records")
 # Thresholds of the sweep: what each of them would keep is counted beside the one that was used.
 SWEEP = tuple(round(0.1 * tenth, 1) for tenth in range(1, 10))
 
@@ -62,10 +65,9 @@ def pseudo_label(
     check_rule(top, threshold)
     run = workdir.open_run(folder, checkpoint_name=checkpoint, devices=devices)
     dataset = records.open_dataset(data)
-    if dataset.size != run.config.data.size:
+    if dataset.size != run.size:
         raise InputError(
-            f"{dataset.path} was prepared with --size {dataset.size}, the teacher with "
-            f"{run.config.data.size}"
+            f"{dataset.path} was prepared with --size {dataset.size}, the teacher with {run.size}"
         )
     if not dataset.split(split)["count"]:
         raise InputError(f"split {split!r} of {dataset.path} is empty")
@@ -87,13 +89,19 @@ def pseudo_label(
         "labels": list(run.vocabulary.names),
     }
     main = jax.process_index() == 0
-    _claim(out, about, write=main)
+    claim(
+        out,
+        {"claim.json": about},
+        command="maknet pseudo-label",
+        option="--out",
+        may_change=MAY_CHANGE,
+    )
     shards = dataset.split(split)["shards"]
     firsts = np.concatenate([[0], np.cumsum([shard["count"] for shard in shards])])
     mine = range(jax.process_index(), len(shards), jax.process_count())
     todo = [number for number in mine if not _is_made(out, shards[number])]
     total = sum(shards[number]["count"] for number in todo)
-    batch = workdir.global_batch(batch_size or run.config.data.batch_size, len(devices))
+    batch = sharding.round_up_to_devices(batch_size or run.batch_size, len(devices))
     close = pseudo_labels.CLOSE[np.dtype(run.model.dtype).name]
     tallies = _Tally(run.vocabulary, top=top, threshold=threshold, truth=truth, close=close)
     with console.Log(out / "log.jsonl" if main else None) as log:
@@ -149,24 +157,6 @@ def _is_made(out, shard):
     return True
 
 
-def _claim(out, about, *, write):
-    claim = out / "claim.json"
-    if claim.exists():
-        before = files.read_json(claim)
-        for key, value in about.items():
-            if before[key] != value and key not in ("teacher", "records"):
-                raise InputError(
-                    f"{out} holds labels of another teacher, data or rule ({key} differs): "
-                    "choose another --out"
-                )
-    elif files.holds_other(out):
-        raise InputError(f"{out} is no folder of `maknet pseudo-label`: choose a new --out")
-    sharding.wait_for_all("looked")  # before the first one writes
-    if write:
-        files.write_json(claim, about)
-    sharding.wait_for_all("claimed")
-
-
 def _confidences(run, dataset, shards, todo, batch_size, advance):
     """Yields (shard number, confidences, labels, mask); one step is always in flight."""
     if not todo:
@@ -175,7 +165,7 @@ def _confidences(run, dataset, shards, todo, batch_size, advance):
     reader = pipeline.ordered_batches(
         records.RecordSource(paths),
         batch_size=batch_size,
-        threads=run.config.data.threads,
+        threads=run.threads,
     )
     queue, buffers = list(todo), ([], [], [])
 

@@ -269,7 +269,7 @@ def test_a_killed_run_neither_repeats_nor_loses_an_image(
     with pytest.raises(InputError, match="steps 6, not 7"):
         attribute.attribute(trained, out, compare=linear, faithful=True, **FEW | {"steps": 7})
     change_weights(monkeypatch)  # of as many updates: trained again, or averaged
-    with pytest.raises(InputError, match="holds results with networks"):
+    with pytest.raises(InputError, match="with networks"):
         attribute.attribute(trained, out, compare=linear, faithful=True, **FEW)
 
 
@@ -325,16 +325,19 @@ def test_ct_files_are_explained_too(trained, phantom, tmp_path):
     assert {row["id"] for row in rows} == set(ids) and {row["truth"] for row in rows} == {"unknown"}
     # Another slice, and slice 3 may be another picture: what is done is no longer true.
     pathlib.Path(series.paths[-1]).unlink()
-    with pytest.raises(InputError, match="holds results with selection"):
+    with pytest.raises(InputError, match="with selection"):
         attribute.attribute(trained, out, **given)
 
 
 def test_networks_that_look_at_a_box_are_refused(trained, tmp_path, monkeypatch):
     opened = workdir.open_run
     box = types.SimpleNamespace(takes_box=True)
-    monkeypatch.setattr(
-        workdir, "open_run", lambda *a, **k: dataclasses.replace(opened(*a, **k), model=box)
-    )
+
+    def with_box(*args, **options):
+        run = opened(*args, **options)
+        return dataclasses.replace(run, assembly=dataclasses.replace(run.assembly, model=box))
+
+    monkeypatch.setattr(workdir, "open_run", with_box)
     with pytest.raises(InputError, match="box beside the image"):
         attribute.attribute(trained, tmp_path / "out", **FEW)
     assert not (tmp_path / "out").exists()

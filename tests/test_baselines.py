@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maknet_jax import models
-from maknet_jax.runs import config, workdir
+from maknet_jax.runs import build, config
 
 
 def shapes(name):
@@ -50,4 +50,4 @@ def test_the_pages_share_the_teachers_recipe(name):
     assert page.pop("model") == {"name": name, "options": {"dropout_rate": 0.0}}
     teacher.pop("model")
     assert page == teacher
-    assert workdir.build_model(config.load(name), 115) == models.build(name, 115)
+    assert build.build_model(config.load(name), 115) == models.build(name, 115)

@@ -8,8 +8,8 @@ import toy
 from maknet_jax.data import records
 from maknet_jax.evaluation import protocol
 from maknet_jax.evaluation.evaluator import Evaluator, Scores
-from maknet_jax.runs import workdir
-from maknet_jax.training import sharding, state
+from maknet_jax.runs import build
+from maknet_jax.training import sharding
 
 WEIGHTS = np.random.default_rng(0).normal(size=(3, 4)) / 500
 
@@ -116,17 +116,20 @@ def test_run_yields_the_numbers_of_the_protocol():
 def network(tmp_path_factory):
     data = toy.write(tmp_path_factory.mktemp("data") / "toy", train=2)
     page = toy.config(data, "linear")
-    model = workdir.build_model(page, 4)
-    optimizer = workdir.build_optimizer(page, 1)
-    variables = state.create(model, optimizer, size=toy.SIZE, seed=0).variables
-    return page, model, variables, records.open_dataset(data).source("val")
+    assembly = build.assemble(page, 4, sharding.data_mesh())
+    return (
+        page,
+        assembly.model,
+        assembly.create(0).variables,
+        records.open_dataset(data).source("val"),
+    )
 
 
 @pytest.mark.parametrize("devices, batch_size", [(1, 3), (1, 16), (2, 4), (8, 8)])
 def test_a_network_scores_the_same_on_any_mesh_at_any_batch_size(network, devices, batch_size):
     page, model, variables, source = network
     mesh = sharding.data_mesh(jax.devices()[:devices])
-    predict = workdir.make_predict(workdir.jit_predict(page, model, mesh), mesh)
+    predict = build.assemble(page, 4, mesh).predict
     found = Evaluator(source, predict, batch_size=batch_size).scores(
         sharding.put_state(mesh, variables)
     )
@@ -142,6 +145,6 @@ def test_the_pictures_stay_on_the_device(network):
     page, model, variables, _ = network
     mesh = sharding.data_mesh()
     batch = {"image": np.zeros((8, toy.SIZE, toy.SIZE, 3), np.int16), "index": np.arange(8)}
-    predict = workdir.make_predict(workdir.jit_predict(page, model, mesh), mesh)
+    predict = build.assemble(page, 4, mesh).predict
     found = predict(sharding.put_state(mesh, variables), batch)
     assert set(found) == {"logits", "index"}

@@ -237,7 +237,7 @@ def test_another_teacher_rule_or_data_is_refused(whole, teacher, images, tmp_pat
     content = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
     def refused(key, folder=teacher, data=images, **options):
-        with pytest.raises(InputError, match=rf"\({key} differs\): choose another --out") as error:
+        with pytest.raises(InputError, match=rf"with {key} .*: choose another --out") as error:
             pseudo_label.pseudo_label(folder, data, out, **options)
         assert "\n" not in str(error.value)
 
@@ -276,7 +276,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(teacher, images
     refused("threshold 1.0 should be 0 or above and below 1", threshold=1.0)
     refused("threshold nan", threshold=float("nan"))
     refused("split 'train' is not in .*: it has unlabelled", split="train")
-    refused("is no workdir of `maknet train`", folder=tmp_path)
+    refused("has no config.json", folder=tmp_path)
     refused("no finished data set", data=tmp_path)
     refused("has other labels than .*: no truth to judge by", truth=True)
     info = files.read_json(images / "dataset.json")
@@ -288,8 +288,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(teacher, images
     refused("split 'empty' of .* is empty", data=tmp_path / "large", split="empty")
     assert not out.exists()
     (tmp_path / "file").write_text("mine")
-    refused("is no folder of `maknet pseudo-label`", out=tmp_path / "file")
-    refused("is no folder of `maknet pseudo-label`", out=images)
+    refused("choose a new --out", out=tmp_path / "file")
+    refused("choose a new --out", out=images)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, None])

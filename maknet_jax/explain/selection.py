@@ -17,6 +17,7 @@ from maknet_jax.ct import preprocess, search, volumes
 from maknet_jax.data import records
 from maknet_jax.errors import InputError, Rejected
 from maknet_jax.runs import workdir
+from maknet_jax.runs.claim import claim
 from maknet_jax.training import sharding, transfer
 
 
@@ -106,9 +107,9 @@ def open_networks(folder, compare=None, *, checkpoint="best", devices=None):
     networks = []
     for path in [folder, *([compare] if compare else [])]:
         run = workdir.open_run(path, checkpoint_name=checkpoint, devices=devices)
-        if getattr(run.model, "takes_box", False):
+        if run.model.takes_box:
             raise InputError(
-                f"{path} is a {run.config.model.name}, which looks at a lesion's box beside the "
+                f"{path} is a {run.model_name}, which looks at a lesion's box beside the "
                 "image: only networks that see the image alone can be explained"
             )
         model = run.model.clone(dtype=np.float32)
@@ -119,14 +120,14 @@ def open_networks(folder, compare=None, *, checkpoint="best", devices=None):
                 return model.apply(variables, images, train=False).logits.astype(np.float32)
 
         # A folder that is called round-1 says little without the one above it.
-        name = f"{run.config.model.name} ({'/'.join(pathlib.Path(path).resolve().parts[-2:])})"
+        name = f"{run.model_name} ({'/'.join(pathlib.Path(path).resolve().parts[-2:])})"
         name += " again" if name in [network.name for network in networks] else ""
-        to_input = jax.jit(workdir.to_input(run.config))
+        to_input = jax.jit(run.to_input)
         networks.append(Network(name, run, Partial(logits, run.variables), to_input))
     first, last = networks[0].run, networks[-1].run
-    if (first.vocabulary.names, first.config.data.size) != (
+    if (first.vocabulary.names, first.size) != (
         last.vocabulary.names,
-        last.config.data.size,
+        last.size,
     ):
         raise InputError(
             f"--compare {compare} has other labels or images than {folder}: compare networks that "
@@ -216,10 +217,9 @@ def label_columns(run, labels):
 def _records(run, folder, data, split, wanted, columns):
     about = files.read_json(pathlib.Path(folder) / "dataset.json")
     dataset = records.open_dataset(data or about["path"])
-    if dataset.size != run.config.data.size:
+    if dataset.size != run.size:
         raise InputError(
-            f"{dataset.path} was prepared with --size {dataset.size}, the network with "
-            f"{run.config.data.size}"
+            f"{dataset.path} was prepared with --size {dataset.size}, the network with {run.size}"
         )
     dataset.split(split)
     source, known = dataset.source(split), dataset.vocabulary.names == run.vocabulary.names
@@ -248,7 +248,7 @@ def _records(run, folder, data, split, wanted, columns):
 
 def _slices(run, path, wanted, png_window):
     series, failures = search.find_series(path)
-    size, none = run.config.data.size, np.zeros(0, np.uint8)
+    size, none = run.size, np.zeros(0, np.uint8)
 
     @functools.lru_cache(maxsize=1)
     def load(ref):
@@ -279,7 +279,7 @@ def explain(title, out, picked, settings, explain_batch, *, batch_size):
     one. Several processes share the images between them.
 
     Args:
-      title: of the progress bar.
+      title: the verb, for the progress bar and messages.
       out: the folder.
       picked: a `Picked`.
       settings: JSON of all that the results depend on; OUT/settings.json holds them to it.
@@ -293,21 +293,8 @@ def explain(title, out, picked, settings, explain_batch, *, batch_size):
       InputError: `out` holds something else.
     """
     out = pathlib.Path(out)
-    settings = json.loads(json.dumps(settings | {"selection": picked.about}))
-    claim = out / "settings.json"
-    if claim.is_file():
-        before = files.read_json(claim)
-        for key in sorted(settings.keys() | before.keys()):
-            if before.get(key) != settings.get(key):
-                raise InputError(
-                    f"{out} holds results with {key} {before.get(key)}, not {settings.get(key)}: "
-                    "choose another --out or the same settings"
-                )
-    elif files.holds_other(out):
-        raise InputError(f"--out {out} holds something else: choose a new folder")
-    sharding.wait_for_all("looked")
-    if jax.process_index() == 0:
-        files.write_json(claim, settings)
+    settings = settings | {"selection": picked.about}
+    claim(out, {"settings.json": settings}, command=f"maknet {title}", option="--out")
     names = {n: out / "cases" / f"{n:05d}.npz" for n in range(len(picked.reads))}
     mine = range(jax.process_index(), len(names), jax.process_count())
     todo = [number for number in mine if not names[number].exists()]
@@ -332,7 +319,8 @@ def explain(title, out, picked, settings, explain_batch, *, batch_size):
     failures = sorted({*picked.failures, *failures})
     if not done:
         if jax.process_index() == 0:
-            claim.unlink(missing_ok=True)  # nothing came of these settings: others may
+            # Nothing came of these settings: others may follow.
+            (out / "settings.json").unlink(missing_ok=True)
         raise InputError(f"no image could be read: {failures[0][0]}: {failures[0][1]}")
     return done, failures
 
