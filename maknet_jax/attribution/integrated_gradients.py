@@ -158,63 +158,6 @@ def _refined(logit_fn, images, targets, baseline, steps, method, refine, output,
     return found
 
 
-def gradient_x_input(
-    logit_fn, images, targets, baseline, *, output="probability", tolerance=TOLERANCE
-):
-    """(image - baseline) * gradient at the image: a control without a path. Arguments as above."""
-    one, logit_fn = np.ones(1), as_partial(logit_fn)
-    images, targets, baseline = _checked(logit_fn, images, targets, baseline, output)
-    return _along(logit_fn, images, targets, baseline, one, one, output, 1, tolerance)
-
-
-def occlusion(
-    logit_fn,
-    images,
-    targets,
-    baseline,
-    *,
-    window=16,
-    stride=8,
-    output="probability",
-    tolerance=TOLERANCE,
-):
-    """How much the output falls when a square becomes baseline (Zeiler and Fergus 2014): a control.
-
-    A fall is spread evenly over its square, and a pixel gets the mean over the squares that hold
-    it, the same in all channels. Such maps need not be complete.
-
-    Args:
-      window: the edge of the square in pixels.
-      stride: between squares; what it leaves at the lower and right edge gets squares of its own.
-    """
-    logit_fn = as_partial(logit_fn)
-    images, targets, baseline = _checked(logit_fn, images, targets, baseline, output)
-    height, width, channels = images.shape[1:]
-    if not 0 < stride <= window <= min(height, width):
-        raise InputError(
-            f"occlusion with window {window} and stride {stride}: 0 < stride <= window <= "
-            f"{min(height, width)} is needed"
-        )
-    start, end = (_outputs(logit_fn, x, targets, output) for x in (baseline, images))
-    falls, held = 0.0, np.zeros((height, width), np.float32)
-    starts = [[*range(0, edge - window, stride), edge - window] for edge in (height, width)]
-    for top in starts[0]:
-        for left in starts[1]:
-            mask = np.zeros((height, width), np.float32)
-            mask[top : top + window, left : left + window] = 1
-            held += mask
-            hidden = masked_outputs(logit_fn, images, baseline, mask, targets, output)
-            falls += (end - hidden)[:, :, None, None] * mask
-    maps = falls / (held * window * window * channels)
-    maps = jnp.broadcast_to(maps[..., None], (*maps.shape, channels))
-    return _attribution(maps, start, end, output, tolerance)
-
-
-def find_chunk(logit_fn, images, labels, *, output="probability", budget=None):
-    """How many places of the path fit at once, the first of what `fit` finds."""
-    return fit(logit_fn, images, labels, output=output, budget=budget)[0]
-
-
 def fit(logit_fn, images, labels, *, output="probability", budget=None):
     """(places of the path, images) that fit into the memory of the devices: 1 a device or more.
 
