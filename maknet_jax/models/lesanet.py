@@ -5,7 +5,7 @@ Yan et al. 2019, arXiv:1904.04661, section 3; the sizes are those of its publish
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -84,7 +84,7 @@ class LesaNet(nn.Module):
     frozen: bool = False
     dtype: Any = jnp.float32
 
-    takes_box = True  # no annotation: no attribute
+    takes_box: ClassVar[bool] = True
 
     @nn.compact
     def __call__(self, images, train, box=None):

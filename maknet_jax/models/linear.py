@@ -1,6 +1,6 @@
 """A linear model on pixels: what a network must beat before it is worth its FLOPs."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -15,6 +15,8 @@ class Linear(nn.Module):
     num_classes: int
     edge: int = 32
     dtype: Any = jnp.float32
+
+    takes_box: ClassVar[bool] = False
 
     @nn.compact
     def __call__(self, images, train):

@@ -1,7 +1,7 @@
 """MAKNet, the mixed asymmetric kernels network (paper, section 3 and figure 1)."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,8 @@ class MAKNet(nn.Module):
     mixpool_learned: bool = True
     frozen: bool = False
     dtype: Any = jnp.float32
+
+    takes_box: ClassVar[bool] = False
 
     @nn.compact
     def __call__(self, images, train, *, stages=False):

@@ -1,6 +1,6 @@
 """ResNet18 with score propagation, the second baseline of table 1 (He et al. 2015)."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,8 @@ class ResNet18(nn.Module):
     dropout_rate: float = 0.0
     frozen: bool = False
     dtype: Any = jnp.float32
+
+    takes_box: ClassVar[bool] = False
 
     @nn.compact
     def __call__(self, images, train, *, stages=False):

@@ -1,6 +1,6 @@
 """VGG16 with BatchNorm, the first baseline of table 1 (Simonyan and Zisserman 2015)."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ class VGG16(nn.Module):
     dropout_rate: float = 0.0
     frozen: bool = False
     dtype: Any = jnp.float32
+
+    takes_box: ClassVar[bool] = False
 
     @nn.compact
     def __call__(self, images, train, *, stages=False):
