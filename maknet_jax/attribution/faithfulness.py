@@ -97,7 +97,7 @@ def mass_inside(attribution: np.ndarray, region: np.ndarray) -> float:
 
 
 def bootstrap(
-    values: ArrayLike,
+    values: Sequence[float] | np.ndarray,
     groups: Sequence[str] | None = None,
     *,
     seed: int = 0,
