@@ -1,12 +1,13 @@
 """`maknet predict`: any folder of CT -> body parts per slice and per series."""
 
-import concurrent.futures
+import functools
 import pathlib
 
 import numpy as np
 
 from maknet_jax import console, files
 from maknet_jax.ct import preprocess, search, volumes
+from maknet_jax.ct.read_ahead import read_ahead
 from maknet_jax.errors import InputError, Rejected
 from maknet_jax.evaluation import protocol
 from maknet_jax.figures.charts import write_label_chart
@@ -61,24 +62,13 @@ def predict(
         raise InputError(f"no series in {path} can be read (DICOM, NIfTI or PNG){reason}")
     run = workdir.open_run(folder, checkpoint_name=checkpoint)
     slices, covers, full, pictures, done = [], [], [], [], 0
-    # The next series is read while this one is labelled.
-    with (
-        concurrent.futures.ThreadPoolExecutor(1) as reader,
-        console.progress("predict", sum(ref.count for ref in found)) as advance,
-    ):
-        loading = None
-        for number, ref in enumerate(found):
-            loading = loading or reader.submit(volumes.load_series, ref, png_window=png_window)
+    load = functools.partial(volumes.load_series, png_window=png_window)
+    with console.progress("predict", sum(ref.count for ref in found)) as advance:
+        for ref, content in read_ahead(load, found):
             try:
-                volume = loading.result()
+                volume = content.result()
             except Rejected as error:
                 failures.append((ref.paths[0], str(error)))
-                volume = None
-            following = found[number + 1 : number + 2]
-            loading = None
-            if following:
-                loading = reader.submit(volumes.load_series, following[0], png_window=png_window)
-            if volume is None:
                 continue
             scores = score_volume(run, volume, batch_size, png_window, advance)
             chosen = choose(run, scores)

@@ -12,7 +12,8 @@ from maknet_jax import attribute, files
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation.evaluator import Evaluator
-from maknet_jax.explain import selection as cases
+from maknet_jax.explain import results, selection
+from maknet_jax.explain.options import PathOptions, SelectionOptions
 from maknet_jax.figures import charts, overlay, page
 from maknet_jax.runs import workdir
 from maknet_jax.training import sharding, transfer
@@ -154,11 +155,14 @@ def _cases(run, folder, out, dataset, split, count, steps):
         ids = [source[int(k)].id for k in chosen]
         # Other weights, data or cases are another folder: what a folder holds stays true.
         about = transfer.digest(**run.variables), dataset.fingerprint, ids, steps
-        done = out / f"{title.split()[0].lower()}-{split}-{cases.digest(about)}"
-        attribute.attribute(folder, done, split=split, ids=ids, data=dataset.path, steps=steps)
+        done = out / f"{title.split()[0].lower()}-{split}-{selection.digest(about)}"
+        options = SelectionOptions(split=split, ids=ids, data=dataset.path)
+        attribute.attribute(folder, done, options, PathOptions(steps=steps))
         yield _heading(f"{title} of {split}")
         yield page.SLIDER if title.startswith("Best") or not best else ""
-        paths = {cases.load_about(path)["id"]: path for path in sorted(done.glob("cases/*.npz"))}
+        paths = {
+            results.load_metadata(path)["id"]: path for path in sorted(done.glob("cases/*.npz"))
+        }
         display = files.read_json(done / "settings.json")["display"]
         yield from attribute.cards([paths[name] for name in ids], display)
 

@@ -19,12 +19,15 @@ from maknet_jax.attribution import faithfulness, perturbation
 from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.ct import search
 from maknet_jax.errors import InputError
-from maknet_jax.explain import selection as cases
+from maknet_jax.explain import results
+from maknet_jax.explain.network import open_networks
+from maknet_jax.explain.options import PathOptions, SelectionOptions
 from maknet_jax.figures import page
 from maknet_jax.runs import config, workdir
 from maknet_jax.training import augment
 
-FEW = {"split": "test", "limit": 9, "steps": 6, "refine": 0}
+NINE = SelectionOptions(split="test", limit=9)
+FEW_STEPS = PathOptions(steps=6, refine=0)
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +43,8 @@ def linear(shards, tmp_path_factory):
 def done(trained, linear, tmp_path_factory):
     """(folder, summary) of nine images by two networks."""
     out = tmp_path_factory.mktemp("maps") / "out"
-    summary = attribute.attribute(trained, out, compare=linear, faithful=True, **FEW)
-    return out, summary
+    both = dataclasses.replace(NINE, compare=linear)
+    return out, attribute.attribute(trained, out, both, FEW_STEPS, faithful=True)
 
 
 def rows_of(out):
@@ -86,7 +89,7 @@ def test_every_image_has_its_maps_and_the_index_says_where(done, trained, shards
     for number, entry in enumerate(index):
         example = source[number]
         assert (entry["number"], entry["id"]) == (number, example.id)
-        about, arrays = cases.load(out / entry["file"])
+        about, arrays = results.load(out / entry["file"])
         np.testing.assert_array_equal(arrays["image"], example.image[..., 1])
         for model in (0, 1):
             assert arrays[f"maps_{model}"].shape == (5, 32, 32, 3)
@@ -111,7 +114,7 @@ def test_maps_are_complete_and_confidences_are_the_runs(done, trained, shards):
     logits = run.predict(run.variables, {"image": hu})["logits"]
     scores = 1 / (1 + np.exp(-logits))
     for number, expected in enumerate(scores):
-        about, arrays = cases.load(out / f"cases/{number:05d}.npz")
+        about, arrays = results.load(out / f"cases/{number:05d}.npz")
         model = about["models"][0]
         maps = arrays["maps_0"].astype(np.float32) * arrays["scale_0"][:, None, None, None]
         for label in model["labels"]:
@@ -172,7 +175,7 @@ def test_both_networks_are_asked_for_one_label_and_compared_on_the_same_images(
     seconds = [case["models"][1] for case in index]
     number = next(k for k in range(9) if seconds[k]["labels"][0]["label"] != seconds[k]["areas_of"])
     model = seconds[number]
-    column, net = shards.vocabulary.index[model["areas_of"]], cases.open_networks(linear)[0]
+    column, net = shards.vocabulary.index[model["areas_of"]], open_networks(linear)[0]
     hu = np.repeat(shards.source("test")[number].image[None], 8, axis=0)
     images, black = net.put(hu), net.put(np.full_like(hu, -1024))
     found = ig.integrated_gradients(net.logit_fn, images, [[column]] * 8, black, steps=6)
@@ -238,7 +241,11 @@ def test_names_and_titles_are_escaped():
 def test_a_killed_run_neither_repeats_nor_loses_an_image(
     done, trained, linear, tmp_path, monkeypatch
 ):
-    out, wrote, save = tmp_path / "out", [], cases.save
+    out, wrote, save = tmp_path / "out", [], results.save
+    both = dataclasses.replace(NINE, compare=linear)
+
+    def again(path=FEW_STEPS):
+        return attribute.attribute(trained, out, both, path, faithful=True)
 
     def killed(path, *rest):
         if len(wrote) == 3:
@@ -246,31 +253,31 @@ def test_a_killed_run_neither_repeats_nor_loses_an_image(
         save(path, *rest)
         wrote.append(path.name)
 
-    monkeypatch.setattr(cases, "save", killed)
+    monkeypatch.setattr(results, "save", killed)
     with pytest.raises(KeyboardInterrupt):
-        attribute.attribute(trained, out, compare=linear, faithful=True, **FEW)
+        again()
     assert not (out / "index.json").exists() and len(list(out.glob("cases/*"))) == 3
     monkeypatch.setattr(
-        cases, "save", lambda path, *rest: [save(path, *rest), wrote.append(path.name)]
+        results, "save", lambda path, *rest: [save(path, *rest), wrote.append(path.name)]
     )
-    attribute.attribute(trained, out, compare=linear, faithful=True, **FEW)
+    again()
     assert sorted(wrote) == [f"{number:05d}.npz" for number in range(9)]
     for number in range(9):  # the same as in one go, in whatever batch it was
         (about, arrays), (other, expected) = (
-            cases.load(folder / f"cases/{number:05d}.npz") for folder in (out, done[0])
+            results.load(folder / f"cases/{number:05d}.npz") for folder in (out, done[0])
         )
         assert about["id"] == other["id"]
         for name, array in arrays.items():
             np.testing.assert_allclose(
                 array.astype(np.float32), expected[name].astype(np.float32), atol=2e-3, rtol=1e-3
             )
-    assert attribute.attribute(trained, out, compare=linear, faithful=True, **FEW)["images"] == 9
+    assert again()["images"] == 9
     assert len(wrote) == 9  # nothing is left to do
     with pytest.raises(InputError, match="steps 6, not 7"):
-        attribute.attribute(trained, out, compare=linear, faithful=True, **FEW | {"steps": 7})
+        again(dataclasses.replace(FEW_STEPS, steps=7))
     change_weights(monkeypatch)  # of as many updates: trained again, or averaged
     with pytest.raises(InputError, match="with networks"):
-        attribute.attribute(trained, out, compare=linear, faithful=True, **FEW)
+        again()
 
 
 def change_weights(monkeypatch):
@@ -289,28 +296,28 @@ def test_labels_choose_images_and_targets(trained, shards, tmp_path):
     counts = np.sum([source[k].labels for k in range(len(source))], axis=0)
     name = names[int(np.argmax(np.where(counts < len(source), counts, 0)))]
     out = tmp_path / "out"
-    attribute.attribute(trained, out, split="test", labels=[name], limit=4, steps=2)
+    two_steps = PathOptions(steps=2)
+    which = SelectionOptions(split="test", labels=[name], limit=4)
+    attribute.attribute(trained, out, which, two_steps)
     has = [source[k] for k in range(len(source)) if source[k].labels[names.index(name)]]
     rows = rows_of(out)
     assert [row["id"] for row in rows] == [example.id for example in has[:4]]
     assert {row["label"] for row in rows} == {name}
-    about, arrays = cases.load(out / "cases/00000.npz")
+    about, arrays = results.load(out / "cases/00000.npz")
     assert arrays["maps_0"].shape[0] == 1
     assert len(about["models"][0]["labels"]) in (5, 6)  # the first five are listed all the same
     check_page((out / "index.html").read_text())
-    by_id = attribute.attribute(
-        trained, tmp_path / "ids", split="test", ids=[has[1].id, has[0].id], steps=2
-    )
+    which = SelectionOptions(split="test", ids=[has[1].id, has[0].id])
+    by_id = attribute.attribute(trained, tmp_path / "ids", which, two_steps)
     assert by_id["images"] == 2
     without = next(
         source[k].id
         for k in range(len(source))
         if source[k].id not in {example.id for example in has}
     )
+    which = SelectionOptions(split="test", ids=[has[0].id, without], labels=[name])
     with pytest.raises(InputError, match=f"{without!r} is annotated with none of --labels {name}"):
-        attribute.attribute(
-            trained, tmp_path / "no", split="test", ids=[has[0].id, without], labels=[name]
-        )
+        attribute.attribute(trained, tmp_path / "no", which)
 
 
 def test_ct_files_are_explained_too(trained, phantom, tmp_path):
@@ -318,15 +325,15 @@ def test_ct_files_are_explained_too(trained, phantom, tmp_path):
     shutil.copytree(sorted(phantom["dicom"].iterdir())[0], scans)
     series = search.find_series(scans)[0][0]
     ids = [f"{series.key}:3", f"{series.key}:0"]
-    given = {"path": scans, "ids": ids, "steps": 2}
-    summary = attribute.attribute(trained, out, **given)
+    options = SelectionOptions(path=scans, ids=ids), PathOptions(steps=2)
+    summary = attribute.attribute(trained, out, *options)
     assert (summary["images"], summary["groups"]) == (2, 1)
     rows = rows_of(out)
     assert {row["id"] for row in rows} == set(ids) and {row["truth"] for row in rows} == {"unknown"}
     # Another slice, and slice 3 may be another picture: what is done is no longer true.
     pathlib.Path(series.paths[-1]).unlink()
     with pytest.raises(InputError, match="with selection"):
-        attribute.attribute(trained, out, **given)
+        attribute.attribute(trained, out, *options)
 
 
 def test_networks_that_look_at_a_box_are_refused(trained, tmp_path, monkeypatch):
@@ -339,7 +346,7 @@ def test_networks_that_look_at_a_box_are_refused(trained, tmp_path, monkeypatch)
 
     monkeypatch.setattr(workdir, "open_run", with_box)
     with pytest.raises(InputError, match="box beside the image"):
-        attribute.attribute(trained, tmp_path / "out", **FEW)
+        attribute.attribute(trained, tmp_path / "out", NINE)
     assert not (tmp_path / "out").exists()
 
 
@@ -347,7 +354,7 @@ def test_a_refused_command_can_be_mended(trained, tmp_path):
     out = tmp_path / "out"
     for wrong in ({"baseline": "white"}, {"refine": 2, "method": "gauss"}, {"output": "loss"}):
         with pytest.raises(InputError):
-            attribute.attribute(trained, out, **FEW | wrong)
+            attribute.attribute(trained, out, NINE, PathOptions(**wrong))
         assert not out.exists(), wrong
 
 
@@ -363,7 +370,7 @@ def test_what_cannot_be_read_is_listed_and_the_rest_is_done(trained, phantom, tm
 
 
 def test_black_is_defined_in_hu_before_the_window(trained, shards):
-    network = cases.open_networks(trained)[0]
+    network = open_networks(trained)[0]
     low, high = network.run.config.data.window
     hu = np.full((8, 32, 32, 3), -1024, np.int16)
     np.testing.assert_allclose(network.put(hu), (-1024 - low) / (high - low), atol=1e-6)

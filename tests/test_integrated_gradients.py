@@ -1,4 +1,4 @@
-"""Integrated Gradients and its two controls."""
+"""Integrated Gradients."""
 
 import functools
 
@@ -82,40 +82,6 @@ def test_a_linear_model_gives_weight_times_change_exactly(case, method):
     np.testing.assert_allclose(found.maps, expected, rtol=1e-5, atol=1e-6)
     assert not found.flagged.any()
     assert np.abs(found.residual).max() < 1e-4
-
-
-def test_gradient_x_input_is_the_same_for_a_linear_model(case):
-    arguments = case["linear"], case["images"], case["targets"], case["baseline"]
-    a = ig.gradient_x_input(*arguments, output="logit")
-    b = ig.integrated_gradients(*arguments, output="logit")
-    np.testing.assert_allclose(a.maps, b.maps, rtol=1e-4, atol=1e-6)
-
-
-def test_occlusion_of_a_linear_model_is_the_mean_over_each_square(case):
-    found = ig.occlusion(
-        case["linear"],
-        case["images"],
-        case["targets"],
-        case["baseline"],
-        window=2,
-        stride=2,
-        output="logit",
-    )
-    change = (case["images"] - case["baseline"])[:, None]
-    exact = (change * np.moveaxis(case["weights"], -1, 0)[case["targets"]]).sum(-1)
-    squares = exact.reshape(8, 3, 3, 2, 4, 2).mean(axis=(3, 5)).repeat(2, 2).repeat(2, 3)
-    np.testing.assert_allclose(found.maps.sum(-1), squares, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found.residual, 0, atol=1e-4)  # the squares tile the image
-    weights = case["linear"].args[0]
-    odd = ig.occlusion(  # a plain function will do
-        lambda images: linear(weights, images),
-        case["images"],
-        case["targets"],
-        case["baseline"],
-        window=3,
-        stride=2,
-    )
-    assert np.isfinite(odd.maps).all()
 
 
 @pytest.mark.parametrize("output", ig.OUTPUTS)
@@ -271,11 +237,11 @@ def test_weights_are_arguments_and_one_program_serves_all_batches(case):
 
 def test_the_chunk_keeps_to_the_budget(case):
     network = case["curved"]
-    small = ig.find_chunk(network, case["images"], 1, budget=1 << 16)
-    large = ig.find_chunk(network, case["images"], 1, budget=1 << 22)
+    small = ig.fit(network, case["images"], 1, budget=1 << 16)[0]
+    large = ig.fit(network, case["images"], 1, budget=1 << 22)[0]
     assert 1 <= small < large
-    assert ig.find_chunk(network, case["images"], 1, budget=1) == 1
-    assert ig.find_chunk(network, case["images"], 5, budget=1 << 22) < large
+    assert ig.fit(network, case["images"], 1, budget=1)[0] == 1
+    assert ig.fit(network, case["images"], 5, budget=1 << 22)[0] < large
     # What XLA says that it needs is of the size that the shapes foretold.
     images = jnp.asarray(case["images"])
     lowered = ig._path_gradients.lower(
@@ -325,9 +291,3 @@ def test_what_makes_no_sense_is_refused(case, change, says):
     call = functools.partial(ig.integrated_gradients, case["curved"], case["images"], **given)
     with pytest.raises(InputError, match=says):
         call()
-
-
-def test_occlusion_refuses_squares_that_do_not_fit(case):
-    for options in ({"window": 9}, {"window": 2, "stride": 3}, {"stride": 0}):
-        with pytest.raises(InputError, match="stride"):
-            ig.occlusion(case["curved"], case["images"], case["targets"], 0.0, **options)

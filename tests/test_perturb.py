@@ -17,7 +17,10 @@ from test_attribute import check_page, linear  # noqa: F401
 from maknet_jax import cli, perturb
 from maknet_jax.attribution import perturbation
 from maknet_jax.errors import InputError, Rejected
-from maknet_jax.explain import selection as cases
+from maknet_jax.explain import masks, results
+from maknet_jax.explain.network import open_networks
+from maknet_jax.explain.options import PathOptions, SelectionOptions
+from maknet_jax.explain.selection import SelectedImage, Selection
 
 
 def rows_of(out):
@@ -47,10 +50,8 @@ def done(trained, linear, phantom, tmp_path_factory, seen):  # noqa: F811
         summary = perturb.perturb(
             trained,
             out,
-            split="test",
-            limit=6,
-            steps=4,
-            compare=linear,
+            SelectionOptions(split="test", limit=6, compare=linear),
+            PathOptions(steps=4),
             masks=phantom["masks"] / "deeplesion",
             organs=["liver", "soft tissue"],
         )
@@ -59,21 +60,21 @@ def done(trained, linear, phantom, tmp_path_factory, seen):  # noqa: F811
 
 def test_only_the_right_pixels_change(done, seen, shards, phantom):
     paths = sorted(done[0].glob("cases/*"))
-    masks = {net: found for net, _, found in seen["_influential"]}
-    assert len(masks) == 2 and len(seen["_scored"]) == 2 * len(paths)
+    influential = {net: pixels for net, _, pixels in seen["_influential"]}
+    assert len(influential) == 2 and len(seen["_scored"]) == 2 * len(paths)
     source, scored = shards.source("test"), iter(seen["_scored"])
     for path in paths:
-        about, _ = cases.load(path)
+        about, _ = results.load(path)
         number = int(path.stem)
         case = source[number]
-        regions = perturb.find_regions(
+        regions = masks.find_regions(
             case, masks=phantom["masks"] / "deeplesion", organs=["liver", "soft tissue"], size=32
         )
         for model in about["models"]:
             net, hu, _ = next(scored)
             assert net == model["name"]
             np.testing.assert_array_equal(hu[0], case.image)
-            mask, changed = masks[net][number], (hu != hu[0]).any(axis=-1)
+            mask, changed = influential[net][number], (hu != hu[0]).any(axis=-1)
             assert 0 < mask.sum() <= round(0.1 * mask.size)
             for column, image, where in zip(model["columns"][1:], hu[1:], changed[1:], strict=True):
                 strategy, _, name = column["title"].partition(": ")
@@ -95,7 +96,7 @@ def test_only_the_right_pixels_change(done, seen, shards, phantom):
 def test_each_image_is_shown_whole_and_perturbed(done):
     out, summary = done
     for path in sorted(out.glob("cases/*")):
-        about, arrays = cases.load(path)
+        about, arrays = results.load(path)
         for place, model in enumerate(about["models"]):
             titles = [column["title"] for column in model["columns"]]
             assert titles[0] == "original"
@@ -110,7 +111,7 @@ def test_what_falls_out_of_the_first_is_marked_and_counted(done):
     out, summary = done
     rows = rows_of(out)
     for path in sorted(out.glob("cases/*")):
-        about, _ = cases.load(path)
+        about, _ = results.load(path)
         for model in about["models"]:
             first = {entry["label"] for entry in model["columns"][0]["labels"]}
             assert len(first) == 5
@@ -146,9 +147,10 @@ def test_the_page_shows_the_grid(done):
 
 def test_boxes_of_deeplesion_need_no_masks(trained, shards, tmp_path):
     out = tmp_path / "out"
-    perturb.perturb(trained, out, split="test", limit=3, strategies=("patch",))
+    which = SelectionOptions(split="test", limit=3)
+    perturb.perturb(trained, out, which, strategies=("patch",))
     for number in range(3):
-        about, arrays = cases.load(out / f"cases/{number:05d}.npz")
+        about, arrays = results.load(out / f"cases/{number:05d}.npz")
         original, patched = arrays["pictures_0"]
         assert (original != patched).any()
         assert (patched[original != patched] == 0).all()  # black
@@ -157,7 +159,7 @@ def test_boxes_of_deeplesion_need_no_masks(trained, shards, tmp_path):
 def test_masks_of_all_kinds_lie_on_their_slice(tmp_path):
     plane = np.zeros((40, 60), np.uint8)
     plane[10:20, 5:25] = 3
-    case = cases.Case("a:1", None, (), (), {"crop": (0, 0, 40, 60), "file": "a_007.png"})
+    case = SelectedImage("a:1", None, (), (), {"crop": (0, 0, 40, 60), "file": "a_007.png"})
     expected = np.zeros((20, 20), bool)
     expected[5:10, 2:8] = True
     Image.fromarray(plane).save(tmp_path / "a_007.png")
@@ -170,19 +172,19 @@ def test_masks_of_all_kinds_lie_on_their_slice(tmp_path):
     (tmp_path / "a.npz").rename(tmp_path / "npz" / "a.npz")
     (tmp_path / "npz" / "organs.json").write_text(json.dumps({"3": "liver"}))
 
-    def found(masks, organs=None, **meta):
+    def found(name, organs=None, **meta):
         case.meta.update(meta)
-        regions = perturb.find_regions(case, masks=tmp_path / masks, organs=organs, size=20)
+        regions = masks.find_regions(case, masks=tmp_path / name, organs=organs, size=20)
         return next(iter(regions.values()))
 
-    for masks, organs in (
+    for name, organs in (
         ("a_007.png", None),
         (".", ["3"]),
         ("npz", ["liver"]),
         ("npz", ["3"]),
     ):
-        region = found(masks, organs)
-        assert (region & expected).sum() / (region | expected).sum() > 0.75, masks
+        region = found(name, organs)
+        assert (region & expected).sum() / (region | expected).sum() > 0.75, name
     region = found("a.nii.gz", ["3"], slice=1, shape=(3, 40, 60), kind="dicom")
     assert (region & expected).sum() / (region | expected).sum() > 0.75
     with pytest.raises(Rejected, match="in sight"):
@@ -198,11 +200,11 @@ def test_masks_of_all_kinds_lie_on_their_slice(tmp_path):
 def case_of(**meta):
     meta = {"crop": (0, 0, 40, 60), "file": "a_007.png"} | meta
     meta = {name: value for name, value in meta.items() if value is not None}
-    return cases.Case("a:1", None, (), (), meta)
+    return SelectedImage("a:1", None, (), (), meta)
 
 
-def regions_of(case, masks=None, organs=None):
-    return perturb.find_regions(case, masks=masks, organs=organs, size=20)
+def regions_of(case, path=None, organs=None):
+    return masks.find_regions(case, masks=path, organs=organs, size=20)
 
 
 def test_stored_values_of_pictures_are_the_labels(tmp_path):
@@ -255,15 +257,16 @@ def test_boxes_of_deeplesion_count_from_1():
 
 
 def test_other_masks_are_other_settings(trained, phantom, tmp_path):
-    masks = tmp_path / "masks"
-    shutil.copytree(phantom["masks"] / "deeplesion", masks / "deeplesion")
-    shutil.copy(phantom["masks"] / "organs.json", masks)
-    given = {"split": "test", "limit": 1, "strategies": ("patch",), "organs": ["soft tissue"]}
+    folder = tmp_path / "masks"
+    shutil.copytree(phantom["masks"] / "deeplesion", folder / "deeplesion")
+    shutil.copy(phantom["masks"] / "organs.json", folder)
+    one = SelectionOptions(split="test", limit=1)
+    given = {"strategies": ("patch",), "organs": ["soft tissue"]}
     for _ in range(2):
-        perturb.perturb(trained, tmp_path / "out", masks=masks / "deeplesion", **given)
-    (masks / "deeplesion" / "other.npz").write_bytes(b"new")
+        perturb.perturb(trained, tmp_path / "out", one, masks=folder / "deeplesion", **given)
+    (folder / "deeplesion" / "other.npz").write_bytes(b"new")
     with pytest.raises(InputError, match="masks_digest"):
-        perturb.perturb(trained, tmp_path / "out", masks=masks / "deeplesion", **given)
+        perturb.perturb(trained, tmp_path / "out", one, masks=folder / "deeplesion", **given)
 
 
 @pytest.mark.parametrize(
@@ -303,16 +306,16 @@ def picked_of(count, bad=()):
     def read(number):
         if number in bad:
             raise Rejected("scan: a.dcm", "rows differ: 3 and 4")
-        return cases.Case(str(number), np.full((2, 2, 3), number, np.int16), none, none, {})
+        return SelectedImage(str(number), np.full((2, 2, 3), number, np.int16), none, none, {})
 
     reads = [lambda number=number: read(number) for number in range(count)]
-    return cases.Picked(reads, [], {"count": count})
+    return Selection(reads, [], {"count": count})
 
 
 def test_reasons_are_kept_whole(tmp_path):
     def explain(out, picked):
         about = lambda batch: [({"id": case.id}, {}) for case in batch.values()]  # noqa: E731
-        return cases.explain("title", out, picked, {}, about, batch_size=2)
+        return results.explain("title", out, picked, {}, about, batch_size=2)
 
     done, failures = explain(tmp_path / "some", picked_of(3, bad=[1]))
     assert list(done) == [0, 2]
@@ -322,7 +325,7 @@ def test_reasons_are_kept_whole(tmp_path):
     def broken():
         raise Rejected("rows differ: 3 and 4")
 
-    picked.reads[1] = broken
+    picked.readers[1] = broken
     assert explain(tmp_path / "other", picked)[1] == [("image 1", "rows differ: 3 and 4")]
     with pytest.raises(InputError, match="rows differ: 3 and 4"):
         explain(tmp_path / "none", picked_of(2, bad=[0, 1]))
@@ -332,12 +335,12 @@ def test_reasons_are_kept_whole(tmp_path):
 
 SCRIPT = """
 import test_perturb
-from maknet_jax.explain import selection as cases
+from maknet_jax.explain import results
 def explain_batch(batch):
     print("did", *batch)
     return [({"id": case.id, "by": number}, {}) for case in batch.values()]
 picked = test_perturb.picked_of(7, bad=[4])
-done, failures = cases.explain("t", arguments[0], picked, {}, explain_batch, batch_size=2)
+done, failures = results.explain("t", arguments[0], picked, {}, explain_batch, batch_size=2)
 print("done", *done)
 print("failed", *failures)
 """
@@ -350,12 +353,12 @@ def test_two_processes_share_the_images_and_lose_none(tmp_path):
     for each in lines:  # both know all
         assert each[-2:] == ["done 0 1 2 3 5 6", "failed ('scan: a.dcm', 'rows differ: 3 and 4')"]
     for number in (0, 1, 2, 3, 5, 6):
-        about, _ = cases.load(tmp_path / f"out/cases/{number:05d}.npz")
+        about, _ = results.load(tmp_path / f"out/cases/{number:05d}.npz")
         assert about == {"id": str(number), "by": str(number % 2)}
 
 
 def test_products_are_float32_on_the_way_back_too(trained):
-    network = cases.open_networks(trained)[0]
+    network = open_networks(trained)[0]
 
     def precisions(jaxpr):
         for equation in jaxpr.eqns:

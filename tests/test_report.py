@@ -11,7 +11,7 @@ from test_attribute import check_page
 
 from maknet_jax import cli, evaluate, report
 from maknet_jax.errors import InputError
-from maknet_jax.explain import selection as cases
+from maknet_jax.explain import results
 from maknet_jax.runs import workdir
 
 
@@ -50,7 +50,7 @@ def test_best_have_a_lower_loss_than_worst(trained, shards, tmp_path):
     losses = {}
     for kind in ("best", "worst"):
         paths = (tmp_path / "out").glob(f"{kind}-*/cases/*.npz")
-        losses[kind] = [loss(cases.load(path)[0]["id"]) for path in paths]
+        losses[kind] = [loss(results.load(path)[0]["id"]) for path in paths]
     every = sorted(loss(name) for name, example in examples.items() if example.labels.any())
     assert sorted(losses["best"]) == pytest.approx(every[:2], rel=1e-4)
     assert min(losses["worst"]) >= every[-2] - 1e-4

@@ -19,13 +19,16 @@ import numpy as np
 from scipy import ndimage
 
 from benchmarks import harness
-from maknet_jax import files, perturb, phantom, prepare, train
+from maknet_jax import files, phantom, prepare, train
 from maknet_jax.attribution import faithfulness as faith
 from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.attribution import perturbation
 from maknet_jax.cli import options
 from maknet_jax.errors import InputError, Rejected
-from maknet_jax.explain import selection as cases
+from maknet_jax.explain.masks import find_regions
+from maknet_jax.explain.network import open_networks
+from maknet_jax.explain.options import SelectionOptions
+from maknet_jax.explain.selection import select
 from maknet_jax.figures import overlay
 from maknet_jax.runs import config as configs
 
@@ -128,12 +131,13 @@ def trained(folder, chosen):
 def measure(workdir, masks, chosen):
     """A dict for every organ that the network gives to an image of the split."""
     # Image by image, each with as many labels as it has organs: one device, however many there are.
-    net = cases.open_networks(workdir, devices=jax.local_devices()[:1])[0]
+    net = open_networks(workdir, devices=jax.local_devices()[:1])[0]
     organs = set(files.read_json(masks / "organs.json").values())
     labels = {k: n for k, n in enumerate(net.run.vocabulary.names) if n in organs}
-    picked = cases.pick(net.run, workdir, split=chosen.split, limit=chosen.images)
+    which = SelectionOptions(split=chosen.split, limit=chosen.images)
+    selection = select(net.run, workdir, which)
     rows, options_ = [], {"steps": chosen.steps, "refine": 2}
-    for number, read in enumerate(picked.reads):
+    for number, read in enumerate(selection.readers):
         case = read()
         image = net.put(case.image[None])
         base = perturbation.make_baseline(case.image, chosen.baseline)
@@ -143,7 +147,7 @@ def measure(workdir, masks, chosen):
         for column, name in labels.items():
             if scores[column] >= chosen.least:
                 try:
-                    regions[column] = perturb.find_regions(
+                    regions[column] = find_regions(
                         case,
                         masks=masks / "deeplesion",
                         organs=[name],
