@@ -1,14 +1,17 @@
 """`maknet evaluate`: a trained network on test sets, by LesaNet's protocol (tables 1 to 3)."""
 
 import pathlib
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
 from maknet_jax import console, files
 from maknet_jax.data import records
+from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError
-from maknet_jax.evaluation.evaluator import Evaluator
+from maknet_jax.evaluation import protocol
+from maknet_jax.evaluation.evaluator import Evaluator, Scores
 from maknet_jax.runs import workdir
 
 DEFAULT_SPLITS = ("test", "hand")
@@ -17,7 +20,14 @@ FREQUENCIES = {"rare": (0, 100), "medium": (101, 1000), "frequent": (1001, float
 METRICS = ("auc", "f1", "precision", "recall")
 
 
-def evaluate(folder, *, splits=None, data=None, checkpoint="best", batch_size=None):
+def evaluate(
+    folder: pathlib.Path | str,
+    *,
+    splits: Sequence[str] | None = None,
+    data: pathlib.Path | str | None = None,
+    checkpoint: str = "best",
+    batch_size: int | None = None,
+) -> dict:
     """Scores splits and writes `WORKDIR/evaluation/SPLIT.json` and `SPLIT_labels.csv`.
 
     Thresholds come from the validation split's scores; for another data set than the one trained
@@ -49,40 +59,20 @@ def evaluate(folder, *, splits=None, data=None, checkpoint="best", batch_size=No
             f"{dataset.path} has other labels than {folder}: evaluate on data with its "
             f"{len(run.vocabulary)} labels"
         )
-    if dataset.size != run.config.data.size:
-        raise InputError(
-            f"{dataset.path} was prepared with --size {dataset.size}, the network with "
-            f"{run.config.data.size}"
-        )
-    available = [name for name, split in dataset.info["splits"].items() if split["count"]]
-    wanted = splits or [name for name in DEFAULT_SPLITS if name in available]
-    if not wanted:
-        raise InputError(f"{dataset.path} has neither test nor hand: name one with --split")
+    records.check_size(dataset, run.config.data.size)
+    wanted = splits_to_score(dataset, splits)
     val = None if other else run.config.data.val_split
-    for name in wanted:
-        if not dataset.split(name)["count"]:
-            raise InputError(f"split {name!r} of {dataset.path} is empty")
-    scores = {}
-    names = list(dict.fromkeys([*([val] if val in available else []), *wanted]))
-    total = sum(dataset.split(name)["count"] for name in names)
-    with console.progress("evaluate", total) as advance:
-        for name in names:
-            evaluator = Evaluator(
-                dataset.source(name),
-                run.predict,
-                batch_size=workdir.global_batch(batch_size or run.config.data.batch_size),
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-            )
-            scores[name] = evaluator.scores(run.variables, advance)
-    thresholds = scores[val].thresholds() if val in scores else run.thresholds
+    chosen_on = val if val and dataset.info["splits"].get(val, {}).get("count") else None
+    names = list(dict.fromkeys([*([chosen_on] if chosen_on else []), *wanted]))
+    scores = _score(run, dataset, names, batch_size or run.config.data.batch_size)
+    thresholds = scores[chosen_on].thresholds() if chosen_on else run.thresholds
     out = folder / "evaluation" / (f"on-{dataset.path.resolve().name}" if other else "")
     summary = {
         "workdir": str(folder),
         "data": str(dataset.path),
         "checkpoint": run.name,
         "step": run.step,
-        "thresholds": f"chosen on {val}" if val in scores else "of the training run",
+        "thresholds": f"chosen on {chosen_on}" if chosen_on else "of the training run",
         "out": str(out),
     }
     reports = {name: scores[name].report(thresholds, run.vocabulary.parents) for name in wanted}
@@ -98,7 +88,45 @@ def evaluate(folder, *, splits=None, data=None, checkpoint="best", batch_size=No
     return summary
 
 
-def by_group(report, vocabulary, counts=None):
+def splits_to_score(dataset: records.Dataset, splits: Sequence[str] | None = None) -> list[str]:
+    """The splits that are evaluated: `splits`, or those of `test` and `hand` that have examples.
+
+    Raises:
+      InputError: a split is missing or empty, or there is neither test nor hand.
+    """
+    available = [name for name, split in dataset.info["splits"].items() if split["count"]]
+    names = list(splits or [name for name in DEFAULT_SPLITS if name in available])
+    if not names:
+        raise InputError(f"{dataset.path} has neither test nor hand: name the splits to evaluate")
+    for name in names:
+        dataset.split(name)
+        if name not in available:
+            raise InputError(f"split {name!r} of {dataset.path} is empty: choose another split")
+    return names
+
+
+def _score(
+    run: workdir.Run, dataset: records.Dataset, names: Sequence[str], batch_size: int
+) -> dict[str, Scores]:
+    """The scores of each split, on all processes."""
+    scores = {}
+    total = sum(dataset.split(name)["count"] for name in names)
+    with console.progress("evaluate", total) as advance:
+        for name in names:
+            evaluator = Evaluator(
+                dataset.source(name),
+                run.predict,
+                batch_size=workdir.global_batch(batch_size),
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+            scores[name] = evaluator.scores(run.variables, advance)
+    return scores
+
+
+def by_group(
+    report: protocol.Report, vocabulary: Vocabulary, counts: Sequence[int] | None = None
+) -> dict[str, dict]:
     """Means over the evaluated labels of each class, and of each frequency.
 
     Args:
@@ -109,21 +137,28 @@ def by_group(report, vocabulary, counts=None):
     Returns:
       {"groups": {name: {labels, auc, f1, precision, recall}}}; without classes an empty dict.
     """
-    classes = [label.label_class for label in vocabulary.labels]
+    classes = np.array([label.label_class for label in vocabulary.labels])
     if len(set(classes)) < 2:
         return {}
-    groups = {name: np.array([own == name for own in classes]) for name in dict.fromkeys(classes)}
-    for name, (least, most) in FREQUENCIES.items() if counts is not None else ():
-        groups[name] = (np.asarray(counts) >= least) & (np.asarray(counts) <= most)
-    made = {}
-    for name, inside in groups.items():
+    members = {str(name): classes == name for name in dict.fromkeys(classes)}
+    if counts is not None:
+        for name, (least, most) in FREQUENCIES.items():
+            members[name] = (np.asarray(counts) >= least) & (np.asarray(counts) <= most)
+    groups = {}
+    for name, inside in members.items():
         rows = [row for row in report.per_label if inside[row["label"]] and row["evaluated"]]
         means = {m: float(np.mean([row[m] for row in rows])) if rows else None for m in METRICS}
-        made[name] = {"labels": len(rows)} | means
-    return {"groups": made}
+        groups[name] = {"labels": len(rows)} | means
+    return {"groups": groups}
 
 
-def _write(out, summary, reports, thresholds, names):
+def _write(
+    out: pathlib.Path,
+    summary: dict,
+    reports: Mapping[str, protocol.Report],
+    thresholds: np.ndarray,
+    names: Sequence[str],
+) -> None:
     for split, report in reports.items():
         header = ["name", *report.per_label[0]]
         rows = [[names[row["label"]], *row.values()] for row in report.per_label]
@@ -136,7 +171,7 @@ def _write(out, summary, reports, thresholds, names):
     files.write_json(out / f"summary_{'_'.join(reports)}.json", summary)
 
 
-def table(summaries, titles):
+def table(summaries: Sequence[dict], titles: Sequence[str]) -> str:
     """A text table like the paper's: a row a network and split.
 
     Args:

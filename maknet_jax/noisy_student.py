@@ -10,8 +10,10 @@ numbers.
 """
 
 import pathlib
+from collections.abc import Sequence
 
 import jax
+import ml_collections
 
 from maknet_jax import console, evaluate, files, pseudo_label, train
 from maknet_jax.data import records
@@ -35,7 +37,7 @@ PAPER = {
 SETS = {"test": 0, "hand": 1}  # which half of a row of the paper a split stands beside
 
 
-def noisy_student(config, folder):
+def noisy_student(config: ml_collections.ConfigDict, folder: pathlib.Path | str) -> dict:
     """Runs all rounds, or those that are left, and writes table 2.
 
     Args:
@@ -50,13 +52,13 @@ def noisy_student(config, folder):
       Stopped: SIGTERM or SIGINT; the same call goes on.
     """
     folder = pathlib.Path(folder)
-    pages = [_page(config, folder, number) for number in range(config.rounds + 1)]
-    _check(config, pages)
+    round_configs = [_round_config(config, folder, n) for n in range(config.rounds + 1)]
+    _check(config, round_configs)
     main = jax.process_index() == 0
     _claim(folder, config, write=main)
-    rounds = []
+    rounds: list[dict] = []
     with console.Log(folder / "log.jsonl" if main else None) as log:
-        for number, page in enumerate(pages):
+        for number, round_config in enumerate(round_configs):
             if number:
                 log.say(f"round {number} of {config.rounds}: pseudo-labels by round {number - 1}")
                 pseudo_label.pseudo_label(
@@ -70,13 +72,13 @@ def noisy_student(config, folder):
                     checkpoint=config.checkpoint,
                 )
             log.say(f"round {number} of {config.rounds}: {'student' if number else 'teacher'}")
-            train.train(page, folder / f"round-{number}")
+            train.train(round_config, folder / f"round-{number}")
             rounds.append(evaluate.evaluate(folder / f"round-{number}", splits=config.evaluate))
             if main:
-                _write_table(folder, rounds)  # what is reached can be read while it goes on
+                _write_table(folder, rounds)  # so that finished rounds can be read already
     summary = {
         "workdir": str(folder),
-        "rounds": [{"step": done["step"], "splits": done["splits"]} for done in rounds],
+        "rounds": [{"step": each["step"], "splits": each["splits"]} for each in rounds],
         "files": [str(folder / f"table2.{suffix}") for suffix in ("csv", "md", "png")],
     }
     if main:
@@ -84,33 +86,31 @@ def noisy_student(config, folder):
     return summary
 
 
-def _check(config, pages):
-    """Refuses before the first round what a later part would refuse after it."""
+def _check(
+    config: ml_collections.ConfigDict, round_configs: Sequence[ml_collections.ConfigDict]
+) -> None:
+    """Raises before the first round what a later one would raise.
+
+    Raises:
+      InputError: a value, a data set or a split does not fit.
+    """
     if config.rounds < 0:
         raise InputError(f"config rounds {config.rounds} should be 0 or above")
     if config.checkpoint not in workdir.FOLDERS:
         raise InputError(f"config checkpoint {config.checkpoint!r} is unknown: choose best or last")
     pseudo_label.check_rule(config.top, config.threshold)
     labelled, unlabelled = map(records.open_dataset, (config.labelled, config.unlabelled))
-    if labelled.size != unlabelled.size:
-        raise InputError(
-            f"{unlabelled.path} has images of {unlabelled.size}, {labelled.path} of "
-            f"{labelled.size}: prepare one of them again"
-        )
-    given = labelled.info["splits"]
-    known = [name for name in evaluate.DEFAULT_SPLITS if name in given and given[name]["count"]]
-    if not config.evaluate and not known:
-        raise InputError(f"{labelled.path} has neither test nor hand: name splits in evaluate")
-    wanted = [(labelled, name) for name in config.evaluate] + [(unlabelled, config.split)]
-    for dataset, name in wanted:
-        if not dataset.split(name)["count"]:
-            raise InputError(f"split {name!r} of {dataset.path} is empty")
-    for page in pages:
-        train.check(page, labelled, jax.device_count())
+    records.check_size(unlabelled, labelled.size, str(labelled.path))
+    evaluate.splits_to_score(labelled, config.evaluate)
+    evaluate.splits_to_score(unlabelled, [config.split])
+    for round_config in round_configs:
+        train.check(round_config, labelled, jax.device_count())
 
 
-def _page(config, folder, number):
-    """The page of a round with its data, and the teacher's labels of the round before."""
+def _round_config(
+    config: ml_collections.ConfigDict, folder: pathlib.Path, number: int
+) -> ml_collections.ConfigDict:
+    """The config of a round with its data and the pseudo-labels of the previous round."""
     changes = [f"data.path={config.labelled}", f"seed={config.seed}"]
     if number:
         changes.append(f"pseudo.path={folder / f'pseudo-{number}'}")
@@ -140,7 +140,7 @@ def _claim(folder, config, *, write):
     sharding.wait_for_all("claimed")
 
 
-def table(rounds):
+def table(rounds: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     """(header, rows): each round's metrics on each set, and the paper's beside them.
 
     Args:
@@ -152,26 +152,30 @@ def table(rounds):
         header += [f"{split} {metric}" for metric in METRICS]
         header += [f"paper {metric}" for metric in METRICS] if split in SETS else []
     rows = []
-    for number, done in enumerate(rounds):
+    for number, summary in enumerate(rounds):
         row = [f"{number} ({'student' if number else 'teacher'})"]
         for split in splits:
-            values = done["splits"][split]
-            row += ["-" if values[m] is None else f"{values[m]:.4f}" for m in METRICS]
+            values = summary["splits"][split]
+            row += [_cell(values[metric]) for metric in METRICS]
             if split in SETS:
-                paper = PAPER[number][SETS[split]] if number in PAPER else ()
-                row += [f"{value:.4f}" for value in paper] or ["-"] * len(METRICS)
+                paper = PAPER[number][SETS[split]] if number in PAPER else [None] * len(METRICS)
+                row += map(_cell, paper)
         rows.append(row)
     return header, rows
 
 
-def _write_table(folder, rounds):
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _write_table(folder: pathlib.Path, rounds: Sequence[dict]) -> None:
     header, rows = table(rounds)
     console.write_table(folder / "table2.csv", header, rows)
     with files.write_whole(folder / "table2.md") as file:
         file.write(console.markdown_table(header, rows))
-    lines = {}
-    for split in rounds[0]["splits"]:
-        lines[split] = [done["splits"][split] for done in rounds]
+    lines = {
+        split: [summary["splits"][split] for summary in rounds] for split in rounds[0]["splits"]
+    }
     paper = {
         split: [dict(zip(METRICS, PAPER[n][half], strict=True)) for n in PAPER if n < len(rounds)]
         for split, half in SETS.items()

@@ -60,11 +60,7 @@ def retrieve(
     dataset = records.open_dataset(data)
     if not getattr(run.model, "takes_box", False):
         raise InputError(f"{folder} is no LesaNet: take a run of configs/lesanet.py")
-    if dataset.size != run.config.data.size:
-        raise InputError(
-            f"{data} has patches of {dataset.size}, the network of {run.config.data.size}: prepare "
-            "them again"
-        )
+    records.check_size(dataset, run.config.data.size)
     query = read_query(image, box, spacing, run.config.data.size)
     embed = make_embed(run)
     size = workdir.global_batch(batch_size)

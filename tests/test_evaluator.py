@@ -61,7 +61,7 @@ def test_two_processes_share_a_split_and_both_get_all_of_it():
 
     for number in (0, 1):
         options = {"batch_size": 4, "process_index": number, "process_count": 2}
-        with pytest.raises(RuntimeError, match="counted twice or not at all"):
+        with pytest.raises(RuntimeError, match="scored twice or not at all"):
             Evaluator(SOURCE, collect(number), **options).scores(0.0)
     assert len(halves[0]) == len(halves[1]) == 2  # collective steps need the same number
     whole = [
@@ -79,7 +79,7 @@ def test_a_lost_row_is_an_error():
     def forgetful(variables, batch):
         return {key: value[:-1] for key, value in predict(variables, batch).items()}
 
-    with pytest.raises(RuntimeError, match="counted twice or not at all"):
+    with pytest.raises(RuntimeError, match="scored twice or not at all"):
         Evaluator(SOURCE, forgetful, batch_size=7).scores(0.0)
 
 
@@ -98,18 +98,15 @@ def test_a_label_that_cannot_be_judged_is_never_predicted():
     assert found.tolist() == [0.3, protocol.NEVER]
 
 
-def test_run_yields_the_numbers_of_the_protocol():
-    evaluator = Evaluator(SOURCE, predict, batch_size=4)
+def test_a_report_holds_the_numbers_of_the_protocol():
     parents = ((), (0,), (), ())
-    found = dict(evaluator.run(0.0, parents, prefix="val/"))
-    scores = evaluator.scores(0.0)
+    scores = Evaluator(SOURCE, predict, batch_size=4).scores(0.0)
     report = protocol.evaluate(
         scores.scores, scores.labels, scores.thresholds(), parents, mask=scores.label_mask
     )
-    assert found == {f"val/{k}": v for k, v in report.summary.items() if v is not None}
-    assert found["val/examples"] == 7
-    fixed = dict(evaluator.run(0.0, parents, thresholds=[1.0] * 4))
-    assert fixed["recall"] == 0.0
+    assert scores.report(scores.thresholds(), parents) == report
+    assert report.summary["examples"] == 7
+    assert scores.report([1.0] * 4, parents).summary["recall"] == 0.0
 
 
 @pytest.fixture(scope="module")

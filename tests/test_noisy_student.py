@@ -320,12 +320,12 @@ def test_what_would_fail_later_is_refused_before_the_first_round(overrides, data
     refused("holds no finished data set", unlabelled="nowhere")
     refused("config 'studen' is not there", student="studen")
     refused("'epoch' is unknown: did you mean 'epochs'", student_changes=("epoch=3",))
-    refused("has neither test nor hand: name splits", labelled=toy.write(tmp_path / "plain"))
+    refused("has neither test nor hand: name the splits", labelled=toy.write(tmp_path / "plain"))
     large = tmp_path / "large"
     shutil.copytree(data[1], large)
     info = files.read_json(large / "dataset.json")
     files.write_json(large / "dataset.json", info | {"size": 64})
-    refused("large has images of 64, .*labelled of 32: prepare one of them again", unlabelled=large)
+    refused("large was prepared with --size 64, .*labelled with 32", unlabelled=large)
 
 
 def test_a_student_starts_from_its_teacher_only_where_it_is_told_to(overrides, tmp_path):

@@ -259,7 +259,7 @@ def test_what_does_not_fit_is_refused_in_one_line(made, tmp_path):
     refused("holds no finished pseudo-labels", path=tmp_path / "nowhere")
     refused("holds no finished pseudo-labels", path=made / "a.npy")
     refused("has other labels than the training data", names=toy.VOCABULARY.names[::-1])
-    refused("has images of 32, 64 are wanted", size=64)
+    refused("prepared with --size 32, the student with 64", size=64)
     toy.write_unlabelled(tmp_path / "images", (4, 5), seed=6)
     refused("images is not what .*pseudo was made for: label the images again")
     change(made, fingerprint=records.open_dataset(tmp_path / "images").fingerprint)

@@ -1,15 +1,17 @@
 """The verbs of the semi-supervised rounds."""
 
+import argparse
+
 from maknet_jax.cli import options
 
 
-def add_verbs(verbs):
+def add_verbs(verbs: argparse._SubParsersAction) -> None:
     """Adds `pseudo-label` and `noisy-student`."""
     _pseudo_label(verbs)
     _noisy_student(verbs)
 
 
-def _pseudo_label(verbs):
+def _pseudo_label(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(
         verbs,
         "pseudo-label",
@@ -34,11 +36,11 @@ def _pseudo_label(verbs):
     options.distributed(verb)
 
 
-def _run_pseudo_label(chosen):
+def _run_pseudo_label(chosen: argparse.Namespace) -> None:
     from maknet_jax import pseudo_label
 
     options.start_jax(chosen.distributed)
-    about = pseudo_label.pseudo_label(
+    result = pseudo_label.pseudo_label(
         chosen.workdir,
         chosen.records,
         chosen.out,
@@ -50,11 +52,11 @@ def _run_pseudo_label(chosen):
         batch_size=chosen.batch_size,
         truth=chosen.truth,
     )
-    print(f"{about['kept']} of {about['images']} images kept labels; {chosen.out}/pseudo.json")
+    print(f"{result['kept']} of {result['images']} images kept labels; {chosen.out}/pseudo.json")
     print(f"images a label: {chosen.out}/counts.csv, histogram.png; other thresholds: sweep.csv")
 
 
-def _noisy_student(verbs):
+def _noisy_student(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(
         verbs,
         "noisy-student",
@@ -70,13 +72,14 @@ def _noisy_student(verbs):
     options.distributed(verb)
 
 
-def _run_noisy_student(chosen):
+def _run_noisy_student(chosen: argparse.Namespace) -> None:
     from maknet_jax import evaluate, noisy_student
     from maknet_jax.runs import config
 
     options.start_jax(chosen.distributed)
-    page = config.load(chosen.config, chosen.overrides)
-    summary = noisy_student.noisy_student(page, chosen.workdir)
+    summary = noisy_student.noisy_student(
+        config.load(chosen.config, chosen.overrides), chosen.workdir
+    )
     titles = [f"round {number}" for number in range(len(summary["rounds"]))]
     print(evaluate.table(summary["rounds"], titles))
     print("\nbeside the paper's table 2: " + ", ".join(summary["files"]))

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -23,12 +24,19 @@ FORMAT = 1
 CLOSE = {"float32": 1e-5, "bfloat16": 1e-2}  # by the teacher's precision; the second is a guess
 
 
-def row_dtype(top):
+def row_dtype(top: int) -> np.dtype:
     """A row: the record's number, its labels' columns (-1: none) and their confidences."""
     return np.dtype([("index", "<i8"), ("labels", "<i2", (top,)), ("confidences", "<f4", (top,))])
 
 
-def select(confidences, exclusive, *, top=15, threshold=0.5, close=CLOSE["float32"]):
+def select(
+    confidences: np.ndarray,
+    exclusive: np.ndarray,
+    *,
+    top: int = 15,
+    threshold: float = 0.5,
+    close: float = CLOSE["float32"],
+) -> tuple[np.ndarray, np.ndarray]:
     """Chooses the pseudo-labels of images (paper, section 4.2).
 
     The `top` most confident labels, of these those above `threshold`, and from the most confident
@@ -55,30 +63,33 @@ def select(confidences, exclusive, *, top=15, threshold=0.5, close=CLOSE["float3
     rivals = exclusive[order[:, :, None], order[:, None]]
     rivals[:, :count, count:] = True
     unsure |= np.triu(near & rivals, 1).any(axis=(1, 2))
-    kept = np.full((len(confidences), count), -1, np.int16)
+    selected = np.full((len(confidences), count), -1, np.int16)
     excluded = np.zeros(confidences.shape, bool)
     rows, places = np.arange(len(confidences)), np.zeros(len(confidences), int)
     for columns, values in zip(order.T[:count], ranked.T, strict=False):
         chosen = (values > threshold) & ~excluded[rows, columns]
-        kept[chosen, places[chosen]] = columns[chosen]
+        selected[chosen, places[chosen]] = columns[chosen]
         excluded[chosen] |= exclusive[columns[chosen]]
         places += chosen
-    return kept, unsure
+    return selected, unsure
 
 
-def rows_of(numbers, columns, confidences, *, top):
+def rows_of(
+    numbers: np.ndarray, columns: np.ndarray, confidences: np.ndarray, *, top: int
+) -> np.ndarray:
     """The rows of the images that kept a label, in the order of `numbers`."""
-    kept = np.flatnonzero((columns >= 0).any(axis=1))
-    rows = np.zeros(len(kept), row_dtype(top))
-    rows["index"] = np.asarray(numbers)[kept]
+    labelled = np.flatnonzero((columns >= 0).any(axis=1))
+    columns = columns[labelled]
+    rows = np.zeros(len(labelled), row_dtype(top))
+    rows["index"] = np.asarray(numbers)[labelled]
     rows["labels"] = -1
-    rows["labels"][:, : columns.shape[1]] = columns[kept]
-    given = np.take_along_axis(confidences[kept], np.maximum(columns[kept], 0), axis=1)
-    rows["confidences"][:, : columns.shape[1]] = np.where(columns[kept] >= 0, given, 0)
+    rows["labels"][:, : columns.shape[1]] = columns
+    values = np.take_along_axis(confidences[labelled], np.maximum(columns, 0), axis=1)
+    rows["confidences"][:, : columns.shape[1]] = np.where(columns >= 0, values, 0)
     return rows
 
 
-def write_rows(path, rows):
+def write_rows(path: pathlib.Path, rows: np.ndarray) -> str:
     """Writes one label shard whole or not at all; returns its SHA-256."""
     buffer = io.BytesIO()
     np.save(buffer, rows, allow_pickle=False)
@@ -87,13 +98,12 @@ def write_rows(path, rows):
     return hashlib.sha256(buffer.getvalue()).hexdigest()
 
 
-def read_rows(path, digest):
+def read_rows(path: pathlib.Path, digest: str) -> np.ndarray:
     """Reads a label shard that has the SHA-256 `digest`.
 
     Raises:
       InputError: it is damaged or missing.
     """
-    path = pathlib.Path(path)
     payload = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(payload).hexdigest() == digest:
         return np.load(io.BytesIO(payload), allow_pickle=False)
@@ -103,7 +113,15 @@ def read_rows(path, digest):
 class PseudoSource:
     """Random access to the unlabelled images that a teacher gave labels (picklable, for grain)."""
 
-    def __init__(self, path, *, size, names, balance=0, seed=0):
+    def __init__(
+        self,
+        path: pathlib.Path | str,
+        *,
+        size: int,
+        names: Sequence[str],
+        balance: int = 0,
+        seed: int = 0,
+    ):
         """Opens what `maknet pseudo-label` wrote.
 
         Args:
@@ -133,8 +151,7 @@ class PseudoSource:
             )
         if tuple(self.info["labels"]) != tuple(names):
             raise InputError(f"{path} has other labels than the training data: use their teacher")
-        if dataset.size != size:
-            raise InputError(f"{dataset.path} has images of {dataset.size}, {size} are wanted")
+        records.check_size(dataset, size, "the student")
         self.size = len(names)
         self._images = dataset.source(self.info["split"])
         rows = [read_rows(path / shard["file"], shard["sha256"]) for shard in self.info["shards"]]
@@ -143,35 +160,35 @@ class PseudoSource:
             raise InputError(f"{path} kept no label of any image: lower --threshold")
         self._order = balanced(self._rows, self.size, balance, seed) if balance else None
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._rows if self._order is None else self._order)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> records.Example:
         row = self._rows[index if self._order is None else self._order[index]]
-        kept = row["labels"] >= 0
+        selected = row["labels"] >= 0
         labels = np.zeros(self.size, np.float32)
-        labels[row["labels"][kept]] = row["confidences"][kept] if self.info["soft"] else 1
+        labels[row["labels"][selected]] = row["confidences"][selected] if self.info["soft"] else 1
         image = self._images[int(row["index"])]
         mask = np.ones(self.size, np.uint8)
         return records.Example(image.id, image.image, labels, mask, image.meta)
 
     @property
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         """SHA-256 over the images, the labels and how they are meant."""
         shards = [shard["sha256"] for shard in self.info["shards"]]
-        about = json.dumps([self.info["fingerprint"], self.info["soft"], shards])
-        return hashlib.sha256(about.encode()).hexdigest()
+        content = json.dumps([self.info["fingerprint"], self.info["soft"], shards])
+        return hashlib.sha256(content.encode()).hexdigest()
 
     @property
-    def label_counts(self):
+    def label_counts(self) -> np.ndarray:
         """How many images of an epoch have each label, `[K]`; soft ones count what they are."""
         rows = self._rows if self._order is None else self._rows[self._order]
-        kept = rows["labels"] >= 0
-        weights = rows["confidences"][kept] if self.info["soft"] else None
-        return np.bincount(rows["labels"][kept], weights, minlength=self.size)
+        selected = rows["labels"] >= 0
+        weights = rows["confidences"][selected] if self.info["soft"] else None
+        return np.bincount(rows["labels"][selected], weights, minlength=self.size)
 
 
-def balanced(rows, size, count, seed):
+def balanced(rows: np.ndarray, size: int, count: int, seed: int) -> np.ndarray:
     """Row numbers with `count` images of each label that has any, in a shuffled order.
 
     The most confident images of a label come first; a label with fewer repeats them.

@@ -7,7 +7,7 @@ where ours differs on purpose is said in `predict`.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from maknet_jax.evaluation import metrics
 CANDIDATES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 ALWAYS, NEVER = 0.0, 1.0
 FIXED = 0.5
+RATES = ("precision", "recall", "f1")
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,18 @@ class Report:
         recall_at_0.5, f1_at_0.5. The rates of a label that is not evaluated are None.
     """
 
-    summary: dict = field(default_factory=dict)
-    per_label: list = field(default_factory=list)
+    summary: dict[str, float | int | None]
+    per_label: list[dict]
 
 
-def choose_thresholds(val_scores, val_labels, *, mask=None, candidates=CANDIDATES, unjudged=ALWAYS):
+def choose_thresholds(
+    val_scores: metrics.Values,
+    val_labels: metrics.Values,
+    *,
+    mask: metrics.Values | None = None,
+    candidates: Sequence[float] = CANDIDATES,
+    unjudged: float = ALWAYS,
+) -> np.ndarray:
     """Returns per label the candidate of best F1 on val, [K] float64.
 
     The lowest wins a tie. A label whose F1 is 0 at every candidate gets 1.0 and is never predicted.
@@ -57,23 +65,21 @@ def choose_thresholds(val_scores, val_labels, *, mask=None, candidates=CANDIDATE
     Raises:
       InputError: candidates out of order or range, and what `metrics.checked` refuses.
     """
-    candidates = np.asarray(candidates, np.float64)
-    if not (candidates.size and candidates[0] > 0 and candidates[-1] < 1) or np.any(
-        np.diff(candidates) <= 0
-    ):
+    bounds = [0, *candidates, 1]
+    if len(bounds) == 2 or not np.all(np.diff(bounds) > 0):
         raise InputError(
-            f"candidates {candidates.tolist()}: thresholds need to ascend within (0, 1): "
-            f"for instance {list(CANDIDATES)}"
+            f"candidates {list(candidates)}: thresholds need to ascend within (0, 1), for "
+            f"instance {list(CANDIDATES)}"
         )
     scores, labels, mask = metrics.checked(val_scores, val_labels, mask)
     f1 = np.stack([metrics.precision_recall_f1(scores >= c, labels, mask)[2] for c in candidates])
     judged = _has_both(labels, mask)
     f1 = np.where(judged, f1, 0.0)
-    best = np.where(f1.max(axis=0) > 0, candidates[f1.argmax(axis=0)], NEVER)
+    best = np.where(f1.max(axis=0) > 0, np.take(candidates, f1.argmax(axis=0)), NEVER)
     return np.where(judged, best, unjudged)
 
 
-def predict(scores, thresholds):
+def predict(scores: metrics.Values, thresholds: metrics.Values) -> np.ndarray:
     """Returns scores >= thresholds, bool [N, K]; never where the threshold is 1.
 
     (LesaNet's comparison alone would let a score that rounds to exactly 1 through.)
@@ -82,7 +88,7 @@ def predict(scores, thresholds):
     return (np.asarray(scores) >= thresholds) & (thresholds < NEVER)
 
 
-def add_parents(predicted, parents):
+def add_parents(predicted: metrics.Values, parents: Sequence[Sequence[int]]) -> np.ndarray:
     """Returns `predicted` [N, K] with the parents of every predicted label, and theirs.
 
     Args:
@@ -99,25 +105,32 @@ def add_parents(predicted, parents):
             f"predictions of {labels} labels need as many lists of indices below {labels}: "
             "build both from one label file"
         )
-    ancestors = [_ancestors(label, parents) for label in range(labels)]
     direct = predicted.copy()
-    for label, above in enumerate(ancestors):
-        predicted[:, above] |= direct[:, [label]]
+    for label in range(labels):
+        predicted[:, _ancestors(label, parents)] |= direct[:, [label]]
     return predicted
 
 
-def _ancestors(label, parents):
+def _ancestors(label: int, parents: Sequence[Sequence[int]]) -> list[int]:
     """Returns the sorted indices of all labels above `label`."""
-    found, waiting = set(), list(parents[label])
-    while waiting:
-        above = waiting.pop()
-        if above not in found:
-            found.add(above)
-            waiting.extend(parents[above])
-    return sorted(found)
+    ancestors: set[int] = set()
+    queue = list(parents[label])
+    while queue:
+        parent = queue.pop()
+        if parent not in ancestors:
+            ancestors.add(parent)
+            queue.extend(parents[parent])
+    return sorted(ancestors)
 
 
-def evaluate(scores, labels, thresholds, parents: Sequence[Sequence[int]], *, mask=None) -> Report:
+def evaluate(
+    scores: metrics.Values,
+    labels: metrics.Values,
+    thresholds: metrics.Values,
+    parents: Sequence[Sequence[int]],
+    *,
+    mask: metrics.Values | None = None,
+) -> Report:
     """Evaluates probabilities by LesaNet's protocol.
 
     A label that is not evaluated (no positives, or no negatives, among its known elements) is not
@@ -154,22 +167,21 @@ def evaluate(scores, labels, thresholds, parents: Sequence[Sequence[int]], *, ma
         "auc": aucs,
         "threshold": thresholds,
     }
-    summary = {"auc": _mean(aucs, evaluated)}
-    micro = {}
+    summary: dict[str, float] = {"auc": _mean(aucs, evaluated)}
+    micro: dict[str, float] = {}
     for suffix, chosen in (("", thresholds), (f"_at_{FIXED}", np.full_like(thresholds, FIXED))):
         predicted = add_parents(predict(scores, chosen) & mask & evaluated, parents)
         counts = metrics.count(predicted, labels, mask)
         if not suffix:
             columns |= counts._asdict()
-        for name, rate in zip(("precision", "recall", "f1"), metrics.rates(counts), strict=True):
+        for name, rate in zip(RATES, metrics.rates(counts), strict=True):
             columns[name + suffix] = np.where(evaluated, rate, np.nan)
             summary[name + suffix] = _mean(rate, evaluated)
-        total = metrics.rates(metrics.Counts(*(c.sum() for c in counts)))
-        for name, rate in zip(("precision", "recall", "f1"), total, strict=True):
+        for name, rate in zip(RATES, metrics.rates(counts.total()), strict=True):
             micro[f"micro_{name}{suffix}"] = float(rate)
     summary |= micro
-    summary["examples"] = np.count_nonzero(mask.any(axis=1))
-    summary["labels_evaluated"] = np.count_nonzero(evaluated)
+    summary["examples"] = int(mask.any(axis=1).sum())
+    summary["labels_evaluated"] = int(evaluated.sum())
     summary["labels_total"] = labels.shape[1]
     values = {name: column.tolist() for name, column in columns.items()}
     return Report(
@@ -181,24 +193,17 @@ def evaluate(scores, labels, thresholds, parents: Sequence[Sequence[int]], *, ma
     )
 
 
-def named(report, prefix=""):
-    """Yields (prefix + name, value) of the summary, as every evaluator does; None is left out."""
-    for name, value in report.summary.items():
-        if value is not None:
-            yield prefix + name, value
-
-
-def _has_both(labels, mask):
+def _has_both(labels: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Returns [K] bool: the known elements of the label hold positives and negatives."""
     return labels.any(axis=0) & (mask & ~labels).any(axis=0)
 
 
-def _mean(values, evaluated):
+def _mean(values: np.ndarray, evaluated: np.ndarray) -> float:
     """Returns the mean over the evaluated labels, nan where there is none."""
     return float(values[evaluated].mean()) if evaluated.any() else math.nan
 
 
-def _plain(value):
+def _plain(value: float | int | bool) -> float | int | bool | None:
     """Returns a number that JSON can hold: None for nan."""
     if isinstance(value, float) and math.isnan(value):
         return None

@@ -14,7 +14,7 @@ from jax.tree_util import Partial
 
 from maknet_jax import console, files
 from maknet_jax.ct import preprocess, volumes
-from maknet_jax.data import records
+from maknet_jax.data import prefetch, records
 from maknet_jax.errors import InputError, Rejected
 from maknet_jax.runs import workdir
 from maknet_jax.training import sharding, transfer
@@ -216,11 +216,7 @@ def label_columns(run, labels):
 def _records(run, folder, data, split, wanted, columns):
     about = files.read_json(pathlib.Path(folder) / "dataset.json")
     dataset = records.open_dataset(data or about["path"])
-    if dataset.size != run.config.data.size:
-        raise InputError(
-            f"{dataset.path} was prepared with --size {dataset.size}, the network with "
-            f"{run.config.data.size}"
-        )
+    records.check_size(dataset, run.config.data.size)
     dataset.split(split)
     source, known = dataset.source(split), dataset.vocabulary.names == run.vocabulary.names
 
@@ -316,11 +312,10 @@ def explain(title, out, picked, settings, explain_batch, *, batch_size):
         concurrent.futures.ThreadPoolExecutor(1) as reader,
         console.progress(title, len(mine), done=len(mine) - len(todo)) as advance,
     ):
-        loading = [reader.submit(_read, picked, numbers) for numbers in batches[:1]]
-        for place, numbers in enumerate(batches):
-            cases, _ = loading.pop().result()
-            # The next batch is read while this one is explained.
-            loading += [reader.submit(_read, picked, more) for more in batches[place + 1 :][:1]]
+        # The next batch is read while this one is explained.
+        reading = ((numbers, reader.submit(_read, picked, numbers)) for numbers in batches)
+        for numbers, future in prefetch.one_ahead(reading):
+            cases, _ = future.result()
             results = explain_batch(cases) if cases else []
             for number, result in zip(cases, results, strict=True):
                 save(names[number], *result)
