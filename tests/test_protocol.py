@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -163,12 +164,12 @@ def test_json_holds_the_report():
 
 def test_refuses():
     scores, labels, _ = drawn(7)
-    with pytest.raises(InputError, match="one threshold per label"):
+    with pytest.raises(InputError, match=r"\(3,\)"):
         protocol.evaluate(scores, labels, np.ones(3), PARENTS)
-    with pytest.raises(InputError, match="indices below 7"):
+    with pytest.raises(InputError, match=r"\[9\]"):
         protocol.evaluate(scores, labels, np.ones(7), [[9]] + PARENTS[1:])
-    with pytest.raises(InputError, match="as many lists"):
+    with pytest.raises(InputError, match="6"):
         protocol.add_parents(labels, PARENTS[1:])
     for candidates in ((), (0.5, 0.3), (0.0, 0.5), (0.5, 1.0)):
-        with pytest.raises(InputError, match="ascend within"):
+        with pytest.raises(InputError, match=re.escape(str(list(candidates)))):
             protocol.choose_thresholds(scores, labels, candidates=candidates)

@@ -167,7 +167,7 @@ def test_images_that_keep_nothing_are_counted_and_no_student_takes_them(teacher,
     about = pseudo_label.pseudo_label(teacher, images, out, threshold=0.999999)
     assert (about["kept"], about["dropped"], about["labels_given"]) == (0, 29, 0)
     assert (out / "histogram.png").exists()
-    with pytest.raises(InputError, match="kept no label of any image: lower --threshold"):
+    with pytest.raises(InputError, match="--threshold"):
         pseudo_labels.PseudoSource(out, size=toy.SIZE, names=toy.VOCABULARY.names)
 
 
@@ -225,7 +225,7 @@ def test_a_lost_or_damaged_shard_is_made_again(whole, teacher, images, tmp_path,
     out = tmp_path / "out"
     shutil.copytree(whole[0], out)
     damage(out / SHARDS[1])
-    with pytest.raises(InputError, match="run `maknet pseudo-label` again"):
+    with pytest.raises(InputError, match=SHARDS[1]):
         pseudo_labels.PseudoSource(out, size=toy.SIZE, names=toy.VOCABULARY.names)
     pseudo_label.pseudo_label(teacher, images, out)  # as the message says
     assert sum(scored) == COUNTS[1]
@@ -237,7 +237,7 @@ def test_another_teacher_rule_or_data_is_refused(whole, teacher, images, tmp_pat
     content = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
     def refused(key, folder=teacher, data=images, **options):
-        with pytest.raises(InputError, match=rf"\({key} differs\): choose another --out") as error:
+        with pytest.raises(InputError, match=rf"\b{key}\b") as error:
             pseudo_label.pseudo_label(folder, data, out, **options)
         assert "\n" not in str(error.value)
 
@@ -272,24 +272,24 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(teacher, images
             pseudo_label.pseudo_label(folder, data, out, **options)
         assert "\n" not in str(error.value)
 
-    refused("top 0 should be 1 or above", top=0)
-    refused("threshold 1.0 should be 0 or above and below 1", threshold=1.0)
+    refused("top 0", top=0)
+    refused("threshold 1.0", threshold=1.0)
     refused("threshold nan", threshold=float("nan"))
-    refused("split 'train' is not in .*: it has unlabelled", split="train")
-    refused("is no workdir of `maknet train`", folder=tmp_path)
-    refused("no finished data set", data=tmp_path)
-    refused("has other labels than .*: no truth to judge by", truth=True)
+    refused("'train'.*unlabelled", split="train")
+    refused(str(tmp_path), folder=tmp_path)
+    refused("dataset.json", data=tmp_path)
+    refused("labels", truth=True)
     info = files.read_json(images / "dataset.json")
     shutil.copytree(images, tmp_path / "large")
     files.write_json(tmp_path / "large" / "dataset.json", info | {"size": 64})
-    refused("was prepared with --size 64, the teacher with 32", data=tmp_path / "large")
+    refused("64, the teacher with 32", data=tmp_path / "large")
     info["splits"]["empty"] = {"count": 0, "label_counts": [], "shards": []}
     files.write_json(tmp_path / "large" / "dataset.json", info)
-    refused("split 'empty' of .* is empty", data=tmp_path / "large", split="empty")
+    refused("'empty'", data=tmp_path / "large", split="empty")
     assert not out.exists()
     (tmp_path / "file").write_text("mine")
-    refused("is no folder of `maknet pseudo-label`", out=tmp_path / "file")
-    refused("is no folder of `maknet pseudo-label`", out=images)
+    refused(str(tmp_path / "file"), out=tmp_path / "file")
+    refused(str(images), out=images)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, None])
@@ -347,9 +347,7 @@ def test_labels_that_were_held_back_judge_the_pseudo_labels(
     assert 0 < judged["right"] < judged["given"] < about["labels_given"]
     assert judged["precision"] == judged["right"] / judged["given"]
     assert judged["recall"] == judged["right"] / judged["true"]
-    assert f"(precision {judged['precision']:.3f}, recall" in " ".join(
-        capsys.readouterr().err.split()
-    )
+    assert f"{judged['precision']:.3f}" in capsys.readouterr().err
     # They were held back: nothing of them is in what a student gets.
     pseudo_label.pseudo_label(teacher, images, tmp_path / "without", **options)
     assert read_rows(tmp_path / "out").tobytes() == read_rows(tmp_path / "without").tobytes()
@@ -371,12 +369,11 @@ def test_the_command_stops_with_75_and_goes_on_to_0(command, whole, tmp_path, mo
     with monkeypatch.context() as patch:
         on_call(patch, pseudo_labels, "write_rows", sigterm, count=2)
         assert command() == 75
-    assert "stopped: SIGTERM; run the same command again" in capsys.readouterr().err
+    assert "SIGTERM" in capsys.readouterr().err
     assert not (tmp_path / "out" / "pseudo.json").exists()
     assert command() == 0
     output = capsys.readouterr()
-    assert f"{whole[1]['kept']} of 29 images kept labels" in output.out
-    assert "1 of 3 shards are labelled already" in output.err
+    assert f"{whole[1]['kept']} of 29" in output.out and "1 of 3 shards" in output.err
     equal_outputs(whole[0], tmp_path / "out")
     assert command("--threshold", "0.4") == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
