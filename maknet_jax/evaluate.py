@@ -1,4 +1,4 @@
-"""`maknet evaluate`: a trained network on test sets, by LesaNet's protocol (tables 1 to 3)."""
+"""`maknet evaluate`: scores a trained network by LesaNet's protocol (tables 1 to 3)."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from maknet_jax.evaluation.evaluator import Evaluator, Scores
 from maknet_jax.runs import workdir
 
 DEFAULT_SPLITS = ("test", "hand")
-# How many training examples a label has: LesaNet's three groups.
+# LesaNet's three groups of labels, by their number of training examples.
 FREQUENCIES = {"rare": (0, 100), "medium": (101, 1000), "frequent": (1001, float("inf"))}
 METRICS = ("auc", "f1", "precision", "recall")
 
@@ -30,24 +30,26 @@ def evaluate(
 ) -> dict:
     """Scores splits and writes `WORKDIR/evaluation/SPLIT.json` and `SPLIT_labels.csv`.
 
-    Thresholds come from the validation split's scores; for another data set than the one trained
-    on they are those of the training run, and the results go to `WORKDIR/evaluation/on-NAME/`.
-    Macro averages run over the labels that have positives and negatives; fixed 0.5 and micro
-    averages stand beside them. Where labels have classes (body part, type, attribute) their means
-    by class and by frequency in training are in `groups` and in `SPLIT_groups.csv`.
+    Thresholds are chosen on the validation split. On a data set other than the training data the
+    thresholds of the training run apply, and the results go to `WORKDIR/evaluation/on-NAME/`.
+    Macro averages run over the labels that have positives and negatives. Averages at the fixed
+    threshold 0.5 and micro averages are reported too. For labels with classes (body part, type,
+    attribute), `groups` and `SPLIT_groups.csv` hold the means by class and by the number of
+    training examples.
 
     Args:
       folder: the workdir of `maknet train`.
-      splits: names; None takes those of `test` and `hand` that are there.
-      data: another prepared data set with the same labels; None takes the one trained on.
+      splits: names; None takes `test` and `hand`, as far as they exist.
+      data: another prepared data set with the same labels; None takes the training data.
       checkpoint: "best" or "last".
-      batch_size: images a step; None takes the config's.
+      batch_size: images per step; None takes the config's.
 
     Returns:
-      The summary: a dict split -> metrics, and the files.
+      The summary, also written to `summary_SPLITS.json`; `splits` holds the metrics of each split.
 
     Raises:
-      InputError: no such split, or labels that differ from the network's.
+      InputError: a split is missing or empty, or the labels or the image size differ from the
+        network's.
     """
     folder = pathlib.Path(folder)
     run = workdir.open_run(folder, checkpoint_name=checkpoint)
@@ -56,8 +58,8 @@ def evaluate(
     other = dataset.fingerprint != trained_on["fingerprint"]
     if dataset.vocabulary.names != run.vocabulary.names:
         raise InputError(
-            f"{dataset.path} has other labels than {folder}: evaluate on data with its "
-            f"{len(run.vocabulary)} labels"
+            f"the {len(dataset.vocabulary)} labels of {dataset.path} are not the "
+            f"{len(run.vocabulary)} of {folder}: evaluate on data with the labels of the network"
         )
     records.check_size(dataset, run.config.data.size)
     wanted = splits_to_score(dataset, splits)
@@ -127,15 +129,16 @@ def _score(
 def by_group(
     report: protocol.Report, vocabulary: Vocabulary, counts: Sequence[int] | None = None
 ) -> dict[str, dict]:
-    """Means over the evaluated labels of each class, and of each frequency.
+    """Averages the metrics of the evaluated labels by class and by number of training examples.
 
     Args:
       report: `protocol.Report`.
       vocabulary: the labels.
-      counts: training examples of each label, or None.
+      counts: training examples of each label, `[K]`; None leaves these groups out.
 
     Returns:
-      {"groups": {name: {labels, auc, f1, precision, recall}}}; without classes an empty dict.
+      {"groups": {name: {labels, auc, f1, precision, recall}}}; an empty dict if all labels have
+      the same class.
     """
     classes = np.array([label.label_class for label in vocabulary.labels])
     if len(set(classes)) < 2:
@@ -172,11 +175,11 @@ def _write(
 
 
 def table(summaries: Sequence[dict], titles: Sequence[str]) -> str:
-    """A text table like the paper's: a row a network and split.
+    """A text table like the paper's, with one row per network and split.
 
     Args:
-      summaries: what `evaluate` returned, one a network.
-      titles: the networks' names.
+      summaries: the results of `evaluate`, one per network.
+      titles: the names of the networks.
     """
     header = ["", "set", "AUC", "F1", "precision", "recall", "F1 at 0.5", "images"]
     rows = []

@@ -1,12 +1,12 @@
 """`maknet noisy-student`: a teacher, then rounds of pseudo-labels and students (section 4.4).
 
     WORKDIR/round-0/        the teacher, a workdir of `maknet train`
-    WORKDIR/pseudo-N/       what round N-1 labelled, see `maknet pseudo-label`
+    WORKDIR/pseudo-N/       pseudo-labels by the network of round N-1, see `maknet pseudo-label`
     WORKDIR/round-N/        the student of round N
-    WORKDIR/table2.csv      and .md, .png: what each round reaches on the test sets
+    WORKDIR/table2.csv      and .md, .png: the metrics of each round on the test sets
 
-Every part goes on where it was, so the same command does: killed anywhere, it ends with the same
-numbers.
+Every part resumes if interrupted, and so does the whole: killed anywhere and run again, it ends
+with the same numbers.
 """
 
 import pathlib
@@ -34,11 +34,11 @@ PAPER = {
     4: ((0.9064, 0.2108, 0.1554, 0.7042), (0.9164, 0.2904, 0.2226, 0.8273)),
     5: ((0.9112, 0.2275, 0.1735, 0.6583), (0.9102, 0.3086, 0.2466, 0.7654)),
 }
-SETS = {"test": 0, "hand": 1}  # which half of a row of the paper a split stands beside
+SETS = {"test": 0, "hand": 1}  # split -> its half of a row of `PAPER`
 
 
 def noisy_student(config: ml_collections.ConfigDict, folder: pathlib.Path | str) -> dict:
-    """Runs all rounds, or those that are left, and writes table 2.
+    """Runs all rounds, or the remaining ones, and writes table 2.
 
     Args:
       config: a locked config, see `configs/noisy_student.py`.
@@ -48,8 +48,8 @@ def noisy_student(config: ml_collections.ConfigDict, folder: pathlib.Path | str)
       The summary (also in `summary.json`): the evaluations of all rounds and the files.
 
     Raises:
-      InputError: the config or the data do not fit, or the folder is another run's.
-      Stopped: SIGTERM or SIGINT; the same call goes on.
+      InputError: the config or the data do not fit, or the folder belongs to another run.
+      Stopped: SIGTERM or SIGINT; the same call resumes.
     """
     folder = pathlib.Path(folder)
     round_configs = [_round_config(config, folder, n) for n in range(config.rounds + 1)]
@@ -60,7 +60,7 @@ def noisy_student(config: ml_collections.ConfigDict, folder: pathlib.Path | str)
     with console.Log(folder / "log.jsonl" if main else None) as log:
         for number, round_config in enumerate(round_configs):
             if number:
-                log.say(f"round {number} of {config.rounds}: pseudo-labels by round {number - 1}")
+                log.say(f"round {number} of {config.rounds}: pseudo-labels of round {number - 1}")
                 pseudo_label.pseudo_label(
                     folder / f"round-{number - 1}",
                     config.unlabelled,
@@ -141,10 +141,13 @@ def _claim(folder, config, *, write):
 
 
 def table(rounds: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
-    """(header, rows): each round's metrics on each set, and the paper's beside them.
+    """Table 2: the metrics of each round on each split, beside the paper's.
 
     Args:
-      rounds: what `evaluate` returned, one a round.
+      rounds: the results of `evaluate`, one per round.
+
+    Returns:
+      (header, rows).
     """
     splits = list(rounds[0]["splits"])
     header = ["round"]

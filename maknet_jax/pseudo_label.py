@@ -1,4 +1,4 @@
-"""`maknet pseudo-label`: a teacher labels images that nobody labelled (paper, section 4.2)."""
+"""`maknet pseudo-label`: a teacher labels unlabelled images (paper, section 4.2)."""
 
 import dataclasses
 import pathlib
@@ -16,7 +16,7 @@ from maknet_jax.figures import charts
 from maknet_jax.runs import workdir
 from maknet_jax.training import sharding, transfer
 
-# Thresholds of the sweep: what each of them would keep is counted beside the one that was used.
+# Thresholds for which the number of labels is counted too, for comparison.
 SWEEP = tuple(round(0.1 * tenth, 1) for tenth in range(1, 10))
 
 
@@ -34,26 +34,27 @@ def pseudo_label(
     truth: bool = False,
     devices: Sequence[jax.Device] | None = None,
 ) -> dict:
-    """Labels the images of a prepared data set; resumable, shard by shard.
+    """Labels the images of a prepared data set; an interrupted call resumes shard by shard.
 
-    Noise is off. Every process labels its own shards on its own devices, so that hosts never wait
-    for each other; the last one to finish is waited for. The bytes of the label shards are the same
-    for one kind of device and one batch a device; elsewhere confidences differ in the last digits
-    of the precision that the teacher computes in, and labels only of images that are counted as
-    `close`.
+    Noise is off. Every process labels its own shards on its own devices; processes wait for each
+    other at the end only. For one kind of device and one batch size per device the label shards are
+    reproduced bit for bit. Otherwise confidences differ in the last digits of the teacher's
+    precision, and labels can differ only for images that are counted as `close`.
 
     Args:
       folder: the workdir of the teacher.
       data: the prepared data set with the images.
       out: the folder to write; see `data/pseudo_labels.py`.
-      split: of the data set.
-      top: labels an image at most.
+      split: the split of the data set.
+      top: labels per image at most.
       threshold: what a confidence must exceed.
-      soft: students learn the confidences of the kept labels instead of 1.
+      soft: students learn the confidences of the selected labels instead of 1.
       checkpoint: "best" or "last" of the teacher.
-      batch_size: images a step of this process; None takes the teacher's, over its devices.
-      truth: the split has labels: they are held back and the pseudo-labels are judged by them.
-      devices: of this process; None takes all of them.
+      batch_size: images per step of this process, rounded up to its devices; None takes the
+        teacher's.
+      truth: the split has labels; they are hidden from students and compared with the
+        pseudo-labels.
+      devices: the devices of this process; None takes all of them.
 
     Returns:
       The content of `pseudo.json`.
@@ -68,9 +69,12 @@ def pseudo_label(
     dataset = records.open_dataset(data)
     records.check_size(dataset, run.config.data.size, "the teacher")
     if not dataset.split(split)["count"]:
-        raise InputError(f"split {split!r} of {dataset.path} is empty")
+        raise InputError(f"split {split!r} of {dataset.path} is empty: choose another split")
     if truth and dataset.vocabulary.names != run.vocabulary.names:
-        raise InputError(f"{dataset.path} has other labels than {folder}: no truth to judge by")
+        raise InputError(
+            f"{dataset.path} has other labels than {folder}: leave out --truth, or choose "
+            "data with the labels of the teacher"
+        )
     weights = jax.tree.map(np.asarray, run.variables)
     about = {
         "format": pseudo_labels.FORMAT,
@@ -98,7 +102,7 @@ def pseudo_label(
     rule = _Rule(run.vocabulary, top=top, threshold=threshold, close=close, truth=truth)
     with console.Log(out / "log.jsonl" if main else None) as log:
         if len(todo) < len(mine):
-            log.say(f"{len(mine) - len(todo)} of {len(mine)} shards are labelled already")
+            log.say(f"resuming: {len(mine) - len(todo)} of {len(mine)} shards are labelled")
         with console.progress("pseudo-label", total) as advance:
             scored = _confidences(run, dataset, shards, todo, batch, advance)
             for number, confidences, labels, mask in scored:
@@ -114,9 +118,9 @@ def pseudo_label(
             _write_tables(out, about, log)
             files.write_json(out / "pseudo.json", about)
             log.say(
-                f"{about['kept']:,} of {about['images']:,} images kept "
-                f"{about['labels_given']:,} labels, {about['dropped']:,} kept none; "
-                f"{about['close']:,} would choose others if scores changed by {close}",
+                f"{about['kept']:,} of {about['images']:,} images have {about['labels_given']:,} "
+                f"pseudo-labels, {about['dropped']:,} without any are dropped; the labels of "
+                f"{about['close']:,} could change if confidences changed by {close}",
                 event="pseudo-labelled",
             )
         sharding.wait_for_all("summed up")
@@ -325,6 +329,7 @@ def _write_tables(out: pathlib.Path, result: dict, log: console.Log) -> None:
     if "judged" in result and result["judged"]["given"]:
         judged = result["judged"]
         log.say(
-            f"against the labels that were held back: {judged['right']:,} of {judged['given']:,} "
-            f"right (precision {judged['precision']:.3f}, recall {judged['recall'] or 0:.3f})"
+            f"compared with the true labels: {judged['right']:,} of {judged['given']:,} "
+            f"pseudo-labels are right (precision {judged['precision']:.3f}, recall "
+            f"{judged['recall'] or 0:.3f})"
         )

@@ -1,4 +1,4 @@
-"""`maknet noisy-student`: rounds from end to end, killed anywhere, and the paper's table 2."""
+"""`maknet noisy-student`: rounds from end to end, resuming, and rejected input."""
 
 import contextlib
 import csv
@@ -37,7 +37,7 @@ def changes(values):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """(labelled, unlabelled) images; the test set and the hand-labelled one are val and train."""
+    """(labelled, unlabelled) images; the splits test and hand are copies of val and train."""
     folder = tmp_path_factory.mktemp("data")
     labelled = toy.write(folder / "labelled")
     info = files.read_json(labelled / "dataset.json")
@@ -48,7 +48,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def overrides(data):
-    """What makes the paper's page tiny, as the command line says it."""
+    """Changes that make the paper's config tiny, as on the command line."""
     return {
         "labelled": data[0],
         "unlabelled": data[1],
@@ -77,13 +77,13 @@ def command(overrides, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(command, tmp_path_factory):
-    """The workdir of a teacher and two students, not stopped."""
+    """The workdir of a teacher and two students, uninterrupted."""
     folder = tmp_path_factory.mktemp("whole") / "ns"
     assert command(folder) == 0
     return folder
 
 
-def page(overrides, **more):
+def make_config(overrides, **more):
     texts = [f"{key}={value}" for key, value in (overrides | more).items()]
     return configs.load("noisy_student", texts)
 
@@ -112,7 +112,7 @@ def equal_rounds(one, two, rounds=2):
     assert summaries[0] == summaries[1]
 
 
-def test_each_round_learns_from_the_labels_of_the_one_before(whole, data):
+def test_each_round_learns_from_the_labels_of_the_previous_one(whole, data):
     digests = []
     for number in (0, 1, 2):
         state = final(whole, number)
@@ -121,9 +121,9 @@ def test_each_round_learns_from_the_labels_of_the_one_before(whole, data):
         digests.append(transfer.digest(run.variables["params"], run.variables["batch_stats"]))
     assert len(set(digests)) == 3
     for number in (1, 2):
-        about = files.read_json(whole / f"pseudo-{number}" / "pseudo.json")
-        assert about["teacher_digest"] == digests[number - 1]
-        assert about["images"] == 29 and about["kept"] > 0
+        labelled = files.read_json(whole / f"pseudo-{number}" / "pseudo.json")
+        assert labelled["teacher_digest"] == digests[number - 1]
+        assert labelled["images"] == 29 and labelled["kept"] > 0
         config = files.read_json(whole / f"round-{number}" / "config.json")
         assert config["pseudo"]["path"] == str(whole / f"pseudo-{number}")
         assert config["init"]["path"] == ""
@@ -141,7 +141,7 @@ def read_csv(path):
         return list(csv.reader(file))
 
 
-def test_table_2_holds_what_evaluate_says_and_the_papers_numbers(whole):
+def test_table_2_holds_the_evaluated_and_the_papers_numbers(whole):
     header, *rows = read_csv(whole / "table2.csv")
     assert [row[0] for row in rows] == ["0 (teacher)", "1 (student)", "2 (student)"]
     metrics = ["auc", "f1", "precision", "recall"]
@@ -151,11 +151,11 @@ def test_table_2_holds_what_evaluate_says_and_the_papers_numbers(whole):
     assert header == expected
     summary = files.read_json(whole / "summary.json")
     for number, row in enumerate(rows):
-        found = evaluate.evaluate(whole / f"round-{number}")["splits"]
-        assert summary["rounds"][number]["splits"] == found
+        evaluated = evaluate.evaluate(whole / f"round-{number}")["splits"]
+        assert summary["rounds"][number]["splits"] == evaluated
         for half, split in enumerate(("test", "hand")):
             ours, paper = row[1 + 8 * half : 5 + 8 * half], row[5 + 8 * half : 9 + 8 * half]
-            assert ours == [f"{found[split][metric]:.4f}" for metric in metrics]
+            assert ours == [f"{evaluated[split][metric]:.4f}" for metric in metrics]
             assert paper == [f"{value:.4f}" for value in noisy_student.PAPER[number][half]]
     markdown = (whole / "table2.md").read_text().splitlines()
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown]
@@ -165,7 +165,7 @@ def test_table_2_holds_what_evaluate_says_and_the_papers_numbers(whole):
 
 
 def in_training(patch, step, how):
-    """Breaks the student's training off when it takes a batch."""
+    """Calls `how` when the student takes its `step`th batch."""
     original = pipeline.mixed_batches
 
     def batches(sources, *args, **options):
@@ -178,7 +178,7 @@ def in_training(patch, step, how):
 
 
 def too_late(patch, folder):
-    """A signal while the last state of the teacher is saved: its run cannot stop any more."""
+    """Sends a signal while the teacher's last state is saved, when its run can no longer stop."""
     original = checkpoint.Checkpoints.save
 
     def save(self, current, meta=None):
@@ -189,8 +189,8 @@ def too_late(patch, folder):
     patch.setattr(checkpoint.Checkpoints, "save", save)
 
 
-def test_killed_anywhere_it_ends_as_if_it_had_not_been(command, whole, tmp_path, capsys):
-    """One run, broken off at one place after the other."""
+def test_killed_anywhere_it_resumes_to_the_same_result(command, whole, tmp_path, capsys):
+    """One run, interrupted at one place after the other."""
     folder = tmp_path / "ns"
 
     @contextlib.contextmanager
@@ -218,15 +218,15 @@ def test_killed_anywhere_it_ends_as_if_it_had_not_been(command, whole, tmp_path,
     assert there() == ["pseudo-1", "round-0"]
     with stops() as patch:
         on_call(patch, pseudo_labels, "write_rows", sigterm, count=2, where="pseudo-1")
-    assert len(read_csv(folder / "table2.csv")) == 2  # what is reached can be read
+    assert len(read_csv(folder / "table2.csv")) == 2  # finished rounds can be read
     with stops() as patch:
         in_training(patch, 7, sigterm)
-    with stops(Killed) as patch:  # the third batch from there: steps 8 and 9 come again
+    with stops(Killed) as patch:  # the third batch after resuming: steps 8 and 9 are repeated
         in_training(patch, 3, kill)
     assert there() == ["pseudo-1", "round-0", "round-1"]
     with stops(Killed) as patch:
         on_call(patch, evaluate, "_write", kill, where="round-1")
-    for left in ("pseudo-2/.claim.json.x.tmp", "round-2/.dataset.json.x.tmp"):  # of killed writers
+    for left in ("pseudo-2/.claim.json.x.tmp", "round-2/.dataset.json.x.tmp"):  # leftovers
         files.write_json(folder / left, {})
     with stops() as patch:
         on_call(patch, files, "write_json", sigterm, count=2, where="pseudo-2")
@@ -237,7 +237,7 @@ def test_killed_anywhere_it_ends_as_if_it_had_not_been(command, whole, tmp_path,
     equal_rounds(whole, folder)
 
 
-def test_more_rounds_may_follow_and_a_finished_run_has_nothing_to_do(
+def test_rounds_can_be_added_and_a_finished_run_trains_nothing(
     command, whole, tmp_path, monkeypatch
 ):
     folder = tmp_path / "ns"
@@ -245,12 +245,14 @@ def test_more_rounds_may_follow_and_a_finished_run_has_nothing_to_do(
     assert read_csv(folder / "table2.csv") == read_csv(whole / "table2.csv")[:3]
     assert command(folder) == 0
     equal_rounds(whole, folder)
-    monkeypatch.setattr(pipeline, "mixed_batches", lambda *_, **__: None)  # no step can be taken
+    monkeypatch.setattr(
+        pipeline, "mixed_batches", lambda *_, **__: None
+    )  # training a step would fail
     assert command(folder) == 0
     equal_rounds(whole, folder)
 
 
-def test_another_config_in_the_same_folder_is_refused(command, whole, data, tmp_path, capsys):
+def test_another_config_in_the_same_folder_is_rejected(command, whole, data, tmp_path, capsys):
     before = {path: path.read_bytes() for path in whole.glob("*.json")}
     for changed, says in (
         ({"threshold": 0.4}, "threshold 0.5, not 0.4"),
@@ -277,38 +279,38 @@ def test_another_config_in_the_same_folder_is_refused(command, whole, data, tmp_
     assert before == {path: path.read_bytes() for path in whole.glob("*.json")}
 
 
-def test_what_would_fail_later_is_refused_before_the_first_round(overrides, data, tmp_path):
+def test_invalid_input_is_rejected_before_the_first_round(overrides, data, tmp_path):
     folder = tmp_path / "ns"
 
-    def refused(message, **more):
+    def rejected(message, **more):
         with pytest.raises(InputError, match=message) as error:
-            noisy_student.noisy_student(page(overrides, **more), folder)
+            noisy_student.noisy_student(make_config(overrides, **more), folder)
         assert "\n" not in str(error.value) and not folder.exists()
 
-    refused("rounds -1", rounds=-1)
-    refused("'newest'", checkpoint="newest")
-    refused("top 0", top=0)
-    refused("threshold 1.5", threshold=1.5)
-    refused("'nine'.*labelled.*train, val", evaluate=("nine",))
-    refused("'train'.*unlabelled", split="train")
-    refused("nowhere", unlabelled="nowhere")
-    refused("'studen'", student="studen")
-    refused("'epoch'.*'epochs'", student_changes=("epoch=3",))
-    refused("plain", labelled=toy.write(tmp_path / "plain"))
+    rejected("rounds -1", rounds=-1)
+    rejected("'newest'", checkpoint="newest")
+    rejected("top 0", top=0)
+    rejected("threshold 1.5", threshold=1.5)
+    rejected("'nine'.*labelled.*train, val", evaluate=("nine",))
+    rejected("'train'.*unlabelled", split="train")
+    rejected("nowhere", unlabelled="nowhere")
+    rejected("'studen'", student="studen")
+    rejected("'epoch'.*'epochs'", student_changes=("epoch=3",))
+    rejected("plain", labelled=toy.write(tmp_path / "plain"))
     large = tmp_path / "large"
     shutil.copytree(data[1], large)
     info = files.read_json(large / "dataset.json")
     files.write_json(large / "dataset.json", info | {"size": 64})
-    refused("large.* 64,.*labelled with 32", unlabelled=large)
+    rejected("large.* 64,.*labelled with 32", unlabelled=large)
 
 
-def test_a_student_starts_from_its_teacher_only_where_it_is_told_to(overrides, tmp_path):
-    """At learning rate 0 the weights stay those that it started from."""
+def test_from_last_starts_a_student_from_its_teacher(overrides, tmp_path):
+    """At learning rate 0 the weights do not change from their initial values."""
     still = TINY | STUDENT | {"optimizer.learning_rate": 0.0, "ema_decay": 0.0}
     teacher = {"epochs": 1.6, "evaluate_every": 0.8}
     for from_last in (True, False):
         folder = tmp_path / str(from_last)
-        config = page(
+        config = make_config(
             overrides,
             rounds=1,
             from_last=from_last,
@@ -321,24 +323,24 @@ def test_a_student_starts_from_its_teacher_only_where_it_is_told_to(overrides, t
         same = checkpoint.digests(best) == checkpoint.digests(student)
         assert same == from_last
         init = json.loads((folder / "round-1" / "summary.json").read_text())["init"]
-        about = files.read_json(folder / "pseudo-1" / "pseudo.json")
+        labelled = files.read_json(folder / "pseudo-1" / "pseudo.json")
         if from_last:
-            assert init["digest"] == about["teacher_digest"]  # the one that labelled
+            assert init["digest"] == labelled["teacher_digest"]  # the network that labelled
         else:
             assert init is None
 
 
-def test_the_options_reach_the_rounds(overrides, tmp_path, monkeypatch):
+def test_options_of_the_config_reach_the_rounds(overrides, tmp_path, monkeypatch):
     original, calls = evaluator.Scores.report, itertools.count(1)
 
     def falling(self, thresholds, parents):
         report = original(self, thresholds, parents)
-        report.summary["auc"] = 1 / next(calls)  # so that the best state is never the last
+        report.summary["auc"] = 1 / next(calls)  # so that the best state is not the last
         return report
 
     monkeypatch.setattr(evaluator.Scores, "report", falling)
     short = {"epochs": 1.6, "evaluate_every": 0.8}
-    config = page(
+    config = make_config(
         overrides,
         rounds=1,
         seed=3,
@@ -351,8 +353,8 @@ def test_the_options_reach_the_rounds(overrides, tmp_path, monkeypatch):
         student_changes=changes(TINY | short | STUDENT),
     )
     summary = noisy_student.noisy_student(config, tmp_path / "ns")
-    about = files.read_json(tmp_path / "ns" / "pseudo-1" / "pseudo.json")
-    assert [about[key] for key in ("top", "threshold", "soft", "teacher_step")] == [
+    labelled = files.read_json(tmp_path / "ns" / "pseudo-1" / "pseudo.json")
+    assert [labelled[key] for key in ("top", "threshold", "soft", "teacher_step")] == [
         2,
         0.25,
         True,
@@ -369,7 +371,9 @@ def test_the_options_reach_the_rounds(overrides, tmp_path, monkeypatch):
         assert saved["ema_decay"] == (0.5 if number else 0.0)
 
 
-def test_the_first_process_writes_when_all_have_looked(overrides, tmp_path, monkeypatch):
+def test_the_first_process_writes_after_all_have_checked_the_folder(
+    overrides, tmp_path, monkeypatch
+):
     folder, seen = tmp_path / "ns", []
 
     def wait_for_all(name):
@@ -379,5 +383,5 @@ def test_the_first_process_writes_when_all_have_looked(overrides, tmp_path, monk
 
     monkeypatch.setattr(sharding, "wait_for_all", wait_for_all)
     with pytest.raises(Stopped):
-        noisy_student.noisy_student(page(overrides), folder)
+        noisy_student.noisy_student(make_config(overrides), folder)
     assert seen == [("looked", False), ("claimed", True)]

@@ -1,4 +1,4 @@
-"""LesaNet's protocol against a plain loop over its rules, and each rule by itself."""
+"""LesaNet's protocol against a plain loop over its rules, and each rule on its own."""
 
 import dataclasses
 import json
@@ -24,16 +24,16 @@ def drawn(seed, examples=150, labels=7):
 
 
 def loop_rates(labels, predicted):
-    """Precision, recall, F1 of one label as LesaNet writes them."""
-    found = np.sum(labels & predicted)
-    precision = found / predicted.sum() if predicted.any() else 1.0
-    recall = found / labels.sum() if labels.any() else 1.0
+    """Precision, recall and F1 of one label by LesaNet's formulas."""
+    hits = np.sum(labels & predicted)
+    precision = hits / predicted.sum() if predicted.any() else 1.0
+    recall = hits / labels.sum() if labels.any() else 1.0
     f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
     return precision, recall, f1
 
 
 def loop_protocol(scores, labels, mask, thresholds, parents):
-    """Returns the four macro means and the three micro averages, by the rules one by one."""
+    """Returns the four macro means, the three micro averages and the evaluated labels."""
     predicted = np.zeros(labels.shape, bool)
     evaluated = []
     for k in range(labels.shape[1]):
@@ -41,7 +41,7 @@ def loop_protocol(scores, labels, mask, thresholds, parents):
         if labels[known, k].any() and not labels[known, k].all():
             evaluated.append(k)
             predicted[known, k] = scores[known, k] >= thresholds[k]
-    for _ in parents:  # as often as there are labels: more than any chain is long
+    for _ in parents:  # no chain of parents is longer than the number of labels
         for child, above in enumerate(parents):
             for parent in above:
                 predicted[:, parent] |= predicted[:, child]
@@ -53,10 +53,10 @@ def loop_protocol(scores, labels, mask, thresholds, parents):
     return np.mean(macro, axis=0), loop_rates(labels[mask], predicted[mask]), evaluated
 
 
-def test_equals_a_loop_over_the_rules():
+def test_evaluation_equals_a_loop_over_the_rules():
     scores, labels, mask = drawn(0)
     thresholds = protocol.choose_thresholds(*drawn(1)[:2], mask=drawn(1)[2])
-    thresholds[4] = protocol.ALWAYS  # an unknown element of it must not reach its parents
+    thresholds[4] = protocol.ALWAYS  # its unknown elements must not add its parents
     report = protocol.evaluate(scores, labels, thresholds, PARENTS, mask=mask)
     for suffix, chosen in (("", thresholds), ("_at_0.5", np.full(7, 0.5))):
         macro, micro, evaluated = loop_protocol(scores, labels, mask, chosen, PARENTS)
@@ -70,7 +70,7 @@ def test_equals_a_loop_over_the_rules():
     assert evaluated == [0, 1, 2, 3, 4]
 
 
-def test_thresholds_equal_a_search_one_by_one():
+def test_thresholds_equal_a_search_per_label():
     scores, labels, mask = drawn(2)
     ours = protocol.choose_thresholds(scores, labels, mask=mask)
     for k in range(5):
@@ -86,31 +86,33 @@ def test_thresholds_equal_a_search_one_by_one():
 def test_threshold_rules():
     labels = np.array([[1, 1, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]])
     scores = np.array([[0.95, 0.1, 0.9, 0.75], [0.1, 0.2, 0.8, 0.72], [0.1, 0.1, 0.1, 0.1]])
-    # Ties go to the lowest; 1 where F1 is 0; LesaNet's 0 where val has no positives.
+    # Ties go to the lowest; 1 if F1 is 0; LesaNet's 0 without validation positives.
     np.testing.assert_array_equal(protocol.choose_thresholds(scores, labels), [0.3, 1, 0, 0.3])
     np.testing.assert_array_equal(
         protocol.choose_thresholds(scores, labels, unjudged=protocol.NEVER), [0.3, 1, 1, 0.3]
     )
     scores[0, 3] = 0.85
     np.testing.assert_array_equal(protocol.choose_thresholds(scores, labels)[3], 0.8)
-    # All positives is as unjudged as none.
+    # Without negatives a label cannot be scored either.
     assert protocol.choose_thresholds(scores[:1], labels[:1])[0] == 0
 
 
-def test_threshold_of_one_is_never_reached():
+def test_a_threshold_of_one_is_never_reached():
     scores = np.array([[1.0, 1.0], [0.3, 0.0]])
     np.testing.assert_array_equal(
         protocol.predict(scores, np.array([1.0, 0.0])), [[False, True], [False, True]]
     )
-    assert protocol.predict(np.array([[0.5]]), np.array([0.5])).all()  # reached is enough
+    assert protocol.predict(
+        np.array([[0.5]]), np.array([0.5])
+    ).all()  # a score equal to the threshold is predicted
 
 
-def test_parents_to_the_fixed_point():
+def test_all_ancestors_are_added():
     predicted = np.eye(7, dtype=bool)
     added = protocol.add_parents(predicted, PARENTS)
     expected = [{0}, {0, 1}, {0, 1, 2}, {3}, {0, 1, 3, 4}, {5}, {6}]
     assert [set(np.flatnonzero(row)) for row in added] == expected
-    assert (predicted == np.eye(7)).all()  # left as it is
+    assert (predicted == np.eye(7)).all()  # the argument is not changed
     assert (protocol.add_parents(added, PARENTS) == added).all()
     assert (protocol.add_parents(predicted, [[]] * 7) == predicted).all()
     # A cycle ends.
@@ -124,7 +126,7 @@ def test_precision_is_one_when_nothing_is_predicted():
     assert report.summary["recall"] == report.summary["f1"] == 0.0
 
 
-def test_means_are_over_one_label_set():
+def test_all_means_are_over_the_same_labels():
     scores, labels, mask = drawn(4)
     report = protocol.evaluate(scores, labels, np.full(7, 0.5), PARENTS, mask=mask)
     rows = [row for row in report.per_label if row["evaluated"]]
@@ -132,11 +134,11 @@ def test_means_are_over_one_label_set():
         assert report.summary[name] == pytest.approx(np.mean([row[name] for row in rows]))
     assert report.summary["labels_evaluated"] == 5
     assert report.summary["labels_total"] == 7
-    # At the threshold 0.5 the two sets of numbers are one.
+    # The thresholds are 0.5, so that both sets of numbers are equal.
     assert report.summary["f1"] == report.summary["f1_at_0.5"]
 
 
-def test_padding_rows_do_not_count():
+def test_masked_padding_has_no_effect():
     scores, labels, mask = drawn(5)
     thresholds = np.full(7, 0.4)
     report = protocol.evaluate(scores, labels, thresholds, PARENTS, mask=mask)
@@ -147,7 +149,7 @@ def test_padding_rows_do_not_count():
     assert report.summary["examples"] == 150
 
 
-def test_json_holds_the_report():
+def test_a_report_can_be_written_as_json():
     labels = np.zeros((4, 2), bool)
     report = protocol.evaluate(np.full((4, 2), 0.1), labels, np.full(2, 0.5), [[], []])
     text = json.dumps(dataclasses.asdict(report), allow_nan=False)
@@ -162,7 +164,7 @@ def test_json_holds_the_report():
     }
 
 
-def test_refuses():
+def test_invalid_input_is_rejected():
     scores, labels, _ = drawn(7)
     with pytest.raises(InputError, match=r"\(3,\)"):
         protocol.evaluate(scores, labels, np.ones(3), PARENTS)

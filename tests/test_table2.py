@@ -1,4 +1,4 @@
-"""Table 2: what the rounds reach, beside the paper's numbers."""
+"""Table 2: the numbers of each round beside the paper's."""
 
 import re
 
@@ -8,7 +8,7 @@ from benchmarks.real_data import PAPER
 from maknet_jax import noisy_student
 
 
-def test_a_table_has_a_dash_where_there_is_no_number():
+def test_missing_numbers_are_dashes():
     values = {"auc": None, "f1": 0.5, "precision": 0.25, "recall": 1.0}
     rounds = [{"splits": {"test": values, "own": values}}] * 7
     header, rows = noisy_student.table(rounds)
@@ -18,15 +18,15 @@ def test_a_table_has_a_dash_where_there_is_no_number():
     assert rows[6] == ["6 (student)", *ours, "-", "-", "-", "-", *ours]
 
 
-def test_the_papers_numbers_are_the_papers():
+def test_the_papers_numbers_are_those_of_its_text():
     if not PAPER.is_file():
         pytest.skip(f"the paper is not at {PAPER}")
     text = PAPER.read_text()
     table = text[text.index("**Table 2.**") :]
-    found = {}
+    numbers_of_rounds = {}
     for line in re.findall(
         r"^\| (\d)(?: \(teacher\))? +\|(.*)$", table[: table.index("###")], re.M
     ):
         numbers = [float(cell) for cell in line[1].split("|") if cell.strip()]
-        found[int(line[0])] = (tuple(numbers[:4]), tuple(numbers[4:]))
-    assert len(found) == 6 and found == noisy_student.PAPER
+        numbers_of_rounds[int(line[0])] = (tuple(numbers[:4]), tuple(numbers[4:]))
+    assert len(numbers_of_rounds) == 6 and numbers_of_rounds == noisy_student.PAPER

@@ -1,4 +1,4 @@
-"""The verbs of the semi-supervised rounds."""
+"""The commands of semi-supervised training."""
 
 import argparse
 
@@ -15,23 +15,36 @@ def _pseudo_label(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(
         verbs,
         "pseudo-label",
-        "images that nobody labelled, by a teacher; run again it goes on",
+        "label unlabelled images with a trained teacher; resumes if interrupted",
         "maknet pseudo-label --workdir runs/teacher --records shards/tcia --out shards/pseudo-1",
         _run_pseudo_label,
     )
     verb.add_argument("--workdir", required=True, help="folder of the teacher's run")
-    verb.add_argument("--records", required=True, help="prepared data set with the images")
+    verb.add_argument("--records", required=True, help="prepared data set of the images")
     verb.add_argument("--out", required=True, help="folder to write")
-    verb.add_argument("--split", default="unlabelled", help="of the records (default: unlabelled)")
-    verb.add_argument("--top", type=options.count, default=15, help="labels an image (default: 15)")
     verb.add_argument(
-        "--threshold", type=float, default=0.5, help="a confidence must exceed it (default: 0.5)"
+        "--split", default="unlabelled", help="split of the records (default: unlabelled)"
     )
-    verb.add_argument("--soft", action="store_true", help="students learn the confidences, not 1")
-    verb.add_argument("--checkpoint", default="best", choices=("best", "last"))
-    verb.add_argument("--batch-size", type=options.count, help="images a step (default: teacher's)")
     verb.add_argument(
-        "--truth", action="store_true", help="the split has labels: judge the pseudo-labels by them"
+        "--top", type=options.count, default=15, help="labels per image at most (default: 15)"
+    )
+    verb.add_argument(
+        "--threshold",
+        type=float,
+        default=0.5,
+        help="least confidence of a label, exclusive (default: 0.5)",
+    )
+    verb.add_argument(
+        "--soft", action="store_true", help="students learn the confidences instead of 1"
+    )
+    verb.add_argument("--checkpoint", default="best", choices=("best", "last"))
+    verb.add_argument(
+        "--batch-size", type=options.count, help="images per step (default: the teacher's)"
+    )
+    verb.add_argument(
+        "--truth",
+        action="store_true",
+        help="the split has labels: compare the pseudo-labels with them",
     )
     options.distributed(verb)
 
@@ -52,21 +65,21 @@ def _run_pseudo_label(chosen: argparse.Namespace) -> None:
         batch_size=chosen.batch_size,
         truth=chosen.truth,
     )
-    print(f"{result['kept']} of {result['images']} images kept labels; {chosen.out}/pseudo.json")
-    print(f"images a label: {chosen.out}/counts.csv, histogram.png; other thresholds: sweep.csv")
+    print(f"{result['kept']} of {result['images']} images labelled, see {chosen.out}/pseudo.json")
+    print(f"images per label: {chosen.out}/counts.csv, histogram.png; other thresholds: sweep.csv")
 
 
 def _noisy_student(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(
         verbs,
         "noisy-student",
-        "a teacher and rounds of pseudo-labels and students; run again it goes on",
+        "a teacher, then rounds of pseudo-labels and students; resumes if interrupted",
         "maknet noisy-student --config noisy_student --workdir runs/ns \\\n"
         "    --config.labelled=shards/deeplesion --config.unlabelled=shards/tcia",
         _run_noisy_student,
         takes_config=True,
     )
-    verb.add_argument("--config", required=True, help="noisy_student (the paper's), or a .py file")
+    verb.add_argument("--config", required=True, help="noisy_student (the paper's) or a .py file")
     verb.add_argument("--workdir", required=True, help="folder of all rounds")
     verb.usage = "maknet noisy-student --config NAME --workdir DIR [--config.FIELD=VALUE ...]"
     options.distributed(verb)
@@ -82,4 +95,4 @@ def _run_noisy_student(chosen: argparse.Namespace) -> None:
     )
     titles = [f"round {number}" for number in range(len(summary["rounds"]))]
     print(evaluate.table(summary["rounds"], titles))
-    print("\nbeside the paper's table 2: " + ", ".join(summary["files"]))
+    print("\ntable 2: " + ", ".join(summary["files"]))

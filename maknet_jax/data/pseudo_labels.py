@@ -1,10 +1,10 @@
-"""Pseudo-labels of a teacher: how they are chosen, and their shards beside the image records.
+"""Pseudo-labels of a teacher (paper, section 4.2): the selection rule, label shards, their source.
 
     OUT/pseudo.json                    the teacher, the images, the rule and the counts
-    OUT/part-00000-of-00009.npy        one structured row an image that kept a label
+    OUT/part-00000-of-00009.npy        one structured row per image with pseudo-labels
 
-The images stay where they are: a row names its record by number. What a teacher gives is decided
-image by image, so that shards can be made in any order and on any host (paper, section 4.2).
+Images are not copied: a row refers to its record by number. The labels of an image depend on that
+image alone, so that shards can be labelled in any order and on any host.
 """
 
 import hashlib
@@ -20,12 +20,13 @@ from maknet_jax.data import records
 from maknet_jax.errors import InputError
 
 FORMAT = 1
-# Confidences on two layouts of devices differ by less: nearer to a threshold or a tie is close.
-CLOSE = {"float32": 1e-5, "bfloat16": 1e-2}  # by the teacher's precision; the second is a guess
+# Confidences computed on different devices differ by less than this, by the teacher's precision.
+# 1e-5 was measured; 1e-2 is an estimate.
+CLOSE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
 def row_dtype(top: int) -> np.dtype:
-    """A row: the record's number, its labels' columns (-1: none) and their confidences."""
+    """A row: the record number, the columns of its labels (-1: none) and their confidences."""
     return np.dtype([("index", "<i8"), ("labels", "<i2", (top,)), ("confidences", "<f4", (top,))])
 
 
@@ -37,27 +38,27 @@ def select(
     threshold: float = 0.5,
     close: float = CLOSE["float32"],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses the pseudo-labels of images (paper, section 4.2).
+    """Selects the pseudo-labels of images (paper, section 4.2).
 
-    The `top` most confident labels, of these those above `threshold`, and from the most confident
-    down those that no kept one excludes. Of equal confidences the lower column comes first.
+    Of the `top` most confident labels, those above `threshold` are considered from the most
+    confident down, and selected unless a selected label excludes them. Ties go to the lower column.
 
     Args:
       confidences: float32 `[N, K]`, the teacher's sigmoids.
       exclusive: bool `[K, K]`, symmetric, see `Vocabulary.exclusive`.
-      top: labels an image at most.
+      top: labels per image at most.
       threshold: what a confidence must exceed.
       close: a difference of confidences.
 
     Returns:
-      (columns, close): int16 `[N, min(top, K)]`, kept columns from the most confident down, then
-      -1; bool `[N]`, whether a difference of `close` could change which they are.
+      (columns, close): int16 `[N, min(top, K)]`, the selected columns from the most confident down,
+      then -1; bool `[N]`, whether changing confidences by `close` could change the selection.
     """
     count = min(top, confidences.shape[1])
     order = np.argsort(-confidences, axis=1, kind="stable")[:, : count + 1]
     ranked = np.take_along_axis(confidences, order, axis=1)
     unsure = (np.abs(ranked - threshold) < close)[:, :count].any(axis=1)
-    # A near tie matters where it decides the cut at `top`, or which of two that exclude each other.
+    # A near tie matters at the cut after `top`, and between two labels that exclude each other.
     near = ranked[:, :, None] - ranked[:, None] < close
     near &= ranked[:, None] > threshold - close
     rivals = exclusive[order[:, :, None], order[:, None]]
@@ -77,7 +78,17 @@ def select(
 def rows_of(
     numbers: np.ndarray, columns: np.ndarray, confidences: np.ndarray, *, top: int
 ) -> np.ndarray:
-    """The rows of the images that kept a label, in the order of `numbers`."""
+    """The rows of the images with pseudo-labels.
+
+    Args:
+      numbers: `[N]`, the record numbers.
+      columns: int16 `[N, C]`, from `select`.
+      confidences: float32 `[N, K]`.
+      top: places per row.
+
+    Returns:
+      `row_dtype(top)` `[M]`, in the order of `numbers`.
+    """
     labelled = np.flatnonzero((columns >= 0).any(axis=1))
     columns = columns[labelled]
     rows = np.zeros(len(labelled), row_dtype(top))
@@ -90,7 +101,7 @@ def rows_of(
 
 
 def write_rows(path: pathlib.Path, rows: np.ndarray) -> str:
-    """Writes one label shard whole or not at all; returns its SHA-256."""
+    """Writes one label shard atomically; returns its SHA-256."""
     buffer = io.BytesIO()
     np.save(buffer, rows, allow_pickle=False)
     with files.write_whole(path, "wb") as file:
@@ -99,10 +110,10 @@ def write_rows(path: pathlib.Path, rows: np.ndarray) -> str:
 
 
 def read_rows(path: pathlib.Path, digest: str) -> np.ndarray:
-    """Reads a label shard that has the SHA-256 `digest`.
+    """Reads a label shard and verifies its SHA-256.
 
     Raises:
-      InputError: it is damaged or missing.
+      InputError: the file is missing or damaged.
     """
     payload = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(payload).hexdigest() == digest:
@@ -111,7 +122,7 @@ def read_rows(path: pathlib.Path, digest: str) -> np.ndarray:
 
 
 class PseudoSource:
-    """Random access to the unlabelled images that a teacher gave labels (picklable, for grain)."""
+    """Random access to images with their pseudo-labels (picklable, for grain)."""
 
     def __init__(
         self,
@@ -122,42 +133,45 @@ class PseudoSource:
         balance: int = 0,
         seed: int = 0,
     ):
-        """Opens what `maknet pseudo-label` wrote.
+        """Opens the output of `maknet pseudo-label`.
 
         Args:
           path: its folder.
-          size: the edge of the images that is wanted.
-          names: the labels that are wanted, in column order.
-          balance: 0 takes every image once an epoch; else so many of each label, the most confident
-            ones, repeated where a label has fewer (noisy student, arXiv:1911.04252, section 3).
+          size: the edge of the student's images, in pixels.
+          names: the student's labels, in column order.
+          balance: 0 takes every image once per epoch; otherwise the number of images per label, the
+            most confident ones, repeated where a label has fewer (noisy student, arXiv:1911.04252,
+            section 3).
           seed: of the order of the balanced images.
 
         Raises:
-          InputError: it is unfinished or damaged, of other labels, or of other images than there
-            are now.
+          InputError: the pseudo-labels are unfinished or damaged, have other labels or another
+            image size, or the images have changed since.
         """
         path = pathlib.Path(path)
         try:
             self.info = files.read_json(path / "pseudo.json")
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(
-                f"{path} holds no finished pseudo-labels (no pseudo.json): run `maknet "
+                f"{path} holds no finished pseudo-labels (pseudo.json is missing): run `maknet "
                 "pseudo-label`"
             ) from None
         dataset = records.open_dataset(self.info["records"])
         if dataset.fingerprint != self.info["fingerprint"]:
             raise InputError(
-                f"{dataset.path} is not what {path} was made for: label the images again"
+                f"{dataset.path} has changed since {path} was written: label the images again"
             )
         if tuple(self.info["labels"]) != tuple(names):
-            raise InputError(f"{path} has other labels than the training data: use their teacher")
+            raise InputError(
+                f"{path} has other labels than the training data: use a teacher with these labels"
+            )
         records.check_size(dataset, size, "the student")
         self.size = len(names)
         self._images = dataset.source(self.info["split"])
         rows = [read_rows(path / shard["file"], shard["sha256"]) for shard in self.info["shards"]]
         self._rows = np.concatenate(rows)
         if not len(self._rows):
-            raise InputError(f"{path} kept no label of any image: lower --threshold")
+            raise InputError(f"no image in {path} has a pseudo-label: lower --threshold")
         self._order = balanced(self._rows, self.size, balance, seed) if balance else None
 
     def __len__(self) -> int:
@@ -174,14 +188,14 @@ class PseudoSource:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the images, the labels and how they are meant."""
+        """SHA-256 over the images, their labels, and whether the labels are soft."""
         shards = [shard["sha256"] for shard in self.info["shards"]]
         content = json.dumps([self.info["fingerprint"], self.info["soft"], shards])
         return hashlib.sha256(content.encode()).hexdigest()
 
     @property
     def label_counts(self) -> np.ndarray:
-        """How many images of an epoch have each label, `[K]`; soft ones count what they are."""
+        """Images per label in an epoch, `[K]`; soft labels count by their confidence."""
         rows = self._rows if self._order is None else self._rows[self._order]
         selected = rows["labels"] >= 0
         weights = rows["confidences"][selected] if self.info["soft"] else None
@@ -189,9 +203,16 @@ class PseudoSource:
 
 
 def balanced(rows: np.ndarray, size: int, count: int, seed: int) -> np.ndarray:
-    """Row numbers with `count` images of each label that has any, in a shuffled order.
+    """Draws the same number of images for each label.
 
-    The most confident images of a label come first; a label with fewer repeats them.
+    Args:
+      rows: the rows of the label shards.
+      size: the number of labels K.
+      count: images per label, the most confident ones; repeated where a label has fewer.
+      seed: of the order.
+
+    Returns:
+      Row numbers, `count` for each label that has any image, shuffled.
     """
     chosen = []
     for column in range(size):

@@ -28,7 +28,9 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
 
 
 def auc(scores: Values, labels: Values) -> float:
-    """Area under the ROC curve: the chance that a positive outscores a negative, ties half.
+    """Area under the ROC curve: the probability that a positive outscores a negative.
+
+    Ties count half.
 
     Args:
       scores: [N], finite.
@@ -38,7 +40,7 @@ def auc(scores: Values, labels: Values) -> float:
       A float; nan where one class is absent.
 
     Raises:
-      InputError: scores that are not finite, labels that are not 0 or 1, shapes that differ.
+      InputError: scores are not finite, labels are not 0 or 1, or shapes differ.
     """
     checked_scores, checked_labels, _ = checked(scores, labels)
     return _auc(checked_scores, checked_labels)
@@ -82,8 +84,8 @@ def rates(counts: Counts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Precision, recall and F1 of `Counts`, three floats or arrays.
 
     Precision is 1 when nothing is predicted (LesaNet). Recall is nan without positives, and so is
-    F1. F1 is 0 when positives exist and none is found; a label that is never predicted thus has
-    precision 1, recall 0 and F1 0, which drives mean F1 below both means.
+    F1. F1 is 0 when no positive is predicted; a label that is never predicted thus has precision 1,
+    recall 0 and F1 0, which pulls the mean F1 below both means.
     """
     tp, fp, fn = (np.asarray(values, np.float64) for values in counts)
     precision = np.where(tp + fp > 0, tp / np.maximum(tp + fp, 1), 1.0)
@@ -114,22 +116,22 @@ def checked(
     mask = np.ones(scores.shape, bool) if mask is None else np.asarray(mask).astype(bool)
     if not scores.shape == labels.shape == mask.shape:
         raise InputError(
-            f"scores {scores.shape}, labels {labels.shape}, mask {mask.shape}: metrics need one "
-            "shape: pass one score, label and mask element for each example and label"
+            f"scores {scores.shape}, labels {labels.shape}, mask {mask.shape}: shapes should be "
+            "equal, pass one element of each per example and label"
         )
     known = scores[mask]
     broken = np.count_nonzero(~np.isfinite(known))
     if broken:
         raise InputError(
-            f"{broken} of {known.size} scores are not finite: metrics need finite scores: "
-            "look at the loss of the run, and predict from an earlier checkpoint"
+            f"{broken} of {known.size} scores are not finite: check the loss of the run and "
+            "predict from an earlier checkpoint"
         )
     if labels.dtype != bool:
         known = labels[mask]
         odd = known[(known != 0) & (known != 1)]
         if odd.size:
             raise InputError(
-                f"label value {odd[0]}: metrics need labels 0 or 1: mask unknown labels and "
-                "threshold soft ones first"
+                f"label value {odd[0]} should be 0 or 1: mask unknown labels and threshold soft "
+                "ones"
             )
     return np.where(mask, scores, 0), mask & (labels == 1), mask

@@ -22,14 +22,14 @@ RATES = ("precision", "recall", "f1")
 
 @dataclass(frozen=True)
 class Report:
-    """What `evaluate` found. Undefined numbers are None, so that JSON can hold all of it.
+    """The metrics of a split. Undefined numbers are None, so that JSON can hold them.
 
     Attributes:
-      summary: the means. auc, precision, recall, f1 (macro over the labels with positives and
-        negatives, the same labels for all four); precision_at_0.5, recall_at_0.5, f1_at_0.5 (the
-        same with one threshold); micro_precision, micro_recall, micro_f1 and their _at_0.5 (over
-        all known elements); examples, labels_evaluated, labels_total.
-      per_label: a row per label, in the vocabulary's order: label (index), evaluated, examples,
+      summary: the means. auc, precision, recall, f1 (macro averages over the labels with positives
+        and negatives, the same labels for all four); precision_at_0.5, recall_at_0.5, f1_at_0.5
+        (the same at a fixed threshold); micro_precision, micro_recall, micro_f1 and their _at_0.5
+        (over all known elements); examples, labels_evaluated, labels_total.
+      per_label: one row per label, in the vocabulary's order: label (index), evaluated, examples,
         positives, auc, threshold, tp, fp, fn, precision, recall, f1, precision_at_0.5,
         recall_at_0.5, f1_at_0.5. The rates of a label that is not evaluated are None.
     """
@@ -46,30 +46,30 @@ def choose_thresholds(
     candidates: Sequence[float] = CANDIDATES,
     unjudged: float = ALWAYS,
 ) -> np.ndarray:
-    """Returns per label the candidate of best F1 on val, [K] float64.
+    """Returns the candidate with the best validation F1 for each label, float64 `[K]`.
 
-    The lowest wins a tie. A label whose F1 is 0 at every candidate gets 1.0 and is never predicted.
-    A label without positives or without negatives on val cannot be judged and gets `unjudged`: in
-    LesaNet 0, the value its array starts with, so that such a label is predicted for EVERY example,
-    with all its parents. (Its own val set has positives of all 171 labels.) Whoever shows
-    predictions to people wants `unjudged=NEVER`.
+    Ties go to the lowest candidate. A label whose F1 is 0 at every candidate gets 1.0 and is never
+    predicted. A label without positives or without negatives in the validation split cannot be
+    scored and gets `unjudged`. In LesaNet that is 0, the initial value of its array: such a label
+    is predicted for every example, with all its parents. (LesaNet's validation split has positives
+    of all 171 labels.) Use `unjudged=NEVER` where predictions are shown to people.
 
     Args:
       val_scores: [N, K] probabilities.
       val_labels: [N, K], 0/1.
       mask: [N, K], 0 where the label is unknown.
       candidates: ascending, in (0, 1).
-      unjudged: threshold of labels that val cannot judge: ALWAYS (0, as LesaNet), NEVER (1) or
-        between.
+      unjudged: threshold of labels that cannot be scored: ALWAYS (0, as in LesaNet), NEVER (1) or
+        a value in between.
 
     Raises:
-      InputError: candidates out of order or range, and what `metrics.checked` refuses.
+      InputError: candidates are out of order or range; see `metrics.checked` too.
     """
     bounds = [0, *candidates, 1]
     if len(bounds) == 2 or not np.all(np.diff(bounds) > 0):
         raise InputError(
-            f"candidates {list(candidates)}: thresholds need to ascend within (0, 1), for "
-            f"instance {list(CANDIDATES)}"
+            f"candidates {list(candidates)} should ascend within (0, 1), for example "
+            f"{list(CANDIDATES)}"
         )
     scores, labels, mask = metrics.checked(val_scores, val_labels, mask)
     f1 = np.stack([metrics.precision_recall_f1(scores >= c, labels, mask)[2] for c in candidates])
@@ -80,30 +80,32 @@ def choose_thresholds(
 
 
 def predict(scores: metrics.Values, thresholds: metrics.Values) -> np.ndarray:
-    """Returns scores >= thresholds, bool [N, K]; never where the threshold is 1.
+    """Returns scores >= thresholds, bool `[N, K]`; never true where the threshold is 1.
 
-    (LesaNet's comparison alone would let a score that rounds to exactly 1 through.)
+    With LesaNet's plain comparison a score that rounds to exactly 1 would be predicted.
     """
     thresholds = np.asarray(thresholds, np.float64)
     return (np.asarray(scores) >= thresholds) & (thresholds < NEVER)
 
 
 def add_parents(predicted: metrics.Values, parents: Sequence[Sequence[int]]) -> np.ndarray:
-    """Returns `predicted` [N, K] with the parents of every predicted label, and theirs.
+    """Returns a copy of `predicted` with all ancestors of every predicted label.
 
     Args:
-      predicted: [N, K] bool; left as it is.
-      parents: per label, the indices of its parents (of all ancestors or of the nearest only:
-        repeated until nothing is added, the result is the same; a cycle does no harm).
+      predicted: bool `[N, K]`.
+      parents: for each label, the indices of its parents. Direct parents and all ancestors give
+        the same result; cycles are allowed.
+
+    Raises:
+      InputError: the lists do not match the labels.
     """
     predicted = np.array(predicted, bool)
     labels = predicted.shape[1]
     beyond = [p for above in parents for p in above if not 0 <= p < labels]
     if len(parents) != labels or beyond:
         raise InputError(
-            f"parents of {len(parents)} labels, indices beyond the vocabulary {beyond[:3]}: "
-            f"predictions of {labels} labels need as many lists of indices below {labels}: "
-            "build both from one label file"
+            f"parents of {len(parents)} labels with invalid indices {beyond[:3]} for predictions "
+            f"of {labels} labels: build both from the same label file"
         )
     direct = predicted.copy()
     for label in range(labels):
@@ -133,12 +135,12 @@ def evaluate(
 ) -> Report:
     """Evaluates probabilities by LesaNet's protocol.
 
-    A label that is not evaluated (no positives, or no negatives, among its known elements) is not
-    predicted by its own score either, as in LesaNet: neither its parents nor the micro averages
-    see it, unless one of its children is predicted.
+    A label that is not evaluated (its known elements have no positives or no negatives) is not
+    predicted by its own score either, as in LesaNet: it adds nothing to its parents or to the micro
+    averages, unless one of its children is predicted.
 
     Args:
-      scores: [N, K] probabilities, one row per example (padding left out, or masked).
+      scores: [N, K] probabilities, one row per example (padding removed or masked).
       labels: [N, K], 0/1.
       thresholds: [K], from `choose_thresholds` on val.
       parents: see `add_parents`; `[[]] * K` for a vocabulary without an ontology.
@@ -148,14 +150,15 @@ def evaluate(
       A `Report`.
 
     Raises:
-      InputError: what `metrics.checked` and `add_parents` refuse, thresholds of another length.
+      InputError: there is not one threshold per label; see `metrics.checked` and `add_parents`
+        too.
     """
     scores, labels, mask = metrics.checked(scores, labels, mask)
     thresholds = np.asarray(thresholds, np.float64)
     if thresholds.shape != scores.shape[1:]:
         raise InputError(
-            f"thresholds {thresholds.shape} for scores {scores.shape}: evaluation needs one "
-            "threshold per label: choose them on val with the same vocabulary"
+            f"thresholds {thresholds.shape} for scores {scores.shape}: choose one threshold per "
+            "label, with the same vocabulary"
         )
     evaluated = _has_both(labels, mask)
     aucs = metrics.auc_per_label(scores, labels, mask)
@@ -194,12 +197,12 @@ def evaluate(
 
 
 def _has_both(labels: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Returns [K] bool: the known elements of the label hold positives and negatives."""
+    """Returns bool `[K]`: the known elements of the label have positives and negatives."""
     return labels.any(axis=0) & (mask & ~labels).any(axis=0)
 
 
 def _mean(values: np.ndarray, evaluated: np.ndarray) -> float:
-    """Returns the mean over the evaluated labels, nan where there is none."""
+    """Returns the mean over the evaluated labels, nan if there are none."""
     return float(values[evaluated].mean()) if evaluated.any() else math.nan
 
 
