@@ -1,14 +1,12 @@
 """`maknet predict`: any folder of CT -> body parts per slice and per series."""
 
 import concurrent.futures
-import functools
 import pathlib
 
 import numpy as np
 
 from maknet_jax import console, files
 from maknet_jax.ct import preprocess, volumes
-from maknet_jax.data import prefetch
 from maknet_jax.errors import InputError, Rejected
 from maknet_jax.evaluation import metrics, protocol
 from maknet_jax.figures.charts import write_label_chart
@@ -67,13 +65,19 @@ def predict(
         concurrent.futures.ThreadPoolExecutor(1) as reader,
         console.progress("predict", sum(ref.count for ref in found)) as advance,
     ):
-        load = functools.partial(volumes.load_series, png_window=png_window)
-        reading = ((ref, reader.submit(load, ref)) for ref in found)
-        for ref, future in prefetch.one_ahead(reading):
+        loading = None
+        for number, ref in enumerate(found):
+            loading = loading or reader.submit(volumes.load_series, ref, png_window=png_window)
             try:
-                volume = future.result()
+                volume = loading.result()
             except Rejected as error:
                 failures.append((ref.paths[0], str(error)))
+                volume = None
+            following = found[number + 1 : number + 2]
+            loading = None
+            if following:
+                loading = reader.submit(volumes.load_series, following[0], png_window=png_window)
+            if volume is None:
                 continue
             scores = score_volume(run, volume, batch_size, png_window, advance)
             chosen = choose(run, scores)

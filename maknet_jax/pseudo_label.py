@@ -2,13 +2,14 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
 
 from maknet_jax import console, files
-from maknet_jax.data import pipeline, prefetch, pseudo_labels, records
+from maknet_jax.data import pipeline, pseudo_labels, records
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation import metrics
@@ -16,6 +17,7 @@ from maknet_jax.figures import charts
 from maknet_jax.runs import workdir
 from maknet_jax.training import sharding, transfer
 
+T = TypeVar("T")
 # Thresholds for which the number of labels is counted too, for comparison.
 SWEEP = tuple(round(0.1 * tenth, 1) for tenth in range(1, 10))
 
@@ -199,7 +201,7 @@ def _confidences(
     )
     remaining = list(todo)
     rows: list[np.ndarray] = []
-    for batch, logits in prefetch.one_ahead((batch, run.score(batch)) for batch in reader):
+    for batch, logits in _one_ahead((batch, run.score(batch)) for batch in reader):
         real = batch["weight"] > 0
         new = [metrics.sigmoid(np.asarray(logits)), batch["labels"], batch["label_mask"]]
         new = [column[real] for column in new]
@@ -211,6 +213,16 @@ def _confidences(
             confidences, labels, mask = (column[:count] for column in rows)
             rows = [column[count:] for column in rows]
             yield number, confidences, labels, mask
+
+
+def _one_ahead(started: Iterable[T]) -> Iterator[T]:
+    """Yields each item after the next one was drawn, whose computation is then in flight."""
+    items = iter(started)
+    for current in items:
+        for following in items:
+            yield current
+            current = following
+        yield current
 
 
 @dataclasses.dataclass(frozen=True)

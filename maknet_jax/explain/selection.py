@@ -14,7 +14,7 @@ from jax.tree_util import Partial
 
 from maknet_jax import console, files
 from maknet_jax.ct import preprocess, volumes
-from maknet_jax.data import prefetch, records
+from maknet_jax.data import records
 from maknet_jax.errors import InputError, Rejected
 from maknet_jax.runs import workdir
 from maknet_jax.training import sharding, transfer
@@ -312,10 +312,11 @@ def explain(title, out, picked, settings, explain_batch, *, batch_size):
         concurrent.futures.ThreadPoolExecutor(1) as reader,
         console.progress(title, len(mine), done=len(mine) - len(todo)) as advance,
     ):
-        # The next batch is read while this one is explained.
-        reading = ((numbers, reader.submit(_read, picked, numbers)) for numbers in batches)
-        for numbers, future in prefetch.one_ahead(reading):
-            cases, _ = future.result()
+        loading = [reader.submit(_read, picked, numbers) for numbers in batches[:1]]
+        for place, numbers in enumerate(batches):
+            cases, _ = loading.pop().result()
+            # The next batch is read while this one is explained.
+            loading += [reader.submit(_read, picked, more) for more in batches[place + 1 :][:1]]
             results = explain_batch(cases) if cases else []
             for number, result in zip(cases, results, strict=True):
                 save(names[number], *result)
