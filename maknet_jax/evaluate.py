@@ -27,6 +27,7 @@ def evaluate(
     data: pathlib.Path | str | None = None,
     checkpoint: str = "best",
     batch_size: int | None = None,
+    rules: str = protocol.OURS,
 ) -> dict:
     """Scores splits and writes `WORKDIR/evaluation/SPLIT.json` and `SPLIT_labels.csv`.
 
@@ -43,14 +44,17 @@ def evaluate(
       data: another prepared data set with the same labels; None takes the training data.
       checkpoint: "best" or "last".
       batch_size: images per step; None takes the config's.
+      rules: "ours", or "lesanet" to agree with LesaNet's published evaluate.py, see
+        `evaluation.protocol`; the results of "lesanet" go to a folder `lesanet` of their own.
 
     Returns:
       The summary, also written to `summary_SPLITS.json`; `splits` holds the metrics of each split.
 
     Raises:
-      InputError: a split is missing or empty, or the labels or the image size differ from the
-        network's.
+      InputError: a split is missing or empty, the labels or the image size differ from the
+        network's, or LesaNet's rules lack the direct parents of the labels.
     """
+    protocol.find_rules(rules)  # before anything is scored
     folder = pathlib.Path(folder)
     run = workdir.open_run(folder, checkpoint_name=checkpoint)
     trained_on = files.read_json(folder / "dataset.json")
@@ -63,21 +67,24 @@ def evaluate(
         )
     records.check_size(dataset, run.config.data.size)
     wanted = splits_to_score(dataset, splits)
+    parents = direct_parents(dataset) if rules == protocol.LESANET else run.vocabulary.parents
     val = None if other else run.config.data.val_split
     chosen_on = val if val and dataset.info["splits"].get(val, {}).get("count") else None
     names = list(dict.fromkeys([*([chosen_on] if chosen_on else []), *wanted]))
     scores = _score(run, dataset, names, batch_size or run.config.data.batch_size)
-    thresholds = scores[chosen_on].thresholds() if chosen_on else run.thresholds
+    thresholds = scores[chosen_on].thresholds(rules) if chosen_on else run.thresholds
     out = folder / "evaluation" / (f"on-{dataset.path.resolve().name}" if other else "")
+    out = out / ("" if rules == protocol.OURS else rules)
     summary = {
         "workdir": str(folder),
         "data": str(dataset.path),
         "checkpoint": run.name,
         "step": run.step,
         "thresholds": f"chosen on {chosen_on}" if chosen_on else "of the training run",
+        "rules": rules,
         "out": str(out),
     }
-    reports = {name: scores[name].report(thresholds, run.vocabulary.parents) for name in wanted}
+    reports = {name: scores[name].report(thresholds, parents, rules) for name in wanted}
     counts = None if other else dataset.split(run.config.data.train_split)["label_counts"]
     summary["splits"] = {
         name: report.summary | by_group(report, run.vocabulary, counts)
@@ -105,6 +112,25 @@ def splits_to_score(dataset: records.Dataset, splits: Sequence[str] | None = Non
         if name not in available:
             raise InputError(f"split {name!r} of {dataset.path} is empty: choose another split")
     return names
+
+
+def direct_parents(dataset: records.Dataset) -> list[list[int]]:
+    """For each label of a data set the columns of its direct parents.
+
+    Raises:
+      InputError: labels have ancestors, but `dataset.json` does not say which are direct parents.
+    """
+    vocabulary = dataset.vocabulary
+    by_name = dataset.info.get("about", {}).get("direct_parents")
+    if by_name is None and any(vocabulary.parents):
+        raise InputError(
+            f"{dataset.path} does not record direct parents, which LesaNet's rules need: prepare "
+            "the data again and pass it as --data"
+        )
+    return [
+        [vocabulary.index[parent] for parent in (by_name or {}).get(name, ())]
+        for name in vocabulary.names
+    ]
 
 
 def _score(

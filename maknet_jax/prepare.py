@@ -140,6 +140,10 @@ def _label_rows(rows, label_file, hand_labels, ontology, *, patches):
     numbering = deeplesion.number_lesions(rows, mined)
     found, counts = deeplesion.label_lesions(numbering, mined, hand, vocabulary, doubtful=patches)
     about = {"numbering": numbering.reason, "label_counts": counts}
+    about["direct_parents"] = {
+        name: [parent for parent in terms[name].parents if parent in vocabulary.index]
+        for name in vocabulary.names
+    }
     # The paper counts lesions with a body part only.
     about["paper_counts"] = dict.fromkeys(counts, "-") if patches else deeplesion.PAPER_COUNTS
     return vocabulary, found, about

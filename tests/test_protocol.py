@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
+from maknet_jax.data import labels as vocabularies
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation import protocol
 
@@ -175,3 +176,137 @@ def test_invalid_input_is_rejected():
     for candidates in ((), (0.5, 0.3), (0.0, 0.5), (0.5, 1.0)):
         with pytest.raises(InputError, match=re.escape(str(list(candidates)))):
             protocol.choose_thresholds(scores, labels, candidates=candidates)
+
+
+def lesanet_f1(precision, recall):
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def lesanet_rates(labels, predicted):
+    """Of one label or of all known elements: an empty denominator gives 1."""
+    hits = float((labels & predicted).sum())
+    precision = hits / predicted.sum() if predicted.any() else 1.0
+    recall = hits / labels.sum() if labels.any() else 1.0
+    return precision, recall, lesanet_f1(precision, recall)
+
+
+def lesanet_reference(val, test, direct):
+    """LesaNet's evaluation in plain loops, from (scores, labels, mask) of two splits.
+
+    Returns:
+      (thresholds, macro means of AUC, precision, recall and F1, micro precision, recall and F1).
+    """
+
+    def counts(labels, known):
+        return labels[known].any() and not labels[known].all()
+
+    size = len(direct)
+    thresholds = [0.0] * size  # a label that the validation split cannot score keeps 0
+    scores, labels, mask = val
+    for k in range(size):
+        known = mask[:, k]
+        if counts(labels[:, k], known):
+            best, thresholds[k] = 0.0, 1.0
+            for candidate in np.arange(0.3, 1, 0.1):
+                chosen = scores[known, k] >= candidate
+                f1 = lesanet_rates(labels[known, k], chosen)[2]
+                if f1 > best:
+                    best, thresholds[k] = f1, candidate
+    scores, labels, mask = test
+    predicted = np.zeros(labels.shape, bool)
+    scored = [k for k in range(size) if counts(labels[:, k], mask[:, k])]
+    for k in scored:
+        for row in np.flatnonzero(mask[:, k]):
+            predicted[row, k] = scores[row, k] >= thresholds[k]
+    for k in range(size):
+        for row in np.flatnonzero(predicted[:, k]):
+            for parent in direct[k]:
+                predicted[row, parent] = True
+    macro = []
+    for k in scored:
+        known = mask[:, k]
+        area = sk.roc_auc_score(labels[known, k], scores[known, k])
+        macro.append([area, *lesanet_rates(labels[known, k], predicted[known, k])])
+    return thresholds, np.mean(macro, axis=0), lesanet_rates(labels[mask], predicted[mask])
+
+
+def imitate(seed, size, examples=300):
+    """(scores, labels, mask): rare labels, ties, scores of exactly 1, labels of one class."""
+    rng = np.random.default_rng(seed)
+    labels = rng.random((examples, size)) < rng.uniform(0.01, 0.4, size)
+    labels[:, 0], labels[:, 1] = False, True
+    scores = np.clip(0.5 * labels + rng.uniform(-0.1, 0.9, labels.shape), 0, 1)
+    rounded = rng.random(labels.shape) < 0.5
+    scores = np.where(rounded, np.round(scores, 1), scores)
+    return scores, labels, rng.random(labels.shape) < 0.9
+
+
+def check_lesanet(direct, seed):
+    val, test = imitate(seed, len(direct)), imitate(seed + 1000, len(direct))
+    thresholds, macro, micro = lesanet_reference(val, test, direct)
+    ours = protocol.choose_thresholds(*val[:2], mask=val[2], rules="lesanet")
+    np.testing.assert_array_equal(ours, thresholds)
+    report = protocol.evaluate(*test[:2], ours, direct, mask=test[2], rules="lesanet")
+    names = ("auc", "precision", "recall", "f1")
+    assert [report.summary[name] for name in names] == pytest.approx(macro, abs=1e-12, rel=0)
+    names = [f"micro_{name}" for name in names[1:]]
+    assert [report.summary[name] for name in names] == pytest.approx(micro, abs=1e-12, rel=0)
+    return val, test, report
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_lesanets_rules_equal_a_loop_over_them(seed):
+    rng = np.random.default_rng(seed)
+    direct = [sorted(rng.choice(30, rng.integers(0, 3), replace=False)) for _ in range(30)]
+    check_lesanet(direct, seed)
+
+
+@pytest.mark.parametrize("body_parts", [True, False])
+def test_lesanets_rules_on_its_own_labels(shared_data, body_parts):
+    folder = shared_data / "lesanet"
+    terms = vocabularies.read_ontology(folder / "lesion_ontology_181022.xlsx")
+    mined = json.loads((folder / "text_mined_labels_171_and_split.json").read_text())
+    names = [
+        name
+        for name in mined["term_list"]
+        if not body_parts or terms[name].label_class == "bodypart"
+    ]
+    direct = [[names.index(p) for p in terms[name].parents if p in names] for name in names]
+    identity = np.eye(len(names), dtype=bool)
+    one_pass = protocol.add_direct_parents(identity, direct)
+    all_ancestors = protocol.add_parents(identity, direct)
+    assert (all_ancestors | one_pass == all_ancestors).all()
+    assert (all_ancestors & ~one_pass).sum() == (13 if body_parts else 15)
+    val, test, report = check_lesanet(direct, 7)
+    thresholds = protocol.choose_thresholds(*val[:2], mask=val[2])
+    ours = protocol.evaluate(*test[:2], thresholds, direct, mask=test[2])
+    assert ours.summary["auc"] == report.summary["auc"]
+    assert 0 < abs(ours.summary["f1"] - report.summary["f1"]) < 0.02
+
+
+def test_the_rules_differ_in_three_places():
+    # 1. A score of exactly 1 at the threshold that means never.
+    labels = np.array([[1], [0], [0]])
+    arguments = np.array([[0.2], [1.0], [0.1]]), labels, [1.0], [[]]
+    assert protocol.evaluate(*arguments).per_label[0]["fp"] == 0
+    assert protocol.evaluate(*arguments, rules="lesanet").per_label[0]["fp"] == 1
+    # 2. Label 2 has the parent 1, whose own parent 0 was expanded before: one pass misses it.
+    predicted = np.array([[False, False, True]])
+    assert protocol.add_parents(predicted, [[], [0], [1]]).tolist() == [[True, True, True]]
+    one_pass = protocol.add_direct_parents(predicted, [[], [0], [1]])
+    assert one_pass.tolist() == [[False, True, True]]
+    # In the other column order it does not.
+    predicted = np.array([[True, False, False]])
+    assert protocol.add_direct_parents(predicted, [[1], [2], []]).all()
+    # 3. At 0.3 there are 3 true and 2 false positives of 4, at 0.4 there are 2 and 0: F1 is 2/3.
+    labels = np.array([[1, 1, 1, 1, 0, 0]]).T
+    scores = np.array([[0.45, 0.45, 0.35, 0.1, 0.35, 0.35]]).T
+    assert protocol.choose_thresholds(scores, labels).tolist() == [0.3]
+    assert protocol.choose_thresholds(scores, labels, rules="lesanet").tolist() == [0.4]
+
+
+def test_unknown_rules_are_rejected():
+    with pytest.raises(InputError, match="'theirs'"):
+        protocol.choose_thresholds([[0.5]], [[1]], rules="theirs")
+    with pytest.raises(InputError, match="'theirs'"):
+        protocol.evaluate([[0.5]], [[1]], [0.5], [[]], rules="theirs")

@@ -33,22 +33,29 @@ class Scores:
     labels: np.ndarray
     label_mask: np.ndarray
 
-    def thresholds(self) -> np.ndarray:
+    def thresholds(self, rules: str = protocol.OURS) -> np.ndarray:
         """Thresholds per label by LesaNet's protocol, `[K]`, chosen on these scores.
 
-        A label that cannot be scored on this split is never predicted. (LesaNet always predicts
-        it, but LesaNet's validation set can score every label; a smaller one cannot.)
+        By our rules a label that cannot be scored on this split is never predicted. LesaNet always
+        predicts it, but LesaNet's validation set can score every label; a smaller one cannot.
         """
         return protocol.choose_thresholds(
-            self.scores, self.labels, mask=self.label_mask, unjudged=protocol.NEVER
+            self.scores,
+            self.labels,
+            mask=self.label_mask,
+            unjudged=protocol.ALWAYS if rules == protocol.LESANET else protocol.NEVER,
+            rules=rules,
         )
 
     def report(
-        self, thresholds: np.ndarray | Sequence[float], parents: Sequence[Sequence[int]]
+        self,
+        thresholds: np.ndarray | Sequence[float],
+        parents: Sequence[Sequence[int]],
+        rules: str = protocol.OURS,
     ) -> protocol.Report:
         """Evaluates these scores, see `protocol.evaluate`."""
         return protocol.evaluate(
-            self.scores, self.labels, thresholds, parents, mask=self.label_mask
+            self.scores, self.labels, thresholds, parents, mask=self.label_mask, rules=rules
         )
 
 
