@@ -3,7 +3,8 @@
     WORKDIR/round-0/        the teacher, a workdir of `maknet train`
     WORKDIR/pseudo-N/       pseudo-labels by the network of round N-1, see `maknet pseudo-label`
     WORKDIR/round-N/        the student of round N
-    WORKDIR/table2.csv      and .md, .png: the metrics of each round on the test sets
+    WORKDIR/table2.csv      and .md, .png: the metrics of each round on the test sets; beside the
+                            paper's if the labelled images are DeepLesion
 
 Every part resumes if interrupted, and so does the whole: killed anywhere and run again, it ends
 with the same numbers.
@@ -54,6 +55,7 @@ def noisy_student(config: ml_collections.ConfigDict, folder: pathlib.Path | str)
     folder = pathlib.Path(folder)
     round_configs = [_round_config(config, folder, n) for n in range(config.rounds + 1)]
     _check(config, round_configs)
+    paper = is_paper_data(records.open_dataset(config.labelled))
     main = jax.process_index() == 0
     _claim(folder, config, write=main)
     rounds: list[dict] = []
@@ -75,7 +77,9 @@ def noisy_student(config: ml_collections.ConfigDict, folder: pathlib.Path | str)
             train.train(round_config, folder / f"round-{number}")
             rounds.append(evaluate.evaluate(folder / f"round-{number}", splits=config.evaluate))
             if main:
-                _write_table(folder, rounds)  # so that finished rounds can be read already
+                _write_table(
+                    folder, rounds, paper=paper
+                )  # so that finished rounds can be read already
     summary = {
         "workdir": str(folder),
         "rounds": [{"step": each["step"], "splits": each["splits"]} for each in rounds],
@@ -140,29 +144,30 @@ def _claim(folder, config, *, write):
     sharding.wait_for_all("claimed")
 
 
-def table(rounds: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
-    """Table 2: the metrics of each round on each split, beside the paper's.
+def table(rounds: Sequence[dict], *, paper: bool) -> tuple[list[str], list[list[str]]]:
+    """Table 2: the metrics of each round on each split.
 
     Args:
       rounds: the results of `evaluate`, one per round.
+      paper: add the paper's numbers for the splits and rounds that it reports.
 
     Returns:
-      (header, rows).
+      (header, rows), with the columns `test_auc`, `paper_test_auc` and so on.
     """
     splits = list(rounds[0]["splits"])
     header = ["round"]
     for split in splits:
-        header += [f"{split} {metric}" for metric in METRICS]
-        header += [f"paper {metric}" for metric in METRICS] if split in SETS else []
+        header += [f"{split}_{metric}" for metric in METRICS]
+        header += [f"paper_{split}_{metric}" for metric in METRICS if paper and split in SETS]
     rows = []
     for number, summary in enumerate(rounds):
         row = [f"{number} ({'student' if number else 'teacher'})"]
         for split in splits:
             values = summary["splits"][split]
             row += [_cell(values[metric]) for metric in METRICS]
-            if split in SETS:
-                paper = PAPER[number][SETS[split]] if number in PAPER else [None] * len(METRICS)
-                row += map(_cell, paper)
+            if paper and split in SETS:
+                published = PAPER[number][SETS[split]] if number in PAPER else [None] * len(METRICS)
+                row += map(_cell, published)
         rows.append(row)
     return header, rows
 
@@ -171,17 +176,22 @@ def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _write_table(folder: pathlib.Path, rounds: Sequence[dict]) -> None:
-    header, rows = table(rounds)
+def is_paper_data(dataset: records.Dataset) -> bool:
+    """Whether the paper's numbers are comparable: DeepLesion's slices, not a generated phantom."""
+    return dataset.info["kind"] == "deeplesion" and not dataset.info.get("about", {}).get("phantom")
+
+
+def _write_table(folder: pathlib.Path, rounds: Sequence[dict], *, paper: bool) -> None:
+    header, rows = table(rounds, paper=paper)
     console.write_table(folder / "table2.csv", header, rows)
     with files.write_whole(folder / "table2.md") as file:
         file.write(console.markdown_table(header, rows))
     lines = {
         split: [summary["splits"][split] for summary in rounds] for split in rounds[0]["splits"]
     }
-    paper = {
+    published = {
         split: [dict(zip(METRICS, PAPER[n][half], strict=True)) for n in PAPER if n < len(rounds)]
         for split, half in SETS.items()
-        if split in lines
+        if paper and split in lines
     }
-    charts.write_rounds(folder / "table2.png", lines, paper, metrics=("auc", "f1"))
+    charts.write_rounds(folder / "table2.png", lines, published, metrics=("auc", "f1"))

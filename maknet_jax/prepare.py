@@ -117,6 +117,8 @@ def prepare_deeplesion(
     if not any(splits.values()):
         raise InputError(f"none of the {len(wanted)} images is under {images}: check --images")
     about["images_missing"] = len(missing)
+    if (pathlib.Path(info).absolute().parents[1] / "phantom.json").is_file():
+        about["phantom"] = True  # generated: results are not comparable with the paper's
     return _write(
         out,
         splits,
