@@ -6,6 +6,9 @@
     WORKDIR/table2.csv      and .md, .png: the metrics of each round on the test sets; beside the
                             paper's if the labelled images are DeepLesion
 
+Our choices, on which the paper is silent: the network of a round that labels and is evaluated is
+its checkpoint with the best validation AUC, and images without any pseudo-label are dropped.
+
 Every part resumes if interrupted, and so does the whole: killed anywhere and run again, it ends
 with the same numbers.
 """

@@ -1,4 +1,9 @@
-"""`maknet pseudo-label`: a teacher labels unlabelled images (paper, section 4.2)."""
+"""`maknet pseudo-label`: a teacher labels unlabelled images (paper, section 4.2).
+
+The paper states the rule (the 15 most confident labels, confidence above 0.5, exclusive relations).
+Our choices, on which it is silent: images without any pseudo-label are dropped, and the teacher is
+its checkpoint with the best validation AUC.
+"""
 
 import dataclasses
 import pathlib

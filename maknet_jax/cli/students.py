@@ -32,12 +32,18 @@ def _pseudo_label(verbs: argparse._SubParsersAction) -> None:
         "--threshold",
         type=float,
         default=0.5,
-        help="least confidence of a label, exclusive (default: 0.5)",
+        help="a confidence must exceed it; images without any such label are dropped, our choice "
+        "(default: 0.5)",
     )
     verb.add_argument(
         "--soft", action="store_true", help="students learn the confidences instead of 1"
     )
-    verb.add_argument("--checkpoint", default="best", choices=("best", "last"))
+    verb.add_argument(
+        "--checkpoint",
+        default="best",
+        choices=("best", "last"),
+        help="of the teacher; best is by validation AUC, our choice (default: best)",
+    )
     verb.add_argument(
         "--batch-size", type=options.count, help="images per step (default: the teacher's)"
     )

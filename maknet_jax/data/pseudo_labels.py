@@ -3,6 +3,7 @@
     OUT/pseudo.json                    the teacher, the images, the rule and the counts
     OUT/part-00000-of-00009.npy        one structured row per image with pseudo-labels
 
+Images without any pseudo-label have no row and are dropped (our choice; the paper is silent).
 Images are not copied: a row refers to its record by number. The labels of an image depend on that
 image alone, so that shards can be labelled in any order and on any host.
 """
