@@ -9,7 +9,7 @@ from maknet_jax import console, files
 from maknet_jax.ct import preprocess, search, volumes
 from maknet_jax.ct.read_ahead import read_ahead
 from maknet_jax.errors import InputError, Rejected
-from maknet_jax.evaluation import protocol
+from maknet_jax.evaluation import metrics, protocol
 from maknet_jax.figures.charts import write_label_chart
 from maknet_jax.runs import workdir
 from maknet_jax.training import sharding
@@ -132,7 +132,7 @@ def score_volume(run, volume, batch_size=16, png_window=None, advance=lambda cou
             around = preprocess.neighbours(volume.hu, centre)
             images[row], _ = preprocess.make_triplet(around, size, threshold=threshold)
         logits = run.predict(run.variables, {"image": images})["logits"][: len(centres)]
-        scores.append(0.5 * (1.0 + np.tanh(0.5 * logits)))
+        scores.append(metrics.sigmoid(logits))
         advance(len(centres))
     return np.concatenate(scores)
 

@@ -60,10 +60,7 @@ def retrieve(
     dataset = records.open_dataset(data)
     if not run.model.takes_box:
         raise InputError(f"{folder} is no LesaNet: take a run of configs/lesanet.py")
-    if dataset.size != run.size:
-        raise InputError(
-            f"{data} has patches of {dataset.size}, the network of {run.size}: prepare them again"
-        )
+    records.check_size(dataset, run.size)
     query = read_query(image, box, spacing, run.size)
     embed = make_embed(run)
     size = sharding.round_up_to_devices(batch_size)

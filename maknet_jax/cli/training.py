@@ -101,6 +101,13 @@ def _evaluate(verbs):
     verb.add_argument("--split", help="names with commas (default: test and hand, if there)")
     verb.add_argument("--data", help="another prepared data set with the same labels")
     verb.add_argument("--checkpoint", default="best", choices=("best", "last"))
+    verb.add_argument(
+        "--rules",
+        default="ours",
+        choices=("ours", "lesanet"),
+        help="lesanet agrees with LesaNet's published evaluate.py; ours differs in three details, "
+        "see maknet_jax/evaluation/protocol.py (default: ours)",
+    )
     options.distributed(verb)
     verb.add_argument(
         "--batch-size", type=options.count, help="images a step (default: the config's)"
@@ -117,10 +124,12 @@ def _run_evaluate(chosen):
         data=chosen.data,
         checkpoint=chosen.checkpoint,
         batch_size=chosen.batch_size,
+        rules=chosen.rules,
     )
     print(evaluate.table([summary], [pathlib.Path(chosen.workdir).name]))
     print(
         f"\n{summary['checkpoint']} checkpoint, step {summary['step']}; thresholds "
-        f"{summary['thresholds']}; macro averages over labels with positives and negatives"
+        f"{summary['thresholds']}; rules {summary['rules']}; macro averages over labels with "
+        "positives and negatives"
     )
     print(f"per label: {summary['out']}/*_labels.csv")

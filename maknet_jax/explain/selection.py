@@ -146,10 +146,7 @@ def _records(
     """(readers, ids that were seen, ids without one of the labels, data set)."""
     trained_on = files.read_json(pathlib.Path(folder) / "dataset.json")
     dataset = records.open_dataset(data or trained_on["path"])
-    if dataset.size != run.size:
-        raise InputError(
-            f"{dataset.path} was prepared with --size {dataset.size}, the network with {run.size}"
-        )
+    records.check_size(dataset, run.size)
     dataset.split(split)
     source, known = dataset.source(split), dataset.vocabulary.names == run.vocabulary.names
 
