@@ -13,6 +13,7 @@ from maknet_jax.errors import InputError
 from maknet_jax.evaluation import protocol
 from maknet_jax.evaluation.evaluator import Evaluator, Scores
 from maknet_jax.runs import workdir
+from maknet_jax.training import sharding
 
 DEFAULT_SPLITS = ("test", "hand")
 # LesaNet's three groups of labels, by their number of training examples.
