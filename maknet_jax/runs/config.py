@@ -73,14 +73,9 @@ def from_json(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
             return {key: restore(child) for key, child in node.items()}
         return tuple(restore(child) for child in node) if isinstance(node, list) else node
 
-    return ml_collections.ConfigDict(restore(complete(values))).lock()
-
-
-def complete(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a `config.json` with the `ADDED_FIELDS` that it lacks."""
     completed = copy.deepcopy(dict(values))
     _add_fields(completed)
-    return completed
+    return ml_collections.ConfigDict(restore(completed)).lock()
 
 
 def _find(name: str) -> pathlib.Path:
