@@ -318,7 +318,7 @@ def test_what_would_fail_later_is_refused_before_the_first_round(overrides, data
     refused("split 'nine' is not in .*labelled: it has train, val", evaluate=("nine",))
     refused("split 'train' is not in .*unlabelled: it has unlabelled", split="train")
     refused("holds no finished data set", unlabelled="nowhere")
-    refused("config 'studen' is not there", student="studen")
+    refused("'studen'", student="studen")
     refused("'epoch' is unknown: did you mean 'epochs'", student_changes=("epoch=3",))
     refused("has neither test nor hand: name splits", labelled=toy.write(tmp_path / "plain"))
     large = tmp_path / "large"
