@@ -70,6 +70,8 @@ def get_config():
             "augment": {
                 "rotation_probability": 0.0,
                 "rotation_degrees": 15.0,  # largest angle in either direction
+                "translation_probability": 0.0,
+                "translation_range": 0.1,  # largest shift in each direction; share of the edge
                 "crop_probability": 0.0,
                 "crop_scale": (0.6, 1.0),  # share of the area
                 "crop_aspect": (0.8, 1.25),  # width over height

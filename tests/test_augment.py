@@ -20,12 +20,15 @@ OFF = {
     "crop_aspect": (0.75, 4 / 3),
     "contrast_probability": 0.0,
     "grayscale_probability": 0.0,
+    "translation_probability": 0.0,
+    "translation_range": 0.1,
 }
 ON = OFF | {
     "rotation_probability": 0.5,
     "crop_probability": 0.5,
     "contrast_probability": 0.5,
     "grayscale_probability": 0.5,
+    "translation_probability": 0.5,
 }
 MIDDLE = jnp.array([0.5, 0.5])
 
@@ -40,8 +43,11 @@ def keys():
     return jax.random.split(jax.random.key(3), 8)
 
 
-def geometry(image, angle=0.0, scale=1.0, aspect=1.0, centre=MIDDLE):
-    return np.asarray(augment.rotate_and_crop(image, angle, scale, aspect, centre))
+def geometry(image, angle=0.0, scale=1.0, aspect=1.0, centre=MIDDLE, **options):
+    return np.asarray(augment.rotate_and_crop(image, angle, scale, aspect, centre, **options))
+
+
+REACHES = {"gather": None, "shear": math.radians(45)}
 
 
 def smooth(size=S):
@@ -83,13 +89,17 @@ def test_rotation_equals_scipys(degrees):
 
 
 @pytest.mark.parametrize("degrees", [0, 15, -15, 40])
-@pytest.mark.parametrize("scale, centre", [(1.0, (0.5, 0.5)), (0.6, (0.1, 0.9))])
-def test_shears_equal_the_gathered_form(degrees, scale, centre):
+@pytest.mark.parametrize(
+    "scale, centre, shift",
+    [(1.0, (0.5, 0.5), None), (0.6, (0.1, 0.9), None), (0.6, (0.1, 0.9), (-0.09, 0.23))],
+)
+def test_shears_equal_the_gathered_form(degrees, scale, centre, shift):
     """They interpolate three more times, so a smooth image is compared; the frame is exact."""
     image = smooth()
+    shift = None if shift is None else jnp.array(shift)
     where = (math.radians(degrees), scale, 1.1, jnp.array(centre))
-    gathered = augment.rotate_and_crop(image, *where)
-    sheared = augment.rotate_and_crop(image, *where, reach=math.radians(45))
+    gathered = geometry(image, *where, shift=shift)
+    sheared = geometry(image, *where, shift=shift, reach=math.radians(45))
     assert np.abs(gathered - image).max() > 0.1 or (degrees, scale) == (0, 1.0)
     np.testing.assert_array_equal(gathered == 0, sheared == 0)
     np.testing.assert_allclose(sheared, gathered, atol=0.035)
@@ -181,6 +191,79 @@ def test_the_platform_chooses_the_form_of_the_rotation(images, keys):
         augment.make_augment(**ON | {"rotation_degrees": 91.0}, form="shear")
 
 
+@pytest.mark.parametrize("form", ["gather", "shear"])
+@pytest.mark.parametrize("down, right", [(3, 0), (0, -5), (-2, 7), (0, 0), (-S + 1, 0)])
+def test_a_shift_by_whole_pixels_moves_the_image_and_fills_with_air(images, form, down, right):
+    shift = jnp.array([down, right]) / S
+    shifted = geometry(images[0], shift=shift, reach=REACHES[form])
+    expected = np.zeros_like(images[0])
+    expected[max(down, 0) : S + down, max(right, 0) : S + right] = images[0][
+        max(-down, 0) : S - down, max(-right, 0) : S - right
+    ]
+    np.testing.assert_allclose(shifted, expected, atol=1e-5)
+    np.testing.assert_array_equal(shifted == 0, expected == 0)
+
+
+@pytest.mark.parametrize("form", ["gather", "shear"])
+@pytest.mark.parametrize("shift", [(0.4, 0.0), (-2.75, 1.25)])
+def test_a_shift_by_fractions_of_a_pixel_equals_scipys(form, shift):
+    image = smooth()
+    shifted = geometry(image, shift=jnp.array(shift) / S, reach=REACHES[form])
+    expected = ndimage.shift(image, (*shift, 0), order=1, mode="nearest")
+    # 1/256 pixel of rounding; the outermost half pixel is not blended with air.
+    np.testing.assert_allclose(shifted[shifted > 0], expected[shifted > 0], atol=1e-3)
+    outside = [math.ceil(abs(by) - 0.5) for by in shift]
+    assert (shifted == 0).sum() == 3 * (S * S - (S - outside[0]) * (S - outside[1]))
+
+
+@pytest.mark.parametrize("form", ["gather", "shear"])
+def test_an_image_is_rotated_then_shifted_then_cropped(form):
+    image, angle, shift = smooth(), math.radians(20), jnp.array([5, -3]) / S
+    crop = {"scale": 0.5, "aspect": 1.0, "centre": jnp.array([0.2, 0.7])}
+    steps = image
+    for options in ({"angle": angle}, {"shift": shift}, crop):
+        steps = geometry(steps, **options, reach=REACHES[form])
+    at_once = geometry(image, angle, **crop, shift=shift, reach=REACHES[form])
+    # Step by step, air is blended into the edge of the image.
+    inside = ndimage.binary_erosion((at_once > 0) & (steps > 0), np.ones((7, 7, 1)))
+    assert inside.mean() > 0.3
+    np.testing.assert_allclose(at_once[inside], steps[inside], atol=0.05)
+    assert np.abs(at_once - steps)[inside].mean() < 0.005
+
+
+@pytest.mark.parametrize("form", ["gather", "shear"])
+def test_translations_are_uniform_within_their_range(form):
+    """The centre of a square moves by 0 on average, by at most the range, and not further."""
+    image = np.zeros((1, S, S, 3), np.float32)
+    image[:, 12:20, 12:20] = 1  # its centre is that of the image
+    options = {"translation_probability": 1.0, "translation_range": 0.25}
+    noise = jax.jit(augment.make_augment(**OFF | options, form=form))
+    count = 512
+    moved = noise(np.repeat(image, count, axis=0), jax.random.split(jax.random.key(2), count))
+    weight = np.asarray(moved)[..., 0]
+    np.testing.assert_allclose(weight.sum((1, 2)), 64, rtol=1e-3)  # nothing leaves the frame
+    grid = np.arange(S) - (S - 1) / 2
+    centres = np.stack([weight.sum(2) @ grid, weight.sum(1) @ grid], axis=1) / 64
+    assert np.abs(centres).max() <= 8.01 and np.abs(centres).max() > 7.9
+    np.testing.assert_allclose(centres.mean(0), 0, atol=3 * 8 / math.sqrt(3 * count))
+    np.testing.assert_allclose(centres.std(0), 8 / math.sqrt(3), rtol=0.1)
+    assert abs(np.corrcoef(centres.T)[0, 1]) < 0.15
+
+
+@pytest.mark.parametrize("form", ["gather", "shear"])
+def test_translation_does_not_change_the_other_draws(images, keys, form):
+    without = augment.make_augment(**ON | {"translation_probability": 0.0}, form=form)
+    by_nothing = {"translation_probability": 1.0, "translation_range": 0.0}
+    within = augment.make_augment(**ON | by_nothing, form=form)
+    np.testing.assert_allclose(within(images, keys), without(images, keys), atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.0])
+def test_a_translation_range_out_of_bounds_is_refused(wrong):
+    with pytest.raises(InputError, match=f"translation_range {wrong}"):
+        augment.make_augment(**ON | {"translation_range": wrong})
+
+
 def test_a_crop_of_half_the_size_shows_the_rectangle(images):
     # A quarter of the area in a corner: rows 0..16, columns 16..32, twice as large.
     corner = geometry(images[0], scale=0.25, centre=jnp.array([0.0, 1.0]))
@@ -225,7 +308,7 @@ def test_all_probabilities_zero_is_no_augmentation():
 
 @pytest.mark.parametrize(
     "one",
-    ["rotation_probability", "crop_probability", "contrast_probability", "grayscale_probability"],
+    [name for name in OFF if name.endswith("probability")],
 )
 def test_each_noise_acts_alone_with_its_probability(one, images):
     noise = jax.jit(augment.make_augment(**(OFF | {one: 0.5})))

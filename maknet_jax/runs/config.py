@@ -26,6 +26,8 @@ ADDED_FIELDS: dict[str, Value] = {
     "pseudo": {"path": "", "batch_size": 64, "balance": 0},  # labelled images only
     "init": {"path": "", "head": False},  # random weights
     "ema_decay": 0.0,  # no average of the weights
+    "augment.translation_probability": 0.0,
+    "augment.translation_range": 0.1,  # not used at probability 0
 }
 
 
@@ -124,7 +126,7 @@ def _add_fields(config: Any) -> None:
         *groups, field = key.split(".")
         node = config
         for group in groups:
-            node = node[group]
+            node = node.get(group, {})  # a missing group stays missing
         if field not in node:
             node[field] = copy.deepcopy(value)
 
