@@ -171,11 +171,11 @@ def build_model(config: ConfigDict, labels: int) -> nn.Module:
     if "trunk_rate" in config.optimizer and config.optimizer.trunk_rate == 0:
         options["frozen"] = True
     model = models.build(config.model.name, labels, dtype=kinds[config.precision], **options)
-    moved = config.augment.rotation_probability or config.augment.crop_probability
-    if moved and model.takes_box:
+    moving = ("rotation_probability", "crop_probability", "translation_probability")
+    if model.takes_box and any(config.augment[name] for name in moving):
         raise InputError(
-            f"model {config.model.name} takes boxes, which rotation and cropping do not move: set "
-            "augment.rotation_probability and augment.crop_probability to 0"
+            f"model {config.model.name} takes boxes, which the augmentation does not move: set "
+            f"augment.{', augment.'.join(moving)} to 0"
         )
     return model
 
