@@ -400,7 +400,7 @@ def _write(out, done, failures, summary, most_shown):
     ]
     shown = [done[number] for number in list(done)[:most_shown]]
     with files.write_whole(out / "index.html") as file:
-        lead = _lead(results, summary, len(shown))
+        lead = page.perturbation_lead(summary, *table(results), len(shown))
         file.write(page.document("Perturbations", lead, map(_card, shown)))
     files_ = [str(out / name) for name in ("index.html", "perturbations.csv", "cases", "pictures")]
     more = {"results": results, "files": files_}
@@ -430,15 +430,6 @@ def table(results):
         "of the first stay",
     ]
     return header, rows
-
-
-def _lead(results, summary, shown):
-    text = (
-        f"What the networks say first, before and after: {shown} of {summary['images']} images "
-        f"shown. Struck through: was among the first {summary['top']}, is no longer. In italics: "
-        "came in. Intervals are 95 %, by resampling patients or series; of one alone there is none."
-    )
-    return page.paragraph(text) + page.table(*table(results)) + f'<p class="note">{page.KEY}</p>'
 
 
 def _card(path):
