@@ -339,7 +339,7 @@ def _write(out, splits, make, *, failures=(), missing=(), **plan):
     if plan["kind"] == "lesions":
         info["crop"] = lesions.RULE
     names = plan["vocabulary"].names
-    examples = contact_sheet.sample(records.Dataset(out, info), _SHOWN)
+    examples = records.Dataset(out, info).sample(_SHOWN)
     contact_sheet.write_contact_sheet(out / "contact_sheet.png", examples, names)
     console.write_failures(out / "failures.csv", failures)
     console.write_failures(out / "missing.csv", missing)

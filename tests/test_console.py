@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import sys
 
 import pytest
 
@@ -64,10 +66,28 @@ def test_a_table_that_fails_half_way_is_not_written(tmp_path):
 
 
 def test_text_tables_align_numbers_to_the_right():
-    text = console.format_table(("run", "AUC"), [("teacher", 0.97), ("linear model", 7)])
+    text = console.format_table(("run", "AUC"), [("teacher", 0.97), ("[b]linear[/b]", 7)])
     assert text.splitlines() == [
-        "run            AUC",
-        "------------  ----",
-        "teacher       0.97",
-        "linear model     7",
+        "run             AUC",
+        "-------------- ----",
+        "teacher        0.97",
+        "[b]linear[/b]     7",
     ]
+
+
+def test_tables_keep_each_row_on_one_plain_line_away_from_a_terminal(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "20")
+    labels = "|".join(f"label {number}" for number in range(171))
+    lines = console.format_table(("id", "labels"), [("a", labels), ("b", "")]).splitlines()
+    assert len(lines) == 4 and lines[2] == f"a   {labels}"
+
+
+def test_tables_fold_cells_on_a_terminal_without_losing_text(monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "20")
+    labels = "|".join(f"label-{number}" for number in range(9))
+    text = console.format_table(("id", "labels"), [("a", labels)])
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    assert plain != text and max(map(len, plain.splitlines())) <= 20
+    assert "".join(line[2:].strip() for line in plain.splitlines()[2:]) == labels
