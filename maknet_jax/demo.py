@@ -19,7 +19,7 @@ from maknet_jax.runs import config as configs
 
 # About 430 training images: minutes on two cores.
 PHANTOM = {"patients": 100, "unlabelled_volumes": 12, "size": 128, "lesions_per_patient": 6}
-# One round; the student starts from its teacher, halfway there on so few images.
+# One round. The student starts from its teacher, which halves the training on few images.
 ROUNDS = ("teacher=smoke", "student=smoke_student", "rounds=1", "from_last=True")
 STUDENT = ("epochs=15.0",)
 MIN_SLICES = 51  # per unlabelled volume; the last one of the phantom is shorter
@@ -94,8 +94,8 @@ def demo(out: str | pathlib.Path, *, seed: int = 0, workers: int = 1) -> dict[st
     before, after = (summary["splits"]["hand"]["auc"] for summary in rounds)
     print(
         f"\nWith {images:,} unlabelled images the student gained {after - before:+.4f} AUC (hand) "
-        "over its teacher.\nOn the phantom, longer training with noise alone gains as well: see the "
-        "README."
+        "over its teacher.\nOn the phantom, longer training with noise alone gains as well: see "
+        "the README."
     )
     print(
         "test: labels mined from reports, some missing or wrong; hand: labelled by hand.\n"

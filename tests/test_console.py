@@ -1,4 +1,4 @@
-"""What a verb says: lines, JSONL, tables, failures."""
+"""Log lines, JSONL, progress bars, tables and lists of failures."""
 
 import csv
 import json
@@ -10,10 +10,10 @@ import pytest
 from maknet_jax import console
 
 
-def test_the_log_appends_one_json_line_an_event(tmp_path, capsys):
+def test_the_log_appends_one_json_line_per_event(tmp_path, capsys):
     path = tmp_path / "run" / "log.jsonl"
     with console.Log(path) as log:
-        log.say("[bold] stays as it is", step=3)
+        log.say("[bold] is not markup", step=3)
         log.event(event="saved", path=tmp_path)
     with console.Log(path) as log:
         log.event(event="again")
@@ -23,28 +23,28 @@ def test_the_log_appends_one_json_line_an_event(tmp_path, capsys):
         {"event", "path"},
         {"event"},
     ]
-    assert events[0]["message"] == "[bold] stays as it is" and events[0]["step"] == 3
+    assert events[0]["message"] == "[bold] is not markup" and events[0]["step"] == 3
     assert events[1]["path"] == str(tmp_path)
     assert all(event["time"] > 1e9 for event in events)
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err == "[bold] stays as it is\n"
+    assert captured.out == "" and captured.err == "[bold] is not markup\n"
 
 
-def test_a_log_without_a_path_writes_nothing(tmp_path, monkeypatch):
+def test_a_log_without_a_path_writes_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with console.Log() as log:
-        log.event(event="unheard")
+        log.event(event="dropped")
     assert not list(tmp_path.iterdir())
 
 
-def test_progress_is_silent_where_there_is_no_terminal(capsys):
+def test_progress_prints_nothing_without_a_terminal(capsys):
     with console.progress("prepare", 3) as advance:
         advance()
         advance(2, note="fast")
     assert capsys.readouterr() == ("", "")
 
 
-def test_failures_are_listed_and_an_old_list_goes(tmp_path):
+def test_failures_are_listed_and_an_old_list_is_removed(tmp_path):
     path = tmp_path / "failures.csv"
     failures = [("a,b.dcm", 'says "no"'), ("c.png", "two\nlines")]
     console.write_failures(path, failures)
@@ -55,7 +55,7 @@ def test_failures_are_listed_and_an_old_list_goes(tmp_path):
     console.write_failures(path, [])
 
 
-def test_a_table_that_fails_half_way_is_not_written(tmp_path):
+def test_a_table_whose_rows_fail_is_not_written(tmp_path):
     def rows():
         yield ("1", "2")
         raise RuntimeError("half way")
