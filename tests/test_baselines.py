@@ -1,4 +1,4 @@
-"""VGG16 and ResNet18: the paper's sizes; their values are tested with torch's weights."""
+"""VGG16 and ResNet18: the paper's sizes. test_pretrained tests their values against torch."""
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +45,9 @@ def test_outputs_are_float32_and_dropout_is_for_training(name, heads):
 
 
 @pytest.mark.parametrize("name", ["vgg16", "resnet18"])
-def test_the_pages_share_the_teachers_recipe(name):
-    page, teacher = config.load(name).to_dict(), config.load("teacher").to_dict()
-    assert page.pop("model") == {"name": name, "options": {"dropout_rate": 0.0}}
+def test_the_configs_share_the_teachers_recipe(name):
+    own, teacher = config.load(name).to_dict(), config.load("teacher").to_dict()
+    assert own.pop("model") == {"name": name, "options": {"dropout_rate": 0.0}}
     teacher.pop("model")
-    assert page == teacher
+    assert own == teacher
     assert workdir.build_model(config.load(name), 115) == models.build(name, 115)
