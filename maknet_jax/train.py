@@ -93,7 +93,8 @@ def _claim(folder, config, dataset, sources, *, write):
     about |= {"fingerprint": dataset.fingerprint, "path": str(dataset.path.absolute())}
     about["pseudo_labels"] = sources[1].fingerprint if config.pseudo.path else None
     if claimed:
-        before = _flatten(files.read_json(folder / "config.json"))
+        before = configs.from_json(files.read_json(folder / "config.json"))
+        before = _flatten(configs.to_json(before))  # with the fields that were added since
         now = _flatten(wanted)
         for key in sorted((before | now).keys() - FREE):
             if before.get(key) != now.get(key):

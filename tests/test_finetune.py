@@ -160,7 +160,8 @@ def test_a_frozen_trunk_is_bit_for_bit_that_of_the_base(data, base, tmp_path):
     "page, changes, says",
     [
         ("lesanet", {}, "have no box: take data of `maknet prepare deeplesion --lesions`"),
-        ("lesanet", {"augment.crop_probability": 0.5}, "looks at boxes, which turned and cropped"),
+        ("lesanet", {"augment.crop_probability": 0.5}, "boxes.*set augment.crop_probability to 0"),
+        ("lesanet", {"augment.translation_probability": 0.5}, "set augment.translation_prob"),
         ("finetune", {"optimizer.trunk_rate": 2.0}, r"trunk_rate 2\.0 should lie in 0\.\.1"),
         ("finetune", {"optimizer.clip": 0.0}, r"clip 0\.0 should be above 0"),
     ],

@@ -51,11 +51,12 @@ def build_model(config, num_classes):
     if "trunk_rate" in config.optimizer and config.optimizer.trunk_rate == 0:
         options["frozen"] = True
     model = models.build(config.model.name, num_classes, dtype=kinds[config.precision], **options)
-    moved = config.augment.rotation_probability or config.augment.crop_probability
+    moving = [f"{kind}_probability" for kind in ("rotation", "translation", "crop")]
+    moved = [f"augment.{name}" for name in moving if config.augment[name] > 0]
     if moved and getattr(model, "takes_box", False):
         raise InputError(
-            f"model {config.model.name} looks at boxes, which turned and cropped images leave: set "
-            "augment.rotation_probability and augment.crop_probability to 0"
+            f"model {config.model.name} looks at boxes, which do not move with augmented images: "
+            f"set {' and '.join(moved)} to 0"
         )
     return model
 
