@@ -171,11 +171,12 @@ def build_model(config: ConfigDict, labels: int) -> nn.Module:
     if "trunk_rate" in config.optimizer and config.optimizer.trunk_rate == 0:
         options["frozen"] = True
     model = models.build(config.model.name, labels, dtype=kinds[config.precision], **options)
-    moving = ("rotation_probability", "crop_probability", "translation_probability")
-    if model.takes_box and any(config.augment[name] for name in moving):
+    moving = [f"{kind}_probability" for kind in ("rotation", "translation", "crop")]
+    positive = [f"augment.{name}" for name in moving if config.augment[name] > 0]
+    if positive and model.takes_box:
         raise InputError(
             f"model {config.model.name} takes boxes, which the augmentation does not move: set "
-            f"augment.{', augment.'.join(moving)} to 0"
+            f"{' and '.join(positive)} to 0"
         )
     return model
 
