@@ -273,10 +273,10 @@ def test_a_killed_run_neither_repeats_nor_loses_an_image(
             )
     assert again()["images"] == 9
     assert len(wrote) == 9  # nothing is left to do
-    with pytest.raises(InputError, match="steps 6, not 7"):
+    with pytest.raises(InputError, match="steps.*6.*7"):
         again(dataclasses.replace(FEW_STEPS, steps=7))
     change_weights(monkeypatch)  # of as many updates: trained again, or averaged
-    with pytest.raises(InputError, match="holds results with networks"):
+    with pytest.raises(InputError, match="networks"):
         again()
 
 
@@ -316,7 +316,7 @@ def test_labels_choose_images_and_targets(trained, shards, tmp_path):
         if source[k].id not in {example.id for example in has}
     )
     which = SelectionOptions(split="test", ids=[has[0].id, without], labels=[name])
-    with pytest.raises(InputError, match=f"{without!r} is annotated with none of --labels {name}"):
+    with pytest.raises(InputError, match=f"{without}.*{name}"):
         attribute.attribute(trained, tmp_path / "no", which)
 
 
@@ -332,7 +332,7 @@ def test_ct_files_are_explained_too(trained, phantom, tmp_path):
     assert {row["id"] for row in rows} == set(ids) and {row["truth"] for row in rows} == {"unknown"}
     # Another slice, and slice 3 may be another picture: what is done is no longer true.
     pathlib.Path(series.paths[-1]).unlink()
-    with pytest.raises(InputError, match="holds results with selection"):
+    with pytest.raises(InputError, match="selection"):
         attribute.attribute(trained, out, *options)
 
 
@@ -342,7 +342,7 @@ def test_networks_that_look_at_a_box_are_refused(trained, tmp_path, monkeypatch)
     monkeypatch.setattr(
         workdir, "open_run", lambda *a, **k: dataclasses.replace(opened(*a, **k), model=box)
     )
-    with pytest.raises(InputError, match="box beside the image"):
+    with pytest.raises(InputError, match="box"):
         attribute.attribute(trained, tmp_path / "out", NINE)
     assert not (tmp_path / "out").exists()
 
@@ -362,8 +362,10 @@ def test_what_cannot_be_read_is_listed_and_the_rest_is_done(trained, phantom, tm
     argv = ["attribute", str(scans), "--workdir", str(trained), "--out", str(tmp_path / "out")]
     assert cli.main([*argv, "--limit", "20", "--steps", "2"]) == 3
     printed = capsys.readouterr().out
-    assert "rejected: 1" in printed and "index.html" in printed
-    assert "bad.png" in (tmp_path / "out" / "failures.csv").read_text()
+    assert "failures.csv" in printed and "index.html" in printed
+    failures = list(csv.DictReader((tmp_path / "out" / "failures.csv").open(newline="")))
+    assert [pathlib.Path(row["input"]).name for row in failures] == ["bad.png"]
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["failures"] == 1
 
 
 def test_black_is_defined_in_hu_before_the_window(trained, shards):

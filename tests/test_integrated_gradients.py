@@ -54,8 +54,8 @@ def test_weights_sum_to_1_and_integrate_a_line(method):
             assert weights @ places == pytest.approx(0.5, abs=1e-12)
 
 
-def test_the_error_on_a_cubic_is_as_in_the_facts():
-    # d/dx x**4 over [0, 1] is 1; facts.md: 1 % by the right ends, 0.02 % by the trapezoid.
+def test_quadrature_errors_on_a_cubic():
+    # d/dx x**4 integrates to 1 over [0, 1].
     errors = {}
     for method in ig.METHODS:
         places, weights = ig.quadrature(method, 50)
@@ -279,11 +279,11 @@ def test_a_flax_module_in_five_lines():
         ({"refine": 1, "method": "gauss"}, "refine 1"),
         ({"rows": 0}, "rows 0"),
         ({"baseline": np.zeros((3, *SHAPE))}, "baseline of shape"),
-        ({"targets": np.array([[4]] * 8)}, "labels 0 to 3"),
-        ({"targets": np.array([[-1]] * 8)}, "labels 0 to 3"),
-        ({"targets": np.array([0] * 8)}, "a row an image"),
-        ({"targets": np.array([[0]])}, "a row an image"),
-        ({"targets": np.array([[0.5]] * 8)}, "whole numbers"),
+        ({"targets": np.array([[4]] * 8)}, "0 to 3"),
+        ({"targets": np.array([[-1]] * 8)}, "0 to 3"),
+        ({"targets": np.array([0] * 8)}, "targets of shape"),
+        ({"targets": np.array([[0]])}, "targets of shape"),
+        ({"targets": np.array([[0.5]] * 8)}, "targets of shape"),
     ],
 )
 def test_what_makes_no_sense_is_refused(case, change, says):

