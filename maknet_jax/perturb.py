@@ -92,9 +92,9 @@ def perturb(
     perturbation.make_baseline(np.zeros((1, 1, 1), np.int16), path.baseline)
     unknown = [name for name in strategies if name not in STRATEGIES]
     if unknown or not strategies:
-        raise InputError(f"strategy {unknown} is unknown: choose of {', '.join(STRATEGIES)}")
+        raise InputError(f"strategy {unknown} is unknown: choose from {', '.join(STRATEGIES)}")
     if not 0 < share < 1:
-        raise InputError(f"--share {share} should lie between 0 and 1")
+        raise InputError(f"--share {share} should be above 0 and below 1")
     networks = open_networks(folder, selection.compare, checkpoint=selection.checkpoint)
     run = networks[0].run
     selected = select(run, folder, selection)

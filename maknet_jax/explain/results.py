@@ -104,7 +104,7 @@ def explain(
     failures = sorted({*selection.failures, *failures})
     if not done:
         if jax.process_index() == 0:
-            claim.unlink(missing_ok=True)  # nothing came of these settings: others may
+            claim.unlink(missing_ok=True)  # no result: other settings may follow
         raise InputError(f"no image could be read: {failures[0][0]}: {failures[0][1]}")
     return done, failures
 

@@ -84,7 +84,7 @@ def select(run: workdir.Run, folder: str | pathlib.Path, options: SelectionOptio
     columns = label_columns(run, labels)
     ids = set(options.ids) if options.ids else None
     if (path is None) == (split is None):
-        raise InputError("name a --split of the data, or files of CT: one of the two")
+        raise InputError("give either a --split of the data or CT files")
     failures: list[tuple[str, str]] = []
     unlabelled: list[str] = []
     identity: dict[str, Any]
@@ -102,12 +102,12 @@ def select(run: workdir.Run, folder: str | pathlib.Path, options: SelectionOptio
         raise InputError(f"--ids {unknown[0]!r} is not among the images of {path or split}")
     if unlabelled:
         raise InputError(
-            f"--ids {unlabelled[0]!r} is annotated with none of --labels {','.join(labels or ())}, "
-            "which select the images too: leave one of the two out"
+            f"--ids {unlabelled[0]!r} has none of --labels {','.join(labels or ())}, which select "
+            "images as well: leave out one of the two"
         )
     if not readers:
         why = f": {failures[0][0]}: {failures[0][1]}" if failures else ": check --ids and --labels"
-        raise InputError(f"no image of {path or split} is left{why}")
+        raise InputError(f"no image of {path or split} is selected{why}")
     identity |= {"ids": sorted(ids or ()), "labels": list(labels or ()), "limit": options.limit}
     return Selection(readers[: options.limit], failures, identity)
 
@@ -156,7 +156,7 @@ def _records(
 
     def read(number: int) -> SelectedImage:
         example = source[number]
-        # Other labels than the network's say nothing about its own.
+        # Labels of another vocabulary say nothing about the network's.
         labels, mask = (example.labels, example.label_mask) if known else (np.zeros(0),) * 2
         return SelectedImage(example.id, example.image, labels, mask, example.meta)
 
