@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import datetime
 import functools
+import json
 import math
 import os
 import pathlib
@@ -278,6 +279,26 @@ def shown(values, unit=""):
     return median if low == high else f"{median} ({low} to {high})"
 
 
+def compact(document):
+    """JSON with one row per line, because results are read in diffs too."""
+
+    def nested(value):
+        return isinstance(value, (dict, list)) and value
+
+    lines = []
+    for key, value in json.loads(json.dumps(document, allow_nan=False)).items():
+        if isinstance(value, list) and any(map(nested, value)):
+            rows = ",\n".join(f"    {json.dumps(row)}" for row in value)
+            text = f"[\n{rows}\n  ]"
+        elif isinstance(value, dict) and any(map(nested, value.values())):
+            rows = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
+            text = f"{{\n{rows}\n  }}"
+        else:
+            text = json.dumps(value)
+        lines.append(f"  {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 def report(file, argv, chosen, header, rows, notes, results):
     """Prints the table and its notes, and writes the JSON.
 
@@ -304,5 +325,6 @@ def report(file, argv, chosen, header, rows, notes, results):
     extent = "" if chosen.extent == "full" else f"-{chosen.extent}"
     path = chosen.out or RESULTS / f"{name}{extent}-{slug}.json"
     document = provenance(name) | {"device": about, "command": shlex.join(command)}
-    files.write_json(path, document | {"settings": settings} | results)
+    with files.write_whole(path) as file:
+        file.write(compact(document | {"settings": settings} | results))
     print(f"\nwritten: {path}")

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from maknet_jax import console, files
-from maknet_jax.ct import preprocess, volumes
+from maknet_jax.ct import preprocess, search, volumes
 from maknet_jax.ct.read_ahead import read_ahead
 from maknet_jax.errors import InputError, Rejected
 from maknet_jax.evaluation import protocol
@@ -55,7 +55,7 @@ def predict(
     out = pathlib.Path(out)
     if out.suffix != ".csv" or out.is_dir():
         raise InputError(f"--out {out} should be a file that ends in .csv: others take its stem")
-    found, failures = volumes.find_series(path)
+    found, failures = search.find_series(path)
     if not found:
         reason = f": {failures[0][0]}: {failures[0][1]}" if failures else ""
         raise InputError(f"no series in {path} can be read (DICOM, NIfTI or PNG){reason}")

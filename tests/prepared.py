@@ -1,4 +1,4 @@
-"""What the tests of `maknet prepare` read back: its tables and its examples by split."""
+"""Reads back the tables of `maknet prepare`, and its examples by split."""
 
 import csv
 

@@ -17,7 +17,7 @@ from PIL import Image
 from maknet_jax import attribute, cli, train
 from maknet_jax.attribution import faithfulness, perturbation
 from maknet_jax.attribution import integrated_gradients as ig
-from maknet_jax.ct import volumes
+from maknet_jax.ct import search
 from maknet_jax.errors import InputError
 from maknet_jax.explain import results
 from maknet_jax.explain.network import open_networks
@@ -321,7 +321,7 @@ def test_labels_select_images_and_targets(trained, shards, tmp_path):
 def test_ct_files_are_explained(trained, phantom, tmp_path):
     scans, out = tmp_path / "scans", tmp_path / "out"
     shutil.copytree(sorted(phantom["dicom"].iterdir())[0], scans)
-    series = volumes.find_series(scans)[0][0]
+    series = search.find_series(scans)[0][0]
     ids = [f"{series.key}:3", f"{series.key}:0"]
     options = SelectionOptions(path=scans, ids=ids), PathOptions(steps=2)
     summary = attribute.attribute(trained, out, *options)

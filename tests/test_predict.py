@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from maknet_jax import cli, evaluate, predict
-from maknet_jax.ct import preprocess, volumes
+from maknet_jax.ct import preprocess, search, volumes
 from maknet_jax.errors import InputError
 from maknet_jax.runs import workdir
 
@@ -22,7 +22,7 @@ def test_every_slice_gets_a_row_in_order(trained, phantom, tmp_path):
     out = tmp_path / "labels.csv"
     summary = predict.predict(trained, phantom["dicom"], out, as_json=True)
     rows = read(out)
-    found, failures = volumes.find_series(phantom["dicom"])
+    found, failures = search.find_series(phantom["dicom"])
     assert not failures
     assert summary["series"] == len(found)
     assert len(rows) == summary["slices"] == sum(ref.count for ref in found)
@@ -75,7 +75,7 @@ def test_the_series_summary_says_from_where_to_where(trained, phantom, tmp_path)
 
 def test_the_batch_size_does_not_matter(trained, phantom):
     run = workdir.open_run(trained)
-    volume = volumes.load_series(volumes.find_series(phantom["dicom"])[0][0])
+    volume = volumes.load_series(search.find_series(phantom["dicom"])[0][0])
     a = predict.score_volume(run, volume, batch_size=8)
     b = predict.score_volume(run, volume, batch_size=24)
     np.testing.assert_allclose(a, b, atol=1e-5)
@@ -84,7 +84,7 @@ def test_the_batch_size_does_not_matter(trained, phantom):
 
 def test_the_edges_repeat_and_channels_run_head_to_feet(trained, phantom):
     run = workdir.open_run(trained)
-    volume = volumes.load_series(volumes.find_series(phantom["dicom"])[0][0])
+    volume = volumes.load_series(search.find_series(phantom["dicom"])[0][0])
     scores = predict.score_volume(run, volume)
     size = run.config.data.size
     image, _ = preprocess.make_triplet([volume.hu[0], volume.hu[0], volume.hu[1]], size)

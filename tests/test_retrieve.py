@@ -24,7 +24,7 @@ def lesanet(phantom, tmp_path_factory):
     """(workdir, prepared lesions) of a LesaNet after one epoch."""
     folder = tmp_path_factory.mktemp("lesanet")
     data = lesion_runs.write(phantom, folder / "data", SIZE)
-    train.train(lesion_runs.page(data, SIZE, epochs=1.0), folder / "run")
+    train.train(lesion_runs.make_config(data, SIZE, epochs=1.0), folder / "run")
     return folder / "run", data
 
 
@@ -32,7 +32,7 @@ def test_stopped_and_gone_on_is_the_same(lesanet, tmp_path, monkeypatch):
     """All that is drawn in LesaNet's losses follows from the step."""
     folder, data = lesanet
     page, labels = (
-        lesion_runs.page(data, SIZE, epochs=1.0),
+        lesion_runs.make_config(data, SIZE, epochs=1.0),
         len(records.open_dataset(data).vocabulary),
     )
     with monkeypatch.context() as patch:

@@ -25,7 +25,7 @@ from benchmarks import harness
 from benchmarks.real_data import DATA
 from maknet_jax import console, phantom, predict, prepare, pseudo_label, train
 from maknet_jax.cli import options
-from maknet_jax.ct import volumes
+from maknet_jax.ct import search, volumes
 from maknet_jax.errors import InputError, Rejected
 from maknet_jax.runs import config as configs
 from maknet_jax.runs import workdir
@@ -122,7 +122,7 @@ def unlabelled_rows(paths, patients):
     """Rows of every slice of CT under `paths`, but for those of `patients`."""
     rows = []
     for path in paths:
-        for ref in volumes.find_series(path)[0]:
+        for ref in search.find_series(path)[0]:
             if ref.kind == "nifti":
                 named = [(ref.paths[0], number) for number in range(ref.count)]
             else:

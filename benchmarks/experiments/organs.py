@@ -88,7 +88,7 @@ def main(argv=None):
         ]
         for name in results
     ]
-    flagged = np.mean([row["flagged"] for row in rows])
+    flagged, labels = np.mean([row["flagged"] for row in rows]), list(_by_label(rows))
     harness.report(
         __file__,
         argv,
@@ -99,9 +99,13 @@ def main(argv=None):
             f"{len(rows)} labels of {len({row['id'] for row in rows})} images of "
             f"{len({row['patient'] for row in rows})} patients; means over patients, 95 % by "
             f"resampling patients; {flagged:.1%} of maps flagged as not complete",
-            "mass inside over chance: " + ", ".join(_times(rows)),
+            "mass inside over chance: "
+            + ", ".join(
+                f"{row['label']} {row['inside'] / row['chance']:.1f}x"
+                for row in sorted(labels, key=lambda row: -row["inside"] / row["chance"])
+            ),
         ],
-        {"results": results, "rows": rows},
+        {"results": results, "rows": labels},
     )
 
 
@@ -180,15 +184,20 @@ def measure(workdir, masks, chosen):
     return rows
 
 
-def _times(rows):
-    """How many times chance the mass inside each organ is, from the most to the least."""
-    kinds = {}
+def _by_label(rows):
+    """One row per label: maps, patients and the mean mass inside the organ and by chance."""
+    groups = {}
     for row in rows:
-        kinds.setdefault(row["label"], []).append((row["inside"], row["chance"]))
-    means = {name: np.mean(values, axis=0) for name, values in kinds.items()}
-    times = {name: inside / chance for name, (inside, chance) in means.items()}
-    for name in sorted(times, key=times.get, reverse=True):
-        yield f"{name} {times[name]:.1f}x"
+        groups.setdefault(row["label"], []).append(row)
+    for label, members in sorted(groups.items()):
+        yield {
+            "label": label,
+            "maps": len(members),
+            "patients": len({row["patient"] for row in members}),
+            "inside": float(np.mean([row["inside"] for row in members])),
+            "chance": float(np.mean([row["chance"] for row in members])),
+            "flagged": sum(bool(row["flagged"]) for row in members),
+        }
 
 
 def _summary(rows):

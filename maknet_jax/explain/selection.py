@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from maknet_jax import files
-from maknet_jax.ct import preprocess, volumes
+from maknet_jax.ct import preprocess, search, volumes
 from maknet_jax.data import records
 from maknet_jax.errors import InputError, Rejected
 from maknet_jax.explain.options import SelectionOptions
@@ -83,20 +83,20 @@ def select(run: workdir.Run, folder: str | pathlib.Path, options: SelectionOptio
     path, split, labels = options.path, options.split, options.labels
     columns = label_columns(run, labels)
     ids = set(options.ids) if options.ids else None
-    if (path is None) == (split is None):
-        raise InputError("give either a --split of the data or CT files")
     failures: list[tuple[str, str]] = []
     unlabelled: list[str] = []
     identity: dict[str, Any]
-    if path is not None:
+    if path is not None and split is None:
         readers, known, series, failures = _slices(run, path, ids, options.png_window)
         identity = {"path": str(path), "series": sorted({ref.key for ref in series})}
         identity["digest"] = digest([[ref.key, ref.count, *sizes(ref.paths)] for ref in series])
-    else:
+    elif split is not None and path is None:
         readers, known, unlabelled, dataset = _records(
             run, folder, options.data, split, ids, columns
         )
         identity = {"fingerprint": dataset.fingerprint, "split": split}
+    else:
+        raise InputError("give either a --split of the data or CT files")
     unknown = sorted((ids or set()) - set(known))
     if unknown:
         raise InputError(f"--ids {unknown[0]!r} is not among the images of {path or split}")
@@ -139,7 +139,7 @@ def _records(
     run: workdir.Run,
     folder: str | pathlib.Path,
     data: str | pathlib.Path | None,
-    split: str | None,
+    split: str,
     ids: set[str] | None,
     columns: list[int],
 ) -> tuple[list[Callable[[], SelectedImage]], list[str], list[str], records.Dataset]:
@@ -185,19 +185,19 @@ def _slices(
 ) -> tuple[
     list[Callable[[], SelectedImage]],
     list[str],
-    list[volumes.SeriesRef],
+    list[search.SeriesRef],
     list[tuple[str, str]],
 ]:
     """(readers, their ids, series, failures)."""
-    series, failures = volumes.find_series(path)
+    series, failures = search.find_series(path)
     size, none = run.config.data.size, np.zeros(0, np.uint8)
 
     @functools.lru_cache(maxsize=1)
-    def load(ref: volumes.SeriesRef) -> tuple[volumes.Volume, int]:
+    def load(ref: search.SeriesRef) -> tuple[volumes.Volume, float]:
         volume = volumes.load_series(ref, png_window=png_window)
         return volume, preprocess.body_threshold(volume.hu, png_window)
 
-    def read(ref: volumes.SeriesRef, number: int) -> SelectedImage:
+    def read(ref: search.SeriesRef, number: int) -> SelectedImage:
         try:
             volume, threshold = load(ref)
         except Rejected as error:
