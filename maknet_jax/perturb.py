@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from maknet_jax import console, files
+from maknet_jax.attribute import label_entry
 from maknet_jax.attribution import faithfulness, perturbation
 from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.errors import InputError
@@ -34,6 +35,7 @@ COLUMNS = (
     "perturbed",
     "label",
     "truth",
+    "reason",
     "before",
     "after",
     "rank_before",
@@ -195,7 +197,6 @@ def _columns(
     image: SelectedImage, network: Network, titles: Sequence[str], hu: np.ndarray, top: int
 ) -> list[dict[str, Any]]:
     """The first labels of each form of an image, the original's first ones always among them."""
-    names = network.run.vocabulary.names
     order, scores = _scored(network, hu)
     first = order[0, :top].tolist()
     columns = []
@@ -203,10 +204,8 @@ def _columns(
         rank = np.argsort(order[row])
         now = order[row, :top].tolist()
         labels = [
-            {
-                "label": names[k],
-                "truth": image.truth(k),
-                "confidence": float(scores[row, k]),
+            label_entry(image, network.run, k, scores[row])
+            | {
                 "before": float(scores[0, k]),
                 "rank": int(rank[k]) + 1,
                 "state": "" if k in first and k in now else "gone" if k in first else "new",
@@ -258,6 +257,7 @@ def _write(
                             column["title"],
                             entry["label"],
                             entry["truth"],
+                            entry["reason"],
                             old["confidence"],
                             entry["confidence"],
                             old["rank"],

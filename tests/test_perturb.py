@@ -159,7 +159,7 @@ def test_boxes_of_deeplesion_need_no_masks(trained, shards, tmp_path):
 def test_all_kinds_of_masks_align_with_their_slice(tmp_path):
     plane = np.zeros((40, 60), np.uint8)
     plane[10:20, 5:25] = 3
-    case = SelectedImage("a:1", None, (), (), {"crop": (0, 0, 40, 60), "file": "a_007.png"})
+    case = SelectedImage("a:1", None, None, {"crop": (0, 0, 40, 60), "file": "a_007.png"})
     expected = np.zeros((20, 20), bool)
     expected[5:10, 2:8] = True
     Image.fromarray(plane).save(tmp_path / "a_007.png")
@@ -200,7 +200,7 @@ def test_all_kinds_of_masks_align_with_their_slice(tmp_path):
 def case_of(**meta):
     meta = {"crop": (0, 0, 40, 60), "file": "a_007.png"} | meta
     meta = {name: value for name, value in meta.items() if value is not None}
-    return SelectedImage("a:1", None, (), (), meta)
+    return SelectedImage("a:1", None, None, meta)
 
 
 def regions_of(case, path=None, organs=None):
@@ -302,12 +302,11 @@ def test_images_without_a_region_are_listed(trained, phantom, tmp_path, capsys):
 
 def selection_of(count, bad=()):
     """Images of one value each; `bad` cannot be read."""
-    none = np.zeros(0)
 
     def read(number):
         if number in bad:
             raise Rejected("scan: a.dcm", "rows differ: 3 and 4")
-        return SelectedImage(str(number), np.full((2, 2, 3), number, np.int16), none, none, {})
+        return SelectedImage(str(number), np.full((2, 2, 3), number, np.int16), None, {})
 
     reads = [lambda number=number: read(number) for number in range(count)]
     return Selection(reads, [], {"count": count})

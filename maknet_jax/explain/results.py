@@ -12,6 +12,7 @@ import numpy as np
 from maknet_jax import console, files
 from maknet_jax.ct.read_ahead import read_ahead
 from maknet_jax.errors import InputError, Rejected
+from maknet_jax.explain import truth
 from maknet_jax.explain.network import Network
 from maknet_jax.explain.options import DisplayOptions, PathOptions, SelectionOptions
 from maknet_jax.explain.selection import SelectedImage, Selection
@@ -32,6 +33,7 @@ def shared_settings(
 ) -> dict[str, Any]:
     """The settings that results of `attribute` and `perturb` both depend on, as JSON."""
     return {
+        "truth": truth.RULE,
         "steps": path.steps,
         "method": path.method,
         "baseline": path.baseline,
