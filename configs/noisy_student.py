@@ -1,33 +1,33 @@
-"""The paper's noisy student, rounds 0 to 5 (sections 4.2 and 4.4, table 2).
+"""The noisy student of the paper, rounds 0 to 5 (sections 4.2 and 4.4, table 2).
 
     maknet noisy-student --config noisy_student --workdir runs/ns \\
         --config.labelled=shards/deeplesion --config.unlabelled=shards/tcia
 
-Round 0 is the teacher. In each further round the last network labels the unlabelled images, noise
-off, and a student learns from both, noise on. Table 2 of the paper stands beside what is reached.
+Round 0 is the teacher. In each further round the latest network labels the unlabelled images, with
+noise off, and a student learns from both, with noise on. The results are written beside table 2.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config():
-    """Fields of the two pages are changed by `teacher_changes` and `student_changes`."""
+    """`teacher_changes` and `student_changes` override fields of the two training configs."""
     return ConfigDict(
         {
             "seed": 0,
             "rounds": 5,  # students
-            "labelled": "shards/deeplesion",
-            "unlabelled": "shards/tcia",
-            "split": "unlabelled",  # of it
-            "teacher": "teacher",  # page of round 0
-            "student": "student",  # page of the other rounds
-            "teacher_changes": (),  # as ("optimizer.learning_rate=0.003",)
+            "labelled": "shards/deeplesion",  # folder written by `maknet prepare`
+            "unlabelled": "shards/tcia",  # folder written by `maknet prepare`
+            "split": "unlabelled",  # of the unlabelled images
+            "teacher": "teacher",  # config of round 0
+            "student": "student",  # config of the other rounds
+            "teacher_changes": (),  # such as ("optimizer.learning_rate=0.003",)
             "student_changes": (),
             "from_last": False,  # True: a student starts from its teacher's weights
-            "checkpoint": "best",  # of a teacher that labels: best or last
-            "top": 15,  # labels an image at most
-            "threshold": 0.5,  # that a label's confidence must exceed
-            "evaluate": (),  # splits to score after each round; () takes test and hand
-            "soft": False,  # True: students learn the confidences of the labels that were kept
+            "checkpoint": "best",  # of the teacher that labels: best or last
+            "top": 15,  # largest number of labels per image
+            "threshold": 0.5,  # a label is kept if its confidence exceeds this
+            "evaluate": (),  # splits to score after each round; () is test and hand
+            "soft": False,  # True: students learn the confidences of the labels that are kept
         }
     )

@@ -1,82 +1,84 @@
-"""The teacher in small, for the phantom and for tests: 96 x 96, a narrower MAKNet, minutes on CPU.
+"""A small teacher for the phantom and for tests: 96 x 96, a narrower MAKNet, minutes on CPU.
 
     maknet train --config smoke --workdir runs/smoke --config.data.path=demo/shards
 
-Its default data are those of `make demo`, where the README says what to expect. It reproduces
-nothing of the paper.
+The default data are those of `make demo`; the README says what to expect. It reproduces nothing of
+the paper. Every field is listed, as in `teacher.py`, which explains choices and units.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config():
-    """Batch 32, so that a few hundred images still give enough steps."""
+    """Batch size 32, so that a few hundred images still give enough steps."""
     return ConfigDict(
         {
             "seed": 0,
-            "epochs": 20.0,
-            "precision": "auto",
+            "epochs": 20.0,  # passes over the labelled images
+            "precision": "auto",  # of activations: bfloat16 on GPU and TPU, float32 on CPU
             "data": {
-                "path": "demo/shards",
+                "path": "demo/shards",  # folder written by `maknet prepare`
                 "train_split": "train",
-                "val_split": "val",
-                "size": 96,  # pixels
-                "window": (-1024.0, 3071.0),  # HU mapped to 0..1
-                "batch_size": 32,
-                "threads": 2,
+                "val_split": "val",  # chooses the best checkpoint and the thresholds
+                "size": 96,  # height and width in pixels
+                "window": (-1024.0, 3071.0),  # HU, mapped to 0..1 and clipped
+                "batch_size": 32,  # labelled images per step, over all devices
+                "threads": 2,  # per process, to read and decompress
             },
             "pseudo": {
-                "path": "",
-                "batch_size": 64,
-                "balance": 0,
+                "path": "",  # folder written by `maknet pseudo-label`; "": labelled images only
+                "batch_size": 64,  # pseudo-labelled images per step
+                "balance": 0,  # images per label and epoch; 0 uses every image once
             },
             "model": {
                 "name": "maknet",
                 "options": {
-                    "stem": 32,
-                    "blocks": (3, 3, 3),
-                    "growth_rates": (32, 32, 32),
-                    "widths": (64, 96, 128),
+                    "stem": 32,  # channels of the first convolution
+                    "blocks": (3, 3, 3),  # layers per dense block
+                    "growth_rates": (32, 32, 32),  # channels added by each layer of a block
+                    "widths": (64, 96, 128),  # output channels of each block
                     "kernel_size": 3,
                     "form": "auto",  # of MAKConv: matmul on CPU, fused elsewhere
-                    "dropout_rate": 0.0,
+                    "dropout_rate": 0.0,  # before the classifier
                     "mixpool_learned": True,
                 },
             },
             "init": {
-                "path": "",  # "": random weights; else a workdir or a file of import-weights
-                "head": False,  # True: a workdir's classifier and spl too, for the same labels
+                "path": "",  # workdir or file of `maknet import-weights`; "": random weights
+                "head": False,  # True also takes a workdir's classifier; needs the same labels
             },
             "loss": {
                 "name": "weighted_focal",
-                "gamma": 2.0,
-                "clamp": 300.0,
-                "head_weights": (1.0, 1.0),
+                "gamma": 2.0,  # 0 is cross entropy
+                "clamp": 300.0,  # largest weight of the positives of a label
+                "head_weights": (1.0, 1.0),  # before and after score propagation
             },
             "optimizer": {
                 "name": "ranger",
                 "learning_rate": 0.01,
-                "decay_from": 1.0,  # share of the steps; 1 keeps it constant
-                "b1": 0.95,
-                "b2": 0.999,
+                "decay_from": 1.0,  # share of the steps before it decays to 0; 1 keeps it constant
+                "b1": 0.95,  # decay of the first moment
+                "b2": 0.999,  # decay of the second moment
                 "eps": 1e-5,
-                "alpha": 0.5,
-                "k": 6,
+                "alpha": 0.5,  # step of the slow weights in lookahead
+                "k": 6,  # steps between two lookahead updates
                 "weight_decay": 0.0,
-                "centralize": False,
+                "centralize": False,  # gradient centralisation
             },
             "augment": {
                 "rotation_probability": 0.0,
-                "rotation_degrees": 15.0,
+                "rotation_degrees": 15.0,  # largest angle in either direction
+                "translation_probability": 0.0,
+                "translation_range": 0.1,  # largest shift in each direction; share of the edge
                 "crop_probability": 0.0,
-                "crop_scale": (0.6, 1.0),
-                "crop_aspect": (0.8, 1.25),
+                "crop_scale": (0.6, 1.0),  # share of the area
+                "crop_aspect": (0.8, 1.25),  # width over height
                 "contrast_probability": 0.0,
                 "grayscale_probability": 0.0,
             },
-            "ema_decay": 0.0,
+            "ema_decay": 0.0,  # above 0: scores a moving average of the weights with this decay
             "evaluate_every": 2.0,  # epochs
-            "checkpoint_every": 200,  # steps
+            "checkpoint_every": 200,  # steps, in addition to a checkpoint after each evaluation
             "log_every": 10,  # steps
         }
     )

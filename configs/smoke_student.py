@@ -1,83 +1,21 @@
-"""The noisy student in small: the smoke page with the student's noise and pseudo-labels.
+"""A small noisy student: the config smoke with the student's noise and pseudo-labels.
 
     maknet noisy-student --config noisy_student --workdir runs/ns --config.teacher=smoke \\
         --config.student=smoke_student --config.labelled=demo/shards \\
         --config.unlabelled=demo/unlabelled
 
-It shows on the phantom that the rounds work, and what they bring there: see the README.
+It shows on the phantom that the rounds work; the README says what they gain there.
 """
 
-from ml_collections import ConfigDict
+from maknet_jax.runs.config import load
 
 
 def get_config():
-    """32 labelled and 32 pseudo-labelled images a step."""
-    return ConfigDict(
-        {
-            "seed": 0,
-            "epochs": 40.0,
-            "precision": "auto",
-            "data": {
-                "path": "demo/shards",
-                "train_split": "train",
-                "val_split": "val",
-                "size": 96,  # pixels
-                "window": (-1024.0, 3071.0),  # HU mapped to 0..1
-                "batch_size": 32,
-                "threads": 2,
-            },
-            "pseudo": {
-                "path": "shards/pseudo-1",
-                "batch_size": 32,
-                "balance": 0,
-            },
-            "model": {
-                "name": "maknet",
-                "options": {
-                    "stem": 32,
-                    "blocks": (3, 3, 3),
-                    "growth_rates": (32, 32, 32),
-                    "widths": (64, 96, 128),
-                    "kernel_size": 3,
-                    "form": "auto",  # of MAKConv: matmul on CPU, fused elsewhere
-                    "dropout_rate": 0.5,
-                    "mixpool_learned": True,
-                },
-            },
-            "init": {
-                "path": "",  # "": random weights; else a workdir or a file of import-weights
-                "head": False,  # True: a workdir's classifier and spl too, for the same labels
-            },
-            "loss": {
-                "name": "weighted_focal",
-                "gamma": 2.0,
-                "clamp": 300.0,
-                "head_weights": (1.0, 1.0),
-            },
-            "optimizer": {
-                "name": "ranger",
-                "learning_rate": 0.01,
-                "decay_from": 1.0,  # share of the steps; 1 keeps it constant
-                "b1": 0.95,
-                "b2": 0.999,
-                "eps": 1e-5,
-                "alpha": 0.5,
-                "k": 6,
-                "weight_decay": 0.0,
-                "centralize": False,
-            },
-            "augment": {
-                "rotation_probability": 0.5,
-                "rotation_degrees": 15.0,
-                "crop_probability": 0.5,
-                "crop_scale": (0.6, 1.0),
-                "crop_aspect": (0.8, 1.25),
-                "contrast_probability": 0.2,
-                "grayscale_probability": 0.2,
-            },
-            "ema_decay": 0.0,
-            "evaluate_every": 2.0,  # epochs
-            "checkpoint_every": 200,  # steps
-            "log_every": 10,  # steps
-        }
-    )
+    """32 labelled and 32 pseudo-labelled images per step."""
+    config = load("smoke")
+    config.epochs = 40.0
+    config.pseudo.path = "shards/pseudo-1"
+    config.pseudo.batch_size = 32
+    config.model.options.dropout_rate = 0.5
+    config.augment = load("student").augment
+    return config

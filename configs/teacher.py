@@ -3,81 +3,84 @@
     maknet train --config teacher --workdir runs/teacher --config.data.path=shards/deeplesion
 
 Expect AUC 0.905 and F1 0.21 on the text-mined test set, 0.910 and 0.28 on the hand-labelled one
-(the paper's; not yet measured here, it needs the full DeepLesion). No augmentation and no dropout:
-the paper's noise is the student's. "Ours" marks what the paper leaves open.
+(the paper's numbers; not measured here yet, because that needs the full DeepLesion). There is no
+augmentation and no dropout: the paper adds noise to the student only. "Our choice" marks what the
+paper leaves open. Every field is listed and explained here; other configs list their differences.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config():
-    """15 epochs of 17,697 lesions at batch 64: 4,148 steps."""
+    """15 epochs of 17,697 lesions at batch size 64: 4,148 steps."""
     return ConfigDict(
         {
-            "seed": 0,
-            "epochs": 15.0,
-            "precision": "auto",  # bfloat16 activations on GPU and TPU, float32 on CPU; ours
+            "seed": 0,  # of the initial weights, the order of the images and all noise
+            "epochs": 15.0,  # passes over the labelled images
+            "precision": "auto",  # of activations: bfloat16 on GPU and TPU, float32 on CPU
             "data": {
-                "path": "shards/deeplesion",
+                "path": "shards/deeplesion",  # folder written by `maknet prepare`
                 "train_split": "train",
-                "val_split": "val",
-                "size": 256,  # pixels
-                "window": (-1024.0, 3071.0),  # HU mapped to 0..1; LesaNet's
-                "batch_size": 64,  # over all devices
-                "threads": 4,  # that read and decompress, a process
+                "val_split": "val",  # chooses the best checkpoint and the thresholds
+                "size": 256,  # height and width in pixels
+                "window": (-1024.0, 3071.0),  # HU, mapped to 0..1 and clipped; as in LesaNet
+                "batch_size": 64,  # labelled images per step, over all devices
+                "threads": 4,  # per process, to read and decompress
             },
             "pseudo": {
-                "path": "",  # folder of `maknet pseudo-label`; "" trains on labelled images only
-                "batch_size": 64,  # beside the labelled ones, in every step
-                "balance": 0,  # images of each label an epoch; 0 takes all images once
+                "path": "",  # folder written by `maknet pseudo-label`; "": labelled images only
+                "batch_size": 64,  # pseudo-labelled images per step, over all devices
+                "balance": 0,  # images per label and epoch; 0 uses every image once
             },
             "model": {
-                "name": "maknet",
+                "name": "maknet",  # or vgg16, resnet18, lesanet, linear: each has its own options
                 "options": {
-                    "stem": 32,  # widths are ours, see models/maknet.py
-                    "blocks": (3, 3, 6, 6),
-                    "growth_rates": (16, 32, 112, 160),
-                    "widths": (64, 128, 256, 384),
-                    "kernel_size": 3,  # ours
+                    "stem": 32,  # channels of the first convolution; for widths see maknet.py
+                    "blocks": (3, 3, 6, 6),  # layers per dense block
+                    "growth_rates": (16, 32, 112, 160),  # channels added by each layer of a block
+                    "widths": (64, 128, 256, 384),  # output channels of each block
+                    "kernel_size": 3,  # of MAKConv; our choice
                     "form": "auto",  # of MAKConv: matmul on CPU, fused elsewhere
-                    "dropout_rate": 0.0,
-                    "mixpool_learned": True,  # ours
+                    "dropout_rate": 0.0,  # before the classifier
+                    "mixpool_learned": True,  # False mixes maximum and mean equally; our choice
                 },
             },
             "init": {
-                "path": "",  # "": random weights; else a workdir or a file of import-weights
-                "head": False,  # True: a workdir's classifier and spl too, for the same labels
+                "path": "",  # workdir or file of `maknet import-weights`; "": random weights
+                "head": False,  # True also takes a workdir's classifier; needs the same labels
             },
             "loss": {
-                "name": "weighted_focal",
-                "gamma": 2.0,  # ours: focal loss' default
-                "clamp": 300.0,  # LesaNet's
-                "head_weights": (1.0, 1.0),  # before and after score propagation; LesaNet's
+                "name": "weighted_focal",  # or lesion
+                "gamma": 2.0,  # 0 is cross entropy; our choice: the default of focal loss
+                "clamp": 300.0,  # largest weight of the positives of a label; as in LesaNet
+                "head_weights": (1.0, 1.0),  # before and after score propagation; as in LesaNet
             },
             "optimizer": {
-                "name": "ranger",
+                "name": "ranger",  # or sgd
                 "learning_rate": 0.01,
-                "decay_from": 1.0,  # share of the steps; 1 keeps it constant, as the paper has it
-                "b1": 0.95,  # this and the rest: Ranger's defaults of January 2020
-                "b2": 0.999,
+                "decay_from": 1.0,  # share of the steps before it decays to 0; 1 keeps it constant
+                "b1": 0.95,  # decay of the first moment; these are Ranger's defaults of early 2020
+                "b2": 0.999,  # decay of the second moment
                 "eps": 1e-5,
-                "alpha": 0.5,  # of lookahead
-                "k": 6,  # steps between lookahead's
+                "alpha": 0.5,  # step of the slow weights in lookahead
+                "k": 6,  # steps between two lookahead updates
                 "weight_decay": 0.0,
-                "centralize": False,  # came to Ranger after the paper
+                "centralize": False,  # gradient centralisation; added to Ranger after the paper
             },
             "augment": {
                 "rotation_probability": 0.0,
-                "rotation_degrees": 15.0,  # to either side
+                "rotation_degrees": 15.0,  # largest angle in either direction
+                "translation_probability": 0.0,
+                "translation_range": 0.1,  # largest shift in each direction; share of the edge
                 "crop_probability": 0.0,
                 "crop_scale": (0.6, 1.0),  # share of the area
                 "crop_aspect": (0.8, 1.25),  # width over height
                 "contrast_probability": 0.0,
                 "grayscale_probability": 0.0,
             },
-            "ema_decay": 0.0,  # of an average that is scored instead of the weights; 0: none
-            "evaluate_every": 1.0,  # epochs; best and last checkpoints are kept
-            "checkpoint_every": 500,  # steps between checkpoints beside those
+            "ema_decay": 0.0,  # above 0: scores a moving average of the weights with this decay
+            "evaluate_every": 1.0,  # epochs
+            "checkpoint_every": 500,  # steps, in addition to a checkpoint after each evaluation
             "log_every": 20,  # steps
         }
     )

@@ -19,7 +19,8 @@ from maknet_jax.explain.options import DISPLAY, PATH, DisplayOptions, PathOption
 from maknet_jax.explain.selection import SelectedImage, label_columns, select
 from maknet_jax.explain.truth import outcome
 from maknet_jax.figures import contact_sheet, overlay, page
-from maknet_jax.runs import workdir
+from maknet_jax.runs.workdir import Run
+from maknet_jax.training import sharding
 
 SHARES = np.linspace(0, 1, 21)  # of the pixels, for deletion and insertion
 AREAS = ("deletion", "insertion", "random deletion", "random insertion")
@@ -97,7 +98,7 @@ def attribute(
     columns = label_columns(run, selection.labels)
     selected = select(run, folder, selection)
     devices = jax.local_device_count()
-    batch_size = workdir.global_batch(path.batch_size or devices, devices)
+    batch_size = sharding.round_up_to_devices(path.batch_size or devices, devices)
     settings = results.shared_settings(networks, selection, path, display)
     settings |= {"output": path.output, "refine": path.refinements, "faithful": faithful}
     fits: dict[str, tuple[int, int]] = {}
@@ -160,9 +161,7 @@ def _random_order(hu: np.ndarray, base: np.ndarray, numbers: Sequence[int]) -> n
     return np.stack(order + order[-1:] * (len(hu) - len(order)))
 
 
-def label_entry(
-    image: SelectedImage, run: workdir.Run, column: int, scores: np.ndarray
-) -> dict[str, Any]:
+def label_entry(image: SelectedImage, run: Run, column: int, scores: np.ndarray) -> dict[str, Any]:
     """What is shown of a label: its truth, its confidence, and whether they agree.
 
     A label is predicted where its confidence reaches its threshold; parents are not added, so that
@@ -331,9 +330,9 @@ def _write(
             name: faithfulness.bootstrap(values, groups) for name, values in _differences(areas)
         }
     shown = list(done.values())[:most_shown]
-    with files.write_whole(out / "index.html") as file:
+    with files.write_whole(out / "index.html") as page_file:
         lead = page.attribution_lead(summary | more, len(shown))
-        file.write(page.document("Attributions", lead, cards(shown, summary["display"])))
+        page_file.write(page.document("Attributions", lead, cards(shown, summary["display"])))
     names = ("index.html", "attributions.csv", "index.json", "cases", "overlays")
     more["files"] = [str(out / name) for name in names]
     more["failures_file"] = str(out / "failures.csv") if failures else None

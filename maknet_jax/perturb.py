@@ -27,7 +27,7 @@ from maknet_jax.explain.options import (
 )
 from maknet_jax.explain.selection import SelectedImage, select
 from maknet_jax.figures import contact_sheet, overlay, page
-from maknet_jax.runs import workdir
+from maknet_jax.training import sharding
 
 COLUMNS = (
     "id",
@@ -103,10 +103,10 @@ def perturb(
     digest = None
     if {"neighbour", "patch"} & set(strategies):
         digest = check_masks(pathlib.Path(masks), organs) if masks else None
-        size = run.config.data.size
+        size = run.size
         selected = with_regions(selected, masks=masks, organs=organs, size=size)
     devices = jax.local_device_count()
-    batch_size = workdir.global_batch(path.batch_size or devices, devices)
+    batch_size = sharding.round_up_to_devices(path.batch_size or devices, devices)
     settings = results.shared_settings(networks, selection, path, display)
     settings |= {"strategies": list(strategies), "masks": masks and str(masks), "organs": organs}
     settings |= {"masks_digest": digest, "share": share}
@@ -219,7 +219,7 @@ def _columns(
 def _scored(network: Network, hu: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(labels by confidence, confidences), each `[N, K]`, of one image per device at a time."""
     devices = jax.local_device_count()
-    rows = workdir.global_batch(len(hu), devices)
+    rows = sharding.round_up_to_devices(len(hu), devices)
     padded = np.concatenate([hu, hu[:1].repeat(rows - len(hu), axis=0)])
     parts = [
         network.confidences(network.put(padded[k : k + devices])) for k in range(0, rows, devices)

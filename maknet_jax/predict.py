@@ -9,9 +9,10 @@ from maknet_jax import console, files
 from maknet_jax.ct import preprocess, search, volumes
 from maknet_jax.ct.read_ahead import read_ahead
 from maknet_jax.errors import InputError, Rejected
-from maknet_jax.evaluation import protocol
+from maknet_jax.evaluation import metrics, protocol
 from maknet_jax.figures.charts import write_label_chart
 from maknet_jax.runs import workdir
+from maknet_jax.training import sharding
 
 SLICE_COLUMNS = ("series", "slice", "file", "labels", "confidences", "thresholds")
 SERIES_COLUMNS = ("series", "label", "first_slice", "last_slice", "slices", "mean_confidence")
@@ -120,9 +121,9 @@ def score_volume(run, volume, batch_size=16, png_window=None, advance=lambda cou
       png_window: (low, high) in HU of 8-bit pictures.
       advance: advance(count) after each batch.
     """
-    size = run.config.data.size
+    size = run.size
     threshold = preprocess.body_threshold(volume.hu, png_window)
-    batch_size = workdir.global_batch(batch_size)
+    batch_size = sharding.round_up_to_devices(batch_size)
     scores = []
     for start in range(0, len(volume.hu), batch_size):
         centres = range(start, min(start + batch_size, len(volume.hu)))
@@ -131,7 +132,7 @@ def score_volume(run, volume, batch_size=16, png_window=None, advance=lambda cou
             around = preprocess.neighbours(volume.hu, centre)
             images[row], _ = preprocess.make_triplet(around, size, threshold=threshold)
         logits = run.predict(run.variables, {"image": images})["logits"][: len(centres)]
-        scores.append(0.5 * (1.0 + np.tanh(0.5 * logits)))
+        scores.append(metrics.sigmoid(logits))
         advance(len(centres))
     return np.concatenate(scores)
 

@@ -80,6 +80,8 @@ def prepare_deeplesion(
     if not any(splits.values()):
         raise InputError(f"none of the {len(plans)} images is under {images}: check --images")
     about["images_missing"] = len(missing)
+    if (pathlib.Path(info).absolute().parents[1] / "phantom.json").is_file():
+        about["phantom"] = True  # generated: results are not comparable with the paper's
     return _write(
         out,
         splits,
@@ -113,7 +115,11 @@ def _read_labels(
         numbering, mined, hand, vocabulary, uncertain_unknown=patches
     )
     about = {"numbering": numbering.reason, "label_counts": counts}
-    # The paper counts only lesions with a body part.
+    about["direct_parents"] = {
+        name: [parent for parent in terms[name].parents if parent in vocabulary.index]
+        for name in vocabulary.names
+    }
+    # The paper counts lesions with a body part only.
     about["paper_counts"] = dict.fromkeys(counts, "-") if patches else deeplesion.PAPER_COUNTS
     return vocabulary, labelled, about
 

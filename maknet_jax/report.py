@@ -16,7 +16,7 @@ from maknet_jax.explain import results, selection
 from maknet_jax.explain.options import PathOptions, SelectionOptions
 from maknet_jax.figures import charts, overlay, page
 from maknet_jax.runs import workdir
-from maknet_jax.training import transfer
+from maknet_jax.training import sharding, transfer
 
 METRICS = {
     "auc": "AUC",
@@ -55,13 +55,13 @@ def report(folder, out=None, *, split=None, count=3, steps=50):
     dataset = records.open_dataset(data)
     if split is None:
         known = dataset.info["splits"]
-        split = "test" if "test" in known and known["test"]["count"] else run.config.data.val_split
+        split = "test" if "test" in known and known["test"]["count"] else run.val_split
     parts = [*_curves(folder), *_tables(folder), *_labels(folder)]
     parts += [*_cases(run, folder, out, dataset, split, count, steps), *_sheet(dataset)]
     lead = page.paragraph(
-        f"{run.config.model.name}, step {run.step} ({run.name} checkpoint), "
-        f"{len(run.vocabulary)} labels, images of {run.config.data.size} x "
-        f"{run.config.data.size}, trained on {dataset.path}. Research software: nothing here is a "
+        f"{run.model_name}, step {run.step} ({run.name} checkpoint), "
+        f"{len(run.vocabulary)} labels, images of {run.size} x "
+        f"{run.size}, trained on {dataset.path}. Research software: nothing here is a "
         "diagnosis."
     )
     with files.write_whole(out / "index.html") as file:
@@ -128,10 +128,10 @@ def _labels(folder):
 
 def _cases(run, folder, out, dataset, split, count, steps):
     """The best and the worst images of a split with their attributions."""
-    if getattr(run.model, "takes_box", False):
+    if run.model.takes_box:
         yield _heading(f"Cases of {split}")
         yield page.paragraph(
-            f"Left out: {run.config.model.name} looks at a lesion's box beside the image, and only "
+            f"Left out: {run.model_name} looks at a lesion's box beside the image, and only "
             "networks that see the image alone can be explained."
         )
         return
@@ -139,7 +139,7 @@ def _cases(run, folder, out, dataset, split, count, steps):
         raise InputError(f"{dataset.path} has other labels than {folder}: it was changed since")
     source = dataset.source(split)
     evaluator = Evaluator(
-        source, run.predict, batch_size=workdir.global_batch(run.config.data.batch_size)
+        source, run.predict, batch_size=sharding.round_up_to_devices(run.batch_size)
     )
     scores = evaluator.scores(run.variables)
     right = np.where(scores.labels > 0, scores.scores, 1 - scores.scores)

@@ -58,16 +58,12 @@ def retrieve(
         raise InputError(f"--out {out} should end in .csv: the picture beside it ends in .png")
     run = workdir.open_run(folder, checkpoint_name=checkpoint)
     dataset = records.open_dataset(data)
-    if not getattr(run.model, "takes_box", False):
+    if not run.model.takes_box:
         raise InputError(f"{folder} is no LesaNet: take a run of configs/lesanet.py")
-    if dataset.size != run.config.data.size:
-        raise InputError(
-            f"{data} has patches of {dataset.size}, the network of {run.config.data.size}: prepare "
-            "them again"
-        )
-    query = read_query(image, box, spacing, run.config.data.size)
+    records.check_size(dataset, run.size)
+    query = read_query(image, box, spacing, run.size)
     embed = make_embed(run)
-    size = workdir.global_batch(batch_size)
+    size = sharding.round_up_to_devices(batch_size)
     own = np.concatenate(list(_embeddings(embed, [query], size)))[0]
     found = []
     names = splits or list(dataset.info["splits"])
@@ -141,11 +137,11 @@ def make_embed(run):
     Args:
       run: `workdir.Run` of a LesaNet.
     """
-    to_input = workdir.to_input(run.config)
+    to_input = run.to_input
 
     @jax.jit
     def embed(variables, images, box):
-        boxes = step.box_of(run.model, box)
+        boxes = step.box_kwargs(run.model, box)
         return run.model.apply(variables, to_input(images), train=False, **boxes).features
 
     def of_batch(batch):

@@ -1,4 +1,4 @@
-"""Reads back the tables of `maknet prepare`, and its examples by split."""
+"""Reads the output of `maknet prepare`: its tables, and its examples by split."""
 
 import csv
 

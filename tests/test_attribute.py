@@ -337,9 +337,12 @@ def test_ct_files_are_explained(trained, phantom, tmp_path):
 def test_networks_that_take_a_box_are_refused(trained, tmp_path, monkeypatch):
     opened = workdir.open_run
     box = types.SimpleNamespace(takes_box=True)
-    monkeypatch.setattr(
-        workdir, "open_run", lambda *a, **k: dataclasses.replace(opened(*a, **k), model=box)
-    )
+
+    def with_box(*args, **options):
+        run = opened(*args, **options)
+        return dataclasses.replace(run, assembly=dataclasses.replace(run.assembly, model=box))
+
+    monkeypatch.setattr(workdir, "open_run", with_box)
     with pytest.raises(InputError, match="box"):
         attribute.attribute(trained, tmp_path / "out", NINE)
     assert not (tmp_path / "out").exists()

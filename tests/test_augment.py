@@ -20,12 +20,15 @@ OFF = {
     "crop_aspect": (0.75, 4 / 3),
     "contrast_probability": 0.0,
     "grayscale_probability": 0.0,
+    "translation_probability": 0.0,
+    "translation_range": 0.1,
 }
 ON = OFF | {
     "rotation_probability": 0.5,
     "crop_probability": 0.5,
     "contrast_probability": 0.5,
     "grayscale_probability": 0.5,
+    "translation_probability": 0.5,
 }
 MIDDLE = jnp.array([0.5, 0.5])
 
@@ -40,8 +43,11 @@ def keys():
     return jax.random.split(jax.random.key(3), 8)
 
 
-def geometry(image, angle=0.0, scale=1.0, aspect=1.0, centre=MIDDLE):
-    return np.asarray(augment.rotate_and_crop(image, angle, scale, aspect, centre))
+def geometry(image, angle=0.0, scale=1.0, aspect=1.0, centre=MIDDLE, **options):
+    return np.asarray(augment.rotate_and_crop(image, angle, scale, aspect, centre, **options))
+
+
+REACHES = {"gather": None, "shear": math.radians(45)}
 
 
 def smooth(size=S):
@@ -54,13 +60,13 @@ def test_the_window_maps_low_to_0_and_high_to_1():
     unit = np.asarray(augment.to_unit(hu, (-1024.0, 1024.0)))
     assert unit.dtype == np.float32
     np.testing.assert_allclose(unit, [0, 0, 1 / 2048, 0.5, 2047 / 2048, 1, 1], rtol=1e-6)
-    # LesaNet's window: 0..255 over -1024..3071 is one grey level for 16 HU and a bit.
+    # LesaNet's window: its 0..255 over -1024..3071 HU is one grey level per 16 HU.
     np.testing.assert_allclose(augment.to_unit(jnp.int16(3071), (-1024.0, 3071.0)), 1, rtol=1e-6)
 
 
-def test_no_angle_and_the_whole_image_is_the_identity(images):
+def test_angle_0_without_a_crop_is_the_identity(images):
     np.testing.assert_allclose(geometry(images[0]), images[0], atol=1e-6)
-    # Where the crop leaves no room, its place means nothing.
+    # A crop of the whole image has no room to move in.
     np.testing.assert_allclose(geometry(images[0], centre=jnp.zeros(2)), images[0], atol=1e-6)
 
 
@@ -75,7 +81,7 @@ def test_rotation_equals_scipys(degrees):
     image = smooth()
     turned = geometry(image, angle=np.deg2rad(degrees))
     expected = ndimage.rotate(image, degrees, axes=(0, 1), reshape=False, order=1, mode="constant")
-    # Only the last half pixel is another convention.
+    # Only the convention for the last half pixel differs.
     inside = ndimage.rotate(np.ones((S, S)), degrees, reshape=False, order=1) > 0.999
     assert inside.mean() > 0.5
     np.testing.assert_allclose(turned[inside], expected[inside], atol=1e-4)
@@ -83,13 +89,17 @@ def test_rotation_equals_scipys(degrees):
 
 
 @pytest.mark.parametrize("degrees", [0, 15, -15, 40])
-@pytest.mark.parametrize("scale, centre", [(1.0, (0.5, 0.5)), (0.6, (0.1, 0.9))])
-def test_shears_turn_and_crop_as_the_gathered_form_does(degrees, scale, centre):
-    """They interpolate three times more, so a smooth image is compared; the frame is exact."""
+@pytest.mark.parametrize(
+    "scale, centre, shift",
+    [(1.0, (0.5, 0.5), None), (0.6, (0.1, 0.9), None), (0.6, (0.1, 0.9), (-0.09, 0.23))],
+)
+def test_shears_equal_the_gathered_form(degrees, scale, centre, shift):
+    """They interpolate three more times, so a smooth image is compared; the frame is exact."""
     image = smooth()
+    shift = None if shift is None else jnp.array(shift)
     where = (math.radians(degrees), scale, 1.1, jnp.array(centre))
-    gathered = augment.rotate_and_crop(image, *where)
-    sheared = augment.rotate_and_crop(image, *where, reach=math.radians(45))
+    gathered = geometry(image, *where, shift=shift)
+    sheared = geometry(image, *where, shift=shift, reach=math.radians(45))
     assert np.abs(gathered - image).max() > 0.1 or (degrees, scale) == (0, 1.0)
     np.testing.assert_array_equal(gathered == 0, sheared == 0)
     np.testing.assert_allclose(sheared, gathered, atol=0.035)
@@ -97,7 +107,7 @@ def test_shears_turn_and_crop_as_the_gathered_form_does(degrees, scale, centre):
 
 
 @pytest.mark.parametrize("reach", [3, 8, 21])
-def test_a_shift_is_numpys_interpolation_with_black_beside_the_image(reach):
+def test_shifted_rows_equal_numpys_interpolation_with_0_outside(reach):
     """Fractions, halves, whole strides and both ends, each row its own."""
     shift = np.float32([-1, -0.7, -0.5, -0.2, 0, 0.1, 0.25, 0.5, 0.9, 1]) * reach
     shift = np.append(shift, np.float32([4, 4.5, 8, -8, 7.99])).clip(-reach, reach)
@@ -115,8 +125,8 @@ def test_a_shift_is_numpys_interpolation_with_black_beside_the_image(reach):
     "count, devices, few",
     [(8, 1, 8), (8, 4, 8), (16, 1, 8), (24, 4, 24), (48, 4, 24), (22, 2, 2), (5, 2, 5), (0, 1, 0)],
 )
-def test_a_few_at_a_time_are_all_at_once(monkeypatch, count, devices, few):
-    """22 images on 2 devices go one by one (11 is prime), 5 on 2 all at once."""
+def test_the_loop_equals_augmenting_all_at_once(monkeypatch, count, devices, few):
+    """22 images on 2 devices are augmented one by one (11 is prime), 5 on 2 all at once."""
     rng = np.random.default_rng(0)
     images = rng.integers(-1000, 2000, (count, S, S, 3)).astype(np.int16)
     keys = jax.random.split(jax.random.key(0), count)
@@ -126,11 +136,11 @@ def test_a_few_at_a_time_are_all_at_once(monkeypatch, count, devices, few):
 
     sizes = []
 
-    def shrinking(images):
+    def counting(images):
         sizes.append(len(images))
         return to_input(images)
 
-    looped = augment.make_augment(**ON, form="shear", to_input=shrinking, devices=devices)
+    looped = augment.make_augment(**ON, form="shear", to_input=counting, devices=devices)
     monkeypatch.setattr(augment, "_few_at_a_time", lambda augment, devices: augment)
     whole = augment.make_augment(**ON, form="shear")
     expected = whole(to_input(images), keys)
@@ -139,15 +149,14 @@ def test_a_few_at_a_time_are_all_at_once(monkeypatch, count, devices, few):
 
 
 @pytest.mark.parametrize("form", ["gather", "shear"])
-def test_images_of_integers_need_to_input_and_all_come_back_as_float32(form, images, keys):
+def test_integer_images_need_to_input_and_the_result_is_float32(form, images, keys):
     noise = augment.make_augment(**OFF | {"grayscale_probability": 0.5}, form=form)
-    with pytest.raises(InputError, match="images to augment are int16: give to_input"):
+    with pytest.raises(InputError, match="int16"):
         noise(np.zeros((8, S, S, 3), np.int16), keys)
     assert noise(jnp.asarray(images, jnp.bfloat16), keys).dtype == jnp.float32
 
 
-def test_every_device_takes_of_its_own_images():
-    """In the loop nothing is sent from one device to another."""
+def test_the_loop_has_no_communication_between_devices():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     noise = augment.make_augment(**ON, form="shear", devices=8)
@@ -156,30 +165,103 @@ def test_every_device_takes_of_its_own_images():
     program = jax.jit(noise, in_shardings=rows, out_shardings=rows).lower(images, keys).compile()
     text = program.as_text()
     assert " while(" in text
-    for sent in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
-        assert sent not in text
+    for collective in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
+        assert collective not in text
     spread = program(*jax.device_put((images, keys), rows))
     np.testing.assert_allclose(spread, jax.jit(noise)(images, keys), atol=1e-5)
 
 
-def test_without_an_angle_shears_leave_every_pixel(images):
+def test_shears_by_angle_0_keep_every_pixel(images):
     whole = (0.0, 1.0, 1.0, MIDDLE)
-    kept = augment.rotate_and_crop(images[0], *whole, reach=math.radians(15))
-    np.testing.assert_allclose(kept, images[0], atol=1e-6)
+    unchanged = augment.rotate_and_crop(images[0], *whole, reach=math.radians(15))
+    np.testing.assert_allclose(unchanged, images[0], atol=1e-6)
 
 
-def test_the_form_of_the_rotation_is_chosen_by_platform_and_checked(images, keys):
+def test_the_platform_chooses_the_form_of_the_rotation(images, keys):
     gather, shear, auto = (
         augment.make_augment(**ON | {"contrast_probability": 0.0}, form=form)(images, keys)
         for form in ("gather", "shear", "auto")
     )
     np.testing.assert_array_equal(auto, gather)
     assert 0 < np.abs(shear - gather).mean() < 0.1
-    for wrong in ({"form": "warp"}, {"rotation_degrees": 200.0}):
-        with pytest.raises(InputError, match="should be auto, gather or shear"):
+    for wrong, named in ({"form": "warp"}, "warp"), ({"rotation_degrees": 200.0}, "200"):
+        with pytest.raises(InputError, match=named):
             augment.make_augment(**ON | wrong)
-    with pytest.raises(InputError, match="90 or less"):
+    with pytest.raises(InputError, match="rotation_degrees 91"):
         augment.make_augment(**ON | {"rotation_degrees": 91.0}, form="shear")
+
+
+@pytest.mark.parametrize("form", ["gather", "shear"])
+@pytest.mark.parametrize("down, right", [(3, 0), (0, -5), (-2, 7), (0, 0), (-S + 1, 0)])
+def test_a_shift_by_whole_pixels_moves_the_image_and_fills_with_air(images, form, down, right):
+    shift = jnp.array([down, right]) / S
+    shifted = geometry(images[0], shift=shift, reach=REACHES[form])
+    expected = np.zeros_like(images[0])
+    expected[max(down, 0) : S + down, max(right, 0) : S + right] = images[0][
+        max(-down, 0) : S - down, max(-right, 0) : S - right
+    ]
+    np.testing.assert_allclose(shifted, expected, atol=1e-5)
+    np.testing.assert_array_equal(shifted == 0, expected == 0)
+
+
+@pytest.mark.parametrize("form", ["gather", "shear"])
+@pytest.mark.parametrize("shift", [(0.4, 0.0), (-2.75, 1.25)])
+def test_a_shift_by_fractions_of_a_pixel_equals_scipys(form, shift):
+    image = smooth()
+    shifted = geometry(image, shift=jnp.array(shift) / S, reach=REACHES[form])
+    expected = ndimage.shift(image, (*shift, 0), order=1, mode="nearest")
+    # 1/256 pixel of rounding; the outermost half pixel is not blended with air.
+    np.testing.assert_allclose(shifted[shifted > 0], expected[shifted > 0], atol=1e-3)
+    outside = [math.ceil(abs(by) - 0.5) for by in shift]
+    assert (shifted == 0).sum() == 3 * (S * S - (S - outside[0]) * (S - outside[1]))
+
+
+@pytest.mark.parametrize("form", ["gather", "shear"])
+def test_an_image_is_rotated_then_shifted_then_cropped(form):
+    image, angle, shift = smooth(), math.radians(20), jnp.array([5, -3]) / S
+    crop = {"scale": 0.5, "aspect": 1.0, "centre": jnp.array([0.2, 0.7])}
+    steps = image
+    for options in ({"angle": angle}, {"shift": shift}, crop):
+        steps = geometry(steps, **options, reach=REACHES[form])
+    at_once = geometry(image, angle, **crop, shift=shift, reach=REACHES[form])
+    # Step by step, air is blended into the edge of the image.
+    inside = ndimage.binary_erosion((at_once > 0) & (steps > 0), np.ones((7, 7, 1)))
+    assert inside.mean() > 0.3
+    np.testing.assert_allclose(at_once[inside], steps[inside], atol=0.05)
+    assert np.abs(at_once - steps)[inside].mean() < 0.005
+
+
+@pytest.mark.parametrize("form", ["gather", "shear"])
+def test_translations_are_uniform_within_their_range(form):
+    """The centre of a square moves by 0 on average, by at most the range, and not further."""
+    image = np.zeros((1, S, S, 3), np.float32)
+    image[:, 12:20, 12:20] = 1  # its centre is that of the image
+    options = {"translation_probability": 1.0, "translation_range": 0.25}
+    noise = jax.jit(augment.make_augment(**OFF | options, form=form))
+    count = 512
+    moved = noise(np.repeat(image, count, axis=0), jax.random.split(jax.random.key(2), count))
+    weight = np.asarray(moved)[..., 0]
+    np.testing.assert_allclose(weight.sum((1, 2)), 64, rtol=1e-3)  # nothing leaves the frame
+    grid = np.arange(S) - (S - 1) / 2
+    centres = np.stack([weight.sum(2) @ grid, weight.sum(1) @ grid], axis=1) / 64
+    assert np.abs(centres).max() <= 8.01 and np.abs(centres).max() > 7.9
+    np.testing.assert_allclose(centres.mean(0), 0, atol=3 * 8 / math.sqrt(3 * count))
+    np.testing.assert_allclose(centres.std(0), 8 / math.sqrt(3), rtol=0.1)
+    assert abs(np.corrcoef(centres.T)[0, 1]) < 0.15
+
+
+@pytest.mark.parametrize("form", ["gather", "shear"])
+def test_translation_does_not_change_the_other_draws(images, keys, form):
+    without = augment.make_augment(**ON | {"translation_probability": 0.0}, form=form)
+    by_nothing = {"translation_probability": 1.0, "translation_range": 0.0}
+    within = augment.make_augment(**ON | by_nothing, form=form)
+    np.testing.assert_allclose(within(images, keys), without(images, keys), atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.0])
+def test_a_translation_range_out_of_bounds_is_refused(wrong):
+    with pytest.raises(InputError, match=f"translation_range {wrong}"):
+        augment.make_augment(**ON | {"translation_range": wrong})
 
 
 def test_a_crop_of_half_the_size_shows_the_rectangle(images):
@@ -226,9 +308,9 @@ def test_all_probabilities_zero_is_no_augmentation():
 
 @pytest.mark.parametrize(
     "one",
-    ["rotation_probability", "crop_probability", "contrast_probability", "grayscale_probability"],
+    [name for name in OFF if name.endswith("probability")],
 )
-def test_each_noise_acts_alone_and_as_often_as_it_should(one, images):
+def test_each_noise_acts_alone_with_its_probability(one, images):
     noise = jax.jit(augment.make_augment(**(OFF | {one: 0.5})))
     many = np.tile(images[:1] * 0.5, (256, 1, 1, 1))
     changed = np.asarray(noise(many, jax.random.split(jax.random.key(0), 256)))
@@ -239,7 +321,7 @@ def test_each_noise_acts_alone_and_as_often_as_it_should(one, images):
         assert gray.mean() == share
 
 
-def test_an_example_is_changed_alike_wherever_it_stands_in_the_batch(images, keys):
+def test_the_noise_of_an_example_does_not_depend_on_its_row(images, keys):
     noise = jax.jit(augment.make_augment(**ON))
     whole = np.asarray(noise(images, keys))
     order = np.random.default_rng(0).permutation(8)
@@ -248,7 +330,7 @@ def test_an_example_is_changed_alike_wherever_it_stands_in_the_batch(images, key
     assert (np.abs(whole - images).max(axis=(1, 2, 3)) > 1e-3).sum() >= 4
 
 
-def test_the_same_key_gives_the_same_noise_and_another_another(images, keys):
+def test_noise_depends_on_the_key_only(images, keys):
     noise = jax.jit(augment.make_augment(**(ON | {"rotation_probability": 1.0})))
     np.testing.assert_array_equal(noise(images, keys), noise(images, keys))
     assert np.abs(noise(images, keys) - noise(images, keys[::-1])).max() > 0.1

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maknet_jax import models
-from maknet_jax.runs import config, workdir
+from maknet_jax.runs import build, config
 
 
 def shapes(name):
@@ -45,9 +45,5 @@ def test_outputs_are_float32_and_dropout_is_for_training(name, heads):
 
 
 @pytest.mark.parametrize("name", ["vgg16", "resnet18"])
-def test_the_pages_share_the_teachers_recipe(name):
-    page, teacher = config.load(name).to_dict(), config.load("teacher").to_dict()
-    assert page.pop("model") == {"name": name, "options": {"dropout_rate": 0.0}}
-    teacher.pop("model")
-    assert page == teacher
-    assert workdir.build_model(config.load(name), 115) == models.build(name, 115)
+def test_configs_build_these_networks(name):
+    assert build.build_model(config.load(name), 115) == models.build(name, 115)

@@ -72,12 +72,12 @@ def test_json_comes_back_and_nan_is_refused(tmp_path):
 
 
 def test_what_a_killed_writer_leaves_is_nobodys(tmp_path):
-    assert not files.holds_other(tmp_path / "new") and not files.holds_other(tmp_path)
+    assert not files.has_foreign_files(tmp_path / "new") and not files.has_foreign_files(tmp_path)
     (tmp_path / ".claim.json.k3b1.tmp").write_text("ha")
     (tmp_path / "own.json").write_text("{}")
-    assert not files.holds_other(tmp_path, "own.json")
-    assert files.holds_other(tmp_path) and files.holds_other(tmp_path / "own.json")
+    assert not files.has_foreign_files(tmp_path, "own.json")
+    assert files.has_foreign_files(tmp_path) and files.has_foreign_files(tmp_path / "own.json")
     for name in ("x.tmp", ".hidden", "other.json"):
         (tmp_path / name).write_text("mine")
-        assert files.holds_other(tmp_path, "own.json"), name
+        assert files.has_foreign_files(tmp_path, "own.json"), name
         (tmp_path / name).unlink()

@@ -14,10 +14,9 @@ import toy
 from network_weights import golden
 
 from maknet_jax import cli, import_weights, train
-from maknet_jax.data import records
 from maknet_jax.models import pretrained
-from maknet_jax.runs import config, workdir
-from maknet_jax.training import sharding, transfer
+from maknet_jax.runs import config, setup, workdir
+from maknet_jax.training import transfer
 
 HEAD = {"fc.weight": np.zeros((1000, 512), np.float32), "fc.bias": np.zeros(1000, np.float32)}
 
@@ -100,9 +99,9 @@ def test_help_shows_an_example(capsys):
 @pytest.mark.parametrize(
     "name, options, says",
     [
-        ("nowhere.safetensors", (), "nowhere.safetensors is no file: give a .safetensors file"),
-        ("cut.safetensors", (), "cut.safetensors is no whole safetensors file"),
-        ("text.safetensors", (), "text.safetensors is no whole safetensors file"),
+        ("nowhere.safetensors", (), "nowhere.safetensors not found"),
+        ("cut.safetensors", (), "cut.safetensors is not a valid"),
+        ("text.safetensors", (), "text.safetensors is not a valid"),
         ("new.pth", (), "s.save_file(torch.load('"),
         ("old.pth", (), "s.save_file(torch.load('"),
         ("whole.safetensors", ("--model=vgg16",), "features.0.weight is missing: take "),
@@ -138,10 +137,8 @@ def resnet_page(tmp_path, out):
 
 def test_a_training_starts_with_the_files_trunk(imported, tmp_path):
     page = resnet_page(tmp_path, imported[0])
-    dataset = records.open_dataset(page.data.path)
-    mesh = sharding.data_mesh(jax.devices()[:1])
-    run = train._Run(page, tmp_path / "run", dataset, dataset.split("train"), mesh)
-    made = run.create(seed=0)
+    run = setup.set_up(page, tmp_path / "run", devices=jax.devices()[:1])
+    made = run.assembly.create(0, run.place)
     arrays = safetensors.numpy.load_file(imported[0])
     first = arrays["params/stem/conv/kernel"]
     np.testing.assert_array_equal(made.params["stem"]["conv"]["kernel"], first)
@@ -149,7 +146,7 @@ def test_a_training_starts_with_the_files_trunk(imported, tmp_path):
     np.testing.assert_array_equal(
         made.batch_stats["input"]["mean"], np.float32(pretrained.IMAGENET_MEAN)
     )
-    start = run.meta["init"]
+    start = run.init
     assert (start["placed"], start["fresh"]) == (102, ["classifier", "spl"])
     assert start["digest"] == imported[1]["digest"]
 

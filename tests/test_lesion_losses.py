@@ -1,4 +1,4 @@
-"""LesaNet's losses against plain loops over the rules of its published code."""
+"""LesaNet's losses against plain loops that follow its published code."""
 
 import functools
 
@@ -46,7 +46,7 @@ def test_the_similarity_is_common_labels_times_jaccard():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_triplets_are_chosen_by_the_rules(seed):
+def test_triplets_follow_the_sampling_rules(seed):
     _, batch = drawn(seed)
     labels = batch["labels"] * (np.arange(LABELS) < (2 if seed == 3 else LABELS))
     chosen = lesion_losses.choose_triplets(batch["key"], labels, batch["weight"], count=4000)
@@ -68,12 +68,12 @@ def test_triplets_are_chosen_by_the_rules(seed):
         pairs[a][0].add(p)
         pairs[a][1].add(n)
     assert anchors == set(range(18))
-    for a, (likes, _) in pairs.items():  # each of the candidates comes, of 200 draws an anchor
-        wanted = set(np.flatnonzero(alike[a] >= 1).tolist())
-        assert not wanted or likes == wanted
+    for a, (similar, _) in pairs.items():  # 200 draws per anchor reach every candidate
+        candidates = set(np.flatnonzero(alike[a] >= 1).tolist())
+        assert not candidates or similar == candidates
 
 
-def test_the_triplet_loss_is_torchs_of_the_same_triplets():
+def test_the_triplet_loss_equals_torchs_on_the_same_triplets():
     outputs, batch = drawn(1)
     args = (batch["key"], outputs.features, batch["labels"], batch["weight"])
     value = lesion_losses.triplet_loss(*args, margin=0.3, count=500)
@@ -81,16 +81,16 @@ def test_the_triplet_loss_is_torchs_of_the_same_triplets():
     a, p, n = (np.float64(outputs.features)[np.asarray(rows)] for rows in chosen)
     apart = [np.linalg.norm(a - other + 1e-6, axis=1) for other in (p, n)]
     assert float(value) == pytest.approx(np.maximum(apart[0] - apart[1] + 0.3, 0).mean(), rel=1e-5)
-    slope = jax.grad(lambda e: lesion_losses.triplet_loss(args[0], e, *args[2:]))(args[1])
+    gradient = jax.grad(lambda e: lesion_losses.triplet_loss(args[0], e, *args[2:]))(args[1])
     same = jnp.ones_like(args[1]) / np.sqrt(8)
     at_one_point = jax.grad(lambda e: lesion_losses.triplet_loss(args[0], e, *args[2:]))(same)
-    assert np.isfinite(slope).all() and np.isfinite(at_one_point).all()
-    assert np.abs(slope[:18]).max() > 0 and not np.any(slope[18:])  # no padding
+    assert np.isfinite(gradient).all() and np.isfinite(at_one_point).all()
+    assert np.abs(gradient[:18]).max() > 0 and not np.any(gradient[18:])  # no padding
     two = args[3] * (np.arange(20) < 2)
     assert float(lesion_losses.triplet_loss(*args[:3], two)) == 0
 
 
-def test_hard_examples_are_drawn_by_their_error():
+def test_hard_examples_are_drawn_in_proportion_to_their_squared_error():
     """The mean of many draws is the mean weighted by (|p - y| sure)^2."""
     outputs, batch = drawn(2)
     sure = batch["label_mask"] * batch["weight"][:, None]
@@ -107,15 +107,15 @@ def test_hard_examples_are_drawn_by_their_error():
     assert float(none) == 0
 
 
-def test_unsure_elements_are_never_drawn():
+def test_elements_that_are_not_sure_are_never_drawn():
     outputs, batch = drawn(2)
     sure = np.zeros((20, LABELS), np.float32)
     sure[3, 4] = 1
     value = functools.partial(lesion_losses.hard_examples, batch["key"], draws=50)
     theirs = cross_entropy(outputs.logits, batch["labels"])[3, 4]
     assert float(value(outputs.logits, batch["labels"], sure)) == pytest.approx(theirs, rel=1e-5)
-    slope = jax.grad(lambda x: value(x, batch["labels"], sure))(outputs.logits)
-    assert np.argwhere(slope).tolist() == [[3, 4]]
+    gradient = jax.grad(lambda x: value(x, batch["labels"], sure))(outputs.logits)
+    assert np.argwhere(gradient).tolist() == [[3, 4]]
 
 
 def loss_fn(**options):
@@ -142,19 +142,19 @@ def test_the_loss_is_the_sum_of_its_parts_with_the_published_weights():
     assert float(again) == float(loss) != float(other)
 
 
-def test_of_absent_labels_only_the_excluded_are_hard_examples():
+def test_only_excluded_labels_are_hard_negatives():
     outputs, batch = drawn(5)
     labels = np.zeros_like(batch["labels"])
     labels[:, 0] = 1
     mask = np.ones_like(labels)
 
     def rhem(before):
-        made = outputs._replace(scores_before_spl=before)
-        return loss_fn()(made, batch | {"labels": labels, "label_mask": mask})[1]["loss_rhem"]
+        changed = outputs._replace(scores_before_spl=before)
+        return loss_fn()(changed, batch | {"labels": labels, "label_mask": mask})[1]["loss_rhem"]
 
-    slope = np.asarray(jax.grad(rhem)(outputs.scores_before_spl))
-    assert np.flatnonzero(slope.any(axis=0)).tolist() == [0, 1]  # 0 excludes 1
-    assert not slope[18:].any()
+    gradient = np.asarray(jax.grad(rhem)(outputs.scores_before_spl))
+    assert np.flatnonzero(gradient.any(axis=0)).tolist() == [0, 1]  # 0 excludes 1
+    assert not gradient[18:].any()
 
 
 def test_padding_and_unknown_labels_do_not_count():
@@ -162,17 +162,17 @@ def test_padding_and_unknown_labels_do_not_count():
     loss, _ = loss_fn()(outputs, batch)
     labels = np.where(batch["label_mask"] > 0, batch["labels"], 0)
     labels[18:] = 1 - labels[18:]
-    spoilt = Outputs(*(np.concatenate([part[:18], -part[18:]]) for part in outputs))
-    again, _ = loss_fn()(spoilt, batch | {"labels": labels})
+    corrupted = Outputs(*(np.concatenate([part[:18], -part[18:]]) for part in outputs))
+    again, _ = loss_fn()(corrupted, batch | {"labels": labels})
     assert float(loss) == pytest.approx(float(again), rel=1e-6)
 
 
-def test_draws_below_1_are_refused():
-    with pytest.raises(InputError, match="rhem_draws 0 and triplets 5000 should be 1 or more"):
+def test_fewer_than_one_draw_is_refused():
+    with pytest.raises(InputError, match="rhem_draws 0 .*triplets 5000"):
         loss_fn(rhem_draws=0)
 
 
-def test_a_step_of_lesanet_draws_on_the_device_and_one_device_is_eight():
+def test_lesanets_step_draws_on_the_device_and_is_the_same_on_1_and_8_devices():
     trunk = {"stem": 8, "blocks": (1,), "growth_rates": (8,), "widths": (8,)}
     model = models.build(
         "lesanet", LABELS, trunk="maknet", trunk_options=trunk, units=8, embedding=8
@@ -201,19 +201,19 @@ def test_a_step_of_lesanet_draws_on_the_device_and_one_device_is_eight():
         with jax.transfer_guard("disallow"):
             for _ in range(3):
                 with jax.transfer_guard("allow"):
-                    given = sharding.put_batch(mesh, batch)
-                current, metrics = train_step(current, given, key)
+                    on_mesh = sharding.put_batch(mesh, batch)
+                current, metrics = train_step(current, on_mesh, key)
         results.append((jax.tree.map(np.asarray, current.params), float(metrics["loss"])))
     (one, loss), (eight, other) = results
-    assert loss == pytest.approx(other, rel=1e-3)  # a draw may fall on the neighbour
+    assert loss == pytest.approx(other, rel=1e-3)  # rounding may move a draw to its neighbour
     for a, b in zip(*map(jax.tree.leaves, (one, eight)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-3)
     del batch["box"]
-    with pytest.raises(InputError, match="have no box: take data of .*--lesions"):
+    with pytest.raises(InputError, match="box"):
         train_step(start, batch, jax.random.key(1))
 
 
-def test_the_key_of_the_loss_follows_from_the_seed_and_the_step():
+def test_the_key_of_the_loss_depends_on_seed_and_step():
     model, optimizer = models.build("linear", 3, edge=4), sgd.sgd(0.01)
     start = state.create(model, optimizer, size=8, seed=0)
     batch = {"image": np.zeros((2, 8, 8, 3), np.int16)}

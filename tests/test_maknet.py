@@ -8,8 +8,8 @@ import pytest
 
 from maknet_jax import models
 from maknet_jax.errors import InputError
+from maknet_jax.runs import build
 from maknet_jax.runs import config as configs
-from maknet_jax.runs import workdir
 from maknet_jax.training import state
 
 TINY = {"stem": 8, "blocks": (1, 1), "growth_rates": (8, 8), "widths": (8, 16)}
@@ -38,8 +38,8 @@ def test_parameters_are_the_papers(full):
 
 def test_teacher_config_builds_this_network(full):
     page = configs.load("teacher")
-    assert workdir.build_model(page, 115) == models.MAKNet(num_classes=115)
-    assert shapes(workdir.build_model(page, 115), page.data.size) == full
+    assert build.build_model(page, 115) == models.MAKNet(num_classes=115)
+    assert shapes(build.build_model(page, 115), page.data.size) == full
 
 
 def test_layers_of_a_block_are_three_or_six_and_named_as_in_the_paper(full):

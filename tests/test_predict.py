@@ -155,7 +155,7 @@ def test_evaluate_writes_tables_and_counts_each_image_once(trained, shards):
 def test_evaluate_refuses_what_does_not_fit(trained, tmp_path):
     with pytest.raises(InputError, match="split 'nine'"):
         evaluate.evaluate(trained, splits=["nine"])
-    with pytest.raises(InputError, match="no workdir"):
+    with pytest.raises(InputError, match="no config.json"):
         evaluate.evaluate(tmp_path)
     with pytest.raises(InputError, match="dataset.json"):
         evaluate.evaluate(trained, data=tmp_path)

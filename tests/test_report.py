@@ -76,9 +76,12 @@ def test_other_cases_and_other_weights_are_another_folder(trained, tmp_path, mon
 
 def test_a_network_that_looks_at_a_box_has_no_cases(trained, tmp_path, monkeypatch):
     opened, box = workdir.open_run, types.SimpleNamespace(takes_box=True)
-    monkeypatch.setattr(
-        workdir, "open_run", lambda *a, **k: dataclasses.replace(opened(*a, **k), model=box)
-    )
+
+    def with_box(*args, **options):
+        run = opened(*args, **options)
+        return dataclasses.replace(run, assembly=dataclasses.replace(run.assembly, model=box))
+
+    monkeypatch.setattr(workdir, "open_run", with_box)
     text = report.report(trained, tmp_path / "out").read_text()
     assert "Left out: " in text and "Best cases" not in text and "<h2>Training</h2>" in text
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["index.html"]
@@ -90,7 +93,7 @@ def test_the_command_says_where(trained, tmp_path, capsys):
 
 
 def test_refusals(trained, tmp_path):
-    with pytest.raises(InputError, match="no workdir"):
+    with pytest.raises(InputError, match="no config.json"):
         report.report(tmp_path)
     with pytest.raises(InputError, match="'nine'"):
         report.report(trained, tmp_path / "out", split="nine")

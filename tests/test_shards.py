@@ -154,7 +154,7 @@ def test_an_unfinished_folder_accepts_the_same_plan_only(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write(out, Stopping(4))
     for other in ({"size": 16}, {"splits": SPLITS | {"val": [Unit(30)]}}):
-        with pytest.raises(InputError, match=f"{re.escape(str(out))} .* unfinished"):
+        with pytest.raises(InputError, match="plan"):
             write(out, **other)
     write(out)
 
@@ -165,7 +165,7 @@ def test_a_finished_or_foreign_folder_is_rejected_and_unchanged(whole, tmp_path)
         write(whole[0])
     assert content(whole[0]) == before
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match=re.escape(str(tmp_path))):
+    with pytest.raises(InputError, match="choose a new --out"):
         write(tmp_path)
     assert content(tmp_path) == {"thesis.txt": b"mine"}
 

@@ -204,7 +204,7 @@ def place_slices(folder, paths):
       (positions, failures): path -> 0 to 1, and (path, reason) of what cannot be read.
     """
     run = workdir.open_run(folder, checkpoint_name="last")
-    window, found, failures = tuple(run.config.data.window), {}, []
+    window, found, failures = run.window, {}, []
     for path in paths:
         try:
             volume, centre = volumes.load_series_of(path, png_window=window)

@@ -1,29 +1,31 @@
-"""The verbs that train and judge networks."""
+"""The commands that train and evaluate networks."""
 
 import argparse
+import json
 import pathlib
 
 from maknet_jax.cli import options
+from maknet_jax.errors import InputError
 
 
-def add_verbs(verbs):
+def add_verbs(verbs: argparse._SubParsersAction) -> None:
     """Adds `import-weights`, `train` and `evaluate`."""
     _import_weights(verbs)
     _train(verbs)
     _evaluate(verbs)
 
 
-def _import_weights(verbs):
+def _import_weights(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(
         verbs,
         "import-weights",
-        "the trunk of torchvision's or timm's VGG16-BN or ResNet18, to start a training from",
+        "the trunk of torchvision's or timm's VGG16-BN or ResNet18, as initial weights",
         "maknet import-weights vgg16_bn.safetensors --model vgg16 --out weights/vgg16.safetensors\n"
         "  maknet train --config vgg16 --workdir runs/vgg16 \\\n"
         "    --config.init.path=weights/vgg16.safetensors",
         _run_import_weights,
     )
-    verb.add_argument("source", help="the .safetensors file (no pickle)")
+    verb.add_argument("source", help="the .safetensors file (pickles are not supported)")
     verb.add_argument("--model", required=True, choices=("vgg16", "resnet18"))
     verb.add_argument("--out", required=True, help="the .safetensors file to write")
     for name in ("mean", "std"):
@@ -31,11 +33,11 @@ def _import_weights(verbs):
             f"--{name}",
             type=_channels,
             metavar="R,G,B",
-            help=f"{name} of the images in 0..1 that it was trained on (default: ImageNet's)",
+            help=f"{name} of its training images, scaled to 0..1 (default: ImageNet's)",
         )
 
 
-def _channels(text):
+def _channels(text: str) -> tuple[float, float, float]:
     try:
         red, green, blue = (float(part) for part in text.split(","))
     except ValueError:
@@ -43,53 +45,71 @@ def _channels(text):
     return red, green, blue
 
 
-def _run_import_weights(chosen):
+def _run_import_weights(chosen: argparse.Namespace) -> None:
     from maknet_jax import import_weights
 
-    given = {name: getattr(chosen, name) for name in ("mean", "std") if getattr(chosen, name)}
-    summary = import_weights.import_weights(chosen.source, chosen.out, model=chosen.model, **given)
-    left = ", ".join(summary["unplaced"]) or "nothing"
-    print(f"{summary['placed']} arrays of {chosen.source} placed, left behind: {left}")
+    scaling = {name: getattr(chosen, name) for name in ("mean", "std") if getattr(chosen, name)}
+    summary = import_weights.import_weights(
+        chosen.source, chosen.out, model=chosen.model, **scaling
+    )
+    unplaced = ", ".join(summary["unplaced"]) or "none"
+    print(f"{summary['placed']} arrays of {chosen.source} placed; not used: {unplaced}")
     print(f"  {summary['out']}  for --config.init.path; digest {summary['digest']}")
 
 
-def _train(verbs):
+def _train(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(
         verbs,
         "train",
-        "a network, or go on with one: run the same command again",
+        "a network; the same command resumes an interrupted run",
         "maknet train --config teacher --workdir runs/teacher \\\n"
-        "    --config.data.path=shards/deeplesion --config.optimizer.learning_rate=0.003",
+        "    --config.data.path=shards/deeplesion --config.optimizer.learning_rate=0.003\n"
+        "  maknet train --config teacher --print-config      # every field that can be changed",
         _run_train,
         takes_config=True,
     )
     verb.add_argument(
         "--config",
         required=True,
-        help="a page: teacher, vgg16 or resnet18 (table 1), student (table 2), vgg16_pretrain or "
-        "lesanet (table 3), finetune, body_order, smoke, smoke_student or linear (small), or a .py "
-        "file; each field that it shows can be changed",
+        help="teacher, vgg16 or resnet18 (table 1), student (table 2), vgg16_pretrain or lesanet "
+        "(table 3), finetune, body_order, smoke, smoke_student or linear (small); or the path of a "
+        ".py file, of a config.json, or of a workdir, to train with the config of that run",
     )
-    verb.add_argument("--workdir", required=True, help="folder of the run")
+    verb.add_argument("--workdir", help="folder of the run; required, except to print the config")
+    verb.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print all fields with their values as JSON, changes included, and exit; saved to a "
+        ".json file it can be given to --config",
+    )
     options.distributed(verb)
-    verb.usage = "maknet train --config NAME --workdir DIR [--config.FIELD=VALUE ...]"
+    verb.usage = (
+        "maknet train --config NAME --workdir DIR [--config.FIELD=VALUE ...] [--print-config]"
+    )
 
 
-def _run_train(chosen):
+def _run_train(chosen: argparse.Namespace) -> None:
+    from maknet_jax.runs import config as configs
+
+    config = configs.load(chosen.config, chosen.overrides)
+    if chosen.print_config:
+        print(json.dumps(configs.to_json(config), indent=2))
+        return
+    if not chosen.workdir:
+        raise InputError("train needs --workdir, the folder of the run")
+
     from maknet_jax import train
-    from maknet_jax.runs import config
 
     options.start_jax(chosen.distributed)
-    page = config.load(chosen.config, chosen.overrides)
-    summary = train.train(page, chosen.workdir)
-    val = summary["best_val_auc"]
-    shown = "no validation AUC"
-    if val is not None:
-        shown = f"best validation AUC {val:.4f} at step {summary['best_step']}, in best/"
-    print(f"{summary['steps']} steps done, {shown}; {chosen.workdir}/summary.json")
+    summary = train.train(config, chosen.workdir)
+    best = "no validation AUC"
+    if summary["best_val_auc"] is not None:
+        auc, step = summary["best_val_auc"], summary["best_step"]
+        best = f"best validation AUC {auc:.4f} at step {step}, in best/"
+    print(f"{summary['steps']} steps done, {best}; {chosen.workdir}/summary.json")
 
 
-def _evaluate(verbs):
+def _evaluate(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(
         verbs,
         "evaluate",
@@ -98,16 +118,25 @@ def _evaluate(verbs):
         _run_evaluate,
     )
     verb.add_argument("--workdir", required=True, help="folder of the run")
-    verb.add_argument("--split", help="names with commas (default: test and hand, if there)")
+    verb.add_argument(
+        "--split", help="names separated by commas (default: test and hand, where they exist)"
+    )
     verb.add_argument("--data", help="another prepared data set with the same labels")
     verb.add_argument("--checkpoint", default="best", choices=("best", "last"))
+    verb.add_argument(
+        "--rules",
+        default="ours",
+        choices=("ours", "lesanet"),
+        help="lesanet agrees with LesaNet's published evaluate.py; ours differs in three details, "
+        "see maknet_jax/evaluation/protocol.py (default: ours)",
+    )
     options.distributed(verb)
     verb.add_argument(
-        "--batch-size", type=options.count, help="images a step (default: the config's)"
+        "--batch-size", type=options.count, help="images per step (default: the config's)"
     )
 
 
-def _run_evaluate(chosen):
+def _run_evaluate(chosen: argparse.Namespace) -> None:
     from maknet_jax import evaluate
 
     options.start_jax(chosen.distributed)
@@ -117,10 +146,12 @@ def _run_evaluate(chosen):
         data=chosen.data,
         checkpoint=chosen.checkpoint,
         batch_size=chosen.batch_size,
+        rules=chosen.rules,
     )
     print(evaluate.table([summary], [pathlib.Path(chosen.workdir).name]))
     print(
         f"\n{summary['checkpoint']} checkpoint, step {summary['step']}; thresholds "
-        f"{summary['thresholds']}; macro averages over labels with positives and negatives"
+        f"{summary['thresholds']}; rules {summary['rules']}; macro averages over labels with "
+        "positives and negatives"
     )
     print(f"per label: {summary['out']}/*_labels.csv")

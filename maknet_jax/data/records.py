@@ -185,6 +185,24 @@ def open_dataset(path: str | os.PathLike) -> Dataset:
     return Dataset(path, info)
 
 
+def check_size(dataset: Dataset, size: int, name: str = "the network") -> None:
+    """Checks that a data set was prepared at the image size of a network.
+
+    Args:
+      dataset: the prepared data set.
+      size: the edge of the images that `name` takes, in pixels.
+      name: what takes them, for the message.
+
+    Raises:
+      InputError: the sizes differ.
+    """
+    if dataset.size != size:
+        raise InputError(
+            f"{dataset.path} was prepared with --size {dataset.size}, {name} with {size}: prepare "
+            f"it again with --size {size}"
+        )
+
+
 class RecordSource:
     """Random access to the examples of several shards; picklable, for grain."""
 

@@ -163,17 +163,9 @@ def _digest(*parts: Any) -> str:
 
 def _claim(out, plan):
     check_unfinished(out)
-    marker = out / ".parts" / "plan.json"
-    if marker.exists():
-        if files.read_json(marker)["plan"] != plan:
-            raise InputError(
-                f"{out} holds an unfinished run with other inputs or options: repeat those, or "
-                "remove the folder"
-            )
-    elif out.is_dir() and any(out.iterdir()):
-        raise InputError(f"{out} is not empty: choose another --out")
-    else:
-        files.write_json(marker, {"plan": plan})
+    name, record = ".parts/plan.json", {"plan": plan}
+    files.check_claim(out, {name: record}, command="maknet prepare", option="--out")
+    files.write_json(out / name, record)
 
 
 def _chunks(units: Iterable[AnyUnit]) -> list[list[AnyUnit]]:

@@ -79,8 +79,8 @@ def open_networks(
         run = workdir.open_run(path, checkpoint_name=checkpoint, devices=devices)
         if run.model.takes_box:
             raise InputError(
-                f"{path} is a {run.config.model.name}, which takes a lesion's box beside the "
-                "image: only networks that take the image alone can be explained"
+                f"{path} is a {run.model_name}, which takes a lesion's box beside the image: only "
+                "networks that take the image alone can be explained"
             )
         model = run.model.clone(dtype=np.float32)
 
@@ -90,14 +90,14 @@ def open_networks(
                 return model.apply(variables, images, train=False).logits.astype(np.float32)
 
         # A folder that is called round-1 says little without its parent.
-        name = f"{run.config.model.name} ({'/'.join(pathlib.Path(path).resolve().parts[-2:])})"
+        name = f"{run.model_name} ({'/'.join(pathlib.Path(path).resolve().parts[-2:])})"
         name += " again" if name in [network.name for network in networks] else ""
-        to_input = jax.jit(workdir.to_input(run.config))
+        to_input = jax.jit(run.to_input)
         networks.append(Network(name, run, Partial(logits, run.variables), to_input))
     first, last = networks[0].run, networks[-1].run
-    if (first.vocabulary.names, first.config.data.size) != (
+    if (first.vocabulary.names, first.size) != (
         last.vocabulary.names,
-        last.config.data.size,
+        last.size,
     ):
         raise InputError(
             f"--compare {compare} and {folder} differ in their labels or image size: compare "

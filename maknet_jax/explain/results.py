@@ -17,6 +17,7 @@ from maknet_jax.explain.network import Network
 from maknet_jax.explain.options import DisplayOptions, PathOptions, SelectionOptions
 from maknet_jax.explain.selection import SelectedImage, Selection
 from maknet_jax.figures import contact_sheet
+from maknet_jax.runs.claim import claim
 from maknet_jax.training import sharding
 
 # One image's result: metadata (JSON) and arrays.
@@ -59,7 +60,7 @@ def explain(
     neither repeats nor loses one. Several processes share the images.
 
     Args:
-      title: label of the progress bar.
+      title: the verb, for the progress bar and messages.
       out: the output folder.
       selection: the images.
       settings: JSON of all that the results depend on, stored in OUT/settings.json.
@@ -73,21 +74,8 @@ def explain(
       InputError: `out` has other contents, or no image could be read.
     """
     out = pathlib.Path(out)
-    settings = json.loads(json.dumps(settings | {"selection": selection.identity}))
-    claim = out / "settings.json"
-    if claim.is_file():
-        before = files.read_json(claim)
-        for key in sorted(settings.keys() | before.keys()):
-            if before.get(key) != settings.get(key):
-                raise InputError(
-                    f"{out} holds results with {key} {before.get(key)}, not {settings.get(key)}: "
-                    "choose another --out or the same settings"
-                )
-    elif files.holds_other(out):
-        raise InputError(f"--out {out} holds something else: choose a new folder")
-    sharding.wait_for_all("looked")
-    if jax.process_index() == 0:
-        files.write_json(claim, settings)
+    settings = settings | {"selection": selection.identity}
+    claim(out, {"settings.json": settings}, command=f"maknet {title}", option="--out")
     paths = {n: out / "cases" / f"{n:05d}.npz" for n in range(len(selection.readers))}
     mine = range(jax.process_index(), len(paths), jax.process_count())
     todo = [number for number in mine if not paths[number].exists()]
@@ -106,7 +94,8 @@ def explain(
     failures = sorted({*selection.failures, *failures})
     if not done:
         if jax.process_index() == 0:
-            claim.unlink(missing_ok=True)  # no result: other settings may follow
+            # No result: other settings may follow.
+            (out / "settings.json").unlink(missing_ok=True)
         raise InputError(f"no image could be read: {failures[0][0]}: {failures[0][1]}")
     return done, failures
 

@@ -150,11 +150,7 @@ def _records(
     """(readers, ids that were seen, ids without one of the labels, data set)."""
     trained_on = files.read_json(pathlib.Path(folder) / "dataset.json")
     dataset = records.open_dataset(data or trained_on["path"])
-    if dataset.size != run.config.data.size:
-        raise InputError(
-            f"{dataset.path} was prepared with --size {dataset.size}, the network with "
-            f"{run.config.data.size}"
-        )
+    records.check_size(dataset, run.size)
     dataset.split(split)
     source, vocabulary = dataset.source(split), dataset.vocabulary
     complete = labels_are_complete(dataset.info, split)
@@ -196,7 +192,7 @@ def _slices(
 ]:
     """(readers, their ids, series, failures)."""
     series, failures = search.find_series(path)
-    size = run.config.data.size
+    size = run.size
 
     @functools.lru_cache(maxsize=1)
     def load(ref: search.SeriesRef) -> tuple[volumes.Volume, float]:

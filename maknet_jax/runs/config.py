@@ -1,120 +1,229 @@
-"""Run configurations: one Python page each, found by name or path, changed on the command line."""
+"""Run configurations: loaded by name or path, changed by overrides, stored as JSON.
+
+A config is a Python file with a function `get_config()` that returns a `ConfigDict`. `teacher` and
+`smoke` list every field; the other training configs load one of them and set what differs.
+"""
 
 import ast
+import copy
 import difflib
 import importlib.util
 import json
+import os
 import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import ml_collections
 
+from maknet_jax import files
 from maknet_jax.errors import InputError
 
+Value: TypeAlias = "bool | int | float | str | tuple[Value, ...] | Mapping[str, Value]"
 
-def folder():
-    """Where the configs lie: in the installed package, or beside it in a checkout."""
+# Fields that configs of earlier versions lack -> the value that reproduces such a run.
+ADDED_FIELDS: dict[str, Value] = {
+    "pseudo": {"path": "", "batch_size": 64, "balance": 0},  # labelled images only
+    "init": {"path": "", "head": False},  # random weights
+    "ema_decay": 0.0,  # no average of the weights
+    "augment.translation_probability": 0.0,
+    "augment.translation_range": 0.1,  # not used at probability 0
+}
+
+
+def folder() -> pathlib.Path:
+    """The folder of the configs: in the installed package, or beside it in a checkout."""
     package = pathlib.Path(__file__).resolve().parents[1]
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
 
-def load(name, overrides=()):
-    """Loads a configuration.
+def load(name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+    """Loads a config.
 
     Args:
-      name: `teacher` (a page of ours) or a path to a Python file with `get_config()`.
-      overrides: strings `optimizer.learning_rate=0.003`.
+      name: the name of a config in `folder()`, as `teacher`; the path of a Python file with a
+        function `get_config()`; of a `config.json`; or of a workdir that holds one.
+      overrides: strings such as `optimizer.learning_rate=0.003`.
 
     Returns:
-      A locked `ConfigDict`.
+      A locked `ConfigDict`. Fields that were added since the config was written have the value that
+      reproduces it, see `ADDED_FIELDS`.
 
     Raises:
-      InputError: no such config or field, or a value of another type.
+      InputError: the config or a field does not exist, or a value has the wrong type.
     """
+    path = _find(os.fspath(name))
+    config = _read_json(path) if path.suffix == ".json" else _run_file(path)
+    config.unlock()
+    _add_fields(config)
+    for override in overrides:
+        _override(config, override)
+    return config.lock()
+
+
+def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The config as plain dicts, lists and values, as `config.json` in a workdir holds it."""
+    return json.loads(config.to_json())
+
+
+def from_json(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """The inverse of `to_json`, locked: lists become tuples, `ADDED_FIELDS` are added."""
+
+    def restore(node: Any) -> Any:
+        if isinstance(node, Mapping):
+            return {key: restore(child) for key, child in node.items()}
+        return tuple(restore(child) for child in node) if isinstance(node, list) else node
+
+    completed = copy.deepcopy(dict(values))
+    _add_fields(completed)
+    return ml_collections.ConfigDict(restore(completed)).lock()
+
+
+def _find(name: str) -> pathlib.Path:
+    """The Python or JSON file that `load` reads for `name`."""
     path = pathlib.Path(name)
-    if path.suffix != ".py":
-        path = folder() / f"{name}.py"
-    elif not path.is_file() and path.parent.name == "configs":
-        path = folder() / path.name  # `configs/teacher.py` also works outside a checkout
-    if not path.is_file():
-        known = sorted(page.stem for page in folder().glob("[!_]*.py"))
-        raise InputError(f"config {name!r} is not there: give a path or one of {', '.join(known)}")
+    shipped = folder() / f"{name}.py"
+    if path.suffix == ".py" and not path.is_file() and path.parent.name == "configs":
+        shipped = folder() / path.name  # `configs/teacher.py` also works outside a checkout
+    if path.suffix not in (".py", ".json") and not shipped.is_file() and path.is_dir():
+        path = path / "config.json"
+    for candidate in (shipped, path):
+        if candidate.suffix in (".py", ".json") and candidate.is_file():
+            return candidate
+    known = ", ".join(sorted(file.stem for file in folder().glob("[!_]*.py")))
+    raise InputError(
+        f"config {name!r} not found: give a .py file, a config.json, a workdir or one of {known}"
+    )
+
+
+def _read_json(path: pathlib.Path) -> ml_collections.ConfigDict:
+    try:
+        return from_json(files.read_json(path))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"config {path} is not a config: {error}") from None
+
+
+def _run_file(path: pathlib.Path) -> ml_collections.ConfigDict:
     spec = importlib.util.spec_from_file_location(f"maknet_config_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # it has a loader: its suffix is .py
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = module.get_config()
+        return module.get_config()
+    except InputError as error:
+        raise InputError(f"config {path}: {error}") from None
     except Exception as error:
-        # A user's page can fail in any way; the line must say which page.
+        # A user's file can raise anything; the message must name the file.
         raise InputError(f"config {path} fails: {type(error).__name__}: {error}") from None
-    for override in overrides:
-        _override(config, override)
-    config.lock()
-    return config
 
 
-def _override(config, text):
+def _add_fields(config: Any) -> None:
+    """Adds the missing `ADDED_FIELDS` to a dict or a `ConfigDict` in place."""
+    if "model" not in config:  # not the config of a training run
+        return
+    for key, value in ADDED_FIELDS.items():
+        *groups, field = key.split(".")
+        node = config
+        for group in groups:
+            node = node.get(group, {})  # a missing group stays missing
+        if field not in node:
+            node[field] = copy.deepcopy(value)
+
+
+def _override(config: ml_collections.ConfigDict, text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals:
-        raise InputError(f"override {text!r} should be key=value, as optimizer.learning_rate=0.003")
-    *parents, last = key.split(".")
-    node = config
-    for part in parents:
-        node = node[_known(node, part, key)]
-        if not isinstance(node, ml_collections.ConfigDict):
-            raise InputError(f"config field {part!r} in {key!r} is a value, not a group of fields")
-    if parents and parents[-1].endswith("_options"):  # of a part that the page may not know
-        node[last] = _literal(value)
+        raise InputError(
+            f"override {text!r} should be key=value, such as optimizer.learning_rate=0.003"
+        )
+    *parents, field = key.split(".")
+    group = _group(config, parents, key)
+    if parents and parents[-1].endswith("_options"):  # of a module whose options are not listed
+        group[field] = _literal(value)
         return
-    _known(node, last, key)
-    node[last] = _parse(value, node[last], key)
+    old = group[_known(group, field, key)]
+    group[field] = _convert(value if isinstance(old, str) else _literal(value), old, key)
 
 
-def _known(node, part, key):
-    if part not in node:
-        near = difflib.get_close_matches(part, node.keys(), n=1)
-        mend = f"did you mean {near[0]!r}" if near else f"known are {', '.join(node.keys())}"
-        raise InputError(f"config field {key!r} is unknown: {mend}")
-    return part
+def _group(
+    config: ml_collections.ConfigDict, names: Sequence[str], key: str
+) -> ml_collections.ConfigDict:
+    """The group of fields that lies at `names`, the first parts of `key`."""
+    node = config
+    for name in names:
+        node = node[_known(node, name, key)]
+        if not isinstance(node, ml_collections.ConfigDict):
+            raise InputError(f"config field {name!r} in {key!r} is a value, not a group of fields")
+    return node
 
 
-def _parse(text, old, key):
+def _known(node: ml_collections.ConfigDict, name: str, key: str) -> str:
+    if name not in node:
+        near = difflib.get_close_matches(name, node.keys(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(node.keys())}"
+        raise InputError(f"config field {key!r} is unknown: {hint}")
+    return name
+
+
+def _convert(value: Any, old: Any, key: str) -> Any:
+    """`value` in the type of `old`, the field's value so far."""
     if isinstance(old, ml_collections.ConfigDict):
         raise InputError(f"config field {key!r} is a group: name one of {', '.join(old.keys())}")
-    value = _literal(text)
+    converted = value
     if isinstance(old, bool) and isinstance(value, str) and value.lower() in ("true", "false"):
-        value = value.lower() == "true"
+        converted = value.lower() == "true"
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        converted = float(value)
     if isinstance(old, tuple) and isinstance(value, (int, float)):
-        value = (value,)
+        converted = (value,)
     if isinstance(old, tuple) and isinstance(value, list):
-        value = tuple(value)
-    if isinstance(old, str):
-        value = text
-    if old is not None and type(value) is not type(old):
-        raise InputError(f"config field {key!r} is a {type(old).__name__}, {text!r} is not")
-    return value
+        converted = tuple(value)
+    if old is not None and type(converted) is not type(old):
+        expected = type(old).__name__
+        raise InputError(f"config field {key!r} should be of type {expected}, not {value!r}")
+    return converted
 
 
-def _literal(text):
+def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
 
 
-def to_json(config):
-    """A plain dict of the config, as `config.json` in a workdir holds it."""
-    return json.loads(config.to_json())
+def validate(config: ml_collections.ConfigDict, size: int, devices: int) -> None:
+    """Checks the values of a training config that its types do not.
 
+    Args:
+      config: the config of `maknet train`.
+      size: the edge of the images of the data set `data.path`, in pixels.
+      devices: the number of devices to train on.
 
-def from_json(value):
-    """The inverse of `to_json`, locked (tuples come back as tuples)."""
-
-    def restore(node):
-        if isinstance(node, dict):
-            return {key: restore(child) for key, child in node.items()}
-        return tuple(restore(child) for child in node) if isinstance(node, list) else node
-
-    return ml_collections.ConfigDict(restore(value)).lock()
+    Raises:
+      InputError: a value is out of range, or does not fit the data or the devices.
+    """
+    if size != config.data.size:
+        raise InputError(
+            f"config data.size {config.data.size} does not match the {size} of {config.data.path}: "
+            "change one of them"
+        )
+    for name in ("epochs", "evaluate_every", "checkpoint_every", "log_every"):
+        if not 0 < config[name] < 1e9:
+            raise InputError(f"config {name} {config[name]} should be above 0 and below 1e9")
+    values = {"seed": config.seed, "data.threads": config.data.threads}
+    for name, value in (values | {"pseudo.balance": config.pseudo.balance}).items():
+        if value < 0:
+            raise InputError(f"config {name} {value} should be 0 or above")
+    window = config.data.window
+    if len(window) != 2 or not window[0] < window[1]:
+        raise InputError(f"config data.window {tuple(window)} should be (low, high) in HU")
+    if not 0 <= config.ema_decay < 1:
+        raise InputError(f"config ema_decay {config.ema_decay} should be 0 or above and below 1")
+    batch_sizes = {"data": config.data.batch_size}
+    if config.pseudo.path:
+        batch_sizes["pseudo"] = config.pseudo.batch_size
+    for name, batch_size in batch_sizes.items():
+        if batch_size < 1 or batch_size % devices:
+            rule = f"above 0 and a multiple of the {devices} device(s)"
+            raise InputError(f"config {name}.batch_size {batch_size} should be {rule}")

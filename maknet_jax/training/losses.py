@@ -1,39 +1,66 @@
-"""The weighted focal loss of MAKNet, element by element and over a batch."""
+"""The weighted focal loss of MAKNet, per element and over a batch."""
+
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
+from jax.typing import ArrayLike
 
 from maknet_jax.errors import InputError
 
 
-def class_weights(positives, total, *, clamp=300.0):
-    """Weights that let the positives and the negatives of every label count the same (LesaNet).
+class Heads(Protocol):
+    """The outputs of a network that the losses read, see `models.Outputs`."""
 
-    The positive weight is min(clamp, N/2n), the negative weight N/2(N-n), which LesaNet does not
-    clamp. Where a class is absent the formula is infinite and the weight is `clamp` instead: with
-    hard labels it is never used, soft labels may touch it.
+    @property
+    def logits(self) -> jax.Array:
+        """`[B, K]`, after the score propagation layer."""
+
+    @property
+    def scores_before_spl(self) -> jax.Array | None:
+        """`[B, K]`, or None for a network without that layer."""
+
+    @property
+    def features(self) -> jax.Array:
+        """`[B, F]`."""
+
+
+Batch: TypeAlias = Mapping[str, jax.Array]
+LossFn: TypeAlias = Callable[[Heads, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def class_weights(
+    positives: npt.ArrayLike, total: npt.ArrayLike, *, clamp: float = 300.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights that balance the positives and the negatives of every label, as in LesaNet.
+
+    The positive weight is min(clamp, N/2n). The negative weight is N/2(N-n), which LesaNet does not
+    clamp. If a label has no positives or no negatives, the formula is infinite and the weight is
+    `clamp`: hard labels never use it, soft labels may.
 
     Args:
-      positives: [K] n, training examples with the label.
-      total: N, training examples; a number, or [K] where labels are known for some examples only.
+      positives: `[K]`, n, training examples with the label.
+      total: N, training examples: a number, or `[K]` if labels are known for some examples only.
       clamp: largest positive weight.
 
     Returns:
-      (pos_weight [K], neg_weight [K]), numpy float32.
+      (pos_weight `[K]`, neg_weight `[K]`), float32.
 
     Raises:
-      InputError: a count that cannot be (n above N or below 0, N below 1).
+      InputError: a count is impossible (n above N or below 0, N below 1) or clamp is not positive.
     """
     if not clamp > 0:
-        raise InputError(f"clamp {clamp} should be above 0: it is the largest weight")
+        raise InputError(f"loss clamp {clamp} should be above 0: it is the largest weight")
     positives = np.asarray(positives, np.float64)
     total = np.broadcast_to(np.asarray(total, np.float64), positives.shape)
     wrong = np.flatnonzero((positives < 0) | (positives > total) | (total < 1))
     if wrong.size:
         k = wrong[0]
         raise InputError(
-            f"label {k}: {positives[k]:g} positives of {total[k]:g} examples; counts need "
+            f"label {k} has {positives[k]:g} positives of {total[k]:g} examples; expected "
             "0 <= positives <= examples and at least one example: check the training records"
         )
     negatives = total - positives
@@ -44,79 +71,91 @@ def class_weights(positives, total, *, clamp=300.0):
     return pos_weight.astype(np.float32), neg_weight.astype(np.float32)
 
 
-def weighted_focal_loss(logits, labels, *, pos_weight, neg_weight, gamma=2.0):
+def weighted_focal_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    pos_weight: ArrayLike,
+    neg_weight: ArrayLike,
+    gamma: float = 2.0,
+) -> jax.Array:
     """Focal loss with two weights per label (Lin et al. 2017, arXiv 1708.02002, section 3.2).
 
-    -(pos_weight y (1-p)^gamma log p + neg_weight (1-y) p^gamma log(1-p)) with p = sigmoid(logits),
-    from logits throughout, so that value and gradient stay finite at any finite logit. At gamma 0
-    and unit weights it is binary cross-entropy.
+    -(pos_weight y (1-p)^gamma log p + neg_weight (1-y) p^gamma log(1-p)) with p = sigmoid(logits).
+    It is computed from logits throughout, so that value and gradient are finite at any finite
+    logit. With gamma 0 and unit weights it is binary cross entropy.
 
     Args:
-      logits: [B, K], any float type; computed in float32 (bfloat16 would be 2.5 % off).
-      labels: [B, K] in [0, 1]; soft labels mix the two terms.
-      pos_weight: [K] or a number.
-      neg_weight: [K] or a number.
-      gamma: 0 or more; how much easy elements are played down.
+      logits: `[B, K]`, any float type; computed in float32 (bfloat16 would be 2.5 % off).
+      labels: `[B, K]` in [0, 1]; soft labels mix the two terms.
+      pos_weight: `[K]` or a number.
+      neg_weight: `[K]` or a number.
+      gamma: 0 or more; how strongly easy elements are down-weighted.
 
     Returns:
-      [B, K] float32.
+      float32 `[B, K]`.
     """
     logits = jnp.asarray(logits, jnp.float32)
     labels = jnp.asarray(labels, jnp.float32)
     log_p = jax.nn.log_sigmoid(logits)
     log_not_p = jax.nn.log_sigmoid(-logits)
-    # Powers as exp(gamma log): a power of p itself has a nan gradient where p rounds to 0.
-    positive = pos_weight * labels * jnp.exp(gamma * log_not_p) * log_p
-    negative = neg_weight * (1.0 - labels) * jnp.exp(gamma * log_p) * log_not_p
+    # Powers as exp(gamma log): the gradient of p ** gamma is nan where p rounds to 0.
+    positive = labels * pos_weight * jnp.exp(gamma * log_not_p) * log_p
+    negative = (1.0 - labels) * neg_weight * jnp.exp(gamma * log_p) * log_not_p
     return -(positive + negative)
 
 
-def masked_mean(values, label_mask, weight):
-    """Mean of `values` [B, K] over the known elements of real examples, a scalar.
+def masked_mean(values: jax.Array, label_mask: jax.Array, weight: jax.Array) -> jax.Array:
+    """Mean over the known elements of the real examples.
 
     Args:
-      values: [B, K].
-      label_mask: [B, K], 0 where the label is unknown.
-      weight: [B], 0 for padding rows.
+      values: `[B, K]`.
+      label_mask: `[B, K]`, 0 where the label is unknown.
+      weight: `[B]`, 0 for padding rows.
 
     Returns:
-      sum(values mask weight) / max(sum(mask weight), 1): 0 for a batch of padding.
+      A scalar, sum(values mask weight) / max(sum(mask weight), 1): 0 for a batch of padding.
     """
     element_weight = label_mask.astype(jnp.float32) * weight.astype(jnp.float32)[:, None]
-    # An element that does not count must not count as 0 * inf either.
+    # Masked before the product, because 0 * inf is nan.
     counted = jnp.where(element_weight > 0, values, 0.0) * element_weight
     return jnp.sum(counted) / jnp.maximum(jnp.sum(element_weight), 1.0)
 
 
-def focal_loss_fn(*, pos_weight, neg_weight, gamma=2.0, head_weights=(1.0, 1.0)):
-    """Returns loss_fn(outputs, batch) -> (scalar, metrics), the weighted focal loss on both heads.
+def focal_loss_fn(
+    *,
+    pos_weight: ArrayLike,
+    neg_weight: ArrayLike,
+    gamma: float = 2.0,
+    head_weights: tuple[float, float] = (1.0, 1.0),
+) -> LossFn:
+    """Builds loss_fn(outputs, batch) -> (scalar, metrics), the weighted focal loss on both heads.
 
     Args:
-      pos_weight: [K], see `class_weights`.
-      neg_weight: [K].
+      pos_weight: `[K]`, see `class_weights`.
+      neg_weight: `[K]`.
       gamma: see `weighted_focal_loss`.
-      head_weights: (before the score propagation layer, after it), as LesaNet's two losses.
+      head_weights: of the losses before and after the score propagation layer, as in LesaNet.
 
     Returns:
-      A pure function. `outputs` has `logits` (after the layer) and `scores_before_spl`, both
-      [B, K]; the second is None for a network without the layer, whose loss is then the one head's,
-      times head_weights[1]. `batch` has labels [B, K], label_mask [B, K] and weight [B]. metrics
-      holds the scalars loss, loss_after_spl and, where there are two heads, loss_before_spl.
+      A pure function. `batch` has labels `[B, K]`, label_mask `[B, K]` and weight `[B]`. metrics
+      holds the scalars loss, loss_after_spl and, if there are two heads, loss_before_spl. A network
+      with one head has only the second term, times head_weights[1].
 
     Raises:
       InputError: gamma is negative.
     """
     if gamma < 0:
-        raise InputError(f"gamma {gamma} should be 0 or above: below 0 easy examples count most")
+        raise InputError(f"loss gamma {gamma} should be 0 or above")
     before_weight, after_weight = head_weights
 
-    def head_loss(logits, batch):
+    def head_loss(logits: jax.Array, batch: Batch) -> jax.Array:
         values = weighted_focal_loss(
             logits, batch["labels"], pos_weight=pos_weight, neg_weight=neg_weight, gamma=gamma
         )
         return masked_mean(values, batch["label_mask"], batch["weight"])
 
-    def loss_fn(outputs, batch):
+    def loss_fn(outputs: Heads, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         after = head_loss(outputs.logits, batch)
         loss = after_weight * after
         metrics = {"loss_after_spl": after}

@@ -1,4 +1,4 @@
-"""Ranger: rectified Adam whose steps a slow copy of the weights follows."""
+"""Ranger: rectified Adam with lookahead, a slow copy of the weights."""
 
 import math
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import optax
 
 
 class RadamRangerState(NamedTuple):
-    """State of `scale_by_radam_ranger`: updates so far and the two moments of the gradient."""
+    """State of `scale_by_radam_ranger`: number of updates and the two moments of the gradient."""
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count; int32 []
     mu: optax.Updates
@@ -18,18 +18,18 @@ class RadamRangerState(NamedTuple):
 
 
 class LookaheadSlowState(NamedTuple):
-    """State of `lookahead_slow`: updates so far and the slow weights."""
+    """State of `lookahead_slow`: number of updates and the slow weights."""
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count; int32 []
     slow: optax.Params
 
 
-def _step_sizes(b1, b2, n_sma_threshold):
-    """Returns (step size of update 1, 2, ..., the first rectified update, from 1).
+def _step_sizes(b1: float, b2: float, n_sma_threshold: float) -> tuple[np.ndarray, int]:
+    """Returns the step sizes of updates 1, 2, ..., float32, and the first rectified update.
 
-    Computed on the host in float64: N_sma is a small difference of numbers near 2/(1-b2), and
-    float32 would leave it wrong by 1 % at the first rectified updates. After the last entry the
-    step size no longer changes in float32.
+    Computed on the host in float64: N_sma is a small difference of numbers near 2/(1-b2), and in
+    float32 it would be off by 1 % at the first rectified updates. After the last entry the step
+    size no longer changes in float32.
     """
     if not (0.0 <= b1 < 1.0 and 0.0 < b2 < 1.0):
         raise ValueError(f"b1={b1}, b2={b2}: Ranger needs 0 <= b1 < 1 and 0 < b2 < 1")
@@ -37,7 +37,7 @@ def _step_sizes(b1, b2, n_sma_threshold):
     decay = max(b1, b2)
     t = np.arange(1, max(10, math.ceil(math.log(1e-12) / math.log(decay))) + 1, dtype=np.float64)
     n_sma = n_sma_max - 2.0 * t * b2**t / (1.0 - b2**t)
-    # Below 4 the formula means nothing (its root is imaginary): such updates are never rectified.
+    # Below 4 the formula has an imaginary root: such updates are never rectified.
     rectified = n_sma > max(n_sma_threshold, 4.0)
     sizes = 1.0 / (1.0 - b1**t)
     n = n_sma[rectified]
@@ -51,32 +51,40 @@ def _step_sizes(b1, b2, n_sma_threshold):
     return sizes.astype(np.float32), first
 
 
-def scale_by_radam_ranger(*, b1=0.95, b2=0.999, eps=1e-5, n_sma_threshold=5.0):
-    """Scales gradients by rectified Adam as Ranger writes it (Liu et al. 2020, arXiv 1908.03265).
+def scale_by_radam_ranger(
+    *, b1: float = 0.95, b2: float = 0.999, eps: float = 1e-5, n_sma_threshold: float = 5.0
+) -> optax.GradientTransformation:
+    """Scales gradients by rectified Adam, as Ranger implements it.
 
-    Unlike `optax.scale_by_radam`, eps is added to the root of the second moment BEFORE its bias is
-    corrected, as in the published code: at gradients near eps the steps differ by a factor.
+    Liu et al. 2020, arXiv 1908.03265. Unlike `optax.scale_by_radam`, eps is added to the root of
+    the second moment BEFORE the bias correction, as in the published code: for gradients near eps
+    the steps differ by a factor.
 
     Args:
-      b1: decay of the mean of the gradients.
-      b2: decay of the mean of their squares.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
       eps: added to the root of the second moment.
-      n_sma_threshold: updates whose moving average is as long as this or shorter are plain
-        momentum. With the defaults the first rectified update is the 6th.
+      n_sma_threshold: updates whose N_sma (length of the approximated moving average) is at most
+        this are plain momentum. With the defaults the first rectified update is the 6th.
 
     Returns:
-      An `optax.GradientTransformation`; its updates still have the gradient's sign.
+      An `optax.GradientTransformation`; its updates have the sign of the gradient.
+
+    Raises:
+      ValueError: b1 or b2 is out of range.
     """
     sizes, first_rectified = _step_sizes(b1, b2, n_sma_threshold)
 
-    def init(params):
+    def init(params: optax.Params) -> RadamRangerState:
         return RadamRangerState(
             count=jnp.zeros([], jnp.int32),
             mu=jax.tree.map(jnp.zeros_like, params),
             nu=jax.tree.map(jnp.zeros_like, params),
         )
 
-    def update(updates, state, params=None):
+    def update(
+        updates: optax.Updates, state: RadamRangerState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, RadamRangerState]:
         del params
         count = optax.safe_increment(state.count)
         mu = jax.tree.map(lambda m, g: b1 * m + (1.0 - b1) * g, state.mu, updates)
@@ -84,7 +92,7 @@ def scale_by_radam_ranger(*, b1=0.95, b2=0.999, eps=1e-5, n_sma_threshold=5.0):
         size = jnp.asarray(sizes)[jnp.minimum(count, len(sizes)) - 1]
         rectified = count >= first_rectified
 
-        def scaled(m, v):
+        def scaled(m: jax.Array, v: jax.Array) -> jax.Array:
             step = jnp.where(rectified, m / (jnp.sqrt(v) + eps), m)
             return size.astype(m.dtype) * step
 
@@ -93,31 +101,39 @@ def scale_by_radam_ranger(*, b1=0.95, b2=0.999, eps=1e-5, n_sma_threshold=5.0):
     return optax.GradientTransformation(init, update)
 
 
-def lookahead_slow(k=6, alpha=0.5):
-    """Pulls the weights to a slow copy at every k-th update (Zhang et al. 2019, arXiv 1907.08610).
+def lookahead_slow(k: int = 6, alpha: float = 0.5) -> optax.GradientTransformation:
+    """Moves the weights to a slow copy at every k-th update (Zhang et al. 2019, arXiv 1907.08610).
 
-    The last member of a chain: its updates are final, params + updates being the fast weights. The
-    slow weights live in this state, so that params stay a plain tree and are what is evaluated
-    (as Ranger does); after a synchronisation the two agree up to float rounding.
+    It must be the last transformation of a chain: params + updates are the fast weights. The slow
+    weights live in this state, so that params stay a plain tree; the fast weights are evaluated,
+    as in Ranger. After a synchronisation the two agree up to float rounding.
 
     Args:
-      k: updates between synchronisations.
-      alpha: how far the slow weights move towards the fast ones, 0 to 1.
+      k: updates between two synchronisations.
+      alpha: step of the slow weights towards the fast ones, 0 to 1.
+
+    Returns:
+      An `optax.GradientTransformation`; `update` needs params.
+
+    Raises:
+      ValueError: k or alpha is out of range.
     """
     if k < 1 or not 0.0 <= alpha <= 1.0:
         raise ValueError(f"k={k}, alpha={alpha}: lookahead needs k >= 1 and 0 <= alpha <= 1")
 
-    def init(params):
-        # A copy: where params and slow weights shared a buffer, it could not be donated.
+    def init(params: optax.Params) -> LookaheadSlowState:
+        # A copy: a buffer that params and slow weights shared could not be donated.
         return LookaheadSlowState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.copy, params))
 
-    def update(updates, state, params=None):
+    def update(
+        updates: optax.Updates, state: LookaheadSlowState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, LookaheadSlowState]:
         if params is None:
             raise ValueError("lookahead_slow needs params: call update(updates, state, params)")
         count = optax.safe_increment(state.count)
         synchronise = count % k == 0
 
-        def moved(slow, param, step):
+        def moved(slow: jax.Array, param: jax.Array, step: jax.Array) -> jax.Array:
             return jnp.where(synchronise, slow + alpha * (param + step - slow), slow)
 
         slow = jax.tree.map(moved, state.slow, params, updates)
@@ -129,15 +145,15 @@ def lookahead_slow(k=6, alpha=0.5):
     return optax.GradientTransformation(init, update)
 
 
-def centralize_gradients():
+def centralize_gradients() -> optax.GradientTransformation:
     """Subtracts from each gradient its mean per output (Yong et al. 2020, arXiv 2004.01461).
 
     The mean runs over all axes but the last, which holds the outputs in Flax (HWIO, and [in, out]
-    of Dense). `optax.centralize` keeps the first axis instead, right for torch's OIHW only.
-    Gradients of one axis (biases, BatchNorm) stay as they are.
+    of Dense). `optax.centralize` keeps the first axis instead, which is right for torch's OIHW
+    only. Gradients with one axis (biases, BatchNorm) are not changed.
     """
 
-    def centred(gradient):
+    def centred(gradient: jax.Array) -> jax.Array:
         if gradient.ndim < 2:
             return gradient
         return gradient - jnp.mean(gradient, axis=tuple(range(gradient.ndim - 1)), keepdims=True)
@@ -146,31 +162,31 @@ def centralize_gradients():
 
 
 def ranger(
-    learning_rate,
+    learning_rate: optax.ScalarOrSchedule,
     *,
-    b1=0.95,
-    b2=0.999,
-    eps=1e-5,
-    n_sma_threshold=5.0,
-    alpha=0.5,
-    k=6,
-    weight_decay=0.0,
-    centralize=False,
-):
+    b1: float = 0.95,
+    b2: float = 0.999,
+    eps: float = 1e-5,
+    n_sma_threshold: float = 5.0,
+    alpha: float = 0.5,
+    k: int = 6,
+    weight_decay: float = 0.0,
+    centralize: bool = False,
+) -> optax.GradientTransformation:
     """Ranger of 2019, the optimiser of the paper (section 4.2): rectified Adam + lookahead.
 
-    The defaults are those of the published code; gradient centralisation came three months after
-    the paper's visit to the project's page and is off. Tested against the package pytorch-ranger.
+    The defaults are those of the published code at the time of the paper; gradient centralisation
+    was added to it three months later and is off. Tested against the package pytorch-ranger.
 
     Args:
-      learning_rate: a float, or a schedule from the number of updates done (0 at the first).
-      b1: decay of the mean of the gradients.
-      b2: decay of the mean of their squares.
+      learning_rate: a float, or a schedule of the number of updates done (0 at the first).
+      b1: decay of the first moment.
+      b2: decay of the second moment.
       eps: added to the root of the second moment.
       n_sma_threshold: see `scale_by_radam_ranger`.
       alpha: see `lookahead_slow`.
       k: see `lookahead_slow`.
-      weight_decay: decoupled (as AdamW), scaled by the learning rate; applied to every parameter.
+      weight_decay: decoupled as in AdamW, scaled by the learning rate, for every parameter.
       centralize: centralise the gradients first, see `centralize_gradients`.
 
     Returns:
