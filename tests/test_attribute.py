@@ -99,10 +99,14 @@ def test_the_index_lists_the_maps_of_every_image(done, trained, shards):
             assert confidences == sorted(confidences, reverse=True)
             for label in labels:
                 column = run.vocabulary.index[label["label"]]
+                excluded = (run.vocabulary.exclusive[column] & (example.labels > 0)).any()
                 if not example.label_mask[column]:
                     assert label["truth"] == "unknown"
-                else:
-                    assert label["truth"] == ("true" if example.labels[column] else "false")
+                elif example.labels[column]:
+                    assert label["truth"] == "true"
+                else:  # mined labels
+                    assert label["truth"] == ("false" if excluded else "unknown")
+                assert label["predicted"] == (label["confidence"] >= label["threshold"] < 1)
         with Image.open(out / entry["overlay"]) as picture:
             assert picture.size == (3 * 32, 32)
 
@@ -140,6 +144,8 @@ def test_the_table_matches_the_index(done):
         assert (row["id"], row["model"], row["label"]) == (name, model, label["label"])
         assert float(row["relative"]) == pytest.approx(label["relative"])
         assert (row["flagged"] == "True") == (float(row["relative"]) > 0.01)
+        assert (row["truth"], row["reason"]) == (label["truth"], label["reason"])
+        assert (row["predicted"] == "True") == label["predicted"]
     for name, share in summary["complete"].items():
         flags = [row["flagged"] == "True" for row in rows if row["model"] == name]
         assert share == pytest.approx(1 - np.mean(flags))
