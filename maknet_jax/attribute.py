@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 
 from maknet_jax import console, files
@@ -257,7 +258,7 @@ def _pictures(arrays: dict[str, np.ndarray], models: int) -> Iterator[list[np.nd
         yield [overlay.colours(one, overlay.scale_of(one)) for one in smoothed]
 
 
-def cards(paths: Iterable[pathlib.Path], display: Sequence[float]) -> Iterator[str]:
+def cards(paths: Iterable[pathlib.Path], display: tuple[float, float]) -> Iterator[Markup]:
     """The HTML cards of results: an image with its maps each.
 
     Args:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 
 from maknet_jax import console, files
@@ -290,7 +291,7 @@ def _write(
     ]
     shown = list(done.values())[:most_shown]
     with files.write_whole(out / "index.html") as file:
-        lead = _lead(by_network, summary, len(shown))
+        lead = page.perturbation_lead(summary, *table(by_network), len(shown))
         file.write(page.document("Perturbations", lead, map(_card, shown)))
     names = ("index.html", "perturbations.csv", "cases", "pictures")
     more: dict[str, Any] = {
@@ -325,16 +326,7 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
     return header, cells
 
 
-def _lead(rows: Sequence[dict[str, Any]], summary: dict[str, Any], shown: int) -> str:
-    text = (
-        f"What the networks say first, before and after: {shown} of {summary['images']} images "
-        f"shown. Struck through: was among the first {summary['top']}, is no longer. In italics: "
-        "came in. Intervals are 95 %, by resampling patients or series; of one alone there is none."
-    )
-    return page.paragraph(text) + page.table(*table(rows)) + f'<p class="note">{page.KEY}</p>'
-
-
-def _card(path: pathlib.Path) -> str:
+def _card(path: pathlib.Path) -> Markup:
     metadata, arrays = results.load(path)
     for place, model in enumerate(metadata["models"]):
         for column, picture in zip(model["columns"], arrays[f"pictures_{place}"], strict=True):

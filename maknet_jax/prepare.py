@@ -258,7 +258,7 @@ def _write(
     failures = [*failures, *rejected]
     if kind == "lesions":
         info["crop"] = lesions.RULE
-    examples = contact_sheet.sample(records.Dataset(out, info), _SHOWN)
+    examples = records.Dataset(out, info).sample(_SHOWN)
     contact_sheet.write_contact_sheet(out / "contact_sheet.png", examples, vocabulary.names)
     console.write_failures(out / "failures.csv", failures)
     console.write_failures(out / "missing.csv", missing)

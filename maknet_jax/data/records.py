@@ -156,6 +156,15 @@ class Dataset:
         paths = [self.path / shard["file"] for shard in self.split(name)["shards"]]
         return RecordSource(paths)
 
+    def sample(self, count: int) -> list[Example]:
+        """At most `count` random examples over all splits; always the same ones."""
+        splits = self.info["splits"]
+        places = [(name, k) for name, split in splits.items() for k in range(split["count"])]
+        generator = np.random.default_rng(0)
+        chosen = sorted(generator.choice(len(places), min(count, len(places)), replace=False))
+        sources = {name: self.source(name) for name in splits}
+        return [sources[places[k][0]][places[k][1]] for k in chosen]
+
 
 def open_dataset(path: str | os.PathLike) -> Dataset:
     """Reads `path/dataset.json`.

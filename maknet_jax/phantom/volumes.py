@@ -170,7 +170,17 @@ def read_phantom(folder: str | os.PathLike) -> PhantomPaths:
     }
 
 
-def deeplesion_files(paths: PhantomPaths) -> dict[str, pathlib.Path]:
+class DeepLesionFiles(TypedDict):
+    """Keyword arguments of `prepare.prepare_deeplesion`."""
+
+    images: pathlib.Path
+    info: pathlib.Path
+    label_file: pathlib.Path
+    hand_labels: pathlib.Path
+    ontology: pathlib.Path
+
+
+def deeplesion_files(paths: PhantomPaths) -> DeepLesionFiles:
     """The paths as keyword arguments of `prepare.prepare_deeplesion`."""
     return {
         "images": paths["images"],
