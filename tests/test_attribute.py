@@ -22,6 +22,7 @@ from maknet_jax.errors import InputError
 from maknet_jax.explain import results
 from maknet_jax.explain.network import open_networks
 from maknet_jax.explain.options import PathOptions, SelectionOptions
+from maknet_jax.explain.truth import outcome
 from maknet_jax.figures import page
 from maknet_jax.runs import config, workdir
 from maknet_jax.training import augment
@@ -221,7 +222,7 @@ def test_the_page_shows_everything_and_works_offline(done):
         for model in case["models"]:
             assert model["name"] in text
             for label in model["labels"]:
-                assert f'class="{label["truth"]}"' in text
+                assert f'class="{label["outcome"]}"' in text
     assert 'type="range"' in text and "raises" in text and "lowers" in text
 
 
@@ -233,6 +234,29 @@ def test_annotated_labels_outside_the_first_are_listed(done, shards):
         for model in case["models"]:
             shown = {label["label"] for label in model["labels"]}
             assert {name for name, _ in model["missed"]} == truth - shown
+
+
+@pytest.mark.parametrize(
+    "known, predicted, mark",
+    [
+        ("true", True, "✓"),
+        ("false", True, "✗"),
+        ("false", False, "–"),  # correctly rejected: not a mistake
+        ("unknown", True, "·"),
+        ("unknown", False, "·"),
+    ],
+)
+def test_only_false_positives_are_crossed_out(known, predicted, mark):
+    entry = {"label": "liver", "outcome": outcome(known, predicted), "reason": "<why>"}
+    entry |= {"confidence": 0.5, "map": None}
+    model = {"name": "m", "labels": [entry], "missed": [], "uris": ["data:image/x"]}
+    card = str(page.attribution_card("i", "data:image/x", [model]))
+    state = {"label": "lung", "state": "gone"}
+    columns = [{"title": "original", "uri": "data:image/x", "labels": [entry | state]}]
+    both = card + str(page.perturbation_card("i", [{"name": "m", "columns": columns}]))
+    assert both.count(mark) == 2 and both.count(f'class="{entry["outcome"]}"') == 2
+    assert (both.count("✗") > 0) == (entry["outcome"] == "false_positive")
+    assert "<why>" not in both
 
 
 def test_names_and_titles_are_escaped():
