@@ -161,7 +161,8 @@ def make_embed(run: workdir.Run) -> Callable[[dict[str, np.ndarray]], jax.Array]
     @jax.jit
     def embed(variables: Variables, images: jax.Array, box: jax.Array | None) -> jax.Array:
         boxes = step.box_kwargs(run.model, box)
-        return run.model.apply(variables, to_input(images), train=False, **boxes).features
+        outputs: Any = run.model.apply(variables, to_input(images), train=False, **boxes)
+        return outputs.features
 
     def embed_batch(batch: dict[str, np.ndarray]) -> jax.Array:
         on_devices = sharding.put_batch(run.mesh, batch)
