@@ -279,9 +279,9 @@ def test_more_rounds_may_follow_and_a_finished_run_has_nothing_to_do(
 def test_another_config_in_the_same_folder_is_refused(command, whole, data, tmp_path, capsys):
     before = {path: path.read_bytes() for path in whole.glob("*.json")}
     for changed, says in (
-        ({"threshold": 0.4}, "holds rounds with threshold 0.5, not 0.4: choose another --workdir"),
-        ({"seed": 1}, "holds rounds with seed 0, not 1"),
-        ({"from_last": True}, "holds rounds with from_last False, not True"),
+        ({"threshold": 0.4}, "with threshold 0.5, not 0.4: choose another --workdir"),
+        ({"seed": 1}, "with seed 0, not 1"),
+        ({"from_last": True}, "with from_last False, not True"),
         ({"student_changes": changes(TINY)}, "with student_changes"),
         (
             {"student_changes": changes(TINY | {"data.size": 64})},
