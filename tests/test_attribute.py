@@ -45,8 +45,8 @@ def done(trained, linear, tmp_path_factory):
     return out, attribute.attribute(trained, out, both, FEW_STEPS, faithful=True)
 
 
-def rows_of(out):
-    with (out / "attributions.csv").open(newline="") as file:
+def rows_of(out, name="attributions.csv"):
+    with (out / name).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -333,7 +333,7 @@ def test_unreadable_files_are_listed_and_the_rest_is_explained(trained, phantom,
     assert cli.main([*argv, "--limit", "20", "--steps", "2"]) == 3
     printed = capsys.readouterr().out
     assert "failures.csv" in printed and "index.html" in printed
-    failures = list(csv.DictReader((tmp_path / "out" / "failures.csv").open(newline="")))
+    failures = rows_of(tmp_path / "out", "failures.csv")
     assert [pathlib.Path(row["input"]).name for row in failures] == ["bad.png"]
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["failures"] == 1
 
