@@ -2,10 +2,8 @@
 
 import csv
 import dataclasses
-import html.parser
 import json
 import pathlib
-import re
 import shutil
 import types
 
@@ -13,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from test_page import check_page
 
 from maknet_jax import attribute, cli, train
 from maknet_jax.attribution import faithfulness, perturbation
@@ -22,8 +21,6 @@ from maknet_jax.errors import InputError
 from maknet_jax.explain import results
 from maknet_jax.explain.network import open_networks
 from maknet_jax.explain.options import PathOptions, SelectionOptions
-from maknet_jax.explain.truth import outcome
-from maknet_jax.figures import page
 from maknet_jax.runs import config, workdir
 from maknet_jax.training import augment
 
@@ -48,37 +45,9 @@ def done(trained, linear, tmp_path_factory):
     return out, attribute.attribute(trained, out, both, FEW_STEPS, faithful=True)
 
 
-def rows_of(out):
-    with (out / "attributions.csv").open(newline="") as file:
+def rows_of(out, name="attributions.csv"):
+    with (out / name).open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def check_page(text):
-    """Checks that a page is well formed and loads nothing from outside; counts its pictures."""
-
-    class Reader(html.parser.HTMLParser):
-        open_tags, pictures = [], 0
-
-        def handle_starttag(self, tag, attrs):
-            for name, value in attrs:
-                if name in ("src", "href", "data-map", "action", "srcset", "poster"):
-                    assert value.startswith("data:image/"), (tag, name, value[:60])
-                    self.pictures += 1
-            assert tag not in ("link", "iframe", "object", "base")
-            if tag not in ("meta", "img", "input", "br"):
-                self.open_tags.append(tag)
-
-        def handle_endtag(self, tag):
-            assert self.open_tags.pop() == tag
-
-    reader = Reader()
-    reader.feed(text)
-    assert reader.open_tags == []
-    bare = re.sub(r"data:image/\w+;base64,[\w+/=]+", "", text)
-    for outside in ("http:", "https:", "//", "url(", "@import", "fetch(", "XMLHttp"):
-        assert outside not in bare, outside
-    assert "width=device-width" in text
-    return reader.pictures
 
 
 def test_the_index_lists_the_maps_of_every_image(done, trained, shards):
@@ -236,36 +205,6 @@ def test_annotated_labels_outside_the_first_are_listed(done, shards):
             assert {name for name, _ in model["missed"]} == truth - shown
 
 
-@pytest.mark.parametrize(
-    "known, predicted, mark",
-    [
-        ("true", True, "✓"),
-        ("false", True, "✗"),
-        ("false", False, "–"),  # correctly rejected: not a mistake
-        ("unknown", True, "·"),
-        ("unknown", False, "·"),
-    ],
-)
-def test_only_false_positives_are_crossed_out(known, predicted, mark):
-    entry = {"label": "liver", "outcome": outcome(known, predicted), "reason": "<why>"}
-    entry |= {"confidence": 0.5, "map": None}
-    model = {"name": "m", "labels": [entry], "missed": [], "uris": ["data:image/x"]}
-    card = str(page.attribution_card("i", "data:image/x", [model]))
-    state = {"label": "lung", "state": "gone"}
-    columns = [{"title": "original", "uri": "data:image/x", "labels": [entry | state]}]
-    both = card + str(page.perturbation_card("i", [{"name": "m", "columns": columns}]))
-    assert both.count(mark) == 2 and both.count(f'class="{entry["outcome"]}"') == 2
-    assert (both.count("✗") > 0) == (entry["outcome"] == "false_positive")
-    assert "<why>" not in both
-
-
-def test_names_and_titles_are_escaped():
-    model = {"name": "<m>", "labels": [], "missed": [["<b>", 0.5]], "uris": ["data:image/x"]}
-    text = page.document("<t>", "", [page.attribution_card("<i>", "data:image/x", [model])])
-    for tag in ("<m>", "<b>", "<t>", "<i>"):
-        assert tag not in text.replace("<i></i>", "")
-
-
 def test_an_interrupted_run_neither_repeats_nor_loses_an_image(
     done, trained, linear, tmp_path, monkeypatch
 ):
@@ -394,7 +333,7 @@ def test_unreadable_files_are_listed_and_the_rest_is_explained(trained, phantom,
     assert cli.main([*argv, "--limit", "20", "--steps", "2"]) == 3
     printed = capsys.readouterr().out
     assert "failures.csv" in printed and "index.html" in printed
-    failures = list(csv.DictReader((tmp_path / "out" / "failures.csv").open(newline="")))
+    failures = rows_of(tmp_path / "out", "failures.csv")
     assert [pathlib.Path(row["input"]).name for row in failures] == ["bad.png"]
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["failures"] == 1
 

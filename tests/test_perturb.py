@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import two_processes
 from PIL import Image
-from test_attribute import check_page, linear  # noqa: F401
+from test_attribute import linear  # noqa: F401
+from test_page import check_page
 
 from maknet_jax import cli, perturb
 from maknet_jax.attribution import perturbation
