@@ -158,9 +158,10 @@ def make_embed(run: workdir.Run) -> Callable[[dict[str, np.ndarray]], jax.Array]
     to_input = run.to_input
 
     @jax.jit
-    def embed(variables, images, box):
+    def embed(variables: dict, images: jax.Array, box: jax.Array | None) -> jax.Array:
         boxes = step.box_kwargs(run.model, box)
-        return run.model.apply(variables, to_input(images), train=False, **boxes).features
+        outputs: Any = run.model.apply(variables, to_input(images), train=False, **boxes)
+        return outputs.features
 
     def embed_batch(batch: dict[str, np.ndarray]) -> jax.Array:
         on_devices = sharding.put_batch(run.mesh, batch)
