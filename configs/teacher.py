@@ -3,9 +3,8 @@
     maknet train --config teacher --workdir runs/teacher --config.data.path=shards/deeplesion
 
 Expect AUC 0.905 and F1 0.21 on the text-mined test set, 0.910 and 0.28 on the hand-labelled one
-(the paper's numbers; not measured here yet, because that needs the full DeepLesion). There is no
-augmentation and no dropout: the paper adds noise to the student only. "Our choice" marks what the
-paper leaves open. Every field is listed and explained here; other configs list their differences.
+(the paper's numbers, not yet reproduced here). No augmentation and no dropout: the paper adds noise
+to the student only. "Our choice" marks what the paper leaves open. Every field is listed here.
 """
 
 from ml_collections import ConfigDict
