@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import datetime
 import functools
+import json
 import math
 import os
 import pathlib
@@ -23,10 +24,10 @@ import maknet_jax
 from maknet_jax import console, files
 from maknet_jax.cli import exit_codes, options
 from maknet_jax.errors import InputError, Stopped
-from maknet_jax.model_table import PAGES
+from maknet_jax.model_table import CONFIGS
+from maknet_jax.runs import build
 from maknet_jax.runs import config as configs
-from maknet_jax.runs import workdir
-from maknet_jax.training import sharding, state
+from maknet_jax.training import sharding
 
 LABELS = 115  # body parts of LesaNet's vocabulary
 EXAMPLES = 17_697  # training lesions of the paper
@@ -156,7 +157,7 @@ def _read(path):
 
 def page_of(network):
     """A network's name, the name of a config page or the path of one -> (short name, page)."""
-    return pathlib.Path(network).stem, PAGES.get(network, network)
+    return pathlib.Path(network).stem, CONFIGS.get(network, network)
 
 
 class Network:
@@ -166,6 +167,7 @@ class Network:
       config: the page, with the benchmark's size, batch and precision.
       batch: what the pipeline would give, NumPy arrays.
       label_counts: `[K]`, of which the loss' class weights are made.
+      assembly: the network with its steps, `build.Assembly`.
       state: the state of the training.
     """
 
@@ -188,31 +190,27 @@ class Network:
         mesh = sharding.data_mesh(devices)
         if batch_size % mesh.size:
             raise InputError(f"batch {batch_size} is no multiple of the {mesh.size} devices")
-        model = workdir.build_model(self.config, labels)
-        if getattr(model, "takes_box", False):
+        none_exclusive = np.zeros((labels, labels), bool)
+        training = build.TrainingSet(1000, self.label_counts, EXAMPLES, none_exclusive)
+        self.assembly = build.assemble(self.config, labels, mesh, training=training)
+        if self.assembly.model.takes_box:
             corner = rng.uniform(0.2, 0.4, (batch_size, 2)) * size
             edges = rng.uniform(0.1, 0.4, (batch_size, 2)) * size
             self.batch["box"] = np.concatenate([corner, corner + edges], axis=1, dtype=np.float32)
-        optimizer = workdir.build_optimizer(self.config, 1000)
-        made = state.create(model, optimizer, size=size, seed=0, place=place)
-        self.state = sharding.put_state(mesh, made)
+        self.state = sharding.put_state(mesh, self.assembly.create(0, place))
         self._key = sharding.put_state(mesh, jax.random.key(0))
         self._batch = sharding.put_batch(mesh, self.batch)
-        loss = workdir.build_loss(
-            self.config, self.label_counts, EXAMPLES, np.zeros((labels, labels), bool)
-        )
-        self._train_step = workdir.jit_train(self.config, model, optimizer, loss, mesh)
-        self._predict_step = workdir.jit_predict(self.config, model, mesh)
 
     def train(self):
         """One update; returns the step's metrics."""
-        self.state, metrics = self._train_step(self.state, self._batch, self._key)
+        self.state, metrics = self.assembly.train_step(self.state, self._batch, self._key)
         return metrics
 
     def predict(self):
         """Logits `[B, K]` of the batch, in the state's weights."""
         batch = self._batch
-        return self._predict_step(self.state.variables, batch["image"], batch.get("box"))
+        variables = self.state.variables
+        return self.assembly.predict_step(variables, batch["image"], batch.get("box"))
 
 
 def matmul(precision):
@@ -278,6 +276,26 @@ def shown(values, unit=""):
     return median if low == high else f"{median} ({low} to {high})"
 
 
+def compact(document):
+    """JSON with one row per line, because results are read in diffs too."""
+
+    def nested(value):
+        return isinstance(value, (dict, list)) and value
+
+    lines = []
+    for key, value in json.loads(json.dumps(document, allow_nan=False)).items():
+        if isinstance(value, list) and any(map(nested, value)):
+            rows = ",\n".join(f"    {json.dumps(row)}" for row in value)
+            text = f"[\n{rows}\n  ]"
+        elif isinstance(value, dict) and any(map(nested, value.values())):
+            rows = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
+            text = f"{{\n{rows}\n  }}"
+        else:
+            text = json.dumps(value)
+        lines.append(f"  {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 def report(file, argv, chosen, header, rows, notes, results):
     """Prints the table and its notes, and writes the JSON.
 
@@ -304,5 +322,6 @@ def report(file, argv, chosen, header, rows, notes, results):
     extent = "" if chosen.extent == "full" else f"-{chosen.extent}"
     path = chosen.out or RESULTS / f"{name}{extent}-{slug}.json"
     document = provenance(name) | {"device": about, "command": shlex.join(command)}
-    files.write_json(path, document | {"settings": settings} | results)
+    with files.write_whole(path) as file:
+        file.write(compact(document | {"settings": settings} | results))
     print(f"\nwritten: {path}")

@@ -1,17 +1,27 @@
 """`maknet attribute`: why a network gives its labels, for any number of images (paper, 5.1)."""
 
+import dataclasses
 import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 
 from maknet_jax import console, files
 from maknet_jax.attribution import faithfulness, perturbation
 from maknet_jax.attribution import integrated_gradients as ig
-from maknet_jax.explain import selection
+from maknet_jax.evaluation import protocol
+from maknet_jax.explain import results
+from maknet_jax.explain.network import Network, open_networks
+from maknet_jax.explain.options import DISPLAY, PATH, DisplayOptions, PathOptions, SelectionOptions
+from maknet_jax.explain.selection import SelectedImage, label_columns, select
+from maknet_jax.explain.truth import outcome
 from maknet_jax.figures import contact_sheet, overlay, page
-from maknet_jax.runs import workdir
+from maknet_jax.runs.workdir import Run
+from maknet_jax.training import sharding
 
 SHARES = np.linspace(0, 1, 21)  # of the pixels, for deletion and insertion
 AREAS = ("deletion", "insertion", "random deletion", "random insertion")
@@ -20,8 +30,10 @@ COLUMNS = (
     "model",
     "label",
     "truth",
+    "reason",
     "confidence",
     "threshold",
+    "predicted",
     "change",
     "residual",
     "relative",
@@ -30,197 +42,240 @@ COLUMNS = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Explained:
+    """A batch explained by one network.
+
+    Attributes:
+      network: the network.
+      confidences: `[B, K]`.
+      targets: `[B, T]`, the labels that are explained.
+      attribution: of the targets and, where networks are compared by faithfulness, of `first`.
+      first: `[B]`, the label that deletion and insertion are measured for.
+      areas: `[B, 4]` in the order of `AREAS`, or None.
+    """
+
+    network: Network
+    confidences: np.ndarray
+    targets: np.ndarray
+    attribution: ig.Attribution
+    first: np.ndarray
+    areas: np.ndarray | None
+
+
 def attribute(
-    folder,
-    out,
+    folder: str | pathlib.Path,
+    out: str | pathlib.Path,
+    selection: SelectionOptions,
+    path: PathOptions = PATH,
+    display: DisplayOptions = DISPLAY,
     *,
-    path=None,
-    split=None,
-    data=None,
-    ids=None,
-    labels=None,
-    limit=None,
-    compare=None,
-    top=5,
-    steps=50,
-    method="trapezoid",
-    refine=None,
-    output="probability",
-    baseline="black",
-    faithful=False,
-    checkpoint="best",
-    batch_size=None,
-    png_window=None,
-    display=contact_sheet.SOFT_TISSUE,
-    most_shown=50,
-):
-    """Integrated Gradients of a selection of images; run again it goes on where it was.
+    faithful: bool = False,
+) -> dict[str, Any]:
+    """Integrated Gradients of a selection of images; resumes if interrupted.
 
     Args:
       folder: the workdir of `maknet train`.
       out: the folder to write: cases/*.npz (maps), overlays/*.png, index.json, attributions.csv,
         index.html (works offline), summary.json, failures.csv.
-      path: see `cases.pick`, as split, data, ids, labels, limit and png_window.
-      labels: explain these; None explains the `top` most confident ones of each image.
-      compare: a second workdir, shown beside the first.
-      top: labels an image.
-      steps: see `integrated_gradients`, as method and output.
-      refine: how often the steps of an image with a flagged map are doubled at most; None takes 4
-        with the trapezoid, the others cannot.
-      baseline: "black", "blurred" or a number in HU.
-      faithful: measure deletion and insertion of each image's first label too (the first network's
-        for both), against random pixels; 84 more forward passes an image.
-      checkpoint: "best" or "last".
-      batch_size: images a step; None takes one a device.
-      display: (low, high) HU of the pictures.
-      most_shown: images on the page; all are in the other files.
+      selection: which images, labels and networks.
+      path: the path of Integrated Gradients.
+      display: how results are shown.
+      faithful: also measure deletion and insertion of each image's first label (the first
+        network's for both) against random pixels; 84 more forward passes per image.
 
     Returns:
       The summary.
 
     Raises:
-      InputError: nothing to explain, or arguments that make no sense.
+      InputError: nothing to explain, or invalid options.
     """
     out = pathlib.Path(out)
-    if refine is None:
-        refine = 4 if method == "trapezoid" else 0
-    ig.check(method, steps, refine, output)  # all is checked before `out` is claimed
-    perturbation.make_baseline(np.zeros((1, 1, 1), np.int16), baseline)
-    networks = selection.open_networks(folder, compare, checkpoint=checkpoint)
+    # Everything is checked before `out` is claimed.
+    ig.check(path.method, path.steps, path.refinements, path.output)
+    perturbation.make_baseline(np.zeros((1, 1, 1), np.int16), path.baseline)
+    networks = open_networks(folder, selection.compare, checkpoint=selection.checkpoint)
     run = networks[0].run
-    columns = selection.label_columns(run, labels)
-    given = {"path": path, "split": split, "data": data, "ids": ids, "labels": labels}
-    picked = selection.pick(run, folder, **given, limit=limit, png_window=png_window)
+    columns = label_columns(run, selection.labels)
+    selected = select(run, folder, selection)
     devices = jax.local_device_count()
-    batch_size = workdir.global_batch(batch_size or devices, devices)
-    top = min(top, len(run.vocabulary))
-    options = {"steps": steps, "method": method, "output": output, "refine": refine}
-    about = options | {"baseline": baseline, "top": top, "faithful": faithful}
-    about |= {"networks": [net.about for net in networks]}
-    about |= {"display": list(display), "png_window": png_window and list(png_window)}
-    fits = {}
+    batch_size = sharding.round_up_to_devices(path.batch_size or devices, devices)
+    settings = results.shared_settings(networks, selection, path, display)
+    settings |= {"output": path.output, "refine": path.refinements, "faithful": faithful}
+    fits: dict[str, tuple[int, int]] = {}
 
-    def explain_batch(numbered):
-        batch = list(numbered.values())
-        hu = selection.padded(batch, batch_size)
-        base = np.stack([perturbation.make_baseline(image, baseline) for image in hu])
-        found, random = [], None
-        if faithful:  # by the image's number, whatever the batch
-            order = [
-                faithfulness.random_ranks(differs, number)
-                for differs, number in zip(perturbation.differs(hu, base), numbered, strict=False)
-            ]
-            random = np.stack(order + order[-1:] * (batch_size - len(order)))
-        for net in networks:
-            images, black = net.put(hu), net.put(base)
-            confidences = net.confidences(images)
-            targets = np.argsort(-confidences, axis=1, kind="stable")[:, :top]
+    def explain_batch(numbered: results.Images) -> list[results.Result]:
+        hu = results.padded(numbered.values(), batch_size)
+        base = np.stack([perturbation.make_baseline(image, path.baseline) for image in hu])
+        random = _random_order(hu, base, list(numbered)) if faithful else None
+        explained: list[_Explained] = []
+        for network in networks:
+            images, black = network.put(hu), network.put(base)
+            confidences = network.confidences(images)
+            targets = np.argsort(-confidences, axis=1, kind="stable")[:, : settings["top"]]
             if columns:
-                targets = np.tile(np.int64(columns), (batch_size, 1))
-            first = found[0][2][:, 0] if found else targets[:, 0]
+                targets = np.tile(np.asarray(columns, np.int64), (batch_size, 1))
+            first = explained[0].first if explained else targets[:, 0]
             # Networks are compared by one label, which the second may not have among its own.
-            asked = np.column_stack([targets, first]) if found and faithful else targets
-            if net.name not in fits:
-                fits[net.name] = ig.fit(net.logit_fn, images, asked.shape[1], output=output)
-            chunk, rows = fits[net.name]
-            result = ig.integrated_gradients(
-                net.logit_fn, images, asked, black, chunk=chunk, rows=rows, **options
+            compared = bool(explained) and faithful
+            asked = np.column_stack([targets, first]) if compared else targets
+            if network.name not in fits:
+                fits[network.name] = ig.fit(
+                    network.logit_fn, images, asked.shape[1], output=path.output
+                )
+            chunk, rows = fits[network.name]
+            attribution = ig.integrated_gradients(
+                network.logit_fn,
+                images,
+                asked,
+                black,
+                steps=path.steps,
+                method=path.method,
+                output=path.output,
+                refine=path.refinements,
+                chunk=chunk,
+                rows=rows,
             )
             areas = None
-            if faithful:
-                maps = result.maps[:, -1 if found else 0].sum(-1)
-                areas = _areas(net, images, black, first, maps, random)
-            found.append((net, confidences, targets, result, areas))
+            if random is not None:
+                maps = attribution.maps[:, -1 if compared else 0].sum(-1)
+                areas = _areas(network, images, black, first, maps, random)
+            explained.append(_Explained(network, confidences, targets, attribution, first, areas))
         return [
-            _result(out, number, case, row, found, display, top)
-            for row, (number, case) in enumerate(numbered.items())
+            _result(out, number, image, row, explained, settings)
+            for row, (number, image) in enumerate(numbered.items())
         ]
 
-    done, failures = selection.explain(
-        "attribute", out, picked, about, explain_batch, batch_size=batch_size
+    done, failures = results.explain(
+        "attribute", out, selected, settings, explain_batch, batch_size=batch_size
     )
-    summary = about | {"workdir": str(folder), "images": len(done), "failures": len(failures)}
+    summary = settings | {"workdir": str(folder), "images": len(done), "failures": len(failures)}
     if jax.process_index() == 0:
-        summary |= _write(out, done, failures, summary, most_shown)
+        summary |= _write(out, done, failures, summary, display.most_shown)
     return summary
 
 
-def _areas(net, images, black, targets, maps, random):
+def _random_order(hu: np.ndarray, base: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
+    """Random ranks `[B, H, W]`, the same for an image's number whatever its batch."""
+    differs = perturbation.differs(hu, base)
+    order = [faithfulness.random_ranks(differs[row], number) for row, number in enumerate(numbers)]
+    return np.stack(order + order[-1:] * (len(hu) - len(order)))
+
+
+def label_entry(image: SelectedImage, run: Run, column: int, scores: np.ndarray) -> dict[str, Any]:
+    """What is shown of a label: its truth, its confidence, and whether they agree.
+
+    A label is predicted where its confidence reaches its threshold; parents are not added, so that
+    every label is judged by its own confidence.
+
+    Args:
+      image: the image.
+      run: the network's run.
+      column: of the label.
+      scores: `[K]`, the confidences.
+    """
+    truth = image.truth(column)
+    predicted = bool(protocol.predict(scores[None], run.thresholds)[0, column])
+    return {
+        "label": run.vocabulary.names[column],
+        "truth": truth.value,
+        "reason": truth.reason,
+        "confidence": float(scores[column]),
+        "threshold": float(run.thresholds[column]),
+        "predicted": predicted,
+        "outcome": outcome(truth.value, predicted),
+    }
+
+
+def _areas(
+    network: Network,
+    images: jax.Array,
+    black: jax.Array,
+    targets: np.ndarray,
+    maps: np.ndarray,
+    random: np.ndarray,
+) -> np.ndarray:
     """`[B, 4]` in the order of `AREAS`."""
     areas = []
     for order in (faithfulness.ranks(maps), random):
-        for curve in faithfulness.curves(net.logit_fn, images, targets, black, order, SHARES):
+        for curve in faithfulness.curves(network.logit_fn, images, targets, black, order, SHARES):
             areas.append(faithfulness.area(curve, SHARES))
     return np.stack(areas, axis=1)
 
 
-def _result(out, number, case, row, found, display, top):
-    """(about, arrays) of one image, and its overlay on disk."""
-    names = found[0][0].run.vocabulary.names
-    arrays, models = {"image": case.image[..., 1]}, []
-    for number_of, (net, confidences, targets, result, areas) in enumerate(found):
-        scores, explained = confidences[row], targets[row].tolist()
-        best = np.argsort(-scores, kind="stable")[:top].tolist()
-        maps = result.maps[row, : len(explained)]
+def _result(
+    out: pathlib.Path,
+    number: int,
+    image: SelectedImage,
+    row: int,
+    explained: Sequence[_Explained],
+    settings: dict[str, Any],
+) -> results.Result:
+    """(metadata, arrays) of one image; writes its overlay."""
+    names = explained[0].network.run.vocabulary.names
+    arrays, models = {"image": image.image[..., 1]}, []
+    for place, batch in enumerate(explained):
+        scores, targets = batch.confidences[row], batch.targets[row].tolist()
+        best = np.argsort(-scores, kind="stable")[: settings["top"]].tolist()
+        attribution = batch.attribution
+        maps = attribution.maps[row, : len(targets)]
         scale = np.abs(maps).max(axis=(1, 2, 3)) + np.float32(1e-30)
         # Half precision relative to each map's largest value: half the bytes, 3 digits.
-        arrays[f"maps_{number_of}"] = (maps / scale[:, None, None, None]).astype(np.float16)
-        arrays[f"scale_{number_of}"] = scale
-        rows = []
-        for column in dict.fromkeys(best + explained):
-            entry = {"label": names[column], "truth": case.truth(column)}
-            entry |= {"confidence": float(scores[column])}
-            entry |= {"threshold": float(net.run.thresholds[column]), "map": None}
-            if column in explained:
-                at = explained.index(column)
-                entry |= {"map": at, "change": float(result.end[row, at] - result.start[row, at])}
-                entry |= {"residual": float(result.residual[row, at])}
-                entry |= {"relative": float(result.relative[row, at])}
-                entry |= {"flagged": bool(result.flagged[row, at])}
-            rows.append(entry)
-        missed = [
-            [names[k], float(scores[k])] for k in np.flatnonzero(case.labels) if k not in best
-        ]
-        models.append({"name": net.name, "labels": rows, "missed": missed})
-        if areas is not None:
-            models[-1]["areas"] = dict(zip(AREAS, areas[row].tolist(), strict=True))
-            models[-1]["areas_of"] = names[found[0][2][row, 0]]
-    about = {"id": case.id, "group": case.group, "meta": case.meta, "models": models}
-    grey = contact_sheet.to_grey(case.image[..., 1], display)
+        arrays[f"maps_{place}"] = (maps / scale[:, None, None, None]).astype(np.float16)
+        arrays[f"scale_{place}"] = scale
+        entries = []
+        for column in dict.fromkeys(best + targets):
+            entry = label_entry(image, batch.network.run, column, scores) | {"map": None}
+            if column in targets:
+                at = targets.index(column)
+                entry |= {"map": at}
+                entry["change"] = float(attribution.end[row, at] - attribution.start[row, at])
+                entry |= {"residual": float(attribution.residual[row, at])}
+                entry |= {"relative": float(attribution.relative[row, at])}
+                entry |= {"flagged": bool(attribution.flagged[row, at])}
+            entries.append(entry)
+        missed = [[names[k], float(scores[k])] for k in image.labelled if k not in best]
+        model: dict[str, Any] = {"name": batch.network.name, "labels": entries, "missed": missed}
+        if batch.areas is not None:
+            model["areas"] = dict(zip(AREAS, batch.areas[row].tolist(), strict=True))
+            model["areas_of"] = names[batch.first[row]]
+        models.append(model)
+    metadata = {"id": image.id, "group": image.group, "meta": image.meta, "models": models}
+    grey = contact_sheet.to_grey(image.image[..., 1], settings["display"])
     strip = [np.repeat(grey[..., None], 3, axis=-1)]
-    for picture in _pictures(arrays, len(found)):
-        strip.append(overlay.over(grey, picture[0]))
+    for pictures in _pictures(arrays, len(explained)):
+        strip.append(overlay.over(grey, pictures[0]))
     with files.write_whole(out / "overlays" / f"{number:05d}.png", "wb") as file:
         Image.fromarray(np.concatenate(strip, axis=1)).save(file, format="PNG")
-    return about, arrays
+    return metadata, arrays
 
 
-def _pictures(arrays, models):
-    """For each model the RGBA overlay of each of its maps."""
-    for number in range(models):
-        maps = arrays[f"maps_{number}"].astype(np.float32).sum(axis=-1)
+def _pictures(arrays: dict[str, np.ndarray], models: int) -> Iterator[list[np.ndarray]]:
+    """For each model the RGBA overlays `[S, S, 4]` of its maps."""
+    for place in range(models):
+        maps = arrays[f"maps_{place}"].astype(np.float32).sum(axis=-1)
         smoothed = [overlay.smooth(one) for one in maps]
         yield [overlay.colours(one, overlay.scale_of(one)) for one in smoothed]
 
 
-def cards(done, display):
-    """The cards of a page: an image with its maps each.
+def cards(paths: Iterable[pathlib.Path], display: tuple[float, float]) -> Iterator[Markup]:
+    """The HTML cards of results: an image with its maps each.
 
     Args:
-      done: paths of results.
-      display: (low, high) HU.
+      paths: files of results.
+      display: (low, high) in HU of the pictures.
     """
-    for path in done:
-        about, arrays = selection.load(path)
+    for path in paths:
+        metadata, arrays = results.load(path)
         grey = overlay.to_uri(contact_sheet.to_grey(arrays["image"], display))
-        pictures = _pictures(arrays, len(about["models"]))
-        for model, some in zip(about["models"], pictures, strict=True):
-            model["uris"] = [overlay.to_uri(one) for one in some]
-        yield page.attribution_card(about["id"], grey, about["models"])
+        pictures = _pictures(arrays, len(metadata["models"]))
+        for model, maps in zip(metadata["models"], pictures, strict=True):
+            model["uris"] = [overlay.to_uri(one) for one in maps]
+        yield page.attribution_card(metadata["id"], grey, metadata["models"])
 
 
-def _differences(areas):
-    """(name, one value an image) of what is compared on the same images."""
+def _differences(areas: dict[str, dict[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, one value per image) of what is compared on the same images."""
     for area in AREAS[:2]:
         for name, each in areas.items():
             yield f"{name}: {area}, map minus random", each[area] - each[f"random {area}"]
@@ -229,33 +284,44 @@ def _differences(areas):
             yield f"{area}, {one} minus {two}", areas[one][area] - areas[two][area]
 
 
-def _write(out, done, failures, summary, most_shown):
-    index, rows, relative, areas, groups = [], [], {}, {}, []
+def _write(
+    out: pathlib.Path,
+    done: dict[int, pathlib.Path],
+    failures: results.Failures,
+    summary: dict[str, Any],
+    most_shown: int,
+) -> dict[str, Any]:
+    """Writes everything but the results themselves; returns what it adds to the summary."""
+    index, rows, groups = [], [], []
+    flags: dict[str, list[bool]] = {}
+    per_image: dict[str, list[list[float]]] = {}
     for number, path in done.items():
-        about = selection.load_about(path)
+        metadata = results.load_metadata(path)
         file = path.relative_to(out).as_posix()
         index.append({"number": number, "file": file, "overlay": f"overlays/{path.stem}.png"})
-        index[-1] |= about
-        groups.append(about["group"])
-        for model in about["models"]:
+        index[-1] |= metadata
+        groups.append(metadata["group"])
+        for model in metadata["models"]:
             name = model["name"]
-            areas.setdefault(name, []).append(list(model.get("areas", {}).values()))
+            per_image.setdefault(name, []).append(list(model.get("areas", {}).values()))
             for entry in model["labels"]:
                 if entry["map"] is None:
                     continue
-                relative.setdefault(name, []).append(entry["flagged"])
-                values = {"id": about["id"], "model": name, "file": file} | entry
+                flags.setdefault(name, []).append(entry["flagged"])
+                values = {"id": metadata["id"], "model": name, "file": file} | entry
                 rows.append([values[column] for column in COLUMNS])
     files.write_json(out / "index.json", index)
     console.write_table(out / "attributions.csv", COLUMNS, rows)
     console.write_failures(out / "failures.csv", failures)
-    more = {"complete": {}, "flagged": {}, "groups": len(set(groups))}
-    for name, flags in relative.items():
-        more["flagged"][name] = int(np.sum(flags))
-        more["complete"][name] = float(1 - np.mean(flags))
+    more: dict[str, Any] = {
+        "complete": {name: float(1 - np.mean(each)) for name, each in flags.items()},
+        "flagged": {name: int(np.sum(each)) for name, each in flags.items()},
+        "groups": len(set(groups)),
+    }
     if summary["faithful"]:
         areas = {
-            name: dict(zip(AREAS, np.transpose(each), strict=True)) for name, each in areas.items()
+            name: dict(zip(AREAS, np.transpose(each), strict=True))
+            for name, each in per_image.items()
         }
         more["faithfulness"] = {
             name: {area: faithfulness.bootstrap(values, groups) for area, values in each.items()}
@@ -264,10 +330,10 @@ def _write(out, done, failures, summary, most_shown):
         more["differences"] = {
             name: faithfulness.bootstrap(values, groups) for name, values in _differences(areas)
         }
-    shown = [done[number] for number in list(done)[:most_shown]]
-    with files.write_whole(out / "index.html") as file:
+    shown = list(done.values())[:most_shown]
+    with files.write_whole(out / "index.html") as page_file:
         lead = page.attribution_lead(summary | more, len(shown))
-        file.write(page.document("Attributions", lead, cards(shown, summary["display"])))
+        page_file.write(page.document("Attributions", lead, cards(shown, summary["display"])))
     names = ("index.html", "attributions.csv", "index.json", "cases", "overlays")
     more["files"] = [str(out / name) for name in names]
     more["failures_file"] = str(out / "failures.csv") if failures else None

@@ -1,12 +1,16 @@
-"""What a verb says while it works: a line for a person, a line for a program, a progress bar."""
+"""Logging, progress bars and tables of the commands."""
 
 import contextlib
 import csv
 import json
 import os
+import pathlib
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Self
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -15,61 +19,66 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from maknet_jax import files
+
+_WIDE = 10_000  # columns of output that is not a terminal, so that nothing wraps
+# Of rich's eight lines of a box only the rule under the header; ASCII for every encoding.
+_RULE = box.Box("    \n    \n -  \n    \n    \n    \n    \n    \n", ascii=True)
 
 _console = Console(stderr=True, highlight=False)
 
 
 class Log:
-    """Says lines on standard error and writes the same events to `path` as JSONL."""
+    """Prints lines on standard error and appends the same events to a JSONL file."""
 
-    def __init__(self, path=None):
-        """Args: path: the JSONL file, appended to; None only speaks."""
+    def __init__(self, path: pathlib.Path | None = None) -> None:
+        """Args: path: the JSONL file; None only prints."""
         self._file = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a", encoding="utf-8")
 
-    def say(self, text, **event):
-        """One line for a person; `event` goes to the JSONL line beside it."""
+    def say(self, text: str, **event: object) -> None:
+        """Prints one line; it goes to the JSONL file as well, with `event` beside it."""
         _console.print(text, markup=False, soft_wrap=True)
         self.event(message=text, **event)
 
-    def event(self, **event):
-        """One JSONL line only."""
+    def event(self, **event: object) -> None:
+        """Appends one JSONL line without printing it."""
         if self._file is not None:
             line = json.dumps({"time": round(time.time(), 3), **event}, default=str)
             self._file.write(line + "\n")
             self._file.flush()
 
-    def close(self):
+    def close(self) -> None:
         """Closes the JSONL file."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def say_from_signal(text):
-    """One line from a signal's handler, which may have come in the middle of rich's own work."""
-    clear = "\r\x1b[2K" if _console.is_terminal else ""  # of a progress bar
+def say_from_signal(text: str) -> None:
+    """Prints one line from a signal handler, which may have interrupted rich itself."""
+    clear = "\r\x1b[2K" if _console.is_terminal else ""  # erases a progress bar
     with contextlib.suppress(OSError):
         os.write(2, f"{clear}{text}\n".encode())
 
 
 @contextlib.contextmanager
-def progress(description, total, *, done=0):
-    """A progress bar on a terminal, nothing elsewhere.
+def progress(description: str, total: int, *, done: int = 0) -> Iterator[Callable[..., None]]:
+    """Shows a progress bar if standard error is a terminal.
 
     Yields:
-      advance(count=1, note=None): `note` is shown at the end of the bar (a rate, a loss) until
-        another one comes.
+      advance(count=1, note=None): `note` (a rate, a loss) stays at the end of the bar until the
+        next one replaces it.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -81,21 +90,25 @@ def progress(description, total, *, done=0):
     with Progress(*columns, console=_console, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(description, total=total, completed=done, note="")
 
-        def advance(count=1, note=None):
-            bar.update(task, advance=count, **({} if note is None else {"note": note}))
+        def advance(count: int = 1, note: str | None = None) -> None:
+            bar.update(task, advance=count)
+            if note is not None:
+                bar.update(task, note=note)
 
         yield advance
 
 
-def write_failures(path, failures):
-    """Writes `failures.csv` (input, reason), or removes an old one where nothing failed."""
+def write_failures(path: pathlib.Path, failures: Sequence[tuple[str, str]]) -> None:
+    """Writes `failures.csv` (input, reason); without failures it removes an old one."""
     if not failures:
         path.unlink(missing_ok=True)
         return
     write_table(path, ("input", "reason"), failures)
 
 
-def write_table(path, header, rows):
+def write_table(
+    path: pathlib.Path, header: Sequence[str], rows: Iterable[Iterable[object]]
+) -> None:
     """Writes a CSV, whole or not at all."""
     with files.write_whole(path) as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -103,27 +116,37 @@ def write_table(path, header, rows):
         writer.writerows(rows)
 
 
-def format_table(header, rows):
-    """A table in plain text, numbers to the right."""
-    cells = [[str(cell) for cell in row] for row in [header, *rows]]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = []
-    for number, row in enumerate(cells):
-        first = row[0].ljust(widths[0])
-        rest = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([first, *rest]).rstrip())
-        if number == 0:
-            lines.append("  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+def format_table(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """A table as text for standard output, all columns but the first aligned to the right.
+
+    On a terminal the header is bold and long cells fold to fit the width. Elsewhere the text is
+    plain, each row is one line, and two spaces or more separate the columns.
+    """
+    terminal = sys.stdout.isatty()
+    console = Console(
+        force_terminal=terminal,
+        width=None if terminal else _WIDE,
+        markup=False,
+        highlight=False,
+        emoji=False,
+    )
+    table = Table(box=_RULE, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
-def format_interval(values, digits=3):
+def format_interval(values: Sequence[float], digits: int = 3) -> str:
     """A (mean, low, high) as text; low equals high where there is no interval."""
     mean, low, high = (f"{value:.{digits}f}" for value in values)
     return f"{mean} ({low} to {high})" if values[1] < values[2] else f"{mean} (no interval)"
 
 
-def markdown_table(header, rows):
-    """A table in Markdown, numbers to the right."""
+def markdown_table(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """A table in Markdown, all columns but the first aligned to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "".join("| " + " | ".join(str(cell) for cell in line) + " |\n" for line in lines)

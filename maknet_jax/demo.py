@@ -1,7 +1,8 @@
-"""`maknet demo`: the whole chain on a generated phantom, by the code that real data runs."""
+"""`maknet demo`: the whole chain on a generated CT phantom, with the code for real data."""
 
 import pathlib
 import time
+from typing import Any
 
 from maknet_jax import (
     console,
@@ -16,27 +17,27 @@ from maknet_jax import (
 )
 from maknet_jax.runs import config as configs
 
-# The phantom as the demo uses it: about 430 training images, minutes on two cores.
+# About 430 training images: minutes on two cores.
 PHANTOM = {"patients": 100, "unlabelled_volumes": 12, "size": 128, "lesions_per_patient": 6}
-# One round: the student goes on from its teacher, which is half the way on so few images.
+# One round. The student starts from its teacher, which halves the training on few images.
 ROUNDS = ("teacher=smoke", "student=smoke_student", "rounds=1", "from_last=True")
 STUDENT = ("epochs=15.0",)
-MIN_SLICES = 51  # of an unlabelled volume; the phantom's last one is shorter
+MIN_SLICES = 51  # per unlabelled volume; the last one of the phantom is shorter
 
 
-def demo(out, *, seed=0, workers=1):
-    """Makes a phantom, prepares it, trains teacher, student and linear model, predicts, explains.
+def demo(out: str | pathlib.Path, *, seed: int = 0, workers: int = 1) -> dict[str, Any]:
+    """Generates and prepares a phantom, trains three networks on it, predicts and explains.
 
-    Run again in the same folder it goes on where it was; what is finished is not repeated.
+    Resumes if interrupted: finished stages are not repeated.
 
     Args:
       out: the folder to write.
       seed: of the phantom and the training.
-      workers: processes that prepare.
+      workers: processes that prepare the data.
 
     Returns:
-      A dict with the evaluations of teacher, student and linear model, the summary of the
-      prediction and the path of the report.
+      The evaluations of `teacher`, `student` and `linear`, the summary of `predict` and the path of
+      the `report`.
     """
     out = pathlib.Path(out)
     started = time.perf_counter()
@@ -59,13 +60,15 @@ def demo(out, *, seed=0, workers=1):
             size=size,
             workers=workers,
         )
-    log.say("3/6 teacher, pseudo-labels, student: configs smoke and smoke_student")
+    log.say(
+        "3/6 train the teacher, pseudo-label, train the student: configs smoke and smoke_student"
+    )
     changes = [*ROUNDS, f"labelled={shards}", f"unlabelled={unlabelled}", f"seed={seed}"]
     changes.append(f"student_changes={STUDENT}")
     rounds = noisy_student.noisy_student(configs.load("noisy_student", changes), out / "rounds")[
         "rounds"
     ]
-    log.say("4/6 train and evaluate: config linear, for comparison")
+    log.say("4/6 train and evaluate a linear model for comparison: config linear")
     config = configs.load("linear", [f"data.path={shards}", f"seed={seed}"])
     train.train(config, out / "linear")
     student = out / "rounds" / "round-1"
@@ -74,9 +77,9 @@ def demo(out, *, seed=0, workers=1):
         "student": rounds[1],
         "linear": evaluate.evaluate(out / "linear"),
     }
-    log.say("5/6 predict: DICOM series that no label was ever given for")
+    log.say("5/6 predict: the unlabelled DICOM series")
     predicted = predict.predict(student, paths["dicom"], out / "labels.csv", charts=True)
-    log.say("6/6 report: curves, scores, and why the best and the worst cases got their labels")
+    log.say("6/6 report: curves, scores, and attributions of the best and worst cases")
     page = report.report(student)
     minutes = (time.perf_counter() - started) / 60
     network = configs.load("smoke").model.options
@@ -88,31 +91,31 @@ def demo(out, *, seed=0, workers=1):
     ]
     print(evaluate.table(list(summaries.values()), titles))
     images = files.read_json(out / "rounds" / "pseudo-1" / "pseudo.json")["images"]
-    before, after = (done["splits"]["hand"]["auc"] for done in rounds)
+    before, after = (summary["splits"]["hand"]["auc"] for summary in rounds)
     print(
-        f"\nFrom {images:,} images that nobody labelled the student gained "
-        f"{after - before:+.4f} AUC (hand) over its\nteacher; a longer training with noise alone "
-        "gains on the phantom too, see the README."
+        f"\nWith {images:,} unlabelled images the student gained {after - before:+.4f} AUC (hand) "
+        "over its teacher.\nOn the phantom, longer training with noise alone gains as well: see "
+        "the README."
     )
     print(
-        "test: labels mined from reports (some missing or wrong); hand: labelled by hand. F1,\n"
-        "precision and recall with thresholds chosen on the validation split, F1 at 0.5 beside."
+        "test: labels mined from reports, some missing or wrong; hand: labelled by hand.\n"
+        "F1, precision and recall use thresholds chosen on the validation split."
     )
     print(
         f"A generated phantom at {size} x {size}, blocks {network.blocks}, widths "
-        f"{network.widths}:\nit shows that the chain works, not how good the paper's network is."
+        f"{network.widths}:\nthis shows that the chain works, not how good the paper's network is."
     )
-    print(f"{minutes:.1f} minutes. Look at:")
-    for path, what in (
-        (page, "the report: one page that works offline"),
-        (shards / "contact_sheet.png", "what the network sees, with its labels"),
-        (out / "rounds" / "pseudo-1" / "histogram.png", "what the teacher labelled"),
+    print(f"{minutes:.1f} minutes. Results:")
+    for path, description in (
+        (page, "the report: one offline page"),
+        (shards / "contact_sheet.png", "sample images as the network sees them, with labels"),
+        (out / "rounds" / "pseudo-1" / "histogram.png", "the teacher's pseudo-labels"),
         (student / "evaluation" / "hand_labels.csv", "the student's scores per label"),
         (out / "labels.000.png", "body parts along a DICOM series, from head to feet"),
         (out / "labels.csv", "labels of every slice of the DICOM series"),
-        (out / "labels.series.csv", "which body parts each series covers, from where to where"),
+        (out / "labels.series.csv", "the range of slices of each body part in each series"),
     ):
-        print(f"  {path}  {what}")
+        print(f"  {path}  {description}")
     log.event(event="done", minutes=minutes)
     log.close()
     results = {**summaries, "predict": predicted, "report": str(page)}

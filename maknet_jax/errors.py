@@ -1,23 +1,23 @@
-"""The two ways in which input can be wrong, and the one way in which a run can be stopped."""
+"""Errors of the input, and the signal that stops a run."""
 
 
 class InputError(ValueError):
-    """Bad arguments or input: nothing can go on. The command prints the message and exits 2.
+    """Bad arguments or input; the command prints the message and exits with code 2.
 
-    The message is one line that names the value, the rule it breaks and the mend.
+    The message is one line: the value, what is expected, and what to do.
     """
 
 
 class Rejected(ValueError):
-    """One input (a file, a series, a row) cannot be used; the others go on and the exit code is 3.
+    """One input (a file, a series, a row) is rejected; the others continue and the exit code is 3.
 
-    The message is the reason that `failures.csv` shows.
+    The message is the reason in `failures.csv`.
     """
 
 
 class Stopped(BaseException):
-    """A signal ended the run after its state was saved; the same command goes on. Exit code 75.
+    """A signal ended the run after its state was saved; the same command resumes. Exit code 75.
 
-    No Exception, as KeyboardInterrupt is none: the readers turn any Exception into a rejected file,
-    and a signal that comes while they read should not look like one.
+    Derives from BaseException, like KeyboardInterrupt: readers turn any Exception into a rejected
+    file, and a signal that arrives while they read must not look like one.
     """

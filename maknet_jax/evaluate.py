@@ -1,44 +1,61 @@
-"""`maknet evaluate`: a trained network on test sets, by LesaNet's protocol (tables 1 to 3)."""
+"""`maknet evaluate`: scores a trained network by LesaNet's protocol (tables 1 to 3)."""
 
 import pathlib
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
 from maknet_jax import console, files
 from maknet_jax.data import records
+from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError
-from maknet_jax.evaluation.evaluator import Evaluator
+from maknet_jax.evaluation import protocol
+from maknet_jax.evaluation.evaluator import Evaluator, Scores
 from maknet_jax.runs import workdir
+from maknet_jax.training import sharding
 
 DEFAULT_SPLITS = ("test", "hand")
-# How many training examples a label has: LesaNet's three groups.
+# LesaNet's three groups of labels, by their number of training examples.
 FREQUENCIES = {"rare": (0, 100), "medium": (101, 1000), "frequent": (1001, float("inf"))}
 METRICS = ("auc", "f1", "precision", "recall")
 
 
-def evaluate(folder, *, splits=None, data=None, checkpoint="best", batch_size=None):
+def evaluate(
+    folder: pathlib.Path | str,
+    *,
+    splits: Sequence[str] | None = None,
+    data: pathlib.Path | str | None = None,
+    checkpoint: str = "best",
+    batch_size: int | None = None,
+    rules: str = protocol.OURS,
+) -> dict:
     """Scores splits and writes `WORKDIR/evaluation/SPLIT.json` and `SPLIT_labels.csv`.
 
-    Thresholds come from the validation split's scores; for another data set than the one trained
-    on they are those of the training run, and the results go to `WORKDIR/evaluation/on-NAME/`.
-    Macro averages run over the labels that have positives and negatives; fixed 0.5 and micro
-    averages stand beside them. Where labels have classes (body part, type, attribute) their means
-    by class and by frequency in training are in `groups` and in `SPLIT_groups.csv`.
+    Thresholds are chosen on the validation split. On a data set other than the training data the
+    thresholds of the training run apply, and the results go to `WORKDIR/evaluation/on-NAME/`.
+    Macro averages run over the labels that have positives and negatives. Averages at the fixed
+    threshold 0.5 and micro averages are reported too. For labels with classes (body part, type,
+    attribute), `groups` and `SPLIT_groups.csv` hold the means by class and by the number of
+    training examples.
 
     Args:
       folder: the workdir of `maknet train`.
-      splits: names; None takes those of `test` and `hand` that are there.
-      data: another prepared data set with the same labels; None takes the one trained on.
+      splits: names; None takes `test` and `hand`, as far as they exist.
+      data: another prepared data set with the same labels; None takes the training data.
       checkpoint: "best" or "last".
-      batch_size: images a step; None takes the config's.
+      batch_size: images per step; None takes the config's.
+      rules: "ours", or "lesanet" to agree with LesaNet's published evaluate.py, see
+        `evaluation.protocol`; the results of "lesanet" go to a folder `lesanet` of their own.
 
     Returns:
-      The summary: a dict split -> metrics, and the files.
+      The summary, also written to `summary_SPLITS.json`; `splits` holds the metrics of each split.
 
     Raises:
-      InputError: no such split, or labels that differ from the network's.
+      InputError: a split is missing or empty, the labels or the image size differ from the
+        network's, or LesaNet's rules lack the direct parents of the labels.
     """
+    protocol.find_rules(rules)  # before anything is scored
     folder = pathlib.Path(folder)
     run = workdir.open_run(folder, checkpoint_name=checkpoint)
     trained_on = files.read_json(folder / "dataset.json")
@@ -46,47 +63,30 @@ def evaluate(folder, *, splits=None, data=None, checkpoint="best", batch_size=No
     other = dataset.fingerprint != trained_on["fingerprint"]
     if dataset.vocabulary.names != run.vocabulary.names:
         raise InputError(
-            f"{dataset.path} has other labels than {folder}: evaluate on data with its "
-            f"{len(run.vocabulary)} labels"
+            f"the {len(dataset.vocabulary)} labels of {dataset.path} are not the "
+            f"{len(run.vocabulary)} of {folder}: evaluate on data with the labels of the network"
         )
-    if dataset.size != run.config.data.size:
-        raise InputError(
-            f"{dataset.path} was prepared with --size {dataset.size}, the network with "
-            f"{run.config.data.size}"
-        )
-    available = [name for name, split in dataset.info["splits"].items() if split["count"]]
-    wanted = splits or [name for name in DEFAULT_SPLITS if name in available]
-    if not wanted:
-        raise InputError(f"{dataset.path} has neither test nor hand: name one with --split")
-    val = None if other else run.config.data.val_split
-    for name in wanted:
-        if not dataset.split(name)["count"]:
-            raise InputError(f"split {name!r} of {dataset.path} is empty")
-    scores = {}
-    names = list(dict.fromkeys([*([val] if val in available else []), *wanted]))
-    total = sum(dataset.split(name)["count"] for name in names)
-    with console.progress("evaluate", total) as advance:
-        for name in names:
-            evaluator = Evaluator(
-                dataset.source(name),
-                run.predict,
-                batch_size=workdir.global_batch(batch_size or run.config.data.batch_size),
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-            )
-            scores[name] = evaluator.scores(run.variables, advance)
-    thresholds = scores[val].thresholds() if val in scores else run.thresholds
+    records.check_size(dataset, run.size)
+    wanted = splits_to_score(dataset, splits)
+    parents = direct_parents(dataset) if rules == protocol.LESANET else run.vocabulary.parents
+    val = None if other else run.val_split
+    chosen_on = val if val and dataset.info["splits"].get(val, {}).get("count") else None
+    names = list(dict.fromkeys([*([chosen_on] if chosen_on else []), *wanted]))
+    scores = _score(run, dataset, names, batch_size or run.batch_size)
+    thresholds = scores[chosen_on].thresholds(rules) if chosen_on else run.thresholds
     out = folder / "evaluation" / (f"on-{dataset.path.resolve().name}" if other else "")
+    out = out / ("" if rules == protocol.OURS else rules)
     summary = {
         "workdir": str(folder),
         "data": str(dataset.path),
         "checkpoint": run.name,
         "step": run.step,
-        "thresholds": f"chosen on {val}" if val in scores else "of the training run",
+        "thresholds": f"chosen on {chosen_on}" if chosen_on else "of the training run",
+        "rules": rules,
         "out": str(out),
     }
-    reports = {name: scores[name].report(thresholds, run.vocabulary.parents) for name in wanted}
-    counts = None if other else dataset.split(run.config.data.train_split)["label_counts"]
+    reports = {name: scores[name].report(thresholds, parents, rules) for name in wanted}
+    counts = None if other else dataset.split(run.train_split)["label_counts"]
     summary["splits"] = {
         name: report.summary | by_group(report, run.vocabulary, counts)
         for name, report in reports.items()
@@ -98,32 +98,97 @@ def evaluate(folder, *, splits=None, data=None, checkpoint="best", batch_size=No
     return summary
 
 
-def by_group(report, vocabulary, counts=None):
-    """Means over the evaluated labels of each class, and of each frequency.
+def splits_to_score(dataset: records.Dataset, splits: Sequence[str] | None = None) -> list[str]:
+    """The splits that are evaluated: `splits`, or those of `test` and `hand` that have examples.
+
+    Raises:
+      InputError: a split is missing or empty, or there is neither test nor hand.
+    """
+    available = [name for name, split in dataset.info["splits"].items() if split["count"]]
+    names = list(splits or [name for name in DEFAULT_SPLITS if name in available])
+    if not names:
+        raise InputError(f"{dataset.path} has neither test nor hand: name the splits to evaluate")
+    for name in names:
+        dataset.split(name)
+        if name not in available:
+            raise InputError(f"split {name!r} of {dataset.path} is empty: choose another split")
+    return names
+
+
+def direct_parents(dataset: records.Dataset) -> list[list[int]]:
+    """For each label of a data set the columns of its direct parents.
+
+    Raises:
+      InputError: labels have ancestors, but `dataset.json` does not say which are direct parents.
+    """
+    vocabulary = dataset.vocabulary
+    by_name = dataset.info.get("about", {}).get("direct_parents")
+    if by_name is None and any(vocabulary.parents):
+        raise InputError(
+            f"{dataset.path} does not record direct parents, which LesaNet's rules need: prepare "
+            "the data again and pass it as --data"
+        )
+    return [
+        [vocabulary.index[parent] for parent in (by_name or {}).get(name, ())]
+        for name in vocabulary.names
+    ]
+
+
+def _score(
+    run: workdir.Run, dataset: records.Dataset, names: Sequence[str], batch_size: int
+) -> dict[str, Scores]:
+    """The scores of each split, on all processes."""
+    scores = {}
+    total = sum(dataset.split(name)["count"] for name in names)
+    with console.progress("evaluate", total) as advance:
+        for name in names:
+            evaluator = Evaluator(
+                dataset.source(name),
+                run.predict,
+                batch_size=sharding.round_up_to_devices(batch_size),
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+            scores[name] = evaluator.scores(run.variables, advance)
+    return scores
+
+
+def by_group(
+    report: protocol.Report, vocabulary: Vocabulary, counts: Sequence[int] | None = None
+) -> dict[str, dict]:
+    """Averages the metrics of the evaluated labels by class and by number of training examples.
 
     Args:
       report: `protocol.Report`.
       vocabulary: the labels.
-      counts: training examples of each label, or None.
+      counts: training examples of each label, `[K]`; None leaves these groups out.
 
     Returns:
-      {"groups": {name: {labels, auc, f1, precision, recall}}}; without classes an empty dict.
+      {"groups": {name: {labels, auc, f1, precision, recall}}}; an empty dict if all labels have
+      the same class.
     """
-    classes = [label.label_class for label in vocabulary.labels]
+    classes = np.array([label.label_class for label in vocabulary.labels])
     if len(set(classes)) < 2:
         return {}
-    groups = {name: np.array([own == name for own in classes]) for name in dict.fromkeys(classes)}
-    for name, (least, most) in FREQUENCIES.items() if counts is not None else ():
-        groups[name] = (np.asarray(counts) >= least) & (np.asarray(counts) <= most)
-    made = {}
-    for name, inside in groups.items():
+    members = {str(name): classes == name for name in dict.fromkeys(classes)}
+    if counts is not None:
+        for name, (least, most) in FREQUENCIES.items():
+            members[name] = (np.asarray(counts) >= least) & (np.asarray(counts) <= most)
+    groups = {}
+    for name, inside in members.items():
         rows = [row for row in report.per_label if inside[row["label"]] and row["evaluated"]]
         means = {m: float(np.mean([row[m] for row in rows])) if rows else None for m in METRICS}
-        made[name] = {"labels": len(rows)} | means
-    return {"groups": made}
+        groups[name] = {"labels": len(rows)} | means
+    return {"groups": groups}
 
 
-def _write(out, summary, reports, thresholds, names):
+def _write(
+    out: pathlib.Path,
+    summary: dict,
+    reports: Mapping[str, protocol.Report],
+    thresholds: np.ndarray,
+    names: Sequence[str],
+) -> None:
     for split, report in reports.items():
         header = ["name", *report.per_label[0]]
         rows = [[names[row["label"]], *row.values()] for row in report.per_label]
@@ -136,12 +201,12 @@ def _write(out, summary, reports, thresholds, names):
     files.write_json(out / f"summary_{'_'.join(reports)}.json", summary)
 
 
-def table(summaries, titles):
-    """A text table like the paper's: a row a network and split.
+def table(summaries: Sequence[dict], titles: Sequence[str]) -> str:
+    """A text table like the paper's, with one row per network and split.
 
     Args:
-      summaries: what `evaluate` returned, one a network.
-      titles: the networks' names.
+      summaries: the results of `evaluate`, one per network.
+      titles: the names of the networks.
     """
     header = ["", "set", "AUC", "F1", "precision", "recall", "F1 at 0.5", "images"]
     rows = []

@@ -6,14 +6,20 @@ import json
 import os
 import pathlib
 import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import IO, Any
+
+from maknet_jax.errors import InputError
 
 
 @contextlib.contextmanager
-def write_whole(path, mode="w", *, private=False):
+def write_whole(
+    path: str | os.PathLike[str], mode: str = "w", *, private: bool = False
+) -> Iterator[IO[Any]]:
     """Opens a temporary file beside `path` that takes its name only when the block ends well.
 
     Args:
-      path: the final name; its folder is made.
+      path: the final name; its folder is created.
       mode: "w" (UTF-8 text) or "wb".
       private: only the owner may read the file; else permissions obey the umask.
     """
@@ -23,7 +29,7 @@ def write_whole(path, mode="w", *, private=False):
         raise IsADirectoryError(errno.EISDIR, "is a folder, not a file", str(path))
     try:
         handle, temporary = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
-    except OSError as error:  # the user knows no temporary name
+    except OSError as error:  # the message names the file that the user knows
         raise type(error)(error.errno, error.strerror, str(path)) from None
     encoding = None if "b" in mode else "utf-8"
     newline = None if "b" in mode else ""
@@ -43,27 +49,87 @@ def write_whole(path, mode="w", *, private=False):
         raise
 
 
-def holds_other(folder, *own):
-    """Whether there is more at `folder` than an empty folder, `own` files and what kills left.
+def has_foreign_files(folder: str | os.PathLike[str], *names: str) -> bool:
+    """Whether `folder` is a file, or holds anything beside `names` and leftovers of killed writers.
 
-    A writer that was killed leaves a hidden temporary file; it says nothing and is no one's.
+    A killed writer leaves a hidden temporary file, which belongs to no one.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         return folder.exists()
     return any(
-        path.name not in own and not (path.name[0] == "." and path.suffix == ".tmp")
+        path.name not in names and not (path.name[0] == "." and path.suffix == ".tmp")
         for path in folder.iterdir()
     )
 
 
-def write_json(path, value):
+def check_claim(
+    folder: str | os.PathLike[str],
+    records: Mapping[str, Mapping[str, Any]],
+    *,
+    command: str,
+    option: str,
+    may_change: Collection[str] = (),
+    upgrade: Callable[[str, dict[str, Any]], dict[str, Any]] | None = None,
+) -> None:
+    """Checks that a folder may be filled: it is empty, or holds an unfinished run of `records`.
+
+    Args:
+      folder: the output folder; it need not exist.
+      records: file name -> JSON object that says what the folder holds. The last one is the claim:
+        it is written last, so that the others alone are leftovers of a killed process.
+      command: the command that fills the folder, for the message: "maknet train".
+      option: the option that names the folder, for the message: "--workdir".
+      may_change: keys that may change on resume; "data.path" is the key `path` of the object
+        `data`. Keys of records before the last one start with the stem of the file's name.
+      upgrade: upgrade(file name, stored record) -> the record as this version writes it.
+
+    Raises:
+      InputError: the folder holds something else.
+    """
+    folder = pathlib.Path(folder)
+    claim = list(records)[-1]
+    if not (folder / claim).is_file():
+        if has_foreign_files(folder, *(pathlib.Path(name).parts[0] for name in records)):
+            raise InputError(
+                f"{folder} holds something other than output of `{command}`: choose a new {option}"
+            )
+        return
+    for name, record in records.items():
+        prefix = "" if name == claim else pathlib.Path(name).stem
+        stored = read_json(folder / name) if (folder / name).is_file() else {}
+        if upgrade is not None:
+            stored = upgrade(name, stored)
+        before, now = _flatten(stored, prefix), _flatten(json.loads(json.dumps(record)), prefix)
+        for key in sorted((before | now).keys() - set(may_change)):
+            if before.get(key) != now.get(key):
+                old, new = (_shorten(values.get(key)) for values in (before, now))
+                raise InputError(
+                    f"{folder} holds output of `{command}` with {key} {old}, not {new}: choose "
+                    f"another {option} or repeat the command that started it"
+                )
+
+
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    if not isinstance(node, dict) or not node:
+        return {prefix: node}
+    parts = [_flatten(child, f"{prefix}.{key}".strip(".")) for key, child in node.items()]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _shorten(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes `value` as indented JSON, whole or not at all. NaN is refused (it is not JSON)."""
     with write_whole(path) as file:
         json.dump(value, file, indent=2, allow_nan=False)
         file.write("\n")
 
 
-def read_json(path):
+def read_json(path: str | os.PathLike[str]) -> Any:
     """Reads a JSON file."""
     return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))

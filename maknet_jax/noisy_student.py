@@ -1,17 +1,23 @@
 """`maknet noisy-student`: a teacher, then rounds of pseudo-labels and students (section 4.4).
 
     WORKDIR/round-0/        the teacher, a workdir of `maknet train`
-    WORKDIR/pseudo-N/       what round N-1 labelled, see `maknet pseudo-label`
+    WORKDIR/pseudo-N/       pseudo-labels by the network of round N-1, see `maknet pseudo-label`
     WORKDIR/round-N/        the student of round N
-    WORKDIR/table2.csv      and .md, .png: what each round reaches on the test sets
+    WORKDIR/table2.csv      and .md, .png: the metrics of each round on the test sets; beside the
+                            paper's if the labelled images are DeepLesion
 
-Every part goes on where it was, so the same command does: killed anywhere, it ends with the same
-numbers.
+Our choices, on which the paper is silent: the network of a round that labels and is evaluated is
+its checkpoint with the best validation AUC, and images without any pseudo-label are dropped.
+
+Every part resumes if interrupted, and so does the whole: killed anywhere and run again, it ends
+with the same numbers.
 """
 
 import pathlib
+from collections.abc import Sequence
 
 import jax
+import ml_collections
 
 from maknet_jax import console, evaluate, files, pseudo_label, train
 from maknet_jax.data import records
@@ -19,9 +25,10 @@ from maknet_jax.errors import InputError
 from maknet_jax.figures import charts
 from maknet_jax.runs import config as configs
 from maknet_jax.runs import workdir
-from maknet_jax.training import sharding
+from maknet_jax.runs.claim import claim
 
-FREE = ("rounds", "labelled", "unlabelled")  # what may differ when the rounds go on
+# May change on resume: more rounds may follow, and moved data keep their fingerprint.
+MAY_CHANGE = ("rounds", "labelled", "unlabelled")
 METRICS = ("auc", "f1", "precision", "recall")
 # Table 2: round -> AUC, F1, precision, recall on the text-mined, then on the hand-labelled set.
 PAPER = {
@@ -32,11 +39,11 @@ PAPER = {
     4: ((0.9064, 0.2108, 0.1554, 0.7042), (0.9164, 0.2904, 0.2226, 0.8273)),
     5: ((0.9112, 0.2275, 0.1735, 0.6583), (0.9102, 0.3086, 0.2466, 0.7654)),
 }
-SETS = {"test": 0, "hand": 1}  # which half of a row of the paper a split stands beside
+SETS = {"test": 0, "hand": 1}  # split -> its half of a row of `PAPER`
 
 
-def noisy_student(config, folder):
-    """Runs all rounds, or those that are left, and writes table 2.
+def noisy_student(config: ml_collections.ConfigDict, folder: pathlib.Path | str) -> dict:
+    """Runs all rounds, or the remaining ones, and writes table 2.
 
     Args:
       config: a locked config, see `configs/noisy_student.py`.
@@ -46,19 +53,26 @@ def noisy_student(config, folder):
       The summary (also in `summary.json`): the evaluations of all rounds and the files.
 
     Raises:
-      InputError: the config or the data do not fit, or the folder is another run's.
-      Stopped: SIGTERM or SIGINT; the same call goes on.
+      InputError: the config or the data do not fit, or the folder belongs to another run.
+      Stopped: SIGTERM or SIGINT; the same call resumes.
     """
     folder = pathlib.Path(folder)
-    pages = [_page(config, folder, number) for number in range(config.rounds + 1)]
-    _check(config, pages)
+    round_configs = [_round_config(config, folder, n) for n in range(config.rounds + 1)]
+    _check(config, round_configs)
+    paper = is_paper_data(records.open_dataset(config.labelled))
     main = jax.process_index() == 0
-    _claim(folder, config, write=main)
-    rounds = []
+    claim(
+        folder,
+        {"noisy_student.json": configs.to_json(config)},
+        command="maknet noisy-student",
+        option="--workdir",
+        may_change=MAY_CHANGE,
+    )
+    rounds: list[dict] = []
     with console.Log(folder / "log.jsonl" if main else None) as log:
-        for number, page in enumerate(pages):
+        for number, round_config in enumerate(round_configs):
             if number:
-                log.say(f"round {number} of {config.rounds}: pseudo-labels by round {number - 1}")
+                log.say(f"round {number} of {config.rounds}: pseudo-labels of round {number - 1}")
                 pseudo_label.pseudo_label(
                     folder / f"round-{number - 1}",
                     config.unlabelled,
@@ -70,13 +84,14 @@ def noisy_student(config, folder):
                     checkpoint=config.checkpoint,
                 )
             log.say(f"round {number} of {config.rounds}: {'student' if number else 'teacher'}")
-            train.train(page, folder / f"round-{number}")
+            train.train(round_config, folder / f"round-{number}")
             rounds.append(evaluate.evaluate(folder / f"round-{number}", splits=config.evaluate))
             if main:
-                _write_table(folder, rounds)  # what is reached can be read while it goes on
+                # Finished rounds can be read while the next one runs.
+                _write_table(folder, rounds, paper=paper)
     summary = {
         "workdir": str(folder),
-        "rounds": [{"step": done["step"], "splits": done["splits"]} for done in rounds],
+        "rounds": [{"step": each["step"], "splits": each["splits"]} for each in rounds],
         "files": [str(folder / f"table2.{suffix}") for suffix in ("csv", "md", "png")],
     }
     if main:
@@ -84,33 +99,31 @@ def noisy_student(config, folder):
     return summary
 
 
-def _check(config, pages):
-    """Refuses before the first round what a later part would refuse after it."""
+def _check(
+    config: ml_collections.ConfigDict, round_configs: Sequence[ml_collections.ConfigDict]
+) -> None:
+    """Raises before the first round what a later one would raise.
+
+    Raises:
+      InputError: a value, a data set or a split does not fit.
+    """
     if config.rounds < 0:
         raise InputError(f"config rounds {config.rounds} should be 0 or above")
     if config.checkpoint not in workdir.FOLDERS:
         raise InputError(f"config checkpoint {config.checkpoint!r} is unknown: choose best or last")
     pseudo_label.check_rule(config.top, config.threshold)
     labelled, unlabelled = map(records.open_dataset, (config.labelled, config.unlabelled))
-    if labelled.size != unlabelled.size:
-        raise InputError(
-            f"{unlabelled.path} has images of {unlabelled.size}, {labelled.path} of "
-            f"{labelled.size}: prepare one of them again"
-        )
-    given = labelled.info["splits"]
-    known = [name for name in evaluate.DEFAULT_SPLITS if name in given and given[name]["count"]]
-    if not config.evaluate and not known:
-        raise InputError(f"{labelled.path} has neither test nor hand: name splits in evaluate")
-    wanted = [(labelled, name) for name in config.evaluate] + [(unlabelled, config.split)]
-    for dataset, name in wanted:
-        if not dataset.split(name)["count"]:
-            raise InputError(f"split {name!r} of {dataset.path} is empty")
-    for page in pages:
-        train.check(page, labelled, jax.device_count())
+    records.check_size(unlabelled, labelled.size, str(labelled.path))
+    evaluate.splits_to_score(labelled, config.evaluate)
+    evaluate.splits_to_score(unlabelled, [config.split])
+    for round_config in round_configs:
+        configs.validate(round_config, labelled.size, jax.device_count())
 
 
-def _page(config, folder, number):
-    """The page of a round with its data, and the teacher's labels of the round before."""
+def _round_config(
+    config: ml_collections.ConfigDict, folder: pathlib.Path, number: int
+) -> ml_collections.ConfigDict:
+    """The config of a round with its data and the pseudo-labels of the previous round."""
     changes = [f"data.path={config.labelled}", f"seed={config.seed}"]
     if number:
         changes.append(f"pseudo.path={folder / f'pseudo-{number}'}")
@@ -120,61 +133,54 @@ def _page(config, folder, number):
     return configs.load(config.teacher, [*changes, *config.teacher_changes])
 
 
-def _claim(folder, config, *, write):
-    wanted = configs.to_json(config)
-    claim = folder / "noisy_student.json"
-    if claim.exists():
-        before = files.read_json(claim)
-        for key in sorted(before.keys() | wanted.keys()):
-            # More rounds may be asked for later; data that moved are known by their fingerprints.
-            if before.get(key) != wanted.get(key) and key not in FREE:
-                raise InputError(
-                    f"{folder} holds rounds with {key} {before.get(key)}, not {wanted.get(key)}: "
-                    "choose another --workdir or the same config"
-                )
-    elif files.holds_other(folder):
-        raise InputError(f"{folder} is no workdir of `maknet noisy-student`: choose a new one")
-    sharding.wait_for_all("looked")  # before the first one writes
-    if write:
-        files.write_json(claim, wanted)
-    sharding.wait_for_all("claimed")
-
-
-def table(rounds):
-    """(header, rows): each round's metrics on each set, and the paper's beside them.
+def table(rounds: Sequence[dict], *, paper: bool) -> tuple[list[str], list[list[str]]]:
+    """Table 2: the metrics of each round on each split.
 
     Args:
-      rounds: what `evaluate` returned, one a round.
+      rounds: the results of `evaluate`, one per round.
+      paper: add the paper's numbers for the splits and rounds that it reports.
+
+    Returns:
+      (header, rows), with the columns `test_auc`, `paper_test_auc` and so on.
     """
     splits = list(rounds[0]["splits"])
     header = ["round"]
     for split in splits:
-        header += [f"{split} {metric}" for metric in METRICS]
-        header += [f"paper {metric}" for metric in METRICS] if split in SETS else []
+        header += [f"{split}_{metric}" for metric in METRICS]
+        header += [f"paper_{split}_{metric}" for metric in METRICS if paper and split in SETS]
     rows = []
-    for number, done in enumerate(rounds):
+    for number, summary in enumerate(rounds):
         row = [f"{number} ({'student' if number else 'teacher'})"]
         for split in splits:
-            values = done["splits"][split]
-            row += ["-" if values[m] is None else f"{values[m]:.4f}" for m in METRICS]
-            if split in SETS:
-                paper = PAPER[number][SETS[split]] if number in PAPER else ()
-                row += [f"{value:.4f}" for value in paper] or ["-"] * len(METRICS)
+            values = summary["splits"][split]
+            row += [_cell(values[metric]) for metric in METRICS]
+            if paper and split in SETS:
+                published = PAPER[number][SETS[split]] if number in PAPER else [None] * len(METRICS)
+                row += map(_cell, published)
         rows.append(row)
     return header, rows
 
 
-def _write_table(folder, rounds):
-    header, rows = table(rounds)
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def is_paper_data(dataset: records.Dataset) -> bool:
+    """Whether the paper's numbers are comparable: DeepLesion's slices, not a generated phantom."""
+    return dataset.info["kind"] == "deeplesion" and not dataset.info.get("about", {}).get("phantom")
+
+
+def _write_table(folder: pathlib.Path, rounds: Sequence[dict], *, paper: bool) -> None:
+    header, rows = table(rounds, paper=paper)
     console.write_table(folder / "table2.csv", header, rows)
     with files.write_whole(folder / "table2.md") as file:
         file.write(console.markdown_table(header, rows))
-    lines = {}
-    for split in rounds[0]["splits"]:
-        lines[split] = [done["splits"][split] for done in rounds]
-    paper = {
+    lines = {
+        split: [summary["splits"][split] for summary in rounds] for split in rounds[0]["splits"]
+    }
+    published = {
         split: [dict(zip(METRICS, PAPER[n][half], strict=True)) for n in PAPER if n < len(rounds)]
         for split, half in SETS.items()
-        if split in lines
+        if paper and split in lines
     }
-    charts.write_rounds(folder / "table2.png", lines, paper, metrics=("auc", "f1"))
+    charts.write_rounds(folder / "table2.png", lines, published, metrics=("auc", "f1"))

@@ -1,105 +1,103 @@
 """`maknet predict`: any folder of CT -> body parts per slice and per series."""
 
-import concurrent.futures
+import functools
 import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
 from maknet_jax import console, files
-from maknet_jax.ct import preprocess, volumes
+from maknet_jax.ct import preprocess, search, volumes
+from maknet_jax.ct.read_ahead import read_ahead
 from maknet_jax.errors import InputError, Rejected
-from maknet_jax.evaluation import protocol
+from maknet_jax.evaluation import metrics, protocol
 from maknet_jax.figures.charts import write_label_chart
 from maknet_jax.runs import workdir
+from maknet_jax.training import sharding
 
 SLICE_COLUMNS = ("series", "slice", "file", "labels", "confidences", "thresholds")
 SERIES_COLUMNS = ("series", "label", "first_slice", "last_slice", "slices", "mean_confidence")
+MIN_CHART_SLICES = 3  # a chart of a shorter series shows nothing
 
 
 def predict(
-    folder,
-    path,
-    out,
+    folder: str | pathlib.Path,
+    path: str | pathlib.Path,
+    out: str | pathlib.Path,
     *,
-    png_window=None,
-    checkpoint="best",
-    batch_size=16,
-    as_json=False,
-    charts=False,
-):
-    """Labels every slice of every CT series under `path`.
+    png_window: tuple[float, float] | None = None,
+    checkpoint: str = "best",
+    batch_size: int = 16,
+    as_json: bool = False,
+    charts: bool = False,
+) -> dict[str, Any]:
+    """Predicts the labels of every slice of every CT series under `path`.
 
-    Each slice is the middle of a triplet with its neighbours; at the ends the edge is repeated.
-    Labels are those whose confidence reaches their threshold (chosen in training), and their
-    parents, the most confident first.
+    Each slice is the middle of a triplet with its neighbours; at the ends the edge slice repeats. A
+    label is predicted if its confidence reaches its threshold (chosen in training) or if it is a
+    parent of a predicted label. Labels are listed by decreasing confidence.
 
     Args:
       folder: the workdir of `maknet train`.
       path: a file or a folder of DICOM, NIfTI or PNG.
-      out: the CSV of slices; `STEM.series.csv`, `STEM.summary.json`, `STEM.log.jsonl` and, where
-        inputs could not be read, `STEM.failures.csv` stand beside it. One slice that cannot be read
-        takes its series with it: its neighbours would not be neighbours.
-      png_window: (low, high) HU of 8-bit PNGs.
+      out: the CSV of slices. `STEM.series.csv`, `STEM.summary.json` and `STEM.log.jsonl` are
+        written beside it, and `STEM.failures.csv` if inputs were rejected. One unreadable slice
+        rejects its whole series.
+      png_window: (low, high) HU that 0 and 255 of 8-bit PNGs stand for.
       checkpoint: "best" or "last".
-      batch_size: slices a step.
-      as_json: write `STEM.json` with all confidences too.
+      batch_size: slices per step.
+      as_json: also write `STEM.json` with all confidences.
       charts: draw `STEM.NNN.png` for each series: its labels from head to feet.
 
     Returns:
-      The summary: counts, files, and the series with what they cover.
+      The summary: counts, files, and for each series the range of slices of each label.
 
     Raises:
-      InputError: nothing could be labelled.
+      InputError: `out` is not a CSV file, or no series could be read.
     """
     out = pathlib.Path(out)
     if out.suffix != ".csv" or out.is_dir():
-        raise InputError(f"--out {out} should be a file that ends in .csv: others take its stem")
-    found, failures = volumes.find_series(path)
+        raise InputError(f"--out {out} should be a file whose name ends in .csv")
+    found, failures = search.find_series(path)
     if not found:
         reason = f": {failures[0][0]}: {failures[0][1]}" if failures else ""
-        raise InputError(f"no series in {path} can be read (DICOM, NIfTI or PNG){reason}")
+        raise InputError(f"{path} holds no readable series of DICOM, NIfTI or PNG{reason}")
     run = workdir.open_run(folder, checkpoint_name=checkpoint)
-    slices, covers, full, pictures, done = [], [], [], [], 0
-    # The next series is read while this one is labelled.
-    with (
-        concurrent.futures.ThreadPoolExecutor(1) as reader,
-        console.progress("predict", sum(ref.count for ref in found)) as advance,
-    ):
-        loading = None
-        for number, ref in enumerate(found):
-            loading = loading or reader.submit(volumes.load_series, ref, png_window=png_window)
+    slice_rows: list[tuple] = []
+    series_rows: list[tuple] = []
+    confidences: list[dict[str, Any]] = []
+    chart_files: list[pathlib.Path] = []
+    done = 0
+    load = functools.partial(volumes.load_series, png_window=png_window)
+    with console.progress("predict", sum(ref.count for ref in found)) as advance:
+        for ref, content in read_ahead(load, found):
             try:
-                volume = loading.result()
+                volume = content.result()
             except Rejected as error:
                 failures.append((ref.paths[0], str(error)))
-                volume = None
-            following = found[number + 1 : number + 2]
-            loading = None
-            if following:
-                loading = reader.submit(volumes.load_series, following[0], png_window=png_window)
-            if volume is None:
                 continue
             scores = score_volume(run, volume, batch_size, png_window, advance)
-            chosen = choose(run, scores)
-            slices += _slice_rows(run, volume, scores, chosen)
-            covers += _cover(run, volume, scores, chosen)
-            if charts and len(scores) > 2:  # along fewer slices there is nothing to see
-                pictures.append(out.with_suffix(f".{done:03d}.png"))
+            predicted = predict_labels(run, scores)
+            slice_rows += _slice_rows(run, volume, scores, predicted)
+            series_rows += _series_rows(run, volume, scores, predicted)
+            if charts and len(scores) >= MIN_CHART_SLICES:
+                chart = out.with_suffix(f".{done:03d}.png")
                 title = f"{volume.series}: {pathlib.Path(folder).name}, step {run.step}"
-                write_label_chart(pictures[-1], scores, chosen, run.vocabulary.names, title=title)
+                write_label_chart(chart, scores, predicted, run.vocabulary.names, title=title)
+                chart_files.append(chart)
             done += 1
             if as_json:
-                confidences = np.round(scores, 4).tolist()
                 names = {"series": volume.series, "slices": list(volume.slices)}
-                full.append(names | {"confidences": confidences})
-    if not slices:
-        raise InputError(f"no series in {path} could be read: {failures[0][1]}")
-    console.write_table(out, SLICE_COLUMNS, slices)
-    console.write_table(out.with_suffix(".series.csv"), SERIES_COLUMNS, covers)
-    written = [out, out.with_suffix(".series.csv"), *pictures]
+                confidences.append(names | {"confidences": np.round(scores, 4).tolist()})
+    if not slice_rows:
+        raise InputError(f"{path} holds no readable series: {failures[0][0]}: {failures[0][1]}")
+    console.write_table(out, SLICE_COLUMNS, slice_rows)
+    console.write_table(out.with_suffix(".series.csv"), SERIES_COLUMNS, series_rows)
+    written = [out, out.with_suffix(".series.csv"), *chart_files]
     if as_json:
-        about = {"labels": run.vocabulary.names, "thresholds": run.thresholds.tolist()}
-        files.write_json(out.with_suffix(".json"), {**about, "series": full})
+        labels = {"labels": run.vocabulary.names, "thresholds": run.thresholds.tolist()}
+        files.write_json(out.with_suffix(".json"), labels | {"series": confidences})
         written.append(out.with_suffix(".json"))
     failures_file = out.with_suffix(".failures.csv")
     console.write_failures(failures_file, failures)
@@ -108,11 +106,11 @@ def predict(
         "checkpoint": run.name,
         "step": run.step,
         "series": done,
-        "slices": len(slices),
+        "slices": len(slice_rows),
         "failures": len(failures),
         "failures_file": str(failures_file) if failures else None,
         "files": [str(file) for file in written],
-        "covers": [dict(zip(SERIES_COLUMNS, row, strict=True)) for row in covers],
+        "covers": [dict(zip(SERIES_COLUMNS, row, strict=True)) for row in series_rows],
     }
     files.write_json(out.with_suffix(".summary.json"), summary)
     with console.Log(out.with_suffix(".log.jsonl")) as log:
@@ -120,19 +118,25 @@ def predict(
     return summary
 
 
-def score_volume(run, volume, batch_size=16, png_window=None, advance=lambda count: None):
+def score_volume(
+    run: workdir.Run,
+    volume: volumes.Volume,
+    batch_size: int = 16,
+    png_window: tuple[float, float] | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> np.ndarray:
     """Confidences of all slices of a volume: float32 `[Z, K]`.
 
     Args:
-      run: a `workdir.Run`.
-      volume: a `volumes.Volume`.
-      batch_size: slices a step; rounded up to the devices.
-      png_window: (low, high) in HU of 8-bit pictures.
-      advance: advance(count) after each batch.
+      run: the trained network.
+      volume: the CT, from head to feet.
+      batch_size: slices per step; rounded up to a multiple of the devices.
+      png_window: (low, high) HU that 0 and 255 of 8-bit PNGs stand for.
+      advance: called with the number of slices after each batch.
     """
-    size = run.config.data.size
+    size = run.size
     threshold = preprocess.body_threshold(volume.hu, png_window)
-    batch_size = workdir.global_batch(batch_size)
+    batch_size = sharding.round_up_to_devices(batch_size)
     scores = []
     for start in range(0, len(volume.hu), batch_size):
         centres = range(start, min(start + batch_size, len(volume.hu)))
@@ -141,37 +145,43 @@ def score_volume(run, volume, batch_size=16, png_window=None, advance=lambda cou
             around = preprocess.neighbours(volume.hu, centre)
             images[row], _ = preprocess.make_triplet(around, size, threshold=threshold)
         logits = run.predict(run.variables, {"image": images})["logits"][: len(centres)]
-        scores.append(0.5 * (1.0 + np.tanh(0.5 * logits)))
+        scores.append(metrics.sigmoid(logits))
         advance(len(centres))
     return np.concatenate(scores)
 
 
-def choose(run, scores):
-    """Which labels are given: bool `[Z, K]`, at their thresholds and with their parents."""
+def predict_labels(run: workdir.Run, scores: np.ndarray) -> np.ndarray:
+    """Confidences `[Z, K]` -> bool `[Z, K]`: labels that reach their threshold, and parents."""
     predicted = protocol.predict(scores, run.thresholds)
     return protocol.add_parents(predicted, run.vocabulary.parents)
 
 
-def _slice_rows(run, volume, scores, chosen):
+def _slice_rows(
+    run: workdir.Run, volume: volumes.Volume, scores: np.ndarray, predicted: np.ndarray
+) -> Iterator[tuple]:
+    """Yields the `SLICE_COLUMNS` of each slice."""
     names = run.vocabulary.names
     for number, name in enumerate(volume.slices):
-        given = sorted(np.flatnonzero(chosen[number]), key=lambda k: -scores[number, k])
+        columns = sorted(np.flatnonzero(predicted[number]), key=lambda k: -scores[number, k])
         yield (
             volume.series,
             number,
             name,
-            "|".join(names[k] for k in given),
-            "|".join(f"{scores[number, k]:.3f}" for k in given),
-            "|".join(f"{run.thresholds[k]:.1f}" for k in given),
+            "|".join(names[k] for k in columns),
+            "|".join(f"{scores[number, k]:.3f}" for k in columns),
+            "|".join(f"{run.thresholds[k]:.1f}" for k in columns),
         )
 
 
-def _cover(run, volume, scores, chosen):
-    """For each label of a series: the slices between which it lies, from the head on."""
+def _series_rows(
+    run: workdir.Run, volume: volumes.Volume, scores: np.ndarray, predicted: np.ndarray
+) -> list[tuple]:
+    """The `SERIES_COLUMNS` of each predicted label, sorted by its first slice."""
     rows = []
     for column, name in enumerate(run.vocabulary.names):
-        at = np.flatnonzero(chosen[:, column])
-        if len(at):
-            mean = float(scores[at, column].mean())
-            rows.append((volume.series, name, int(at[0]), int(at[-1]), len(at), round(mean, 4)))
+        slices = np.flatnonzero(predicted[:, column])
+        if len(slices):
+            first, last = int(slices[0]), int(slices[-1])
+            mean = round(float(scores[slices, column].mean()), 4)
+            rows.append((volume.series, name, first, last, len(slices), mean))
     return sorted(rows, key=lambda row: (row[2], row[3]))

@@ -1,69 +1,43 @@
 """`maknet prepare`: CT and labels -> records (paper, sections 2 and 4.1)."""
 
-import dataclasses
+import os
 import pathlib
-
-import numpy as np
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from maknet_jax import console, files
-from maknet_jax.ct import preprocess, pseudonym, volumes
-from maknet_jax.data import deeplesion, labels, lesions, records, shards, table
-from maknet_jax.errors import InputError, Rejected
+from maknet_jax.ct import pseudonym, search
+from maknet_jax.data import (
+    deeplesion,
+    key_slices,
+    labels,
+    lesions,
+    records,
+    shards,
+    table,
+    triplets,
+)
+from maknet_jax.errors import InputError
 from maknet_jax.figures import contact_sheet
 
 _SHOWN = 24  # records on the contact sheet
 
 
-@dataclasses.dataclass(frozen=True)
-class _KeySlice:
-    """One record of DeepLesion: a key slice and the labels of one lesion on it."""
-
-    id: str
-    path: str
-    labels: bytes
-    label_mask: bytes
-    meta: tuple
-    size: int
-    count: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class _Series:
-    """The records of one unlabelled volume."""
-
-    ref: volumes.SeriesRef
-    salt: str
-    size: int
-    count: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _TableVolume:
-    """The rows of a table that name slices of one file or folder."""
-
-    path: str
-    rows: tuple[table.Row, ...]
-    labels: tuple[bytes, ...]
-    png_window: tuple[float, float] | None
-    size: int
-    count: int
-
-
 def prepare_deeplesion(
-    images,
-    info,
-    out,
+    images: str | os.PathLike[str],
+    info: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     *,
-    label_file=None,
-    hand_labels=None,
-    ontology=None,
-    patches=False,
-    size=256,
-    workers=1,
-):
-    """DeepLesion's key slices with LesaNet's body-part labels; every lesion is one record.
+    label_file: str | os.PathLike[str] | None = None,
+    hand_labels: str | os.PathLike[str] | None = None,
+    ontology: str | os.PathLike[str] | None = None,
+    patches: bool = False,
+    size: int = 256,
+    workers: int = 1,
+) -> dict[str, Any]:
+    """Prepares DeepLesion's key slices with LesaNet's body-part labels, one record per lesion.
 
-    Without `label_file` each key slice, or lesion, becomes one record of the split `unlabelled`.
+    Without `label_file` each key slice (or lesion) is one record of the split `unlabelled`.
 
     Args:
       images: the folder of 16-bit PNGs, nested (`000001_01_01/109.png`) or flat.
@@ -72,55 +46,46 @@ def prepare_deeplesion(
       label_file: LesaNet's text-mined labels and split (JSON).
       hand_labels: LesaNet's hand-labelled test set (JSON).
       ontology: LesaNet's ontology (xlsx).
-      patches: patches around the lesions with all 171 labels, for LesaNet, see `data.lesions`.
-      size: the edge S of the images; of patches in mm.
+      patches: write patches around the lesions with all 171 labels, for LesaNet; see
+        `data.lesions`.
+      size: the edge S of the images in pixels; of patches in mm.
       workers: processes.
 
     Returns:
-      The summary: counts beside the paper's, and where the files are.
+      The summary: counts, the paper's counts, and the paths of the files.
 
     Raises:
-      InputError: see `deeplesion.number_lesions`; an input is missing; `out` is taken.
+      InputError: an input is missing, lesions cannot be numbered (`deeplesion.number_lesions`), or
+        `out` is in use.
     """
     images = pathlib.Path(images)
     _check(out, size, step=8 if patches else 32)
     if not images.is_dir():
-        raise InputError(f"--images {images} is no folder: see data/README.md for DeepLesion")
+        raise InputError(
+            f"--images {images} is not a folder: data/README.md says how to get DeepLesion"
+        )
     if (label_file is None) != (ontology is None) or (hand_labels and not label_file):
         raise InputError("--labels and --ontology belong together, and --hand-labels needs both")
     rows = deeplesion.read_info(info)
-    if label_file is None:
-        vocabulary, about = labels.Vocabulary(()), {}
-        chosen = {f"{row.slice_id}#{row.row + 1}" if patches else row.slice_id: row for row in rows}
-        wanted = [("unlabelled", name, row, (b"", b""), {}) for name, row in chosen.items()]
+    vocabulary = labels.Vocabulary(())
+    about: dict[str, Any] = {}
+    if label_file is None or ontology is None:
+        plans = key_slices.plan_unlabelled(rows, patches=patches)
     else:
-        given = (label_file, hand_labels, ontology)
-        vocabulary, labelled, about = _label_rows(rows, *given, patches=patches)
-        wanted = [
-            (
-                lesion.split,
-                f"{lesion.lesion.slice_id}#{lesion.lesion_idx}",
-                lesion.lesion,
-                _vectors(vocabulary, lesion),
-                {"lesion_idx": lesion.lesion_idx},
-            )
-            for lesion in labelled
-        ]
-    splits, missing = {split: [] for split, *_ in wanted}, []
-    for split, record, row, vectors, meta in wanted:
-        path = deeplesion.find_image(images, row.file_name)
-        if path is None:
-            missing.append((row.file_name, f"image of {record} ({split}) is not under {images}"))
-            continue
-        meta = {"file": row.file_name, "slice_box": row.box, "spacing": row.spacing, **meta}
-        splits[split].append(_KeySlice(record, str(path), *vectors, tuple(meta.items()), size))
+        vocabulary, labelled, about = _read_labels(
+            rows, label_file, hand_labels, ontology, patches=patches
+        )
+        plans = key_slices.plan_labelled(labelled, vocabulary)
+    splits, missing = key_slices.plan_units(plans, images, size)
     if not any(splits.values()):
-        raise InputError(f"none of the {len(wanted)} images is under {images}: check --images")
+        raise InputError(f"none of the {len(plans)} images is under {images}: check --images")
     about["images_missing"] = len(missing)
+    if (pathlib.Path(info).absolute().parents[1] / "phantom.json").is_file():
+        about["phantom"] = True  # generated: results are not comparable with the paper's
     return _write(
         out,
         splits,
-        _make_lesion if patches else _make_key_slice,
+        key_slices.make_lesion if patches else key_slices.make_key_slice,
         kind="lesions" if patches else "deeplesion",
         size=size,
         vocabulary=vocabulary,
@@ -130,111 +95,85 @@ def prepare_deeplesion(
     )
 
 
-def _label_rows(rows, label_file, hand_labels, ontology, *, patches):
+def _read_labels(
+    rows: Sequence[deeplesion.Lesion],
+    label_file: str | os.PathLike[str],
+    hand_labels: str | os.PathLike[str] | None,
+    ontology: str | os.PathLike[str],
+    *,
+    patches: bool,
+) -> tuple[labels.Vocabulary, list[deeplesion.LabelledLesion], dict[str, Any]]:
+    """(vocabulary, labelled lesions, what `dataset.json` says about them)."""
     mined = deeplesion.read_mined_labels(label_file)
     hand = deeplesion.read_hand_labels(hand_labels) if hand_labels else None
     terms = labels.read_ontology(ontology)
-    labels.ontology_vocabulary(terms, mined.terms)  # checks that all are known
-    kept = [term for term in mined.terms if patches or terms[term].label_class == "bodypart"]
-    vocabulary = labels.ontology_vocabulary(terms, kept)
+    labels.ontology_vocabulary(terms, mined.terms)  # raises if a term is unknown
+    names = [term for term in mined.terms if patches or terms[term].label_class == "bodypart"]
+    vocabulary = labels.ontology_vocabulary(terms, names)
     numbering = deeplesion.number_lesions(rows, mined)
-    found, counts = deeplesion.label_lesions(numbering, mined, hand, vocabulary, doubtful=patches)
+    labelled, counts = deeplesion.label_lesions(
+        numbering, mined, hand, vocabulary, uncertain_unknown=patches
+    )
     about = {"numbering": numbering.reason, "label_counts": counts}
+    about["direct_parents"] = {
+        name: [parent for parent in terms[name].parents if parent in vocabulary.index]
+        for name in vocabulary.names
+    }
     # The paper counts lesions with a body part only.
     about["paper_counts"] = dict.fromkeys(counts, "-") if patches else deeplesion.PAPER_COUNTS
-    return vocabulary, found, about
+    return vocabulary, labelled, about
 
 
-def _vectors(vocabulary, lesion):
-    """Labels and mask of a lesion as LesaNet has them.
-
-    The truth is what the reports say, ancestors not added (the mined lists bring most of them).
-    Uncertain labels and their ancestors are unknown, but for those that are sure after all and
-    those that a sure one excludes.
-    """
-    sure = set(lesion.names)
-    unknown = [
-        name
-        for name in vocabulary.with_ancestors(lesion.unknown)
-        if name in vocabulary.index and name not in sure and not vocabulary.excludes(name, sure)
-    ]
-    return vocabulary.vector(lesion.names).tobytes(), (1 - vocabulary.vector(unknown)).tobytes()
-
-
-def _make_key_slice(unit):
-    try:
-        volume, centre = volumes.load_series_of(unit.path)
-    except (Rejected, InputError) as error:
-        return shards.Made(failures=((unit.path, str(error)),))
-    slices = preprocess.neighbours(volume.hu, centre)
-    image, box = preprocess.make_triplet(slices, unit.size)
-    meta = dict(unit.meta) | {"crop": box}
-    example = _example(unit.id, image, unit.labels, unit.label_mask, meta)
-    return shards.Made((example,), counters={"neighbours repeated": 3 - len(volume.hu)})
-
-
-def _make_lesion(unit):
-    meta = dict(unit.meta)
-    try:  # DL_info counts pixels from 1
-        made = lesions.patch_of_png(
-            unit.path, [place - 1 for place in meta["slice_box"]], meta["spacing"], unit.size
-        )
-    except (Rejected, InputError) as error:
-        return shards.Made(failures=((unit.path, str(error)),))
-    image, meta["box"], repeated = made
-    example = _example(unit.id, image, unit.labels, unit.label_mask, meta)
-    return shards.Made((example,), counters={"neighbours repeated": repeated})
-
-
-def _example(record_id, image, vector, mask, meta):
-    vector = np.frombuffer(vector, np.uint8)
-    mask = np.frombuffer(mask, np.uint8)
-    return records.encode(records.Example(record_id, image, vector, mask, meta)), vector
-
-
-def prepare_dicom(folder, out, *, salt_file=None, min_slices=51, size=256, workers=1):
-    """Folders of DICOM or NIfTI -> unlabelled triplets without overlap (paper, section 4.1).
+def prepare_dicom(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    salt_file: str | os.PathLike[str] | None = None,
+    min_slices: int = 51,
+    size: int = 256,
+    workers: int = 1,
+) -> dict[str, Any]:
+    """Prepares folders of DICOM or NIfTI as unlabelled triplets without overlap (section 4.1).
 
     Args:
-      folder: a file or a tree of CT.
+      folder: a file or a folder tree of CT.
       out: the folder to write.
-      salt_file: the secret that ids are made with; made where it does not exist. None takes
+      salt_file: the secret key of the ids, created if absent; None means
         `~/.config/maknet/salt`. It is never written into the records.
-      min_slices: smaller volumes are left out, counted (the paper keeps more than 50 slices).
-      size: the edge S of the images.
+      min_slices: smaller volumes are dropped, counted and listed in `failures.csv`. The paper
+        uses volumes of more than 50 slices. That a series with one unreadable slice is dropped
+        whole is our choice.
+      size: the edge S of the images in pixels.
       workers: processes.
 
     Returns:
       The summary.
 
     Raises:
-      InputError: nothing usable is there, or `out` is taken.
+      InputError: `folder` contains no usable series, or `out` is in use.
     """
     _check(out, size)
-    found, failures = volumes.find_series(folder, workers=workers)
-    small = [ref for ref in found if ref.count < min_slices]
-    kept = [ref for ref in found if ref.count >= min_slices]
-    if not kept:
-        why = f"{len(found)} series found, {len(small)} of fewer than {min_slices} slices, "
+    series, failures = search.find_series(folder, workers=workers)
+    small = [ref for ref in series if ref.count < min_slices]
+    usable = [ref for ref in series if ref.count >= min_slices]
+    if not usable:
+        why = f"{len(series)} series found, {len(small)} of fewer than {min_slices} slices, "
         first = f"; the first: {failures[0][0]}: {failures[0][1]}" if failures else ""
         raise InputError(f"no usable series in {folder}: {why}{len(failures)} unreadable{first}")
     salt = pseudonym.read_salt(salt_file, log=console.Log())
-    units = [
-        _Series(ref, salt, size, len(preprocess.centres(ref.count, overlap=False))) for ref in kept
-    ]
     about = {
-        "series": len(kept),
+        "series": len(usable),
         "min_slices": min_slices,
         "series_too_small": len(small),
         "series_unreadable": len(failures),
     }
     failures += [
-        (ref.paths[0], f"{ref.count} slices, --min-slices asks for {min_slices}") for ref in small
+        (ref.paths[0], f"{ref.count} slices, fewer than --min-slices {min_slices}") for ref in small
     ]
     return _write(
         out,
-        {"unlabelled": units},
-        _make_series,
+        {"unlabelled": triplets.plan_series(usable, salt, size)},
+        triplets.make_series,
         kind="dicom",
         size=size,
         vocabulary=labels.Vocabulary(()),
@@ -244,112 +183,92 @@ def prepare_dicom(folder, out, *, salt_file=None, min_slices=51, size=256, worke
     )
 
 
-def _make_series(unit):
-    try:
-        volume = volumes.load_series(unit.ref)
-    except Rejected as error:
-        return shards.Made(failures=((unit.ref.paths[0], str(error)),))
-    series = pseudonym.pseudonym(unit.salt, volume.series)
-    examples = []
-    for centre in preprocess.centres(len(volume.hu), overlap=False):
-        slices = preprocess.neighbours(volume.hu, centre)
-        image, box = preprocess.make_triplet(slices, unit.size)
-        meta = {"series": series, "slice": centre, "slices": len(volume.hu), "crop": box}
-        meta["spacing"] = [None if np.isnan(x) else float(x) for x in volume.spacing]
-        name = f"{series}-{pseudonym.pseudonym(unit.salt, volume.uids[centre])}"
-        examples.append(_example(name, image, b"", b"", meta))
-    left = len(volume.hu) - 3 * len(examples)
-    return shards.Made(tuple(examples), counters={"slices left over": left})
-
-
-def prepare_table(csv_file, out, *, png_window=None, size=256, workers=1):
-    """Your own labelled slices: a CSV of `path, labels, split[, slice, patient]`.
+def prepare_table(
+    csv_file: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    png_window: tuple[float, float] | None = None,
+    size: int = 256,
+    workers: int = 1,
+) -> dict[str, Any]:
+    """Prepares your own labelled slices from a CSV of `path, labels, split[, slice, patient]`.
 
     Args:
       csv_file: the table; paths are relative to its folder (see `data.table`).
       out: the folder to write.
-      png_window: (low, high) HU of 8-bit PNGs.
-      size: the edge S of the images.
+      png_window: (low, high) in HU of 8-bit PNGs.
+      size: the edge S of the images in pixels.
       workers: processes.
 
     Returns:
       The summary.
 
     Raises:
-      InputError: the table breaks a rule, or `out` is taken.
+      InputError: the table is invalid, or `out` is in use.
     """
     _check(out, size)
     rows, vocabulary = table.read_table(csv_file)
-    grouped = {}
-    for row in rows:
-        grouped.setdefault((row.split, row.path), []).append(row)
-    splits = {split: [] for split in dict.fromkeys(row.split for row in rows)}
-    for (split, path), members in grouped.items():
-        vectors = tuple(vocabulary.vector(row.labels).tobytes() for row in members)
-        splits[split].append(
-            _TableVolume(path, tuple(members), vectors, png_window, size, len(members))
-        )
-    about = {"rows": len(rows), "png_window": png_window}
     return _write(
         out,
-        splits,
-        _make_table_volume,
+        triplets.plan_table(rows, vocabulary, png_window, size),
+        triplets.make_table_volume,
         kind="table",
         size=size,
         vocabulary=vocabulary,
-        about=about,
+        about={"rows": len(rows), "png_window": png_window},
         workers=workers,
     )
 
 
-def _make_table_volume(unit):
-    try:
-        volume, named = volumes.load_series_of(unit.path, png_window=unit.png_window)
-    except (Rejected, InputError) as error:
-        return shards.Made(failures=tuple((row.where, str(error)) for row in unit.rows))
-    threshold = preprocess.body_threshold(volume.hu, unit.png_window)
-    examples, failures = [], []
-    for row, vector in zip(unit.rows, unit.labels, strict=True):
-        try:
-            centre = table.slice_index(row, volume, named)
-        except InputError as error:
-            failures.append((row.where, str(error)))
-            continue
-        slices = preprocess.neighbours(volume.hu, centre)
-        image, box = preprocess.make_triplet(slices, unit.size, threshold=threshold)
-        meta = {"line": row.line, "slice": centre, "slices": len(volume.hu), "crop": box}
-        examples.append(_example(f"line-{row.line:06d}", image, vector, b"\1" * len(vector), meta))
-    return shards.Made(tuple(examples), tuple(failures))
-
-
-def _check(out, size, step=32):
-    # Before anything is read: a tree of CT can take long to look through.
+def _check(out: str | os.PathLike[str], size: int, step: int = 32) -> None:
+    # Called before anything is read, because searching a tree of CT can take long.
     if size % step:
-        why = "networks halve five times" if step == 32 else "as LesaNet's 120"
+        why = "networks halve it five times" if step == 32 else "as LesaNet's 120 is"
         raise InputError(f"--size {size} should be a multiple of {step}: {why}")
     shards.check_unfinished(out)
 
 
-def _write(out, splits, make, *, failures=(), missing=(), **plan):
+def _write(
+    out: str | os.PathLike[str],
+    splits: Mapping[str, Sequence[shards.AnyUnit]],
+    make: Callable[[shards.AnyUnit], shards.UnitResult],
+    *,
+    kind: str,
+    size: int,
+    vocabulary: labels.Vocabulary,
+    about: dict[str, Any],
+    workers: int,
+    failures: Sequence[tuple[str, str]] = (),
+    missing: Sequence[tuple[str, str]] = (),
+) -> dict[str, Any]:
+    """Writes the shards, the contact sheet and the reports; returns the summary."""
     out = pathlib.Path(out)
-    units = sum(map(len, splits.values()))
-    with console.progress(f"prepare {plan['kind']}", units) as advance:
-        info, new = shards.write_shards(out, splits, make, advance=advance, **plan)
-    failures = [*failures, *new]
-    if plan["kind"] == "lesions":
+    with console.progress(f"prepare {kind}", sum(map(len, splits.values()))) as advance:
+        info, rejected = shards.write_shards(
+            out,
+            splits,
+            make,
+            kind=kind,
+            size=size,
+            vocabulary=vocabulary,
+            about=about,
+            workers=workers,
+            advance=advance,
+        )
+    failures = [*failures, *rejected]
+    if kind == "lesions":
         info["crop"] = lesions.RULE
-    names = plan["vocabulary"].names
-    examples = contact_sheet.sample(records.Dataset(out, info), _SHOWN)
-    contact_sheet.write_contact_sheet(out / "contact_sheet.png", examples, names)
+    examples = records.Dataset(out, info).sample(_SHOWN)
+    contact_sheet.write_contact_sheet(out / "contact_sheet.png", examples, vocabulary.names)
     console.write_failures(out / "failures.csv", failures)
     console.write_failures(out / "missing.csv", missing)
     summary = {
         "out": str(out),
         "records": {name: split["count"] for name, split in info["splits"].items()},
-        "labels": len(names),
+        "labels": len(vocabulary),
         "failures": len(failures),
         "counters": info["counters"],
-        "about": plan["about"],
+        "about": about,
     }
     files.write_json(out / "summary.json", summary)
     with console.Log(out / "log.jsonl") as log:
@@ -358,8 +277,8 @@ def _write(out, splits, make, *, failures=(), missing=(), **plan):
     return summary
 
 
-def describe(summary):
-    """A few lines for a person: what was made, beside the paper's counts where there are any."""
+def describe(summary: dict[str, Any]) -> str:
+    """The summary as a few lines of text, with the paper's counts if it has any."""
     lines = []
     about = summary["about"]
     if "numbering" in about:
@@ -367,10 +286,10 @@ def describe(summary):
         header = ["split", "labelled", "no row", "noisy", "no image", "records", "paper"]
         rows = []
         for split, counts in about["label_counts"].items():
-            made = summary["records"].get(split, 0)
+            written = summary["records"].get(split, 0)
             first = [counts[name] for name in ("labelled", "without_row", "noisy")]
-            absent = counts["kept"] - made
-            rows.append([split, *first, absent, made, about["paper_counts"][split]])
+            absent = counts["kept"] - written
+            rows.append([split, *first, absent, written, about["paper_counts"][split]])
         lines.append(console.format_table(header, rows))
     else:
         lines += [f"{split}: {count} records" for split, count in summary["records"].items()]

@@ -1,55 +1,70 @@
-"""`maknet pseudo-label`: a teacher labels images that nobody labelled (paper, section 4.2)."""
+"""`maknet pseudo-label`: a teacher labels unlabelled images (paper, section 4.2).
 
+The paper states the rule (the 15 most confident labels, confidence above 0.5, exclusive relations).
+Our choices, on which it is silent: images without any pseudo-label are dropped, and the teacher is
+its checkpoint with the best validation AUC.
+"""
+
+import dataclasses
 import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
 
 from maknet_jax import console, files
 from maknet_jax.data import pipeline, pseudo_labels, records
+from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError
+from maknet_jax.evaluation import metrics
 from maknet_jax.figures import charts
 from maknet_jax.runs import workdir
+from maknet_jax.runs.claim import claim
 from maknet_jax.training import sharding, transfer
 
-# Thresholds of the sweep: what each of them would keep is counted beside the one that was used.
+# May change on resume: a moved teacher or data set keeps its digest or fingerprint.
+MAY_CHANGE = ("teacher", "records")
+T = TypeVar("T")
+# Thresholds for which the number of labels is counted too, for comparison.
 SWEEP = tuple(round(0.1 * tenth, 1) for tenth in range(1, 10))
 
 
 def pseudo_label(
-    folder,
-    data,
-    out,
+    folder: pathlib.Path | str,
+    data: pathlib.Path | str,
+    out: pathlib.Path | str,
     *,
-    split="unlabelled",
-    top=15,
-    threshold=0.5,
-    soft=False,
-    checkpoint="best",
-    batch_size=None,
-    truth=False,
-    devices=None,
-):
-    """Labels the images of a prepared data set; resumable, shard by shard.
+    split: str = "unlabelled",
+    top: int = 15,
+    threshold: float = 0.5,
+    soft: bool = False,
+    checkpoint: str = "best",
+    batch_size: int | None = None,
+    truth: bool = False,
+    devices: Sequence[jax.Device] | None = None,
+) -> dict:
+    """Labels the images of a prepared data set; an interrupted call resumes shard by shard.
 
-    Noise is off. Every process labels its own shards on its own devices, so that hosts never wait
-    for each other; the last one to finish is waited for. The bytes of the label shards are the same
-    for one kind of device and one batch a device; elsewhere confidences differ in the last digits
-    of the precision that the teacher computes in, and labels only of images that are counted as
-    `close`.
+    Noise is off. Every process labels its own shards on its own devices; processes wait for each
+    other at the end only. For one kind of device and one batch size per device the label shards are
+    reproduced bit for bit. Otherwise confidences differ in the last digits of the teacher's
+    precision, and labels can differ only for images that are counted as `close`.
 
     Args:
       folder: the workdir of the teacher.
       data: the prepared data set with the images.
       out: the folder to write; see `data/pseudo_labels.py`.
-      split: of the data set.
-      top: labels an image at most.
+      split: the split of the data set.
+      top: labels per image at most.
       threshold: what a confidence must exceed.
-      soft: students learn the confidences of the kept labels instead of 1.
+      soft: students learn the confidences of the selected labels instead of 1.
       checkpoint: "best" or "last" of the teacher.
-      batch_size: images a step of this process; None takes the teacher's, over its devices.
-      truth: the split has labels: they are held back and the pseudo-labels are judged by them.
-      devices: of this process; None takes all of them.
+      batch_size: images per step of this process, rounded up to its devices; None takes the
+        teacher's.
+      truth: the split has labels; they are hidden from students and compared with the
+        pseudo-labels.
+      devices: the devices of this process; None takes all of them.
 
     Returns:
       The content of `pseudo.json`.
@@ -62,20 +77,19 @@ def pseudo_label(
     check_rule(top, threshold)
     run = workdir.open_run(folder, checkpoint_name=checkpoint, devices=devices)
     dataset = records.open_dataset(data)
-    if dataset.size != run.config.data.size:
-        raise InputError(
-            f"{dataset.path} was prepared with --size {dataset.size}, the teacher with "
-            f"{run.config.data.size}"
-        )
+    records.check_size(dataset, run.size, "the teacher")
     if not dataset.split(split)["count"]:
-        raise InputError(f"split {split!r} of {dataset.path} is empty")
+        raise InputError(f"split {split!r} of {dataset.path} is empty: choose another split")
     if truth and dataset.vocabulary.names != run.vocabulary.names:
-        raise InputError(f"{dataset.path} has other labels than {folder}: no truth to judge by")
-    given = jax.tree.map(np.asarray, run.variables)
+        raise InputError(
+            f"{dataset.path} has other labels than {folder}: leave out --truth, or choose "
+            "data with the labels of the teacher"
+        )
+    weights = jax.tree.map(np.asarray, run.variables)
     about = {
         "format": pseudo_labels.FORMAT,
         "teacher": str(pathlib.Path(folder).absolute()),
-        "teacher_digest": transfer.digest(given["params"], given.get("batch_stats", {})),
+        "teacher_digest": transfer.digest(weights["params"], weights.get("batch_stats", {})),
         "teacher_step": run.step,
         "records": str(dataset.path.absolute()),
         "fingerprint": dataset.fingerprint,
@@ -87,209 +101,243 @@ def pseudo_label(
         "labels": list(run.vocabulary.names),
     }
     main = jax.process_index() == 0
-    _claim(out, about, write=main)
+    claim(
+        out,
+        {"claim.json": about},
+        command="maknet pseudo-label",
+        option="--out",
+        may_change=MAY_CHANGE,
+    )
     shards = dataset.split(split)["shards"]
     firsts = np.concatenate([[0], np.cumsum([shard["count"] for shard in shards])])
     mine = range(jax.process_index(), len(shards), jax.process_count())
-    todo = [number for number in mine if not _is_made(out, shards[number])]
+    todo = [number for number in mine if not _is_done(out, shards[number])]
     total = sum(shards[number]["count"] for number in todo)
-    batch = workdir.global_batch(batch_size or run.config.data.batch_size, len(devices))
+    batch = sharding.round_up_to_devices(batch_size or run.batch_size, len(devices))
     close = pseudo_labels.CLOSE[np.dtype(run.model.dtype).name]
-    tallies = _Tally(run.vocabulary, top=top, threshold=threshold, truth=truth, close=close)
+    rule = _Rule(run.vocabulary, top=top, threshold=threshold, close=close, truth=truth)
     with console.Log(out / "log.jsonl" if main else None) as log:
         if len(todo) < len(mine):
-            log.say(f"{len(mine) - len(todo)} of {len(mine)} shards are labelled already")
+            log.say(f"resuming: {len(mine) - len(todo)} of {len(mine)} shards are labelled")
         with console.progress("pseudo-label", total) as advance:
-            finished = _confidences(run, dataset, shards, todo, batch, advance)
-            for number, confidences, labels, mask in finished:
-                rows, counted = tallies.judge(firsts[number], confidences, labels, mask)
+            scored = _confidences(run, dataset, shards, todo, batch, advance)
+            for number, confidences, labels, mask in scored:
+                rows, counts = rule.apply(firsts[number], confidences, labels, mask)
                 name = _shard_name(shards[number])
-                counted["sha256"] = pseudo_labels.write_rows(out / name, rows)
-                files.write_json(out / _made(shards[number]), counted)  # the shard counts from here
+                counts["sha256"] = pseudo_labels.write_rows(out / name, rows)
+                # A shard is done once its counts are written.
+                files.write_json(out / _counts_name(shards[number]), counts)
         sharding.wait_for_all("pseudo-labelled")
         if main:
-            about |= _sum([files.read_json(out / _made(shard)) for shard in shards], shards)
-            _show(out, about, log)
+            parts = [files.read_json(out / _counts_name(shard)) for shard in shards]
+            about |= _sum(parts, shards)
+            _write_tables(out, about, log)
             files.write_json(out / "pseudo.json", about)
             log.say(
-                f"{about['kept']:,} of {about['images']:,} images kept "
-                f"{about['labels_given']:,} labels, {about['dropped']:,} kept none; "
-                f"{about['close']:,} would choose others if scores changed by {tallies.close}",
+                f"{about['kept']:,} of {about['images']:,} images have {about['labels_given']:,} "
+                f"pseudo-labels, {about['dropped']:,} without any are dropped; the labels of "
+                f"{about['close']:,} could change if confidences changed by {close}",
                 event="pseudo-labelled",
             )
         sharding.wait_for_all("summed up")
     return files.read_json(out / "pseudo.json")
 
 
-def check_rule(top, threshold):
-    """Raises InputError where no labels can be chosen so."""
+def check_rule(top: int, threshold: float) -> None:
+    """Checks the rule that selects pseudo-labels.
+
+    Raises:
+      InputError: no label can be selected with these values.
+    """
     if top < 1:
-        raise InputError(f"top {top} should be 1 or above: so many labels an image at most")
+        raise InputError(f"top {top} should be 1 or above: it is the most labels per image")
     if not 0 <= threshold < 1:
         raise InputError(f"threshold {threshold} should be 0 or above and below 1")
 
 
-def _shard_name(shard):
+def _shard_name(shard: dict) -> str:
     return pathlib.Path(shard["file"]).stem + ".npy"
 
 
-def _made(shard):
+def _counts_name(shard: dict) -> pathlib.Path:
     return pathlib.Path("made") / (pathlib.Path(shard["file"]).stem + ".json")
 
 
-def _is_made(out, shard):
-    if not (out / _made(shard)).exists():
+def _is_done(out: pathlib.Path, shard: dict) -> bool:
+    if not (out / _counts_name(shard)).exists():
         return False
     try:
-        pseudo_labels.read_rows(
-            out / _shard_name(shard), files.read_json(out / _made(shard))["sha256"]
-        )
-    except InputError:  # the counts are there, their labels were lost or damaged since
+        digest = files.read_json(out / _counts_name(shard))["sha256"]
+        pseudo_labels.read_rows(out / _shard_name(shard), digest)
+    except InputError:  # the labels were lost or damaged after their counts were written
         return False
     return True
 
 
-def _claim(out, about, *, write):
-    claim = out / "claim.json"
-    if claim.exists():
-        before = files.read_json(claim)
-        for key, value in about.items():
-            if before[key] != value and key not in ("teacher", "records"):
-                raise InputError(
-                    f"{out} holds labels of another teacher, data or rule ({key} differs): "
-                    "choose another --out"
-                )
-    elif files.holds_other(out):
-        raise InputError(f"{out} is no folder of `maknet pseudo-label`: choose a new --out")
-    sharding.wait_for_all("looked")  # before the first one writes
-    if write:
-        files.write_json(claim, about)
-    sharding.wait_for_all("claimed")
+def _confidences(
+    run: workdir.Run,
+    dataset: records.Dataset,
+    shards: Sequence[dict],
+    todo: Sequence[int],
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+    """Scores whole shards with noise off; the next step always runs while one is collected.
 
-
-def _confidences(run, dataset, shards, todo, batch_size, advance):
-    """Yields (shard number, confidences, labels, mask); one step is always in flight."""
+    Yields:
+      (shard number, confidences, labels, label mask), the arrays `[images of the shard, K]`; labels
+      and mask are empty where the data set has none.
+    """
     if not todo:
         return
-    paths = [dataset.path / shards[number]["file"] for number in todo]
     reader = pipeline.ordered_batches(
-        records.RecordSource(paths),
+        records.RecordSource([dataset.path / shards[number]["file"] for number in todo]),
         batch_size=batch_size,
-        threads=run.config.data.threads,
+        threads=run.threads,
     )
-    queue, buffers = list(todo), ([], [], [])
-
-    def collect(batch, logits):
+    remaining = list(todo)
+    rows: list[np.ndarray] = []
+    for batch, logits in _one_ahead((batch, run.score(batch)) for batch in reader):
         real = batch["weight"] > 0
-        logits = np.asarray(logits)[real].astype(np.float64)
-        confidences = (0.5 * (1 + np.tanh(0.5 * logits))).astype(np.float32)
-        for buffer, rows in zip(
-            buffers, (confidences, batch["labels"][real], batch["label_mask"][real]), strict=True
-        ):
-            buffer.append(rows)
+        new = [metrics.sigmoid(np.asarray(logits)), batch["labels"], batch["label_mask"]]
+        new = [column[real] for column in new]
+        rows = [np.concatenate(pair) for pair in zip(rows, new, strict=True)] if rows else new
         advance(int(real.sum()))
-        while queue and sum(map(len, buffers[0])) >= shards[queue[0]]["count"]:
-            count = shards[queue[0]]["count"]
-            whole = [np.concatenate(buffer) for buffer in buffers]
-            for buffer, rows in zip(buffers, whole, strict=True):
-                buffer[:] = [rows[count:]]
-            yield (queue.pop(0), *(rows[:count] for rows in whole))
-
-    waiting = None
-    for batch in reader:
-        started = batch, run.score(batch)
-        if waiting is not None:
-            yield from collect(*waiting)
-        waiting = started
-    yield from collect(*waiting)
+        while remaining and len(rows[0]) >= shards[remaining[0]]["count"]:
+            number = remaining.pop(0)
+            count = shards[number]["count"]
+            confidences, labels, mask = (column[:count] for column in rows)
+            rows = [column[count:] for column in rows]
+            yield number, confidences, labels, mask
 
 
-class _Tally:
-    """Chooses the labels of a shard and counts what pseudo.json says of it."""
+def _one_ahead(started: Iterable[T]) -> Iterator[T]:
+    """Yields each item after the next one was drawn, whose computation is then in flight."""
+    items = iter(started)
+    for current in items:
+        for following in items:
+            yield current
+            current = following
+        yield current
 
-    def __init__(self, vocabulary, *, top, threshold, truth, close):
-        self.exclusive, self.size, self.close = vocabulary.exclusive, len(vocabulary), close
-        self.top, self.threshold, self.truth = top, threshold, truth
 
-    def judge(self, first, confidences, labels, mask):
-        """(rows, counts) of a shard whose first record has the number `first`."""
-        choose = pseudo_labels.select
-        rule = {"top": self.top, "threshold": self.threshold, "close": self.close}
-        columns, close = choose(confidences, self.exclusive, **rule)
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """Selects the labels of a shard and counts them.
+
+    Attributes:
+      vocabulary: the labels of the teacher.
+      top: labels per image at most.
+      threshold: what a confidence must exceed.
+      close: a difference of confidences, see `pseudo_labels.select`.
+      truth: compare with the labels of the images too.
+    """
+
+    vocabulary: Vocabulary
+    top: int
+    threshold: float
+    close: float
+    truth: bool
+
+    def apply(
+        self, first: int, confidences: np.ndarray, labels: np.ndarray, mask: np.ndarray
+    ) -> tuple[np.ndarray, dict]:
+        """Labels one shard.
+
+        Args:
+          first: the number of the shard's first record.
+          confidences: float32 `[N, K]`.
+          labels: `[N, K]`, used with `truth` only.
+          mask: `[N, K]`, 0 where the label is unknown; used with `truth` only.
+
+        Returns:
+          (rows, counts): the rows of the label shard, and its entry in `made/`.
+        """
+        columns, close = self._select(confidences, self.threshold)
         numbers = np.arange(first, first + len(confidences))
         rows = pseudo_labels.rows_of(numbers, columns, confidences, top=self.top)
-        given = rows["labels"][rows["labels"] >= 0]
+        selected = rows["labels"] >= 0
+        bins, _ = np.histogram(rows["confidences"][selected], bins=20, range=(0, 1))
+        label_counts = np.bincount(rows["labels"][selected], minlength=len(self.vocabulary))
         counts = {
             "images": len(confidences),
             "kept": len(rows),
             "close": int(close.sum()),
-            "label_counts": np.bincount(given, minlength=self.size).tolist(),
-            "confidences": np.histogram(
-                rows["confidences"][rows["labels"] >= 0], bins=20, range=(0, 1)
-            )[0].tolist(),
+            "label_counts": label_counts.tolist(),
+            "confidences": bins.tolist(),
             "sweep": [],
         }
         for threshold in SWEEP:
-            found, _ = choose(confidences, self.exclusive, top=self.top, threshold=threshold)
+            swept, _ = self._select(confidences, threshold)
             entry = {
                 "threshold": threshold,
-                "images": int((found >= 0).any(axis=1).sum()),
-                "labels": int((found >= 0).sum()),
+                "images": int((swept >= 0).any(axis=1).sum()),
+                "labels": int((swept >= 0).sum()),
             }
-            if self.truth:
-                entry |= self._right(found, labels, mask)
-            counts["sweep"].append(entry)
+            counts["sweep"].append(entry | (_agreement(swept, labels, mask) if self.truth else {}))
         if self.truth:
-            counts["judged"] = self._right(columns, labels, mask)
+            counts["judged"] = _agreement(columns, labels, mask)
         return rows, counts
 
-    def _right(self, columns, labels, mask):
-        """Known labels among those given, of these the right ones, and the true ones of all."""
-        given = np.zeros(labels.shape, bool)
-        row, place = np.nonzero(columns >= 0)
-        given[row, columns[row, place]] = True
-        known = mask > 0
-        return {
-            "given": int((given & known).sum()),
-            "right": int((given & known & (labels > 0)).sum()),
-            "true": int((known & (labels > 0)).sum()),
-        }
+    def _select(self, confidences: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+        return pseudo_labels.select(
+            confidences,
+            self.vocabulary.exclusive,
+            top=self.top,
+            threshold=threshold,
+            close=self.close,
+        )
 
 
-def _sum(parts, shards):
-    """The counts of all shards as those of the whole."""
-    about = {name: sum(part[name] for part in parts) for name in ("images", "kept", "close")}
-    about["dropped"] = about["images"] - about["kept"]
+def _agreement(columns: np.ndarray, labels: np.ndarray, mask: np.ndarray) -> dict[str, int]:
+    """Counts over the known labels: those selected, those selected and true, those true."""
+    selected = np.zeros(labels.shape, bool)
+    row, place = np.nonzero(columns >= 0)
+    selected[row, columns[row, place]] = True
+    known = mask > 0
+    return {
+        "given": int((selected & known).sum()),
+        "right": int((selected & known & (labels > 0)).sum()),
+        "true": int((known & (labels > 0)).sum()),
+    }
+
+
+def _sum(parts: Sequence[dict], shards: Sequence[dict]) -> dict:
+    """Adds up the counts of all shards."""
+    total = {name: sum(part[name] for part in parts) for name in ("images", "kept", "close")}
+    total["dropped"] = total["images"] - total["kept"]
     for name in ("label_counts", "confidences"):
-        about[name] = np.sum([part[name] for part in parts], axis=0).tolist()
-    about["labels_given"] = sum(about["label_counts"])
-    about["sweep"] = [
+        total[name] = np.sum([part[name] for part in parts], axis=0).tolist()
+    total["labels_given"] = sum(total["label_counts"])
+    total["sweep"] = [
         entries[0] | {key: sum(e[key] for e in entries) for key in entries[0] if key != "threshold"}
         for entries in zip(*(part["sweep"] for part in parts), strict=True)
     ]
     if "judged" in parts[0]:
         judged = {key: sum(part["judged"][key] for part in parts) for key in parts[0]["judged"]}
-        about["judged"] = judged | {
+        total["judged"] = judged | {
             "precision": judged["right"] / judged["given"] if judged["given"] else None,
             "recall": judged["right"] / judged["true"] if judged["true"] else None,
         }
-    about["shards"] = [
+    total["shards"] = [
         {"file": _shard_name(shard), "images": shard["count"], "sha256": part["sha256"]}
         for shard, part in zip(shards, parts, strict=True)
     ]
-    return about
+    return total
 
 
-def _show(out, about, log):
-    rows = sorted(zip(about["label_counts"], about["labels"], strict=True), reverse=True)
+def _write_tables(out: pathlib.Path, result: dict, log: console.Log) -> None:
+    """Writes counts.csv, sweep.csv and histogram.png, and logs the agreement with the truth."""
+    rows = sorted(zip(result["label_counts"], result["labels"], strict=True), reverse=True)
     console.write_table(out / "counts.csv", ("label", "images"), [row[::-1] for row in rows])
-    names = list(about["sweep"][0])
-    sweep = [[entry[name] for name in names] for entry in about["sweep"]]
+    names = list(result["sweep"][0])
+    sweep = [[entry[name] for name in names] for entry in result["sweep"]]
     console.write_table(out / "sweep.csv", names, sweep)
-    charts.write_histograms(out / "histogram.png", rows, about["confidences"])
-    if "judged" in about and about["judged"]["given"]:
-        judged = about["judged"]
+    charts.write_histograms(out / "histogram.png", rows, result["confidences"])
+    if "judged" in result and result["judged"]["given"]:
+        judged = result["judged"]
         log.say(
-            f"against the labels that were held back: {judged['right']:,} of {judged['given']:,} "
-            f"right (precision {judged['precision']:.3f}, recall {judged['recall'] or 0:.3f})"
+            f"compared with the true labels: {judged['right']:,} of {judged['given']:,} "
+            f"pseudo-labels are right (precision {judged['precision']:.3f}, recall "
+            f"{judged['recall'] or 0:.3f})"
         )

@@ -1,21 +1,23 @@
 """`maknet report`: one run on one offline page."""
 
 import csv
-import html
 import json
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 
 from maknet_jax import attribute, files
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation.evaluator import Evaluator
-from maknet_jax.explain import selection as cases
+from maknet_jax.explain import results, selection, truth
+from maknet_jax.explain.options import PathOptions, SelectionOptions
 from maknet_jax.figures import charts, overlay, page
 from maknet_jax.runs import workdir
-from maknet_jax.training import transfer
+from maknet_jax.training import sharding, transfer
 
 METRICS = {
     "auc": "AUC",
@@ -28,24 +30,31 @@ METRICS = {
 CURVES = ({"train/loss": "training loss"}, {"val/auc": "validation AUC", "val/f1": "validation F1"})
 
 
-def report(folder, out=None, *, split=None, count=3, steps=50):
-    """Writes curves, tables, scores a label, the contact sheet and the best and worst cases.
+def report(
+    folder: str | pathlib.Path,
+    out: str | pathlib.Path | None = None,
+    *,
+    split: str | None = None,
+    count: int = 3,
+    steps: int = 50,
+) -> pathlib.Path:
+    """Writes curves, tables, scores per label, the best and worst cases and the contact sheet.
 
-    A case is judged by its mean cross entropy over the labels that are known; the best ones have a
-    label to be right about.
+    Cases are ranked by their mean cross entropy over the known labels. A best case has at least one
+    label that is present.
 
     Args:
-      folder: the workdir of `maknet train`; what `maknet evaluate` wrote is shown if it is there.
+      folder: the workdir of `maknet train`; results of `maknet evaluate` are shown if present.
       out: the folder to write; None takes WORKDIR/report.
-      split: of the cases; None takes test, else the validation split.
-      count: of cases, best and worst each.
+      split: where the cases come from; None takes test, otherwise the validation split.
+      count: number of best cases, and of worst cases.
       steps: of Integrated Gradients.
 
     Returns:
       The path of the page.
 
     Raises:
-      InputError: `folder` is no run, or its data is gone.
+      InputError: `folder` is not a run, or its data is missing.
     """
     folder = pathlib.Path(folder)
     out = folder / "report" if out is None else pathlib.Path(out)
@@ -54,25 +63,33 @@ def report(folder, out=None, *, split=None, count=3, steps=50):
     dataset = records.open_dataset(data)
     if split is None:
         known = dataset.info["splits"]
-        split = "test" if "test" in known and known["test"]["count"] else run.config.data.val_split
-    parts = [*_curves(folder), *_tables(folder), *_labels(folder)]
-    parts += [*_cases(run, folder, out, dataset, split, count, steps), *_sheet(dataset)]
-    lead = page.paragraph(
-        f"{run.config.model.name}, step {run.step} ({run.name} checkpoint), "
-        f"{len(run.vocabulary)} labels, images of {run.config.data.size} x "
-        f"{run.config.data.size}, trained on {dataset.path}. Research software: nothing here is a "
-        "diagnosis."
+        split = "test" if "test" in known and known["test"]["count"] else run.val_split
+    takes_box = run.model.takes_box
+    text = page.render(
+        "report",
+        title=f"Report of {folder.resolve().name}",
+        network=run.model_name,
+        step=run.step,
+        checkpoint=run.name,
+        labels=len(run.vocabulary),
+        size=run.size,
+        data=dataset.path,
+        curves=_curves(folder),
+        metrics=list(METRICS.values()),
+        scores=_scores(folder),
+        label_scores=_label_scores(folder),
+        split=split,
+        takes_box=takes_box,
+        cases=[] if takes_box else _cases(run, folder, out, dataset, split, count, steps),
+        contact_sheet=_contact_sheet(dataset),
     )
     with files.write_whole(out / "index.html") as file:
-        file.write(page.document(f"Report of {folder.resolve().name}", lead, parts))
+        file.write(text)
     return out / "index.html"
 
 
-def _heading(text):
-    return f"<h2>{html.escape(text)}</h2>\n"
-
-
-def _curves(folder):
+def _curves(folder: pathlib.Path) -> str | None:
+    """The chart of `metrics.jsonl` as a data URI; None where there is nothing to draw."""
     path = folder / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     panels = []
@@ -82,31 +99,23 @@ def _curves(folder):
             for name, title in names.items()
         }
         panels.append({title: drawn for title, drawn in points.items() if drawn})
-    if any(panels):
-        picture = overlay.to_uri(charts.draw_curves(panels), lossy=False)
-        yield _heading("Training")
-        yield f'<img class="chart" src="{picture}" alt="curves of loss and validation">\n'
+    return overlay.to_uri(charts.draw_curves(panels), lossy=False) if any(panels) else None
 
 
-def _tables(folder):
-    rows = []
+def _scores(folder: pathlib.Path) -> list[list[str]]:
+    """One row per evaluated split: its name and the `METRICS`."""
+    rows: list[list[str]] = []
     for path in sorted((folder / "evaluation").glob("summary_*.json")):
         for split, values in files.read_json(path)["splits"].items():
             numbers = [values[name] for name in METRICS]
             row = [split, *("-" if n is None else f"{n:.4g}" for n in numbers)]
             rows += [] if row in rows else [row]
-    yield _heading("Scores")
-    if rows:
-        yield page.table(["set", *METRICS.values()], rows)
-        yield page.paragraph(
-            "Macro averages over labels with positives and negatives, thresholds chosen on the "
-            "validation split."
-        )
-    else:
-        yield page.paragraph("None yet: run maknet evaluate, then this again.")
+    return rows
 
 
-def _labels(folder):
+def _label_scores(folder: pathlib.Path) -> list[tuple[str, list[list[str]]]]:
+    """(split, one row per evaluated label, by decreasing AUC) of each evaluated split."""
+    tables = []
     for path in sorted((folder / "evaluation").glob("*_labels.csv")):
         with path.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["evaluated"] == "True"]
@@ -119,54 +128,71 @@ def _labels(folder):
             ]
             for row in rows
         ]
-        title = f"Each label on {path.stem.removesuffix('_labels')}: {len(cells)}"
-        header = ["label", "positives", "AUC", "F1", "precision", "recall"]
-        yield f"<details><summary>{html.escape(title)}</summary>{page.table(header, cells)}"
-        yield "</details>\n"
+        tables.append((path.stem.removesuffix("_labels"), cells))
+    return tables
 
 
-def _cases(run, folder, out, dataset, split, count, steps):
-    """The best and the worst images of a split with their attributions."""
-    if getattr(run.model, "takes_box", False):
-        yield _heading(f"Cases of {split}")
-        yield page.paragraph(
-            f"Left out: {run.config.model.name} looks at a lesion's box beside the image, and only "
-            "networks that see the image alone can be explained."
-        )
-        return
+def _cases(
+    run: workdir.Run,
+    folder: pathlib.Path,
+    out: pathlib.Path,
+    dataset: records.Dataset,
+    split: str,
+    count: int,
+    steps: int,
+) -> list[tuple[str, list[Markup]]]:
+    """(heading, cards) of the best and of the worst images of a split."""
     if dataset.vocabulary.names != run.vocabulary.names:
-        raise InputError(f"{dataset.path} has other labels than {folder}: it was changed since")
+        raise InputError(
+            f"{dataset.path} has other labels than {folder}: it changed after the training; "
+            "restore the data set or train again"
+        )
     source = dataset.source(split)
     evaluator = Evaluator(
-        source, run.predict, batch_size=workdir.global_batch(run.config.data.batch_size)
+        source, run.predict, batch_size=sharding.round_up_to_devices(run.batch_size)
     )
     scores = evaluator.scores(run.variables)
-    right = np.where(scores.labels > 0, scores.scores, 1 - scores.scores)
-    loss = -np.log(np.clip(right, 1e-7, 1)) * scores.label_mask
+    correct = np.where(scores.labels > 0, scores.scores, 1 - scores.scores)
+    loss = -np.log(np.clip(correct, 1e-7, 1)) * scores.label_mask
     loss = loss.sum(axis=1) / np.maximum(scores.label_mask.sum(axis=1), 1)
     order = np.argsort(loss, kind="stable")
     has_label = (scores.labels * scores.label_mask).any(axis=1)
-    best = [k for k in order if has_label[k]][:count]
-    worst = [k for k in order[::-1] if k not in best][:count]
-    for title, chosen in (("Best cases", best), ("Worst cases", worst)):
-        if not chosen:
-            continue
-        ids = [source[int(k)].id for k in chosen]
-        # Other weights, data or cases are another folder: what a folder holds stays true.
-        about = transfer.digest(**run.variables), dataset.fingerprint, ids, steps
-        done = out / f"{title.split()[0].lower()}-{split}-{cases.digest(about)}"
-        attribute.attribute(folder, done, split=split, ids=ids, data=dataset.path, steps=steps)
-        yield _heading(f"{title} of {split}")
-        yield page.SLIDER if title.startswith("Best") or not best else ""
-        paths = {cases.load_about(path)["id"]: path for path in sorted(done.glob("cases/*.npz"))}
-        display = files.read_json(done / "settings.json")["display"]
-        yield from attribute.cards([paths[name] for name in ids], display)
+    best = [int(k) for k in order if has_label[k]][:count]
+    worst = [int(k) for k in order[::-1] if k not in best][:count]
+    return [
+        (f"{kind.title()} cases", _cards(run, folder, out, dataset, split, kind, numbers, steps))
+        for kind, numbers in (("best", best), ("worst", worst))
+        if numbers
+    ]
 
 
-def _sheet(dataset):
+def _cards(
+    run: workdir.Run,
+    folder: pathlib.Path,
+    out: pathlib.Path,
+    dataset: records.Dataset,
+    split: str,
+    kind: str,
+    numbers: Sequence[int],
+    steps: int,
+) -> list[Markup]:
+    """The cards of some images of a split, whose attributions are computed unless present."""
+    source = dataset.source(split)
+    ids = [source[number].id for number in numbers]
+    # Other weights, data or cases get a folder of their own: a folder's results never change.
+    settings = transfer.digest(**run.variables), dataset.fingerprint, ids, steps, truth.RULE
+    explained = out / f"{kind}-{split}-{selection.digest(settings)}"
+    options = SelectionOptions(split=split, ids=ids, data=dataset.path)
+    attribute.attribute(folder, explained, options, PathOptions(steps=steps))
+    paths = {results.load_metadata(file)["id"]: file for file in explained.glob("cases/*.npz")}
+    display = files.read_json(explained / "settings.json")["display"]
+    return list(attribute.cards([paths[name] for name in ids], display))
+
+
+def _contact_sheet(dataset: records.Dataset) -> str | None:
+    """The contact sheet of the data set as a data URI; None where there is none."""
     path = dataset.path / "contact_sheet.png"
-    if path.is_file():
-        with Image.open(path) as picture:
-            uri = overlay.to_uri(np.asarray(picture.convert("RGB")))
-        yield _heading("What the network is shown")
-        yield f'<img class="chart" src="{uri}" alt="contact sheet of the data">\n'
+    if not path.is_file():
+        return None
+    with Image.open(path) as picture:
+        return overlay.to_uri(np.asarray(picture.convert("RGB")))

@@ -1,8 +1,10 @@
-"""`maknet retrieve`: the lesions of a prepared set that are most like one lesion (LesaNet)."""
+"""`maknet retrieve`: the lesions of a data set most similar to one lesion (LesaNet)."""
 
 import dataclasses
 import math
 import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,117 +16,130 @@ from maknet_jax.errors import InputError, Rejected
 from maknet_jax.figures import contact_sheet
 from maknet_jax.runs import workdir
 from maknet_jax.training import sharding, step
+from maknet_jax.training.state import Variables
 
-AROUND = 6  # neighbours of a DICOM slice: 2 mm of slices as thin as 0.4 mm
+NEIGHBOURS = 6  # read on each side of a DICOM slice: 2 mm even where slices are 0.4 mm apart
+_NO_SPACING = "{} does not store its spacing: add --spacing X,Y,Z in mm"
 
 
 def retrieve(
-    folder,
-    image,
-    box,
-    data,
-    out,
+    folder: str | pathlib.Path,
+    image: str | pathlib.Path,
+    box: Sequence[float],
+    data: str | pathlib.Path,
+    out: str | pathlib.Path,
     *,
-    spacing=None,
-    splits=None,
-    top=11,
-    checkpoint="best",
-    batch_size=32,
-):
+    spacing: tuple[float, float, float] | None = None,
+    splits: Sequence[str] | None = None,
+    top: int = 11,
+    checkpoint: str = "best",
+    batch_size: int = 32,
+) -> dict[str, Any]:
     """Writes the most similar lesions as a CSV and, beside it, as a contact sheet.
 
-    Lesions are compared by the cosine of their embeddings; a record of the same slice and box is
-    found with 1.
+    Lesions are compared by the cosine of their embeddings, so that a record of the same slice and
+    box has similarity 1.
 
     Args:
-      folder: the workdir of a LesaNet.
-      image: a 16-bit PNG with those beside it, or a slice of DICOM.
-      box: x0, y0, x1, y1 of the lesion in pixels of the slice, from 0.
+      folder: the workdir of a LesaNet run.
+      image: a 16-bit PNG beside those of its neighbour slices, or a DICOM slice.
+      box: x0, y0, x1, y1 of the lesion in pixels of the slice, counted from 0.
       data: a data set of `prepare deeplesion --lesions`.
-      out: the CSV; the sheet has its name and ends in .png.
+      out: the CSV; the contact sheet has the same name with .png.
       spacing: (x, y, z) in mm; None takes the file's, which PNGs do not have.
-      splits: to look in; None takes all.
-      top: how many.
+      splits: searches these; None searches all.
+      top: number of lesions.
       checkpoint: "best" or "last".
-      batch_size: patches a step.
+      batch_size: patches per step.
 
     Returns:
-      The summary: the rows of the CSV as dicts, and the files.
+      The summary: the rows of the CSV as dicts (`found`), the files and the step of the checkpoint.
 
     Raises:
-      InputError: the run is no LesaNet, the image cannot be read, or the data are no lesions.
+      InputError: the run is not a LesaNet run, the image cannot be read, or `data` is not lesion
+        data of the same size.
     """
     if pathlib.Path(out).suffix.lower() != ".csv":
-        raise InputError(f"--out {out} should end in .csv: the picture beside it ends in .png")
+        raise InputError(f"--out {out} should be a file whose name ends in .csv")
     run = workdir.open_run(folder, checkpoint_name=checkpoint)
     dataset = records.open_dataset(data)
-    if not getattr(run.model, "takes_box", False):
-        raise InputError(f"{folder} is no LesaNet: take a run of configs/lesanet.py")
-    if dataset.size != run.config.data.size:
-        raise InputError(
-            f"{data} has patches of {dataset.size}, the network of {run.config.data.size}: prepare "
-            "them again"
-        )
-    query = read_query(image, box, spacing, run.config.data.size)
+    if not run.model.takes_box:
+        raise InputError(f"{folder} is not a LesaNet run: choose a run of configs/lesanet.py")
+    records.check_size(dataset, run.size)
+    query = read_query(image, box, spacing, run.size)
     embed = make_embed(run)
-    size = workdir.global_batch(batch_size)
-    own = np.concatenate(list(_embeddings(embed, [query], size)))[0]
-    found = []
+    size = sharding.round_up_to_devices(batch_size)
+    embedding = np.concatenate(list(_embeddings(embed, [query], size)))[0]
+    nearest: list[tuple[float, str, int]] = []  # (cosine, split, index in the split)
     names = splits or list(dataset.info["splits"])
     total = sum(dataset.split(name)["count"] for name in names)
     with console.progress("retrieve", total) as advance:
         for name in names:
-            number = 0
-            for rows in _embeddings(embed, dataset.source(name), size):
-                cosines = rows @ own
-                found += [(float(c), name, number + k) for k, c in enumerate(cosines)]
-                number += len(rows)
-                advance(len(rows))
-                found = sorted(found, key=lambda row: (-row[0], *row[1:]))[:top]
-    if not found:
-        raise InputError(f"{data} has no lesion in {', '.join(names)}")
-    examples = [dataset.source(name)[number] for _, name, number in found]
+            start = 0
+            for embeddings in _embeddings(embed, dataset.source(name), size):
+                cosines = embeddings @ embedding
+                nearest += [(float(c), name, start + k) for k, c in enumerate(cosines)]
+                start += len(embeddings)
+                advance(len(embeddings))
+                nearest = sorted(nearest, key=lambda row: (-row[0], *row[1:]))[:top]
+    if not nearest:
+        raise InputError(f"{data} has no lesion in {', '.join(names)}: choose other splits")
+    examples = [dataset.source(name)[index] for _, name, index in nearest]
     header = ["rank", "similarity", "id", "split", "labels"]
     rows = []
-    for rank, ((cosine, name, _), example) in enumerate(zip(found, examples, strict=True), 1):
+    for rank, ((cosine, name, _), example) in enumerate(zip(nearest, examples, strict=True), 1):
         labels = [dataset.vocabulary.names[k] for k in np.flatnonzero(example.labels)]
         rows.append([rank, f"{cosine:.4f}", example.id, name, "|".join(labels)])
     out = pathlib.Path(out)
     console.write_table(out, header, rows)
     shown = [
         dataclasses.replace(example, id=f"{cosine:.3f} {example.id}")
-        for (cosine, *_), example in zip(found, examples, strict=True)
+        for (cosine, *_), example in zip(nearest, examples, strict=True)
     ]
     sheet = out.with_suffix(".png")
     contact_sheet.write_contact_sheet(sheet, [query, *shown], dataset.vocabulary.names)
-    made = [dict(zip(header, row, strict=True)) for row in rows]
-    return {"found": made, "files": [str(out), str(sheet)], "step": run.step}
+    return {
+        "found": [dict(zip(header, row, strict=True)) for row in rows],
+        "files": [str(out), str(sheet)],
+        "step": run.step,
+    }
 
 
-def read_query(image, box, spacing, size):
-    """The patch of a lesion in a file as a `records.Example` without labels.
+def read_query(
+    image: str | pathlib.Path,
+    box: Sequence[float],
+    spacing: Sequence[float] | None,
+    size: int,
+) -> records.Example:
+    """The patch of a lesion in a file, as an example without labels.
+
+    Args:
+      image: see `retrieve`.
+      box: see `retrieve`.
+      spacing: see `retrieve`.
+      size: the edge of the patch in pixels.
 
     Raises:
-      InputError: the image cannot be read, its spacing is unknown, or the box is none.
+      InputError: the image cannot be read, its spacing is unknown, or the box is invalid.
     """
     path = pathlib.Path(image)
     try:
         if path.suffix.lower() == ".png":
             if spacing is None:
-                raise InputError(f"{path} does not know its spacing: add --spacing X,Y,Z in mm")
+                raise InputError(_NO_SPACING.format(path))
             patch, inside, _ = lesions.patch_of_png(path, box, spacing, size)
         else:
-            volume, centre = volumes.load_series_of(path, around=AROUND)
+            volume, centre = volumes.load_series_of(path, around=NEIGHBOURS)
             if centre is None and len(volume.hu) > 1:
                 raise InputError(
-                    f"{path} has {len(volume.hu)} slices: name one slice's file, PNG or DICOM"
+                    f"{path} has {len(volume.hu)} slices: give the file of one slice, PNG or DICOM"
                 )
             centre = centre or 0
             spacing = spacing or volume.spacing[::-1]
             if not all(math.isfinite(value) for value in spacing[:2]):
-                raise InputError(f"{path} does not know its spacing: add --spacing X,Y,Z in mm")
+                raise InputError(_NO_SPACING.format(path))
 
-            def read(offset):
+            def read(offset: int) -> np.ndarray:
                 return volume.hu[np.clip(centre + offset, 0, len(volume.hu) - 1)]
 
             slices = lesions.three_slices(read, spacing[2])
@@ -135,27 +150,32 @@ def read_query(image, box, spacing, size):
     return records.Example(f"query: {path.name}", patch, none, none, {"box": inside})
 
 
-def make_embed(run):
-    """embed(batch) -> embeddings `[B, F]` of length 1, on the devices.
+def make_embed(run: workdir.Run) -> Callable[[dict[str, np.ndarray]], jax.Array]:
+    """Returns embed(batch) -> embeddings `[B, F]` of length 1, on the devices.
 
     Args:
-      run: `workdir.Run` of a LesaNet.
+      run: of a LesaNet.
     """
-    to_input = workdir.to_input(run.config)
+    to_input = run.to_input
 
     @jax.jit
-    def embed(variables, images, box):
-        boxes = step.box_of(run.model, box)
-        return run.model.apply(variables, to_input(images), train=False, **boxes).features
+    def embed(variables: Variables, images: jax.Array, box: jax.Array | None) -> jax.Array:
+        boxes = step.box_kwargs(run.model, box)
+        outputs: Any = run.model.apply(variables, to_input(images), train=False, **boxes)
+        return outputs.features
 
-    def of_batch(batch):
-        batch = sharding.put_batch(run.mesh, batch)
-        return embed(run.variables, batch["image"], batch.get("box"))
+    def embed_batch(batch: dict[str, np.ndarray]) -> jax.Array:
+        on_devices = sharding.put_batch(run.mesh, batch)
+        return embed(run.variables, on_devices["image"], on_devices.get("box"))
 
-    return of_batch
+    return embed_batch
 
 
-def _embeddings(embed, source, batch_size):
-    """Yields embeddings of a source in its order, NumPy `[B, F]` without padding."""
+def _embeddings(
+    embed: Callable[[dict[str, np.ndarray]], jax.Array],
+    source: Sequence[records.Example] | records.RecordSource,
+    batch_size: int,
+) -> Iterator[np.ndarray]:
+    """Yields the embeddings of a source in its order, `[B, F]` without padding."""
     for batch in pipeline.ordered_batches(source, batch_size=batch_size):
         yield np.asarray(embed(batch))[batch["weight"] > 0]

@@ -1,4 +1,4 @@
-"""What all tests share: eight simulated CPU devices, and the real data where it exists."""
+"""Shared by all tests: eight simulated CPU devices, and the real data if it exists."""
 
 import os
 
@@ -16,7 +16,7 @@ from benchmarks.real_data import DATA  # noqa: E402
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Commands keep compiled programs: not those of the user who runs the tests."""
+    """Commands cache compiled programs; the tests do not use the cache of their user."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -1,4 +1,4 @@
-"""Prepared phantom lesions and tiny LesaNets, for the tests of what trains and uses them."""
+"""Prepared phantom lesions and configs of tiny LesaNets, for the tests that train them."""
 
 import ml_collections
 
@@ -23,8 +23,8 @@ def write(phantom, out, size):
     return out
 
 
-def page(data, size, **changes):
-    """The page `lesanet` on a tiny MAKNet; `changes` name fields with dots."""
+def make_config(data, size, **changes):
+    """The config `lesanet` with a tiny MAKNet trunk; `changes` maps dotted fields to values."""
     plain = configs.load("lesanet").to_dict()
     plain["model"]["options"] = {
         "trunk": "maknet",

@@ -1,4 +1,4 @@
-"""What the tests of `maknet prepare` read back: its tables and its examples by split."""
+"""Reads the output of `maknet prepare`: its tables, and its examples by split."""
 
 import csv
 

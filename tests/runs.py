@@ -1,4 +1,4 @@
-"""What the tests of training share: all noise, stopped runs, and what must be equal after them."""
+"""Shared by the tests of training: all noise, stopped runs, and the comparison of runs."""
 
 import contextlib
 import json
@@ -12,8 +12,8 @@ import toy
 from jax.experimental.compilation_cache import compilation_cache
 
 from maknet_jax.data import pipeline
-from maknet_jax.runs import workdir
-from maknet_jax.training import checkpoint, state
+from maknet_jax.runs import build, workdir
+from maknet_jax.training import checkpoint, sharding
 
 NOISE = {
     "augment.rotation_probability": 0.5,
@@ -26,7 +26,7 @@ NOISE = {
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_cache(tmp_path_factory):
-    """What a restart compiles is what the first run compiled: kept on disk, as the command does."""
+    """Compiled programs are cached on disk, as the command does: a restart compiles nothing new."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0.0), strict=True):
@@ -38,21 +38,20 @@ def compile_cache(tmp_path_factory):
     compilation_cache.reset_cache()
 
 
-def kept(folder, page, which="last", labels=4):
-    """The newest state in a workdir, its meta, and what was damaged."""
-    model, optimizer = workdir.build_model(page, labels), workdir.build_optimizer(page, 40)
-    like = state.shapes(model, optimizer, size=page.data.size, ema=page.ema_decay > 0)
+def newest_checkpoint(folder, page, which="last", labels=4):
+    """The newest checkpoint of a workdir, `checkpoint.Restored`."""
+    like = build.assemble(page, labels, sharding.data_mesh()).shapes
     with contextlib.closing(checkpoint.Checkpoints(folder / workdir.FOLDERS[which])) as saved:
         return saved.restore(like)
 
 
 def equal_runs(one, two, page):
-    """All that two runs have in common if the second was stopped and the first was not."""
-    first, second = kept(one, page), kept(two, page)
+    """Asserts that a run that was stopped and resumed equals one that was not."""
+    first, second = newest_checkpoint(one, page), newest_checkpoint(two, page)
     assert int(first[0].step) == int(second[0].step)
     assert checkpoint.digests(first[0]) == checkpoint.digests(second[0])
     assert first[1] == second[1]
-    assert kept(one, page, "best")[1:2] == kept(two, page, "best")[1:2]
+    assert newest_checkpoint(one, page, "best")[1:2] == newest_checkpoint(two, page, "best")[1:2]
     assert toy.lines(one) == toy.lines(two)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, two)]
     for summary in summaries:
@@ -74,7 +73,7 @@ def signal_after(monkeypatch, count, number=signal.SIGTERM):
 
 
 class Killed(BaseException):
-    """As kill -9: nothing is saved."""
+    """Like kill -9: nothing is saved."""
 
 
 def kill():

@@ -1,4 +1,4 @@
-"""VGG16 and ResNet18: the paper's sizes; their values are tested with torch's weights."""
+"""VGG16 and ResNet18: the paper's sizes. test_pretrained tests their values against torch."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maknet_jax import models
-from maknet_jax.runs import config, workdir
+from maknet_jax.runs import build, config
 
 
 def shapes(name):
@@ -46,4 +46,4 @@ def test_outputs_are_float32_and_dropout_is_for_training(name, heads):
 
 @pytest.mark.parametrize("name", ["vgg16", "resnet18"])
 def test_configs_build_these_networks(name):
-    assert workdir.build_model(config.load(name), 115) == models.build(name, 115)
+    assert build.build_model(config.load(name), 115) == models.build(name, 115)

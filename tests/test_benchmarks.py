@@ -328,12 +328,11 @@ def test_organs_draws_trains_and_measures(page, tmp_path):
     argv = ["--folder", str(tmp_path / "own"), "--patients", "8", "--epochs", "1", "--size", "32"]
     argv += ["--least", "0", "--images", "2", "--steps", "2"]
     written = run(organs.main, tmp_path / "out.json", *argv)
-    rows = written["rows"]
-    assert len({row["id"] for row in rows}) == 2
-    for row in rows:
-        assert 0 < row["chance"] <= 1
-        assert 0 <= row["inside"] <= 1
-        assert len(row["areas"]) == 4
+    assert sum(label["maps"] for label in written["rows"]) >= 2
+    for label in written["rows"]:
+        assert 0 < label["chance"] <= 1
+        assert 0 <= label["inside"] <= 1
+        assert 1 <= label["patients"] <= label["maps"]
     inside = written["results"]["mass inside the organ"]
     assert inside["difference"][0] == pytest.approx(inside["map"][0] - inside["random"][0])
     arguments = json.loads((tmp_path / "own" / "phantom" / "phantom.json").read_text())["arguments"]

@@ -63,16 +63,16 @@ def equal(one, two):
 
 def test_restore_gives_back_every_bit(folder):
     with opened(folder) as saved:
-        found, meta, damaged = saved.restore(LIKE)
-    assert equal(found, at(20)) and damaged == {}
+        restored, meta, damaged = saved.restore(LIKE)
+    assert equal(restored, at(20)) and damaged == {}
     assert meta == {"best": 20 / 7, "thresholds": [0.3, 1.0]}
-    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found))
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(restored))
 
 
 def test_restore_of_one_step(folder):
     with opened(folder) as saved:
         assert equal(saved.restore(LIKE, step=10)[0], at(10))
-        with pytest.raises(InputError, match=r"checkpoint 15 is not in .*\[10, 20\]"):
+        with pytest.raises(InputError, match=r"15 .*\[10, 20\]"):
             saved.restore(LIKE, step=15)
 
 
@@ -81,7 +81,7 @@ def test_an_empty_folder_gives_none(tmp_path):
         assert saved.restore(LIKE) == (None, {}, {})
 
 
-def test_as_many_as_asked_are_kept(folder):
+def test_old_checkpoints_are_removed(folder):
     with opened(folder, keep=2) as saved:
         saved.save(at(30))
         assert saved.steps() == [20, 30]
@@ -89,24 +89,24 @@ def test_as_many_as_asked_are_kept(folder):
         assert saved.steps() == [20]
 
 
-def test_a_step_that_is_there_is_left_alone(folder):
+def test_an_existing_step_is_not_overwritten(folder):
     with opened(folder) as saved:
         saved.save(at(11)._replace(step=jnp.int32(20)))
         assert saved.steps() == [10, 20]
         assert equal(saved.restore(LIKE)[0], at(20))
 
 
-def test_a_step_behind_the_newest_is_an_error(folder):
-    """Orbax drops it without a word."""
-    with opened(folder) as saved, pytest.raises(RuntimeError, match="15 was not written"):
+def test_saving_a_step_before_the_newest_is_an_error(folder):
+    """Orbax drops it silently."""
+    with opened(folder) as saved, pytest.raises(RuntimeError, match="checkpoint 15 "):
         saved.save(at(15))
 
 
 @pytest.fixture
-def late_complaints():
+def late_errors():
     """Orbax raises at the first array that it cannot read and closes its event loop.
 
-    The threads that read the others complain a little later: here, and not in the next test.
+    The threads that read the others raise a little later: here, and not in the next test.
     """
     yield
     time.sleep(0.2)
@@ -146,13 +146,13 @@ def lose_the_digests(step):
 
 @damaging
 @pytest.mark.parametrize("damage", [flip_in_the_arrays, truncate, delete, lose_the_digests])
-def test_a_damaged_checkpoint_is_passed_over(folder, damage, late_complaints):
+def test_a_damaged_checkpoint_is_skipped(folder, damage, late_errors):
     damage(folder / "20")
     with opened(folder) as saved:
-        found, meta, damaged = saved.restore(LIKE)
-        assert equal(found, at(10)) and meta["best"] == 10 / 7
+        restored, meta, damaged = saved.restore(LIKE)
+        assert equal(restored, at(10)) and meta["best"] == 10 / 7
         assert list(damaged) == [20] and "Error: " in damaged[20]
-        with pytest.raises(InputError, match="no checkpoint .* can be read"):
+        with pytest.raises(InputError, match="20: "):
             saved.restore(LIKE, step=20)
         assert saved.steps() == [10, 20]  # reading moves nothing
         saved.set_aside(20)
@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint_is_passed_over(folder, damage, late_complaints):
 
 
 def flip_the_stored_value(step):
-    """A flip that Orbax cannot see: whole files, other numbers."""
+    """A flip that Orbax cannot see: intact files, other numbers."""
     with opened(step.parent.parent / "other") as other:
         changed = at(20)
         bits = np.array(changed.params["classifier"]["kernel"]).view(np.uint32)
@@ -174,17 +174,16 @@ def flip_the_stored_value(step):
     shutil.copytree(step.parent.parent / "other" / "20" / "state", step / "state")
 
 
-def test_one_bit_that_reads_without_an_error_is_found_by_its_digest(folder):
+def test_digests_detect_one_flipped_bit_that_orbax_reads(folder):
     flip_the_stored_value(folder / "20")
     with opened(folder) as saved:
-        found, _, damaged = saved.restore(LIKE)
-    assert equal(found, at(10))
-    assert "1 arrays differ from their digest" in damaged[20]
-    assert "kernel" in damaged[20]
+        restored, _, damaged = saved.restore(LIKE)
+    assert equal(restored, at(10))
+    assert damaged[20].startswith("ValueError: 1 arrays ") and "kernel" in damaged[20]
 
 
 @damaging
-def test_all_damaged_is_an_error_and_nothing_is_moved(folder, late_complaints):
+def test_an_error_if_all_are_damaged_and_nothing_is_moved(folder, late_errors):
     for step in ("10", "20"):
         flip_in_the_arrays(folder / step)
     with opened(folder) as saved:

@@ -1,4 +1,4 @@
-"""The command line: exit codes, one line an error, help with an example."""
+"""The command line: exit codes, errors of one line, help with an example."""
 
 import re
 import subprocess
@@ -46,7 +46,7 @@ def test_help_shows_an_example(capsys, verb):
 
 
 @pytest.mark.parametrize(
-    "argv, says",
+    "argv, part",
     [
         (["fly"], "fly"),
         (["train", "--workdir", "x"], "--config"),
@@ -54,30 +54,33 @@ def test_help_shows_an_example(capsys, verb):
         (["train", "--config", "teacher", "--workdir", "x", "--config.epoch=3"], "'epochs'"),
         (["train", "--config", "teacher", "--workdir", "x", "--config.epochs=many"], "many"),
         (["train", "--config", "teacher", "--workdir", "x", "--confg.epochs=3"], "--confg.epochs"),
-        (["train", "--config", "teacher", "--workdir", "x", "--config.data.path=no"], "prepare"),
+        (
+            ["train", "--config", "teacher", "--workdir", "x", "--config.data.path=no"],
+            "dataset.json",
+        ),
         (["evaluate", "--workdir", "nowhere"], "nowhere"),
         (["evaluate", "--workdir", "x", "--config.epochs=3"], "--config.epochs=3"),
         (["predict", "nowhere", "--workdir", "x", "--out", "y.csv"], "nowhere"),
         (["prepare", "dicom", "nowhere", "--out", "y"], "nowhere"),
         (["prepare", "dicom", ".", "--out", "y", "--min-slices", "0"], "'0'"),
         (["prepare", "table", "nowhere.csv", "--out", "y"], "nowhere.csv"),
-        (["prepare", "table", "t.csv", "--out", "y", "--png-window=275,-175"], "LOW"),
-        (["prepare", "table", "t.csv", "--out", "y", "--png-window=-inf,inf"], "both finite"),
+        (["prepare", "table", "t.csv", "--out", "y", "--png-window=275,-175"], "275,-175"),
+        (["prepare", "table", "t.csv", "--out", "y", "--png-window=-inf,inf"], "-inf,inf"),
         (["prepare", "deeplesion", "--images", "i", "--info", "d", "--out", "y"], "--images i"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, argv, says):
+def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, argv, part):
     monkeypatch.chdir(tmp_path)
     code, out, err = run(capsys, *argv)
     assert code == 2
-    assert says in err
+    assert part in err
     assert len(err.strip().splitlines()) == 1
     assert out == ""
     assert not list(tmp_path.iterdir()), "bad input must not leave anything behind"
 
 
-def test_a_process_number_that_is_none_is_one_line(capsys, monkeypatch, tmp_path):
+def test_an_invalid_process_count_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     argv = ("train", "--config", "smoke", "--workdir", tmp_path / "run", "--distributed")
     code, _, err = run(capsys, *argv)
@@ -85,13 +88,13 @@ def test_a_process_number_that_is_none_is_one_line(capsys, monkeypatch, tmp_path
     assert "'two'" in err and "JAX_NUM_PROCESSES" in err and err.count("\n") == 1
 
 
-def test_train_names_every_page_that_it_takes(capsys):
-    pages = {page.stem for page in config.folder().glob("[!_]*.py")} - {"noisy_student"}
+def test_the_help_of_train_names_every_config(capsys):
+    configs = {path.stem for path in config.folder().glob("[!_]*.py")} - {"noisy_student"}
     _, out, _ = run(capsys, "train", "--help")
-    assert pages and pages <= set(re.findall(r"\w+", out.partition("--config CONFIG")[2]))
+    assert configs and configs <= set(re.findall(r"\w+", out.partition("--config CONFIG")[2]))
 
 
-def test_size_must_suit_the_networks(capsys, tmp_path, phantom):
+def test_a_size_that_networks_cannot_halve_is_rejected(capsys, tmp_path, phantom):
     out = tmp_path / "shards"
     code, _, err = run(
         capsys, "prepare", "dicom", phantom["dicom"], "--min-slices=1", "--size=100", "--out", out
@@ -107,16 +110,16 @@ def test_a_stopped_verb_exits_75(capsys, monkeypatch, tmp_path):
 
     from maknet_jax import prepare
 
-    def stopped(*_, **__):
+    def send_sigterm(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(prepare, "prepare_dicom", stopped)
+    monkeypatch.setattr(prepare, "prepare_dicom", send_sigterm)
     code, _, err = run(capsys, "prepare", "dicom", tmp_path, "--out", tmp_path / "out")
     assert code == 75
     assert "SIGTERM" in err
 
 
-def test_the_module_is_the_command():
+def test_python_m_runs_the_command():
     result = subprocess.run(
         [sys.executable, "-m", "maknet_jax", "--version"], capture_output=True, text=True
     )
@@ -124,29 +127,28 @@ def test_the_module_is_the_command():
     assert result.stdout.strip()
 
 
-def test_help_is_quick_to_import():
-    # The command reads its options without JAX: a typo is answered at once.
+def test_parsing_the_options_imports_no_jax():  # so that a typo is reported at once
     code = "import sys, maknet_jax.cli as c\nc._parser()\nsys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_a_signal_that_a_finaliser_swallows_comes_again(capsys, monkeypatch, tmp_path):
+def test_a_signal_lost_in_a_finaliser_is_raised_again(capsys, monkeypatch, tmp_path):
     import os
     import signal
     import time
 
     from maknet_jax import prepare
 
-    class Finalised:
+    class Finaliser:
         def __del__(self):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
 
-    def swallowed(*_, **__):
-        Finalised()
+    def lose_sigterm(*_, **__):
+        Finaliser()
         time.sleep(5)
         raise AssertionError("the signal was lost")
 
-    monkeypatch.setattr(prepare, "prepare_dicom", swallowed)
+    monkeypatch.setattr(prepare, "prepare_dicom", lose_sigterm)
     code, _, err = run(capsys, "prepare", "dicom", tmp_path, "--out", tmp_path / "out")
     assert code == 75, err

@@ -1,17 +1,19 @@
-"""What a verb says: lines, JSONL, tables, failures."""
+"""Log lines, JSONL, progress bars, tables and lists of failures."""
 
 import csv
 import json
+import re
+import sys
 
 import pytest
 
 from maknet_jax import console
 
 
-def test_the_log_appends_one_json_line_an_event(tmp_path, capsys):
+def test_the_log_appends_one_json_line_per_event(tmp_path, capsys):
     path = tmp_path / "run" / "log.jsonl"
     with console.Log(path) as log:
-        log.say("[bold] stays as it is", step=3)
+        log.say("[bold] is not markup", step=3)
         log.event(event="saved", path=tmp_path)
     with console.Log(path) as log:
         log.event(event="again")
@@ -21,28 +23,28 @@ def test_the_log_appends_one_json_line_an_event(tmp_path, capsys):
         {"event", "path"},
         {"event"},
     ]
-    assert events[0]["message"] == "[bold] stays as it is" and events[0]["step"] == 3
+    assert events[0]["message"] == "[bold] is not markup" and events[0]["step"] == 3
     assert events[1]["path"] == str(tmp_path)
     assert all(event["time"] > 1e9 for event in events)
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err == "[bold] stays as it is\n"
+    assert captured.out == "" and captured.err == "[bold] is not markup\n"
 
 
-def test_a_log_without_a_path_writes_nothing(tmp_path, monkeypatch):
+def test_a_log_without_a_path_writes_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with console.Log() as log:
-        log.event(event="unheard")
+        log.event(event="dropped")
     assert not list(tmp_path.iterdir())
 
 
-def test_progress_is_silent_where_there_is_no_terminal(capsys):
+def test_progress_prints_nothing_without_a_terminal(capsys):
     with console.progress("prepare", 3) as advance:
         advance()
         advance(2, note="fast")
     assert capsys.readouterr() == ("", "")
 
 
-def test_failures_are_listed_and_an_old_list_goes(tmp_path):
+def test_failures_are_listed_and_an_old_list_is_removed(tmp_path):
     path = tmp_path / "failures.csv"
     failures = [("a,b.dcm", 'says "no"'), ("c.png", "two\nlines")]
     console.write_failures(path, failures)
@@ -53,7 +55,7 @@ def test_failures_are_listed_and_an_old_list_goes(tmp_path):
     console.write_failures(path, [])
 
 
-def test_a_table_that_fails_half_way_is_not_written(tmp_path):
+def test_a_table_whose_rows_fail_is_not_written(tmp_path):
     def rows():
         yield ("1", "2")
         raise RuntimeError("half way")
@@ -64,10 +66,28 @@ def test_a_table_that_fails_half_way_is_not_written(tmp_path):
 
 
 def test_text_tables_align_numbers_to_the_right():
-    text = console.format_table(("run", "AUC"), [("teacher", 0.97), ("linear model", 7)])
+    text = console.format_table(("run", "AUC"), [("teacher", 0.97), ("[b]linear[/b]", 7)])
     assert text.splitlines() == [
-        "run            AUC",
-        "------------  ----",
-        "teacher       0.97",
-        "linear model     7",
+        "run             AUC",
+        "-------------- ----",
+        "teacher        0.97",
+        "[b]linear[/b]     7",
     ]
+
+
+def test_tables_keep_each_row_on_one_plain_line_away_from_a_terminal(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "20")
+    labels = "|".join(f"label {number}" for number in range(171))
+    lines = console.format_table(("id", "labels"), [("a", labels), ("b", "")]).splitlines()
+    assert len(lines) == 4 and lines[2] == f"a   {labels}"
+
+
+def test_tables_fold_cells_on_a_terminal_without_losing_text(monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "20")
+    labels = "|".join(f"label-{number}" for number in range(9))
+    text = console.format_table(("id", "labels"), [("a", labels)])
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    assert plain != text and max(map(len, plain.splitlines())) <= 20
+    assert "".join(line[2:].strip() for line in plain.splitlines()[2:]) == labels

@@ -1,4 +1,4 @@
-"""DeepLesion's table and LesaNet's labels: counts, numbering and what is refused."""
+"""DeepLesion's table and LesaNet's labels: counts, numbering and rejected files."""
 
 import collections
 import csv
@@ -52,7 +52,7 @@ def write_rows(path, rows):
 
 
 def numbered(path, first):
-    """The rows of `path` that the first 691 hold too, with their number from 1 on."""
+    """The rows of `path` that are among the first 691, numbered from 1."""
     key = ("File_name", "Bounding_boxes")
     numbers = {tuple(row[k] for k in key): n for n, row in enumerate(read_rows(first), start=1)}
     rows = read_rows(path)
@@ -73,11 +73,11 @@ def test_the_label_files_hold_17705_1686_1640_and_490_lesions(mined, hand, body_
     kept = {split: count["kept"] for split, count in counts.items()}
     assert kept == {"train": 17705, "val": 1686, "test": 1640, "hand": 490}
     assert collections.Counter(lesion.split for lesion in lesions) == kept
-    # The paper's, after noisy rows: never more.
+    # The paper's counts exclude noisy rows, so they are not larger.
     assert all(deeplesion.PAPER_COUNTS[split] <= count for split, count in kept.items())
 
 
-def test_training_takes_uncertain_labels_and_evaluation_does_not(mined, hand, body_parts):
+def test_uncertain_labels_are_positive_in_training_only(mined, hand, body_parts):
     lesions, _ = deeplesion.label_lesions(everything(mined, hand), mined, hand, body_parts)
     for lesion in lesions:
         relevant = mined.relevant.get(lesion.lesion_idx, ())
@@ -90,11 +90,11 @@ def test_training_takes_uncertain_labels_and_evaluation_does_not(mined, hand, bo
             assert lesion.names == relevant and lesion.unknown == uncertain
 
 
-def test_the_real_rows_are_numbered_from_1_and_it_is_said(first, mined):
+def test_the_real_rows_are_numbered_from_1(first, mined):
     rows = deeplesion.read_info(first)
     assert len(rows) == 691
     numbering = deeplesion.number_lesions(rows, mined)
-    assert numbering.reason.startswith("numbered from 1: ")
+    assert numbering.base == 1 and numbering.reason.startswith("numbered from 1: ")
     assert "from 0: " in numbering.reason and "official split" in numbering.reason
     assert numbering.lesions[1] is rows[0] and len(numbering.lesions) == 691
     assert numbering.lesions[475].slice_id == "000069_02_01_058"
@@ -103,36 +103,36 @@ def test_the_real_rows_are_numbered_from_1_and_it_is_said(first, mined):
 
 
 @pytest.mark.parametrize("name", ["158_rows", "1349_rows_extra_columns", "key_slices"])
-def test_files_that_are_no_prefix_are_refused(shared_data, mined, name):
+def test_files_other_than_a_prefix_are_rejected(shared_data, mined, name):
     rows = deeplesion.read_info(shared_data / "deeplesion" / f"DL_info_{name}.csv")
-    with pytest.raises(InputError, match="cannot be matched to .* add a column lesion_idx") as e:
+    with pytest.raises(InputError, match=f" {len(rows)} .*lesion_idx") as caught:
         deeplesion.number_lesions(rows, mined)
-    assert "\n" not in str(e.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("gone", [0, 100, 345, 520])
-def test_one_lost_row_is_noticed(first, mined, gone, tmp_path):
-    # After row 546 of this file the split does not change any more: a loss there cannot be seen.
+def test_a_missing_row_is_detected(first, mined, gone, tmp_path):
+    # After row 546 of this file the split does not change: a missing row goes undetected there.
     rows = read_rows(first)
     del rows[gone]
     cut = deeplesion.read_info(write_rows(tmp_path / "cut.csv", rows))
-    with pytest.raises(InputError, match="use the full DL_info.csv in its original order"):
+    with pytest.raises(InputError, match=f" {len(cut)} .*official split"):
         deeplesion.number_lesions(cut, mined)
 
 
-def test_a_shuffled_file_is_refused(first, mined, tmp_path):
+def test_a_shuffled_file_is_rejected(first, mined, tmp_path):
     rows = read_rows(first)
     np.random.default_rng(0).shuffle(rows)
     shuffled = deeplesion.read_info(write_rows(tmp_path / "shuffled.csv", rows))
-    with pytest.raises(InputError, match="not in the original order"):
+    with pytest.raises(InputError, match="Patient_index"):
         deeplesion.number_lesions(shuffled, mined)
 
 
-def test_too_few_rows_are_refused(first, mined, tmp_path):
+def test_too_few_rows_are_rejected(first, mined, tmp_path):
     few = deeplesion.read_info(write_rows(tmp_path / "few.csv", read_rows(first)[:30]))
-    with pytest.raises(InputError, match="have labels, 20 are needed"):
+    with pytest.raises(InputError, match=" 30 .*20"):
         deeplesion.number_lesions(few, mined)
-    with pytest.raises(InputError, match="to the 0 rows"):
+    with pytest.raises(InputError, match=" 0 "):
         deeplesion.number_lesions([], mined)
 
 
@@ -142,7 +142,7 @@ def test_a_lesion_idx_column_numbers_a_shuffled_file(first, mined, tmp_path):
     shuffled = deeplesion.read_info(write_rows(tmp_path / "shuffled.csv", rows))
     numbering = deeplesion.number_lesions(shuffled, mined)
     plain = deeplesion.number_lesions(deeplesion.read_info(first), mined)
-    assert "column lesion_idx" in numbering.reason
+    assert numbering.base is None and "lesion_idx" in numbering.reason
     assert {n: row.box for n, row in numbering.lesions.items()} == {
         n: row.box for n, row in plain.lesions.items()
     }
@@ -160,7 +160,7 @@ def test_a_lesion_idx_column_numbers_the_file_with_extra_columns(
     plain = deeplesion.number_lesions(deeplesion.read_info(first), mined)
     for number, row in numbering.lesions.items():
         assert row.file_name == plain.lesions[number].file_name
-    # The one row that this file marks as noisy gets a labelled number and must fall.
+    # The one noisy row of this file gets the number of a labelled lesion and must be dropped.
     noisy = next(row for row in read_rows(source) if row["Possibly_noisy"] == "1")
     spare = next(n for n in sorted(mined.split) if n > 691 and known(mined, n, body_parts))
     rows.append(noisy | {"lesion_idx": spare})
@@ -179,9 +179,7 @@ def known(mined, number, vocabulary):
     return bool(set(vocabulary.names) & set(mined.relevant[number]))
 
 
-def test_rows_without_a_lesion_idx_are_left_out_where_there_is_such_a_column(
-    first, mined, tmp_path
-):
+def test_rows_with_an_empty_lesion_idx_are_dropped(first, mined, tmp_path):
     rows = numbered(first, first)
     for row in rows[::2]:
         row["lesion_idx"] = ""
@@ -191,15 +189,15 @@ def test_rows_without_a_lesion_idx_are_left_out_where_there_is_such_a_column(
     assert sorted(numbering.lesions) == list(range(2, 692, 2))
 
 
-def test_a_wrong_lesion_idx_column_is_refused(first, mined, tmp_path):
+def test_a_wrong_lesion_idx_column_is_rejected(first, mined, tmp_path):
     rows = numbered(first, first)
     from_zero = [row | {"lesion_idx": row["lesion_idx"] - 1} for row in rows]
-    with pytest.raises(InputError, match="lesion_idx of DL_info is wrong .* count from 1"):
+    with pytest.raises(InputError, match="lesion_idx"):
         deeplesion.number_lesions(
             deeplesion.read_info(write_rows(tmp_path / "zero.csv", from_zero)), mined
         )
     rows[5]["lesion_idx"] = rows[4]["lesion_idx"]
-    with pytest.raises(InputError, match="lesion_idx 5 stands in several rows"):
+    with pytest.raises(InputError, match="lesion_idx 5 "):
         deeplesion.number_lesions(
             deeplesion.read_info(write_rows(tmp_path / "twice.csv", rows)), mined
         )
@@ -233,63 +231,63 @@ def test_the_phantom_is_numbered_by_the_base_of_its_labels(phantom, base, tmp_pa
     path.write_text(json.dumps(content))
     rows = deeplesion.read_info(phantom["info"])
     numbering = deeplesion.number_lesions(rows, deeplesion.read_mined_labels(path))
-    assert numbering.reason.startswith(f"numbered from {base}: ")
+    assert numbering.base == base
     assert numbering.lesions[base] is rows[0]
 
 
 @pytest.mark.parametrize(
-    ("column", "value", "message"),
+    ("column", "value"),
     [
-        ("Train_Val_Test", "4", "line 3 cannot be read: 4 should be one of"),
-        ("Patient_index", "1.5", "'1.5' should be a whole number"),
-        ("Patient_index", "inf", "line 3 cannot be read"),
-        ("Bounding_boxes", "1, 2, 3", "should be 4 numbers"),
-        ("Possibly_noisy", "", "line 3 cannot be read"),
+        ("Train_Val_Test", "4"),
+        ("Patient_index", "1.5"),
+        ("Patient_index", "inf"),
+        ("Bounding_boxes", "1, 2, 3"),
+        ("Possibly_noisy", ""),
     ],
 )
-def test_a_bad_cell_is_named_with_its_line(phantom, tmp_path, column, value, message):
+def test_an_invalid_cell_is_reported_with_its_line(phantom, tmp_path, column, value):
     rows = read_rows(phantom["info"])
     rows[1][column] = value
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=f"bad.csv line 3 .*{value}"):
         deeplesion.read_info(write_rows(tmp_path / "bad.csv", rows))
 
 
-def test_a_file_that_is_no_info_table_is_refused(phantom, tmp_path):
+def test_files_other_than_dl_info_are_rejected(phantom, tmp_path):
     rows = [
         {k: v for k, v in row.items() if k != "Bounding_boxes"}
         for row in read_rows(phantom["info"])
     ]
-    with pytest.raises(InputError, match="no column 'Bounding_boxes'"):
+    with pytest.raises(InputError, match="'Bounding_boxes'"):
         deeplesion.read_info(write_rows(tmp_path / "narrow.csv", rows))
     (tmp_path / "empty.csv").write_text("")
-    with pytest.raises(InputError, match="no column 'File_name'"):
+    with pytest.raises(InputError, match="'File_name'"):
         deeplesion.read_info(tmp_path / "empty.csv")
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(InputError, match="is no CSV table"):
+    with pytest.raises(InputError, match="binary.csv"):
         deeplesion.read_info(tmp_path / "binary.csv")
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, match="absent.csv"):
         deeplesion.read_info(tmp_path / "absent.csv")
 
 
-def test_bad_label_files_are_refused_in_one_line(phantom, tmp_path):
+def test_invalid_label_files_are_rejected_in_one_line(phantom, tmp_path):
     good = json.loads(phantom["labels"].read_text())
     path = tmp_path / "labels.json"
     train = good["train_lesion_idxs"]
-    for change, message in (
-        ({"term_list": None}, "is not LesaNet's label file"),
-        ({"val_relevant_labels": []}, "val_relevant_labels has 0 entries for"),
-        ({"train_relevant_labels": [[9999]] * len(train)}, "is not LesaNet's label file"),
-        ({"val_lesion_idxs": [train[0], *good["val_lesion_idxs"][1:]]}, "is in train and val"),
+    for change, value in (
+        ({"term_list": None}, "NoneType"),
+        ({"val_relevant_labels": []}, "val_relevant_labels has 0 "),
+        ({"train_relevant_labels": [[9999]] * len(train)}, "IndexError"),
+        ({"val_lesion_idxs": [train[0], *good["val_lesion_idxs"][1:]]}, f"{train[0]} .*train.*val"),
     ):
         path.write_text(json.dumps(good | change))
-        with pytest.raises(InputError, match=message) as caught:
+        with pytest.raises(InputError, match=f"labels.json.*{value}") as caught:
             deeplesion.read_mined_labels(path)
         assert "\n" not in str(caught.value)
     path.write_text("{")
-    with pytest.raises(InputError, match="is no JSON file"):
+    with pytest.raises(InputError, match="labels.json"):
         deeplesion.read_mined_labels(path)
     path.write_text('[{"lesion_idx": 3}]')
-    with pytest.raises(InputError, match="is not LesaNet's hand-labelled set"):
+    with pytest.raises(InputError, match="labels.json.*expanded_terms"):
         deeplesion.read_hand_labels(path)
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, match="absent.json"):
         deeplesion.read_hand_labels(tmp_path / "absent.json")

@@ -1,4 +1,4 @@
-"""`maknet demo`: the promise of the README, in small here and in full in `make test-all`."""
+"""`maknet demo`: a small one here, the one of the README in `make test-all`."""
 
 import pathlib
 
@@ -37,7 +37,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(demo.configs, "load", small)
 
 
-def test_ends_with_a_table_and_paths_that_exist(tiny, tmp_path, capsys):
+def test_prints_a_row_per_network_and_paths_that_exist(tiny, tmp_path, capsys):
     out = tmp_path / "demo"
     results = demo.demo(out)
     printed = capsys.readouterr().out
@@ -47,27 +47,28 @@ def test_ends_with_a_table_and_paths_that_exist(tiny, tmp_path, capsys):
     assert len(paths) == 7
     for path in paths:
         assert (out.parent / path).stat().st_size > 0
-    assert paths[0] == results["report"] and "<h2>Best cases" in pathlib.Path(paths[0]).read_text()
+    assert paths[0] == results["report"]
+    assert "<h2>Best cases" in pathlib.Path(paths[0]).read_text()
     assert results["predict"]["slices"] == 12 + 12 * 2 // 3  # the last series is the shorter one
     assert set(results["student"]["splits"]) == {"test", "hand"}
-    assert "From 4 images that nobody labelled" in printed  # triplets of the longer series
+    assert "4 unlabelled images" in printed  # triplets of the longer series
 
 
 def test_a_second_run_repeats_nothing(tiny, tmp_path):
     demo.demo(tmp_path / "demo")
-    kept = [
+    results = [
         tmp_path / "demo" / name
         for name in ("phantom/phantom.json", "shards/dataset.json", "rounds/round-1/summary.json")
     ]
-    before = [path.stat().st_mtime_ns for path in kept]
+    before = [path.stat().st_mtime_ns for path in results]
     demo.demo(tmp_path / "demo")
-    assert [path.stat().st_mtime_ns for path in kept] == before
+    assert [path.stat().st_mtime_ns for path in results] == before
 
 
 @pytest.mark.slow  # seven minutes
-def test_the_real_one_beats_the_linear_model(tmp_path):
+def test_the_network_beats_the_linear_model(tmp_path):
     assert cli.main(["demo", "--out", str(tmp_path / "demo")]) == 0
-    results = demo.demo(tmp_path / "demo")  # again: reads what is there
+    results = demo.demo(tmp_path / "demo")  # reads the stored results
     network, linear = (results[name]["splits"]["hand"] for name in ("student", "linear"))
     assert network["auc"] > linear["auc"] + 0.02
     assert network["f1"] > linear["f1"] + 0.05

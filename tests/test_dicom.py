@@ -1,4 +1,4 @@
-"""DICOM: exact HU, the standard orientation, and a reason for whatever is not understood."""
+"""DICOM: exact HU, the standard orientation, and a reason for whatever is rejected."""
 
 import logging
 import re
@@ -11,7 +11,7 @@ import pytest
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
-from maknet_jax.ct import dicom, volumes
+from maknet_jax.ct import dicom, reading, search, volumes
 from maknet_jax.errors import Rejected
 
 LOSSLESS = ("1.2.2.dcm", "1.2.1.99.dcm", "4.90.dcm", "4.80.dcm", "4.70.dcm", "4.57.dcm")
@@ -19,12 +19,12 @@ LOSSLESS += ("10008.1.2.1.dcm", "10008.1.2.dcm", "10008.1.2.5.dcm")
 
 
 def stored_values(seed=0, shape=(6, 5)):
-    """Values that tell every pixel, and so every flip, from any other."""
+    """Unique values, so that any flip or transposition changes the array."""
     return np.random.default_rng(seed).permutation(np.prod(shape)).reshape(shape).astype("<i2")
 
 
 def write_slice(path, *, z=0.0, values=None, syntax=ExplicitVRLittleEndian, drop=(), **changes):
-    """Writes a CT slice with pydicom; `changes` replace elements, `drop` takes some out."""
+    """Writes a CT slice with pydicom; `changes` replace elements, `drop` removes some."""
     values = stored_values() if values is None else values
     data = pydicom.Dataset()
     data.SOPClassUID, data.Modality = CTImageStorage, "CT"
@@ -63,17 +63,17 @@ def write_series(folder, places, **changes):
 
 
 def only_series(path):
-    found, reasons = volumes.find_series(path)
+    series, reasons = search.find_series(path)
     assert reasons == []
-    assert len(found) == 1
-    return volumes.load_series(found[0])
+    assert len(series) == 1
+    return volumes.load_series(series[0])
 
 
 def only_reason(path):
-    found, reasons = volumes.find_series(path)
-    if found:
+    series, reasons = search.find_series(path)
+    if series:
         with pytest.raises(Rejected) as caught:
-            volumes.load_series(found[0])
+            volumes.load_series(series[0])
         return str(caught.value)
     assert len(reasons) == 1
     return reasons[0][1]
@@ -113,7 +113,7 @@ def test_unsigned_and_twelve_bits(tmp_path):
     np.testing.assert_array_equal(hu, values.astype(int) - 1024)
     values[2, 2] = 4096
     path = write_slice(tmp_path / "b.dcm", values=values, **kind)
-    with pytest.raises(Rejected, match="4096 do not fit into BitsStored 12"):
+    with pytest.raises(Rejected, match="4096 .*BitsStored 12"):
         dicom.read_slice(path)
 
 
@@ -125,19 +125,19 @@ def test_encodings_of_one_slice_have_equal_hu(shared_data):
     assert len(files) == 9
     for path in [folder / "CTImage.dcm", *files]:
         np.testing.assert_array_equal(only_series(path).hu[0], expected, err_msg=path.name)
-    for ending, bound in (("4.91.dcm", 5), ("4.81.dcm", 1)):  # both are nearly lossless here
+    for ending, bound in (("4.91.dcm", 5), ("4.81.dcm", 1)):  # both are near-lossless
         (path,) = folder.glob(f"*{ending}")
         assert np.abs(only_series(path).hu[0] - expected).max() <= bound
 
 
 @pytest.mark.parametrize("number", [50, 51, 53, 55])
-def test_lossy_jpeg_is_refused_by_name(shared_data, number):
+def test_lossy_jpeg_is_rejected_with_its_transfer_syntax(shared_data, number):
     (path,) = (shared_data / "dicom" / "transfer_syntaxes").glob(f"*.4.{number}.dcm")
-    assert re.match(rf"JPEG .*4\.{number}\): lossy JPEG", only_reason(path))
+    assert f"1.2.840.10008.1.2.4.{number}" in only_reason(path)
 
 
 def test_jpeg_2000_series_against_openjpeg(shared_data):
-    openjpeg = pytest.importorskip("openjpeg")  # another decoder than the one we use
+    openjpeg = pytest.importorskip("openjpeg")  # an independent decoder
     volume = only_series(shared_data / "dicom" / "liver_j2k_20")
     assert volume.hu.shape == (20, 512, 512)
     assert volume.spacing == (2.0, 0.9765625, 0.9765625)
@@ -150,12 +150,12 @@ def test_jpeg_2000_series_against_openjpeg(shared_data):
         np.testing.assert_array_equal(volume.hu[k], values.astype(int) - 1024)
 
 
-def test_two_slices_at_one_position_are_refused(shared_data, tmp_path):
+def test_two_slices_at_one_position_are_rejected(shared_data, tmp_path):
     reason = only_reason(shared_data / "dicom" / "duplicate_positions")
-    assert "two slices at one position" in reason
-    assert "CT26.dcm and CT28.dcm" in reason
+    assert "CT26.dcm" in reason and "CT28.dcm" in reason
     write_series(tmp_path, [0, 5, 10, 5, 15])
-    assert "001.dcm and 003.dcm" in only_reason(tmp_path)
+    reason = only_reason(tmp_path)
+    assert "one position" in reason and "001.dcm" in reason and "003.dcm" in reason
 
 
 def test_big_endian_deflated_and_implicit(tmp_path):
@@ -170,7 +170,7 @@ def test_big_endian_deflated_and_implicit(tmp_path):
         np.testing.assert_array_equal(dicom.read_slice(path)[1], expected)
 
 
-def test_slices_are_sorted_head_to_feet_whatever_the_names(tmp_path):
+def test_slices_are_sorted_head_to_feet_by_position_not_name(tmp_path):
     places = [10, -5, 0, 5, -10]
     write_series(tmp_path, places)
     volume = only_series(tmp_path)
@@ -193,7 +193,7 @@ def test_slices_are_sorted_head_to_feet_whatever_the_names(tmp_path):
         ([0, 1, 0, -1, 0, 0], lambda a: a[::-1].T),
     ],
 )
-def test_axis_aligned_orientations_come_out_standard(tmp_path, orientation, turn):
+def test_axis_aligned_orientations_become_standard(tmp_path, orientation, turn):
     for z in (0, 3):
         write_slice(tmp_path / f"{z}.dcm", z=z, ImageOrientationPatient=orientation)
     volume = only_series(tmp_path)
@@ -203,7 +203,7 @@ def test_axis_aligned_orientations_come_out_standard(tmp_path, orientation, turn
     assert volume.spacing == (3.0, 0.75, 0.5) if transposed else (3.0, 0.5, 0.75)
 
 
-def test_gantry_tilt_up_to_30_degrees(tmp_path):
+def test_gantry_tilt_is_accepted_up_to_30_degrees(tmp_path):
     def tilted(degrees):
         angle = np.radians(degrees)
         return [1, 0, 0, 0, round(np.cos(angle), 6), round(np.sin(angle), 6)]
@@ -213,55 +213,55 @@ def test_gantry_tilt_up_to_30_degrees(tmp_path):
     assert volume.slices == ("002.dcm", "001.dcm", "000.dcm")
     assert volume.spacing[0] == pytest.approx(5 * np.cos(np.radians(20)), abs=1e-5)
     write_series(tmp_path / "steep", [0, 5, 10], ImageOrientationPatient=tilted(40))
-    assert only_reason(tmp_path / "steep") == (
-        "oblique: 40 degrees from the body's axes, the limit is 30 (3 files of series 1.2.3)"
-    )
+    reason = only_reason(tmp_path / "steep")
+    assert all(part in reason for part in ("40 degrees", "30", "3 files", "1.2.3"))
 
 
 @pytest.mark.parametrize(
-    ("places", "reason"),
+    ("places", "parts"),
     [
-        ([0, 5, 10, 20, 25], "uneven slices: 10.00 mm between 003.dcm and 002.dcm, 5.00 mm"),
-        ([0, 5, 15], "uneven slices: 10.00 mm"),
-        ([0, 5, 10, 12, 15, 20], "uneven slices: 2.00 mm between 003.dcm and 002.dcm"),
+        ([0, 5, 10, 20, 25], ("uneven", "10.00 mm", "003.dcm", "002.dcm", "5.00 mm")),
+        ([0, 5, 15], ("uneven", "10.00 mm")),
+        ([0, 5, 10, 12, 15, 20], ("uneven", "2.00 mm", "003.dcm", "002.dcm")),
     ],
 )
-def test_uneven_slices_are_refused(tmp_path, places, reason):
+def test_unevenly_spaced_slices_are_rejected(tmp_path, places, parts):
     write_series(tmp_path, places)
-    assert reason in only_reason(tmp_path)
+    reason = only_reason(tmp_path)
+    assert all(part in reason for part in parts), reason
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"drop": ["Modality"]}, "no Modality"),
-        ({"Modality": "MR"}, "modality MR, not CT"),
-        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.2.1"}, "Enhanced CT Image Storage: only"),
-        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, "Secondary Capture Image Storage: only"),
-        ({"NumberOfFrames": 3}, "3 frames in one file"),
+        ({"drop": ["Modality"]}, "Modality"),
+        ({"Modality": "MR"}, "MR"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.2.1"}, "Enhanced CT Image Storage"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, "Secondary Capture Image Storage"),
+        ({"NumberOfFrames": 3}, "3 frames"),
         ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "ImageType LOCALIZER"),
-        ({"PhotometricInterpretation": "MONOCHROME1"}, "1 samples of MONOCHROME1"),
-        ({"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3}, "3 samples of RGB"),
-        ({"Rows": 5000}, "a matrix of 5000 x 5"),
+        ({"PhotometricInterpretation": "MONOCHROME1"}, "MONOCHROME1"),
+        ({"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3}, "3 .*RGB"),
+        ({"Rows": 5000}, "5000 x 5"),
         ({"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}, "BitsAllocated 8, BitsStored 8"),
         ({"HighBit": 14}, "BitsAllocated 16, BitsStored 16, HighBit 14"),
         ({"BitsStored": 17, "HighBit": 16}, "BitsAllocated 16, BitsStored 17"),
         ({"RescaleSlope": 0}, "RescaleSlope 0"),
-        ({"RescaleType": "MGML"}, "RescaleType MGML: the values are not HU"),
-        ({"ImageOrientationPatient": [0, 1, 0, 0, 0, -1]}, "not axial|oblique: 90 degrees"),
-        ({"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}, "is no pair of directions"),
-        ({"ImageOrientationPatient": [1, 0, 0]}, "not 6 numbers"),
-        ({"drop": ["ImageOrientationPatient"]}, "no ImageOrientationPatient"),
-        ({"drop": ["RescaleIntercept"]}, "no RescaleSlope or RescaleIntercept"),
+        ({"RescaleType": "MGML"}, "RescaleType MGML"),
+        ({"ImageOrientationPatient": [0, 1, 0, 0, 0, -1]}, "not axial|90 degrees"),
+        ({"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}, "ImageOrientationPatient .*1.0"),
+        ({"ImageOrientationPatient": [1, 0, 0]}, "ImageOrientationPatient .* 6 "),
+        ({"drop": ["ImageOrientationPatient"]}, "ImageOrientationPatient"),
+        ({"drop": ["RescaleIntercept"]}, "RescaleIntercept"),
         ({"drop": ["PixelRepresentation"]}, "PixelRepresentation None"),
         ({"drop": ["BitsStored"]}, "BitsStored None"),
         ({"drop": ["PixelData"]}, "no pixel data"),
-        ({"drop": ["Rows"]}, "a matrix of None x 5"),
-        ({"PixelData": bytes(40)}, "truncated pixel data: 40 bytes, expected 60"),
-        ({"PixelData": bytes(120)}, "oversized pixel data: 120 bytes, expected 60"),
+        ({"drop": ["Rows"]}, "None x 5"),
+        ({"PixelData": bytes(40)}, "truncated.* 40 .*60"),
+        ({"PixelData": bytes(120)}, "oversized.* 120 .*60"),
     ],
 )
-def test_what_is_not_understood_is_refused(tmp_path, changes, reason):
+def test_unsupported_files_are_rejected(tmp_path, changes, reason):
     write_slice(tmp_path / "a.dcm", **changes)
     assert re.search(reason, only_reason(tmp_path))
 
@@ -269,20 +269,21 @@ def test_what_is_not_understood_is_refused(tmp_path, changes, reason):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"FrameOfReferenceUID": "9.9"}, "FrameOfReferenceUID differs"),
-        ({"ImageOrientationPatient": [-1, 0, 0, 0, 1, 0]}, "the orientation differs"),
-        ({"values": stored_values(shape=(4, 4))}, "the matrix differs"),
-        ({"PixelSpacing": [1, 1]}, "PixelSpacing differs"),
-        ({"drop": ["ImagePositionPatient"]}, "b.dcm: no ImagePositionPatient"),
+        ({"FrameOfReferenceUID": "9.9"}, "FrameOfReferenceUID"),
+        ({"ImageOrientationPatient": [-1, 0, 0, 0, 1, 0]}, "orientation"),
+        ({"values": stored_values(shape=(4, 4))}, "matrix"),
+        ({"PixelSpacing": [1, 1]}, "PixelSpacing"),
+        ({"drop": ["ImagePositionPatient"]}, "ImagePositionPatient"),
     ],
 )
-def test_differences_within_a_series_are_refused(tmp_path, changes, reason):
+def test_differences_within_a_series_are_rejected(tmp_path, changes, reason):
     write_slice(tmp_path / "a.dcm", z=0)
     write_slice(tmp_path / "b.dcm", z=5, **changes)
-    assert reason in only_reason(tmp_path)
+    message = only_reason(tmp_path)
+    assert reason in message and "b.dcm" in message
 
 
-def test_truncated_files(tmp_path, shared_data):
+def test_truncated_files_are_rejected_in_one_line(tmp_path, shared_data):
     folder = shared_data / "dicom" / "transfer_syntaxes"
     for number, path in enumerate(sorted(folder.glob("*.dcm"))):
         content = path.read_bytes()
@@ -293,18 +294,18 @@ def test_truncated_files(tmp_path, shared_data):
             assert "\n" not in reason and len(reason) < 400
 
 
-def test_an_encoded_image_without_its_end_is_refused(tmp_path, shared_data):
-    """The decoders fill up what is missing, so the end marker is looked for before."""
+def test_an_encoded_image_without_its_end_marker_is_rejected(tmp_path, shared_data):
+    """Decoders make up missing pixels, so the end marker is checked first."""
     for number in (57, 80, 90):
         (path,) = (shared_data / "dicom" / "transfer_syntaxes").glob(f"*.1.2.4.{number}.dcm")
         data = pydicom.dcmread(path)
         frame = get_frame(data.PixelData, 0, number_of_frames=1)
         data.PixelData = encapsulate([frame[: len(frame) // 2]])
         data.save_as(tmp_path / "a.dcm")
-        assert "the encoded image has no end marker" in only_reason(tmp_path / "a.dcm")
+        assert "end marker" in only_reason(tmp_path / "a.dcm")
 
 
-def test_broken_headers_and_bombs(tmp_path, monkeypatch):
+def test_broken_headers_and_decompression_bombs_are_rejected(tmp_path, monkeypatch):
     good = write_slice(tmp_path / "good.dcm").read_bytes()
     empty = tmp_path / "empty.dcm"
     empty.write_bytes(b"")
@@ -314,7 +315,7 @@ def test_broken_headers_and_bombs(tmp_path, monkeypatch):
     item = b"\xfe\xff\x00\xe0\xff\xff\xff\xff" + b"\x08\x00\x40\x11SQ\0\0\xff\xff\xff\xff"
     deep.write_bytes(good[:128] + b"DICM" + b"\x08\x00\x40\x11SQ\0\0\xff\xff\xff\xff" + item * 5000)
     for path in (empty, noise, deep):
-        assert re.match("broken DICOM|no Modality", only_reason(path))
+        assert re.match("broken DICOM|.*Modality", only_reason(path))
     monkeypatch.setattr(dicom, "LARGEST_FILE", 1 << 20)
     bomb = write_slice(tmp_path / "bomb.dcm", syntax="1.2.840.10008.1.2.1.99").read_bytes()
     start = bomb.index(b"1.2.840.10008.1.2.1.99")
@@ -324,7 +325,7 @@ def test_broken_headers_and_bombs(tmp_path, monkeypatch):
     squeeze = zlib.compressobj(9, zlib.DEFLATED, -15)
     packed = squeeze.compress(bytes(8 << 20)) + squeeze.flush()
     (tmp_path / "bomb.dcm").write_bytes(bomb[:end] + packed)
-    assert "more than 1 MiB inflated" in only_reason(tmp_path / "bomb.dcm")
+    assert "1 MiB" in only_reason(tmp_path / "bomb.dcm")
 
 
 def test_an_encoded_image_of_another_size_is_never_decoded(tmp_path, shared_data):
@@ -334,38 +335,38 @@ def test_an_encoded_image_of_another_size_is_never_decoded(tmp_path, shared_data
         data = pydicom.dcmread(path)
         data.Rows = 256
         data.save_as(tmp_path / "a.dcm")
-        assert re.search("encoded matrix is .512, 512.", only_reason(tmp_path / "a.dcm"))
+        assert re.search(r"encoded .*\(512, 512\).*\(256, 512\)", only_reason(tmp_path / "a.dcm"))
     syntax = "1.2.840.10008.1.2.4.90"
     write_slice(tmp_path / "b.dcm", syntax=syntax, PixelData=encapsulate([b"nonsense\xff\xd9"]))
-    assert "the encoded matrix is None" in only_reason(tmp_path / "b.dcm")
+    assert re.search(r"encoded .*None.*\(6, 5\)", only_reason(tmp_path / "b.dcm"))
 
 
-def test_nothing_leaks_from_the_decoders(tmp_path, shared_data, capfd, caplog):
-    """A damaged stream: refused, with no log line, no warning, no line of a C library."""
+def test_decoders_print_and_log_nothing(tmp_path, shared_data, capfd, caplog):
+    """A damaged stream is rejected without log lines, warnings or output of C libraries."""
     for ending in ("4.80.dcm", "4.57.dcm", "4.70.dcm", "1.2.5.dcm"):
         (path,) = (shared_data / "dicom" / "transfer_syntaxes").glob(f"*{ending}")
         content = bytearray(path.read_bytes())
         content[-60000:-100] = bytes(59900)
         (tmp_path / "a.dcm").write_bytes(content)
-        assert re.search("broken (DICOM )?pixel data", only_reason(tmp_path / "a.dcm"))
+        assert re.search("pixel data", only_reason(tmp_path / "a.dcm"))
     data = write_slice(tmp_path / "b.dcm", drop=["FrameOfReferenceUID"])
-    content = data.read_bytes().replace(b"0.75", b"0,75")  # a comma is no number
+    content = data.read_bytes().replace(b"0.75", b"0,75")  # not a number
     data.write_bytes(content)
-    assert "broken DICOM header" in only_reason(data)
+    assert "header" in only_reason(data)
     assert capfd.readouterr() == ("", "")
     assert caplog.records == []
 
 
 def test_quiet_restores_warnings_and_logging():
     before = list(warnings.filters), logging.getLogger("pydicom").disabled
-    with dicom.quiet(), dicom.quiet():
-        warnings.warn("not heard", UserWarning, stacklevel=1)
+    with reading.quiet(), reading.quiet():
+        warnings.warn("suppressed", UserWarning, stacklevel=1)
     assert (list(warnings.filters), logging.getLogger("pydicom").disabled) == before
-    with pytest.raises(UserWarning, match="heard"):
-        warnings.warn("heard", UserWarning, stacklevel=1)
+    with pytest.raises(UserWarning, match="visible"):
+        warnings.warn("visible", UserWarning, stacklevel=1)
 
 
-def test_a_file_without_preamble_or_uids(tmp_path, shared_data):
+def test_a_file_without_preamble_or_uids_is_read(tmp_path, shared_data):
     content = write_slice(tmp_path / "a", syntax="1.2.840.10008.1.2").read_bytes()
     meta = pydicom.filereader.read_file_meta_info(tmp_path / "a")
     (tmp_path / "a").write_bytes(content[144 + meta.FileMetaInformationGroupLength :])

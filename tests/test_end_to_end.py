@@ -1,4 +1,4 @@
-"""The whole chain on real CT: a torso whose slices are labelled by the organs that they show.
+"""The whole chain on real CT: a torso whose slices are labelled with the organs they show.
 
 Held-out slices come in contiguous blocks along z, and no training or validation slice lies within
 two slices of them, so that no channel is shared.
@@ -17,7 +17,7 @@ from maknet_jax.data import pseudo_labels
 from maknet_jax.figures import charts
 from maknet_jax.runs import config
 
-# Of TotalSegmentator's label map; organs on both sides and neighbours of one kind share a name.
+# TotalSegmentator's label values; paired organs and similar neighbours share a name.
 ORGANS = {
     "spleen": (1,),
     "right kidney": (2,),
@@ -44,7 +44,7 @@ ORGANS = {
     "psoas muscle": (88, 89),
 }
 SLICES, BLOCK, VOXELS = 112, 8, 20
-# 46 slices are few: mild noise, a lower learning rate that falls, not the teacher's recipe.
+# For only 46 slices: milder noise and a lower, decaying learning rate than the teacher's.
 RECIPE = (
     "augment.rotation_probability=0.7",
     "augment.rotation_degrees=5",
@@ -57,14 +57,14 @@ RECIPE = (
 
 
 def split_of(z):
-    """Four blocks of 24 mm are held out; of the other slices one in eight validates."""
+    """Four blocks of 24 mm are held out; one in eight of the other slices validates."""
     if z // BLOCK in (1, 4, 7, 10):
         return "test"
     return "val" if z % (3 * BLOCK) in (3, 2 * BLOCK + 3) else "train"
 
 
 def write_table(path, ct, organs):
-    """The torso as a table for `prepare table`."""
+    """Writes the torso as a table for `prepare table`."""
     present = {
         name: np.isin(organs, values).sum(axis=(0, 1)) >= VOXELS for name, values in ORGANS.items()
     }
@@ -91,7 +91,7 @@ def torso(shared_data, tmp_path_factory):
 
 def run(name, torso, folder, *overrides):
     """Trains on one device and returns the metrics of the held-out blocks."""
-    page = config.load(
+    settings = config.load(
         name,
         [
             f"data.path={torso[0]}",
@@ -101,12 +101,12 @@ def run(name, torso, folder, *overrides):
             *overrides,
         ],
     )
-    train.train(page, folder, devices=jax.devices()[:1])
+    train.train(settings, folder, devices=jax.devices()[:1])
     return evaluate.evaluate(folder, splits=["test"], checkpoint="last")["splits"]["test"]
 
 
 def check_along_z(torso, folder):
-    """Each organ is found where the organ map shows it, and they follow each other along z."""
+    """Checks that organs are predicted where the organ map shows them, in order along z."""
     summary = predict.predict(
         folder / "run", torso[1], folder / "labels.csv", as_json=True, charts=True
     )
@@ -124,7 +124,7 @@ def check_along_z(torso, folder):
     assert (folder / "labels.000.png").stat().st_size > 10_000
 
 
-def test_torso_short(torso, tmp_path):
+def test_a_short_training_on_the_torso(torso, tmp_path):
     metrics = run("smoke", torso, tmp_path / "run", "epochs=80", *RECIPE)
     assert metrics["auc"] >= 0.9
     assert metrics["labels_evaluated"] >= 15
@@ -132,11 +132,11 @@ def test_torso_short(torso, tmp_path):
 
 
 @pytest.mark.slow  # six trainings
-def test_torso_beside_a_linear_model(torso, tmp_path):
-    """Each by its own recipe, over seeds that chose neither.
+def test_the_torso_network_against_a_linear_model(torso, tmp_path):
+    """Each with its own recipe, on seeds that were not used to choose it.
 
-    At a threshold of 0.5 the network is ahead. In AUC it is not, reliably: along one patient the
-    pixels change almost linearly and both stand near 1 (README), so that AUC is printed only.
+    At a threshold of 0.5 the network is ahead. In AUC it is not reliably so: along one patient the
+    pixels change almost linearly and both are near 1 (README), so AUC is only printed.
     """
     network, linear = [], []
     for seed in (2, 3, 4):
@@ -155,7 +155,7 @@ def test_torso_beside_a_linear_model(torso, tmp_path):
 
 @pytest.mark.slow  # a training, and three sources of real CT
 def test_real_ct_is_pseudo_labelled(torso, shared_data, tmp_path):
-    """A teacher of the labelled torso labels CT that it never saw; drawn along z and looked at."""
+    """A teacher of the labelled torso labels unseen CT; the result is drawn along z."""
     run("smoke", torso, tmp_path / "run", "epochs=120", *RECIPE)
     sources = {
         "torso": shared_data / "nifti" / "torso_112" / "example_ct.nii.gz",
@@ -167,23 +167,23 @@ def test_real_ct_is_pseudo_labelled(torso, shared_data, tmp_path):
             path, tmp_path / name, salt_file=tmp_path / "salt", min_slices=10, size=32
         )
         out = tmp_path / f"pseudo-{name}"
-        about = pseudo_label.pseudo_label(tmp_path / "run", tmp_path / name, out)
+        result = pseudo_label.pseudo_label(tmp_path / "run", tmp_path / name, out)
         rows = np.concatenate(
-            [pseudo_labels.read_rows(out / s["file"], s["sha256"]) for s in about["shards"]]
+            [pseudo_labels.read_rows(out / s["file"], s["sha256"]) for s in result["shards"]]
         )
-        kept = np.zeros((about["images"], len(about["labels"])))
+        shown = np.zeros((result["images"], len(result["labels"])))
         for row in rows:
-            given = row["labels"] >= 0
-            kept[row["index"], row["labels"][given]] = row["confidences"][given]
+            selected = row["labels"] >= 0
+            shown[row["index"], row["labels"][selected]] = row["confidences"][selected]
         title = f"{name}: pseudo-labels of a teacher of the torso"
         charts.write_label_chart(
-            tmp_path / f"{name}.png", kept, kept > 0, about["labels"], title=title
+            tmp_path / f"{name}.png", shown, shown > 0, result["labels"], title=title
         )
-        column = {label: kept[:, k] for k, label in enumerate(about["labels"])}
-        # Of another patient, arms down, this teacher of one patient does not know the liver: what
-        # it says is drawn, not asserted.
-        assert about["images"] == len(kept) and (tmp_path / f"{name}.png").stat().st_size > 10_000
+        column = {label: shown[:, k] for k, label in enumerate(result["labels"])}
+        # This teacher of one patient does not recognise the liver of another one with the arms
+        # down, so that its labels are drawn but not asserted.
+        assert result["images"] == len(shown) and (tmp_path / f"{name}.png").stat().st_size > 10_000
         if name == "torso":
-            z = np.arange(len(kept))
+            z = np.arange(len(shown))
             centre = {k: (z * column[k]).sum() / column[k].sum() for k in ("liver", "femur")}
             assert centre["liver"] < centre["femur"]  # from head to feet

@@ -1,4 +1,4 @@
-"""The evaluator: every example once, in its own order, whatever the batch size."""
+"""The evaluator scores every example once, in order, at any batch size."""
 
 import jax
 import numpy as np
@@ -8,8 +8,8 @@ import toy
 from maknet_jax.data import records
 from maknet_jax.evaluation import protocol
 from maknet_jax.evaluation.evaluator import Evaluator, Scores
-from maknet_jax.runs import workdir
-from maknet_jax.training import sharding, state
+from maknet_jax.runs import build
+from maknet_jax.training import sharding
 
 WEIGHTS = np.random.default_rng(0).normal(size=(3, 4)) / 500
 
@@ -27,7 +27,7 @@ def logits(images):
 
 
 def predict(variables, batch):
-    """A network of one line; names are no arrays and do not come back."""
+    """A linear network; ids are not arrays and are not returned."""
     rows = {key: batch[key] for key in ("labels", "label_mask", "weight", "index")}
     return rows | {"logits": logits(batch["image"]) + variables}
 
@@ -36,20 +36,20 @@ SOURCE = [example(number) for number in range(7)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 7, 8])
-def test_each_example_counts_once_whatever_the_batch_size(batch_size):
+def test_each_example_is_scored_once_at_any_batch_size(batch_size):
     seen = []
-    found = Evaluator(SOURCE, predict, batch_size=batch_size).scores(0.25, seen.append)
+    result = Evaluator(SOURCE, predict, batch_size=batch_size).scores(0.25, seen.append)
     assert sum(seen) == 7
     images = np.stack([row.image for row in SOURCE])
     theirs = 1 / (1 + np.exp(-np.float64(logits(images) + np.float32(0.25))))
-    np.testing.assert_allclose(found.scores, theirs, rtol=1e-6)
-    assert found.scores.dtype == np.float32
-    np.testing.assert_array_equal(found.labels, [row.labels for row in SOURCE])
-    np.testing.assert_array_equal(found.label_mask, [row.label_mask > 0 for row in SOURCE])
+    np.testing.assert_allclose(result.scores, theirs, rtol=1e-6)
+    assert result.scores.dtype == np.float32
+    np.testing.assert_array_equal(result.labels, [row.labels for row in SOURCE])
+    np.testing.assert_array_equal(result.label_mask, [row.label_mask > 0 for row in SOURCE])
 
 
-def test_two_processes_share_a_split_and_both_get_all_of_it():
-    """What each process reads is put together as `sharding.gather` does."""
+def test_two_processes_share_a_split_and_both_get_all_scores():
+    """The rows of the two processes are concatenated, as `sharding.gather` does."""
     halves = {}
 
     def collect(number):
@@ -61,25 +61,25 @@ def test_two_processes_share_a_split_and_both_get_all_of_it():
 
     for number in (0, 1):
         options = {"batch_size": 4, "process_index": number, "process_count": 2}
-        with pytest.raises(RuntimeError, match="counted twice or not at all"):
+        with pytest.raises(RuntimeError):
             Evaluator(SOURCE, collect(number), **options).scores(0.0)
-    assert len(halves[0]) == len(halves[1]) == 2  # collective steps need the same number
+    assert len(halves[0]) == len(halves[1]) == 2  # collective steps need equal numbers of batches
     whole = [
         {key: np.concatenate([one[key], two[key]]) for key in one}
         for one, two in zip(halves[0], halves[1], strict=True)
     ]
     options = {"batch_size": 4, "process_index": 0, "process_count": 2}
-    found = Evaluator(SOURCE, lambda *_: whole.pop(0), **options).scores(0.0)
+    result = Evaluator(SOURCE, lambda *_: whole.pop(0), **options).scores(0.0)
     alone = Evaluator(SOURCE, predict, batch_size=4).scores(0.0)
-    np.testing.assert_array_equal(found.scores, alone.scores)
-    np.testing.assert_array_equal(found.labels, alone.labels)
+    np.testing.assert_array_equal(result.scores, alone.scores)
+    np.testing.assert_array_equal(result.labels, alone.labels)
 
 
-def test_a_lost_row_is_an_error():
+def test_a_missing_row_is_an_error():
     def forgetful(variables, batch):
         return {key: value[:-1] for key, value in predict(variables, batch).items()}
 
-    with pytest.raises(RuntimeError, match="counted twice or not at all"):
+    with pytest.raises(RuntimeError, match="scored twice or not at all"):
         Evaluator(SOURCE, forgetful, batch_size=7).scores(0.0)
 
 
@@ -87,61 +87,61 @@ def test_extreme_logits_give_finite_scores():
     def far(variables, batch):
         return predict(variables, batch) | {"logits": np.float32([[-1e4, -100, 100, 1e4]] * 7)}
 
-    found = Evaluator(SOURCE, far, batch_size=7).scores(0.0).scores
-    np.testing.assert_allclose(found, [[0, 0, 1, 1]] * 7, atol=1e-12)
+    result = Evaluator(SOURCE, far, batch_size=7).scores(0.0).scores
+    np.testing.assert_allclose(result, [[0, 0, 1, 1]] * 7, atol=1e-12)
 
 
-def test_a_label_that_cannot_be_judged_is_never_predicted():
+def test_a_label_that_cannot_be_scored_is_never_predicted():
     scores = np.float32([[0.9, 0.8], [0.2, 0.9], [0.7, 0.9]])
     labels = np.float32([[1, 0], [0, 0], [1, 0]])
-    found = Scores(scores, labels, np.ones((3, 2), bool)).thresholds()
-    assert found.tolist() == [0.3, protocol.NEVER]
+    result = Scores(scores, labels, np.ones((3, 2), bool)).thresholds()
+    assert result.tolist() == [0.3, protocol.NEVER]
 
 
-def test_run_yields_the_numbers_of_the_protocol():
-    evaluator = Evaluator(SOURCE, predict, batch_size=4)
+def test_a_report_holds_the_numbers_of_the_protocol():
     parents = ((), (0,), (), ())
-    found = dict(evaluator.run(0.0, parents, prefix="val/"))
-    scores = evaluator.scores(0.0)
+    scores = Evaluator(SOURCE, predict, batch_size=4).scores(0.0)
     report = protocol.evaluate(
         scores.scores, scores.labels, scores.thresholds(), parents, mask=scores.label_mask
     )
-    assert found == {f"val/{k}": v for k, v in report.summary.items() if v is not None}
-    assert found["val/examples"] == 7
-    fixed = dict(evaluator.run(0.0, parents, thresholds=[1.0] * 4))
-    assert fixed["recall"] == 0.0
+    assert scores.report(scores.thresholds(), parents) == report
+    assert report.summary["examples"] == 7
+    assert scores.report([1.0] * 4, parents).summary["recall"] == 0.0
 
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
     data = toy.write(tmp_path_factory.mktemp("data") / "toy", train=2)
-    page = toy.config(data, "linear")
-    model = workdir.build_model(page, 4)
-    optimizer = workdir.build_optimizer(page, 1)
-    variables = state.create(model, optimizer, size=toy.SIZE, seed=0).variables
-    return page, model, variables, records.open_dataset(data).source("val")
+    config = toy.config(data, "linear")
+    assembly = build.assemble(config, 4, sharding.data_mesh())
+    return (
+        config,
+        assembly.model,
+        assembly.create(0).variables,
+        records.open_dataset(data).source("val"),
+    )
 
 
 @pytest.mark.parametrize("devices, batch_size", [(1, 3), (1, 16), (2, 4), (8, 8)])
 def test_a_network_scores_the_same_on_any_mesh_at_any_batch_size(network, devices, batch_size):
-    page, model, variables, source = network
+    config, model, variables, source = network
     mesh = sharding.data_mesh(jax.devices()[:devices])
-    predict = workdir.make_predict(workdir.jit_predict(page, model, mesh), mesh)
-    found = Evaluator(source, predict, batch_size=batch_size).scores(
+    predict = build.assemble(config, 4, mesh).predict
+    result = Evaluator(source, predict, batch_size=batch_size).scores(
         sharding.put_state(mesh, variables)
     )
-    assert len(found.scores) == len(source) == toy.VAL
+    assert len(result.scores) == len(source) == toy.VAL
     images = np.stack([source[k].image for k in range(toy.VAL)])
     unit = np.clip((images + 1024.0) / 4095.0, 0, 1)
     theirs = model.apply(variables, unit, train=False).logits
-    np.testing.assert_allclose(found.scores, jax.nn.sigmoid(theirs), rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(found.labels, [source[k].labels for k in range(toy.VAL)])
+    np.testing.assert_allclose(result.scores, jax.nn.sigmoid(theirs), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(result.labels, [source[k].labels for k in range(toy.VAL)])
 
 
-def test_the_pictures_stay_on_the_device(network):
-    page, model, variables, _ = network
+def test_images_are_not_copied_back_to_the_host(network):
+    config, model, variables, _ = network
     mesh = sharding.data_mesh()
     batch = {"image": np.zeros((8, toy.SIZE, toy.SIZE, 3), np.int16), "index": np.arange(8)}
-    predict = workdir.make_predict(workdir.jit_predict(page, model, mesh), mesh)
-    found = predict(sharding.put_state(mesh, variables), batch)
-    assert set(found) == {"logits", "index"}
+    predict = build.assemble(config, 4, mesh).predict
+    result = predict(sharding.put_state(mesh, variables), batch)
+    assert set(result) == {"logits", "index"}

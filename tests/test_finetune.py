@@ -1,4 +1,4 @@
-"""SGD against torch's rules, slower and frozen trunks, LesaNet and fine-tuning through `train`."""
+"""SGD against torch's rules, slow and frozen trunks, LesaNet and fine-tuning through `train`."""
 
 import json
 
@@ -13,8 +13,8 @@ import toy
 
 from maknet_jax import models, train
 from maknet_jax.errors import InputError
+from maknet_jax.runs import build, workdir
 from maknet_jax.runs import config as configs
-from maknet_jax.runs import workdir
 from maknet_jax.training import sgd, transfer
 
 PARAMS = {
@@ -37,17 +37,17 @@ def scaled(factor):
 
 def test_sgd_is_torchs_with_lesanets_groups():
     """v = 0.9 v + g + decay w, w -= rate v; biases at twice the rate and without decay."""
-    found = steps(sgd.sgd(0.1, weight_decay=0.2), [scaled(1.0), scaled(-0.5), scaled(2.0)])
+    result = steps(sgd.sgd(0.1, weight_decay=0.2), [scaled(1.0), scaled(-0.5), scaled(2.0)])
     for layer, params in PARAMS.items():
         for name, leaf in params.items():
             w, v = np.float64(leaf), 0.0
             for gradient in (1.0, -0.5, 2.0):
                 v = 0.9 * v + gradient + (0.2 * w if name == "kernel" else 0)
                 w = w - (0.2 if name == "bias" else 0.1) * v
-            np.testing.assert_allclose(found[layer][name], w, rtol=1e-6)
+            np.testing.assert_allclose(result[layer][name], w, rtol=1e-6)
 
 
-def test_the_norm_of_all_gradients_together_is_cut():
+def test_gradients_are_clipped_by_their_global_norm():
     large = steps(sgd.sgd(1.0, weight_decay=0.0, bias_rate=1.0), [scaled(100.0)])
     moved = jax.tree.map(lambda a, b: a - b, PARAMS, large)
     assert float(optax.tree.norm(moved)) == pytest.approx(10.0, rel=1e-6)
@@ -58,12 +58,12 @@ def test_the_norm_of_all_gradients_together_is_cut():
 @pytest.mark.parametrize("rate", [0.0, 0.25, 1.0])
 def test_the_trunk_rate_multiplies_the_trunks_updates_only(rate):
     whole = steps(sgd.sgd(0.1), [scaled(1.0)])
-    found = steps(sgd.sgd(0.1, trunk_rate=rate), [scaled(1.0)])
+    result = steps(sgd.sgd(0.1, trunk_rate=rate), [scaled(1.0)])
     for name in ("kernel", "bias"):
-        np.testing.assert_array_equal(found["roi_1"][name], whole["roi_1"][name])
+        np.testing.assert_array_equal(result["roi_1"][name], whole["roi_1"][name])
         start = PARAMS["stage"][name]
         np.testing.assert_allclose(
-            found["stage"][name] - start, rate * (whole["stage"][name] - start), atol=1e-6
+            result["stage"][name] - start, rate * (whole["stage"][name] - start), atol=1e-6
         )
 
 
@@ -125,7 +125,7 @@ def test_the_schedule_drops_once_and_stays(data):
         data,
         **{"optimizer.momentum": 0.0, "optimizer.weight_decay": 0.0, "optimizer.decay_from": 0.5},
     )
-    optimizer = workdir.build_optimizer(page, 10)
+    optimizer = build.build_optimizer(page, 10)
     params, sizes = PARAMS, []
     opt_state = optimizer.init(params)
     for _ in range(10):
@@ -140,9 +140,9 @@ def test_a_frozen_trunk_is_bit_for_bit_that_of_the_base(data, base, tmp_path):
     assert summary["init"]["fresh"] == ["classifier", "spl"]
     (_, before), (_, after) = last(base), last(tmp_path / "frozen")
     best = workdir.open_weights(base)
-    given = {"params": best[0], "batch_stats": best[1]}
+    source = {"params": best[0], "batch_stats": best[1]}
     for kind in ("params", "batch_stats"):
-        for layer, leaves in given[kind].items():
+        for layer, leaves in source[kind].items():
             same = all(
                 np.array_equal(a, b)
                 for a, b in zip(*map(jax.tree.leaves, (leaves, after[kind][layer])), strict=True)
@@ -153,20 +153,20 @@ def test_a_frozen_trunk_is_bit_for_bit_that_of_the_base(data, base, tmp_path):
         of_page("finetune", data, **changes | {"optimizer.trunk_rate": 0.1}), tmp_path / "slow"
     )
     kernel = last(tmp_path / "slow")[1]["params"]["stem"]["conv"]["kernel"]
-    assert not np.array_equal(kernel, given["params"]["stem"]["conv"]["kernel"])
+    assert not np.array_equal(kernel, source["params"]["stem"]["conv"]["kernel"])
 
 
 @pytest.mark.parametrize(
     "page, changes, says",
     [
-        ("lesanet", {}, "have no box: take data of `maknet prepare deeplesion --lesions`"),
-        ("lesanet", {"augment.crop_probability": 0.5}, "boxes.*set augment.crop_probability to 0"),
-        ("lesanet", {"augment.translation_probability": 0.5}, "set augment.translation_prob"),
-        ("finetune", {"optimizer.trunk_rate": 2.0}, r"trunk_rate 2\.0 should lie in 0\.\.1"),
-        ("finetune", {"optimizer.clip": 0.0}, r"clip 0\.0 should be above 0"),
+        ("lesanet", {}, "box .*--lesions`"),
+        ("lesanet", {"augment.crop_probability": 0.5}, "lesanet .*augment.crop_probability"),
+        ("lesanet", {"augment.translation_probability": 0.5}, "augment.translation_probability"),
+        ("finetune", {"optimizer.trunk_rate": 2.0}, r"trunk_rate 2\.0 "),
+        ("finetune", {"optimizer.clip": 0.0}, r"clip 0\.0 "),
     ],
 )
-def test_what_cannot_be_trained_is_refused_before_anything_is_written(
+def test_invalid_configs_are_refused_before_anything_is_written(
     data, tmp_path, page, changes, says
 ):
     with pytest.raises(InputError, match=says):
@@ -181,23 +181,23 @@ def test_lesanet_starts_from_imported_weights_of_vgg16(phantom, tmp_path, monkey
         lambda key: model.init(key, jnp.zeros((1, 32, 32, 3)), train=False), jax.random.key(0)
     )
     rng = np.random.default_rng(0)
-    given = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), dict(like))
-    del given["params"]["classifier"]
+    source = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), dict(like))
+    del source["params"]["classifier"]
     weights = tmp_path / "vgg16.safetensors"
-    transfer.write(weights, given["params"], given["batch_stats"], {"model": "vgg16"})
+    transfer.write(weights, source["params"], source["batch_stats"], {"model": "vgg16"})
     runs = []
-    monkeypatch.setattr(train._Run, "loop", lambda run, stop, say: runs.append(run))
+    monkeypatch.setattr(train._Loop, "run", lambda loop: runs.append(loop.setup))
     data = lesion_runs.write(phantom, tmp_path / "data", 32)
     page = configs.load(
         "lesanet",
         [f"data.path={data}", "data.size=32", "data.batch_size=8", f"init.path={weights}"],
     )
     train.train(page, tmp_path / "run")
-    made = runs[0].create(seed=0)
+    created = runs[0].assembly.create(0, runs[0].place)
     for kind in ("params", "batch_stats"):
-        for layer, leaves in given[kind].items():
+        for layer, leaves in source[kind].items():
             for a, b in zip(
-                *map(jax.tree.leaves, (leaves, getattr(made, kind)[layer])), strict=True
+                *map(jax.tree.leaves, (leaves, getattr(created, kind)[layer])), strict=True
             ):
                 np.testing.assert_array_equal(a, b)
-    assert "stage1_0" in given["params"] and "input" in given["batch_stats"]
+    assert "stage1_0" in source["params"] and "input" in source["batch_stats"]

@@ -1,4 +1,4 @@
-"""Vocabularies: LesaNet's ontology, and anybody's own names."""
+"""Vocabularies: LesaNet's ontology, and plain lists of names."""
 
 import json
 import pickle
@@ -23,7 +23,7 @@ def write_sheet(path, rows, header=HEADER):
 
 @pytest.fixture
 def family(tmp_path):
-    """grandchild -> child -> unlisted -> root, and a ring."""
+    """grandchild -> child -> unlisted -> root, and a cycle."""
     return labels.read_ontology(
         write_sheet(
             tmp_path / "family.xlsx",
@@ -63,7 +63,7 @@ def test_the_real_ontology_has_115_27_and_29_of_the_171_terms(ontology, terms):
 
 
 def test_real_parents_equal_the_transitive_closure_of_a_matrix(ontology, terms):
-    # An independent way: reachability by repeated products of the adjacency matrix.
+    # Independent reference: reachability by repeated products of the adjacency matrix.
     everything = sorted(set(ontology) | {p for label in ontology.values() for p in label.parents})
     at = {name: number for number, name in enumerate(everything)}
     reach = np.zeros((len(at), len(at)), bool)
@@ -92,12 +92,12 @@ def test_parents_pass_through_terms_outside_the_vocabulary(family):
     assert vocabulary.parents == ((1, 2), (2,), (), ())
 
 
-def test_a_ring_of_parents_ends(family):
+def test_a_cycle_of_parents_terminates(family):
     vocabulary = labels.ontology_vocabulary(family, ["ring", "gnir"])
     assert vocabulary.parents == ((1,), (0,))
 
 
-def test_a_vector_is_what_was_named_and_ancestors_are_added_only_on_request(family):
+def test_a_vector_marks_the_names_and_ancestors_only_on_request(family):
     vocabulary = labels.ontology_vocabulary(family, ["root", "child", "grandchild", "ring"])
     vector = vocabulary.vector(["grandchild", "no such thing"])
     assert vector.dtype == np.uint8
@@ -107,7 +107,7 @@ def test_a_vector_is_what_was_named_and_ancestors_are_added_only_on_request(fami
     np.testing.assert_array_equal(vocabulary.vector([]), [0, 0, 0, 0])
 
 
-def test_adding_ancestors_twice_adds_nothing(ontology, terms):
+def test_adding_ancestors_is_idempotent(ontology, terms):
     vocabulary = labels.ontology_vocabulary(ontology, terms)
     assert vocabulary.with_ancestors(["right lower lobe"]) != ("right lower lobe",)
     for name in terms:
@@ -116,9 +116,10 @@ def test_adding_ancestors_twice_adds_nothing(ontology, terms):
         assert set(vocabulary.with_ancestors(names)) == set(names)
 
 
-def test_exclusion_works_from_either_side(ontology, terms):
+def test_exclusion_is_symmetric(ontology, terms):
     vocabulary = labels.ontology_vocabulary(ontology, terms)
-    # The sheet lists liver under spleen's exclusions or the other way round.
+    one_way = labels.Vocabulary((labels.Label("a", exclusive=("b",)), labels.Label("b")))
+    assert one_way.excludes("a", ["b"]) and one_way.excludes("b", ["a"])
     assert vocabulary.excludes("liver", ["spleen"]) and vocabulary.excludes("spleen", ["liver"])
     assert not vocabulary.excludes("liver", ["abdomen", "no such thing"])
 
@@ -136,7 +137,7 @@ def pairs(vocabulary):
 
 
 def test_exclusion_is_inherited_by_the_children_of_both_sides():
-    """chest and abdomen exclude each other, and so does all that is in them; the skin is free."""
+    """chest and abdomen exclude each other, and so do their children; skin excludes nothing."""
     found = vocabulary(
         ("chest", (), ("abdomen",)),
         ("abdomen", (), ()),
@@ -156,8 +157,8 @@ def test_exclusion_is_inherited_by_the_children_of_both_sides():
     assert found.exclusive.dtype == bool and not found.exclusive.diagonal().any()
 
 
-def test_the_closure_goes_on_until_nothing_is_added():
-    """What was inherited is inherited again, where only direct parents are listed."""
+def test_the_closure_is_repeated_until_nothing_changes():
+    """Inherited exclusions are inherited again, with direct parents only."""
     found = vocabulary(
         ("d", (), ("c",)),
         ("a", ("d",), ()),
@@ -169,7 +170,7 @@ def test_the_closure_goes_on_until_nothing_is_added():
     assert pairs(found) == {frozenset((one, two)) for one in "dab" for two in "cef"}
 
 
-def test_a_label_that_excludes_a_parent_of_its_own_does_not_exclude_itself():
+def test_a_label_that_excludes_its_parent_does_not_exclude_itself():
     found = vocabulary(("node", (), ()), ("low node", ("node",), ("node",)))
     assert pairs(found) == {frozenset(("node", "low node"))}
 
@@ -180,7 +181,7 @@ def test_names_without_relations_exclude_nothing():
 
 
 def directed_closure(vocabulary):
-    """LesaNet's loop, pair by pair, with the self-exclusion that it finds."""
+    """LesaNet's closure as a loop over pairs, with its one self-exclusion."""
     ancestors = {row.name: set(row.parents) for row in vocabulary.labels}
     children = {name: [n for n in ancestors if name in ancestors[n]] for name in ancestors}
     excludes = {row.name: set(row.exclusive) for row in vocabulary.labels}
@@ -210,7 +211,7 @@ def test_the_real_closure_has_8902_directed_and_8920_symmetric_pairs(ontology, t
     assert vocabulary.exclusive.sum() == len(expected) == 8902 + 19 - 1 == 8920
 
 
-def test_the_closure_of_the_closure_is_itself(ontology, terms):
+def test_the_closure_is_idempotent(ontology, terms):
     once = labels.ontology_vocabulary(ontology, terms)
     names = once.names
     rows = tuple(
@@ -222,7 +223,7 @@ def test_the_closure_of_the_closure_is_itself(ontology, terms):
     np.testing.assert_array_equal(twice, once.exclusive)
 
 
-def test_a_vocabulary_survives_json_and_pickle(family):
+def test_json_and_pickle_round_trips(family):
     vocabulary = labels.ontology_vocabulary(family, ["grandchild", "child", "ring"])
     assert vocabulary.index == {"grandchild": 0, "child": 1, "ring": 2}
     again = labels.Vocabulary.from_json(json.loads(json.dumps(vocabulary.to_json())))
@@ -230,27 +231,27 @@ def test_a_vocabulary_survives_json_and_pickle(family):
     assert pickle.loads(pickle.dumps(vocabulary)) == vocabulary
 
 
-def test_own_names_have_no_relations():
+def test_plain_names_have_no_relations():
     vocabulary = labels.Vocabulary.from_names(["b", "a"])
     assert vocabulary.names == ("b", "a") and len(vocabulary) == 2
     assert vocabulary.parents == ((), ())
 
 
-def test_a_label_outside_the_ontology_is_refused(family):
-    with pytest.raises(InputError, match=r"^label 'spleen' is not in the ontology \(2 such"):
+def test_a_label_outside_the_ontology_is_rejected(family):
+    with pytest.raises(InputError, match="'spleen'.*2"):
         labels.ontology_vocabulary(family, ["root", "spleen", "liver"])
 
 
-def test_bad_ontology_files_are_refused_in_one_line(tmp_path):
+def test_bad_ontology_files_are_rejected_in_one_line(tmp_path):
     (tmp_path / "text.xlsx").write_text("class,term\n")
     write_sheet(tmp_path / "short.xlsx", [("bodypart", "liver")], header=HEADER[:2])
     openpyxl.Workbook().save(tmp_path / "empty.xlsx")
-    for name, message in (
-        ("absent.xlsx", "does not exist"),
-        ("text.xlsx", "is no readable xlsx file"),
-        ("short.xlsx", "has no column term_exclusive, term_parents"),
-        ("empty.xlsx", "has no column class"),
+    for name, field in (
+        ("absent.xlsx", ""),
+        ("text.xlsx", ""),
+        ("short.xlsx", "term_exclusive, term_parents"),
+        ("empty.xlsx", "class"),
     ):
-        with pytest.raises(InputError, match=message) as caught:
+        with pytest.raises(InputError, match=f"{name}.*{field}") as caught:
             labels.read_ontology(tmp_path / name)
         assert "\n" not in str(caught.value)

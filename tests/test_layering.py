@@ -22,7 +22,7 @@ ROOMS = {
     "phantom": {"ct", "data"},
     "runs": {"ct", "data", "models", "training"},
     "explain": {"ct", "data", "models", "training", "runs", "attribution", "figures"},
-    "cli": {"", "runs"},  # the shell over the verbs, and the config loader
+    "cli": {"", "runs", "explain"},  # the verbs, the config loader and the defaults of options
 }
 ACCELERATOR = {"jax", "jaxlib", "flax", "optax"}
 WITHOUT_ACCELERATOR = {"ct", "data", "evaluation", "figures", "phantom"}  # NumPy only

@@ -9,7 +9,7 @@ import pytest
 
 from maknet_jax import models
 from maknet_jax.errors import InputError
-from maknet_jax.models.layers import Outputs
+from maknet_jax.models import Outputs
 from maknet_jax.training import augment, lesion_losses, losses, sgd, sharding, state, step
 
 LABELS = 7

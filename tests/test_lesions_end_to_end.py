@@ -1,4 +1,4 @@
-"""256 lesions from files to scores: a small LesaNet learns them by heart, on the phantom."""
+"""From files to scores: a small LesaNet memorises 256 lesions of the phantom."""
 
 import json
 
@@ -12,7 +12,7 @@ SIZE = 64
 
 
 @pytest.mark.slow
-def test_a_small_lesanet_learns_256_lesions_by_heart(tmp_path):
+def test_a_small_lesanet_memorises_256_lesions(tmp_path):
     drawn = phantom.write_phantom(
         tmp_path / "phantom", patients=62, unlabelled_volumes=0, size=96, slices=12
     )
@@ -21,8 +21,8 @@ def test_a_small_lesanet_learns_256_lesions_by_heart(tmp_path):
     assert dataset.split("train")["count"] >= 180
     assert sum(split["count"] for split in dataset.info["splits"].values()) >= 256
     changes = {"optimizer.learning_rate": 0.03, "epochs": 50.0, "evaluate_every": 25.0}
-    page = lesion_runs.page(data, SIZE, **changes)
-    train.train(page, tmp_path / "run")
+    config = lesion_runs.make_config(data, SIZE, **changes)
+    train.train(config, tmp_path / "run")
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     losses = [line for line in lines if "train/loss" in line]

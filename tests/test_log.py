@@ -1,4 +1,4 @@
-"""The log of metrics: what is written, and what a restart takes back."""
+"""The log of metrics: what is written, and what a restart removes."""
 
 import contextlib
 import json
@@ -27,10 +27,10 @@ def test_lines_hold_step_and_scalars_and_no_nan(tmp_path):
     assert len(events) == 1 and b"loss" in events[0].read_bytes()
 
 
-def test_a_restart_takes_back_what_its_checkpoint_does_not_hold(tmp_path):
+def test_a_restart_removes_lines_after_its_checkpoint(tmp_path):
     write(tmp_path, step=0, rows=[(k, {"a": k}) for k in (10, 20, 20, 30)])
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 40, "a"')  # killed in the middle of a line
+        file.write('{"step": 40, "a"')  # killed while writing a line
     write(tmp_path, step=20, rows=[(25, {"a": 1.0})])
     assert [row["step"] for row in lines(tmp_path)] == [10, 20, 20, 25]
 

@@ -39,7 +39,7 @@ def test_two_processes_are_one(tmp_path):
         json.loads((tmp_path / name / "summary.json").read_text()) for name in ("two", "one")
     ]
     np.testing.assert_allclose(*(s["best_val_auc"] for s in summaries), atol=1e-5)
-    # Labels: the processes share the shards, and with as many images a device the bytes are equal.
+    # The processes share the shards; with as many images per device the bytes are equal.
     wrote = [line.split()[1:] for lines in printed for line in lines if "wrote" in line]
     shards = [f"part-{number:05d}-of-00003.npy" for number in range(3)]
     assert wrote == [[shards[0], shards[2]], [shards[1]]]

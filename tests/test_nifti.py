@@ -1,4 +1,4 @@
-"""NIfTI: every stored orientation comes out the same, and values that are not HU are refused."""
+"""NIfTI: every stored orientation gives the same volume; values that are not HU are rejected."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from maknet_jax.errors import Rejected
 
 
 def block():
-    """[X, Y, Z] in RAS: HU that tell every voxel from any other."""
+    """[X, Y, Z] in RAS: unique HU, so that any flip or transposition changes the array."""
     values = np.random.default_rng(0).permutation(4 * 5 * 6).reshape(4, 5, 6) * 10 - 600
     return values.astype(np.int16)
 
@@ -24,7 +24,7 @@ def write(path, values, affine=None, **header):
     return path
 
 
-def test_ras_by_hand(tmp_path):
+def test_a_ras_volume_worked_out_by_hand(tmp_path):
     values = np.full((2, 3, 4), -1000, np.int16)
     values[0, 2, 3] = 7
     hu, spacing, stored = nifti.read_nifti(write(tmp_path / "a.nii", values))
@@ -36,7 +36,7 @@ def test_ras_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize("axes", list(itertools.permutations(range(3))))
-def test_every_stored_orientation_comes_out_the_same(tmp_path, axes):
+def test_every_stored_orientation_gives_the_same_volume(tmp_path, axes):
     ras = nibabel.Nifti1Image(block(), np.diag([2.0, 3, 4, 1]))
     first = None
     for flips in itertools.product((1, -1), repeat=3):
@@ -48,7 +48,7 @@ def test_every_stored_orientation_comes_out_the_same(tmp_path, axes):
         np.testing.assert_array_equal(hu, canonical[::-1, ::-1, ::-1].transpose(2, 1, 0))
         assert spacing == (4.0, 3.0, 2.0)
         axis = axes[2]
-        for k, name in enumerate(stored):  # names lead back to the stored planes
+        for k, name in enumerate(stored):  # names are the indices of the stored planes
             plane = np.take(np.asarray(image.dataobj), int(name), axis=axis)
             assert set(plane.ravel()) == set(hu[k].ravel())
         first = hu if first is None else first
@@ -67,7 +67,7 @@ def test_scale_is_applied_and_rounded(tmp_path):
     assert (float(proxy.slope), float(proxy.inter)) == (0.5, -100.0)
 
 
-def test_torso_by_its_label_map(shared_data):
+def test_the_torso_agrees_with_its_label_map(shared_data):
     folder = shared_data / "nifti" / "torso_112"
     hu, spacing, stored = nifti.read_nifti(folder / "example_ct.nii.gz")
     labels = nifti.load_label_map(
@@ -89,26 +89,26 @@ def test_torso_by_its_label_map(shared_data):
 
 
 @pytest.mark.parametrize(
-    ("values", "reason"),
+    ("values", "part"),
     [
-        (np.abs(block()) % 256, "not HU"),
-        (block() + 1024, "not HU"),
-        (block().astype(np.float32) / 1000, "not HU"),
-        (np.where(block() == 0, np.nan, block()), "not finite"),
-        (block().astype(np.float32) * 1000, "outside int16"),
-        (np.stack([block()] * 2, -1), "only 3-D"),
-        (block().astype(np.complex64), "only numbers"),
-        (block()[:, :, 0], "only 3-D"),
+        (np.abs(block()) % 256, "0 to 254"),
+        (block() + 1024, "424 to 1614"),
+        (block().astype(np.float32) / 1000, "-0.6 to 0.59"),
+        (np.where(block() == 0, np.nan, block()), "finite"),
+        (block().astype(np.float32) * 1000, "-600000 to 590000"),
+        (np.stack([block()] * 2, -1), r"\(4, 5, 6, 2\)"),
+        (block().astype(np.complex64), "complex64"),
+        (block()[:, :, 0], r"\(4, 5\)"),
     ],
 )
-def test_values_that_are_not_hu_are_refused(tmp_path, values, reason):
+def test_values_that_are_not_hu_are_rejected(tmp_path, values, part):
     values = values.astype(np.float32) if values.dtype == np.float64 else values
     path = write(tmp_path / "a.nii", values)
-    with pytest.raises(Rejected, match=reason):
+    with pytest.raises(Rejected, match=part):
         nifti.read_nifti(path)
 
 
-def test_affines_that_are_not_understood_are_refused(tmp_path):
+def test_unsupported_affines_are_rejected(tmp_path):
     def reason(affine=None, **header):
         with pytest.raises(Rejected) as caught:
             nifti.check_nifti(write(tmp_path / "a.nii", block(), affine, **header))
@@ -119,49 +119,49 @@ def test_affines_that_are_not_understood_are_refused(tmp_path):
         return np.array([[1, 0, 0, 0], [0, c, -s, 0], [0, s, c, 0], [0, 0, 0, 1.0]])
 
     assert nifti.check_nifti(write(tmp_path / "a.nii", block(), turned(25))) == 6
-    assert "oblique: 40 degrees" in reason(turned(40))
+    assert "40 degrees" in reason(turned(40))
     content = bytearray((tmp_path / "a.nii").read_bytes())
     content[252:256] = bytes(4)  # qform_code and sform_code
     (tmp_path / "a.nii").write_bytes(content)
-    with pytest.raises(Rejected, match="neither sform nor qform"):
+    with pytest.raises(Rejected, match="sform .*qform"):
         nifti.check_nifti(tmp_path / "a.nii")
-    assert "unit of the affine is meter" in reason(xyzt_units=1)
-    assert "outside 0.05 to 50" in reason(np.diag([0.001, 0.001, 0.001, 1]))
+    assert "meter" in reason(xyzt_units=1)
+    assert "0.05 to 50" in reason(np.diag([0.001, 0.001, 0.001, 1]))
     image = nibabel.Nifti1Image(block(), np.eye(4))
     image.set_sform(np.diag([-1.0, 1, 1, 1]), 1)
     image.set_qform(np.eye(4), 1)
     image.to_filename(tmp_path / "a.nii")
-    with pytest.raises(Rejected, match="disagree"):
+    with pytest.raises(Rejected, match="sform and qform"):
         nifti.check_nifti(tmp_path / "a.nii")
 
 
-def test_a_last_axis_of_one_is_fine(tmp_path):
+def test_a_trailing_axis_of_one_is_dropped(tmp_path):
     flat, _, _ = nifti.read_nifti(write(tmp_path / "a.nii", block()))
     hu, _, _ = nifti.read_nifti(write(tmp_path / "b.nii", block()[..., None]))
     np.testing.assert_array_equal(hu, flat)
 
 
-def test_broken_files(tmp_path, capfd):
+def test_broken_files_are_rejected(tmp_path, capfd):
     for name in ("a.nii.gz", "a.nii"):
         content = write(tmp_path / name, block()).read_bytes()
         for size in (0, 3, 40, len(content) * 2 // 3, len(content) - 9):
             (tmp_path / name).write_bytes(content[:size])
-            with pytest.raises(Rejected, match="broken"):
+            with pytest.raises(Rejected):
                 nifti.read_nifti(tmp_path / name)
     assert capfd.readouterr() == ("", "")
 
 
-def test_label_maps_hold_whole_numbers(tmp_path):
+def test_label_maps_contain_whole_numbers_only(tmp_path):
     labels = np.abs(block()).astype(np.uint8)
     hu_path = write(tmp_path / "ct.nii", block())
     path = write(tmp_path / "a.nii", labels)
-    got = nifti.load_label_map(path, like=hu_path)
-    assert got.dtype == np.uint16
-    np.testing.assert_array_equal(got, labels[::-1, ::-1, ::-1].transpose(2, 1, 0))
+    loaded = nifti.load_label_map(path, like=hu_path)
+    assert loaded.dtype == np.uint16
+    np.testing.assert_array_equal(loaded, labels[::-1, ::-1, ::-1].transpose(2, 1, 0))
     for wrong in (block(), block().astype(np.float32) / 7):
-        with pytest.raises(Rejected, match="whole numbers"):
+        with pytest.raises(Rejected, match="0 to 65535"):
             nifti.load_label_map(write(tmp_path / "b.nii", wrong))
     shifted = np.diag([2.0, 3, 4, 1])
     shifted[0, 3] = 9
-    with pytest.raises(Rejected, match="another voxel grid"):
+    with pytest.raises(Rejected, match="ct.nii"):
         nifti.load_label_map(write(tmp_path / "c.nii", labels, shifted), like=hu_path)

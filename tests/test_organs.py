@@ -9,12 +9,27 @@ from benchmarks.experiments import organs
 from maknet_jax.errors import InputError
 
 
-def test_maps_are_measured_against_organs_by_patient(trained, phantom, tmp_path, capsys):
-    out = tmp_path / "out.json"
+def test_maps_are_measured_against_organs_by_patient(
+    trained, phantom, tmp_path, capsys, monkeypatch
+):
+    out, rows, measure = tmp_path / "out.json", [], organs.measure
+
+    def recorded(*arguments):
+        rows[:] = measure(*arguments)
+        return rows
+
+    monkeypatch.setattr(organs, "measure", recorded)
     argv = ["--workdir", str(trained), "--masks", str(phantom["masks"]), "--images", "4"]
     organs.main([*argv, "--steps", "2", "--least", "0", "--out", str(out)])
     written = json.loads(out.read_text())
-    rows, results = written["rows"], written["results"]
+    results = organs._summary(rows)
+    for name, values in results.items():
+        for kind in values:
+            assert written["results"][name][kind] == pytest.approx(values[kind])
+    assert sum(label["maps"] for label in written["rows"]) == len(rows)
+    for label in written["rows"]:
+        inside = [row["inside"] for row in rows if row["label"] == label["label"]]
+        assert label["inside"] == pytest.approx(np.mean(inside))
     assert len({row["id"] for row in rows}) > 1
     for row in rows:
         assert row["id"].startswith(row["patient"]) and len(row["patient"]) == 6

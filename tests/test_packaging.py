@@ -132,97 +132,81 @@ def test_the_wheel_works_in_a_bare_environment_from_any_folder(wheel, tmp_path):
     subprocess.run([bare / "bin/python", "-m", "pip", "check"], check=True)
 
 
-# A Python that only says what it was asked: version, path, and a .venv that logs pip's arguments.
+# Prints its path when probed, and creates a .venv whose pip exits with {pip}.
 FAKE_PYTHON = """#!/bin/sh
 case "$*" in
-*"-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python; echo made >>log ;;
-*"-m pip"*) echo "$*" >>log; exit {pip} ;;
-*) echo {version} "$0" ;;
+*"-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python; touch created ;;
+*"-m pip"*) exit {pip} ;;
+*) echo "$0" ;;
 esac
 """
 
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A folder with .ci/venv, and a folder `bin` where Pythons are made of shell."""
+    """A folder with .ci/venv, and a folder `bin` for fake Pythons beside the tools it needs."""
     folder = tmp_path / "a checkout"
     (folder / ".ci").mkdir(parents=True)
     (folder / "bin").mkdir()
     for name in (".ci/venv", "pyproject.toml", "constraints.txt"):
         shutil.copy(REPO / name, folder / name)
+    for name in ("cat", "cksum", "cp", "mkdir", "rm", "sh", "touch"):
+        (folder / "bin" / name).symlink_to(shutil.which(name))
     return folder
 
 
 def add_python(checkout, version, pip=0):
     path = checkout / "bin" / f"python{version}"
-    path.write_text(FAKE_PYTHON.format(version=f"{version}.1", pip=pip))
+    path.write_text(FAKE_PYTHON.format(pip=pip))
     path.chmod(0o755)
-    return path
+    return str(path)
 
 
 def make_venv(checkout, **env):
-    """Runs .ci/venv where only `bin` holds Pythons; returns (exit code, its words, .venv made)."""
-    # The PATH has the shell tools that the script needs, and none of the system's Pythons.
-    tools = checkout / "tools"
-    tools.mkdir(exist_ok=True)
-    for name in ("cat", "cksum", "cp", "mkdir", "rm", "sh"):
-        if not (tools / name).exists():
-            (tools / name).symlink_to(shutil.which(name))
-    log = checkout / "log"
-    log.unlink(missing_ok=True)
-    env = {"PATH": f"{checkout / 'bin'}:{tools}", "HOME": str(checkout), **env}
+    """Runs .ci/venv; returns (exit code, output, whether it created a .venv)."""
+    (checkout / "created").unlink(missing_ok=True)
     ran = subprocess.run(
-        [tools / "sh", checkout / ".ci/venv"], env=env, capture_output=True, text=True
+        [checkout / "bin/sh", checkout / ".ci/venv"],
+        env={"PATH": str(checkout / "bin"), **env},
+        capture_output=True,
+        text=True,
     )
-    return ran.returncode, ran.stdout + ran.stderr, log.exists() and "made" in log.read_text()
+    return ran.returncode, ran.stdout + ran.stderr, (checkout / "created").exists()
 
 
 def test_make_takes_the_newest_python_that_runs(checkout):
     broken = checkout / "bin/python3.13"
-    broken.write_text("#!/bin/sh\nexit 127\n")  # what a pyenv shim does for a version that is off
+    broken.write_text("#!/bin/sh\nexit 127\n")  # as a pyenv shim does for a disabled version
     broken.chmod(0o755)
-    add_python(checkout, "3.11")
-    add_python(checkout, "3.12")
-    code, words, made = make_venv(checkout)
-    assert (code, made) == (0, True) and "3.12.1" in words
-    assert make_venv(checkout) == (0, "", False)  # current: nothing to do
+    older, newer = add_python(checkout, "3.11"), add_python(checkout, "3.12")
+    code, output, created = make_venv(checkout)
+    assert (code, created) == (0, True) and newer in output
+    assert make_venv(checkout) == (0, "", False)  # up to date
+    assert make_venv(checkout, PYTHON=older)[2]  # PYTHON= chooses
+    assert not make_venv(checkout)[2]  # and the choice is remembered
+    with open(checkout / "constraints.txt", "a") as file:
+        file.write("# newer\n")
+    assert make_venv(checkout)[2]
 
 
 def test_make_finds_pythons_that_pyenv_keeps_off_the_path(checkout):
     add_python(checkout, "3.12")
-    kept = checkout / "elsewhere/versions/3.13.0/bin/python"
+    kept = checkout / "pyenv/versions/3.13.0/bin/python"
     kept.parent.mkdir(parents=True)
-    add_python(checkout, "3.13").rename(kept)
-    code, words, made = make_venv(checkout, PYENV_ROOT=str(checkout / "elsewhere"))
-    assert (code, made) == (0, True) and "3.13.1" in words
+    pathlib.Path(add_python(checkout, "3.13")).rename(kept)
+    code, output, created = make_venv(checkout, PYENV_ROOT=str(checkout / "pyenv"))
+    assert (code, created) == (0, True) and str(kept) in output
 
 
-def test_make_installs_again_when_it_must(checkout):
-    add_python(checkout, "3.11")
-    newer = add_python(checkout, "3.12")
-    older = str(checkout / "bin/python3.11")
-    assert make_venv(checkout)[2]
-    assert make_venv(checkout, PYTHON=older)[2]  # PYTHON= chooses ..
-    assert not make_venv(checkout)[2]  # .. and the choice stays
-    with open(checkout / "constraints.txt", "a") as file:
-        file.write("# newer\n")
-    assert make_venv(checkout)[2]
-    copied = checkout.with_name("copied")
-    shutil.copytree(checkout, copied, symlinks=True)
-    assert make_venv(copied)[2]  # its editable install would import the original
-    (copied / ".venv/bin/python").unlink()
-    assert make_venv(copied, PYTHON=str(newer))[2]
-
-
-def test_half_an_install_is_made_again(checkout):
+def test_an_interrupted_install_is_repeated(checkout):
     add_python(checkout, "3.12", pip=1)
     assert make_venv(checkout)[0] != 0
     add_python(checkout, "3.12")
     assert make_venv(checkout)[::2] == (0, True)
 
 
-def test_make_says_in_one_line_that_no_python_runs(checkout):
-    code, words, made = make_venv(checkout)
-    assert (code, made, words.count("\n")) == (2, False, 1) and "python3.13" in words
-    code, words, made = make_venv(checkout, PYTHON="/nowhere/python")
-    assert (code, made, words.count("\n")) == (2, False, 1) and "/nowhere/python" in words
+@pytest.mark.parametrize("env", [{}, {"PYTHON": "/nowhere/python"}])
+def test_without_a_python_make_fails_in_one_line(checkout, env):
+    code, output, created = make_venv(checkout, **env)
+    assert (code, created, output.count("\n")) == (2, False, 1)
+    assert env.get("PYTHON", "python3.13") in output

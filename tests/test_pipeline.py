@@ -1,4 +1,4 @@
-"""Batches: a function of (seed, step), each example once an epoch, any number of processes."""
+"""Batches: a function of (seed, step), each example once per epoch, any number of processes."""
 
 import itertools
 
@@ -41,16 +41,16 @@ def ordered(count, **options):
     return list(pipeline.ordered_batches(Numbers(count), **options))
 
 
-def assert_equal(found, expected):
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
+def assert_equal(actual, expected):
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
         assert one.keys() == other.keys()
         for field in one:
             np.testing.assert_array_equal(one[field], other[field])
 
 
 def joined(parts):
-    """The batch of all processes, in the order of the processes."""
+    """The batches of all processes, concatenated in process order."""
     return [
         {field: np.concatenate([part[field] for part in step]) for field in step[0]}
         for step in zip(*parts, strict=True)
@@ -61,7 +61,7 @@ def indices(batches):
     return np.concatenate([batch["index"] for batch in batches]).tolist()
 
 
-def test_a_batch_holds_what_the_contract_says():
+def test_the_fields_of_a_batch():
     (batch,) = train(9, 1)
     index = batch["index"]
     expected = {
@@ -88,7 +88,7 @@ def test_starting_at_a_step_equals_skipping_to_it(start):
 
 @pytest.mark.parametrize("processes", [2, 4])  # 4 read one example each
 @pytest.mark.parametrize("start", [0, 3])
-def test_the_parts_of_all_processes_make_the_batch_of_one(processes, start):
+def test_the_batches_of_all_processes_form_the_batch_of_one(processes, start):
     parts = [
         train(10, 6, start=start, process_index=k, process_count=processes)
         for k in range(processes)
@@ -96,8 +96,8 @@ def test_the_parts_of_all_processes_make_the_batch_of_one(processes, start):
     assert_equal(joined(parts), train(10, 6, start=start))
 
 
-def test_every_example_comes_once_an_epoch_and_no_remainder_is_lost():
-    # 3 epochs of 10 examples in batches of 4, 5 and 6.
+def test_every_example_is_seen_once_per_epoch_and_no_remainder_is_dropped():
+    # Three epochs of 10 examples, in batches of 5, 6 and 2.
     for batch_size in (5, 6, 2):
         stream = indices(train(10, 30 // batch_size, batch_size=batch_size))
         epochs = [stream[start : start + 10] for start in (0, 10, 20)]
@@ -105,10 +105,10 @@ def test_every_example_comes_once_an_epoch_and_no_remainder_is_lost():
         assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
-def test_the_order_depends_on_the_seed_and_on_nothing_else():
+def test_the_order_depends_on_the_seed_only():
     assert_equal(train(10, 5), train(10, 5, threads=4, prefetch=4))
     assert indices(train(10, 5)) != indices(train(10, 5, seed=8))
-    # The stream is the same however it is cut into batches.
+    # The stream does not depend on the batch size.
     assert indices(train(10, 6, batch_size=2)) == indices(train(10, 3, batch_size=4))
 
 
@@ -116,16 +116,16 @@ def test_a_source_smaller_than_a_batch_repeats():
     assert sorted(indices(train(2, 1))) == [0, 0, 1, 1]
 
 
-def test_impossible_batches_are_refused():
-    with pytest.raises(ValueError, match="no examples to train on"):
+def test_invalid_batch_sizes_are_rejected():
+    with pytest.raises(ValueError, match="no examples"):
         train(0, 1)
-    with pytest.raises(ValueError, match="batch_size 4 is no multiple of 3 processes"):
+    with pytest.raises(ValueError, match="4 .*3 "):
         train(10, 1, process_count=3)
-    with pytest.raises(ValueError, match="batch_size 4 is no multiple of 3 processes"):
+    with pytest.raises(ValueError, match="4 .*3 "):
         ordered(10, process_count=3)
 
 
-COUNTS, SIZES = (10, 7), (6, 4)  # of images and of a batch, of two streams
+COUNTS, SIZES = (10, 7), (6, 4)  # of two streams: examples, and examples per batch
 
 
 def mixed(steps, counts=COUNTS, sizes=SIZES, **options):
@@ -134,19 +134,19 @@ def mixed(steps, counts=COUNTS, sizes=SIZES, **options):
 
 
 def streams(batches):
-    """Each stream's part of mixed batches, in order, with its own record numbers."""
+    """The part of each stream in mixed batches, in order, with the record numbers of the stream."""
     parts = []
     for number in (0, 1):
         parts.append([])
         for batch in batches:
-            mine = batch["index"] // pipeline._APART == number
+            mine = batch["index"] // pipeline._STREAM_OFFSET == number
             rows = {field: value[mine] for field, value in batch.items()}
-            parts[-1].append(rows | {"index": rows["index"] % pipeline._APART})
+            parts[-1].append(rows | {"index": rows["index"] % pipeline._STREAM_OFFSET})
     return parts
 
 
 @pytest.mark.parametrize("sizes", [(6, 4), (4, 4), (2, 8), (3, 5)])
-def test_each_stream_of_a_mix_is_that_stream_alone(sizes):
+def test_each_stream_of_a_mix_equals_that_stream_alone(sizes):
     batches = mixed(7, sizes=sizes)
     assert all(len(batch["index"]) == sum(sizes) for batch in batches)
     for number, part in enumerate(streams(batches)):
@@ -154,12 +154,12 @@ def test_each_stream_of_a_mix_is_that_stream_alone(sizes):
         assert_equal(part, alone)
 
 
-def test_a_mix_of_one_stream_is_that_stream():
+def test_a_mix_of_one_stream_equals_that_stream():
     assert_equal(mixed(5, counts=(10,), sizes=(4,)), train(10, 5))
 
 
-def test_no_record_number_stands_for_two_records():
-    """Augmentation draws by it: two streams must not share their noise."""
+def test_record_numbers_are_unique_across_streams():
+    """Augmentation derives its randomness from them: two streams must not share it."""
     whole = mixed(40, counts=(5, 5), sizes=(4, 4))
     assert len(set(indices(whole))) == 10 and min(indices(whole)) >= 0
     assert whole[0]["index"].dtype == np.int32
@@ -172,7 +172,7 @@ def test_a_mix_starts_at_any_step(start):
 
 @pytest.mark.parametrize("sizes, processes", [((6, 4), 2), ((4, 4), 2), ((8, 4), 4)])
 @pytest.mark.parametrize("start", [0, 3])
-def test_the_mixes_of_all_processes_make_that_of_one(sizes, processes, start):
+def test_the_mixes_of_all_processes_form_that_of_one(sizes, processes, start):
     parts = [
         mixed(4, sizes=sizes, start=start, process_index=k, process_count=processes)
         for k in range(processes)
@@ -180,15 +180,15 @@ def test_the_mixes_of_all_processes_make_that_of_one(sizes, processes, start):
     assert_equal(joined(parts), mixed(4, sizes=sizes, start=start))
 
 
-def test_impossible_mixes_are_refused():
-    with pytest.raises(ValueError, match=r"batches \(6, 4\) cannot be split over 4 processes"):
+def test_invalid_mixes_are_rejected():
+    with pytest.raises(ValueError, match=r"\(6, 4\) .*4 "):
         mixed(1, process_count=4)
-    with pytest.raises(ValueError, match="no examples to train on"):
+    with pytest.raises(ValueError, match="no examples"):
         mixed(1, counts=(10, 0))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 7, 10, 16])
-def test_ordered_batches_count_every_example_once(batch_size):
+def test_ordered_batches_hold_every_example_once(batch_size):
     batches = ordered(10, batch_size=batch_size)
     assert all(batch["image"].shape == (batch_size, 4, 4, 3) for batch in batches)
     assert len(batches) == -(-10 // batch_size)
@@ -199,18 +199,18 @@ def test_ordered_batches_count_every_example_once(batch_size):
 
 
 @pytest.mark.parametrize("batch_size", [2, 4, 6, 16])
-def test_ordered_batches_of_two_processes_count_every_example_once(batch_size):
+def test_ordered_batches_of_two_processes_hold_every_example_once(batch_size):
     parts = [ordered(11, batch_size=batch_size, process_index=k, process_count=2) for k in (0, 1)]
     assert len(parts[0]) == len(parts[1]) == -(-11 // batch_size)
     assert all(len(batch["index"]) == batch_size // 2 for part in parts for batch in part)
-    found = indices(parts[0]) + indices(parts[1])
-    assert sorted(index for index in found if index >= 0) == list(range(11))
-    # Together they are the batches of one process, in another order of rows.
+    index = indices(parts[0]) + indices(parts[1])
+    assert sorted(k for k in index if k >= 0) == list(range(11))
+    # Together they are the batches of one process, with the rows in another order.
     for both, one in zip(joined(parts), ordered(11, batch_size=batch_size), strict=True):
         assert sorted(both["index"]) == sorted(one["index"])
 
 
-def test_nothing_in_order_is_nothing():
+def test_an_empty_source_has_no_ordered_batches():
     assert ordered(0) == []
 
 

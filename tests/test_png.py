@@ -1,4 +1,4 @@
-"""PNG: DeepLesion's 16 bits are exact; 8 bits need their window; names give neighbours."""
+"""PNG: 16-bit HU are exact, 8-bit files need a window, and names give neighbours."""
 
 import struct
 import zlib
@@ -44,53 +44,53 @@ def test_16_bit_values_are_exact(shared_data):
     hu = png.read_png(path)
     assert hu.dtype == np.int16 and hu.shape == (512, 512)
     np.testing.assert_array_equal(hu, decode_grey16(path.read_bytes()).astype(int) - 32768)
-    assert hu.min() == -3024  # padding stays what it is
+    assert hu.min() == -3024  # padding is unchanged
 
 
-def test_extreme_values_come_back(tmp_path):
+def test_extreme_values_are_exact(tmp_path):
     values = np.array([[0, 1, 32767], [32768, 40000, 65535]], np.uint16)
     Image.fromarray(values).save(tmp_path / "1.png")
     np.testing.assert_array_equal(png.read_png(tmp_path / "1.png"), values.astype(int) - 32768)
 
 
-def test_8_bits_need_their_window(tmp_path):
+def test_8_bit_files_need_a_window(tmp_path):
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
     Image.fromarray(grey).save(tmp_path / "1.png")
-    with pytest.raises(Rejected, match="--png-window LOW,HIGH"):
+    with pytest.raises(Rejected, match="--png-window"):
         png.read_png(tmp_path / "1.png")
     hu = png.read_png(tmp_path / "1.png", window=(-175, 275))
     assert hu[0, 0] == -175 and hu[-1, -1] == 275
     np.testing.assert_array_equal(hu, np.rint(-175 + grey * (450 / 255)))
     Image.fromarray(np.stack([grey] * 3, -1)).save(tmp_path / "2.png")
     np.testing.assert_array_equal(png.read_png(tmp_path / "2.png", window=(-175, 275)), hu)
-    with pytest.raises(InputError, match="LOW must be below HIGH"):
+    with pytest.raises(InputError, match="275,-175"):
         png.read_png(tmp_path / "1.png", window=(275, -175))
 
 
-def test_real_8_bit_slice(shared_data):
+def test_a_real_8_bit_slice_spans_its_window(shared_data):
     path = sorted((shared_data / "body_part_ordinal").glob("*.png"))[0]
     hu = png.read_png(path, window=(-175, 275))
     assert hu.min() == -175 and 200 < hu.max() <= 275
 
 
-def test_what_is_not_understood_is_refused(tmp_path):
+def test_unsupported_files_are_rejected(tmp_path):
     def reason(window=(0, 255)):
         with pytest.raises(Rejected) as caught:
             png.read_png(tmp_path / "1.png", window)
         return str(caught.value)
 
-    assert "cannot be read" in reason()
+    assert "No such file" in reason()
     (tmp_path / "1.png").write_bytes(b"\xff\xd8\xff\xe0 a JPEG")
-    assert reason() == "not a PNG file"
+    assert "PNG" in reason()
     grey = np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)
     Image.fromarray(grey).save(tmp_path / "1.png")
-    assert reason() == "a PNG in colour: not a CT slice"
+    assert "colour" in reason()
     Image.fromarray(np.full((4, 4, 4), 9, np.uint8)).save(tmp_path / "1.png")
-    assert reason() == "a PNG with transparent pixels"
+    assert "transparent" in reason()
     Image.fromarray(np.eye(4) > 0).save(tmp_path / "1.png")
-    assert "1-bit PNG" in reason()
+    assert "1-bit" in reason()
     Image.fromarray(grey[..., 0].astype(np.uint16)).save(tmp_path / "1.png")
-    assert "not HU + 32768" in reason()
+    assert "32768" in reason()
     Image.fromarray(np.full((40, 40), 32768, np.uint16)).save(tmp_path / "1.png")
     content = (tmp_path / "1.png").read_bytes()
     (tmp_path / "1.png").write_bytes(content[:16] + struct.pack(">II", 60000, 60000) + content[24:])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from maknet_jax.ct import png, preprocess, volumes
+from maknet_jax.ct import png, preprocess, search, volumes
 
 S = 256
 
@@ -32,7 +32,7 @@ def near(box, expected, margin=8):
 BODY = (60, 50, 181, 207)
 
 
-def test_padding_becomes_air_and_hu_above_stay():
+def test_padding_becomes_air_and_other_hu_are_unchanged():
     hu = np.array([-32768, -3024, -2048, -2000, -1999, -1025, -1024, -1, 0, 3071, 32767], np.int16)
     cleaned = preprocess.clean(hu)
     assert cleaned.dtype == np.int16
@@ -53,7 +53,7 @@ def test_a_box_does_not_depend_on_the_resolution():
 
 
 @pytest.mark.parametrize("gap", [20, 3, 0])
-def test_a_table_is_dropped_whether_it_touches_or_not(gap):
+def test_a_table_is_excluded_whether_it_touches_the_body_or_not(gap):
     hu = body()
     hu[181 + gap : 184 + gap, 20:236] = 100  # a shell
     hu[184 + gap : 204 + gap, 20:236] = -900  # foam
@@ -61,20 +61,20 @@ def test_a_table_is_dropped_whether_it_touches_or_not(gap):
     assert near(preprocess.body_box(hu), BODY)
 
 
-def test_a_thick_table_is_dropped():
+def test_a_thick_table_is_excluded():
     hu = body()
     hu[190:210, 10:246] = -200
     assert near(preprocess.body_box(hu), BODY)
 
 
-def test_blankets_and_tubes_are_dropped():
+def test_blankets_and_tubes_are_excluded():
     hu = body()
     hu[40:42, 30:220] = -100
     hu[42:150, 228:230] = -100
     assert near(preprocess.body_box(hu), BODY)
 
 
-def test_both_legs_and_both_arms_are_kept():
+def test_both_legs_and_both_arms_are_included():
     legs = ellipse(ellipse(air(), 120, 80, 40, 38, 40), 122, 178, 36, 36, 40)
     assert near(preprocess.body_box(legs), (80, 42, 161, 215))
     arms = ellipse(ellipse(body(), 130, 24, 20, 16, 40), 130, 232, 20, 16, 40)
@@ -82,18 +82,18 @@ def test_both_legs_and_both_arms_are_kept():
 
 
 @pytest.mark.parametrize("value", [-1024, -3024, 40])
-def test_a_slice_of_one_value_is_kept_whole(value):
+def test_a_constant_slice_is_not_cropped(value):
     assert preprocess.body_box(np.full((S, 200), value, np.int16)) == (0, 0, S, 200)
 
 
-def test_a_body_cut_to_a_display_window_is_found_without_its_mattress():
+def test_a_body_clipped_to_a_display_window_is_cropped_without_its_mattress():
     hu = np.clip(body(), -175, 275)
-    hu[182:190, 20:236] = -172  # a mattress is just above black
+    hu[182:190, 20:236] = -172  # a mattress, just above black
     threshold = preprocess.body_threshold(hu, (-175, 275))
     assert -175 < threshold < -160
     assert near(preprocess.body_box(hu, threshold=threshold), BODY)
     assert not near(preprocess.body_box(hu), BODY)
-    # Whole CT given with a window that it was not cut to keeps its own threshold.
+    # Unclipped CT keeps the usual threshold even if a window is passed.
     assert preprocess.body_threshold(body(), (-175, 275)) < -175
 
 
@@ -105,7 +105,7 @@ def test_a_constant_slice_keeps_its_value(value):
     assert (image == value).all()
 
 
-def test_a_whole_slice_of_the_right_size_is_exact():
+def test_an_uncropped_slice_of_the_right_size_is_exact():
     hu = np.random.default_rng(0).integers(-400, 3000, (64, 64)).astype(np.int16)
     image, box = preprocess.make_triplet([hu, hu, hu], 64)
     assert box == (0, 0, 64, 64)
@@ -113,14 +113,14 @@ def test_a_whole_slice_of_the_right_size_is_exact():
         np.testing.assert_array_equal(image[..., channel], hu)
 
 
-def test_halving_a_slope_gives_its_means():
-    # Bilinear with antialiasing keeps a linear ramp linear, away from the edges.
+def test_halving_a_ramp_gives_its_means():
+    # Antialiased bilinear resizing keeps a linear ramp linear, except at the edges.
     ramp = np.tile(np.arange(64, dtype=np.int16) * 10, (64, 1))
     small = preprocess.resize(ramp, (0, 0, 64, 64), 32)
     np.testing.assert_allclose(small[:, 2:-2], np.tile(np.arange(2, 30) * 20 + 5, (32, 1)), atol=1)
 
 
-def test_a_crop_is_what_lies_in_the_box():
+def test_a_crop_contains_the_pixels_of_the_box():
     hu = np.random.default_rng(1).integers(-1000, 1000, (80, 90)).astype(np.int16)
     np.testing.assert_array_equal(preprocess.resize(hu, (10, 20, 42, 52), 32), hu[10:42, 20:52])
 
@@ -147,9 +147,9 @@ def test_centres_without_overlap_use_every_slice_at_most_once(count, expected):
 
 def test_neighbours_repeat_the_edge():
     hu = np.arange(4, dtype=np.int16)[:, None, None]
-    found = [[int(one[0, 0]) for one in preprocess.neighbours(hu, k)] for k in range(4)]
-    assert found == [[0, 0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 3]]
-    assert [int(one[0, 0]) for one in preprocess.neighbours(hu[:1], 0)] == [0, 0, 0]
+    triplets = [[int(plane[0, 0]) for plane in preprocess.neighbours(hu, k)] for k in range(4)]
+    assert triplets == [[0, 0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 3]]
+    assert [int(plane[0, 0]) for plane in preprocess.neighbours(hu[:1], 0)] == [0, 0, 0]
 
 
 def runs(line):
@@ -158,35 +158,35 @@ def runs(line):
 
 
 def rows_of_body_and_table(hu):
-    """(last row of the back, first row of the table), read off the middle columns of a slice.
+    """(last row of the back, first row of the table) in the middle columns of a slice.
 
     Tables are thin shells around foam: the last runs of dense rows, each of 3 to 10 rows of 512.
     """
     dense = hu > -500
     middle = int(np.flatnonzero(dense.sum(0) > 0.25 * len(hu)).mean())
     half = hu.shape[1] // 64
-    found = runs(dense[:, middle - half : middle + half + 1].mean(1) > 0.5)
+    bands = runs(dense[:, middle - half : middle + half + 1].mean(1) > 0.5)
     thin = 10 * len(hu) / 512
-    body = max(k for k, (start, stop) in enumerate(found) if stop - start > thin)
-    shells = [start for start, stop in found[body + 1 :] if stop - start >= 0.006 * len(hu)]
-    return found[body][1], shells[0]
+    body = max(k for k, (start, stop) in enumerate(bands) if stop - start > thin)
+    shells = [start for start, stop in bands[body + 1 :] if stop - start >= 0.006 * len(hu)]
+    return bands[body][1], shells[0]
 
 
 def test_the_real_table_lies_outside_the_box(shared_data):
-    (ref,), _ = volumes.find_series(shared_data / "dicom" / "liver_j2k_20")
+    (ref,), _ = search.find_series(shared_data / "dicom" / "liver_j2k_20")
     slices = list(volumes.load_series(ref).hu[::5])
     flat = sorted((shared_data / "deeplesion" / "key_slices_flat").glob("*.png"))
     slices += [png.read_png(path) for path in flat[::3]]
     for hu in slices:
         back, table = rows_of_body_and_table(hu)
         bottom = preprocess.body_box(hu)[2]
-        assert table > back + 10, "the table was not found: mend the test"
+        assert table > back + 10, "the test did not locate the table"
         assert back <= bottom < table
 
 
 def test_the_box_of_a_real_series_does_not_jump(shared_data):
     # Both arms touch the body in some slices only; a box with one arm would shift the middle.
-    (ref,), _ = volumes.find_series(shared_data / "dicom" / "liver_j2k_20")
+    (ref,), _ = search.find_series(shared_data / "dicom" / "liver_j2k_20")
     boxes = np.array([preprocess.body_box(hu) for hu in volumes.load_series(ref).hu])
     assert np.ptp(boxes, axis=0).max() <= 8
 
@@ -194,8 +194,8 @@ def test_the_box_of_a_real_series_does_not_jump(shared_data):
 def test_the_real_torso_is_cropped_at_its_back(shared_data):
     path = shared_data / "nifti" / "torso_112" / "example_ct.nii.gz"
     volume, _ = volumes.load_series_of(path)
-    # The patient lies in the table: at the midline the two cannot be told apart. Its wings can:
-    # they alone are in the last rows, and the same in all slices.
+    # The patient lies in a curved table, which merges with the back at the midline. Its wings do
+    # not: they alone reach the last rows and are the same in all slices.
     wings = (volume.hu > -800).all(0).any(1)
     assert wings[-3:].all() and not (volume.hu[:, -2:, 30:90] > -500).any()
     for hu in volume.hu[::8]:

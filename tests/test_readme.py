@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands there."""
+"""The Python example of the README runs."""
 
 import pathlib
 import re
@@ -12,7 +12,7 @@ README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
 
 
 class Pooled(nn.Module):
-    """A user's own network."""
+    """A network of the user."""
 
     @nn.compact
     def __call__(self, images):
@@ -20,7 +20,7 @@ class Pooled(nn.Module):
         return nn.Dense(4)(nn.tanh(nn.Conv(8, (3, 3))(images)).mean(axis=(1, 2)))
 
 
-def test_attributions_of_a_users_own_model(capsys):
+def test_attributions_of_any_flax_model(capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
     model, images = Pooled(), np.random.default_rng(0).random((2, 16, 16, 3), np.float32)
     variables = model.init(jax.random.key(0), images)
@@ -32,7 +32,7 @@ def test_attributions_of_a_users_own_model(capsys):
     change = 1 / (1 + np.exp(-logits)) - 1 / (
         1 + np.exp(-np.asarray(model.apply(variables, 0 * images)))
     )
-    wanted = np.take_along_axis(change, np.array(names["targets"]), axis=1)
-    np.testing.assert_allclose(found.maps.sum((2, 3, 4)), wanted, atol=1e-5)
+    expected = np.take_along_axis(change, np.array(names["targets"]), axis=1)
+    np.testing.assert_allclose(found.maps.sum((2, 3, 4)), expected, atol=1e-5)
     assert capsys.readouterr().out.startswith("(2, 2, 16, 16, 3) ")
     assert found.relative.max() == pytest.approx(0, abs=0.01)

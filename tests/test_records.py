@@ -1,7 +1,8 @@
-"""Records and shards on disk: exact, checked, whole."""
+"""Records and shards on disk: exact, checked, atomic."""
 
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -21,16 +22,16 @@ def make_example(number=0, size=8, labels=5):
     )
 
 
-def assert_same(found, expected):
-    assert found.id == expected.id and found.meta == expected.meta
+def assert_same(actual, expected):
+    assert actual.id == expected.id and actual.meta == expected.meta
     for field in ("image", "labels", "label_mask"):
-        value = getattr(found, field)
+        value = getattr(actual, field)
         assert value.dtype == getattr(expected, field).dtype
         np.testing.assert_array_equal(value, getattr(expected, field))
 
 
 def write_set(folder, counts=(5, 3), split="train"):
-    """A folder as `prepare` leaves it, with numbered examples."""
+    """A prepared folder with numbered examples."""
     shards, number = [], 0
     for shard, count in enumerate(counts):
         name = f"{split}/part-{shard:05d}.array_record"
@@ -51,7 +52,7 @@ def test_decode_undoes_encode(labels):
     assert_same(records.decode(records.encode(example)), example)
 
 
-def test_only_square_int16_triplets_are_records():
+def test_images_other_than_square_int16_triplets_are_rejected():
     good = make_example()
     for image in (
         good.image.astype(np.float32),
@@ -59,11 +60,11 @@ def test_only_square_int16_triplets_are_records():
         good.image[:4],
         good.image[..., 0],
     ):
-        with pytest.raises(ValueError, match=r"image should be int16 \[S, S, 3\]"):
+        with pytest.raises(ValueError, match="int16"):
             records.encode(records.Example("x", image, good.labels, good.label_mask, {}))
 
 
-def test_a_source_reads_several_shards_as_one(tmp_path):
+def test_a_source_concatenates_shards(tmp_path):
     dataset = records.open_dataset(write_set(tmp_path, counts=(5, 3)))
     source = dataset.source("train")
     assert len(source) == 8
@@ -78,7 +79,7 @@ def test_a_split_without_records_is_empty(tmp_path):
     assert len(dataset.source("train")) == 0
 
 
-def test_the_same_records_make_the_same_bytes_and_digest(tmp_path):
+def test_equal_records_give_equal_bytes_and_digests(tmp_path):
     payloads = [records.encode(make_example(k)) for k in range(4)]
     first = records.write_shard(tmp_path / "a" / "x", payloads)
     assert first == records.write_shard(tmp_path / "b" / "x", iter(payloads))
@@ -87,7 +88,7 @@ def test_the_same_records_make_the_same_bytes_and_digest(tmp_path):
     assert first[1] != records.write_shard(tmp_path / "c" / "x", payloads[::-1])[1]
 
 
-def test_a_writer_that_fails_leaves_nothing(tmp_path):
+def test_a_failing_writer_leaves_the_old_shard(tmp_path):
     def payloads():
         yield records.encode(make_example())
         raise KeyboardInterrupt
@@ -105,46 +106,46 @@ def read_all(folder):
 
 
 @pytest.mark.parametrize("number", [0, 3, 5])
-def test_a_flipped_bit_is_noticed(tmp_path, number):
+def test_a_flipped_bit_is_detected(tmp_path, number):
     write_set(tmp_path, counts=(6,))
     (path,) = tmp_path.glob("train/*")
     content = bytearray(path.read_bytes())
-    # Random pixels do not compress: they lie in the file as they are.
+    # Random pixels do not compress, so the file contains them unchanged.
     pixels = make_example(number).image.transpose(2, 0, 1).tobytes()
     at = content.find(pixels[100:116])
     assert at > 0
     content[at] ^= 0x10
     path.write_bytes(content)
-    with pytest.raises(InputError, match="a shard in .* is damaged .*: prepare the data again"):
+    with pytest.raises(InputError, match=f"{re.escape(str(path.parent))} .*damaged"):
         read_all(tmp_path)
 
 
-@pytest.mark.parametrize("kept", [0, 100, 65536, -1])
-def test_a_cut_shard_is_noticed(tmp_path, kept):
+@pytest.mark.parametrize("length", [0, 100, 65536, -1])
+def test_a_truncated_shard_is_detected(tmp_path, length):
     write_set(tmp_path, counts=(6,))
     (path,) = tmp_path.glob("train/*")
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(InputError, match="a shard in .* is damaged .*: prepare the data again"):
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(InputError, match=f"{re.escape(str(path.parent))} .*damaged"):
         read_all(tmp_path)
 
 
-def test_what_is_no_finished_data_set_is_refused(tmp_path):
+def test_unfinished_and_damaged_data_sets_are_rejected(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "absent", tmp_path / "file"):
-        with pytest.raises(InputError, match="holds no finished data set .* run `maknet prepare`"):
+        with pytest.raises(InputError, match=re.escape(str(path))):
             records.open_dataset(path)
     write_set(tmp_path)
     dataset = records.open_dataset(tmp_path)
-    with pytest.raises(InputError, match="split 'test' is not in .*: it has train"):
+    with pytest.raises(InputError, match="'test'.*train"):
         dataset.source("test")
     info = json.loads((tmp_path / "dataset.json").read_text())
     (tmp_path / "dataset.json").write_text(json.dumps(info | {"format": 2}))
-    with pytest.raises(InputError, match="has record format 2, this version reads 1"):
+    with pytest.raises(InputError, match="format 2.*1"):
         records.open_dataset(tmp_path)
     (tmp_path / "dataset.json").write_text(json.dumps(info)[:50])
-    with pytest.raises(InputError, match="dataset.json is damaged"):
+    with pytest.raises(InputError, match="dataset.json"):
         records.open_dataset(tmp_path)
     (tmp_path / "dataset.json").write_text(json.dumps(info))
     (tmp_path / info["splits"]["train"]["shards"][1]["file"]).unlink()
-    with pytest.raises(InputError, match="part-00001.array_record is missing"):
+    with pytest.raises(InputError, match="part-00001.array_record"):
         records.open_dataset(tmp_path)

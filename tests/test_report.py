@@ -5,23 +5,25 @@ import json
 import shutil
 import types
 
+import jinja2
 import numpy as np
 import pytest
 from test_attribute import check_page
 
 from maknet_jax import cli, evaluate, report
 from maknet_jax.errors import InputError
-from maknet_jax.explain import selection as cases
+from maknet_jax.explain import results
+from maknet_jax.figures import page
 from maknet_jax.runs import workdir
 
 
-def test_the_report_is_one_page_with_all_of_a_run(trained, tmp_path):
+def test_the_report_is_one_page_with_curves_scores_and_cases(trained, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
     shutil.rmtree(folder / "evaluation", ignore_errors=True)
     path = report.report(folder, count=2, steps=4)
     assert path == folder / "report" / "index.html"
-    assert "run maknet evaluate" in path.read_text()
+    assert "<h2>Scores</h2>" in path.read_text() and "<table>" not in path.read_text()
     evaluated = evaluate.evaluate(folder)
     text = report.report(folder, count=2, steps=4).read_text()
     # Curves, contact sheet and 2 + 2 cases of one CT, CT and map, and 5 maps to tap.
@@ -30,7 +32,7 @@ def test_the_report_is_one_page_with_all_of_a_run(trained, tmp_path):
         assert f"<h2>{heading}</h2>" in text
     for split, values in evaluated["splits"].items():
         assert f"<td>{split}</td><td>{values['auc']:.4g}</td>" in text
-        assert f"Each label on {split}: {values['labels_evaluated']}" in text
+        assert f"on {split}: {values['labels_evaluated']} labels</summary>" in text
     assert text.count('id="mix"') == 1
 
 
@@ -50,53 +52,69 @@ def test_best_have_a_lower_loss_than_worst(trained, shards, tmp_path):
     losses = {}
     for kind in ("best", "worst"):
         paths = (tmp_path / "out").glob(f"{kind}-*/cases/*.npz")
-        losses[kind] = [loss(cases.load(path)[0]["id"]) for path in paths]
+        losses[kind] = [loss(results.load(path)[0]["id"]) for path in paths]
     every = sorted(loss(name) for name, example in examples.items() if example.labels.any())
     assert sorted(losses["best"]) == pytest.approx(every[:2], rel=1e-4)
     assert min(losses["worst"]) >= every[-2] - 1e-4
 
 
-def test_other_cases_and_other_weights_are_another_folder(trained, tmp_path, monkeypatch):
-    out, given = tmp_path / "out", {"count": 1, "steps": 1}
-    report.report(trained, out, **given)
-    found = {path.name for path in out.glob("*-test-*")}
-    assert len(found) == 2
-    report.report(trained, out, **given)
-    assert {path.name for path in out.glob("*-test-*")} == found  # resumed
+def test_other_cases_or_other_weights_get_another_folder(trained, tmp_path, monkeypatch):
+    out, options = tmp_path / "out", {"count": 1, "steps": 1}
+    report.report(trained, out, **options)
+    folders = {path.name for path in out.glob("*-test-*")}
+    assert len(folders) == 2
+    report.report(trained, out, **options)
+    assert {path.name for path in out.glob("*-test-*")} == folders  # resumed
     scores = report.Evaluator.scores
 
-    def turned(self, variables):
-        kept = scores(self, variables)
-        return dataclasses.replace(kept, scores=1 - kept.scores)
+    def reversed_scores(self, variables):
+        original = scores(self, variables)
+        return dataclasses.replace(original, scores=1 - original.scores)
 
-    monkeypatch.setattr(report.Evaluator, "scores", turned)
-    text = report.report(trained, out, **given).read_text()
-    assert len(list(out.glob("*-test-*"))) > 2 and "Best cases" in text
+    monkeypatch.setattr(report.Evaluator, "scores", reversed_scores)
+    text = report.report(trained, out, **options).read_text()
+    assert len(list(out.glob("*-test-*"))) > 2 and "<h2>Best cases of test</h2>" in text
 
 
-def test_a_network_that_looks_at_a_box_has_no_cases(trained, tmp_path, monkeypatch):
+def test_a_network_that_takes_a_box_has_no_cases(trained, tmp_path, monkeypatch):
     opened, box = workdir.open_run, types.SimpleNamespace(takes_box=True)
-    monkeypatch.setattr(
-        workdir, "open_run", lambda *a, **k: dataclasses.replace(opened(*a, **k), model=box)
-    )
+
+    def with_box(*args, **options):
+        run = opened(*args, **options)
+        return dataclasses.replace(run, assembly=dataclasses.replace(run.assembly, model=box))
+
+    monkeypatch.setattr(workdir, "open_run", with_box)
     text = report.report(trained, tmp_path / "out").read_text()
-    assert "Left out: " in text and "Best cases" not in text and "<h2>Training</h2>" in text
+    assert "<h2>Cases of test</h2>" in text and "<h2>Training</h2>" in text
+    assert "Best cases" not in text and 'class="card"' not in text
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["index.html"]
 
 
-def test_the_command_says_where(trained, tmp_path, capsys):
+def test_the_command_prints_the_path(trained, tmp_path, capsys):
     assert cli.main(["report", str(trained), "--out", str(tmp_path / "r"), "--cases", "1"]) == 0
-    assert (tmp_path / "r" / "index.html").as_posix() in capsys.readouterr().out
+    assert capsys.readouterr().out.strip() == str(tmp_path / "r" / "index.html")
 
 
-def test_refusals(trained, tmp_path):
-    with pytest.raises(InputError, match="no workdir"):
+def test_invalid_arguments_are_rejected(trained, tmp_path):
+    with pytest.raises(InputError, match=str(tmp_path)):
         report.report(tmp_path)
     with pytest.raises(InputError, match="'nine'"):
         report.report(trained, tmp_path / "out", split="nine")
     folder = tmp_path / "moved"
     shutil.copytree(trained, folder)
-    about = json.loads((folder / "dataset.json").read_text()) | {"path": str(tmp_path / "gone")}
-    (folder / "dataset.json").write_text(json.dumps(about))
+    info = json.loads((folder / "dataset.json").read_text()) | {"path": str(tmp_path / "gone")}
+    (folder / "dataset.json").write_text(json.dumps(info))
     with pytest.raises(InputError, match="gone"):
         report.report(folder)
+
+
+def test_templates_escape_text_and_need_all_their_values():
+    model = {"name": "<m>", "columns": [{"title": "<t>", "labels": [], "uri": "data:image/x"}]}
+    card = page.perturbation_card("<i>", [model])
+    lead = page.perturbation_lead({"images": 2, "top": 5}, ["<h>"], [["<c>"]], 1)
+    text = page.document("<d>", lead, [card])
+    for tag in ("<m>", "<t>", "<i>", "<d>", "<h>", "<c>"):
+        assert tag not in text and f"&lt;{tag[1]}&gt;" in text
+    del model["columns"][0]["uri"]
+    with pytest.raises(jinja2.UndefinedError, match="uri"):
+        page.perturbation_card("<i>", [model])

@@ -27,7 +27,7 @@ def test_batch_is_split_in_order_and_comes_back(mesh):
         "id": np.array([f"name {k}" for k in range(16)]),
     }
     placed = sharding.put_batch(mesh, batch)
-    assert set(placed) == {"image", "weight"}  # names are no arrays
+    assert set(placed) == {"image", "weight"}  # strings are dropped
     assert placed["image"].sharding.spec == PartitionSpec("data")
     rows = 16 // mesh.size
     for number, shard in enumerate(placed["image"].addressable_shards):

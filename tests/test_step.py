@@ -1,4 +1,4 @@
-"""The step: one device or eight, randomness by (seed, step, example), buffers given away."""
+"""The step: one device or eight, randomness by (seed, step, example), donated buffers."""
 
 import functools
 
@@ -70,7 +70,7 @@ def run(start, train_step, mesh, count):
 
 
 @pytest.mark.parametrize("form", ["gather", "shear"])
-def test_eight_devices_are_one(form):
+def test_eight_devices_compute_the_same_as_one(form):
     """Ranger with its first rectified and its first lookahead step, noise and dropout included."""
     model, optimizer = models.build("maknet", 3, **MAKNET), ranger.ranger(0.003)
     start = state.create(model, optimizer, size=32, seed=0)
@@ -121,12 +121,12 @@ def test_a_step_of_sgd_is_the_gradient_of_the_loss(linear):
         outputs, updated = linear.apply(variables, images, train=True, mutable=["batch_stats"])
         return LOSS(outputs, batch)[0], updated
 
-    (value, updated), slope = jax.value_and_grad(loss, has_aux=True)(start.params)
+    (value, updated), gradient = jax.value_and_grad(loss, has_aux=True)(start.params)
     after, metrics = changed(compiled(linear, optax.sgd(0.5), mesh), mesh, start, batch)
     assert metrics["loss"] == pytest.approx(float(value), rel=1e-5)
-    assert metrics["gradient_norm"] == pytest.approx(float(optax.tree.norm(slope)), rel=1e-5)
+    assert metrics["gradient_norm"] == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-5)
     for name, leaf in start.params["classifier"].items():
-        theirs = leaf - 0.5 * slope["classifier"][name]
+        theirs = leaf - 0.5 * gradient["classifier"][name]
         np.testing.assert_allclose(after.params["classifier"][name], theirs, rtol=1e-5, atol=1e-5)
     for name, leaf in updated["batch_stats"]["norm"].items():
         np.testing.assert_allclose(after.batch_stats["norm"][name], leaf, rtol=1e-5, atol=1e-7)
@@ -174,11 +174,13 @@ def test_the_moving_average_of_two_steps(linear):
     start = state.create(linear, optimizer, size=32, seed=0, ema=True)
     one, two = (s for s, _ in run(start, compiled(linear, optimizer, mesh, ema_decay=0.5), mesh, 2))
     weights = [{"params": s.params, "batch_stats": s.batch_stats} for s in (start, one, two)]
-    for first, second, third, found, half in zip(
+    for first, second, third, average, half in zip(
         *map(jax.tree.leaves, (*weights, two.ema, one.ema)), strict=True
     ):
         np.testing.assert_allclose(half, first / 2 + second / 2, rtol=1e-6, atol=1e-7)
-        np.testing.assert_allclose(found, first / 4 + second / 4 + third / 2, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(
+            average, first / 4 + second / 4 + third / 2, rtol=1e-6, atol=1e-7
+        )
     moved = [
         np.abs(a - b).max()
         for a, b in zip(*map(jax.tree.leaves, (weights[2], two.ema)), strict=True)
@@ -186,7 +188,7 @@ def test_the_moving_average_of_two_steps(linear):
     assert min(moved) > 1e-4  # the statistics too
 
 
-def test_the_moving_average_changes_no_step(linear):
+def test_the_moving_average_does_not_change_the_steps(linear):
     mesh, optimizer = one_device(), ranger.ranger(0.01)
     results = []
     for ema in (False, True):
@@ -202,7 +204,7 @@ def test_the_moving_average_changes_no_step(linear):
         assert metrics == other_metrics
 
 
-def test_the_step_takes_its_state_away(linear):
+def test_the_step_donates_its_state(linear):
     """Donation: nothing of the old state stays in memory. (A refusal would be a warning.)"""
     optimizer = ranger.ranger(0.01)
     mesh = sharding.data_mesh()

@@ -94,3 +94,20 @@ def test_a_data_set_without_a_split_is_refused(tmp_path):
     data = toy.write(tmp_path / "toy")
     with pytest.raises(InputError, match="split 'test' is not in"):
         table3.table3(tmp_path / "out", data, {"random": ""})
+
+
+def test_the_table_follows_lesanets_rules(tmp_path, monkeypatch):
+    data = toy.write(tmp_path / "toy")
+    info = files.read_json(data / "dataset.json")
+    info["splits"] |= {"test": info["splits"]["val"], "hand": info["splits"]["val"]}
+    files.write_json(data / "dataset.json", info)
+    rules = []
+
+    def evaluated(folder, **options):
+        rules.append(options["rules"])
+        return {"splits": splits(0.1)}
+
+    monkeypatch.setattr(table3.train, "train", lambda *_: None)
+    monkeypatch.setattr(table3.evaluate, "evaluate", evaluated)
+    table3.table3(tmp_path / "out", data, {"random": ""}, seeds=2)
+    assert rules == ["lesanet", "lesanet"]

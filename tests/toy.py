@@ -16,7 +16,7 @@ VOCABULARY = Vocabulary(
 
 
 def example(split, number, seed=0):
-    """Air with noise, and a bright square in every quadrant whose label is set."""
+    """Noisy air, with a bright square in every quadrant whose label is set."""
     rng = np.random.default_rng([seed, ("train", "val", "unlabelled").index(split), number])
     labels = (rng.random(4) < 0.5).astype(np.uint8)
     image = rng.normal(-900, 60, (SIZE, SIZE, 3))
@@ -28,7 +28,7 @@ def example(split, number, seed=0):
 
 
 def write(out, *, seed=0, train=TRAIN, val=VAL):
-    """A finished data set in `out` with two splits, as `maknet prepare` leaves it."""
+    """A finished data set in `out` with two splits, as `maknet prepare` writes it."""
     splits, digests = {}, []
     for split, count in (("train", train), ("val", val)):
         examples = [example(split, number, seed) for number in range(count)]
@@ -50,7 +50,7 @@ def write(out, *, seed=0, train=TRAIN, val=VAL):
 def write_unlabelled(out, counts=(10, 7, 12), *, seed=7, labelled=False):
     """A finished data set of one split `unlabelled` in shards of `counts` images.
 
-    Without labels, as scans come; `labelled` keeps those that it was drawn from.
+    Without labels, like real scans; `labelled` keeps the labels that they were drawn from.
     """
     shards, first = [], 0
     none = np.zeros(0, np.uint8)
@@ -76,27 +76,27 @@ def write_unlabelled(out, counts=(10, 7, 12), *, seed=7, labelled=False):
 
 
 def write_pseudo(out, images, *, seed=7):
-    """Pseudo-labels of `write_unlabelled`'s images by a teacher that is right and knows all."""
+    """Pseudo-labels of `write_unlabelled`'s images by a teacher that makes no mistake."""
     dataset = records.open_dataset(images)
     rows = []
     for number in range(dataset.split("unlabelled")["count"]):
         labels = example("unlabelled", number, seed).labels
         confidences = np.where(labels, 0.9 - 0.01 * np.arange(len(labels)), 0.1)[None]
-        kept, _ = pseudo_labels.select(
+        columns, _ = pseudo_labels.select(
             confidences.astype(np.float32), np.zeros((len(labels),) * 2, bool), top=4
         )
-        rows.append(pseudo_labels.rows_of([number], kept, confidences, top=4))
+        rows.append(pseudo_labels.rows_of([number], columns, confidences, top=4))
     sha256 = pseudo_labels.write_rows(out / "all.npy", np.concatenate(rows))
-    about = {"records": str(images), "fingerprint": dataset.fingerprint, "split": "unlabelled"}
-    about |= {"labels": VOCABULARY.names, "soft": False}
+    metadata = {"records": str(images), "fingerprint": dataset.fingerprint, "split": "unlabelled"}
+    metadata |= {"labels": VOCABULARY.names, "soft": False}
     files.write_json(
-        out / "pseudo.json", about | {"shards": [{"file": "all.npy", "sha256": sha256}]}
+        out / "pseudo.json", metadata | {"shards": [{"file": "all.npy", "sha256": sha256}]}
     )
     return out
 
 
 def overrides(data, name, **changes):
-    """Strings that make a page tiny: 40 steps of 8 images, lines and checkpoints at odd places."""
+    """Overrides that make a config tiny: 40 steps of 8 images, odd log and checkpoint intervals."""
     values = {
         "epochs": 8.0,
         "data.path": str(data),
@@ -119,11 +119,11 @@ def overrides(data, name, **changes):
 
 
 def config(data, name, changes=None):
-    """The tiny `smoke` or `linear` page on `data`."""
+    """The tiny `smoke` or `linear` config on `data`."""
     return configs.load(name, overrides(data, name, **(changes or {})))
 
 
 def lines(folder):
-    """The metrics of a run but for its speed, which no two runs share."""
+    """The metrics of a run without its speed, which differs between runs."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if "images_per_second" not in k} for row in rows]

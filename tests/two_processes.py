@@ -1,4 +1,4 @@
-"""Runs a script on two processes that know each other (gloo on CPU), with a device each."""
+"""Runs a script in two processes of one JAX cluster (gloo on CPU), with one device each."""
 
 import contextlib
 import os
@@ -21,9 +21,9 @@ jax.distributed.initialize(address, num_processes=2, process_id=int(number))
 
 
 def run(script, *arguments, timeout):
-    """The lines that each has printed; `script` knows its `number` and its `arguments`.
+    """Returns the lines that each printed; `script` may read its `number` and `arguments`.
 
-    What one of them says on stderr is in the error if it fails, and the other is then killed.
+    If one fails, the other is killed and the error shows the stderr of both.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -25,7 +25,7 @@ from benchmarks import harness
 from benchmarks.real_data import DATA
 from maknet_jax import console, phantom, predict, prepare, pseudo_label, train
 from maknet_jax.cli import options
-from maknet_jax.ct import volumes
+from maknet_jax.ct import search, volumes
 from maknet_jax.errors import InputError, Rejected
 from maknet_jax.runs import config as configs
 from maknet_jax.runs import workdir
@@ -122,7 +122,7 @@ def unlabelled_rows(paths, patients):
     """Rows of every slice of CT under `paths`, but for those of `patients`."""
     rows = []
     for path in paths:
-        for ref in volumes.find_series(path)[0]:
+        for ref in search.find_series(path)[0]:
             if ref.kind == "nifti":
                 named = [(ref.paths[0], number) for number in range(ref.count)]
             else:
@@ -204,7 +204,7 @@ def place_slices(folder, paths):
       (positions, failures): path -> 0 to 1, and (path, reason) of what cannot be read.
     """
     run = workdir.open_run(folder, checkpoint_name="last")
-    window, found, failures = tuple(run.config.data.window), {}, []
+    window, found, failures = run.window, {}, []
     for path in paths:
         try:
             volume, centre = volumes.load_series_of(path, png_window=window)

@@ -19,13 +19,16 @@ import numpy as np
 from scipy import ndimage
 
 from benchmarks import harness
-from maknet_jax import files, perturb, phantom, prepare, train
+from maknet_jax import files, phantom, prepare, train
 from maknet_jax.attribution import faithfulness as faith
 from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.attribution import perturbation
 from maknet_jax.cli import options
 from maknet_jax.errors import InputError, Rejected
-from maknet_jax.explain import selection as cases
+from maknet_jax.explain.masks import find_regions
+from maknet_jax.explain.network import open_networks
+from maknet_jax.explain.options import SelectionOptions
+from maknet_jax.explain.selection import select
 from maknet_jax.figures import overlay
 from maknet_jax.runs import config as configs
 
@@ -85,7 +88,7 @@ def main(argv=None):
         ]
         for name in results
     ]
-    flagged = np.mean([row["flagged"] for row in rows])
+    flagged, labels = np.mean([row["flagged"] for row in rows]), list(_by_label(rows))
     harness.report(
         __file__,
         argv,
@@ -96,9 +99,13 @@ def main(argv=None):
             f"{len(rows)} labels of {len({row['id'] for row in rows})} images of "
             f"{len({row['patient'] for row in rows})} patients; means over patients, 95 % by "
             f"resampling patients; {flagged:.1%} of maps flagged as not complete",
-            "mass inside over chance: " + ", ".join(_times(rows)),
+            "mass inside over chance: "
+            + ", ".join(
+                f"{row['label']} {row['inside'] / row['chance']:.1f}x"
+                for row in sorted(labels, key=lambda row: -row["inside"] / row["chance"])
+            ),
         ],
-        {"results": results, "rows": rows},
+        {"results": results, "rows": labels},
     )
 
 
@@ -124,12 +131,13 @@ def trained(folder, chosen):
 def measure(workdir, masks, chosen):
     """A dict for every organ that the network gives to an image of the split."""
     # Image by image, each with as many labels as it has organs: one device, however many there are.
-    net = cases.open_networks(workdir, devices=jax.local_devices()[:1])[0]
+    net = open_networks(workdir, devices=jax.local_devices()[:1])[0]
     organs = set(files.read_json(masks / "organs.json").values())
     labels = {k: n for k, n in enumerate(net.run.vocabulary.names) if n in organs}
-    picked = cases.pick(net.run, workdir, split=chosen.split, limit=chosen.images)
+    which = SelectionOptions(split=chosen.split, limit=chosen.images)
+    selection = select(net.run, workdir, which)
     rows, options_ = [], {"steps": chosen.steps, "refine": 2}
-    for number, read in enumerate(picked.reads):
+    for number, read in enumerate(selection.readers):
         case = read()
         image = net.put(case.image[None])
         base = perturbation.make_baseline(case.image, chosen.baseline)
@@ -139,7 +147,7 @@ def measure(workdir, masks, chosen):
         for column, name in labels.items():
             if scores[column] >= chosen.least:
                 try:
-                    regions[column] = perturb.find_regions(
+                    regions[column] = find_regions(
                         case,
                         masks=masks / "deeplesion",
                         organs=[name],
@@ -176,15 +184,20 @@ def measure(workdir, masks, chosen):
     return rows
 
 
-def _times(rows):
-    """How many times chance the mass inside each organ is, from the most to the least."""
-    kinds = {}
+def _by_label(rows):
+    """One row per label: maps, patients and the mean mass inside the organ and by chance."""
+    groups = {}
     for row in rows:
-        kinds.setdefault(row["label"], []).append((row["inside"], row["chance"]))
-    means = {name: np.mean(values, axis=0) for name, values in kinds.items()}
-    times = {name: inside / chance for name, (inside, chance) in means.items()}
-    for name in sorted(times, key=times.get, reverse=True):
-        yield f"{name} {times[name]:.1f}x"
+        groups.setdefault(row["label"], []).append(row)
+    for label, members in sorted(groups.items()):
+        yield {
+            "label": label,
+            "maps": len(members),
+            "patients": len({row["patient"] for row in members}),
+            "inside": float(np.mean([row["inside"] for row in members])),
+            "chance": float(np.mean([row["chance"] for row in members])),
+            "flagged": sum(bool(row["flagged"]) for row in members),
+        }
 
 
 def _summary(rows):

@@ -7,7 +7,8 @@
 
 `--init NAME=PATH` names what LesaNet's base starts from, `random=` random weights; imagenet and
 tcia stand beside the paper's rows. Run again it goes on where it was. Other fields of lesanet.py
-are changed with --config.FIELD=VALUE. Writes WORKDIR/table3.md, .csv and .json.
+are changed with --config.FIELD=VALUE. Metrics follow LesaNet's own rules (`maknet evaluate --rules
+lesanet`). Writes WORKDIR/table3.md, .csv and .json.
 """
 
 import argparse
@@ -104,7 +105,8 @@ def table3(workdir, data, inits, *, seeds=1, overrides=(), trunk=None, form="ful
             folder = workdir / f"lesanet-{name}-{seed}"
             console.Log().say(f"{folder}")
             train.train(page, folder)
-            runs[name].append(evaluate.evaluate(folder, splits=list(SETS))["splits"])
+            summary = evaluate.evaluate(folder, splits=list(SETS), rules="lesanet")
+            runs[name].append(summary["splits"])
     result = harness.provenance("table3") | {"form": form, "runs": runs, "notes": list(notes)}
     result |= {"overrides": list(overrides), "bases": inits}
     rows = table_rows(runs)

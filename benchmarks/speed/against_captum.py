@@ -128,10 +128,9 @@ def _network(network, chosen):
 
 def _agree(name, made, worker, steps):
     """Loads the network into PyTorch and compares maps: (what was found, calls to time)."""
-    config = made.config
-    model = workdir.build_model(config, made.batch["labels"].shape[1])
+    model = made.assembly.model
     logit_fn = Partial(lambda v, x: model.apply(v, x, train=False).logits, made.state.variables)
-    images = jnp.asarray(workdir.to_input(config)(made.batch["image"]))
+    images = jnp.asarray(made.assembly.to_input(made.batch["image"]))
     labels = np.linspace(0, made.batch["labels"].shape[1] - 1, LABELS).astype(int).tolist()
     targets = np.array([labels])
     chunk = min(steps, ig.find_chunk(logit_fn, images, LABELS))

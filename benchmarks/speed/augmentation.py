@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from benchmarks import harness
 from maknet_jax.cli import options
 from maknet_jax.errors import InputError
+from maknet_jax.runs import build
 from maknet_jax.runs import config as configs
-from maknet_jax.runs import workdir
 from maknet_jax.training import augment, sharding
 
 STEP = "training step"
@@ -30,7 +30,7 @@ def main(argv=None):
     network = harness.Network(
         chosen.network, size=chosen.size, batch_size=chosen.batch, precision=precision
     )
-    if workdir.to_noisy_input(network.config, 1):
+    if build.build_augment(network.config, 1):
         raise InputError(f"--network {chosen.network} augments: give one whose step does not")
     mesh, shape = sharding.data_mesh(), (chosen.batch, chosen.size, chosen.size, 3)
     images = jax.random.uniform(jax.random.key(0), shape, jnp.float32)

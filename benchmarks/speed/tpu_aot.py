@@ -35,9 +35,9 @@ from benchmarks import harness  # noqa: E402
 from benchmarks.speed import hlo  # noqa: E402
 from maknet_jax.errors import InputError  # noqa: E402
 from maknet_jax.models import layers  # noqa: E402
+from maknet_jax.runs import build  # noqa: E402
 from maknet_jax.runs import config as configs  # noqa: E402
-from maknet_jax.runs import workdir  # noqa: E402
-from maknet_jax.training import sharding, state  # noqa: E402
+from maknet_jax.training import sharding  # noqa: E402
 
 BEST = ("roofline_seconds", "xla_roofline_seconds", "hbm_bytes")  # the least of each, an image
 KINDS = ("train", "student", "predict", "shear", "gather")
@@ -98,8 +98,9 @@ def compile_step(network, kind, batch, topology, *, size, form):
 
 def _lower(network, kind, batch, devices, size, form):
     """The step of `compile_step` as StableHLO for `devices`, which need not be here."""
-    changes = [f"model.options.form={form}"] if network == "maknet" else []
-    page = configs.load(harness.page_of(network)[1], ["precision=bfloat16", *changes])
+    changes = ["precision=bfloat16", f"data.size={size}"]
+    changes += [f"model.options.form={form}"] if network == "maknet" else []
+    page = configs.load(harness.page_of(network)[1], changes)
     if kind in ("student", "shear", "gather"):
         page.augment = configs.load("student").augment
     mesh, rows_of = sharding.data_mesh(devices), batch * len(devices)
@@ -114,21 +115,19 @@ def _lower(network, kind, batch, devices, size, form):
     images = array((rows_of, size, size, 3), jnp.int16)
     if kind in ("shear", "gather"):
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows_of))
-        noise = workdir.to_noisy_input(page, mesh.size, form=kind)
+        noise = build.build_augment(page, mesh.size, form=kind)
         return jax.jit(noise, out_shardings=rows).lower(images, array(keys.shape, keys.dtype))
-    model = workdir.build_model(page, harness.LABELS)
-    optimizer = workdir.build_optimizer(page, 1000)
-    like = everywhere(state.shapes(model, optimizer, size=size))
+    counts = np.arange(1, harness.LABELS + 1) * 20
+    training = build.TrainingSet(1000, counts, harness.EXAMPLES)
+    made = build.assemble(page, harness.LABELS, mesh, training=training, rotation="shear")
+    like = everywhere(made.shapes)
     if kind == "predict":
-        return workdir.jit_predict(page, model, mesh).lower(like.variables, images, None)
+        return made.predict_step.lower(like.variables, images, None)
     labels = array((rows_of, harness.LABELS), jnp.float32)
     batches = {"image": images, "labels": labels, "label_mask": labels}
     batches |= {"weight": array((rows_of,), jnp.float32), "index": array((rows_of,), jnp.int32)}
-    counts = np.arange(1, harness.LABELS + 1) * 20
-    loss = workdir.build_loss(page, counts, harness.EXAMPLES)
     key = everywhere(jax.eval_shape(lambda: jax.random.key(0)))
-    train = workdir.jit_train(page, model, optimizer, loss, mesh, rotation="shear")
-    return train.lower(like, batches, key)
+    return made.train_step.lower(like, batches, key)
 
 
 def largest_batch(found, memory):

@@ -1,1 +1,7 @@
-"""Why a network said so: attributions, perturbations and how far they can be trusted."""
+"""Why a network gives its labels: attribution maps, perturbations and tests of the maps.
+
+The names below are here because the command line needs them without importing JAX.
+"""
+
+METHODS = ("trapezoid", "right", "midpoint", "gauss")  # rules of `integrated_gradients`
+OUTPUTS = ("probability", "logit")

@@ -1,17 +1,21 @@
-"""Do the maps show what the network uses? Deletion and insertion, with intervals over images.
+"""Whether attribution maps show what the network uses: deletion and insertion, with intervals.
 
-Petsiuk et al. 2018: delete pixels in the order of a map and watch the confidence fall, or put them
-into the baseline and watch it rise. A map that knows no more than chance does as random pixels do.
+Petsiuk et al. 2018: delete pixels in the order of a map and watch the confidence fall, or insert
+them into the baseline and watch it rise. An uninformative map does no better than random pixels.
 """
 
-import numpy as np
+from collections.abc import Sequence
 
-from maknet_jax.attribution.integrated_gradients import as_partial, masked_outputs
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from maknet_jax.attribution.integrated_gradients import Array, LogitFn, as_partial, masked_outputs
 from maknet_jax.errors import InputError
 
 
-def ranks(attribution):
-    """The place of each pixel of `[..., H, W]` from the most raising one, 0, to the last."""
+def ranks(attribution: np.ndarray) -> np.ndarray:
+    """The rank of each pixel of `[..., H, W]` by descending attribution, from 0."""
     flat = attribution.reshape(*attribution.shape[:-2], -1)
     order = np.argsort(-flat, axis=-1, kind="stable")
     places = np.empty_like(order)
@@ -19,78 +23,110 @@ def ranks(attribution):
     return places.reshape(attribution.shape)
 
 
-def random_ranks(differs, seed):
-    """Ranks of pixels in random order, first of those that differ from the baseline.
+def random_ranks(differs: np.ndarray, seed: int) -> np.ndarray:
+    """Ranks of pixels in random order, with those that differ from the baseline first.
 
-    To delete air changes nothing: a control that drew it would flatter every map.
+    Deleting air changes nothing, so a control that drew air would flatter every map.
 
     Args:
-      differs: bool `[..., H, W]`.
-      seed: of the order.
+      differs: bool `[..., H, W]`, see `perturbation.differs`.
+      seed: seed of the order.
+
+    Returns:
+      int `[..., H, W]`.
     """
     return ranks(np.random.default_rng(seed).random(differs.shape) + differs)
 
 
-def curves(logit_fn, images, targets, baseline, order, shares, *, output="probability"):
+def curves(
+    logit_fn: LogitFn,
+    images: Array,
+    targets: ArrayLike,
+    baseline: Array,
+    order: np.ndarray,
+    shares: ArrayLike,
+    *,
+    output: str = "probability",
+) -> tuple[np.ndarray, np.ndarray]:
     """Outputs while pixels are deleted, and while they are inserted.
 
     Args:
       logit_fn: see `integrated_gradients`, also for what a process must hold.
       images: float32 `[B, H, W, C]`.
-      targets: int `[B]`, a label an image.
-      baseline: float32, as the images.
-      order: `[B, H, W]` of `ranks`.
-      shares: `[F]` of the pixels, ascending from 0 to 1.
+      targets: int `[B]`, one label per image.
+      baseline: float32 `[B, H, W, C]`.
+      order: int `[B, H, W]`, the result of `ranks`.
+      shares: `[F]`, the shares of the pixels, ascending from 0 to 1.
       output: "probability" or "logit".
 
     Returns:
       (deletion, insertion), each `[B, F]`.
+
+    Raises:
+      InputError: the shares do not ascend from 0 to 1.
     """
     shares = np.asarray(shares)
     if shares[0] != 0 or shares[-1] != 1 or (np.diff(shares) <= 0).any():
         raise InputError(f"shares {shares.tolist()} should ascend from 0 to 1")
     logit_fn, targets = as_partial(logit_fn), np.asarray(targets, np.int32)[:, None]
-    found = ([], [])
+    deletion: list[jax.Array] = []
+    insertion: list[jax.Array] = []
     for share in shares:
-        gone = (order < round(share * order[0].size)).astype(np.float32)
-        for values, mask in zip(found, (gone, 1 - gone), strict=True):
+        deleted = (order < round(share * order[0].size)).astype(np.float32)
+        for values, mask in ((deletion, deleted), (insertion, 1 - deleted)):
             values.append(masked_outputs(logit_fn, images, baseline, mask, targets, output)[:, 0])
-    return tuple(np.stack([np.asarray(value) for value in values], axis=1) for values in found)
+    # Copied to the host only here, so that the devices are never waited for in between.
+    return np.stack(jax.device_get(deletion), axis=1), np.stack(jax.device_get(insertion), axis=1)
 
 
-def area(curve, shares):
-    """The area under curves `[..., F]` over the shares: the mean output on the way."""
+def area(curve: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """The area under curves `[..., F]` over the shares `[F]`: the mean output along the curve."""
     return np.trapezoid(curve, shares, axis=-1)
 
 
-def mass_inside(attribution, region):
-    """The share of a map's raising mass that lies in a region; nan where nothing raises.
+def mass_inside(attribution: np.ndarray, region: np.ndarray) -> float:
+    """The share of the positive attribution mass that lies in a region; nan if there is none.
 
     Args:
       attribution: `[H, W]`.
       region: bool `[H, W]`.
     """
-    raising = np.maximum(attribution, 0)
-    total = raising.sum(dtype=np.float64)
-    return float(raising[region].sum(dtype=np.float64) / total) if total > 0 else np.nan
+    positive = np.maximum(attribution, 0)
+    total = positive.sum(dtype=np.float64)
+    return float(positive[region].sum(dtype=np.float64) / total) if total > 0 else np.nan
 
 
-def bootstrap(values, groups=None, *, seed=0, draws=2000, level=0.95):
-    """(mean, low, high) of the mean over images, by resampling them, or groups of them.
+def bootstrap(
+    values: Sequence[float] | np.ndarray,
+    groups: Sequence[str] | None = None,
+    *,
+    seed: int = 0,
+    draws: int = 2000,
+    level: float = 0.95,
+) -> tuple[float, float, float]:
+    """(mean, low, high) of the mean over images, by resampling groups of images.
 
     Args:
-      values: `[N]`, one an image.
-      groups: of each image what it shares with those that it is not independent of: its patient or
-        series; None takes every image as independent.
-      seed: of the draws.
-      draws: resamplings.
-      level: of the interval.
+      values: `[N]`, one value per image.
+      groups: for each image its patient or series: images of one group are not independent. None
+        treats every image as independent.
+      seed: seed of the draws.
+      draws: number of resamplings.
+      level: confidence level of the interval.
+
+    Raises:
+      InputError: there are no values, or some are not finite.
     """
     values = np.asarray(values, np.float64)
     if not values.size or not np.isfinite(values).all():
-        raise InputError("an interval needs finite values of one image or more")
-    groups = np.arange(values.size) if groups is None else np.unique(groups, return_inverse=True)[1]
-    counts, sums = np.bincount(groups), np.bincount(groups, values)
+        raise InputError(
+            f"{values.size} values, {np.isfinite(values).sum()} of them finite: an interval needs "
+            "one or more, all finite"
+        )
+    numbers = np.arange(values.size)
+    if groups is not None:
+        numbers = np.unique(groups, return_inverse=True)[1]
+    counts, sums = np.bincount(numbers), np.bincount(numbers, values)
     rows = np.random.default_rng(seed).integers(counts.size, size=(draws, counts.size))
     means = sums[rows].sum(axis=1) / counts[rows].sum(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])

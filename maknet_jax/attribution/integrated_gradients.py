@@ -1,44 +1,50 @@
-"""Integrated Gradients (Sundararajan et al. 2017; paper, section 5.1) and two controls, in batches.
+"""Integrated Gradients (Sundararajan et al. 2017; paper, section 5.1), batched.
 
-All is written against logit_fn(images float32 [B, H, W, C]) -> logits [B, K], images as the network
-sees them: here black is 0 and means -1024 HU under the default window (`baselines`). Give
-`jax.tree_util.Partial(apply, variables)` rather than a closure: weights are then arguments of the
-compiled program and no constants in it. Inputs that are split over devices stay split; a process
-must hold all of them: each takes images of its own, as `maknet attribute` does.
+Everything is written against `logit_fn(images float32 [B, H, W, C]) -> logits [B, K]`. Images are
+as the network sees them: with the default window, -1024 HU is 0. Pass
+`jax.tree_util.Partial(apply, variables)` rather than a closure, so that the weights are arguments
+of the compiled program instead of constants in it. Inputs that are sharded over devices stay
+sharded. They must be fully addressable: each process explains images of its own, as
+`maknet attribute` does.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
+from jax.typing import ArrayLike
 
+from maknet_jax.attribution import METHODS, OUTPUTS
 from maknet_jax.errors import InputError
 
-METHODS = ("trapezoid", "right", "midpoint", "gauss")
-OUTPUTS = ("probability", "logit")
+Array = jax.Array | np.ndarray
+LogitFn = Callable[[Array], jax.Array]
+
 # An output that hardly changes between baseline and image has no meaningful relative error: the
 # residual is divided by at least this much.
 FLOORS = {"probability": 0.01, "logit": 0.1}
-TOLERANCE = 0.01
-# On a CPU chunks that stay near its caches are the fastest; an accelerator may use half of itself.
+TOLERANCE = 0.01  # of the relative residual
+# Bytes. On a CPU, chunks that fit into its caches are the fastest.
 CPU_BUDGET = 1 << 28
 
 
 @dataclasses.dataclass(frozen=True)
 class Attribution:
-    """Maps, and how far each is from complete; arrays of NumPy.
+    """Attribution maps and their completeness errors, as NumPy arrays.
 
     Attributes:
-      maps: float32 `[B, T, H, W, C]`: what each value adds to the output of label T.
+      maps: float32 `[B, T, H, W, C]`: the contribution of each value to the output of label T.
       start: `[B, T]`, the output at the baseline.
       end: `[B, T]`, the output at the image.
-      residual: `[B, T]`, the map's sum less (end - start): 0 if complete.
-      relative: |residual| / max(|end - start|, floor), the floor as in `FLOORS`.
-      flagged: bool, where `relative` exceeds the tolerance.
+      residual: `[B, T]`, the sum of the map minus (end - start): 0 for a complete map.
+      relative: `[B, T]`, |residual| / max(|end - start|, floor), with the floor from `FLOORS`.
+      flagged: bool `[B, T]`, where `relative` exceeds the tolerance.
     """
 
     maps: np.ndarray
@@ -49,22 +55,23 @@ class Attribution:
     flagged: np.ndarray
 
 
-def quadrature(method, steps):
-    """Places in [0, 1] and weights that sum to 1, as float64 arrays.
+def quadrature(method: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes in [0, 1] and weights that sum to 1, as float64 arrays.
 
-    The trapezoid has steps + 1 places, the others `steps`. "right" is the sum of the original
-    paper; the error of its ends falls with 1 / steps only.
+    The trapezoid has steps + 1 nodes, the others `steps`. "right" is the sum of the original paper;
+    its error falls only with 1 / steps.
 
     Raises:
-      InputError: an unknown method or fewer steps than 1.
+      InputError: an unknown method, or steps below 1.
     """
     if method not in METHODS or steps < 1:
         raise InputError(
-            f"method {method!r} with {steps} steps: choose {', '.join(METHODS)} and 1 step or more"
+            f"method {method!r} with {steps} steps: choose one of {', '.join(METHODS)} and 1 step "
+            "or more"
         )
     if method == "gauss":
-        places, weights = np.polynomial.legendre.leggauss(steps)
-        return (places + 1) / 2, weights / 2
+        nodes, weights = np.polynomial.legendre.leggauss(steps)
+        return (nodes + 1) / 2, weights / 2
     if method == "trapezoid":
         weights = np.full(steps + 1, 1 / steps)
         weights[[0, -1]] /= 2
@@ -73,234 +80,214 @@ def quadrature(method, steps):
     return (np.arange(steps) + shift) / steps, np.full(steps, 1 / steps)
 
 
-def check(method, steps, refine, output):
-    """Raises InputError unless `integrated_gradients` takes these options."""
+def check(method: str, steps: int, refine: int, output: str) -> None:
+    """Raises InputError unless `integrated_gradients` accepts these options."""
     quadrature(method, steps)
     if refine < 0 or refine and method != "trapezoid":
-        raise InputError(f"refine {refine} with {method}: 0 or more, above 0 with trapezoid only")
+        raise InputError(
+            f"refine {refine} with method {method!r}: choose 0 or more, above 0 only with trapezoid"
+        )
     if output not in OUTPUTS:
         raise InputError(f"output {output!r} is unknown: choose {' or '.join(OUTPUTS)}")
 
 
 def integrated_gradients(
-    logit_fn,
-    images,
-    targets,
-    baseline,
+    logit_fn: LogitFn,
+    images: Array,
+    targets: ArrayLike,
+    baseline: ArrayLike,
     *,
-    steps=50,
-    method="trapezoid",
-    output="probability",
-    refine=0,
-    chunk=None,
-    tolerance=TOLERANCE,
-    rows=None,
-):
-    """Integrates the gradient along the line from `baseline` to `images`.
+    steps: int = 50,
+    method: str = "trapezoid",
+    output: str = "probability",
+    refine: int = 0,
+    chunk: int | None = None,
+    tolerance: float = TOLERANCE,
+    rows: int | None = None,
+) -> Attribution:
+    """Integrates the gradient along the straight path from `baseline` to `images`.
 
-    The labels of one image share its forward passes. The path is walked in chunks by a Python loop:
-    inside `lax.map` or `lax.scan` convolutions are almost five times slower on a CPU.
+    All labels of an image share its forward passes. A Python loop walks the path in chunks: inside
+    `lax.map` or `lax.scan`, convolutions are almost five times slower on a CPU.
 
     Args:
-      logit_fn: images -> logits, see the module.
+      logit_fn: images -> logits, see the module docstring.
       images: float32 `[B, H, W, C]`.
       targets: int `[B, T]`, the labels to explain.
-      baseline: of the images' shape, or one that broadcasts to it.
-      steps: of the path.
+      baseline: float32, broadcast to the shape of the images.
+      steps: number of steps along the path.
       method: "trapezoid", "right", "midpoint" or "gauss" (Gauss-Legendre).
-      output: what is attributed, the "probability" or the "logit".
-      refine: how often the steps of an image with a flagged map are doubled at most, by the
-        trapezoid only: it reuses what it has. Max pooling puts kinks into the path, at which the
-        error of every method falls with 1 / steps only.
-      chunk: places of the path a call; None takes what `fit` finds, as for rows. The result does
-        not depend on either.
-      tolerance: of the relative residual.
-      rows: images a call, a multiple of the devices.
-
-    Returns:
-      An `Attribution`.
+      output: "probability" or "logit": the output that is attributed.
+      refine: how many times the steps of an image with a flagged map are doubled at most.
+        Trapezoid only, because it reuses the gradients that it has. Max pooling puts kinks into the
+        path, where the error of every method falls only with 1 / steps.
+      chunk: nodes of the path per call; None takes the result of `fit`. The maps do not depend on
+        it, nor on `rows`.
+      tolerance: relative residual above which a map is flagged.
+      rows: images per call, a multiple of the number of devices; None takes the result of `fit`.
 
     Raises:
       InputError: an argument is out of range.
     """
     check(method, steps, refine, output)
     logit_fn = as_partial(logit_fn)
-    images, targets, baseline = _checked(logit_fn, images, targets, baseline, output)
+    images, targets, baseline = _checked(logit_fn, images, targets, baseline)
     if chunk is None or rows is None:
-        fits = fit(logit_fn, images, targets.shape[1], output=output)
-        chunk, rows = (
-            own if own is not None else found
-            for own, found in zip((chunk, rows), fits, strict=True)
-        )
+        best_chunk, best_rows = fit(logit_fn, images, targets.shape[1], output=output)
+        chunk = best_chunk if chunk is None else chunk
+        rows = best_rows if rows is None else rows
     if chunk < 1 or rows < 1:
         raise InputError(f"chunk {chunk} and rows {rows} should be 1 or more")
     parts = []
     for start in range(0, len(images), rows):
-        own = slice(start, start + rows)
-        some = [_rows(images, own, images), targets[own], _rows(baseline, own, images)]
-        found = _refined(logit_fn, *some, steps, method, refine, output, chunk, tolerance)
-        parts.append([getattr(found, field.name) for field in dataclasses.fields(found)])
+        part = slice(start, start + rows)
+        integrate = functools.partial(
+            _integrate,
+            logit_fn,
+            _rows(images, part, images),
+            targets[part],
+            _rows(baseline, part, images),
+            output=output,
+            chunk=chunk,
+            tolerance=tolerance,
+        )
+        result = _refine(integrate, steps, method, refine, output, tolerance)
+        parts.append([getattr(result, field.name) for field in dataclasses.fields(result)])
     return Attribution(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def _refined(logit_fn, images, targets, baseline, steps, method, refine, output, chunk, tolerance):
-    given = logit_fn, images, targets, baseline
-    found = _along(*given, *quadrature(method, steps), output, chunk, tolerance)
+def _refine(
+    integrate: Callable[[np.ndarray, np.ndarray], Attribution],
+    steps: int,
+    method: str,
+    refine: int,
+    output: str,
+    tolerance: float,
+) -> Attribution:
+    """Integrates, then doubles the steps while a map is flagged, `refine` times at most."""
+    result = integrate(*quadrature(method, steps))
     for _ in range(refine):
-        again = found.flagged.any(axis=1)[:, None, None, None, None]
-        if not again.any():
+        flagged = result.flagged.any(axis=1)[:, None, None, None, None]
+        if not flagged.any():
             break
-        # The trapezoid of twice the steps is its mean with the midpoints.
-        middle = _along(*given, *quadrature("midpoint", steps), output, chunk, tolerance)
-        finer = np.where(again, (found.maps + middle.maps) / 2, found.maps)
-        found = _attribution(finer, found.start, found.end, output, tolerance)
+        # The trapezoid of twice the steps is its mean with the midpoint rule.
+        middle = integrate(*quadrature("midpoint", steps))
+        maps = np.where(flagged, (result.maps + middle.maps) / 2, result.maps)
+        result = _attribution(maps, result.start, result.end, output, tolerance)
         steps *= 2
-    return found
+    return result
 
 
-def gradient_x_input(
-    logit_fn, images, targets, baseline, *, output="probability", tolerance=TOLERANCE
-):
-    """(image - baseline) * gradient at the image: a control without a path. Arguments as above."""
-    one, logit_fn = np.ones(1), as_partial(logit_fn)
-    images, targets, baseline = _checked(logit_fn, images, targets, baseline, output)
-    return _along(logit_fn, images, targets, baseline, one, one, output, 1, tolerance)
-
-
-def occlusion(
-    logit_fn,
-    images,
-    targets,
-    baseline,
+def fit(
+    logit_fn: LogitFn,
+    images: Array | jax.ShapeDtypeStruct,
+    labels: int,
     *,
-    window=16,
-    stride=8,
-    output="probability",
-    tolerance=TOLERANCE,
-):
-    """How much the output falls when a square becomes baseline (Zeiler and Fergus 2014): a control.
+    output: str = "probability",
+    budget: int | None = None,
+) -> tuple[int, int]:
+    """How many nodes of the path and how many images fit into memory: (chunk, rows).
 
-    A fall is spread evenly over its square, and a pixel gets the mean over the squares that hold
-    it, the same in all channels. Such maps need not be complete.
-
-    Args:
-      window: the edge of the square in pixels.
-      stride: between squares; what it leaves at the lower and right edge gets squares of its own.
-    """
-    logit_fn = as_partial(logit_fn)
-    images, targets, baseline = _checked(logit_fn, images, targets, baseline, output)
-    height, width, channels = images.shape[1:]
-    if not 0 < stride <= window <= min(height, width):
-        raise InputError(
-            f"occlusion with window {window} and stride {stride}: 0 < stride <= window <= "
-            f"{min(height, width)} is needed"
-        )
-    start, end = (_outputs(logit_fn, x, targets, output) for x in (baseline, images))
-    falls, held = 0.0, np.zeros((height, width), np.float32)
-    starts = [[*range(0, edge - window, stride), edge - window] for edge in (height, width)]
-    for top in starts[0]:
-        for left in starts[1]:
-            mask = np.zeros((height, width), np.float32)
-            mask[top : top + window, left : left + window] = 1
-            held += mask
-            hidden = masked_outputs(logit_fn, images, baseline, mask, targets, output)
-            falls += (end - hidden)[:, :, None, None] * mask
-    maps = falls / (held * window * window * channels)
-    maps = jnp.broadcast_to(maps[..., None], (*maps.shape, channels))
-    return _attribution(maps, start, end, output, tolerance)
-
-
-def find_chunk(logit_fn, images, labels, *, output="probability", budget=None):
-    """How many places of the path fit at once, the first of what `fit` finds."""
-    return fit(logit_fn, images, labels, output=output, budget=budget)[0]
-
-
-def fit(logit_fn, images, labels, *, output="probability", budget=None):
-    """(places of the path, images) that fit into the memory of the devices: 1 a device or more.
-
-    A place keeps its activations for the way back; their sizes are known from the shapes alone.
-    The way back needs about a third of that again for each label, beside images and gradients.
+    Each node stores its activations for the backward pass; their sizes follow from the shapes
+    alone. The backward pass needs about a third of that again per label, beside images and
+    gradients.
 
     Args:
-      logit_fn: see the module.
+      logit_fn: see the module docstring.
       images: `[B, H, W, C]`, or their shape and dtype.
-      labels: T.
+      labels: T, the number of labels per image.
       output: see `integrated_gradients`.
-      budget: bytes a device; None takes 256 MiB on CPU and half of an accelerator.
+      budget: bytes per device; None takes 256 MiB on CPU and half the memory of an accelerator.
+
+    Returns:
+      Nodes per call, 1 or more, and images per call, one per device or more.
     """
 
-    def kept(count):
+    def residual_bytes(count: int) -> int:
         points = jax.ShapeDtypeStruct((count, *images.shape[1:]), jnp.float32)
         targets = jax.ShapeDtypeStruct((count, labels), jnp.int32)
-        back = _way_back.eval_shape(as_partial(logit_fn), points, targets, output)
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(back))
+        residuals = _vjp.eval_shape(as_partial(logit_fn), points, targets, output)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
 
     devices = getattr(getattr(images, "sharding", None), "device_set", None) or {jax.devices()[0]}
     if budget is None:
         stats = next(iter(devices)).memory_stats() or {}
         budget = stats.get("bytes_limit", 2 * CPU_BUDGET) // 2
-    images_a_device = -(-images.shape[0] // len(devices))
-    an_image = 4 * math.prod(images.shape[1:])
-    a_place = (kept(2) - kept(1)) * (1 + labels / 3) + 2 * an_image * (1 + labels)
-    room = max(1, int(budget // a_place))
-    # Groups of one size where that is possible: each size is a program of its own.
-    rows = -(-images_a_device // -(-images_a_device // room))
+    images_per_device = -(-images.shape[0] // len(devices))
+    image_bytes = 4 * math.prod(images.shape[1:])
+    node_bytes = (residual_bytes(2) - residual_bytes(1)) * (1 + labels / 3)
+    node_bytes += 2 * image_bytes * (1 + labels)
+    room = max(1, int(budget // node_bytes))
+    # Groups of equal size where possible: each size compiles a program of its own.
+    rows = -(-images_per_device // -(-images_per_device // room))
     return room // rows, rows * len(devices)
 
 
-def _rows(array, own, like):
-    """Rows of an array, on the devices in the way of `like` if that is there."""
-    return jax.device_put(array[own], like.sharding) if isinstance(like, jax.Array) else array[own]
+def _rows(array: Array, rows: slice, like: Array) -> Array:
+    """Rows of an array, sharded like `like` if that is on devices."""
+    part = array[rows]
+    return jax.device_put(part, like.sharding) if isinstance(like, jax.Array) else part
 
 
-def _along(logit_fn, images, targets, baseline, places, weights, output, chunk, tolerance):
-    calls = -(-len(places) // chunk)
-    chunk = -(-len(places) // calls)
-    # One shape of chunk is one compiled program: the last is filled up with weights of 0.
-    places, weights = (
+def _integrate(
+    logit_fn: Partial,
+    images: Array,
+    targets: np.ndarray,
+    baseline: Array,
+    nodes: np.ndarray,
+    weights: np.ndarray,
+    *,
+    output: str,
+    chunk: int,
+    tolerance: float,
+) -> Attribution:
+    calls = -(-len(nodes) // chunk)
+    chunk = -(-len(nodes) // calls)
+    # One chunk shape is one compiled program: the last chunk is padded with weights of 0.
+    chunks = (
         np.pad(values, (0, calls * chunk - len(values))).astype(np.float32).reshape(calls, chunk)
-        for values in (places, weights)
+        for values in (nodes, weights)
     )
-    total = 0.0
-    for some, their_weights in zip(places, weights, strict=True):
+    total: jax.Array | float = 0.0
+    for some, their_weights in zip(*chunks, strict=True):
         total += _path_gradients(logit_fn, images, baseline, targets, some, their_weights, output)
     maps = _times_change(total, images, baseline)
     start, end = (_outputs(logit_fn, x, targets, output) for x in (baseline, images))
     return _attribution(maps, start, end, output, tolerance)
 
 
-def _checked(logit_fn, images, targets, baseline, output):
-    """The arguments as arrays of the right shapes and kinds."""
-    if output not in OUTPUTS:
-        raise InputError(f"output {output!r} is unknown: choose {' or '.join(OUTPUTS)}")
-    # What lies on devices stays there as it is split; NumPy's arrays go where they are needed.
+def _checked(
+    logit_fn: Partial, images: Array, targets: ArrayLike, baseline: ArrayLike
+) -> tuple[Array, np.ndarray, Array]:
+    """Images, targets and baseline as arrays of the right shapes and dtypes."""
+    # Arrays on devices keep their sharding; NumPy arrays are copied when they are used.
     images = images if isinstance(images, jax.Array) else np.asarray(images, np.float32)
-    targets, count = np.asarray(targets), _logits.eval_shape(as_partial(logit_fn), images).shape[1]
+    targets, count = np.asarray(targets), _logits.eval_shape(logit_fn, images).shape[1]
     if targets.ndim != 2 or len(targets) != len(images) or targets.dtype.kind not in "iu":
         raise InputError(
-            f"targets of shape {targets.shape} should be whole numbers [{len(images)}, T]: a row "
-            "an image"
+            f"targets of shape {targets.shape} and dtype {targets.dtype} should be integers of "
+            f"shape [{len(images)}, T], one row per image"
         )
     if targets.size == 0 or targets.min() < 0 or targets.max() >= count:
-        raise InputError(f"targets should be labels 0 to {count - 1}, at least one an image")
+        raise InputError(f"targets should be labels 0 to {count - 1}, at least one per image")
     try:
-        on = jnp if isinstance(images, jax.Array) else np
-        baseline = on.broadcast_to(on.asarray(baseline, np.float32), images.shape)
+        on: Any = jnp if isinstance(images, jax.Array) else np
+        start: Array = on.broadcast_to(on.asarray(baseline, np.float32), images.shape)
     except ValueError:
         raise InputError(
             f"a baseline of shape {np.shape(baseline)} does not broadcast to images of "
-            f"{images.shape}: give a number, one image or as many"
+            f"{images.shape}: pass a number, one image, or one per image"
         ) from None
-    return images, targets.astype(np.int32), baseline
+    return images, targets.astype(np.int32), start
 
 
-def as_partial(logit_fn):
-    """A function as something that a jitted function takes as an argument."""
+def as_partial(logit_fn: LogitFn) -> Partial:
+    """`logit_fn` as a pytree, which jitted functions take as an argument."""
     return logit_fn if isinstance(logit_fn, Partial) else Partial(logit_fn)
 
 
-def _selected(logit_fn, images, targets, output):
-    """The outputs of the labels `targets` `[B, T]`."""
+def _selected(logit_fn: Partial, images: Array, targets: Array, output: str) -> jax.Array:
+    """The outputs `[B, T]` of the labels `targets` `[B, T]`."""
     logits = jnp.take_along_axis(logit_fn(images).astype(jnp.float32), targets, axis=1)
     return jax.nn.sigmoid(logits) if output == "probability" else logits
 
@@ -308,46 +295,70 @@ def _selected(logit_fn, images, targets, output):
 _outputs = jax.jit(_selected, static_argnames="output")
 
 
-# For their shapes alone. Jitted: a trace takes longer than many gradients, and is kept so.
+# These two are called for their shapes only, and jitted so that their traces are cached: a trace
+# takes longer than many gradients.
 @jax.jit
-def _logits(logit_fn, images):
+def _logits(logit_fn: Partial, images: Array) -> jax.Array:
     return logit_fn(images)
 
 
 @functools.partial(jax.jit, static_argnames="output")
-def _way_back(logit_fn, images, targets, output):
+def _vjp(
+    logit_fn: Partial, images: Array, targets: Array, output: str
+) -> Callable[[jax.Array], tuple[jax.Array]]:
     return jax.vjp(lambda x: _selected(logit_fn, x, targets, output), images)[1]
 
 
 @functools.partial(jax.jit, static_argnames="output")
-def masked_outputs(logit_fn, images, baseline, mask, targets, output):
-    """The outputs where a mask, 0 or 1 of `[H, W]` or `[B, H, W]`, has made images baseline."""
+def masked_outputs(
+    logit_fn: Partial, images: Array, baseline: Array, mask: Array, targets: Array, output: str
+) -> jax.Array:
+    """The outputs `[B, T]` of images whose pixels are the baseline's where `mask` is 1.
+
+    Args:
+      logit_fn: see the module docstring.
+      images: float32 `[B, H, W, C]`.
+      baseline: float32, of the shape of the images.
+      mask: float32 `[H, W]` or `[B, H, W]`, 0 or 1.
+      targets: int `[B, T]`.
+      output: "probability" or "logit".
+    """
     mask = mask[..., None]
     return _selected(logit_fn, images * (1 - mask) + baseline * mask, targets, output)
 
 
 @functools.partial(jax.jit, static_argnames="output")
-def _path_gradients(logit_fn, images, baseline, targets, places, weights, output):
-    """The weighted sum over places of d output / d image: `[B, T, H, W, C]`."""
-    batch, count, labels = len(images), len(places), targets.shape[1]
-    along = places[None, :, None, None, None]
+def _path_gradients(
+    logit_fn: Partial,
+    images: jax.Array,
+    baseline: jax.Array,
+    targets: jax.Array,
+    nodes: jax.Array,
+    weights: jax.Array,
+    output: str,
+) -> jax.Array:
+    """The weighted sum over the nodes of d output / d image: `[B, T, H, W, C]`."""
+    batch, count, labels = len(images), len(nodes), targets.shape[1]
+    along = nodes[None, :, None, None, None]
     points = baseline[:, None] + along * (images - baseline)[:, None]
     points = points.reshape(-1, *images.shape[1:])
-    wanted = jnp.repeat(targets, count, axis=0)
-    # One forward pass and, linear in its cotangent, a way back for each label.
-    _, back = jax.vjp(lambda x: _selected(logit_fn, x, wanted, output), points)
+    repeated = jnp.repeat(targets, count, axis=0)
+    # One forward pass and one backward pass per label: the vjp is linear in its cotangent.
+    _, vjp = jax.vjp(lambda x: _selected(logit_fn, x, repeated, output), points)
     cotangents = jnp.tile(weights, batch)[None, :, None] * jnp.eye(labels)[:, None, :]
-    (gradients,) = jax.vmap(back)(cotangents)
+    (gradients,) = jax.vmap(vjp)(cotangents)
     gradients = gradients.reshape(labels, batch, count, *images.shape[1:])
     return gradients.sum(axis=2).swapaxes(0, 1)
 
 
 @jax.jit
-def _times_change(gradients, images, baseline):
+def _times_change(gradients: jax.Array, images: jax.Array, baseline: jax.Array) -> jax.Array:
     return gradients * (images - baseline)[:, None]
 
 
-def _attribution(maps, start, end, output, tolerance):
+def _attribution(
+    maps: Array, start: Array, end: Array, output: str, tolerance: float
+) -> Attribution:
     maps, start, end = (np.asarray(array) for array in (maps, start, end))
     change = end.astype(np.float64) - start
     residual = maps.sum(axis=(2, 3, 4), dtype=np.float64) - change

@@ -1,23 +1,28 @@
-"""Baselines and perturbed images (paper, section 5.2), in HU: before any normalisation."""
+"""Baselines and perturbed images (paper, section 5.2), in HU, before any normalisation."""
+
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import ndimage
 
 from maknet_jax.errors import InputError, Rejected
 
-AIR = -1024  # HU: black
-NOISE = 50  # HU: air in a scan lies around -1000, some tens to either side
+AIR = -1024  # HU, black
+NOISE = 50  # HU: air in a scan is -1000 give or take some tens
 
 
-def make_baseline(image, kind):
-    """What an image is compared with, or filled with where something is deleted.
+def make_baseline(image: np.ndarray, kind: str) -> np.ndarray:
+    """The image that attribution starts from and that deleted pixels are replaced with.
 
     Args:
       image: int16 HU `[H, W, C]`.
       kind: "black" (-1024 HU), "blurred" (sigma a tenth of the edge) or a number in HU.
 
     Returns:
-      int16 `[H, W, C]`.
+      int16 HU `[H, W, C]`.
+
+    Raises:
+      InputError: an unknown kind.
     """
     if kind == "black":
         return np.full_like(image, AIR)
@@ -33,38 +38,45 @@ def make_baseline(image, kind):
         ) from None
 
 
-def neighbour(image, region):
-    """The region's pixels become those around it, mirrored at its edge: texture stays texture.
-
-    Args:
-      image: int16 HU `[H, W, C]`.
-      region: bool `[H, W]`, not all of the image.
-
-    Returns:
-      int16 `[H, W, C]`; only the region has changed.
-    """
-    if not region.any():
-        return image.copy()
-    if region.all():
-        raise Rejected("the region fills the whole image: it has no neighbours to take")
-    _, edge = ndimage.distance_transform_edt(region, return_indices=True)
-    here = np.indices(region.shape)
-    # As far outside as the pixel lies inside; where that is no neighbour, the edge itself.
-    mirrored = 2 * edge - here
-    shape = np.reshape(region.shape, (2, 1, 1))
-    inside = np.clip(mirrored, 0, shape - 1)
-    bad = (mirrored != inside).any(axis=0) | region[tuple(inside)]
-    source = np.where(bad, edge, inside)
-    return np.where(region[..., None], image[tuple(source)], image)
-
-
-def patch(image, region, fill=AIR):
-    """A black patch over each connected part of the region: its bounding box.
+def neighbour(image: np.ndarray, region: np.ndarray) -> np.ndarray:
+    """Fills the region with the pixels around it, mirrored at its edge, so that texture remains.
 
     Args:
       image: int16 HU `[H, W, C]`.
       region: bool `[H, W]`.
-      fill: HU.
+
+    Returns:
+      int16 HU `[H, W, C]`, equal to the image outside the region.
+
+    Raises:
+      Rejected: the region is the whole image.
+    """
+    if not region.any():
+        return image.copy()
+    if region.all():
+        raise Rejected("the region fills the whole image: there are no pixels around it")
+    _, edge = ndimage.distance_transform_edt(region, return_indices=True)
+    here = np.indices(region.shape)
+    # As far outside the edge as the pixel is inside it; the edge itself where that place is outside
+    # the image or inside the region.
+    mirrored = 2 * edge - here
+    shape = np.reshape(region.shape, (2, 1, 1))
+    clipped = np.clip(mirrored, 0, shape - 1)
+    invalid = (mirrored != clipped).any(axis=0) | region[tuple(clipped)]
+    source = np.where(invalid, edge, clipped)
+    return np.where(region[..., None], image[tuple(source)], image)
+
+
+def patch(image: np.ndarray, region: np.ndarray, fill: int = AIR) -> np.ndarray:
+    """Fills the bounding box of each connected part of the region.
+
+    Args:
+      image: int16 HU `[H, W, C]`.
+      region: bool `[H, W]`.
+      fill: HU, black by default.
+
+    Returns:
+      int16 HU `[H, W, C]`.
     """
     changed = image.copy()
     for box in ndimage.find_objects(ndimage.label(region)[0]):
@@ -72,18 +84,21 @@ def patch(image, region, fill=AIR):
     return changed
 
 
-def most_influential(attribution, share):
-    """The mask of the pixels that raise an output most.
+def most_influential(attribution: np.ndarray, share: float) -> np.ndarray:
+    """The mask of the pixels with the largest positive attribution.
 
     Args:
       attribution: `[H, W]`.
-      share: of all pixels, at most so many; pixels that do not raise it are never taken.
+      share: share of all pixels that is taken at most, in (0, 1].
 
     Returns:
       bool `[H, W]`.
+
+    Raises:
+      InputError: the share is out of range.
     """
     if not 0 < share <= 1:
-        raise InputError(f"share {share} should lie above 0 and up to 1")
+        raise InputError(f"share {share} should be above 0 and at most 1")
     count = max(1, round(share * attribution.size))
     order = np.argsort(-attribution.ravel(), kind="stable")[:count]
     mask = np.zeros(attribution.size, bool)
@@ -91,26 +106,26 @@ def most_influential(attribution, share):
     return mask.reshape(attribution.shape) & (attribution > 0)
 
 
-def differs(image, baseline):
-    """Where two HU images `[..., C]` differ by more than air's own noise: bool `[...]`."""
+def differs(image: np.ndarray, baseline: np.ndarray | int) -> np.ndarray:
+    """Where two HU images `[..., C]` differ by more than the noise of air: bool `[...]`."""
     return (np.abs(image.astype(np.int32) - baseline) > NOISE).any(axis=-1)
 
 
-def delete(image, region, baseline):
-    """The region's pixels become the baseline's, an image of the same shape."""
+def delete(image: np.ndarray, region: np.ndarray, baseline: np.ndarray) -> np.ndarray:
+    """`image` with the pixels of `baseline` in the region; `[H, W, C]`, bool `[H, W]`."""
     return np.where(region[..., None], baseline, image)
 
 
-def box_region(box, crop, size):
-    """A box of the slice as a region of the network's image.
+def box_region(box: Sequence[float], crop: Sequence[int], size: int) -> np.ndarray:
+    """A box in the slice as a region of the network's image.
 
     Args:
       box: (left, top, right, bottom) in pixels of the slice from 0 (DeepLesion counts from 1).
-      crop: (top, left, bottom, right) that was cut out of the slice.
-      size: the edge of the image.
+      crop: (top, left, bottom, right) of the part of the slice that the image shows.
+      size: the edge of the image in pixels.
 
     Returns:
-      bool `[size, size]`; a box in sight is at least a pixel large.
+      bool `[size, size]`; a box inside the crop covers at least one pixel.
     """
     top, left, bottom, right = crop
     start, edge = np.array([top, left]), np.array([bottom - top, right - left])
@@ -122,8 +137,8 @@ def box_region(box, crop, size):
     return region
 
 
-def mask_region(mask, crop, size):
-    """A mask or label map of the slice `[H, W]`, cut and resized as its image was (nearest)."""
+def mask_region(mask: np.ndarray, crop: Sequence[int], size: int) -> np.ndarray:
+    """A mask or label map `[H, W]` of the slice, cropped and resized as its image was (nearest)."""
     top, left, bottom, right = crop
     rows = top + ((np.arange(size) + 0.5) * (bottom - top) / size).astype(int)
     columns = left + ((np.arange(size) + 0.5) * (right - left) / size).astype(int)

@@ -1,10 +1,11 @@
-"""The command line: `maknet VERB`. Each verb is a Python function; these files only read options.
+"""The command line: `maknet VERB`. Each verb is a Python function; these files only parse options.
 
-Exit codes: 0 done; 2 bad arguments or input (one line says which); 3 done, but some inputs were
-rejected (`failures.csv`); 75 stopped by a signal, the same command goes on.
+Exit codes: 0 done; 2 bad arguments or input, with one line that says which; 3 done, but some inputs
+were rejected (`failures.csv`); 75 stopped by a signal, and the same command resumes.
 """
 
 import os
+from collections.abc import Sequence
 
 import maknet_jax
 from maknet_jax.cli import (
@@ -19,23 +20,27 @@ from maknet_jax.cli import (
 )
 
 
-def main(argv=None):
-    """Runs one command; returns the exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code.
+
+    Args:
+      argv: the arguments after `maknet`; None takes those of the process.
+    """
     parser = _parser()
     chosen, rest = parser.parse_known_args(argv)
     if rest and not chosen.takes_config:
         parser.error(f"unknown argument {rest[0]!r}")
     chosen.overrides = options.config_changes(parser, rest)
-    # XLA and grain log through absl and C++: a user's lines should not drown in theirs.
+    # XLA and grain log through absl and C++, which would drown our own lines.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     return exit_codes.exit_code("maknet", lambda: chosen.run(chosen))
 
 
-def _parser():
+def _parser() -> options.Parser:
     parser = options.Parser(
         prog="maknet",
-        description="Train networks that label body parts on CT. Research software, not a medical "
+        description="Train networks that label body parts in CT. Research software, not a medical "
         "device.",
         epilog="example: maknet demo --out /tmp/maknet-demo",
     )

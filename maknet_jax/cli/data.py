@@ -1,13 +1,16 @@
-"""`maknet prepare` in its three forms."""
+"""`maknet prepare deeplesion`, `dicom` and `table`."""
+
+import argparse
+from typing import Any
 
 from maknet_jax.cli import options
 
 
-def add_verbs(verbs):
+def add_verbs(verbs: argparse._SubParsersAction) -> None:
     """Adds `prepare`."""
     prepare = verbs.add_parser(
         "prepare",
-        help="CT and labels into records: see its three forms",
+        help="write CT and labels as records: deeplesion, dicom or table",
         epilog="example: maknet prepare dicom TCIA --out shards/tcia",
     )
     forms = prepare.add_subparsers(dest="form", required=True, metavar="FORM")
@@ -15,7 +18,7 @@ def add_verbs(verbs):
     verb = options.verb(
         forms,
         "deeplesion",
-        "DeepLesion's PNGs with LesaNet's labels",
+        "prepare DeepLesion's PNGs with LesaNet's labels",
         "maknet prepare deeplesion --images Images_png --info DL_info.csv \\\n"
         "    --labels text_mined_labels_171_and_split.json \\\n"
         "    --hand-labels hand_labeled_test_set.json \\\n"
@@ -24,64 +27,70 @@ def add_verbs(verbs):
     )
     verb.add_argument("--images", required=True, help="folder of 16-bit PNGs, nested or flat")
     verb.add_argument("--info", required=True, help="DL_info.csv in its original order")
-    verb.add_argument("--labels", help="LesaNet's text-mined labels (JSON); none: unlabelled")
+    verb.add_argument(
+        "--labels", help="LesaNet's text-mined labels (JSON); omit for unlabelled records"
+    )
     verb.add_argument("--hand-labels", help="LesaNet's hand-labelled test set (JSON)")
     verb.add_argument("--ontology", help="LesaNet's ontology (xlsx)")
     verb.add_argument(
         "--lesions",
         action="store_true",
-        help="patches around the lesions with all 171 labels, for LesaNet",
+        help="write patches around the lesions with all 171 labels, for LesaNet",
     )
-    _writing(verb, size="256, of --lesions 120")
+    _add_output_options(verb, size="256; with --lesions 120")
     verb.set_defaults(size=None)
 
     verb = options.verb(
         forms,
         "dicom",
-        "folders of DICOM or NIfTI, unlabelled",
+        "prepare unlabelled folders of DICOM or NIfTI",
         "maknet prepare dicom TCIA --out shards/tcia",
         _run_dicom,
     )
     verb.add_argument("folder", help="a file or a folder tree of CT")
     verb.add_argument(
         "--salt-file",
-        help="secret that makes ids of UIDs, made if absent (default: ~/.config/maknet/salt)",
+        help="secret key that turns UIDs into ids, created if absent "
+        "(default: ~/.config/maknet/salt)",
     )
     verb.add_argument(
         "--min-slices",
         type=options.count,
         default=51,
-        help="leave smaller volumes out (default: 51)",
+        help="skip volumes with fewer slices (default: 51)",
     )
-    _writing(verb)
+    _add_output_options(verb)
 
     verb = options.verb(
         forms,
         "table",
-        "your own labelled slices from a CSV of path,labels,split[,slice,patient]",
+        "prepare your own labelled slices from a CSV of path,labels,split[,slice,patient]",
         "maknet prepare table labels.csv --out shards/mine --png-window=-175,275",
         _run_table,
     )
     verb.add_argument("table", help="the CSV; labels are separated by |")
     options.png_window(verb)
-    _writing(verb)
+    _add_output_options(verb)
 
 
-def _writing(verb, size="256"):
+def _add_output_options(verb: argparse.ArgumentParser, size: str = "256") -> None:
     verb.add_argument("--out", required=True, help="folder to write")
     verb.add_argument(
-        "--size", type=options.count, default=256, help=f"edge of images (default: {size})"
+        "--size",
+        type=options.count,
+        default=256,
+        help=f"edge of the images in pixels (default: {size})",
     )
     verb.add_argument(
         "--workers", type=options.count, default=options.cores(), help="processes (default: cores)"
     )
 
 
-def _run_deeplesion(chosen):
+def _run_deeplesion(chosen: argparse.Namespace) -> int:
     from maknet_jax import prepare
 
     chosen.size = chosen.size or (120 if chosen.lesions else 256)
-    return _prepared(
+    return _report(
         prepare.prepare_deeplesion(
             chosen.images,
             chosen.info,
@@ -89,30 +98,37 @@ def _run_deeplesion(chosen):
             hand_labels=chosen.hand_labels,
             ontology=chosen.ontology,
             patches=chosen.lesions,
-            **_written(chosen),
+            **_output_options(chosen),
         )
     )
 
 
-def _run_dicom(chosen):
+def _run_dicom(chosen: argparse.Namespace) -> int:
     from maknet_jax import prepare
 
-    given = {"salt_file": chosen.salt_file, "min_slices": chosen.min_slices}
-    return _prepared(prepare.prepare_dicom(chosen.folder, **given, **_written(chosen)))
+    return _report(
+        prepare.prepare_dicom(
+            chosen.folder,
+            salt_file=chosen.salt_file,
+            min_slices=chosen.min_slices,
+            **_output_options(chosen),
+        )
+    )
 
 
-def _run_table(chosen):
+def _run_table(chosen: argparse.Namespace) -> int:
     from maknet_jax import prepare
 
-    window = chosen.png_window
-    return _prepared(prepare.prepare_table(chosen.table, png_window=window, **_written(chosen)))
+    return _report(
+        prepare.prepare_table(chosen.table, png_window=chosen.png_window, **_output_options(chosen))
+    )
 
 
-def _written(chosen):
+def _output_options(chosen: argparse.Namespace) -> dict[str, Any]:
     return {"out": chosen.out, "size": chosen.size, "workers": chosen.workers}
 
 
-def _prepared(summary):
+def _report(summary: dict[str, Any]) -> int:
     from maknet_jax import prepare
 
     print(prepare.describe(summary))

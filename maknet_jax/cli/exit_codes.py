@@ -1,17 +1,24 @@
-"""How a command ends: errors and signals are one line on stderr and an exit code."""
+"""Errors and signals become one line on standard error and an exit code."""
 
 import contextlib
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 from maknet_jax.cli.options import BAD_INPUT, DONE, STOPPED
 from maknet_jax.errors import InputError, Stopped
 
 
-def exit_code(prog, work):
-    """Calls `work()`, which may return an exit code of its own; `prog` says what went wrong."""
+def exit_code(prog: str, work: Callable[[], int | None]) -> int:
+    """Runs `work` and returns the exit code of the process.
+
+    Args:
+      prog: the name of the command, at the start of the line that reports an error.
+      work: returns an exit code; None means `DONE`.
+    """
     try:
-        with _signals_stop():
+        with _signals_raise():
             return work() or DONE
     except InputError as error:
         print(f"{prog}: {error}", file=sys.stderr)
@@ -27,28 +34,31 @@ def exit_code(prog, work):
 
 
 @contextlib.contextmanager
-def _signals_stop():
-    # `train` catches the signals itself, to save between two steps.
-    def stop(number, _):
-        caught.append(number)  # the first one is the user's, others only repeat it
-        raise Stopped(f"{signal.Signals(caught[0]).name}; run the same command again")
+def _signals_raise() -> Iterator[None]:
+    """Within the block SIGTERM and SIGINT raise `Stopped`; `train` has handlers of its own."""
+    received: list[int] = []
+    handlers = {}
+    unraisable_hook = sys.unraisablehook
 
-    def again(unraisable):
-        # Raised within a __del__ it was lost there: it comes again as soon as that is over.
+    def stop(number: int, _: FrameType | None) -> None:
+        received.append(number)  # the message names the first; later ones only repeat it
+        raise Stopped(f"{signal.Signals(received[0]).name}; run the same command again to resume")
+
+    def raise_again(unraisable: "sys.UnraisableHookArgs") -> None:
+        # Python drops an exception raised within a __del__: raise it again once that is over.
         if unraisable.exc_type is Stopped:
             signal.setitimer(signal.ITIMER_REAL, 0.01)
         else:
-            hook(unraisable)
+            unraisable_hook(unraisable)
 
-    caught, before, hook = [], {}, sys.unraisablehook
     with contextlib.suppress(ValueError):  # not in the main thread
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
-            before[number] = signal.signal(number, stop)
-        sys.unraisablehook = again
+            handlers[number] = signal.signal(number, stop)
+        sys.unraisablehook = raise_again
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)  # its handler goes: what is due would kill
-        sys.unraisablehook = hook
-        for number, handler in before.items():
+        signal.setitimer(signal.ITIMER_REAL, 0)  # a pending alarm without a handler would kill
+        sys.unraisablehook = unraisable_hook
+        for number, handler in handlers.items():
             signal.signal(number, handler)

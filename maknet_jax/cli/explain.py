@@ -1,131 +1,158 @@
-"""The verbs that say why a network gives its labels, and the report of a run."""
+"""`maknet attribute`, `maknet perturb` and `maknet report`."""
+
+import argparse
+import dataclasses
+from typing import Any
 
 from maknet_jax.cli import options
+from maknet_jax.explain.options import (
+    METHODS,
+    OUTPUTS,
+    SHARE,
+    STRATEGIES,
+    DisplayOptions,
+    PathOptions,
+    SelectionOptions,
+)
 
 
-def add_verbs(verbs):
+def add_verbs(verbs: Any) -> None:
     """Adds `attribute`, `perturb` and `report`."""
     verb = options.verb(
         verbs,
         "attribute",
-        "where in the image a network sees its labels: Integrated Gradients; run again it goes on",
+        "show where a network sees its labels (Integrated Gradients); resumes if interrupted",
         "maknet attribute --workdir runs/teacher --split test --labels liver,spleen --out maps",
         _run_attribute,
     )
-    _picking(verb)
-    verb.add_argument("--output", default="probability", choices=("probability", "logit"))
+    _shared_options(verb)
+    verb.add_argument("--output", choices=OUTPUTS, help="what is attributed (default: %(default)s)")
     verb.add_argument(
-        "--refine", type=int, help="doublings of the steps where a map is not complete (default: 4)"
+        "--refine",
+        type=int,
+        help="double the steps up to this many times where a map is incomplete (default: 4)",
     )
     verb.add_argument(
-        "--faithfulness", action="store_true", help="deletion and insertion against random pixels"
+        "--faithfulness",
+        action="store_true",
+        help="measure deletion and insertion against random pixels",
     )
     verb = options.verb(
         verbs,
         "perturb",
-        "what a network still says when parts of the image change; run again it goes on",
+        "compare labels before and after parts of an image change; resumes if interrupted",
         "maknet perturb --workdir runs/teacher --split test --strategy patch,attribution --out out",
         _run_perturb,
     )
-    _picking(verb)
+    _shared_options(verb)
     verb.add_argument(
-        "--strategy", help="of neighbour, patch, attribution and random, with commas (default: all)"
+        "--strategy",
+        type=_words,
+        help="comma-separated, from neighbour, patch, attribution and random (default: all)",
     )
     verb.add_argument(
-        "--masks", help="regions: NIfTI, PNG or a folder (default: DeepLesion's boxes)"
+        "--masks", help="masks of the regions: NIfTI, PNG or a folder (default: DeepLesion's boxes)"
     )
-    verb.add_argument("--organs", help="names or values in the masks, with commas")
+    verb.add_argument("--organs", type=_words, help="names or values in the masks, comma-separated")
     verb.add_argument(
-        "--share", type=float, default=0.1, help="of the pixels to delete (default: 0.1)"
+        "--share",
+        type=float,
+        default=SHARE,
+        help="share of the pixels to delete (default: %(default)s)",
     )
     verb = options.verb(
         verbs,
         "report",
-        "a run on one offline page: curves, tables, labels, best and worst cases",
+        "write one offline page about a run: curves, tables, labels, best and worst cases",
         "maknet report runs/teacher",
         _run_report,
     )
     verb.add_argument("workdir", help="folder of the trained run")
     verb.add_argument("--out", help="folder to write (default: WORKDIR/report)")
-    verb.add_argument("--split", help="of the cases (default: test, else the validation's)")
+    verb.add_argument("--split", help="split of the cases (default: test, otherwise validation)")
     verb.add_argument(
-        "--cases", type=options.count, default=3, help="best and worst each (default: 3)"
+        "--cases",
+        type=options.count,
+        default=3,
+        help="number of best and of worst cases (default: 3)",
     )
 
 
-def _picking(verb):
-    verb.add_argument("path", nargs="?", help="CT files instead of a split: DICOM, NIfTI or PNG")
+def _shared_options(verb: argparse.ArgumentParser) -> None:
+    """Adds the fields of the three options' dataclasses; defaults are theirs."""
+    verb.add_argument(
+        "path", nargs="?", help="CT files to explain instead of a split: DICOM, NIfTI or PNG"
+    )
     verb.add_argument("--workdir", required=True, help="folder of the trained run")
     verb.add_argument("--out", required=True, help="folder to write")
-    verb.add_argument("--split", help="of the data trained on, or of --data")
-    verb.add_argument("--data", help="another prepared data set")
-    verb.add_argument("--ids", help="only these images, with commas; of CT SERIES:SLICE")
-    verb.add_argument("--labels", help="explain these, with commas; only images that have one")
-    verb.add_argument("--limit", type=options.count, help="so many images at most")
-    verb.add_argument("--compare", metavar="WORKDIR", help="a second network, shown beside")
-    verb.add_argument("--top", type=options.count, default=5, help="labels (default: 5)")
-    verb.add_argument("--steps", type=options.count, default=50, help="of the path (default: 50)")
+    verb.add_argument("--split", help="split of --data")
+    verb.add_argument("--data", help="prepared data set (default: the one trained on)")
     verb.add_argument(
-        "--method", default="trapezoid", choices=("trapezoid", "right", "midpoint", "gauss")
+        "--ids", type=_words, help="only these images, comma-separated; of CT files SERIES:SLICE"
     )
     verb.add_argument(
-        "--baseline", default="black", help="black (-1024 HU), blurred or HU (default: black)"
+        "--labels",
+        type=_words,
+        help="explain these labels, comma-separated; selects images that have one",
     )
-    verb.add_argument("--checkpoint", default="best", choices=("best", "last"))
-    verb.add_argument("--batch-size", type=options.count, help="images a step (default: devices)")
+    verb.add_argument("--limit", type=options.count, help="maximum number of images")
+    verb.add_argument(
+        "--compare", metavar="WORKDIR", help="a second network, shown beside the first"
+    )
+    verb.add_argument(
+        "--top", type=options.count, help="number of labels per image (default: %(default)s)"
+    )
+    verb.add_argument(
+        "--steps", type=options.count, help="steps of the path (default: %(default)s)"
+    )
+    verb.add_argument("--method", choices=METHODS, help="integration rule (default: %(default)s)")
+    verb.add_argument(
+        "--baseline", help="black (-1024 HU), blurred or a number in HU (default: %(default)s)"
+    )
+    verb.add_argument("--checkpoint", choices=("best", "last"), help="default: %(default)s")
+    verb.add_argument(
+        "--batch-size", type=options.count, help="images per step (default: one per device)"
+    )
     verb.add_argument(
         "--display",
+        dest="window",
         type=options.window,
-        default=(-160.0, 240.0),
         metavar="LOW,HIGH",
-        help="HU of the pictures, as --display=-160,240",
+        help="window of the pictures in HU, as --display=-160,240",
     )
     verb.add_argument(
-        "--most-shown", type=options.count, default=50, help="images on the page (default: 50)"
+        "--most-shown",
+        type=options.count,
+        help="maximum number of images on the HTML page (default: %(default)s)",
     )
     options.png_window(verb)
     options.distributed(verb)
+    for kind in (SelectionOptions, PathOptions, DisplayOptions):
+        verb.set_defaults(**{field.name: field.default for field in dataclasses.fields(kind)})
 
 
-_SAME = (
-    "path",
-    "split",
-    "data",
-    "limit",
-    "compare",
-    "top",
-    "steps",
-    "method",
-    "baseline",
-    "checkpoint",
-    "batch_size",
-    "display",
-    "most_shown",
-    "png_window",
-)
-
-
-def _picked(chosen):
+def _chosen(
+    chosen: argparse.Namespace,
+) -> tuple[SelectionOptions, PathOptions, DisplayOptions]:
+    """The options of `attribute` and `perturb` from the command line; starts JAX."""
     options.start_jax(chosen.distributed)
-    lists = {name: _words(getattr(chosen, name)) for name in ("ids", "labels")}
-    return {name: getattr(chosen, name) for name in _SAME} | lists
+    selection, path, display = (
+        {field.name: getattr(chosen, field.name) for field in dataclasses.fields(kind)}
+        for kind in (SelectionOptions, PathOptions, DisplayOptions)
+    )
+    return SelectionOptions(**selection), PathOptions(**path), DisplayOptions(**display)
 
 
-def _words(text):
+def _words(text: str) -> list[str] | None:
+    """The type of WORD,WORD..."""
     return [word.strip() for word in text.split(",")] if text else None
 
 
-def _run_attribute(chosen):
+def _run_attribute(chosen: argparse.Namespace) -> int:
     from maknet_jax import attribute, console
 
-    given = _picked(chosen)
     summary = attribute.attribute(
-        chosen.workdir,
-        chosen.out,
-        output=chosen.output,
-        faithful=chosen.faithfulness,
-        refine=chosen.refine,
-        **given,
+        chosen.workdir, chosen.out, *_chosen(chosen), faithful=chosen.faithfulness
     )
     for name, share in summary.get("complete", {}).items():
         flagged = summary["flagged"][name]
@@ -143,26 +170,24 @@ def _run_attribute(chosen):
     return _ended(summary)
 
 
-def _run_perturb(chosen):
+def _run_perturb(chosen: argparse.Namespace) -> int:
     from maknet_jax import console, perturb
 
-    given = _picked(chosen)
-    strategies = tuple(_words(chosen.strategy) or perturb.STRATEGIES)
     summary = perturb.perturb(
         chosen.workdir,
         chosen.out,
-        strategies=strategies,
+        *_chosen(chosen),
+        strategies=chosen.strategy or STRATEGIES,
         masks=chosen.masks,
-        organs=_words(chosen.organs),
+        organs=chosen.organs,
         share=chosen.share,
-        **given,
     )
     if "results" in summary:
         print(console.format_table(*perturb.table(summary["results"])))
     return _ended(summary)
 
 
-def _ended(summary):
+def _ended(summary: dict[str, Any]) -> int:
     for file in summary.get("files", ()):
         print(f"  {file}")
     if summary["failures"]:
@@ -170,7 +195,7 @@ def _ended(summary):
     return options.SOME_REJECTED if summary["failures"] else options.DONE
 
 
-def _run_report(chosen):
+def _run_report(chosen: argparse.Namespace) -> None:
     from maknet_jax import report
 
     options.start_jax()

@@ -1,53 +1,62 @@
-"""The verb that compares lesions."""
+"""The verb that compares lesions: `retrieve`."""
 
 import argparse
+from collections.abc import Callable
 
 from maknet_jax.cli import options
 
 
-def add_verbs(verbs):
+def add_verbs(verbs: argparse._SubParsersAction) -> None:
     """Adds `retrieve`."""
     verb = options.verb(
         verbs,
         "retrieve",
-        "the lesions of a prepared set that are most like one lesion",
+        "find the lesions of a data set that are most similar to one lesion",
         "maknet retrieve --workdir runs/lesanet --image 000069_02_01/058.png \\\n"
         "    --box 160,268,186,290 --spacing 0.73,0.73,5 --data shards/lesions --out similar.csv",
         _run_retrieve,
     )
-    verb.add_argument("--workdir", required=True, help="folder of a LesaNet's run")
-    verb.add_argument("--image", required=True, help="the slice: PNG or DICOM")
+    verb.add_argument("--workdir", required=True, help="workdir of a LesaNet run")
+    verb.add_argument("--image", required=True, help="slice with the lesion, PNG or DICOM")
     verb.add_argument(
         "--box",
         required=True,
         type=_numbers(4),
         metavar="X0,Y0,X1,Y1",
-        help="of the lesion, in pixels of the slice from 0",
+        help="corners of the lesion in pixels of the slice, counted from 0",
     )
-    verb.add_argument("--data", required=True, help="folder of `prepare deeplesion --lesions`")
-    verb.add_argument("--out", required=True, help="the CSV to write; a picture lies beside it")
     verb.add_argument(
-        "--spacing", type=_numbers(3), metavar="X,Y,Z", help="mm; PNGs do not know theirs"
+        "--data", required=True, help="output folder of `prepare deeplesion --lesions`"
     )
-    verb.add_argument("--split", help="names with commas (default: all)")
-    verb.add_argument("--top", type=options.count, default=11, help="how many (default: 11)")
-    verb.add_argument("--checkpoint", default="best", choices=("best", "last"))
+    verb.add_argument(
+        "--out", required=True, help="CSV file to write, with a contact sheet beside it"
+    )
+    verb.add_argument(
+        "--spacing", type=_numbers(3), metavar="X,Y,Z", help="in mm; required for PNGs"
+    )
+    verb.add_argument("--split", help="splits to search, separated by commas (default: all)")
+    verb.add_argument(
+        "--top", type=options.count, default=11, help="number of lesions to list (default: 11)"
+    )
+    options.checkpoint(verb)
 
 
-def _numbers(count):
-    def read(text):
+def _numbers(count: int) -> Callable[[str], tuple[float, ...]]:
+    """The type of `count` numbers separated by commas."""
+
+    def parse(text: str) -> tuple[float, ...]:
         try:
             numbers = tuple(float(part) for part in text.split(","))
         except ValueError:
             numbers = ()
         if len(numbers) != count:
-            raise argparse.ArgumentTypeError(f"{text!r} should be {count} numbers with commas")
+            raise argparse.ArgumentTypeError(f"{text!r} should be {count} numbers, as in 1,2,3")
         return numbers
 
-    return read
+    return parse
 
 
-def _run_retrieve(chosen):
+def _run_retrieve(chosen: argparse.Namespace) -> None:
     from maknet_jax import console, retrieve
 
     options.start_jax()
@@ -62,6 +71,6 @@ def _run_retrieve(chosen):
         top=chosen.top,
         checkpoint=chosen.checkpoint,
     )
-    found = summary["found"]
-    print(console.format_table(list(found[0]), [row.values() for row in found]))
+    rows = summary["found"]
+    print(console.format_table(list(rows[0]), [row.values() for row in rows]))
     print("\n".join(f"  {file}" for file in summary["files"]))

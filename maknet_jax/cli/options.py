@@ -1,9 +1,11 @@
-"""What the commands share: exit codes, the parser, types of options, the start of JAX."""
+"""Shared by the commands: exit codes, the parser, common options and the start of JAX."""
 
 import argparse
 import math
 import os
 import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 from maknet_jax.errors import InputError
 
@@ -11,37 +13,56 @@ DONE, BAD_INPUT, SOME_REJECTED, STOPPED = 0, 2, 3, 75
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one line and exit code 2."""
+    """Reports an error in one line and exits with code 2."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, **kwargs)
 
-    def error(self, message):
-        """Says what is wrong in one line."""
+    def error(self, message: str) -> NoReturn:
+        """Prints the message in one line and exits."""
         self.exit(BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def config_changes(parser, rest, own=None):
-    """The changes of a config page, FIELD=VALUE each, among the arguments that a parser left over.
+def config_changes(
+    parser: argparse.ArgumentParser, rest: Sequence[str], reserved: Mapping[str, str] | None = None
+) -> list[str]:
+    """The changes of a config, FIELD=VALUE each, among the arguments that a parser did not consume.
 
     Args:
-      parser: says what is wrong.
-      rest: what it left over; anything but --config.FIELD=VALUE is an error.
-      own: field -> what to write in its place, for fields that the caller sets.
+      parser: reports errors.
+      rest: the remaining arguments; anything but --config.FIELD=VALUE is an error.
+      reserved: field -> the option to use instead, for fields that the command sets.
     """
     changes = [text.removeprefix("--config.") for text in rest]
     for text, change in zip(rest, changes, strict=True):
         field, equals, _ = change.partition("=")
         if text == change or not equals:
             parser.error(f"unknown argument {text!r}: a config field is --config.FIELD=VALUE")
-        for name, instead in (own or {}).items():
+        for name, instead in (reserved or {}).items():
             if f"{field}.".startswith(f"{name}."):
-                parser.error(f"{text!r} is set here already: {instead}")
+                parser.error(f"{text!r} is set by this command: {instead}")
     return changes
 
 
-def verb(verbs, name, text, example, run, *, takes_config=False):
-    """Adds a verb that calls `run(parsed options)`; with an example under its help."""
+def verb(
+    verbs: argparse._SubParsersAction,
+    name: str,
+    text: str,
+    example: str,
+    run: Callable[[argparse.Namespace], int | None],
+    *,
+    takes_config: bool = False,
+) -> argparse.ArgumentParser:
+    """Adds a verb.
+
+    Args:
+      verbs: where to add it.
+      name: of the verb.
+      text: its help in one phrase.
+      example: a command line, shown below the help.
+      run: called with the parsed options; returns the exit code, or None for `DONE`.
+      takes_config: whether --config.FIELD=VALUE is allowed.
+    """
     verb = verbs.add_parser(
         name,
         help=text,
@@ -53,61 +74,78 @@ def verb(verbs, name, text, example, run, *, takes_config=False):
     return verb
 
 
-def png_window(verb):
+def png_window(verb: argparse.ArgumentParser) -> None:
     """Adds --png-window."""
     verb.add_argument(
         "--png-window",
         type=window,
         metavar="LOW,HIGH",
-        help="HU that 0 and 255 of 8-bit PNGs mean, as --png-window=-175,275",
+        help="HU that 0 and 255 of 8-bit PNGs stand for, as in --png-window=-175,275",
     )
 
 
-def window(text):
+def checkpoint(verb: argparse.ArgumentParser) -> None:
+    """Adds --checkpoint."""
+    verb.add_argument(
+        "--checkpoint",
+        default="best",
+        choices=("best", "last"),
+        help="the best one by validation AUC, or the last one (default: best)",
+    )
+
+
+def window(text: str) -> tuple[float, float]:
     """The type of LOW,HIGH in HU."""
     try:
         low, high = (float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} should be LOW,HIGH in HU") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} should be LOW,HIGH in HU, as in -175,275"
+        ) from None
     if not -math.inf < low < high < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: LOW should be below HIGH, both finite")
+        raise argparse.ArgumentTypeError(f"{text!r}: LOW and HIGH should be finite, LOW below HIGH")
     return low, high
 
 
-def count(text):
-    """The type of whole numbers from 1 on."""
+def count(text: str) -> int:
+    """The type of positive integers."""
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} should be a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} should be a positive integer")
     return int(text)
 
 
-def cores():
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def cores() -> int:
+    """The number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def distributed(verb):
+def distributed(verb: argparse.ArgumentParser) -> None:
     """Adds --distributed."""
     verb.add_argument(
         "--distributed",
         action="store_true",
-        help="this is one of several processes: TPU pods, Slurm, Open MPI and Kubernetes are "
-        "found; else JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say which",
+        help="run as one of several processes: detects TPU pods, Slurm, Open MPI and Kubernetes; "
+        "elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID",
     )
 
 
-def start_jax(distributed=False):
-    """Joins the other processes if asked to, and keeps compiled programs between runs."""
+def start_jax(distributed: bool = False) -> None:
+    """Starts JAX with the compilation cache on.
+
+    Args:
+      distributed: joins the other processes.
+
+    Raises:
+      InputError: the environment does not say which process this is.
+    """
     import jax
 
     if distributed:
         try:
-            given = {
-                name: int(os.environ[f"JAX_{name.upper()}"])
-                for name in ("num_processes", "process_id")
-                if f"JAX_{name.upper()}" in os.environ
-            }
-            jax.distributed.initialize(**given)
+            jax.distributed.initialize(
+                num_processes=_integer_variable("JAX_NUM_PROCESSES"),
+                process_id=_integer_variable("JAX_PROCESS_ID"),
+            )
         except ValueError as error:
             raise InputError(
                 f"--distributed: {error}: set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES "
@@ -116,3 +154,8 @@ def start_jax(distributed=False):
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "maknet" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache.expanduser()))
+
+
+def _integer_variable(name: str) -> int | None:
+    """An environment variable as an integer; None where it is not set."""
+    return int(os.environ[name]) if name in os.environ else None

@@ -123,6 +123,13 @@ def _evaluate(verbs: argparse._SubParsersAction) -> None:
     )
     verb.add_argument("--data", help="another prepared data set with the same labels")
     verb.add_argument("--checkpoint", default="best", choices=("best", "last"))
+    verb.add_argument(
+        "--rules",
+        default="ours",
+        choices=("ours", "lesanet"),
+        help="lesanet agrees with LesaNet's published evaluate.py; ours differs in three details, "
+        "see maknet_jax/evaluation/protocol.py (default: ours)",
+    )
     options.distributed(verb)
     verb.add_argument(
         "--batch-size", type=options.count, help="images per step (default: the config's)"
@@ -139,10 +146,12 @@ def _run_evaluate(chosen: argparse.Namespace) -> None:
         data=chosen.data,
         checkpoint=chosen.checkpoint,
         batch_size=chosen.batch_size,
+        rules=chosen.rules,
     )
     print(evaluate.table([summary], [pathlib.Path(chosen.workdir).name]))
     print(
         f"\n{summary['checkpoint']} checkpoint, step {summary['step']}; thresholds "
-        f"{summary['thresholds']}; macro averages over labels with positives and negatives"
+        f"{summary['thresholds']}; rules {summary['rules']}; macro averages over labels with "
+        "positives and negatives"
     )
     print(f"per label: {summary['out']}/*_labels.csv")

@@ -1,1 +1,1 @@
-"""CT files read into Hounsfield units in one standard orientation, and cut into network inputs."""
+"""CT files read as Hounsfield units in one standard orientation and cut into network inputs."""

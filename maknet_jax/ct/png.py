@@ -1,7 +1,8 @@
-"""CT slices as PNG: DeepLesion's 16-bit files, and 8-bit pictures whose window is known."""
+"""CT slices as PNG: DeepLesion's 16-bit files, and 8-bit images whose display window is known."""
 
 import io
 import math
+import os
 import pathlib
 import re
 import struct
@@ -9,21 +10,22 @@ import struct
 import numpy as np
 from PIL import Image
 
+from maknet_jax.ct.reading import LARGEST_MATRIX, one_line
 from maknet_jax.errors import InputError, Rejected
 
 OFFSET = 32768  # DeepLesion stores HU + 32768
-LARGEST_MATRIX = 4096
-LOWEST = -4096  # no scanner pads below this; DeepLesion holds -2048 and -3024
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
-END = b"IEND\xaeB`\x82"
-GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6
+LOWEST = -4096  # HU; no scanner pads below this; DeepLesion contains -2048 and -3024
+
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_END = b"IEND\xaeB`\x82"
+_GREY = 0  # colour type
 
 
-def split_name(path):
-    """Splits the name of a slice into its series and its index, the last number in the name.
+def split_name(path: str | os.PathLike[str]) -> tuple[str, int | None]:
+    """Splits the name of a slice into its series and its index, which is the last number in it.
 
     `000001_01_01/109.png` and `000001_01_01_109.png` both give ("000001_01_01", 109). A name
-    without a number is a series of its own with index None.
+    without a number is a separate series with index None.
     """
     path = pathlib.Path(path)
     match = re.fullmatch(r"(.*?)(\d+)(\D*)", path.stem)
@@ -33,11 +35,11 @@ def split_name(path):
     return series or path.absolute().parent.name, int(match[2])
 
 
-def neighbour_path(path, offset):
-    """The path of the slice `offset` further on in the same series; it may not exist.
+def neighbour_path(path: str | os.PathLike[str], offset: int) -> pathlib.Path:
+    """The path of the slice whose index is higher by `offset`; it may not exist.
 
-    The index keeps its zero padding. Where there is no such index (the name holds no number, or
-    it would fall below 0) the path is one that no slice has.
+    The index keeps its zero padding. If there is no such index (the name contains no number, or
+    the index would be negative), the path is one that no slice has.
     """
     path = pathlib.Path(path)
     match = re.fullmatch(r"(.*?)(\d+)(\D*)", path.stem)
@@ -47,18 +49,21 @@ def neighbour_path(path, offset):
     return path.with_name(f"{match[1]}{number}{match[3]}{path.suffix}")
 
 
-def read_png(path, window=None):
-    """Reads one slice; returns int16 [rows, columns] in HU.
+def read_png(path: str | os.PathLike[str], window: tuple[float, float] | None = None) -> np.ndarray:
+    """Reads one slice.
 
-    16-bit files: HU = value - 32768, exactly. 8-bit files (grey, or colour with three equal
-    channels): 0..255 -> low..high, rounded to the nearest, and only with a window.
+    16-bit files: HU = value - 32768, exactly. 8-bit files (grey, or RGB with three equal
+    channels) need a window: 0..255 -> low..high, rounded to the nearest.
 
     Args:
       path: the file.
       window: (low, high) in HU of the display window of 8-bit files.
 
+    Returns:
+      int16 [rows, columns] in HU.
+
     Raises:
-      Rejected: not a whole PNG, in colour, of another depth, or 8-bit without a window.
+      Rejected: not a complete PNG, in colour, of another depth, or 8-bit without a window.
       InputError: the window is not two finite numbers with low < high.
     """
     if window is not None:
@@ -67,52 +72,53 @@ def read_png(path, window=None):
         content = pathlib.Path(path).read_bytes()
     except OSError as error:
         raise Rejected(f"cannot be read ({error.strerror})") from error
-    if not content.startswith(SIGNATURE) or content[12:16] != b"IHDR" or len(content) < 33:
+    if not content.startswith(_SIGNATURE) or content[12:16] != b"IHDR" or len(content) < 33:
         raise Rejected("not a PNG file")
     columns, rows, depth, colour = struct.unpack(">IIBB", content[16:26])
     if not (1 <= rows <= LARGEST_MATRIX and 1 <= columns <= LARGEST_MATRIX):
-        raise Rejected(f"a PNG of {rows} x {columns}: 1 to {LARGEST_MATRIX} is understood")
-    if depth == 16 and colour == GREY:
+        raise Rejected(f"PNG of {rows} x {columns} pixels: expected 1 to {LARGEST_MATRIX} each")
+    if depth == 16 and colour == _GREY:
         pixels = _pixels(content)
         hu = pixels.astype(np.int32) - OFFSET
-        if hu.max() < LOWEST:
+        if np.max(hu) < LOWEST:
             raise Rejected(
                 f"16-bit values from {pixels.min()} to {pixels.max()}: not HU + {OFFSET} as in "
                 "DeepLesion"
             )
         return hu.astype(np.int16)
     if depth != 8:
-        raise Rejected(f"a {depth}-bit PNG of colour type {colour}: 16-bit grey or 8-bit is read")
+        raise Rejected(f"{depth}-bit PNG of colour type {colour}: expected 16-bit grey or 8-bit")
     if window is None:
         raise Rejected(
-            "8-bit PNG: its HU are unknown without the display window; add --png-window LOW,HIGH"
+            "8-bit PNG: HU are unknown without the display window: add --png-window LOW,HIGH"
         )
-    pixels = _pixels(content, None if colour == GREY else "RGBA")
+    pixels = _pixels(content, None if colour == _GREY else "RGBA")
     if pixels.ndim == 3:
         if (pixels[..., 3] != 255).any():
-            raise Rejected("a PNG with transparent pixels")
+            raise Rejected("PNG with transparent pixels: expected opaque grey")
         if (pixels[..., :3] != pixels[..., :1]).any():
-            raise Rejected("a PNG in colour: not a CT slice")
+            raise Rejected("PNG in colour: expected grey")
         pixels = pixels[..., 0]
     low, high = window
     return np.rint(low + pixels.astype(np.float64) * ((high - low) / 255)).astype(np.int16)
 
 
-def check_window(window):
+def check_window(window: tuple[float, float]) -> None:
     """Raises InputError unless `window` is (low, high) in HU with low < high, both in int16."""
     low, high = window
     if not (math.isfinite(low) and math.isfinite(high) and -32768 <= low < high <= 32767):
-        raise InputError(f"png window {low},{high}: LOW must be below HIGH, both HU in int16")
+        raise InputError(
+            f"PNG window {low},{high}: LOW must be below HIGH, both HU in the range of int16"
+        )
 
 
-def _pixels(content, mode=None):
+def _pixels(content: bytes, mode: str | None = None) -> np.ndarray:
     try:
-        if END not in content:  # Pillow takes a file that lacks only its end
+        if _END not in content:  # Pillow accepts a file without it
             raise ValueError("no end marker")
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             if getattr(image, "n_frames", 1) != 1:
                 raise ValueError("animated")
             return np.asarray(image if mode is None else image.convert(mode))
     except Exception as error:  # Pillow raises OSError, SyntaxError, zlib.error, ...
-        text = " ".join(str(error).split())[:200]
-        raise Rejected(f"broken or truncated PNG ({text})") from error
+        raise Rejected(f"broken or truncated PNG ({one_line(error)})") from error

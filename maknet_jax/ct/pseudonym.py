@@ -1,4 +1,4 @@
-"""Ids that tell the same volume again without telling whose it is: keyed hashes of DICOM UIDs."""
+"""Stable pseudonymous ids: keyed hashes of DICOM UIDs."""
 
 import hashlib
 import hmac
@@ -6,32 +6,36 @@ import os
 import pathlib
 import secrets
 
-from maknet_jax import files
+from maknet_jax import console, files
 from maknet_jax.errors import InputError
 
 
-def read_salt(path, *, log):
-    """The secret that ids are made with; made where it does not exist, readable by its owner only.
+def read_salt(path: str | os.PathLike[str] | None, *, log: console.Log) -> str:
+    """Reads the secret key of the ids; creates it if absent, readable only by its owner.
 
     Args:
-      path: the file; None takes `~/.config/maknet/salt`.
-      log: log.say(text) tells that a salt was made.
+      path: the file; None means `~/.config/maknet/salt`.
+      log: told when a salt is created.
 
     Raises:
-      InputError: the file holds fewer than 16 characters.
+      InputError: the salt has fewer than 16 characters.
     """
     default = pathlib.Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config") / "maknet" / "salt"
-    path = pathlib.Path(path or default).expanduser()
-    if not path.exists():
-        with files.write_whole(path, private=True) as file:
+    salt_file = pathlib.Path(path or default).expanduser()
+    if not salt_file.exists():
+        with files.write_whole(salt_file, private=True) as file:
             file.write(secrets.token_hex(32) + "\n")
-        log.say(f"made {path}, the salt of the pseudonyms: keep it, for the same ones again")
-    salt = path.read_text(encoding="utf-8").strip()
+        log.say(
+            f"created {salt_file}, the salt of the pseudonymous ids: keep it to get the same ids"
+        )
+    salt = salt_file.read_text(encoding="utf-8").strip()
     if len(salt) < 16:
-        raise InputError(f"salt file {path} holds {len(salt)} characters: 16 at least")
+        raise InputError(
+            f"salt file {salt_file} has {len(salt)} characters: at least 16 are needed"
+        )
     return salt
 
 
-def pseudonym(salt, uid):
+def pseudonym(salt: str, uid: str) -> str:
     """16 hexadecimal digits of the HMAC-SHA256 of a UID."""
     return hmac.new(salt.encode(), uid.encode(), hashlib.sha256).hexdigest()[:16]

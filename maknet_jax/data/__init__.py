@@ -1,1 +1,1 @@
-"""Labels, data sets, shards and batches: NumPy only."""
+"""Labels, data sets, shards and batches; NumPy only."""

@@ -6,12 +6,16 @@ DeepLesion: Yan et al., J. Med. Imaging 5(3), 2018. Labels: Yan et al., arXiv:19
 import csv
 import dataclasses
 import json
+import os
 import pathlib
+from collections.abc import Container, Iterable, Sequence
+from typing import Any
 
+from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError
 
 SPLITS = ("train", "val", "test")
-# What the paper reports after dropping noisy rows (section 2), and what the label files hold.
+# Lesions per split in the paper (section 2), after dropping noisy rows.
 PAPER_COUNTS = {"train": 17697, "val": 1686, "test": 1638, "hand": 490}
 
 _REQUIRED = (
@@ -26,17 +30,24 @@ _REQUIRED = (
     "Spacing_mm_px_",
     "Train_Val_Test",
 )
-_WINDOW = 200  # labelled lesions in which the numbering is checked on its own
-_TOLERATED = 0.01  # contradictions with the official split; base 1 has none in the real files
+_WINDOW = 200  # the numbering is checked separately in each run of this many labelled lesions
+_TOLERATED = 0.01  # share that may contradict the official split; 0 in the real files at base 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Lesion:
     """One row of `DL_info.csv`.
 
-    `row` counts from 0; `box` is (x1, y1, x2, y2) in pixels; `location` the normalised x, y, z;
-    `spacing` (x, y, z) in mm; `official_split` one of `SPLITS`; `lesion_idx` only where the file
-    brings that column.
+    Attributes:
+      row: index of the row, from 0.
+      file_name: of the key slice, as written: `PPPPPP_SS_RR_NNN.png` or nested.
+      patient, study, series, key_slice: DeepLesion's indices.
+      box: (x1, y1, x2, y2) in pixels, counted from 1.
+      location: normalised (x, y, z).
+      spacing: (x, y, z) in mm.
+      noisy: marked `Possibly_noisy`.
+      official_split: one of `SPLITS`.
+      lesion_idx: the lesion number, None unless the file has that column.
     """
 
     row: int
@@ -53,13 +64,13 @@ class Lesion:
     lesion_idx: int | None
 
     @property
-    def slice_id(self):
-        """The public name, `PPPPPP_SS_RR_NNN`."""
+    def slice_id(self) -> str:
+        """DeepLesion's name of the slice, `PPPPPP_SS_RR_NNN`."""
         return self.file_name.removesuffix(".png").replace("/", "_")
 
 
-def read_info(path):
-    """Reads `DL_info.csv` in its order: 18 columns, extra columns and float ages are fine.
+def read_info(path: str | os.PathLike) -> list[Lesion]:
+    """Reads `DL_info.csv` in file order; extra columns and float ages are accepted.
 
     Raises:
       InputError: the file or a column is missing, or a cell cannot be read.
@@ -76,17 +87,17 @@ def read_info(path):
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: DL_info.csv comes with DeepLesion") from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} is no CSV table: {error}") from None
+        raise InputError(f"{path} is not a CSV table: {error}") from None
 
 
-def find_image(folder, name):
-    """The file of a slice in `folder`, which may be nested or flat; None where it is not there."""
+def find_image(folder: pathlib.Path, name: str) -> pathlib.Path | None:
+    """The file of a slice in a nested or flat `folder`, or None if it is missing."""
     flat = name.replace("/", "_")
     nested = pathlib.PurePath(*flat.rsplit("_", 1))
     return next((path for path in (folder / nested, folder / flat) if path.is_file()), None)
 
 
-def _lesion(path, number, row):
+def _lesion(path: pathlib.Path, number: int, row: dict[str, str]) -> Lesion:
     try:
         return Lesion(
             row=number,
@@ -106,20 +117,20 @@ def _lesion(path, number, row):
         raise InputError(f"{path} line {number + 2} cannot be read: {error}") from None
 
 
-def _whole(cell):
+def _whole(cell: str) -> int:
     value = float(cell)
     if value != int(value):
-        raise ValueError(f"{cell!r} should be a whole number")
+        raise ValueError(f"{cell!r} should be an integer")
     return int(value)
 
 
-def _choice(value, allowed):
+def _choice(value: int, allowed: Container[int]) -> int:
     if value not in allowed:
         raise ValueError(f"{value} should be one of {allowed}")
     return value
 
 
-def _numbers(cell, count):
+def _numbers(cell: str, count: int) -> tuple[float, ...]:
     values = tuple(float(part) for part in cell.split(","))
     if len(values) != count:
         raise ValueError(f"{cell!r} should be {count} numbers")
@@ -128,9 +139,11 @@ def _numbers(cell, count):
 
 @dataclasses.dataclass(frozen=True)
 class MinedLabels:
-    """LesaNet's text-mined labels: for each lesion its split and names.
+    """LesaNet's text-mined labels.
 
-    `split`, `relevant` and `uncertain` are dicts keyed by lesion number.
+    Attributes:
+      terms: all label names in column order.
+      split, relevant, uncertain: lesion number -> split, and label names.
     """
 
     terms: tuple[str, ...]
@@ -139,14 +152,16 @@ class MinedLabels:
     uncertain: dict[int, tuple[str, ...]]
 
 
-def read_mined_labels(path):
+def read_mined_labels(path: str | os.PathLike) -> MinedLabels:
     """Reads LesaNet's `text_mined_labels_171_and_split.json`.
 
     Raises:
-      InputError: the file is missing or of another form.
+      InputError: the file is missing or has a different format.
     """
     content = _read_json(path)
-    split, kinds = {}, {"relevant": {}, "uncertain": {}}
+    split: dict[int, str] = {}
+    relevant: dict[int, tuple[str, ...]] = {}
+    uncertain: dict[int, tuple[str, ...]] = {}
     try:
         terms = tuple(content["term_list"])
         for name in SPLITS:
@@ -154,7 +169,7 @@ def read_mined_labels(path):
             for number in numbers:
                 if split.setdefault(number, name) != name:
                     raise InputError(f"{path}: lesion {number} is in {split[number]} and {name}")
-            for kind, target in kinds.items():
+            for kind, target in (("relevant", relevant), ("uncertain", uncertain)):
                 lists = content[f"{name}_{kind}_labels"]
                 if len(lists) != len(numbers):
                     raise InputError(
@@ -165,11 +180,11 @@ def read_mined_labels(path):
                     target[number] = tuple(dict.fromkeys(terms[index] for index in indices))
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not LesaNet's label file: {error!r}") from None
-    return MinedLabels(terms, split, **kinds)
+    return MinedLabels(terms, split, relevant, uncertain)
 
 
-def read_hand_labels(path):
-    """Reads LesaNet's `hand_labeled_test_set.json`: a dict lesion number -> label names."""
+def read_hand_labels(path: str | os.PathLike) -> dict[int, tuple[str, ...]]:
+    """Reads LesaNet's `hand_labeled_test_set.json`: lesion number -> label names."""
     content = _read_json(path)
     try:
         return {int(row["lesion_idx"]): tuple(row["expanded_terms"]) for row in content}
@@ -177,46 +192,50 @@ def read_hand_labels(path):
         raise InputError(f"{path} is not LesaNet's hand-labelled set: {error!r}") from None
 
 
-def _read_json(path):
+def _read_json(path: str | os.PathLike) -> Any:
     try:
         return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: see data/README.md") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no JSON file: {error}") from None
+        raise InputError(f"{path} is not a JSON file: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
 class Numbering:
-    """How lesion numbers map to rows, and one line that says why it is believed."""
+    """The row of each lesion number.
+
+    Attributes:
+      lesions: lesion number -> row.
+      reason: one line: the numbering and the evidence for it.
+      base: the number of the first row; None if the column lesion_idx numbers the rows.
+    """
 
     lesions: dict[int, Lesion]
     reason: str
+    base: int | None = None
 
 
-def number_lesions(rows, mined):
-    """Decides which row each lesion number of `mined` means.
+def number_lesions(rows: Sequence[Lesion], mined: MinedLabels) -> Numbering:
+    """Finds the row that each lesion number of `mined` refers to.
 
-    LesaNet numbers the rows of the full DL_info.csv; its readme says from 0, its files say from 1.
-    A wrong base moves every label to its neighbour without any error, so the base is taken from
-    the data: LesaNet's val and test lesions lie in the official val and test splits and no train
-    lesion lies in the official test split, in every stretch of the file; and chests lie above
-    abdomens above pelvises. (A row that is lost after the last change of split is not noticed: it
-    moves the labels of that last stretch only.)
+    LesaNet numbers the rows of the full DL_info.csv: from 0 according to its readme, from 1
+    according to its files. A wrong base silently moves every label to the next lesion, so the base
+    is inferred from the data. Throughout the file, LesaNet's val and test lesions must lie in the
+    official val and test splits, and no train lesion in the official test split; chests must lie
+    above abdomens and abdomens above pelvises. (A row missing after the last change of split goes
+    undetected; it shifts only the labels that follow it.)
 
     Args:
-      rows: the lesions of `read_info`, in the file's order.
-      mined: `MinedLabels`.
-
-    Returns:
-      `Numbering`.
+      rows: see `read_info`, in file order.
+      mined: LesaNet's labels.
 
     Raises:
-      InputError: neither 0 nor 1 fits (a partial or reordered file, or other label files), or the
-        column lesion_idx names a number twice or contradicts the split.
+      InputError: neither 0 nor 1 fits (a partial or reordered file, or different label files), or
+        the column lesion_idx repeats a number or contradicts the official split.
     """
     if any(row.lesion_idx is not None for row in rows):
-        return _numbered_by_column([row for row in rows if row.lesion_idx is not None], mined)
+        return _numbered_by_column(rows, mined)
     verdicts = {base: _misfit(rows, mined, base) for base in (1, 0)}
     fitting = [base for base, misfit in verdicts.items() if misfit is None]
     if len(fitting) != 1:
@@ -231,28 +250,28 @@ def number_lesions(rows, mined):
         f"numbered from {base}: {shared} labelled lesions agree with the official split and with "
         f"the order of body parts along z; from {1 - base}: {verdicts[1 - base]}"
     )
-    return Numbering({row.row + base: row for row in rows}, reason)
+    return Numbering({row.row + base: row for row in rows}, reason, base)
 
 
-def _numbered_by_column(rows, mined):
-    lesions = {}
+def _numbered_by_column(rows: Iterable[Lesion], mined: MinedLabels) -> Numbering:
+    lesions: dict[int, Lesion] = {}
     for row in rows:
-        if lesions.setdefault(row.lesion_idx, row) is not row:
-            raise InputError(f"lesion_idx {row.lesion_idx} stands in several rows of DL_info")
+        if row.lesion_idx is not None and lesions.setdefault(row.lesion_idx, row) is not row:
+            raise InputError(f"lesion_idx {row.lesion_idx} occurs in several rows of DL_info")
     labelled = [(row, mined.split[n]) for n, row in lesions.items() if n in mined.split]
     if misfit := _split_misfit(labelled):
         raise InputError(f"the column lesion_idx of DL_info is wrong ({misfit}): rows count from 1")
     return Numbering(lesions, "numbered by the column lesion_idx")
 
 
-def _misfit(rows, mined, base):
-    """None where `base` fits, else the reason why not."""
+def _misfit(rows: Sequence[Lesion], mined: MinedLabels, base: int) -> str | None:
+    """None if `base` fits, else the reason why it does not."""
     patients = [row.patient for row in rows]
     if patients != sorted(patients):
         return "rows are not in the original order (Patient_index goes down)"
     labelled = [(row, mined.split[row.row + base]) for row in rows if row.row + base in mined.split]
     if len(labelled) < 20:
-        return f"only {len(labelled)} of these rows have labels, 20 are needed to tell"
+        return f"only {len(labelled)} of these rows have labels, at least 20 are needed"
     if misfit := _split_misfit(labelled):
         return misfit
     depth = {}
@@ -266,8 +285,8 @@ def _misfit(rows, mined, base):
     return None
 
 
-def _split_misfit(labelled):
-    """None where the (row, split) pairs agree with the official split, else the reason."""
+def _split_misfit(labelled: Sequence[tuple[Lesion, str]]) -> str | None:
+    """None if the (row, split) pairs agree with the official split, else the reason."""
     for start in range(0, len(labelled), _WINDOW):
         part = labelled[start : start + _WINDOW]
         wrong = sum(
@@ -284,9 +303,14 @@ def _split_misfit(labelled):
 
 @dataclasses.dataclass(frozen=True)
 class LabelledLesion:
-    """A lesion with the names that a split gives it (not yet closed under parents).
+    """A lesion with its labels in one split, ancestors not added.
 
-    `unknown` are names that evaluation leaves out: neither right nor wrong.
+    Attributes:
+      split: one of `SPLITS`, or hand.
+      lesion_idx: the lesion number.
+      lesion: its row of DL_info.csv.
+      names: positive labels.
+      unknown: labels that are masked: neither positive nor negative.
     """
 
     split: str
@@ -296,48 +320,58 @@ class LabelledLesion:
     unknown: tuple[str, ...]
 
 
-def label_lesions(numbering, mined, hand, vocabulary, *, doubtful=False):
+def label_lesions(
+    numbering: Numbering,
+    mined: MinedLabels,
+    hand: dict[int, tuple[str, ...]] | None,
+    vocabulary: Vocabulary,
+    *,
+    uncertain_unknown: bool = False,
+) -> tuple[list[LabelledLesion], dict[str, dict[str, int]]]:
     """Joins rows and labels (paper, sections 2 and 4.2).
 
-    Training takes relevant and uncertain labels, val and test only relevant ones: so the counts of
-    the label files come out as 17,705 / 1,686 / 1,640 / 490, the paper's before noisy rows. Labels
-    that are uncertain in val and test count as unknown there, as in LesaNet's evaluation.
+    Relevant and uncertain labels are positive in training, relevant labels alone in val and test.
+    The label files then give 17,705 / 1,686 / 1,640 / 490 lesions, which are the paper's counts
+    before noisy rows are dropped. In val and test uncertain labels are unknown, as in LesaNet's
+    evaluation.
 
     Args:
-      numbering: `Numbering`.
-      mined: `MinedLabels`.
-      hand: dict of `read_hand_labels`, or None.
-      vocabulary: the labels to keep; a lesion without any of them is left out.
-      doubtful: uncertain labels of training are also given as unknown, so that those which they
-        imply can be left out of the loss, as LesaNet does.
+      numbering: see `number_lesions`.
+      mined: LesaNet's text-mined labels.
+      hand: see `read_hand_labels`, or None.
+      vocabulary: the labels to keep; a lesion with none of them is dropped.
+      uncertain_unknown: list uncertain labels as unknown in training, too, so that the caller can
+        leave their ancestors out of the loss (LesaNet marks their direct parents only).
 
     Returns:
-      (lesions, counts): a list of `LabelledLesion` in order of split and number, and a dict
-      split -> {labelled, without_row, noisy, kept}.
+      (lesions, counts): sorted by split and lesion number, and split -> {labelled, without_row,
+      noisy, kept}.
     """
     known = set(vocabulary.names)
+    wanted: dict[str, list[tuple[int, tuple[str, ...], tuple[str, ...]]]]
     wanted = {name: [] for name in (*SPLITS, "hand")}
     for number, split in sorted(mined.split.items()):
         names, unknown = mined.relevant[number], mined.uncertain[number]
         if split == "train":
-            names, unknown = names + unknown, unknown if doubtful else ()
+            names, unknown = names + unknown, unknown if uncertain_unknown else ()
         wanted[split].append((number, names, unknown))
     for number, names in sorted((hand or {}).items()):
         wanted["hand"].append((number, names, ()))
-    lesions, counts = [], {}
+    lesions: list[LabelledLesion] = []
+    counts = {}
     for split, entries in wanted.items():
         entries = [entry for entry in entries if known & set(entry[1])]
         present = [entry for entry in entries if entry[0] in numbering.lesions]
-        kept = [
+        clean = [
             LabelledLesion(split, number, numbering.lesions[number], names, unknown)
             for number, names, unknown in present
             if not numbering.lesions[number].noisy
         ]
-        lesions.extend(kept)
+        lesions.extend(clean)
         counts[split] = {
             "labelled": len(entries),
             "without_row": len(entries) - len(present),
-            "noisy": len(present) - len(kept),
-            "kept": len(kept),
+            "noisy": len(present) - len(clean),
+            "kept": len(clean),
         }
     return lesions, counts

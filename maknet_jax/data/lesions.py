@@ -1,7 +1,9 @@
-"""Patches around lesions as LesaNet cuts them (Yan et al. 2019, section 4.1 and published code)."""
+"""Patches around lesions, cropped like LesaNet's (Yan et al. 2019, section 4.1, and its code)."""
 
 import math
+import os
 import pathlib
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -9,62 +11,71 @@ from scipy import ndimage
 from maknet_jax.ct import png, preprocess
 from maknet_jax.errors import Rejected
 
-SIZE = 120  # pixels of 1 mm
-BETWEEN = 2.0  # mm from one of the three slices to the next
+SIZE = 120  # edge of a patch: pixels, each 1 mm wide
+SLICE_DISTANCE = 2.0  # mm between the three slices
+# Stored in dataset.json: prepared data sets hold this text.
 RULE = "1 mm a pixel, three slices at 2 mm, around the lesion's centre, borders repeated"
 
 
-def three_slices(read, interval):
-    """The slice of a lesion and those 2 mm before and behind it, by linear interpolation.
+def three_slices(read: Callable[[int], np.ndarray], interval: float) -> list[np.ndarray]:
+    """The slice of a lesion and the slices 2 mm before and after it, linearly interpolated.
 
     Args:
-      read: read(offset) -> int16 `[H, W]` in HU, the slice that many further on, or the nearest.
-      interval: mm from slice to slice; where it is unknown (nan, or not above 0) the slice is taken
-        three times.
+      read: read(offset) -> int16 `[H, W]` in HU, the slice `offset` positions further on, or the
+        nearest available one.
+      interval: mm between slices; if unknown (nan, or not above 0) the slice is repeated.
 
     Returns:
-      Three float32 `[H, W]`, padding replaced by air.
+      Three float32 `[H, W]` in HU, padding replaced by air.
 
     Raises:
       Rejected: the slices differ in size.
     """
 
-    def plane(offset):
+    def plane(offset: int) -> np.ndarray:
         return preprocess.clean(read(offset)).astype(np.float32)
 
     middle = plane(0)
     if not interval > 0:
         return [middle] * 3
-    steps = BETWEEN / interval
+    steps = SLICE_DISTANCE / interval
     whole, share = math.floor(steps), steps % 1
-    found = []
+    outer = []
     for sign in (-1, 1):
         planes = (
             [plane(sign * whole), plane(sign * (whole + 1))] if share else [plane(sign * whole)]
         )
         if any(one.shape != middle.shape for one in planes):
-            raise Rejected("the slices beside it are of another size")
-        found.append((1 - share) * planes[0] + share * planes[-1])
-    return [found[0], middle, found[1]]
+            raise Rejected(
+                "the neighbouring slices differ in size: expected equal rows and columns"
+            )
+        outer.append((1 - share) * planes[0] + share * planes[-1])
+    return [outer[0], middle, outer[1]]
 
 
-def make_patch(slices, box, spacing, size=SIZE):
-    """The surroundings of a lesion at 1 mm a pixel.
+def make_patch(
+    slices: Sequence[np.ndarray],
+    box: Sequence[float],
+    spacing: Sequence[float],
+    size: int = SIZE,
+) -> tuple[np.ndarray, tuple[float, ...]]:
+    """A patch around a lesion at 1 mm per pixel.
 
-    Boxes lie on the grid of pixels from 0. LesaNet repeats the border on one side of each axis
-    only, and cuts the box at 0 only; here it is both sides.
+    LesaNet repeats the border on one side of each axis only and clips the box at 0 only; here both
+    sides are treated alike.
 
     Args:
       slices: three `[H, W]` in HU.
-      box: x0, y0, x1, y1 in pixels of the slice.
-      spacing: (x, y, ..) in mm.
+      box: (x0, y0, x1, y1) in pixels of the slice, counted from 0.
+      spacing: (x, y, ...) in mm.
       size: edge of the patch in mm.
 
     Returns:
-      (image, box): int16 `[size, size, 3]` and the lesion's box in its pixels, four floats.
+      (image, box): int16 `[size, size, 3]` in HU, and the lesion's box (x0, y0, x1, y1) in pixels
+      of the patch.
 
     Raises:
-      Rejected: the box or the spacing is none.
+      Rejected: the box or the spacing is invalid.
     """
     scale = np.asarray(spacing[:2], float)
     if not (np.isfinite(scale).all() and (scale > 0).all()):
@@ -85,29 +96,31 @@ def make_patch(slices, box, spacing, size=SIZE):
     return image, tuple(inside.ravel().tolist())
 
 
-def patch_of_png(path, box, spacing, size=SIZE):
-    """`make_patch` of a PNG slice and those beside it, by their names.
+def patch_of_png(
+    path: str | os.PathLike, box: Sequence[float], spacing: Sequence[float], size: int = SIZE
+) -> tuple[np.ndarray, tuple[float, ...], int]:
+    """`make_patch` of a PNG slice and its neighbours, found by file name.
 
     Args:
-      path: the slice; one that is missing beside it is replaced by the nearest there is.
-      box: x0, y0, x1, y1 in pixels of the slice from 0.
+      path: the slice; a missing neighbour is replaced by the nearest existing slice.
+      box: (x0, y0, x1, y1) in pixels of the slice, counted from 0.
       spacing: (x, y, z) in mm.
       size: edge of the patch in mm.
 
     Returns:
-      (image, box, repeated): as `make_patch`, and how many slices were missing.
+      (image, box, repeated): see `make_patch`, and the number of missing slices.
 
     Raises:
-      Rejected: a slice cannot be read, or the box or the spacing is none.
+      Rejected: a slice cannot be read, or the box or the spacing is invalid.
     """
-    repeated = 0
+    path, repeated = pathlib.Path(path), 0
 
-    def read(offset):
+    def read(offset: int) -> np.ndarray:
         nonlocal repeated
-        found = offset
-        while found and not png.neighbour_path(path, found).is_file():
-            found -= int(math.copysign(1, found))
-        repeated += found != offset
-        return png.read_png(png.neighbour_path(path, found) if found else pathlib.Path(path))
+        nearest = offset
+        while nearest and not png.neighbour_path(path, nearest).is_file():
+            nearest -= int(math.copysign(1, nearest))
+        repeated += nearest != offset
+        return png.read_png(png.neighbour_path(path, nearest) if nearest else path)
 
     return *make_patch(three_slices(read, spacing[2]), box, spacing, size), repeated

@@ -1,22 +1,28 @@
 """Batches from records (grain). A batch is a function of (seed, step): no position is stored.
 
-The order of the examples is a permutation an epoch, each epoch another; batches run on over the
-end of an epoch, so that every example is seen once an epoch and no remainder is dropped. Step s of
-a run takes examples s*B .. (s+1)*B of that stream, whatever the number of processes: each reads
-its contiguous part of the batch.
+Each epoch is a new permutation of the examples. Batches continue across the end of an epoch, so
+every example is seen once per epoch and no remainder is dropped. Step s of a run reads examples
+s*B to (s+1)*B of that stream, whatever the number of processes: each reads its contiguous part of
+the batch.
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 
-_ENDLESS = 2**30  # epochs; with none named, grain overflows in batches of one
-_APART = 2**29  # between the record numbers of two streams: more than any of them holds
+from maknet_jax.data.records import Example, ExampleSource
+
+Batch = dict[str, np.ndarray]
+
+_ENDLESS = 2**30  # epochs; with repeat(None), grain overflows in batches of one
+_STREAM_OFFSET = 2**29  # added to the record numbers of each further stream: no stream is this long
 
 
-def to_fields(example, index):
-    """What a batch holds of an example; `box` where the record has one."""
+def to_fields(example: Example, index: int) -> dict[str, Any]:
+    """The batch fields of one example; `box` if the record has one."""
     fields = {
         "image": example.image,
         "labels": example.labels.astype(np.float32),
@@ -31,29 +37,29 @@ def to_fields(example, index):
 
 
 class _Indexed:
-    """A source that yields batch fields and the number of the record."""
+    """A source of batch fields, the record number included."""
 
-    def __init__(self, source):
+    def __init__(self, source: ExampleSource) -> None:
         self._source = source
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return to_fields(self._source[index], index)
 
 
 class _Padded(_Indexed):
-    """The same, lengthened to `length` with examples that count nothing."""
+    """`_Indexed`, extended to `length` with zero-weight padding."""
 
-    def __init__(self, source, length):
+    def __init__(self, source: ExampleSource, length: int) -> None:
         super().__init__(source)
         self._length = length
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, Any]:
         if index < len(self._source):
             return super().__getitem__(index)
         padding = super().__getitem__(0)
@@ -61,59 +67,76 @@ class _Padded(_Indexed):
 
 
 def train_batches(
-    source, *, batch_size, seed, start=0, process_index=0, process_count=1, threads=4, prefetch=4
-):
-    """Endless shuffled batches from step `start` on.
+    source: ExampleSource,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 4,
+    prefetch: int = 4,
+) -> Iterator[Batch]:
+    """Endless shuffled batches, starting at step `start`.
 
     Args:
       source: a random-access source of `records.Example`.
-      batch_size: examples a step over all processes; a multiple of `process_count`.
-      seed: of the order.
+      batch_size: examples per step over all processes; a multiple of `process_count`.
+      seed: determines the order.
       start: the first step.
-      process_index: which part of each batch this process reads.
-      process_count: how many processes read.
-      threads: that read and decompress.
+      process_index: the part of each batch that this process reads.
+      process_count: the number of processes.
+      threads: the number of threads that read and decompress.
       prefetch: batches read ahead.
 
     Yields:
-      `batch` dicts as design.md's contract has them, each array with batch_size / process_count
-      rows, `index` int32: the record number, from which augmentation derives its randomness, and
-      of lesions `box` float32 [B, 4].
+      Dicts of arrays with B = batch_size / process_count rows: `image` int16 `[B, S, S, 3]` in HU,
+      `labels` and `label_mask` float32 `[B, K]` (mask 0: unknown), `weight` float32 `[B]` (0:
+      padding), `id` str `[B]`, `index` int32 `[B]` (the record number, from which augmentation
+      derives its randomness), and for lesions `box` float32 `[B, 4]`.
 
     Raises:
       ValueError: the source is empty or the batch cannot be split evenly.
     """
     if len(source) == 0:
-        raise ValueError("there are no examples to train on")
+        raise ValueError("the source has no examples to train on")
     if batch_size % process_count:
-        raise ValueError(f"batch_size {batch_size} is no multiple of {process_count} processes")
+        raise ValueError(f"batch_size {batch_size} is not a multiple of {process_count} processes")
     local = batch_size // process_count
     stream = grain.MapDataset.source(_Indexed(source)).seed(seed).shuffle().repeat(_ENDLESS)
     # Batch s of process p is block s * process_count + p of the stream cut into local batches.
     blocks = stream.batch(local)[start * process_count + process_index :: process_count]
-    return iter(blocks.to_iter_dataset(_reading(threads, prefetch)))
+    return iter(blocks.to_iter_dataset(_read_options(threads, prefetch)))
 
 
 def mixed_batches(
-    sources, batch_sizes, *, seed, start=0, process_index=0, process_count=1, threads=4
-):
-    """Batches of several streams at once: labelled and pseudo-labelled images (section 4.2).
+    sources: Sequence[ExampleSource],
+    batch_sizes: Sequence[int],
+    *,
+    seed: int,
+    start: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 4,
+) -> Iterator[Batch]:
+    """Batches mixed from several streams: labelled and pseudo-labelled images (section 4.2).
 
-    Every stream has an order of its own, and all positions follow from the step. Rows alternate in
-    a fixed pattern, so that a row has one place in the batch however many processes read it.
+    Each stream is shuffled separately, and all positions follow from the step. Rows alternate in a
+    fixed pattern, so a row has the same place in the batch for any number of processes.
 
     Args:
       sources: random-access sources of `records.Example`.
-      batch_sizes: examples a step of each; their greatest common divisor is a multiple of
-        `process_count`.
-      seed: of the orders.
+      batch_sizes: examples per step from each source; their greatest common divisor is a multiple
+        of `process_count`.
+      seed: determines the orders.
       start: the first step.
-      process_index: which part this process reads.
-      process_count: how many processes read.
-      threads: that read and decompress, a stream.
+      process_index: the part of each batch that this process reads.
+      process_count: the number of processes.
+      threads: the number of threads per source that read and decompress.
 
     Yields:
-      Batches as `train_batches` does; `index` counts on from stream to stream.
+      Batches like those of `train_batches`; `index` is unique across sources, and fields that one
+      source lacks (`box`) are left out.
 
     Raises:
       ValueError: a source is empty or the batches cannot be split evenly.
@@ -136,12 +159,12 @@ def mixed_batches(
     local = unit // process_count
     for batches in zip(*streams, strict=True):
         for number, batch in enumerate(batches):
-            batch["index"] = batch["index"] + np.int32(number * _APART)
-        shared = set.intersection(*map(set, batches))  # of lesions and whole slices no boxes
+            batch["index"] = batch["index"] + np.int32(number * _STREAM_OFFSET)
+        shared = set.intersection(*map(set, batches))  # whole slices have no box
         yield {name: _alternate([batch[name] for batch in batches], local) for name in shared}
 
 
-def _alternate(columns, units):
+def _alternate(columns: Sequence[np.ndarray], units: int) -> np.ndarray:
     if len(columns) == 1:
         return columns[0]
     parts = [column.reshape(units, -1, *column.shape[1:]) for column in columns]
@@ -149,32 +172,41 @@ def _alternate(columns, units):
     return whole.reshape(-1, *whole.shape[2:])
 
 
-def ordered_batches(source, *, batch_size, process_index=0, process_count=1, threads=4, prefetch=2):
-    """All examples once, in order, in batches of one shape; the last ones are padded.
+def ordered_batches(
+    source: ExampleSource,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 4,
+    prefetch: int = 2,
+) -> Iterator[Batch]:
+    """All examples once, in order, in batches of equal shape; the last batch is padded.
 
-    Padding repeats an example with `weight` 0 and `index` -1. Every process yields the same number
-    of batches (collective steps need that): process p reads every process_count-th example.
+    Padding repeats the first example with `weight` 0 and `index` -1. Process p reads every
+    process_count-th example, and every process yields the same number of batches, as collective
+    operations require.
 
     Args:
       source: a random-access source of `records.Example`.
-      batch_size: examples a step over all processes; a multiple of `process_count`.
-      process_index: which part this process reads.
-      process_count: how many processes read.
-      threads: that read and decompress.
+      batch_size: examples per step over all processes; a multiple of `process_count`.
+      process_index: the part of each batch that this process reads.
+      process_count: the number of processes.
+      threads: the number of threads that read and decompress.
       prefetch: batches read ahead.
 
     Yields:
-      Batches as `train_batches` does.
+      Batches like those of `train_batches`.
     """
     if batch_size % process_count:
-        raise ValueError(f"batch_size {batch_size} is no multiple of {process_count} processes")
+        raise ValueError(f"batch_size {batch_size} is not a multiple of {process_count} processes")
     if len(source) == 0:
         return iter(())
     padded = -(-len(source) // batch_size) * batch_size
     stream = grain.MapDataset.source(_Padded(source, padded))[process_index::process_count]
     blocks = stream.batch(batch_size // process_count)
-    return iter(blocks.to_iter_dataset(_reading(threads, prefetch)))
+    return iter(blocks.to_iter_dataset(_read_options(threads, prefetch)))
 
 
-def _reading(threads, prefetch):
+def _read_options(threads: int, prefetch: int) -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))

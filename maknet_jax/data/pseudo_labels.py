@@ -1,16 +1,18 @@
-"""Pseudo-labels of a teacher: how they are chosen, and their shards beside the image records.
+"""Pseudo-labels of a teacher (paper, section 4.2): the selection rule, label shards, their source.
 
     OUT/pseudo.json                    the teacher, the images, the rule and the counts
-    OUT/part-00000-of-00009.npy        one structured row an image that kept a label
+    OUT/part-00000-of-00009.npy        one structured row per image with pseudo-labels
 
-The images stay where they are: a row names its record by number. What a teacher gives is decided
-image by image, so that shards can be made in any order and on any host (paper, section 4.2).
+Images without any pseudo-label have no row and are dropped (our choice; the paper is silent).
+Images are not copied: a row refers to its record by number. The labels of an image depend on that
+image alone, so that shards can be labelled in any order and on any host.
 """
 
 import hashlib
 import io
 import json
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,67 +21,88 @@ from maknet_jax.data import records
 from maknet_jax.errors import InputError
 
 FORMAT = 1
-# Confidences on two layouts of devices differ by less: nearer to a threshold or a tie is close.
-CLOSE = {"float32": 1e-5, "bfloat16": 1e-2}  # by the teacher's precision; the second is a guess
+# Confidences computed on different devices differ by less than this, by the teacher's precision.
+# 1e-5 was measured; 1e-2 is an estimate.
+CLOSE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
-def row_dtype(top):
-    """A row: the record's number, its labels' columns (-1: none) and their confidences."""
+def row_dtype(top: int) -> np.dtype:
+    """A row: the record number, the columns of its labels (-1: none) and their confidences."""
     return np.dtype([("index", "<i8"), ("labels", "<i2", (top,)), ("confidences", "<f4", (top,))])
 
 
-def select(confidences, exclusive, *, top=15, threshold=0.5, close=CLOSE["float32"]):
-    """Chooses the pseudo-labels of images (paper, section 4.2).
+def select(
+    confidences: np.ndarray,
+    exclusive: np.ndarray,
+    *,
+    top: int = 15,
+    threshold: float = 0.5,
+    close: float = CLOSE["float32"],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Selects the pseudo-labels of images (paper, section 4.2).
 
-    The `top` most confident labels, of these those above `threshold`, and from the most confident
-    down those that no kept one excludes. Of equal confidences the lower column comes first.
+    Of the `top` most confident labels, those above `threshold` are considered from the most
+    confident down, and selected unless a selected label excludes them. Ties go to the lower column.
 
     Args:
       confidences: float32 `[N, K]`, the teacher's sigmoids.
       exclusive: bool `[K, K]`, symmetric, see `Vocabulary.exclusive`.
-      top: labels an image at most.
+      top: labels per image at most.
       threshold: what a confidence must exceed.
       close: a difference of confidences.
 
     Returns:
-      (columns, close): int16 `[N, min(top, K)]`, kept columns from the most confident down, then
-      -1; bool `[N]`, whether a difference of `close` could change which they are.
+      (columns, close): int16 `[N, min(top, K)]`, the selected columns from the most confident down,
+      then -1; bool `[N]`, whether changing confidences by `close` could change the selection.
     """
     count = min(top, confidences.shape[1])
     order = np.argsort(-confidences, axis=1, kind="stable")[:, : count + 1]
     ranked = np.take_along_axis(confidences, order, axis=1)
     unsure = (np.abs(ranked - threshold) < close)[:, :count].any(axis=1)
-    # A near tie matters where it decides the cut at `top`, or which of two that exclude each other.
+    # A near tie matters at the cut after `top`, and between two labels that exclude each other.
     near = ranked[:, :, None] - ranked[:, None] < close
     near &= ranked[:, None] > threshold - close
     rivals = exclusive[order[:, :, None], order[:, None]]
     rivals[:, :count, count:] = True
     unsure |= np.triu(near & rivals, 1).any(axis=(1, 2))
-    kept = np.full((len(confidences), count), -1, np.int16)
+    selected = np.full((len(confidences), count), -1, np.int16)
     excluded = np.zeros(confidences.shape, bool)
     rows, places = np.arange(len(confidences)), np.zeros(len(confidences), int)
     for columns, values in zip(order.T[:count], ranked.T, strict=False):
         chosen = (values > threshold) & ~excluded[rows, columns]
-        kept[chosen, places[chosen]] = columns[chosen]
+        selected[chosen, places[chosen]] = columns[chosen]
         excluded[chosen] |= exclusive[columns[chosen]]
         places += chosen
-    return kept, unsure
+    return selected, unsure
 
 
-def rows_of(numbers, columns, confidences, *, top):
-    """The rows of the images that kept a label, in the order of `numbers`."""
-    kept = np.flatnonzero((columns >= 0).any(axis=1))
-    rows = np.zeros(len(kept), row_dtype(top))
-    rows["index"] = np.asarray(numbers)[kept]
+def rows_of(
+    numbers: np.ndarray, columns: np.ndarray, confidences: np.ndarray, *, top: int
+) -> np.ndarray:
+    """The rows of the images with pseudo-labels.
+
+    Args:
+      numbers: `[N]`, the record numbers.
+      columns: int16 `[N, C]`, from `select`.
+      confidences: float32 `[N, K]`.
+      top: places per row.
+
+    Returns:
+      `row_dtype(top)` `[M]`, in the order of `numbers`.
+    """
+    labelled = np.flatnonzero((columns >= 0).any(axis=1))
+    columns = columns[labelled]
+    rows = np.zeros(len(labelled), row_dtype(top))
+    rows["index"] = np.asarray(numbers)[labelled]
     rows["labels"] = -1
-    rows["labels"][:, : columns.shape[1]] = columns[kept]
-    given = np.take_along_axis(confidences[kept], np.maximum(columns[kept], 0), axis=1)
-    rows["confidences"][:, : columns.shape[1]] = np.where(columns[kept] >= 0, given, 0)
+    rows["labels"][:, : columns.shape[1]] = columns
+    values = np.take_along_axis(confidences[labelled], np.maximum(columns, 0), axis=1)
+    rows["confidences"][:, : columns.shape[1]] = np.where(columns >= 0, values, 0)
     return rows
 
 
-def write_rows(path, rows):
-    """Writes one label shard whole or not at all; returns its SHA-256."""
+def write_rows(path: pathlib.Path, rows: np.ndarray) -> str:
+    """Writes one label shard atomically; returns its SHA-256."""
     buffer = io.BytesIO()
     np.save(buffer, rows, allow_pickle=False)
     with files.write_whole(path, "wb") as file:
@@ -87,13 +110,12 @@ def write_rows(path, rows):
     return hashlib.sha256(buffer.getvalue()).hexdigest()
 
 
-def read_rows(path, digest):
-    """Reads a label shard that has the SHA-256 `digest`.
+def read_rows(path: pathlib.Path, digest: str) -> np.ndarray:
+    """Reads a label shard and verifies its SHA-256.
 
     Raises:
-      InputError: it is damaged or missing.
+      InputError: the file is missing or damaged.
     """
-    path = pathlib.Path(path)
     payload = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(payload).hexdigest() == digest:
         return np.load(io.BytesIO(payload), allow_pickle=False)
@@ -101,80 +123,97 @@ def read_rows(path, digest):
 
 
 class PseudoSource:
-    """Random access to the unlabelled images that a teacher gave labels (picklable, for grain)."""
+    """Random access to images with their pseudo-labels (picklable, for grain)."""
 
-    def __init__(self, path, *, size, names, balance=0, seed=0):
-        """Opens what `maknet pseudo-label` wrote.
+    def __init__(
+        self,
+        path: pathlib.Path | str,
+        *,
+        size: int,
+        names: Sequence[str],
+        balance: int = 0,
+        seed: int = 0,
+    ):
+        """Opens the output of `maknet pseudo-label`.
 
         Args:
           path: its folder.
-          size: the edge of the images that is wanted.
-          names: the labels that are wanted, in column order.
-          balance: 0 takes every image once an epoch; else so many of each label, the most confident
-            ones, repeated where a label has fewer (noisy student, arXiv:1911.04252, section 3).
+          size: the edge of the student's images, in pixels.
+          names: the student's labels, in column order.
+          balance: 0 takes every image once per epoch; otherwise the number of images per label, the
+            most confident ones, repeated where a label has fewer (noisy student, arXiv:1911.04252,
+            section 3).
           seed: of the order of the balanced images.
 
         Raises:
-          InputError: it is unfinished or damaged, of other labels, or of other images than there
-            are now.
+          InputError: the pseudo-labels are unfinished or damaged, have other labels or another
+            image size, or the images have changed since.
         """
         path = pathlib.Path(path)
         try:
             self.info = files.read_json(path / "pseudo.json")
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(
-                f"{path} holds no finished pseudo-labels (no pseudo.json): run `maknet "
+                f"{path} holds no finished pseudo-labels (pseudo.json is missing): run `maknet "
                 "pseudo-label`"
             ) from None
         dataset = records.open_dataset(self.info["records"])
         if dataset.fingerprint != self.info["fingerprint"]:
             raise InputError(
-                f"{dataset.path} is not what {path} was made for: label the images again"
+                f"{dataset.path} has changed since {path} was written: label the images again"
             )
         if tuple(self.info["labels"]) != tuple(names):
-            raise InputError(f"{path} has other labels than the training data: use their teacher")
-        if dataset.size != size:
-            raise InputError(f"{dataset.path} has images of {dataset.size}, {size} are wanted")
+            raise InputError(
+                f"{path} has other labels than the training data: use a teacher with these labels"
+            )
+        records.check_size(dataset, size, "the student")
         self.size = len(names)
         self._images = dataset.source(self.info["split"])
         rows = [read_rows(path / shard["file"], shard["sha256"]) for shard in self.info["shards"]]
         self._rows = np.concatenate(rows)
         if not len(self._rows):
-            raise InputError(f"{path} kept no label of any image: lower --threshold")
+            raise InputError(f"no image in {path} has a pseudo-label: lower --threshold")
         self._order = balanced(self._rows, self.size, balance, seed) if balance else None
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._rows if self._order is None else self._order)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> records.Example:
         row = self._rows[index if self._order is None else self._order[index]]
-        kept = row["labels"] >= 0
+        selected = row["labels"] >= 0
         labels = np.zeros(self.size, np.float32)
-        labels[row["labels"][kept]] = row["confidences"][kept] if self.info["soft"] else 1
+        labels[row["labels"][selected]] = row["confidences"][selected] if self.info["soft"] else 1
         image = self._images[int(row["index"])]
         mask = np.ones(self.size, np.uint8)
         return records.Example(image.id, image.image, labels, mask, image.meta)
 
     @property
-    def fingerprint(self):
-        """SHA-256 over the images, the labels and how they are meant."""
+    def fingerprint(self) -> str:
+        """SHA-256 over the images, their labels, and whether the labels are soft."""
         shards = [shard["sha256"] for shard in self.info["shards"]]
-        about = json.dumps([self.info["fingerprint"], self.info["soft"], shards])
-        return hashlib.sha256(about.encode()).hexdigest()
+        content = json.dumps([self.info["fingerprint"], self.info["soft"], shards])
+        return hashlib.sha256(content.encode()).hexdigest()
 
     @property
-    def label_counts(self):
-        """How many images of an epoch have each label, `[K]`; soft ones count what they are."""
+    def label_counts(self) -> np.ndarray:
+        """Images per label in an epoch, `[K]`; soft labels count by their confidence."""
         rows = self._rows if self._order is None else self._rows[self._order]
-        kept = rows["labels"] >= 0
-        weights = rows["confidences"][kept] if self.info["soft"] else None
-        return np.bincount(rows["labels"][kept], weights, minlength=self.size)
+        selected = rows["labels"] >= 0
+        weights = rows["confidences"][selected] if self.info["soft"] else None
+        return np.bincount(rows["labels"][selected], weights, minlength=self.size)
 
 
-def balanced(rows, size, count, seed):
-    """Row numbers with `count` images of each label that has any, in a shuffled order.
+def balanced(rows: np.ndarray, size: int, count: int, seed: int) -> np.ndarray:
+    """Draws the same number of images for each label.
 
-    The most confident images of a label come first; a label with fewer repeats them.
+    Args:
+      rows: the rows of the label shards.
+      size: the number of labels K.
+      count: images per label, the most confident ones; repeated where a label has fewer.
+      seed: of the order.
+
+    Returns:
+      Row numbers, `count` for each label that has any image, shuffled.
     """
     chosen = []
     for column in range(size):

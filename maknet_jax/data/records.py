@@ -1,17 +1,19 @@
 """Prepared examples on disk: int16 HU in ArrayRecord shards, and `dataset.json` beside them.
 
-    OUT/dataset.json                                   what it is and how it was made
-    OUT/train/part-00000-of-00009.array_record         one msgpack record an example
+    OUT/dataset.json                                   contents and how they were prepared
+    OUT/train/part-00000-of-00009.array_record         one msgpack record per example
 
 A record holds `id` (str), `image` (int16 HU `[S, S, 3]`), `labels` and `label_mask` (uint8 `[K]`)
-and `meta` (a dict: where it came from). ArrayRecord checks every chunk, so that a flipped bit or a
-cut file raises when it is read.
+and `meta` (a dict: the source of the image). ArrayRecord checks every chunk: a flipped bit or a
+truncated file raises when it is read.
 """
 
 import dataclasses
 import hashlib
 import os
 import pathlib
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import msgpack
 import numpy as np
@@ -22,26 +24,48 @@ from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError
 
 FORMAT = 1
-# One record a group: random access then decompresses nothing but the record that was asked for.
+# One record per group, so that random access decompresses the requested record only.
 _OPTIONS = "group_size:1,zstd:3"
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One image with its labels, as a record holds it (see the module)."""
+    """One image with its labels.
+
+    Attributes:
+      id: unique within the data set.
+      image: int16 `[S, S, 3]` in HU.
+      labels: uint8 `[K]`.
+      label_mask: uint8 `[K]`, 0 where the label is unknown.
+      meta: the source of the image, JSON-like; `box` for a lesion patch.
+    """
 
     id: str
     image: np.ndarray
     labels: np.ndarray
     label_mask: np.ndarray
-    meta: dict
+    meta: dict[str, Any]
 
 
-def encode(example):
-    """`Example` -> bytes."""
+class ExampleSource(Protocol):
+    """Random access to examples: a `RecordSource`, or a list of `Example`s."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+def encode(example: Example) -> bytes:
+    """Serialises an example.
+
+    Raises:
+      ValueError: the image is not int16 `[S, S, 3]`.
+    """
     size = example.image.shape[0]
     if example.image.shape != (size, size, 3) or example.image.dtype != np.int16:
-        raise ValueError(f"image should be int16 [S, S, 3], not {example.image.shape}")
+        raise ValueError(
+            f"image should be int16 [S, S, 3], not {example.image.dtype} {example.image.shape}"
+        )
     return msgpack.packb(
         {
             "id": example.id,
@@ -55,8 +79,8 @@ def encode(example):
     )
 
 
-def decode(payload):
-    """Bytes -> `Example`; the image is a read-only view where the byte order allows it."""
+def decode(payload: bytes) -> Example:
+    """The inverse of `encode`; the image is a read-only view if the byte order allows it."""
     record = msgpack.unpackb(payload)
     size = record["size"]
     image = np.frombuffer(record["image"], "<i2").reshape(3, size, size).transpose(1, 2, 0)
@@ -69,8 +93,8 @@ def decode(payload):
     )
 
 
-def write_shard(path, payloads):
-    """Writes one shard whole or not at all; returns (count, SHA-256 of the payloads in order)."""
+def write_shard(path: str | os.PathLike, payloads: Iterable[bytes]) -> tuple[int, str]:
+    """Writes one shard atomically; returns (count, SHA-256 over the payloads in order)."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -95,31 +119,31 @@ def write_shard(path, payloads):
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A prepared folder: `dataset.json` read and checked against the shards that are there."""
+    """A prepared folder, whose `dataset.json` was checked against the shards on disk."""
 
     path: pathlib.Path
-    info: dict
+    info: dict[str, Any]
 
     @property
-    def size(self):
+    def size(self) -> int:
         """The edge S of the images."""
         return self.info["size"]
 
     @property
-    def vocabulary(self):
+    def vocabulary(self) -> Vocabulary:
         """The labels in column order."""
         return Vocabulary.from_json(self.info["labels"])
 
     @property
-    def fingerprint(self):
-        """SHA-256 over the digests of all shards: the same data gives the same one."""
+    def fingerprint(self) -> str:
+        """SHA-256 over the digests of all shards: equal data, equal fingerprint."""
         return self.info["fingerprint"]
 
-    def split(self, name):
+    def split(self, name: str) -> dict[str, Any]:
         """The entry of a split: count, label_counts, shards.
 
         Raises:
-          InputError: there is no such split.
+          InputError: the data set has no such split.
         """
         if name not in self.info["splits"]:
             raise InputError(
@@ -127,17 +151,27 @@ class Dataset:
             )
         return self.info["splits"][name]
 
-    def source(self, name):
+    def source(self, name: str) -> "RecordSource":
         """A random-access `RecordSource` of a split."""
         paths = [self.path / shard["file"] for shard in self.split(name)["shards"]]
         return RecordSource(paths)
 
+    def sample(self, count: int) -> list[Example]:
+        """At most `count` random examples over all splits; always the same ones."""
+        splits = self.info["splits"]
+        places = [(name, k) for name, split in splits.items() for k in range(split["count"])]
+        generator = np.random.default_rng(0)
+        chosen = sorted(generator.choice(len(places), min(count, len(places)), replace=False))
+        sources = {name: self.source(name) for name in splits}
+        return [sources[places[k][0]][places[k][1]] for k in chosen]
 
-def open_dataset(path):
+
+def open_dataset(path: str | os.PathLike) -> Dataset:
     """Reads `path/dataset.json`.
 
     Raises:
-      InputError: nothing finished is there, its format is newer, or a shard is missing.
+      InputError: the folder is not a finished data set, its format is not supported, or a shard is
+        missing.
     """
     path = pathlib.Path(path)
     try:
@@ -150,7 +184,7 @@ def open_dataset(path):
         raise InputError(f"{path}/dataset.json is damaged: {error}") from None
     if info.get("format") != FORMAT:
         raise InputError(
-            f"{path} has record format {info.get('format')}, this version reads {FORMAT}: "
+            f"{path} has record format {info.get('format')}, this version reads format {FORMAT}: "
             "prepare the data again"
         )
     for split in info["splits"].values():
@@ -160,17 +194,35 @@ def open_dataset(path):
     return Dataset(path, info)
 
 
-class RecordSource:
-    """Random access to the examples of several shards, as grain wants it (picklable)."""
+def check_size(dataset: Dataset, size: int, name: str = "the network") -> None:
+    """Checks that a data set was prepared at the image size of a network.
 
-    def __init__(self, paths):
+    Args:
+      dataset: the prepared data set.
+      size: the edge of the images that `name` takes, in pixels.
+      name: what takes them, for the message.
+
+    Raises:
+      InputError: the sizes differ.
+    """
+    if dataset.size != size:
+        raise InputError(
+            f"{dataset.path} was prepared with --size {dataset.size}, {name} with {size}: prepare "
+            f"it again with --size {size}"
+        )
+
+
+class RecordSource:
+    """Random access to the examples of several shards; picklable, for grain."""
+
+    def __init__(self, paths: Iterable[str | os.PathLike]) -> None:
         """Opens shards.
 
         Args:
-          paths: the files in order; none gives an empty source.
+          paths: the files in order; an empty list gives an empty source.
 
         Raises:
-          InputError: here or at an example, where a shard is damaged.
+          InputError: a shard is damaged. Reading an example may raise it, too.
         """
         self._paths = [str(path) for path in paths]
         try:
@@ -179,16 +231,16 @@ class RecordSource:
         except RuntimeError as error:
             raise self._damaged(error) from error
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Example:
         try:
             payload = self._records[index]
         except RuntimeError as error:
             raise self._damaged(error) from error
         return decode(payload)
 
-    def _damaged(self, error):
+    def _damaged(self, error: Exception) -> InputError:
         folder = pathlib.Path(self._paths[0]).parent
         return InputError(f"a shard in {folder} is damaged ({error}): prepare the data again")

@@ -1,7 +1,7 @@
-"""Writing a prepared data set: planned first, then shard by shard, finished by `dataset.json`.
+"""Writes a prepared data set: the plan first, then shard by shard, `dataset.json` last.
 
-A run that was stopped goes on with the shards that are missing. Nothing is called finished before
-`dataset.json` is there (it comes last, by `finish`), and each shard appears whole or not at all.
+An interrupted run resumes with the missing shards. Each shard is written atomically, and the data
+set is finished once `dataset.json` exists (see `finish`).
 """
 
 import collections
@@ -10,11 +10,13 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import multiprocessing
+import os
 import pathlib
 import shutil
 import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -22,6 +24,7 @@ import maknet_jax
 from maknet_jax import files
 from maknet_jax.ct import preprocess
 from maknet_jax.data import records
+from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError
 
 SHARD_RECORDS = 512  # about 100 MB at 256 x 256
@@ -29,43 +32,78 @@ WINDOW = (-1024.0, 3071.0)  # HU; LesaNet's, the default of the configs
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
-    """What one unit of work gave.
+class UnitResult:
+    """The records of one unit of work, and what was rejected.
 
     Attributes:
-      examples: encoded records with their label vectors.
+      examples: encoded records with their label vectors, uint8 `[K]`.
       failures: (input, reason) pairs.
-      counters: what to add up over the run, as {"neighbours repeated": 1}.
+      counters: summed over the run, for example {"neighbours repeated": 1}.
     """
 
     examples: tuple[tuple[bytes, np.ndarray], ...] = ()
     failures: tuple[tuple[str, str], ...] = ()
-    counters: dict = dataclasses.field(default_factory=dict)
+    counters: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-def write_shards(out, splits, make, *, kind, size, vocabulary, about, workers, advance):
-    """Writes all splits; returns (content for `finish`, failures).
+class Unit(Protocol):
+    """A unit of work: a picklable dataclass whose `repr` determines its records and the plan."""
+
+    @property
+    def count(self) -> int:
+        """The number of records expected of it."""
+
+
+AnyUnit = TypeVar("AnyUnit", bound=Unit)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One finished shard, as stored in its sidecar in `.parts`."""
+
+    count: int
+    digest: str
+    label_counts: list[int]
+    failures: list[tuple[str, str]]
+    counters: dict[str, int]
+
+
+def write_shards(
+    out: str | os.PathLike,
+    splits: Mapping[str, Sequence[AnyUnit]],
+    make: Callable[[AnyUnit], UnitResult],
+    *,
+    kind: str,
+    size: int,
+    vocabulary: Vocabulary,
+    about: dict[str, Any],
+    workers: int,
+    advance: Callable[[int], None],
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Writes all splits; returns (info for `finish`, failures).
 
     Args:
-      out: the folder to fill; it may hold an unfinished run of the same plan.
-      splits: dict split -> list of units; a unit is a picklable dataclass with `count`, the number
-        of records expected of it, and a `repr` that says all about it.
-      make: make(unit) -> Made, importable by name (worker processes call it).
-      kind: deeplesion, dicom or table.
+      out: the output folder; it may hold an unfinished run with the same plan.
+      splits: split -> units.
+      make: make(unit) -> UnitResult, importable by name (worker processes call it).
+      kind: deeplesion, lesions, dicom or table.
       size: the edge of the images.
       vocabulary: `labels.Vocabulary`.
-      about: JSON to keep in `dataset.json`: how the units were chosen.
-      workers: processes; 1 works in this one.
-      advance: advance(count) is called after each unit.
+      about: how the units were chosen; JSON, stored in `dataset.json`.
+      workers: the number of processes; 1 runs in this process.
+      advance: called with the number of units done.
 
     Raises:
-      InputError: `out` holds something else, or no unit gave a record.
+      InputError: `out` is not empty and does not hold this plan, no unit gave a record, or a worker
+        was killed.
     """
     out = pathlib.Path(out)
     labels = vocabulary.to_json()
     made_by = (records.FORMAT, preprocess.CROP_RULE, kind, size, labels)
     _claim(out, _digest(*made_by, splits))
-    entries, failures, counters = {}, [], collections.Counter()
+    entries: dict[str, dict[str, Any]] = {}
+    failures: list[tuple[str, str]] = []
+    counters: collections.Counter[str] = collections.Counter()
     with _mapper(workers) as run:
         for split, units in splits.items():
             shards, label_counts = [], np.zeros(len(vocabulary), np.int64)
@@ -73,11 +111,11 @@ def write_shards(out, splits, make, *, kind, size, vocabulary, about, workers, a
             for number, part in enumerate(parts):
                 name = f"{split}/part-{number:05d}-of-{len(parts):05d}.array_record"
                 done = _write_part(out, name, part, make, run, len(vocabulary), advance)
-                label_counts += np.asarray(done["label_counts"], np.int64)
-                failures.extend(tuple(pair) for pair in done["failures"])
-                counters.update(done["counters"])
-                if done["count"]:
-                    shards.append({"file": name, "count": done["count"], "digest": done["digest"]})
+                label_counts += np.asarray(done.label_counts, np.int64)
+                failures.extend(done.failures)
+                counters.update(done.counters)
+                if done.count:
+                    shards.append({"file": name, "count": done.count, "digest": done.digest})
             entries[split] = {
                 "count": sum(shard["count"] for shard in shards),
                 "label_counts": label_counts.tolist(),
@@ -86,8 +124,8 @@ def write_shards(out, splits, make, *, kind, size, vocabulary, about, workers, a
     if not any(entry["count"] for entry in entries.values()):
         shutil.rmtree(out / ".parts")
         for folder in filter(pathlib.Path.is_dir, map(out.joinpath, splits)):
-            folder.rmdir()  # empty; the next try finds the folder as this one did
-        reason = f"the first one says: {failures[0][1]}" if failures else "there was no input"
+            folder.rmdir()  # empty: leaves the folder as it was before
+        reason = f"the first failure: {failures[0][1]}" if failures else "there is no input"
         raise InputError(f"no record could be made for {out}: {reason}")
     info = {
         "format": records.FORMAT,
@@ -101,45 +139,38 @@ def write_shards(out, splits, make, *, kind, size, vocabulary, about, workers, a
         "about": about,
         "versions": {"maknet-jax": maknet_jax.__version__}
         | {name: importlib.metadata.version(name) for name in ("numpy", "pillow", "pydicom")},
-        # Of what was made, not of where it came from: moved inputs give the same one.
+        # Of the records, not of their paths: moving the inputs does not change it.
         "fingerprint": _digest(*made_by, entries),
     }
     return info, failures
 
 
-def finish(out, info):
-    """Writes `dataset.json`: from here on the folder is a data set."""
+def finish(out: pathlib.Path, info: dict[str, Any]) -> None:
+    """Writes `dataset.json`, which marks the data set as finished."""
     files.write_json(out / "dataset.json", info)
     shutil.rmtree(out / ".parts")
 
 
-def check_unfinished(out):
+def check_unfinished(out: str | os.PathLike[str]) -> None:
     """Raises InputError where `out` holds a finished data set."""
     if (pathlib.Path(out) / "dataset.json").exists():
         raise InputError(f"{out} already holds a finished data set: choose another --out")
 
 
-def _digest(*parts):
+def _digest(*parts: Any) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _claim(out, plan):
+def _claim(out: pathlib.Path, plan: str) -> None:
     check_unfinished(out)
-    marker = out / ".parts" / "plan.json"
-    if marker.exists():
-        if files.read_json(marker)["plan"] != plan:
-            raise InputError(
-                f"{out} holds an unfinished run with other inputs or options: repeat those, or "
-                "remove the folder"
-            )
-    elif out.is_dir() and any(out.iterdir()):
-        raise InputError(f"{out} is not empty: choose another --out")
-    else:
-        files.write_json(marker, {"plan": plan})
+    name, record = ".parts/plan.json", {"plan": plan}
+    files.check_claim(out, {name: record}, command="maknet prepare", option="--out")
+    files.write_json(out / name, record)
 
 
-def _chunks(units):
-    parts, filled = [[]], 0
+def _chunks(units: Iterable[AnyUnit]) -> list[list[AnyUnit]]:
+    parts: list[list[AnyUnit]] = [[]]
+    filled = 0
     for unit in units:
         if filled and filled + unit.count > SHARD_RECORDS:
             parts.append([])
@@ -149,20 +180,31 @@ def _chunks(units):
     return parts if parts[0] else []
 
 
-def _write_part(out, name, units, make, run, label_count, advance):
-    # The sidecar is written after the shard: where it is, the shard is whole.
+def _write_part(
+    out: pathlib.Path,
+    name: str,
+    units: Sequence[AnyUnit],
+    make: Callable[[AnyUnit], UnitResult],
+    run: Callable[..., Iterable[UnitResult]],
+    label_count: int,
+    advance: Callable[[int], None],
+) -> _Part:
+    # The sidecar is written after the shard: if it exists, the shard is complete.
     sidecar = out / ".parts" / f"{name.replace('/', '.')}.json"
     if sidecar.exists():
         advance(len(units))
-        return files.read_json(sidecar)
+        content = files.read_json(sidecar)
+        failed = [(name, reason) for name, reason in content["failures"]]
+        return _Part(**content | {"failures": failed})
     label_counts = np.zeros(label_count, np.int64)
-    failures, counters = [], collections.Counter()
+    failures: list[tuple[str, str]] = []
+    counters: collections.Counter[str] = collections.Counter()
 
-    def payloads():
-        for made in run(make, units):
-            failures.extend(made.failures)
-            counters.update(made.counters)
-            for payload, labels in made.examples:
+    def payloads() -> Iterator[bytes]:
+        for result in run(make, units):
+            failures.extend(result.failures)
+            counters.update(result.counters)
+            for payload, labels in result.examples:
                 np.add(label_counts, labels, out=label_counts)
                 yield payload
             advance(1)
@@ -170,31 +212,25 @@ def _write_part(out, name, units, make, run, label_count, advance):
     count, digest = records.write_shard(out / name, payloads())
     if not count:
         (out / name).unlink()
-    done = {
-        "count": count,
-        "digest": digest,
-        "label_counts": label_counts.tolist(),
-        "failures": failures,
-        "counters": dict(counters),
-    }
-    files.write_json(sidecar, done)
-    return json.loads(json.dumps(done))
+    part = _Part(count, digest, label_counts.tolist(), failures, dict(counters))
+    files.write_json(sidecar, dataclasses.asdict(part))
+    return part
 
 
 @contextlib.contextmanager
-def _mapper(workers):
-    """Yields map(function, units), in order, over processes."""
+def _mapper(workers: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """Yields map(function, units) over processes; results come in order."""
     if workers <= 1:
         yield map
         return
-    # Spawned, not forked: threads of the parent (grain, JAX) do not survive a fork.
+    # Spawned, not forked: the threads of the parent (grain, JAX) do not survive a fork.
     pool = concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_ignore_interrupts
     )
     signals = {signal.SIGINT, signal.SIGTERM}
     try:
-        # Started with the signals blocked, which they inherit: one that comes before a worker can
-        # ignore it would kill it. The parent gets what came meanwhile afterwards.
+        # Workers start with the signals blocked: a signal that arrives before a worker ignores it
+        # would kill the worker. The parent receives pending signals after unblocking them.
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         started = [pool.submit(_ignore_interrupts) for _ in range(workers)]
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
@@ -202,16 +238,16 @@ def _mapper(workers):
         yield pool.map
     except concurrent.futures.process.BrokenProcessPool:
         raise InputError(
-            f"one of {workers} worker processes was killed, most often for memory: the same "
-            "command with fewer --workers goes on (a script of yours needs `if __name__ == "
-            "'__main__':`, because each worker imports it)"
+            f"one of {workers} worker processes was killed, most likely for lack of memory: repeat "
+            "the command with fewer --workers to resume (a script must guard its calls with `if "
+            "__name__ == '__main__':`, because each worker imports it)"
         ) from None
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         pool.shutdown(cancel_futures=True)
 
 
-def _ignore_interrupts():
-    # Ctrl-C and a scheduler's SIGTERM reach the whole group; the parent decides what they mean.
+def _ignore_interrupts() -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the parent handles them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,58 +1,87 @@
-"""Scores of a whole split, each example counted once, and the numbers made from them."""
+"""Scores of a whole split, each example counted once, and the metrics computed from them."""
 
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from maknet_jax.data import pipeline
-from maknet_jax.evaluation import protocol
+from maknet_jax.data.records import Example
+from maknet_jax.evaluation import metrics, protocol
+
+
+class Source(Protocol):
+    """Random access to the examples of a split."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Predictions and truth of a split in its own order.
+    """Predictions and labels of a split, in the order of the split.
 
     Attributes:
       scores: float32 `[N, K]`, sigmoids of the logits.
       labels: float32 `[N, K]`, 0 or 1.
-      label_mask: bool `[N, K]`, False where the truth is unknown.
+      label_mask: bool `[N, K]`, False where the label is unknown.
     """
 
     scores: np.ndarray
     labels: np.ndarray
     label_mask: np.ndarray
 
-    def thresholds(self):
-        """Thresholds a label by LesaNet's protocol, from these (validation) scores.
+    def thresholds(self, rules: str = protocol.OURS) -> np.ndarray:
+        """Thresholds per label by LesaNet's protocol, `[K]`, chosen on these scores.
 
-        A label that they cannot judge is never predicted. (LesaNet would predict it always, but
-        its own validation set judges all labels; a smaller one does not.)
+        By our rules a label that cannot be scored on this split is never predicted. LesaNet always
+        predicts it, but LesaNet's validation set can score every label; a smaller one cannot.
         """
         return protocol.choose_thresholds(
-            self.scores, self.labels, mask=self.label_mask, unjudged=protocol.NEVER
+            self.scores,
+            self.labels,
+            mask=self.label_mask,
+            unjudged=protocol.ALWAYS if rules == protocol.LESANET else protocol.NEVER,
+            rules=rules,
         )
 
-    def report(self, thresholds, parents):
-        """`protocol.Report` of these scores."""
+    def report(
+        self,
+        thresholds: np.ndarray | Sequence[float],
+        parents: Sequence[Sequence[int]],
+        rules: str = protocol.OURS,
+    ) -> protocol.Report:
+        """Evaluates these scores, see `protocol.evaluate`."""
         return protocol.evaluate(
-            self.scores, self.labels, thresholds, parents, mask=self.label_mask
+            self.scores, self.labels, thresholds, parents, mask=self.label_mask, rules=rules
         )
 
 
 class Evaluator:
     """Scores a split with any predictor, on any number of processes."""
 
-    def __init__(self, source, predict, *, batch_size, process_index=0, process_count=1, threads=4):
+    def __init__(
+        self,
+        source: Source,
+        predict: Callable[..., Mapping[str, np.ndarray]],
+        *,
+        batch_size: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        threads: int = 4,
+    ):
         """Sets up a split.
 
         Args:
-          source: a random-access source of examples.
+          source: the examples.
           predict: predict(variables, batch) -> dict of NumPy arrays over the rows of all
             processes: `logits` [B, K] and the batch's labels, label_mask, weight and index.
-          batch_size: over all processes; the last batch is padded.
+          batch_size: examples per step over all processes; the last batch is padded.
           process_index: of this process.
-          process_count: of processes.
-          threads: that read.
+          process_count: number of processes.
+          threads: number of reader threads.
         """
         self._source = source
         self._predict = predict
@@ -63,25 +92,33 @@ class Evaluator:
             "threads": threads,
         }
 
-    def scores(self, variables, advance=lambda count: None):
-        """All scores of the split as `Scores`; `advance(count)` after each batch."""
-        rows = {"logits": [], "labels": [], "label_mask": [], "index": []}
+    def scores(
+        self, variables: object, advance: Callable[[int], object] = lambda count: None
+    ) -> Scores:
+        """Scores the whole split.
+
+        Args:
+          variables: the first argument of `predict`.
+          advance: called with the number of examples after each batch.
+
+        Raises:
+          RuntimeError: an example was scored twice or not at all.
+        """
+        columns: dict[str, list[np.ndarray]] = {
+            name: [] for name in ("logits", "labels", "label_mask", "index")
+        }
         for batch in pipeline.ordered_batches(self._source, **self._reading):
             outputs = self._predict(variables, batch)
             real = outputs["weight"] > 0
-            for name, column in rows.items():
+            for name, column in columns.items():
                 column.append(outputs[name][real])
             advance(int(real.sum()))
-        rows = {name: np.concatenate(column) for name, column in rows.items()}
+        rows = {name: np.concatenate(column) for name, column in columns.items()}
         order = np.argsort(rows["index"])
         if not np.array_equal(rows["index"][order], np.arange(len(self._source))):
-            raise RuntimeError("an example was counted twice or not at all")
-        logits = rows["logits"][order].astype(np.float64)
-        scores = (0.5 * (1.0 + np.tanh(0.5 * logits))).astype(np.float32)
-        return Scores(scores, rows["labels"][order], rows["label_mask"][order] > 0)
-
-    def run(self, variables, parents, thresholds=None, prefix=""):
-        """Yields (name, value); without thresholds they are chosen on these very scores."""
-        scores = self.scores(variables)
-        thresholds = scores.thresholds() if thresholds is None else thresholds
-        yield from protocol.named(scores.report(thresholds, parents), prefix)
+            raise RuntimeError("an example was scored twice or not at all")
+        return Scores(
+            metrics.sigmoid(rows["logits"][order]),
+            rows["labels"][order],
+            rows["label_mask"][order] > 0,
+        )

@@ -1,22 +1,36 @@
 """Ranking and counting metrics of multi-label predictions, per label and over all."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from maknet_jax.errors import InputError
 
+Values = np.ndarray | Sequence
+
 
 class Counts(NamedTuple):
-    """Predictions against labels; numbers, or arrays [K]."""
+    """True positives, false positives and false negatives; scalars, or arrays `[K]`."""
 
-    tp: np.ndarray
-    fp: np.ndarray
-    fn: np.ndarray
+    tp: np.ndarray | np.integer
+    fp: np.ndarray | np.integer
+    fn: np.ndarray | np.integer
+
+    def total(self) -> "Counts":
+        """The sums over all labels."""
+        return Counts(*(np.sum(values) for values in self))
 
 
-def auc(scores, labels):
-    """Area under the ROC curve: the chance that a positive outscores a negative, ties half.
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Confidences of logits in float32, computed in float64 without overflow."""
+    return (0.5 * (1.0 + np.tanh(0.5 * logits.astype(np.float64)))).astype(np.float32)
+
+
+def auc(scores: Values, labels: Values) -> float:
+    """Area under the ROC curve: the probability that a positive outscores a negative.
+
+    Ties count half.
 
     Args:
       scores: [N], finite.
@@ -26,13 +40,13 @@ def auc(scores, labels):
       A float; nan where one class is absent.
 
     Raises:
-      InputError: scores that are not finite, labels that are not 0 or 1, shapes that differ.
+      InputError: scores are not finite, labels are not 0 or 1, or shapes differ.
     """
-    scores, labels, _ = checked(scores, labels)
-    return _auc(scores, labels)
+    checked_scores, checked_labels, _ = checked(scores, labels)
+    return _auc(checked_scores, checked_labels)
 
 
-def auc_per_label(scores, labels, mask=None):
+def auc_per_label(scores: Values, labels: Values, mask: Values | None = None) -> np.ndarray:
     """AUC of every label, [K]; see `auc`. `mask` [N, K] is 0 where the label is unknown."""
     scores, labels, mask = checked(scores, labels, mask)
     return np.array(
@@ -40,7 +54,7 @@ def auc_per_label(scores, labels, mask=None):
     )
 
 
-def _auc(scores, labels):
+def _auc(scores: np.ndarray, labels: np.ndarray) -> float:
     positives = np.count_nonzero(labels)
     negatives = labels.size - positives
     if positives == 0 or negatives == 0:
@@ -54,9 +68,9 @@ def _auc(scores, labels):
     return float(positives_at @ (below + negatives_at / 2) / (positives * negatives))
 
 
-def count(predicted, labels, mask=None):
+def count(predicted: Values, labels: Values, mask: Values | None = None) -> Counts:
     """Counts of every label, each [K], from `predicted`, `labels` and `mask`, all [N, K]."""
-    # Outside the mask both come back false, which counts nowhere here.
+    # Outside the mask `checked` makes both false, and true negatives are not counted.
     predicted, labels, _ = checked(predicted, labels, mask)
     predicted = predicted.astype(bool)
     return Counts(
@@ -66,14 +80,14 @@ def count(predicted, labels, mask=None):
     )
 
 
-def rates(counts):
+def rates(counts: Counts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Precision, recall and F1 of `Counts`, three floats or arrays.
 
     Precision is 1 when nothing is predicted (LesaNet). Recall is nan without positives, and so is
-    F1. F1 is 0 when positives exist and none is found; a label that is never predicted thus has
-    precision 1, recall 0 and F1 0, which drives mean F1 below both means.
+    F1. F1 is 0 when no positive is predicted; a label that is never predicted thus has precision 1,
+    recall 0 and F1 0, which pulls the mean F1 below both means.
     """
-    tp, fp, fn = (np.asarray(c, np.float64) for c in counts)
+    tp, fp, fn = (np.asarray(values, np.float64) for values in counts)
     precision = np.where(tp + fp > 0, tp / np.maximum(tp + fp, 1), 1.0)
     positives = tp + fn > 0
     recall = np.where(positives, tp / np.maximum(tp + fn, 1), np.nan)
@@ -81,18 +95,16 @@ def rates(counts):
     return precision, recall, f1
 
 
-def precision_recall_f1(predicted, labels, mask=None):
+def precision_recall_f1(
+    predicted: Values, labels: Values, mask: Values | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Precision, recall and F1 of every label, each [K]; the rules of `rates`."""
     return rates(count(predicted, labels, mask))
 
 
-def micro_precision_recall_f1(predicted, labels, mask=None):
-    """Precision, recall and F1 over all known elements, three floats; the rules of `rates`."""
-    total = Counts(*(c.sum() for c in count(predicted, labels, mask)))
-    return tuple(float(rate) for rate in rates(total))
-
-
-def checked(scores, labels, mask=None):
+def checked(
+    scores: Values, labels: Values, mask: Values | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns (scores, labels as bool, mask as bool), all of one shape.
 
     Elements outside the mask may hold anything; their scores come back as 0.
@@ -104,22 +116,22 @@ def checked(scores, labels, mask=None):
     mask = np.ones(scores.shape, bool) if mask is None else np.asarray(mask).astype(bool)
     if not scores.shape == labels.shape == mask.shape:
         raise InputError(
-            f"scores {scores.shape}, labels {labels.shape}, mask {mask.shape}: metrics need one "
-            "shape: pass one score, label and mask element for each example and label"
+            f"scores {scores.shape}, labels {labels.shape}, mask {mask.shape}: shapes should be "
+            "equal, pass one element of each per example and label"
         )
     known = scores[mask]
     broken = np.count_nonzero(~np.isfinite(known))
     if broken:
         raise InputError(
-            f"{broken} of {known.size} scores are not finite: metrics need finite scores: "
-            "look at the loss of the run, and predict from an earlier checkpoint"
+            f"{broken} of {known.size} scores are not finite: check the loss of the run and "
+            "predict from an earlier checkpoint"
         )
     if labels.dtype != bool:
         known = labels[mask]
         odd = known[(known != 0) & (known != 1)]
         if odd.size:
             raise InputError(
-                f"label value {odd[0]}: metrics need labels 0 or 1: mask unknown labels and "
-                "threshold soft ones first"
+                f"label value {odd[0]} should be 0 or 1: mask unknown labels and threshold soft "
+                "ones"
             )
     return np.where(mask, scores, 0), mask & (labels == 1), mask

@@ -1,5 +1,8 @@
 """Charts of results (matplotlib, drawn without a display)."""
 
+import pathlib
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -7,82 +10,102 @@ from matplotlib.figure import Figure
 from maknet_jax import files
 
 
-def write_label_chart(path, confidences, chosen, names, *, title="", most=40):
-    """Writes a PNG of the labels along a series: a row a label, a column a slice, head to feet.
+def write_label_chart(
+    path: str | pathlib.Path,
+    confidences: np.ndarray,
+    predicted: np.ndarray,
+    names: Sequence[str],
+    *,
+    title: str = "labels along the series",
+    max_labels: int = 40,
+) -> None:
+    """Writes a PNG of the labels along a series: one row per label, one column per slice.
 
     Args:
       path: the PNG.
-      confidences: `[Z, K]`; the shade of each cell.
-      chosen: bool `[Z, K]`; labels that were given anywhere are shown, and given cells are marked
-        by a line under them.
+      confidences: `[Z, K]`, from head to feet; the shade of each cell.
+      predicted: bool `[Z, K]`; only labels predicted in some slice are shown, with a line under the
+        cells of those slices.
       names: the K label names.
       title: above the chart.
-      most: labels shown at most, those given most often.
+      max_labels: shows at most this many labels, those predicted most often.
     """
-    given = chosen.sum(axis=0)
-    shown = [k for k in np.argsort(-given, kind="stable") if given[k]][:most]
-    # In the order in which they begin, so that the chart reads as the body does.
-    shown.sort(key=lambda k: (np.flatnonzero(chosen[:, k]).mean(), k))
+    slices = predicted.sum(axis=0)
+    shown = [k for k in np.argsort(-slices, kind="stable") if slices[k]][:max_labels]
+    # From head to feet by the mean slice, so that the chart reads as the body does.
+    shown.sort(key=lambda k: (np.flatnonzero(predicted[:, k]).mean(), k))
     figure = _figure((9, 1.6 + 0.22 * max(1, len(shown))))
     axes = figure.subplots()
     cells = confidences[:, shown].T if shown else np.zeros((1, len(confidences)))
     image = axes.imshow(cells, aspect="auto", vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
     for row, label in enumerate(shown):
-        for start, end in _runs(chosen[:, label]):
+        for start, end in _runs(predicted[:, label]):
             axes.plot([start - 0.5, end + 0.5], [row + 0.36] * 2, color="#b33", linewidth=1.5)
     axes.set_yticks(range(len(shown)), [names[k] for k in shown], fontsize=8)
     axes.set_xlabel("slice, head to feet")
-    axes.set_title(title or "labels along the series", fontsize=9)
-    figure.colorbar(image, ax=axes, label="confidence (red: given)", fraction=0.03, pad=0.01)
+    axes.set_title(title, fontsize=9)
+    figure.colorbar(image, ax=axes, label="confidence (red: predicted)", fraction=0.03, pad=0.01)
     _write(figure, path)
 
 
-def write_histograms(path, counts, confidences, *, most=50):
-    """Writes a PNG of pseudo-labels: images a label, and labels by their confidence.
+def write_histograms(
+    path: str | pathlib.Path,
+    counts: Sequence[tuple[int, str]],
+    confidences: Sequence[int],
+    *,
+    max_labels: int = 50,
+) -> None:
+    """Writes a PNG of pseudo-labels: images per label, and the histogram of confidences.
 
     Args:
       path: the PNG.
-      counts: (images, label name) from the most frequent down.
-      confidences: labels in each of equal bins over [0, 1].
-      most: labels shown at most.
+      counts: (images, label name), the most frequent label first.
+      confidences: pseudo-labels in each of equal bins over [0, 1].
+      max_labels: shows at most this many labels.
     """
-    shown = [row for row in counts if row[0]][:most]
+    shown = [row for row in counts if row[0]][:max_labels]
     figure = _figure((10, 2 + 0.17 * max(12, len(shown))))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     left.barh(range(len(shown)), [count for count, _ in shown], color="#47a")
     left.set_yticks(range(len(shown)), [name for _, name in shown], fontsize=7)
     left.invert_yaxis()
     left.set_xlabel("images with the label")
-    without = len(counts) - sum(1 for count, _ in counts if count)
-    left.set_title(f"{len(shown)} labels shown, {without} were given to no image", fontsize=9)
+    unused = len(counts) - sum(1 for count, _ in counts if count)
+    left.set_title(f"{len(shown)} labels shown, {unused} labels have no image", fontsize=9)
     edges = np.linspace(0, 1, len(confidences) + 1)
     right.bar(edges[:-1], confidences, width=np.diff(edges), align="edge", color="#47a")
-    right.set_xlabel("confidence of a given label")
-    right.set_ylabel("labels")
+    right.set_xlabel("confidence of a pseudo-label")
+    right.set_ylabel("pseudo-labels")
     _write(figure, path)
 
 
-def write_rounds(path, reached, paper, *, metrics):
+def write_rounds(
+    path: str | pathlib.Path,
+    measured: Mapping[str, Sequence[Mapping[str, float | None]]],
+    paper: Mapping[str, Sequence[Mapping[str, float]]],
+    *,
+    metrics: Sequence[str],
+) -> None:
     """Writes a PNG of metrics over the rounds of a noisy student.
 
     Args:
       path: the PNG.
-      reached: split -> a dict of metrics a round.
+      measured: split -> one dict of metrics per round; None where a metric is undefined.
       paper: split -> the same from the paper, drawn pale and dashed.
-      metrics: a panel each.
+      metrics: the names to draw, one panel each.
     """
     figure = _figure((4.5 * len(metrics), 3.4))
     for axes, metric in zip(
         figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True
     ):
-        for number, (split, rounds) in enumerate(reached.items()):
+        for number, (split, rounds) in enumerate(measured.items()):
             colour = f"C{number}"
             values = [np.nan if row[metric] is None else row[metric] for row in rounds]
             axes.plot(values, "o-", color=colour, label=split)
             if split in paper:
-                theirs = [row[metric] for row in paper[split]]
-                axes.plot(theirs, "s--", color=colour, alpha=0.35, label=f"{split}, paper")
-        axes.set_xticks(range(len(next(iter(reached.values())))))
+                published = [row[metric] for row in paper[split]]
+                axes.plot(published, "s--", color=colour, alpha=0.35, label=f"{split}, paper")
+        axes.set_xticks(range(len(next(iter(measured.values())))))
         axes.set_xlabel("round (0: teacher)")
         axes.set_title({"auc": "AUC", "f1": "F1"}.get(metric, metric), fontsize=10)
         axes.grid(alpha=0.3)
@@ -90,11 +113,11 @@ def write_rounds(path, reached, paper, *, metrics):
     _write(figure, path)
 
 
-def draw_curves(panels):
-    """Draws a panel each, side by side.
+def draw_curves(panels: Sequence[Mapping[str, Sequence[tuple[int, float]]]]) -> np.ndarray:
+    """Draws curves over the step in panels side by side.
 
     Args:
-      panels: for each its curves, title -> [(step, value), ...].
+      panels: for each panel its curves, title -> [(step, value), ...].
 
     Returns:
       The picture, uint8 `[H, W, 3]`.
@@ -112,16 +135,16 @@ def draw_curves(panels):
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
-def _figure(inches):
+def _figure(inches: tuple[float, float]) -> Figure:
     return Figure(figsize=inches, dpi=130, layout="constrained")
 
 
-def _write(figure, path):
+def _write(figure: Figure, path: str | pathlib.Path) -> None:
     with files.write_whole(path, "wb") as file:
         figure.savefig(file, format="png")
 
 
-def _runs(flags):
-    """The (first, last) of each stretch of true values."""
+def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
+    """The (first, last) index of each stretch of true values."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(np.int8), [0]])))
     return [(start, end - 1) for start, end in edges.reshape(-1, 2)]

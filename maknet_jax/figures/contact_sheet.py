@@ -1,4 +1,8 @@
-"""A picture of many examples at once: a flip, a wrong window or a bad crop is seen at a glance."""
+"""Many examples in one picture: a flip, a wrong window or a bad crop shows at a glance."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -7,39 +11,57 @@ from maknet_jax import files
 from maknet_jax.errors import InputError
 
 SOFT_TISSUE = (-160.0, 240.0)  # HU, the usual abdominal display window
-_TILE, _TEXT = 192, 40
+_TILE, _TEXT = 192, 40  # pixels: the edge of a tile, the height of the text below it
 
 
-def to_grey(hu, window=SOFT_TISSUE):
-    """HU of any shape -> uint8, `window` (low, high) mapped to 0..255."""
+class Example(Protocol):
+    """What a tile shows; `records.Example` has these fields and more."""
+
+    @property
+    def id(self) -> str:
+        """The first line below the picture."""
+
+    @property
+    def image(self) -> np.ndarray:
+        """HU `[S, S, 3]`; the middle slice is drawn."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """`[K]`, nonzero for the labels that are present."""
+
+    @property
+    def meta(self) -> Mapping[str, Any]:
+        """With "box" (x0, y0, x1, y1 in pixels of the image), the box is drawn."""
+
+
+def to_grey(hu: np.ndarray, window: tuple[float, float] = SOFT_TISSUE) -> np.ndarray:
+    """HU of any shape -> uint8, `window` (low, high) mapped to 0..255.
+
+    Raises:
+      InputError: low is not below high.
+    """
     low, high = window
     if not low < high:
-        raise InputError(f"window {low},{high}: the low end must lie below the high end")
+        raise InputError(f"window {low},{high}: the low end must be below the high end")
     return np.clip((hu.astype(np.float32) - low) * (255.0 / (high - low)), 0, 255).astype(np.uint8)
 
 
-def sample(dataset, count):
-    """`count` random examples of a `records.Dataset`, over all splits; always the same ones."""
-    places = [
-        (split, number)
-        for split, entry in dataset.info["splits"].items()
-        for number in range(entry["count"])
-    ]
-    generator = np.random.default_rng(0)
-    chosen = sorted(generator.choice(len(places), min(count, len(places)), replace=False))
-    sources = {split: dataset.source(split) for split in dataset.info["splits"]}
-    return [sources[places[number][0]][places[number][1]] for number in chosen]
-
-
-def write_contact_sheet(path, examples, names, *, columns=6, window=SOFT_TISSUE):
+def write_contact_sheet(
+    path: str | pathlib.Path,
+    examples: Sequence[Example],
+    names: Sequence[str],
+    *,
+    columns: int = 6,
+    window: tuple[float, float] = SOFT_TISSUE,
+) -> None:
     """Writes a PNG: middle slices in rows, each with its id, its labels and its box.
 
     Args:
       path: the PNG.
-      examples: a sequence of `records.Example`.
-      names: the label names in column order.
-      columns: tiles in a row.
-      window: the display window in HU.
+      examples: the tiles, row by row.
+      names: the K label names.
+      columns: tiles per row.
+      window: (low, high) of the display in HU.
     """
     columns = min(columns, max(1, len(examples)))
     rows = -(-len(examples) // columns)
@@ -50,10 +72,10 @@ def write_contact_sheet(path, examples, names, *, columns=6, window=SOFT_TISSUE)
         tile = Image.fromarray(to_grey(example.image[..., 1], window))
         sheet.paste(tile.resize((_TILE - 4, _TILE - 4)), (left + 2, top + 2))
         if "box" in example.meta:
-            # A box counts pixels by their middles.
-            places = (np.asarray(example.meta["box"]) + 0.5) * (_TILE - 4) / len(example.image)
-            draw.rectangle([*(places + [left + 2, top + 2] * 2)], outline=(255, 180, 0))
-        labels = [names[column] for column in np.flatnonzero(example.labels)]
+            # Coordinates of a box refer to pixel centres.
+            corners = (np.asarray(example.meta["box"]) + 0.5) * (_TILE - 4) / len(example.image)
+            draw.rectangle([*(corners + [left + 2, top + 2] * 2)], outline=(255, 180, 0))
+        labels = [names[column] for column in np.flatnonzero(example.labels).tolist()]
         lines = [example.id[:30], *_wrap(", ".join(labels) or "no label", 31)[:2]]
         for line, text in enumerate(lines):
             colour = (150, 200, 255) if line == 0 else (230, 230, 230)
@@ -62,7 +84,7 @@ def write_contact_sheet(path, examples, names, *, columns=6, window=SOFT_TISSUE)
         sheet.save(file, format="PNG")
 
 
-def _wrap(text, width):
+def _wrap(text: str, width: int) -> list[str]:
     lines = [""]
     for word in text.split(" "):
         if lines[-1] and len(lines[-1]) + 1 + len(word) > width:

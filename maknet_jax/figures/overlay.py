@@ -1,4 +1,4 @@
-"""Maps as pictures: colours over the CT, and pictures as text that a page carries inside itself."""
+"""Attribution maps as colours over the CT, and pictures as data URIs for HTML pages."""
 
 import base64
 import io
@@ -7,37 +7,37 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-# Raises and lowers the output: apart for colour-blind eyes too, and seen on grey.
+# Raises and lowers the output: distinct for colour-blind readers too, and visible on grey.
 RAISES, LOWERS = (255, 120, 0), (0, 140, 255)
 
 
-def scale_of(attribution, quantile=0.995):
-    """The value that full colour stands for: a quantile, so that one pixel cannot hide the rest."""
+def scale_of(attribution: np.ndarray, quantile: float = 0.995) -> float:
+    """The value shown in full colour: a quantile, so that one pixel cannot hide the rest."""
     return float(np.quantile(np.abs(attribution), quantile)) or 1.0
 
 
-def smooth(attribution, sigma=1.0):
-    """A map `[H, W]` as it is shown: single pixels are noise to the eye. The sum stays."""
+def smooth(attribution: np.ndarray, sigma: float = 1.0) -> np.ndarray:
+    """A map `[H, W]` blurred for display, where single pixels are noise; the sum is preserved."""
     return ndimage.gaussian_filter(np.asarray(attribution, np.float32), sigma, mode="constant")
 
 
-def colours(attribution, scale):
-    """A map `[H, W]` as RGBA uint8: the hue is its sign, the opacity its size against `scale`."""
+def colours(attribution: np.ndarray, scale: float) -> np.ndarray:
+    """A map `[H, W]` as uint8 RGBA `[H, W, 4]`: the hue is its sign, the opacity its size."""
     strength = np.clip(np.abs(attribution) / scale, 0, 1)
     hue = np.where((attribution > 0)[..., None], RAISES, LOWERS)
     opacity = np.rint(255 * strength**0.7)[..., None]
     return np.concatenate([hue, opacity], axis=-1).astype(np.uint8)
 
 
-def over(grey, rgba):
+def over(grey: np.ndarray, rgba: np.ndarray) -> np.ndarray:
     """RGBA over a grey picture: uint8 `[H, W]` and `[H, W, 4]` -> `[H, W, 3]`."""
     opacity = rgba[..., 3:].astype(np.float32) / 255
     mixed = grey[..., None] * (1 - opacity) + rgba[..., :3] * opacity
     return np.rint(mixed).astype(np.uint8)
 
 
-def to_uri(picture, *, lossy=True):
-    """uint8 `[H, W]`, `[H, W, 3]` or `[H, W, 4]` as a data URI (WebP, or PNG if not `lossy`)."""
+def to_uri(picture: np.ndarray, *, lossy: bool = True) -> str:
+    """uint8 `[H, W]`, `[H, W, 3]` or `[H, W, 4]` as a data URI: WebP, or PNG if not `lossy`."""
     file = io.BytesIO()
     kind = "webp" if lossy else "png"
     Image.fromarray(picture).save(file, format=kind, **({"quality": 80} if lossy else {}))

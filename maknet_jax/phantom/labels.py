@@ -1,65 +1,94 @@
-"""The phantom's vocabulary and the three label files of LesaNet that `phantom` writes.
+"""The phantom's vocabulary, and its label files in LesaNet's three formats.
 
-What a slice is labelled with is what it contains (`visible_terms`). The text-mined labels then
-lose about 12 % (a third of those to the uncertain ones) and gain about 3 %; the hand labels are
+A slice is labelled with its contents (`visible_terms`). The text-mined labels lose about 12 % of
+them, a third of these to the uncertain labels, and gain about 3 % wrong ones; the hand labels are
 complete.
 """
 
+import dataclasses
 import io
+import pathlib
 import re
 import zipfile
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import openpyxl
 
 from maknet_jax.files import write_json
-from maknet_jax.phantom import torso
+from maknet_jax.phantom import reference
 
 SPLITS = ("train", "val", "test")
-# term: (class, synonyms, parents). The words are those of LesaNet's ontology; its parents are
+
+
+class Term(NamedTuple):
+    """One term of the ontology; synonyms and parents are separated by " | "."""
+
+    label_class: str
+    synonyms: str
+    parents: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledLesion:
+    """One lesion of the phantom.
+
+    Attributes:
+      split: one of `SPLITS`.
+      terms: all true labels of the lesion and its slice, parents included.
+      info: its columns of DL_info.csv except the split and Possibly_noisy.
+    """
+
+    split: str
+    terms: set[str]
+    info: dict[str, str | int]
+
+
+# The words are those of LesaNet's ontology; its parents are
 # kept where they hold for whole slices (ribs also lie beside the liver, so rib is not "chest").
-# "bone", "airway" and "gastrointestinal" are no labels, as some terms of the real ontology.
-ONTOLOGY = {
-    "bone": ("bodypart", "osseous", ""),
-    "airway": ("bodypart", "", ""),
-    "chest": ("bodypart", "thorax | thoracic", ""),
-    "abdomen": ("bodypart", "abdominal", ""),
-    "pelvis": ("bodypart", "pelvic", ""),
-    "neck": ("bodypart", "", ""),
-    "extremity": ("bodypart", "limb", ""),
-    "upper abdomen": ("bodypart", "upper abdominal", "abdomen"),
-    "lung": ("bodypart", "pulmonary", "chest"),
-    "right lung": ("bodypart", "right pulmonary", "chest | lung"),
-    "left lung": ("bodypart", "left pulmonary", "chest | lung"),
-    "mediastinum": ("bodypart", "mediastinal", "chest"),
-    "cardiac": ("bodypart", "heart", "chest"),
-    "trachea": ("bodypart", "tracheal", "airway"),
-    "liver": ("bodypart", "hepatic", "abdomen | upper abdomen"),
-    "spleen": ("bodypart", "splenic", "abdomen | upper abdomen"),
-    "stomach": ("bodypart", "gastric", "gastrointestinal | abdomen | upper abdomen"),
-    "intestine": ("bodypart", "bowel | intestinal", "gastrointestinal"),
-    "kidney": ("bodypart", "renal", "abdomen | upper abdomen"),
-    "right kidney": ("bodypart", "right renal", "abdomen | kidney"),
-    "left kidney": ("bodypart", "left renal", "abdomen | kidney"),
-    "urinary bladder": ("bodypart", "bladder", "pelvis"),
-    "thoracic spine": ("bodypart", "", "bone"),
-    "lumbar": ("bodypart", "lumbar spine", "bone | abdomen"),
-    "sacrum": ("bodypart", "sacral", "bone | pelvis"),
-    "rib": ("bodypart", "", "bone"),
-    "pelvic bone": ("bodypart", "innominate bone", "bone | pelvis"),
-    "thigh": ("bodypart", "", "extremity"),
-    "nodule": ("type", "nodular", ""),
-    "mass": ("type", "", ""),
-    "cyst": ("type", "cystic", ""),
-    "lung nodule": ("type", "pulmonary nodule", "lung | chest | nodule"),
-    "liver mass": ("type", "hepatic mass", "liver | abdomen | mass"),
-    "kidney cyst": ("type", "renal cyst", "cyst | abdomen | kidney"),
-    "large": ("attribute", "bulky", ""),
-    "subcentimeter": ("attribute", "", ""),
-    "calcified": ("attribute", "calcification", ""),
-    "cavitary": ("attribute", "", ""),
-    "hypoattenuation": ("attribute", "hypodense | low density", ""),
-    "hyperattenuation": ("attribute", "hyperdense | high density", ""),
+# "bone", "airway" and "gastrointestinal" are not labels, like some terms of the real ontology.
+ONTOLOGY: dict[str, Term] = {
+    "bone": Term("bodypart", "osseous", ""),
+    "airway": Term("bodypart", "", ""),
+    "chest": Term("bodypart", "thorax | thoracic", ""),
+    "abdomen": Term("bodypart", "abdominal", ""),
+    "pelvis": Term("bodypart", "pelvic", ""),
+    "neck": Term("bodypart", "", ""),
+    "extremity": Term("bodypart", "limb", ""),
+    "upper abdomen": Term("bodypart", "upper abdominal", "abdomen"),
+    "lung": Term("bodypart", "pulmonary", "chest"),
+    "right lung": Term("bodypart", "right pulmonary", "chest | lung"),
+    "left lung": Term("bodypart", "left pulmonary", "chest | lung"),
+    "mediastinum": Term("bodypart", "mediastinal", "chest"),
+    "cardiac": Term("bodypart", "heart", "chest"),
+    "trachea": Term("bodypart", "tracheal", "airway"),
+    "liver": Term("bodypart", "hepatic", "abdomen | upper abdomen"),
+    "spleen": Term("bodypart", "splenic", "abdomen | upper abdomen"),
+    "stomach": Term("bodypart", "gastric", "gastrointestinal | abdomen | upper abdomen"),
+    "intestine": Term("bodypart", "bowel | intestinal", "gastrointestinal"),
+    "kidney": Term("bodypart", "renal", "abdomen | upper abdomen"),
+    "right kidney": Term("bodypart", "right renal", "abdomen | kidney"),
+    "left kidney": Term("bodypart", "left renal", "abdomen | kidney"),
+    "urinary bladder": Term("bodypart", "bladder", "pelvis"),
+    "thoracic spine": Term("bodypart", "", "bone"),
+    "lumbar": Term("bodypart", "lumbar spine", "bone | abdomen"),
+    "sacrum": Term("bodypart", "sacral", "bone | pelvis"),
+    "rib": Term("bodypart", "", "bone"),
+    "pelvic bone": Term("bodypart", "innominate bone", "bone | pelvis"),
+    "thigh": Term("bodypart", "", "extremity"),
+    "nodule": Term("type", "nodular", ""),
+    "mass": Term("type", "", ""),
+    "cyst": Term("type", "cystic", ""),
+    "lung nodule": Term("type", "pulmonary nodule", "lung | chest | nodule"),
+    "liver mass": Term("type", "hepatic mass", "liver | abdomen | mass"),
+    "kidney cyst": Term("type", "renal cyst", "cyst | abdomen | kidney"),
+    "large": Term("attribute", "bulky", ""),
+    "subcentimeter": Term("attribute", "", ""),
+    "calcified": Term("attribute", "calcification", ""),
+    "cavitary": Term("attribute", "", ""),
+    "hypoattenuation": Term("attribute", "hypodense | low density", ""),
+    "hyperattenuation": Term("attribute", "hyperdense | high density", ""),
 }
 EXCLUSIVE = (
     ("neck", "abdomen"),
@@ -74,61 +103,64 @@ EXCLUSIVE = (
     ("hypoattenuation", "hyperattenuation"),
 )
 TERMS = tuple(sorted(set(ONTOLOGY) - {"bone", "airway"}))
-VISIBLE_MM2 = 100.0  # an organ with less area in a slice is not labelled
+VISIBLE_MM2 = 100.0  # organs with a smaller area in a slice are not labelled
 _ORGAN_TERMS = {"cervical spine": "neck", "arm": "extremity"}
 
 
-def visible_terms(organs, pixel_mm2):
+def visible_terms(organs: np.ndarray, pixel_mm2: float) -> set[str]:
     """The body parts in a slice, parents included.
 
     Args:
-      organs: uint8 [rows, columns], values of `torso.ORGANS`.
+      organs: uint8 `[rows, columns]`, values of `reference.ORGANS`.
       pixel_mm2: area of a pixel.
 
     Returns:
-      A set of terms: of organs with at least `VISIBLE_MM2`, and of all that contain them.
+      The terms of organs with at least `VISIBLE_MM2`, and their parents.
     """
-    area = np.bincount(organs.ravel(), minlength=len(torso.ORGANS)) * pixel_mm2
-    names = [name for name, mm2 in zip(torso.ORGANS, area, strict=True) if mm2 >= VISIBLE_MM2]
+    area = np.bincount(organs.ravel(), minlength=len(reference.ORGANS)) * pixel_mm2
+    names = [name for name, mm2 in zip(reference.ORGANS, area, strict=True) if mm2 >= VISIBLE_MM2]
     return with_parents(_ORGAN_TERMS.get(name, name) for name in names)
 
 
-def with_parents(terms):
-    """The labels among `terms` and all their parents, as a set."""
-    found, queue = set(), list(terms)
+def with_parents(terms: Iterable[str]) -> set[str]:
+    """`terms` and all their ancestors, restricted to `TERMS`."""
+    closure: set[str] = set()
+    queue = list(terms)
     while queue:
         term = queue.pop()
-        if term in ONTOLOGY and term not in found:
-            found.add(term)
-            queue += [parent for parent in ONTOLOGY[term][2].split(" | ") if parent]
-    return found & set(TERMS)
+        if term in ONTOLOGY and term not in closure:
+            closure.add(term)
+            queue += [parent for parent in ONTOLOGY[term].parents.split(" | ") if parent]
+    return closure & set(TERMS)
 
 
-def write_labels(folder, lesions, rng):
+def write_labels(
+    folder: pathlib.Path, lesions: Sequence[LabelledLesion], rng: np.random.Generator
+) -> dict[str, int]:
     """Writes text-mined labels, hand labels and the ontology; lesions are numbered from 1.
 
     Args:
-      folder: where to.
-      lesions: dicts with `split` and `terms` (a set), in the order of DL_info.csv.
+      folder: the output folder.
+      lesions: in the order of DL_info.csv.
       rng: a `numpy.random.Generator`.
 
     Returns:
-      A dict of counts.
+      Lesions per split with text-mined labels, and lesions with hand labels.
     """
-    labels = {"term_list": list(TERMS)}
+    labels: dict[str, list] = {"term_list": list(TERMS)}
     for split in SPLITS:
         for kind in ("relevant_labels", "uncertain_labels", "lesion_idxs"):
             labels[f"{split}_{kind}"] = []
-    labels["train_irrelevant_labels"] = []  # LesaNet has no others
+    labels["train_irrelevant_labels"] = []  # LesaNet lists them for train only
     hand, detected = [], dict.fromkeys(ONTOLOGY, 0)
     for number, lesion in enumerate(lesions, start=1):
-        split, fate = lesion["split"], rng.random()
+        split, fate = lesion.split, rng.random()
         if split == "test" and fate < 0.6:
-            terms = [str(term) for term in rng.permutation(sorted(lesion["terms"]))]
+            terms = [str(term) for term in rng.permutation(sorted(lesion.terms))]
             hand.append({"text": "; ".join(terms), "lesion_idx": number, "expanded_terms": terms})
         if 0.96 < fate or split == "test" and fate < 0.3:
             continue  # no sentence was mined for this lesion
-        mined = mine_terms(lesion["terms"], rng)
+        mined = mine_terms(lesion.terms, rng)
         for kind, terms in zip(("relevant", "uncertain", "irrelevant"), mined, strict=True):
             if f"{split}_{kind}_labels" in labels:
                 labels[f"{split}_{kind}_labels"].append([TERMS.index(term) for term in terms])
@@ -142,8 +174,8 @@ def write_labels(folder, lesions, rng):
     return counts | {"hand_labelled": len(hand)}
 
 
-def mine_terms(terms, rng):
-    """What text mining makes of the true terms: (relevant, uncertain, irrelevant) lists."""
+def mine_terms(terms: set[str], rng: np.random.Generator) -> tuple[list[str], list[str], list[str]]:
+    """Simulated text mining of the true terms: (relevant, uncertain, irrelevant)."""
     relevant, uncertain = [], []
     for term in rng.permutation(sorted(terms)).tolist():
         chance = rng.random()
@@ -153,13 +185,13 @@ def mine_terms(terms, rng):
             uncertain.append(term)
     absent = sorted(set(TERMS) - terms)
     relevant += [str(rng.choice(absent)) for _ in range(rng.binomial(len(relevant), 0.03))]
-    if relevant and rng.random() < 0.1:  # the real lists repeat terms
+    if relevant and rng.random() < 0.1:  # like the real lists, which repeat terms
         relevant.append(relevant[0])
     irrelevant = [str(rng.choice(absent))] if rng.random() < 0.03 else []
     return relevant, uncertain, irrelevant
 
 
-def _write_ontology(path, detected):
+def _write_ontology(path: pathlib.Path, detected: dict[str, int]) -> None:
     book = openpyxl.Workbook()
     sheet = book.active
     sheet.append(
@@ -174,30 +206,28 @@ def _write_ontology(path, detected):
             "term_children",
         )
     )
-    for number, (term, (kind, synonyms, parents)) in enumerate(ONTOLOGY.items(), start=1):
-        pairs = [pair for pair in EXCLUSIVE if term in pair]
-        exclusive = [b if a == term else a for a, b in pairs]
-        children = [name for name, row in ONTOLOGY.items() if term in row[2].split(" | ")]
-        synonyms = " | ".join([term] + ([synonyms] if synonyms else []))
+    for number, (name, term) in enumerate(ONTOLOGY.items(), start=1):
+        exclusive = [b if a == name else a for a, b in EXCLUSIVE if name in (a, b)]
+        children = [other for other, row in ONTOLOGY.items() if name in row.parents.split(" | ")]
         sheet.append(
             (
                 number,
-                kind,
-                term,
-                synonyms,
-                detected[term],
+                term.label_class,
+                name,
+                " | ".join([name] + ([term.synonyms] if term.synonyms else [])),
+                detected[name],
                 " | ".join(exclusive) or None,
-                parents or None,
+                term.parents or None,
                 " | ".join(children) or None,
             )
         )
     buffer = io.BytesIO()
     book.save(buffer)
-    # The archive holds the time of writing in two places: the same phantom must be the same bytes.
+    # The archive stores the time of writing in two places; fix both for reproducible bytes.
     with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(path, "w") as target:
-        for name in sorted(source.namelist()):
-            content = source.read(name)
-            if name == "docProps/core.xml":
+        for entry_name in sorted(source.namelist()):
+            content = source.read(entry_name)
+            if entry_name == "docProps/core.xml":
                 content = re.sub(rb"[-0-9]{10}T[0-9:]{8}Z", b"2018-10-22T00:00:00Z", content)
-            entry = zipfile.ZipInfo(name, (2018, 10, 22, 0, 0, 0))
+            entry = zipfile.ZipInfo(entry_name, (2018, 10, 22, 0, 0, 0))
             target.writestr(entry, content, zipfile.ZIP_DEFLATED)

@@ -190,3 +190,40 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def validate(config: ml_collections.ConfigDict, size: int, devices: int) -> None:
+    """Checks the values of a training config that its types do not.
+
+    Args:
+      config: the config of `maknet train`.
+      size: the edge of the images of the data set `data.path`, in pixels.
+      devices: the number of devices to train on.
+
+    Raises:
+      InputError: a value is out of range, or does not fit the data or the devices.
+    """
+    if size != config.data.size:
+        raise InputError(
+            f"config data.size {config.data.size} does not match the {size} of {config.data.path}: "
+            "change one of them"
+        )
+    for name in ("epochs", "evaluate_every", "checkpoint_every", "log_every"):
+        if not 0 < config[name] < 1e9:
+            raise InputError(f"config {name} {config[name]} should be above 0 and below 1e9")
+    values = {"seed": config.seed, "data.threads": config.data.threads}
+    for name, value in (values | {"pseudo.balance": config.pseudo.balance}).items():
+        if value < 0:
+            raise InputError(f"config {name} {value} should be 0 or above")
+    window = config.data.window
+    if len(window) != 2 or not window[0] < window[1]:
+        raise InputError(f"config data.window {tuple(window)} should be (low, high) in HU")
+    if not 0 <= config.ema_decay < 1:
+        raise InputError(f"config ema_decay {config.ema_decay} should be 0 or above and below 1")
+    batch_sizes = {"data": config.data.batch_size}
+    if config.pseudo.path:
+        batch_sizes["pseudo"] = config.pseudo.batch_size
+    for name, batch_size in batch_sizes.items():
+        if batch_size < 1 or batch_size % devices:
+            rule = f"above 0 and a multiple of the {devices} device(s)"
+            raise InputError(f"config {name}.batch_size {batch_size} should be {rule}")

@@ -1,29 +1,47 @@
-"""Checkpoints of a `TrainState` (Orbax), each leaf with its digest.
+"""Checkpoints of a `TrainState` (Orbax), each array with its digest.
 
-Orbax restores a flipped bit in an array without a word, so SHA-256 digests are kept beside the
-arrays and compared on reading; a damaged checkpoint is passed over and the previous one used.
+Orbax silently restores an array with a flipped bit. SHA-256 digests are therefore stored beside the
+arrays and compared on reading; a damaged checkpoint is skipped and the previous one is used.
 """
 
 import hashlib
+import os
 import pathlib
 import shutil
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from maknet_jax.errors import InputError
+from maknet_jax.training.state import TrainState
+
+
+class Restored(NamedTuple):
+    """The result of `Checkpoints.restore`.
+
+    Attributes:
+      state: NumPy arrays; None if the folder holds no checkpoint.
+      metadata: as it was saved.
+      damaged: step -> reason, of the newer checkpoints that were skipped.
+    """
+
+    state: TrainState | None
+    metadata: dict[str, Any]
+    damaged: dict[int, str]
 
 
 class Checkpoints:
-    """The checkpoints of one folder; the one named N holds the state after N updates."""
+    """The checkpoints of one folder; checkpoint N holds the state after N updates."""
 
-    def __init__(self, folder, *, keep=2):
-        """Opens or makes a folder.
+    def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2) -> None:
+        """Opens a folder, or creates it.
 
         Args:
           folder: where the checkpoints lie.
-          keep: how many of the newest are kept; 2, so that a damaged one has a predecessor.
+          keep: how many of the newest are kept; 2 leaves one to fall back on if one is damaged.
         """
         self.folder = pathlib.Path(folder).absolute()
         options = ocp.CheckpointManagerOptions(
@@ -31,16 +49,16 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def steps(self):
-        """The steps that are there, oldest first."""
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state, meta=None):
-        """Writes `state` under its step, with `meta` (JSON). A step that exists is left alone."""
+    def save(self, state: TrainState, metadata: Mapping[str, Any] | None = None) -> None:
+        """Writes `state` under its step with `metadata` (JSON), unless the step exists."""
         step = int(state.step)
         if step in self.steps():
             return
-        content = {"digests": digests(state), "meta": meta or {}}
+        content = {"digests": digests(state), "meta": dict(metadata or {})}
         saved = self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -50,30 +68,26 @@ class Checkpoints:
         if not saved:
             raise RuntimeError(f"checkpoint {step} was not written: {self.folder} has a newer one")
 
-    def restore(self, like, step=None):
-        """Reads the newest checkpoint that is whole, or the one of `step`.
+    def restore(self, like: TrainState, step: int | None = None) -> Restored:
+        """Reads the newest intact checkpoint, or the one of `step`.
 
         Args:
-          like: `state.shapes` of the network that is expected.
-          step: which one; None takes the newest that is whole.
-
-        Returns:
-          (state of NumPy arrays, meta, damaged): `damaged` maps the steps that were passed over to
-          the reason; state is None where the folder holds none.
+          like: `state.shapes` of the expected network.
+          step: which checkpoint; None takes the newest that is intact.
 
         Raises:
-          InputError: the asked one, or every one, is damaged, or it is of another network.
+          InputError: the requested checkpoint, or every one, is damaged or of another network.
         """
         steps = self.steps()
         if step is not None and step not in steps:
             raise InputError(f"checkpoint {step} is not in {self.folder}: it has {steps}")
-        damaged = {}
+        damaged: dict[int, str] = {}
         for candidate in [step] if step is not None else reversed(steps):
             try:
-                state, meta = self._read(like, candidate)
-                return state, meta, damaged
+                state, metadata = self._read(like, candidate)
+                return Restored(state, metadata, damaged)
             except Exception as error:
-                # Orbax raises many kinds of errors on a damaged file; each means the same here.
+                # Orbax raises many types of errors on a damaged file; all mean the same here.
                 text = " ".join(str(error).split())[:200]
                 damaged[candidate] = f"{type(error).__name__}: {text}"
         if damaged:
@@ -82,10 +96,10 @@ class Checkpoints:
                 f"no checkpoint in {self.folder} can be read ({candidate}: {reason}): restore a "
                 "copy or start in another workdir"
             )
-        return None, {}, {}
+        return Restored(None, {}, {})
 
-    def _read(self, like, step):
-        # Restored to NumPy: where the arrays live is for the caller to say.
+    def _read(self, like: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
+        # Restored to NumPy: the caller decides where the arrays live.
         as_numpy = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
         restored = self._manager.restore(
             step,
@@ -93,21 +107,20 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(as_numpy), content=ocp.args.JsonRestore()
             ),
         )
-        # Orbax restores another shape than the asked one without a word.
+        # Orbax silently restores an array whose shape is not the requested one.
         wanted, _ = jax.tree_util.tree_flatten_with_path(like)
         for (path, leaf), array in zip(wanted, jax.tree.leaves(restored.state), strict=True):
             if array.shape != leaf.shape:
                 name = jax.tree_util.keystr(path)
                 raise ValueError(f"another network: {name} is {array.shape}, not {leaf.shape}")
-        expected = restored.content["digests"]
-        found = digests(restored.state)
-        if found != expected:
-            wrong = [name for name in expected if found.get(name) != expected[name]]
-            raise ValueError(f"{len(wrong)} arrays differ from their digest, first {wrong[:1]}")
+        expected, actual = restored.content["digests"], digests(restored.state)
+        if actual != expected:
+            wrong = [name for name in expected if actual.get(name) != expected[name]]
+            raise ValueError(f"{len(wrong)} arrays do not match their digest, first {wrong[:1]}")
         return restored.state, restored.content["meta"]
 
-    def set_aside(self, step):
-        """Moves a damaged checkpoint to `FOLDER_damaged/STEP`: its name must become free."""
+    def set_aside(self, step: int) -> None:
+        """Moves a damaged checkpoint to `FOLDER_damaged/STEP`, so that its step can be saved."""
         if jax.process_index() == 0:
             target = self.folder.with_name(f"{self.folder.name}_damaged") / str(step)
             target.parent.mkdir(exist_ok=True)
@@ -115,17 +128,20 @@ class Checkpoints:
             shutil.move(self.folder / str(step), target)
         self._manager.reload()
 
-    def discard(self, step):
+    def discard(self, step: int) -> None:
         """Removes a checkpoint."""
         self._manager.delete(step)
 
-    def close(self):
-        """Ends the manager's threads."""
+    def close(self) -> None:
+        """Stops the manager's threads."""
         self._manager.close()
 
 
-def digests(tree):
-    """Leaf path -> SHA-256 of its type, shape and bytes; the arrays are fully replicated."""
+def digests(tree: Any) -> dict[str, str]:
+    """Path of each array in a pytree -> SHA-256 of its type, shape and bytes.
+
+    The arrays must be fully replicated.
+    """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     result = {}
     for path, leaf in leaves:

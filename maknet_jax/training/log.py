@@ -1,44 +1,51 @@
-"""Metrics of a run: JSON lines for programs, TensorBoard for eyes."""
+"""Metrics of a run: JSON lines for programs, TensorBoard for people."""
 
 import json
 import math
+import os
 import pathlib
+from collections.abc import Mapping, Sequence
+from typing import TextIO
 
+import jax
 import numpy as np
 from clu import metrics as clu_metrics
 from tensorboardX import SummaryWriter
 
 from maknet_jax import files
 
+Scalar = float | np.floating | jax.Array
+
 
 class MetricLog:
     """Writes `metrics.jsonl` and TensorBoard events into a workdir."""
 
-    def __init__(self, workdir, *, step=0):
-        """Opens the log of a run that stands at `step`; lines of later steps are taken back.
+    def __init__(self, workdir: str | os.PathLike[str] | None, *, step: int = 0) -> None:
+        """Opens the log of a run that resumes after `step`; lines of later steps are removed.
 
-        A run that was killed has logged steps that its checkpoint does not hold: they come again.
+        A run that was killed has logged steps that its checkpoint lacks: they are repeated.
 
         Args:
-          workdir: the folder; None writes nothing (of several processes one writes).
-          step: where the run stands.
+          workdir: the folder; None writes nothing (only one of several processes writes).
+          step: the number of updates done.
         """
-        self._file = self._board = None
+        self._file: TextIO | None = None
+        self._board: SummaryWriter | None = None
         if workdir is None:
             return
         path = pathlib.Path(workdir) / "metrics.jsonl"
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= step]
+            valid = [line for line in path.read_text().splitlines() if _step(line) <= step]
             with files.write_whole(path) as file:
-                file.writelines(line + "\n" for line in kept)
+                file.writelines(line + "\n" for line in valid)
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(
             str(pathlib.Path(workdir) / "tensorboard"), purge_step=step + 1, flush_secs=30
         )
 
-    def write(self, step, values):
+    def write(self, step: int, values: Mapping[str, Scalar]) -> None:
         """Writes one line of scalars; values that are not finite become null in JSON."""
-        if self._file is None:
+        if self._file is None or self._board is None:
             return
         clean = {
             name: float(value) if math.isfinite(value) else None for name, value in values.items()
@@ -48,22 +55,22 @@ class MetricLog:
         for name, value in values.items():
             self._board.add_scalar(name, float(value), step)
 
-    def close(self):
+    def close(self) -> None:
         """Flushes and closes both."""
-        if self._file is not None:
+        if self._file is not None and self._board is not None:
             self._file.close()
             self._board.close()
 
 
-def _step(line):
+def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf  # a line that was cut off by a kill
 
 
-def averages(steps):
-    """Means of the metrics of several steps: a list of dicts of scalars -> a dict of floats."""
+def averages(steps: Sequence[Mapping[str, Scalar]]) -> dict[str, float]:
+    """Means of the metrics of several steps, each name -> scalar."""
     names = steps[0] if steps else {}
     means = {
         name: clu_metrics.Average.from_model_output(

@@ -1,28 +1,33 @@
 """One mesh axis, `data`: batches are split over it, the state is replicated."""
 
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+Tree = TypeVar("Tree")  # a pytree, whose structure is kept
 
 
-def data_mesh(devices=None):
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices of all processes (or `devices`), axis `data`."""
     devices = jax.devices() if devices is None else devices
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
-def replicated(mesh):
+def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def split(mesh):
+def split(mesh: Mesh) -> NamedSharding:
     """The leading axis is split over the devices."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def put_state(mesh, tree):
+def put_state(mesh: Mesh, tree: Tree) -> Tree:
     """Replicates a tree of arrays; every process passes the same values."""
     sharding = replicated(mesh)
     if jax.process_count() == 1:
@@ -32,8 +37,8 @@ def put_state(mesh, tree):
     )
 
 
-def put_batch(mesh, batch):
-    """This process' rows of a batch -> global arrays; what is no number (`id`) stays behind."""
+def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process's rows of a batch -> global arrays; non-numeric fields (`id`) are dropped."""
     sharding = split(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, value)
@@ -42,21 +47,27 @@ def put_batch(mesh, batch):
     }
 
 
-def gather(tree):
+def gather(tree: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     """Global arrays -> NumPy arrays of all rows, on every process."""
     if jax.process_count() == 1:
         return jax.tree.map(np.asarray, tree)
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def wait_for_all(name):
-    """Returns when every process has come here; at once where there is one."""
+def wait_for_all(name: str) -> None:
+    """Returns once every process has called it; at once if there is only one."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
-def any_process(flag):
-    """True on every process if it is true on one; a collective where there are several."""
+def any_process(flag: bool) -> bool:
+    """True on every process if it is true on any; a collective if there are several."""
     if jax.process_count() == 1:
         return bool(flag)
     return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
+def round_up_to_devices(batch_size: int, devices: int | None = None) -> int:
+    """`batch_size` rounded up to a multiple of the number of devices (None: all), for scoring."""
+    devices = devices or jax.device_count()
+    return -(-batch_size // devices) * devices

@@ -1,10 +1,16 @@
 """What a training run carries from step to step: arrays only."""
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+Variables: TypeAlias = dict[str, Any]  # nested dicts of arrays, as Flax returns them
+Place: TypeAlias = Callable[[Variables], Variables]
 
 
 class TrainState(NamedTuple):
@@ -14,58 +20,70 @@ class TrainState(NamedTuple):
       step: int32 scalar.
       params: the trainable parameters.
       batch_stats: BatchNorm's running statistics.
-      opt_state: the optimiser's state (Ranger's slow weights among it).
-      ema: the moving average of params and batch_stats, or () where none is kept.
+      opt_state: the optimiser's state, including Ranger's slow weights.
+      ema: the moving average of params and batch_stats, or () without one.
     """
 
     step: jax.Array
-    params: Any
-    batch_stats: Any
-    opt_state: Any
-    ema: Any = ()
+    params: Variables
+    batch_stats: Variables
+    opt_state: optax.OptState
+    ema: Variables | tuple[()] = ()
 
     @property
-    def variables(self):
-        """What scoring takes: the moving average where one is kept, else the weights."""
+    def variables(self) -> Variables:
+        """What scoring takes: the moving average if there is one, else the weights."""
         return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def create(model, optimizer, *, size, seed, place=None, ema=False):
-    """A fresh state: the same seed gives the same parameters.
+def create(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    *,
+    size: int,
+    seed: int,
+    place: Place | None = None,
+    ema: bool = False,
+) -> TrainState:
+    """Creates a state before its first update; the same seed gives the same parameters.
 
     Args:
       model: a network of `maknet_jax.models`.
       optimizer: an optax transformation.
-      size: the edge S of the images.
+      size: the edge S of the images in pixels.
       seed: an integer.
-      place: variables -> variables, to start from other weights; the optimiser begins with what it
-        returns (Ranger's slow weights are a copy of it).
+      place: variables -> variables, to start from other weights. The optimiser starts from its
+        result too (Ranger's slow weights are a copy of it).
       ema: keep a moving average.
     """
-    made = _init(model, optimizer, size, ema)(jax.random.key(seed))
+    state = _init(model, optimizer, size, ema)(jax.random.key(seed))
     if place is None:
-        return made
-    variables = {"params": made.params, "batch_stats": made.batch_stats}
+        return state
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
     variables = jax.tree.map(jnp.array, place(variables))  # copies: a step donates its state
     opt_state = jax.jit(optimizer.init)(variables["params"])
     average = jax.tree.map(jnp.copy, variables) if ema else ()
-    return made._replace(**variables, opt_state=opt_state, ema=average)
+    return state._replace(**variables, opt_state=opt_state, ema=average)
 
 
-def shapes(model, optimizer, *, size, ema=False):
-    """The same with shapes and types for arrays: what a checkpoint is restored into."""
+def shapes(
+    model: nn.Module, optimizer: optax.GradientTransformation, *, size: int, ema: bool = False
+) -> TrainState:
+    """The state of `create` with `jax.ShapeDtypeStruct` for arrays."""
     return _init(model, optimizer, size, ema).eval_shape(jax.random.key(0))
 
 
-@functools.lru_cache(maxsize=1)  # shapes and arrays of one network come of one trace
-def _init(model, optimizer, size, ema):
+@functools.lru_cache(maxsize=1)  # shapes and arrays of one network share one trace
+def _init(
+    model: nn.Module, optimizer: optax.GradientTransformation, size: int, ema: bool
+) -> Any:  # a jitted function of a key; `jax.stages.Wrapped` has no eval_shape
     options = {}
     if jax.default_backend() == "cpu":
         # It runs once: optimising its hundred random draws takes a minute, eight times the rest.
         options["xla_backend_optimization_level"] = 0
 
     @functools.partial(jax.jit, compiler_options=options)
-    def init(key):
+    def init(key: jax.Array) -> TrainState:
         variables = model.init({"params": key}, jnp.zeros((1, size, size, 3)), train=False)
         params = variables["params"]
         stats = variables.get("batch_stats", {})

@@ -1,32 +1,50 @@
-"""The one training step and the one prediction step, pure functions to be jitted by the verb."""
+"""The training step and the prediction step: pure functions, which `runs.build` jits."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 
 from maknet_jax.errors import InputError
-from maknet_jax.training.state import TrainState
+from maknet_jax.training.state import TrainState, Variables
+
+Batch: TypeAlias = dict[str, jax.Array]
+Metrics: TypeAlias = dict[str, jax.Array]
+# loss_fn(outputs, batch) -> (scalar, metrics); outputs are `models.Outputs`.
+LossFn: TypeAlias = Callable[[Any, Batch], tuple[jax.Array, Metrics]]
+ToInput: TypeAlias = Callable[[jax.Array], jax.Array]
 
 
-def make_train_step(model, loss_fn, optimizer, *, to_input, augment=None, ema_decay=0.0):
+def make_train_step(
+    model: nn.Module,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    to_input: ToInput,
+    augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    ema_decay: float = 0.0,
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
     """Builds `train_step(state, batch, key) -> (state, metrics)`.
 
     Args:
-      model: `model.apply(variables, images, train)` returns `Outputs`; one that `takes_box` gets
-        the boxes too.
+      model: `model.apply(variables, images, train)` returns `Outputs`; a network that `takes_box`
+        takes the boxes too.
       loss_fn: loss_fn(outputs, batch) -> (scalar, metrics); the batch holds a `key` to draw with.
       optimizer: an optax transformation.
-      to_input: batch["image"] (int16 HU) -> float32 images in [0, 1].
-      augment: augment(batch["image"], keys [B]) -> images, in the place of `to_input`, or None.
-      ema_decay: of the moving average of weights and statistics, where the state keeps one.
+      to_input: batch["image"] (int16 HU `[B, S, S, 3]`) -> float32 images in [0, 1].
+      augment: augment(batch["image"], keys `[B]`) -> images, replaces `to_input`; or None.
+      ema_decay: decay of the moving average of weights and statistics, if the state has one.
 
     Returns:
-      The step. `key` is the run's key, folded with the step. Augmentation folds the record's number
-      `batch["index"]` in, dropout draws by the place in the global batch: neither depends on the
-      mesh or the workers.
+      The step. `key` is the run's key, which is folded with the step. Augmentation folds in the
+      record's number `batch["index"]`; dropout draws by the row in the global batch. Neither
+      depends on the mesh or the workers.
     """
 
-    def train_step(state, batch, key):
+    def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
         if augment is None:
             images = to_input(batch["image"])
@@ -34,14 +52,14 @@ def make_train_step(model, loss_fn, optimizer, *, to_input, augment=None, ema_de
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
             images = augment(batch["image"], keys)
 
-        def loss(params):
+        def loss(params: Variables) -> tuple[jax.Array, tuple[Metrics, Variables]]:
             outputs, updated = model.apply(
                 {"params": params, "batch_stats": state.batch_stats},
                 images,
                 train=True,
                 mutable=["batch_stats"],
                 rngs={"dropout": dropout_key},
-                **box_of(model, batch.get("box")),
+                **box_kwargs(model, batch.get("box")),
             )
             value, metrics = loss_fn(outputs, batch | {"key": jax.random.fold_in(dropout_key, 1)})
             return value, (metrics, updated.get("batch_stats", {}))
@@ -60,32 +78,39 @@ def make_train_step(model, loss_fn, optimizer, *, to_input, augment=None, ema_de
     return train_step
 
 
-def make_predict_step(model, *, to_input):
-    """Builds `predict_step(variables, images, box=None) -> logits`, float32 `[B, K]` from int16 HU.
+def make_predict_step(
+    model: nn.Module, *, to_input: ToInput
+) -> Callable[[Variables, jax.Array, jax.Array | None], jax.Array]:
+    """Builds `predict_step(variables, images, box=None) -> logits`, float32 `[B, K]`.
 
-    `box` is `[B, 4]`, needed and used only where the network `takes_box`.
+    `images` are int16 HU `[B, S, S, 3]`; `box` is `[B, 4]`, used only if the network `takes_box`.
     """
 
-    def predict_step(variables, images, box=None):
-        boxes = box_of(model, box)
-        return model.apply(variables, to_input(images), train=False, **boxes).logits.astype(
-            jnp.float32
-        )
+    def predict_step(
+        variables: Variables, images: jax.Array, box: jax.Array | None = None
+    ) -> jax.Array:
+        boxes = box_kwargs(model, box)
+        outputs: Any = model.apply(variables, to_input(images), train=False, **boxes)
+        return outputs.logits.astype(jnp.float32)
 
     return predict_step
 
 
-def box_of(model, box):
-    """The keyword arguments that a network takes beside images: LesaNet the lesions' boxes.
+def box_kwargs(model: nn.Module, box: Any) -> dict[str, Any]:
+    """The keyword arguments of a network beside the images: LesaNet takes the lesions' boxes.
+
+    Args:
+      model: the network.
+      box: `[B, 4]` in pixels of the image, or None.
 
     Raises:
-      InputError: it needs boxes and there are none.
+      InputError: the network takes boxes and there are none.
     """
-    if not getattr(model, "takes_box", False):
+    if not model.takes_box:
         return {}
     if box is None:
         raise InputError(
-            "the network looks at lesions and these images have no box: take data of `maknet "
+            "the network takes a lesion's box and these images have none: use data of `maknet "
             "prepare deeplesion --lesions`"
         )
     return {"box": box}

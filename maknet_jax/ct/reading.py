@@ -1,0 +1,54 @@
+"""What the file readers share: size limits, silenced libraries, error text and file digests."""
+
+import contextlib
+import hashlib
+import logging
+import threading
+import warnings
+from collections.abc import Iterator
+
+LARGEST_MATRIX = 4096  # rows or columns of a slice
+LARGEST_SERIES = 8 << 30  # bytes of int16
+
+_quiet_lock = threading.Lock()
+_quiet_readers = 0
+_quiet_exit = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Suppresses warnings and log lines of pydicom and nibabel while any thread reads.
+
+    `warnings.catch_warnings` alone is not safe in threads (the last to leave wins), so the first
+    reader opens it and the last one closes it.
+    """
+    global _quiet_readers, _quiet_exit
+    loggers = [logging.getLogger(name) for name in ("pydicom", "nibabel.global")]
+    with _quiet_lock:
+        _quiet_readers += 1
+        if _quiet_readers == 1:
+            _quiet_exit = contextlib.ExitStack()
+            _quiet_exit.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            for logger in loggers:
+                for name, value in (("disabled", True), ("propagate", False)):
+                    _quiet_exit.callback(setattr, logger, name, getattr(logger, name))
+                    setattr(logger, name, value)  # child loggers ignore `disabled` alone
+    try:
+        yield
+    finally:
+        with _quiet_lock:
+            _quiet_readers -= 1
+            if _quiet_readers == 0:
+                _quiet_exit.close()
+
+
+def one_line(error: BaseException) -> str:
+    """The type and message of an exception in one line of limited length."""
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def content_id(content: bytes) -> str:
+    """An id made from the SHA-256 of some bytes, for files that carry no UID."""
+    return "sha256:" + hashlib.sha256(content).hexdigest()[:32]

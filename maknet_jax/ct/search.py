@@ -1,0 +1,201 @@
+"""CT series in files and folder trees, found by their headers."""
+
+import concurrent.futures
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+
+from maknet_jax.ct import dicom, nifti, png
+from maknet_jax.ct.reading import content_id
+from maknet_jax.ct.stacks import order_slices
+from maknet_jax.errors import InputError, Rejected
+
+_BATCH = 4096  # files per batch, so that an archive of any size never queues more
+
+
+@dataclasses.dataclass(frozen=True)
+class SeriesRef:
+    """Where the files of one series are.
+
+    Attributes:
+      kind: "dicom", "nifti" or "png".
+      paths: the files, head to feet.
+      key: the SeriesInstanceUID, or a name relative to the root.
+      count: slices.
+      root: the folder that was searched.
+    """
+
+    kind: str
+    paths: tuple[str, ...]
+    key: str
+    count: int
+    root: str
+
+
+@dataclasses.dataclass
+class _Search:
+    """The usable series and the (path, reason) pairs of one search."""
+
+    root: str
+    series: list[SeriesRef] = dataclasses.field(default_factory=list)
+    failures: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+    def add(self, kind: str, paths: tuple[str, ...], key: str, count: int) -> None:
+        self.series.append(SeriesRef(kind, paths, key, count, self.root))
+
+
+def find_series(
+    path: str | os.PathLike[str], *, workers: int = 1
+) -> tuple[list[SeriesRef], list[tuple[str, str]]]:
+    """Finds all CT series in a file or a folder tree; only headers are read.
+
+    Args:
+      path: a file or a folder.
+      workers: threads that read DICOM headers.
+
+    Returns:
+      (series in a fixed order, (path, reason) of each image that cannot be used). Files that do
+      not claim to be images are skipped. Slices of one DICOM series that share a reason make one
+      entry.
+
+    Raises:
+      InputError: the path does not exist.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise InputError(f"{path} does not exist: give a file or a folder of CT")
+    search = _Search(str(path if path.is_dir() else path.parent))
+    headers: list[dicom.Header] = []
+    pictures = []
+    with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
+        files = _walk(path)
+        while batch := [file for file, _ in zip(files, range(_BATCH), strict=False)]:
+            others = []
+            for file in batch:
+                name = os.path.basename(file).lower()
+                if name.endswith((".nii", ".nii.gz")):
+                    _add_nifti(file, search)
+                elif name.endswith(".png"):
+                    pictures.append(file)
+                else:
+                    others.append(file)
+            for file, header in zip(others, pool.map(header_of, others), strict=True):
+                if isinstance(header, OSError):
+                    search.failures.append((file, f"cannot be read ({header.strerror})"))
+                elif header is not None:
+                    headers.append(header)
+    _add_dicom(headers, search)
+    _add_png(pictures, search)
+    ordered = sorted(search.series, key=lambda ref: (ref.paths[0], ref.key))
+    return ordered, sorted(search.failures)
+
+
+def header_of(path: str) -> dicom.Header | OSError | None:
+    """The header of a DICOM file, None for any other file, or the error that reading raised."""
+    try:
+        return dicom.read_header(path) if dicom.looks_like_dicom(path) else None
+    except OSError as error:
+        return error
+
+
+def group_by_series(headers: Iterable[dicom.Header]) -> list[list[dicom.Header]]:
+    """Groups headers by series; files without a SeriesInstanceUID are grouped by folder.
+
+    Whether such files make one stack is checked by `order_slices`.
+    """
+    groups: dict[str | tuple[str], list[dicom.Header]] = {}
+    for header in headers:
+        key = header.series or (os.path.dirname(header.path),)
+        groups.setdefault(key, []).append(header)
+    return list(groups.values())
+
+
+def series_key(group: Sequence[dicom.Header]) -> str:
+    """The SeriesInstanceUID of a group, or an id made from the UIDs of its slices."""
+    if group[0].series:
+        return group[0].series
+    return content_id("\n".join(sorted(header.uid for header in group)).encode())
+
+
+def relative_name(path: str, root: str) -> str:
+    """`path` relative to `root`, with forward slashes."""
+    return pathlib.PurePath(os.path.relpath(path, root)).as_posix()
+
+
+def _walk(path: pathlib.Path) -> Iterator[str]:
+    """Yields the files of a tree in sorted order, without hidden ones."""
+    if not path.is_dir():
+        yield str(path)
+        return
+    for folder, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            full = os.path.join(folder, name)
+            if not name.startswith(".") and os.path.isfile(full):
+                yield full
+
+
+def _add_nifti(path: str, search: _Search) -> None:
+    try:
+        count = nifti.check_nifti(path)
+    except Rejected as error:
+        search.failures.append((path, str(error)))
+    else:
+        search.add("nifti", (path,), relative_name(path, search.root), count)
+
+
+def _add_dicom(headers: Sequence[dicom.Header], search: _Search) -> None:
+    rejected: dict[tuple[str, str], list[str]] = {}
+    for header in headers:
+        if header.problem:
+            key = header.series or header.path
+            rejected.setdefault((key, header.problem), []).append(header.path)
+    for (key, problem), paths in rejected.items():
+        more = f" ({len(paths)} files of series {key})" if len(paths) > 1 else ""
+        search.failures.append((paths[0], problem + more))
+    for group in group_by_series(header for header in headers if not header.problem):
+        key = series_key(group)
+        try:
+            ordered, _ = order_slices(group)
+        except Rejected as error:
+            search.failures.append((group[0].path, f"series {key}: {error}"))
+        else:
+            search.add("dicom", tuple(header.path for header in ordered), key, len(ordered))
+
+
+def _add_png(paths: Sequence[str], search: _Search) -> None:
+    """Groups PNGs by folder and name; a gap in the indices begins a new series."""
+    numbered: dict[tuple[str, str], list[tuple[int, str]]] = {}
+    unnumbered: dict[tuple[str, str], str] = {}
+    for path in paths:
+        series, index = png.split_name(path)
+        place = os.path.dirname(path), series
+        if index is None:
+            unnumbered.setdefault(place, path)
+        else:
+            numbered.setdefault(place, []).append((index, path))
+    for (folder, series), path in unnumbered.items():
+        search.add("png", (path,), _png_key(folder, series, search.root), 1)
+    for (folder, series), items in numbered.items():
+        base = _png_key(folder, series, search.root)
+        items.sort()
+        indices = [index for index, _ in items]
+        if len(set(indices)) < len(indices):
+            double = next(a for a, b in zip(indices, indices[1:], strict=False) if a == b)
+            search.failures.append(
+                (items[0][1], f"series {base}: two files have the index {double}")
+            )
+            continue
+        starts = [k for k, index in enumerate(indices) if k == 0 or index != indices[k - 1] + 1]
+        for start, end in zip(starts, [*starts[1:], len(items)], strict=True):
+            run = tuple(path for _, path in items[start:end])
+            search.add("png", run, f"{base}:{indices[start]}-{indices[end - 1]}", len(run))
+
+
+def _png_key(folder: str, series: str, root: str) -> str:
+    parent = relative_name(folder, root)
+    if parent == ".":
+        return series
+    nested = series == os.path.basename(os.path.abspath(folder))
+    return parent if nested else f"{parent}/{series}"

@@ -1,0 +1,102 @@
+"""The options that `attribute` and `perturb` share, with their defaults.
+
+Imports no JAX and no NumPy: the command line takes its defaults and choices from here.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+from maknet_jax.attribution import METHODS, OUTPUTS
+
+__all__ = [
+    "DISPLAY",
+    "METHODS",
+    "OUTPUTS",
+    "PATH",
+    "SHARE",
+    "STRATEGIES",
+    "DisplayOptions",
+    "PathOptions",
+    "SelectionOptions",
+]
+
+STRATEGIES = ("neighbour", "patch", "attribution", "random")
+SHARE = 0.1  # of the pixels that the strategies attribution and random delete
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectionOptions:
+    """Which images are explained, for which labels and by which networks.
+
+    Either `path` or `split` is needed.
+
+    Attributes:
+      path: a file or folder of CT; the id of a slice is SERIES:NUMBER, as in `maknet predict`.
+      split: a split of `data`.
+      data: a prepared data set; None takes the one that the network was trained on.
+      ids: only these images.
+      labels: explain these labels; of a labelled split, only images that have one of them. None
+        explains the `top` most confident labels of each image.
+      top: number of labels per image.
+      limit: maximum number of images.
+      compare: a second workdir, shown beside the first.
+      checkpoint: "best" or "last".
+      png_window: (low, high) in HU of 8-bit PNGs.
+    """
+
+    path: str | pathlib.Path | None = None
+    split: str | None = None
+    data: str | pathlib.Path | None = None
+    ids: Sequence[str] | None = None
+    labels: Sequence[str] | None = None
+    top: int = 5
+    limit: int | None = None
+    compare: str | pathlib.Path | None = None
+    checkpoint: str = "best"
+    png_window: tuple[float, float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PathOptions:
+    """The path that Integrated Gradients follow, see `integrated_gradients`.
+
+    Attributes:
+      steps: number of steps along the path.
+      method: one of `METHODS`.
+      baseline: where the path starts, "black", "blurred" or a number in HU.
+      output: one of `OUTPUTS`.
+      refine: how many times the steps of an image with a flagged map are doubled at most; None
+        takes 4 with the trapezoid and 0 with the others, which cannot.
+      batch_size: images per step, rounded up to the devices; None takes one per device.
+    """
+
+    steps: int = 50
+    method: str = "trapezoid"
+    baseline: str = "black"
+    output: str = "probability"
+    refine: int | None = None
+    batch_size: int | None = None
+
+    @property
+    def refinements(self) -> int:
+        """`refine` with its default resolved."""
+        if self.refine is None:
+            return 4 if self.method == "trapezoid" else 0
+        return self.refine
+
+
+@dataclasses.dataclass(frozen=True)
+class DisplayOptions:
+    """How results are shown.
+
+    Attributes:
+      window: (low, high) in HU of the pictures; None takes the soft tissue window.
+      most_shown: maximum number of images on the HTML page; the other files hold all.
+    """
+
+    window: tuple[float, float] | None = None
+    most_shown: int = 50
+
+
+PATH, DISPLAY = PathOptions(), DisplayOptions()

@@ -1,0 +1,137 @@
+"""Explaining a selection in batches that resume, and the files of its results."""
+
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from maknet_jax import console, files
+from maknet_jax.ct.read_ahead import read_ahead
+from maknet_jax.errors import InputError, Rejected
+from maknet_jax.explain import truth
+from maknet_jax.explain.network import Network
+from maknet_jax.explain.options import DisplayOptions, PathOptions, SelectionOptions
+from maknet_jax.explain.selection import SelectedImage, Selection
+from maknet_jax.figures import contact_sheet
+from maknet_jax.runs.claim import claim
+from maknet_jax.training import sharding
+
+# One image's result: metadata (JSON) and arrays.
+Result = tuple[dict[str, Any], dict[str, np.ndarray]]
+Images = dict[int, SelectedImage]  # by their number in the selection
+Failures = list[tuple[str, str]]  # (input, reason)
+
+
+def shared_settings(
+    networks: Sequence[Network],
+    selection: SelectionOptions,
+    path: PathOptions,
+    display: DisplayOptions,
+) -> dict[str, Any]:
+    """The settings that results of `attribute` and `perturb` both depend on, as JSON."""
+    return {
+        "truth": truth.RULE,
+        "steps": path.steps,
+        "method": path.method,
+        "baseline": path.baseline,
+        "top": min(selection.top, len(networks[0].run.vocabulary)),
+        "networks": [network.identity for network in networks],
+        "display": list(display.window or contact_sheet.SOFT_TISSUE),
+        "png_window": selection.png_window and list(selection.png_window),
+    }
+
+
+def explain(
+    title: str,
+    out: str | pathlib.Path,
+    selection: Selection,
+    settings: dict[str, Any],
+    explain_batch: Callable[[Images], list[Result]],
+    *,
+    batch_size: int,
+) -> tuple[dict[int, pathlib.Path], Failures]:
+    """Calls `explain_batch` on the images of a selection that have no result yet.
+
+    OUT/cases/00012.npz holds one image's result and is written atomically: an interrupted run
+    neither repeats nor loses one. Several processes share the images.
+
+    Args:
+      title: the verb, for the progress bar and messages.
+      out: the output folder.
+      selection: the images.
+      settings: JSON of all that the results depend on, stored in OUT/settings.json.
+      explain_batch: number -> image -> one result per image, in the same order.
+      batch_size: images per step.
+
+    Returns:
+      (number -> file of the result, failures).
+
+    Raises:
+      InputError: `out` has other contents, or no image could be read.
+    """
+    out = pathlib.Path(out)
+    settings = settings | {"selection": selection.identity}
+    claim(out, {"settings.json": settings}, command=f"maknet {title}", option="--out")
+    paths = {n: out / "cases" / f"{n:05d}.npz" for n in range(len(selection.readers))}
+    mine = range(jax.process_index(), len(paths), jax.process_count())
+    todo = [number for number in mine if not paths[number].exists()]
+    batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
+    with console.progress(title, len(mine), done=len(mine) - len(todo)) as advance:
+        for numbers, content in read_ahead(functools.partial(_read, selection), batches):
+            images, _ = content.result()
+            results = explain_batch(images) if images else []
+            for number, result in zip(images, results, strict=True):
+                save(paths[number], *result)
+            advance(len(numbers))
+    sharding.wait_for_all("explained")
+    done = {number: path for number, path in paths.items() if path.exists()}
+    # Whichever process met them: images without a result are read again for their reason.
+    _, failures = _read(selection, [number for number in paths if number not in done])
+    failures = sorted({*selection.failures, *failures})
+    if not done:
+        if jax.process_index() == 0:
+            # No result: other settings may follow.
+            (out / "settings.json").unlink(missing_ok=True)
+        raise InputError(f"no image could be read: {failures[0][0]}: {failures[0][1]}")
+    return done, failures
+
+
+def _read(selection: Selection, numbers: Iterable[int]) -> tuple[Images, Failures]:
+    images: Images = {}
+    failures: Failures = []
+    for number in numbers:
+        try:
+            images[number] = selection.readers[number]()
+        except Rejected as error:
+            failures.append(error.args if len(error.args) == 2 else (f"image {number}", str(error)))
+    return images, failures
+
+
+def padded(images: Iterable[SelectedImage], batch_size: int) -> np.ndarray:
+    """int16 HU `[batch_size, S, S, 3]`; the last image is repeated where there are fewer."""
+    hu = [image.image for image in images]
+    return np.stack(hu + hu[-1:] * (batch_size - len(hu)))
+
+
+def save(path: pathlib.Path, metadata: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Writes one image's result atomically: compressed arrays, and the metadata as JSON."""
+    with files.write_whole(path, "wb") as file:
+        content: dict[str, Any] = {"about": json.dumps(metadata), **arrays}
+        np.savez_compressed(file, **content)
+
+
+def load_metadata(path: str | pathlib.Path) -> dict[str, Any]:
+    """The metadata alone, without decompressing the arrays."""
+    with np.load(path) as stored:
+        return json.loads(str(stored["about"]))
+
+
+def load(path: str | pathlib.Path) -> Result:
+    """(metadata, arrays) as `save` wrote them."""
+    with np.load(path) as stored:
+        arrays = {name: stored[name] for name in stored.files if name != "about"}
+    return load_metadata(path), arrays

@@ -1,0 +1,246 @@
+"""Builds everything that a config describes: model, optimiser, loss and the jitted steps.
+
+`assemble` is the one place where these are put together. Training, scoring, the benchmarks and the
+tests call it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from maknet_jax import models
+from maknet_jax.errors import InputError
+from maknet_jax.training import (
+    augment,
+    lesion_losses,
+    losses,
+    ranger,
+    sgd,
+    sharding,
+    state,
+    step,
+)
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "ranger": ranger.ranger,
+    "sgd": sgd.sgd,
+}
+LOSSES: dict[str, Callable[..., step.LossFn]] = {
+    "weighted_focal": losses.focal_loss_fn,
+    "lesion": lesion_losses.lesion_loss_fn,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSet:
+    """What the loss and the learning rate depend on beside the config.
+
+    Attributes:
+      steps: updates of the whole run.
+      label_counts: `[K]`, examples of each label.
+      examples: examples in total.
+      exclusive: bool `[K, K]`, `Vocabulary.exclusive`; only LesaNet's loss needs it.
+    """
+
+    steps: int
+    label_counts: np.ndarray
+    examples: int
+    exclusive: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+    """A network with its steps, jitted over a mesh.
+
+    Attributes:
+      model: the Flax module.
+      optimizer: the optax transformation.
+      size: the edge S of the images in pixels.
+      ema: whether the state holds a moving average of the weights.
+      mesh: the devices.
+      shapes: a state with shapes and types for arrays; checkpoints are restored into it.
+      to_input: int16 HU `[..., S, S, 3]` -> float32 images in [0, 1], on the device.
+      predict_step: predict_step(variables, images, box) -> logits `[B, K]`; box is None where the
+        images have none.
+      train_step: train_step(state, batch, key) -> (state, metrics), which donates the state; None
+        in an assembly for scoring.
+    """
+
+    model: nn.Module
+    optimizer: optax.GradientTransformation
+    size: int
+    ema: bool
+    mesh: Mesh
+    shapes: state.TrainState
+    to_input: Callable[[jax.Array], jax.Array]
+    predict_step: jax.stages.Wrapped
+    train_step: jax.stages.Wrapped | None
+
+    def create(self, seed: int, place: state.Place | None = None) -> state.TrainState:
+        """The state before the first step, see `state.create`."""
+        return state.create(
+            self.model, self.optimizer, size=self.size, seed=seed, place=place, ema=self.ema
+        )
+
+    def predict(
+        self, variables: state.Variables, batch: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Scores one batch, as `evaluation.Evaluator` calls it.
+
+        Args:
+          variables: params and batch_stats, replicated over the mesh.
+          batch: this process's rows.
+
+        Returns:
+          The batch without its images and with its `logits` `[B, K]`: the rows of all processes.
+        """
+        on_mesh = sharding.put_batch(self.mesh, batch)
+        images, box = on_mesh.pop("image"), on_mesh.pop("box", None)  # not copied back to the host
+        return sharding.gather(on_mesh | {"logits": self.predict_step(variables, images, box)})
+
+
+def assemble(
+    config: ConfigDict,
+    labels: int,
+    mesh: Mesh,
+    *,
+    training: TrainingSet | None = None,
+    rotation: str = "auto",
+) -> Assembly:
+    """Builds the network of a config and its jitted steps.
+
+    Args:
+      config: a locked config.
+      labels: the number of labels K.
+      mesh: the devices, see `sharding.data_mesh`; they need not exist on this machine.
+      training: None builds what scoring needs: no loss and no training step.
+      rotation: form of the augmentation, see `augment.make_augment`.
+
+    Raises:
+      InputError: a value of the config is out of range or does not fit the others.
+    """
+    model = build_model(config, labels)
+    optimizer = build_optimizer(config, training.steps if training else 1)
+    to_input = build_to_input(config)
+    whole, rows = sharding.replicated(mesh), sharding.split(mesh)
+    train_step = None
+    if training:
+        loss = build_loss(config, training.label_counts, training.examples, training.exclusive)
+        train_step = jax.jit(
+            step.make_train_step(
+                model,
+                loss,
+                optimizer,
+                to_input=to_input,
+                augment=build_augment(config, mesh.size, form=rotation),
+                ema_decay=config.ema_decay,
+            ),
+            in_shardings=(whole, rows, whole),
+            out_shardings=(whole, whole),
+            donate_argnums=0,
+        )
+    predict_step = jax.jit(
+        step.make_predict_step(model, to_input=to_input),
+        in_shardings=(whole, rows, rows),
+        out_shardings=rows,
+    )
+    size, ema = config.data.size, config.ema_decay > 0
+    shapes = state.shapes(model, optimizer, size=size, ema=ema)
+    return Assembly(model, optimizer, size, ema, mesh, shapes, to_input, predict_step, train_step)
+
+
+def build_model(config: ConfigDict, labels: int) -> nn.Module:
+    """The network of a config; activations are bfloat16 on accelerators with precision auto.
+
+    An optimiser whose `trunk_rate` is 0 freezes the trunk, including its running statistics.
+    """
+    kinds: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    kinds["auto"] = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    if config.precision not in kinds:
+        raise InputError(f"precision {config.precision!r} is unknown: {', '.join(kinds)}")
+    options = config.model.options.to_dict()
+    if "trunk_rate" in config.optimizer and config.optimizer.trunk_rate == 0:
+        options["frozen"] = True
+    model = models.build(config.model.name, labels, dtype=kinds[config.precision], **options)
+    moving = [f"{kind}_probability" for kind in ("rotation", "translation", "crop")]
+    positive = [f"augment.{name}" for name in moving if config.augment[name] > 0]
+    if positive and model.takes_box:
+        raise InputError(
+            f"model {config.model.name} takes boxes, which the augmentation does not move: set "
+            f"{' and '.join(positive)} to 0"
+        )
+    return model
+
+
+def build_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
+    """The optimiser of a config for a run of `steps` updates.
+
+    The learning rate is constant until the share `decay_from` of all steps (1: to the end). From
+    there on it falls to 0 along a half cosine; with SGD it is multiplied by `drop` instead.
+    """
+    options = config.optimizer.to_dict()
+    rate, decay_from = options.pop("learning_rate"), options.pop("decay_from")
+    if not 0 <= decay_from <= 1:
+        raise InputError(f"config optimizer.decay_from {decay_from} should lie in 0..1")
+    flat = round(decay_from * steps)
+    if "drop" in options:
+        rate = optax.piecewise_constant_schedule(rate, {flat: options.pop("drop")})
+    elif flat < steps:
+        fall = optax.cosine_decay_schedule(rate, steps - flat)
+        rate = optax.join_schedules([optax.constant_schedule(rate), fall], [flat])
+    else:
+        rate = optax.constant_schedule(rate)  # the same state as with a schedule that falls
+    return _build("optimizer", OPTIMIZERS, learning_rate=rate, **options)
+
+
+def build_loss(
+    config: ConfigDict,
+    label_counts: np.ndarray | Sequence[float],
+    examples: int,
+    exclusive: np.ndarray | None = None,
+) -> step.LossFn:
+    """The loss of a config; its class weights follow from the counts of a `TrainingSet`."""
+    options = config.loss.to_dict()
+    pos_weight, neg_weight = losses.class_weights(
+        np.asarray(label_counts), examples, clamp=options.pop("clamp")
+    )
+    if config.loss.name == "lesion":
+        options["exclusive"] = exclusive
+    return _build("loss", LOSSES, pos_weight=pos_weight, neg_weight=neg_weight, **options)
+
+
+def _build(part: str, known: Mapping[str, Callable[..., Any]], *, name: str, **options: Any) -> Any:
+    if name not in known:
+        raise InputError(f"{part} {name!r} is unknown: choose one of {', '.join(known)}")
+    try:
+        return known[name](**options)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{part} {name}: {error}") from None
+
+
+def build_to_input(config: ConfigDict) -> Callable[[jax.Array], jax.Array]:
+    """int16 HU `[..., S, S, 3]` -> float32 network input in [0, 1], on the device."""
+    return functools.partial(augment.to_unit, window=tuple(config.data.window))
+
+
+def build_augment(
+    config: ConfigDict, devices: int, *, form: str = "auto"
+) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+    """The augmentation of a config, which replaces `to_input`; None where the config has none.
+
+    Args:
+      config: a config.
+      devices: over how many the images are split.
+      form: of the rotation, see `augment.make_augment`.
+    """
+    options = config.augment.to_dict() | {"to_input": build_to_input(config)}
+    return augment.make_augment(**options, devices=devices, form=form)

@@ -1,0 +1,85 @@
+"""Series in folders: detected by content, grouped, and listed in a fixed order."""
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_dicom import write_slice
+
+from maknet_jax.ct import search
+from maknet_jax.errors import InputError
+
+
+def write_pngs(folder, names):
+    folder.mkdir(exist_ok=True, parents=True)
+    for k, name in enumerate(names):
+        Image.fromarray(np.full((3, 3), 32768 + k, np.uint16)).save(folder / name)
+
+
+def test_all_real_series_are_listed_in_a_fixed_order(shared_data):
+    # Named one by one, because the shared folder may contain other data sets.
+    folders = [shared_data / name for name in ("body_part_ordinal", "deeplesion", "dicom", "nifti")]
+    series, reasons = [], []
+    for folder in folders:
+        listed = search.find_series(folder)
+        assert search.find_series(folder, workers=4) == listed
+        series += listed[0]
+        reasons += listed[1]
+    counts = {kind: sum(ref.kind == kind for ref in series) for kind in ("dicom", "nifti", "png")}
+    assert counts == {"dicom": 1, "nifti": 2, "png": 77}
+    assert len({ref.key for ref in series}) == len(series)
+    assert [ref.key for ref in series if ref.count == 16] == ["Images_png/000001_02_01:8-23"]
+    names = [path.rsplit("/", 1)[1] for path, _ in reasons]
+    assert names[0] == "CT2.dcm" and len(names) == 6  # duplicates twice, and four lossy JPEGs
+
+
+def test_files_that_are_not_images_are_skipped_silently(tmp_path):
+    (tmp_path / "README").write_text("about")
+    (tmp_path / "labels.csv").write_text("path,labels\n")
+    (tmp_path / ".hidden.dcm").write_bytes(b"")
+    (tmp_path / "odd").write_bytes(b"\x08\x00" + bytes(20))
+    (tmp_path / "picture.jpg").write_bytes(b"\xff\xd8\xff")
+    write_slice(
+        tmp_path / "DICOMDIR", SOPClassUID="1.2.840.10008.1.3.10", drop=["Modality", "Rows"]
+    )
+    report = {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.88.11", "Modality": "SR"}
+    write_slice(tmp_path / "report", **report, drop=["Rows", "Columns", "PixelData"])
+    assert search.find_series(tmp_path) == ([], [])
+    (tmp_path / "empty.nii.gz").write_bytes(b"")
+    (tmp_path / "empty.dcm").write_bytes(b"")
+    assert [os.path.basename(path) for path, _ in search.find_series(tmp_path)[1]] == [
+        "empty.dcm",
+        "empty.nii.gz",
+    ]
+    with pytest.raises(InputError, match="nowhere"):
+        search.find_series(tmp_path / "nowhere")
+
+
+def test_dicom_is_detected_by_content_and_grouped_by_uid(tmp_path):
+    for k, z in enumerate((0, 5, 10)):
+        write_slice(tmp_path / f"IM{k}", z=z)
+        write_slice(tmp_path / f"x{k}.jpg", z=z, SeriesInstanceUID="1.2.9")
+    write_slice(tmp_path / "scout", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    for k in range(3):
+        mr = {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.4", "Modality": "MR"}
+        write_slice(tmp_path / f"mr{k}", SeriesInstanceUID="1.2.5", **mr)
+    series, reasons = search.find_series(tmp_path)
+    assert [(ref.key, ref.count) for ref in series] == [("1.2.3", 3), ("1.2.9", 3)]
+    (_, mr), (_, scout) = reasons
+    assert "MR" in mr and "3 files" in mr and "1.2.5" in mr
+    assert "LOCALIZER" in scout and "files" not in scout
+
+
+def test_runs_of_png_become_series(tmp_path):
+    write_pngs(tmp_path / "a" / "000001_01_01", ["008.png", "009.png", "010.png", "012.png"])
+    write_pngs(tmp_path / "flat", ["000002_01_01_099.png", "000002_01_01_100.png", "liver.png"])
+    write_pngs(tmp_path / "twice", ["1.png", "01.png"])
+    series, reasons = search.find_series(tmp_path)
+    assert [(ref.key, ref.count) for ref in series] == [
+        ("a/000001_01_01:8-10", 3),
+        ("a/000001_01_01:12-12", 1),
+        ("flat/000002_01_01:99-100", 2),
+        ("flat/liver", 1),
+    ]
+    assert "index 1" in reasons[0][1]
