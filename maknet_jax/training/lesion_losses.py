@@ -65,9 +65,7 @@ def lesion_loss_fn(
         )
         return losses.masked_mean(values, batch["label_mask"], batch["weight"])
 
-    def loss_fn(
-        outputs: losses.Heads, batch: losses.Batch
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss_fn(outputs: losses.Heads, batch: losses.Batch) -> tuple[jax.Array, losses.Metrics]:
         rhem_key, triplet_key = jax.random.split(batch["key"])
         labels, weight = batch["labels"], batch["weight"]
         before, after = outputs.scores_before_spl, outputs.logits
