@@ -34,7 +34,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "ranger": ranger.ranger,
     "sgd": sgd.sgd,
 }
-LOSSES: dict[str, Callable[..., step.LossFn]] = {
+LOSSES: dict[str, Callable[..., losses.LossFn]] = {
     "weighted_focal": losses.focal_loss_fn,
     "lesion": lesion_losses.lesion_loss_fn,
 }
@@ -207,7 +207,7 @@ def build_loss(
     label_counts: np.ndarray | Sequence[float],
     examples: int,
     exclusive: np.ndarray | None = None,
-) -> step.LossFn:
+) -> losses.LossFn:
     """The loss of a config; its class weights follow from the counts of a `TrainingSet`."""
     options = config.loss.to_dict()
     pos_weight, neg_weight = losses.class_weights(
