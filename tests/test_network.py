@@ -60,3 +60,32 @@ def test_only_lesanet_takes_boxes():
     takes_box = {name: models.build(name, 5, **NETWORKS[name]).takes_box for name in NETWORKS}
     assert {name for name, takes in takes_box.items() if takes} == {"lesanet"}
     assert set(NETWORKS) == set(models.MODELS)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_scores_are_multiplied_in_full_float32(name):
+    """On accelerators too, which default to bfloat16 or TF32 products."""
+    model, images = models.build(name, 5, **NETWORKS[name]), jnp.zeros((2, 64, 64, 3))
+    shapes = jax.eval_shape(lambda key: model.init(key, images, train=False), jax.random.key(0))
+    traced = jax.jit(lambda v: model.apply(v, images, train=False)).trace(shapes)
+    lines = traced.lower(lowering_platforms=("tpu",)).as_text().splitlines()
+    dots = [line for line in lines if "stablehlo.dot_general" in line]
+    heads = sum(part in shapes["params"] for part in ("classifier", "spl", "embedding"))
+    assert sum("HIGHEST" in line for line in dots) == heads
+
+
+@pytest.mark.parametrize("name", ["maknet", "vgg16", "resnet18"])
+def test_a_frozen_trunk_keeps_its_weights_and_statistics(name):
+    variables, _ = outputs_of(name)
+    model, images = models.build(name, 5, frozen=True, **NETWORKS[name]), drawn(2, 32, 32, 3)
+
+    def loss(params):
+        outputs, updated = model.apply(
+            variables | {"params": params}, images, train=True, mutable=["batch_stats"]
+        )
+        return jnp.sum(outputs.logits**2), updated["batch_stats"]
+
+    gradient, stats = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+    jax.tree.map(np.testing.assert_array_equal, variables["batch_stats"], stats)
+    moved = {part for part, tree in gradient.items() if any(map(np.any, jax.tree.leaves(tree)))}
+    assert moved == {"classifier", "spl"} & set(variables["params"])
