@@ -5,6 +5,7 @@ and `models.lesanet`, written as is usual in PyTorch: a loop over boxes, samples
 generator.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from benchmarks.speed import torch_networks
 
 BINS, BOX_STAGES, SCALES = 5, 3, (1, 2, 4, 8, 16)
+LARGEST_LOGIT = math.log((1 - 1e-7) / 1e-7)  # the published code clamps probabilities
 
 
 def roi_max_pool(x: torch.Tensor, box: torch.Tensor, scale: int) -> torch.Tensor:
@@ -85,24 +87,26 @@ class Timed(torch_networks.Timed):
         """The terms of the training loss that do not sample, without an update."""
         self.network.train()
         logits, before, _ = self.network(self.images(), self.batch["box"])
-        both = [torch_networks.focal_loss(scores, self.batch, 0.0) for scores in (logits, before)]
-        return sum(both).detach()
+        return self._cross_entropy(logits, before).detach()
 
     def train(self) -> torch.Tensor:
         """Runs one training step and returns the loss."""
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
         logits, before, embedding = self.network(self.images(), self.batch["box"])
-        loss = sum(
-            torch_networks.focal_loss(scores, self.batch, 0.0) for scores in (logits, before)
-        )
+        loss = self._cross_entropy(logits, before)
         loss = loss + self._hard_examples(before) + 5.0 * self._triplets(embedding)
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), 10.0)
         self.optimizer.step()
         return loss.detach()
 
+    def _cross_entropy(self, *heads: torch.Tensor) -> torch.Tensor:
+        clamped = (scores.clamp(-LARGEST_LOGIT, LARGEST_LOGIT) for scores in heads)
+        return sum(torch_networks.focal_loss(scores, self.batch, 0.0) for scores in clamped)
+
     def _hard_examples(self, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits.clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
         labels = self.batch["labels"]
         error = (torch.sigmoid(logits) - labels).abs() * (labels > 0)  # no exclusive labels
         samples = torch.multinomial((error**2).detach().flatten(), 10_000, replacement=True)
