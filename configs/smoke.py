@@ -2,7 +2,8 @@
 
     maknet train --config smoke --workdir runs/smoke --config.data.path=demo/shards
 
-The default data are those of `make demo`; the README says what to expect. Not part of the paper.
+The default data are those of `make demo`; for results see benchmarks/RESULTS.md. Not part of the
+paper.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""The Python example of the README runs."""
+"""The Python example of docs/attribution.md runs."""
 
 import pathlib
 import re
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
+PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "attribution.md"
 
 
 class Pooled(nn.Module):
@@ -21,18 +21,18 @@ class Pooled(nn.Module):
 
 
 def test_attributions_of_any_flax_model(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
     model, images = Pooled(), np.random.default_rng(0).random((2, 16, 16, 3), np.float32)
     variables = model.init(jax.random.key(0), images)
     names = {"model": model, "variables": variables, "images": images, "targets": [[1, 3], [0, 2]]}
     exec(code, names)
-    found = names["found"]
-    assert found.maps.shape == (2, 2, 16, 16, 3) and not found.flagged.any()
+    result = names["result"]
+    assert result.maps.shape == (2, 2, 16, 16, 3) and not result.flagged.any()
     logits = np.asarray(model.apply(variables, images))
     change = 1 / (1 + np.exp(-logits)) - 1 / (
         1 + np.exp(-np.asarray(model.apply(variables, 0 * images)))
     )
     expected = np.take_along_axis(change, np.array(names["targets"]), axis=1)
-    np.testing.assert_allclose(found.maps.sum((2, 3, 4)), expected, atol=1e-5)
+    np.testing.assert_allclose(result.maps.sum((2, 3, 4)), expected, atol=1e-5)
     assert capsys.readouterr().out.startswith("(2, 2, 16, 16, 3) ")
-    assert found.relative.max() == pytest.approx(0, abs=0.01)
+    assert result.relative.max() == pytest.approx(0, abs=0.01)
