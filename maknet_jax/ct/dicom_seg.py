@@ -71,6 +71,7 @@ def read_header(path: str | os.PathLike[str]) -> SegHeader:
         segments = tuple(
             (int(item.SegmentNumber), str(item.SegmentLabel).strip())
             for item in data.SegmentSequence
+            if int(item.SegmentNumber) != 0  # the background of a label map
         )
         patient = str(data.get("PatientID") or "")
     except Exception as error:  # pydicom raises anything on broken files

@@ -91,8 +91,14 @@ def find_cases(folder: str | os.PathLike[str], *, workers: int = 1) -> Cases:
     result = Cases()
     seg_files: list[str] = []
     released = False
-    for place, subfolders, names in os.walk(root):
+    visited: set[str] = set()  # links to cases are followed, but never in a circle
+    for place, subfolders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(place)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        if real in visited:
+            subfolders.clear()
+            continue
+        visited.add(real)
         released |= "ct.csv" in names
         ct = _nifti_file(pathlib.Path(place), "ct")
         if ct is not None:
