@@ -59,8 +59,8 @@ def predict(
     out = pathlib.Path(out)
     if out.suffix != ".csv" or out.is_dir():
         raise InputError(f"--out {out} should be a file whose name ends in .csv")
-    found, failures = search.find_series(path)
-    if not found:
+    series, failures = search.find_series(path)
+    if not series:
         reason = f": {failures[0][0]}: {failures[0][1]}" if failures else ""
         raise InputError(f"{path} holds no readable series of DICOM, NIfTI or PNG{reason}")
     run = workdir.open_run(folder, checkpoint_name=checkpoint)
@@ -68,10 +68,10 @@ def predict(
     series_rows: list[tuple] = []
     confidences: list[dict[str, Any]] = []
     chart_files: list[pathlib.Path] = []
-    done = 0
+    series_count = 0
     load = functools.partial(volumes.load_series, png_window=png_window)
-    with console.progress("predict", sum(ref.count for ref in found)) as advance:
-        for ref, content in read_ahead(load, found):
+    with console.progress("predict", sum(ref.count for ref in series)) as advance:
+        for ref, content in read_ahead(load, series):
             try:
                 volume = content.result()
             except Rejected as error:
@@ -82,11 +82,11 @@ def predict(
             slice_rows += _slice_rows(run, volume, scores, predicted)
             series_rows += _series_rows(run, volume, scores, predicted)
             if charts and len(scores) >= MIN_CHART_SLICES:
-                chart = out.with_suffix(f".{done:03d}.png")
+                chart = out.with_suffix(f".{series_count:03d}.png")
                 title = f"{volume.series}: {pathlib.Path(folder).name}, step {run.step}"
                 write_label_chart(chart, scores, predicted, run.vocabulary.names, title=title)
                 chart_files.append(chart)
-            done += 1
+            series_count += 1
             if as_json:
                 names = {"series": volume.series, "slices": list(volume.slices)}
                 confidences.append(names | {"confidences": np.round(scores, 4).tolist()})
@@ -106,7 +106,7 @@ def predict(
         "checkpoint": run.name,
         "step": run.step,
         "trained_on": run.trained_on,
-        "series": done,
+        "series": series_count,
         "slices": len(slice_rows),
         "failures": len(failures),
         "failures_file": str(failures_file) if failures else None,
