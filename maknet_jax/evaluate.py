@@ -81,6 +81,7 @@ def evaluate(
         "data": str(dataset.path),
         "checkpoint": run.name,
         "step": run.step,
+        "trained_on": run.trained_on,
         "thresholds": f"chosen on {chosen_on}" if chosen_on else "of the training run",
         "rules": rules,
         "out": str(out),

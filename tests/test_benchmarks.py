@@ -49,9 +49,8 @@ def run(main, out, *argv):
     keys = {"benchmark", "device", "versions", "date", "command", "settings", "rows"}
     assert keys <= written.keys() and written["rows"]
     assert written["versions"]["jax"] == jax.__version__
-    assert written["command"].startswith(
-        f"python benchmarks/speed/{written['benchmark']}.py --size 32"
-    )
+    path = f"{main.__module__.replace('.', '/')}.py"
+    assert written["command"].startswith(f"python {path} --size 32")
     assert written["device"]["name"] and written["device"]["count"] == jax.device_count()
     return written
 

@@ -1,7 +1,7 @@
 """The files of a training run, and how the other verbs open them.
 
 WORKDIR/config.json      the whole configuration
-WORKDIR/dataset.json     labels, size and fingerprint of the data that it was trained on
+WORKDIR/dataset.json     labels, size, fingerprint and origin of the data that it was trained on
 WORKDIR/checkpoints/N    the last states; WORKDIR/best/N the state of the best validation AUC
 WORKDIR/metrics.jsonl    training and validation metrics; tensorboard/ the same
 WORKDIR/log.jsonl        log messages; summary.json the final summary
@@ -44,6 +44,8 @@ class Run:
       step: the number of updates that the weights have seen.
       name: "best" or "last".
       assembly: the model and its jitted prediction step.
+      trained_on: the source of the training data, such as "OpenKBP: head, neck, upper chest"; None
+        where it is not recorded.
     """
 
     config: ConfigDict
@@ -53,6 +55,7 @@ class Run:
     step: int
     name: str
     assembly: build.Assembly
+    trained_on: str | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -143,6 +146,7 @@ def open_run(
         int(opened.state.step),
         opened.name,
         opened.assembly,
+        opened.trained_on,
     )
 
 
@@ -190,6 +194,7 @@ class _Opened:
     state: TrainState
     progress: Progress
     name: str
+    trained_on: str | None
 
 
 def _open(workdir: pathlib.Path, checkpoint_name: str, mesh: Mesh) -> _Opened:
@@ -220,5 +225,6 @@ def _open(workdir: pathlib.Path, checkpoint_name: str, mesh: Mesh) -> _Opened:
             console.Log().say(f"{folder / str(number)} is damaged and skipped: {reason}")
         if restored.state is not None:
             progress = Progress.from_json(restored.metadata)
-            return _Opened(config, vocabulary, assembly, restored.state, progress, name)
+            source = dataset.get("origin", {}).get("source")
+            return _Opened(config, vocabulary, assembly, restored.state, progress, name, source)
     raise InputError(f"{workdir} holds no checkpoint yet: wait for the first one of `maknet train`")
