@@ -103,7 +103,7 @@ def test_a_benchmark_that_ends_gives_its_own_code(given, code):
 @pytest.mark.parametrize(
     ("folder", "said"),
     [
-        ("kept", "SIGTERM; run the same command again"),
+        ("kept", "SIGTERM; run the same command again to resume"),
         (None, "nothing is kept without --workdir: begin again"),
     ],
 )
