@@ -22,7 +22,7 @@ def add_verbs(verbs: Any) -> None:
         verbs,
         "attribute",
         "where in the image a network sees its labels: Integrated Gradients; run again it goes on",
-        "maknet attribute --workdir runs/teacher --split test --labels liver,spleen --out maps",
+        "maknet attribute --model runs/teacher --split test --labels liver,spleen --out maps",
         _run_attribute,
     )
     _shared_options(verb)
@@ -39,7 +39,7 @@ def add_verbs(verbs: Any) -> None:
         verbs,
         "perturb",
         "what a network still says when parts of the image change; run again it goes on",
-        "maknet perturb --workdir runs/teacher --split test --strategy patch,attribution --out out",
+        "maknet perturb --model runs/teacher --split test --strategy patch,attribution --out out",
         _run_perturb,
     )
     _shared_options(verb)
@@ -65,9 +65,10 @@ def add_verbs(verbs: Any) -> None:
         "maknet report runs/teacher",
         _run_report,
     )
-    verb.add_argument("workdir", help="folder of the trained run")
+    verb.add_argument("model", help="workdir of `maknet train`, or a bundle with --out and --data")
     verb.add_argument("--out", help="folder to write (default: WORKDIR/report)")
     verb.add_argument("--split", help="of the cases (default: test, else the validation's)")
+    verb.add_argument("--data", help="prepared data set (default: the one trained on)")
     verb.add_argument(
         "--cases", type=options.count, default=3, help="best and worst each (default: 3)"
     )
@@ -76,7 +77,7 @@ def add_verbs(verbs: Any) -> None:
 def _shared_options(verb: argparse.ArgumentParser) -> None:
     """Adds the fields of the three options' dataclasses; defaults are theirs."""
     verb.add_argument("path", nargs="?", help="CT files instead of a split: DICOM, NIfTI or PNG")
-    verb.add_argument("--workdir", required=True, help="folder of the trained run")
+    options.model(verb)
     verb.add_argument("--out", required=True, help="folder to write")
     verb.add_argument("--split", help="of the data trained on, or of --data")
     verb.add_argument("--data", help="another prepared data set")
@@ -87,7 +88,7 @@ def _shared_options(verb: argparse.ArgumentParser) -> None:
         "--labels", type=_words, help="explain these, with commas; only images that have one"
     )
     verb.add_argument("--limit", type=options.count, help="so many images at most")
-    verb.add_argument("--compare", metavar="WORKDIR", help="a second network, shown beside")
+    verb.add_argument("--compare", metavar="MODEL", help="a second network, shown beside")
     verb.add_argument("--top", type=options.count, help="labels (default: %(default)s)")
     verb.add_argument("--steps", type=options.count, help="of the path (default: %(default)s)")
     verb.add_argument("--method", choices=METHODS)
@@ -131,7 +132,7 @@ def _run_attribute(chosen: argparse.Namespace) -> int:
     from maknet_jax import attribute, console
 
     summary = attribute.attribute(
-        chosen.workdir, chosen.out, *_chosen(chosen), faithful=chosen.faithfulness
+        chosen.model, chosen.out, *_chosen(chosen), faithful=chosen.faithfulness
     )
     for name, share in summary.get("complete", {}).items():
         flagged = summary["flagged"][name]
@@ -153,7 +154,7 @@ def _run_perturb(chosen: argparse.Namespace) -> int:
     from maknet_jax import console, perturb
 
     summary = perturb.perturb(
-        chosen.workdir,
+        chosen.model,
         chosen.out,
         *_chosen(chosen),
         strategies=chosen.strategy or STRATEGIES,
@@ -178,4 +179,7 @@ def _run_report(chosen: argparse.Namespace) -> None:
     from maknet_jax import report
 
     options.start_jax()
-    print(report.report(chosen.workdir, chosen.out, split=chosen.split, count=chosen.cases))
+    page = report.report(
+        chosen.model, chosen.out, split=chosen.split, data=chosen.data, count=chosen.cases
+    )
+    print(page)
