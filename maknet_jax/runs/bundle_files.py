@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import stat
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,18 @@ from collections.abc import Callable, Iterator, Mapping
 from maknet_jax.errors import InputError
 
 LARGEST_RATIO = 100  # of a zip's member to its compressed size
-_BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+# What zipfile raises on damaged archives, beside OSError for impossible places in the file.
+_BROKEN_ZIP = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    OverflowError,
+    OSError,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +55,8 @@ def open_members(path: pathlib.Path) -> Iterator[Mapping[str, Member]]:
         with zipfile.ZipFile(path) as archive:
             yield _zip_members(path, archive)
     except _BROKEN_ZIP as error:
+        if isinstance(error, InputError) or getattr(error, "filename", None):
+            raise
         raise damaged(path, f"not a readable zip ({' '.join(str(error).split())})") from None
 
 
@@ -73,8 +87,10 @@ def _zip_members(path: pathlib.Path, archive: zipfile.ZipFile) -> dict[str, Memb
             raise damaged(path, f"{entry.filename!r} is not the name of a file inside it")
         if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise damaged(path, f"{entry.filename!r} is a link or a device")
+    for entry in entries:
         if entry.is_dir():
             continue
+        parts = entry.filename.split("/")
         if len(parts) > 2 or len(folders) > 1 or parts[-1] in members:
             raise damaged(path, f"{entry.filename!r} does not belong there")
         if entry.flag_bits & 1:

@@ -86,7 +86,8 @@ def exported_config(config: ConfigDict) -> ConfigDict:
     if values["model"]["name"] == "lesanet":
         if options.get("trunk", "vgg16") != "maknet":
             return configs.from_json(values)
-        options = options["trunk_options"] = dict(options.get("trunk_options") or {})
+        options["trunk_options"] = dict(options.get("trunk_options") or {})
+        options = options["trunk_options"]
     elif values["model"]["name"] != "maknet":
         return configs.from_json(values)
     if options.get("form", "auto") == "auto":

@@ -147,12 +147,20 @@ def write(
 def encode(
     params: Variables, batch_stats: Variables, metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, str]]:
-    """(the bytes of the file, the metadata in it), as `write` writes them."""
+    """(the bytes of the file, the metadata in it), as `write` writes them.
+
+    Equal content gives equal bytes: safetensors itself writes metadata in random order.
+    """
     arrays = named({"params": params, "batch_stats": batch_stats})
     # safetensors writes the memory of an array: a transposed one would be stored scrambled.
     arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     complete = {**metadata, "format": FORMAT, "digest": digest(params, batch_stats)}
-    return safetensors.numpy.save(arrays, complete), complete
+    payload = safetensors.numpy.save(arrays)
+    end = 8 + int.from_bytes(payload[:8], "little")  # the header is JSON behind its length
+    header = {"__metadata__": dict(sorted(complete.items())), **json.loads(payload[8:end])}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # arrays stay aligned
+    return len(text).to_bytes(8, "little") + text + payload[end:], complete
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Variables, Variables, dict[str, Any]]:
