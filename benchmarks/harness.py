@@ -24,7 +24,7 @@ import maknet_jax
 from maknet_jax import console, files
 from maknet_jax.cli import exit_codes, options
 from maknet_jax.errors import InputError, Stopped
-from maknet_jax.model_table import PAGES
+from maknet_jax.model_table import CONFIGS
 from maknet_jax.runs import build
 from maknet_jax.runs import config as configs
 from maknet_jax.training import sharding
@@ -157,7 +157,7 @@ def _read(path):
 
 def page_of(network):
     """A network's name, the name of a config page or the path of one -> (short name, page)."""
-    return pathlib.Path(network).stem, PAGES.get(network, network)
+    return pathlib.Path(network).stem, CONFIGS.get(network, network)
 
 
 class Network:

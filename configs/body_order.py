@@ -6,10 +6,7 @@
     maknet predict OTHER --workdir runs/slices --png-window=-175,275 --json --out slices.csv
 
 Label k of 19 says that the slice lies beyond threshold k; the mean of the confidences is the
-position, 0 to 1. One command does the same and writes a CSV of positions:
-
-    python benchmarks/experiments/body_order.py --train FOLDER --predict OTHER --out positions.csv
-
+position, 0 to 1. `body_order.py --train FOLDER --predict OTHER --out positions.csv` does all of it.
 Expect Spearman 0.90 as the mean of five folds by patient (0.59 to 1.0) and 0.86 over all slices: a
 shoulder slice of which there is only one example is taken for hips. Not part of the paper.
 """

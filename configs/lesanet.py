@@ -6,8 +6,13 @@
 
 init.path is a workdir of `vgg16_pretrain`, or ImageNet weights from `maknet import-weights`. Expect
 AUC 0.933 and F1 0.357 on the text-mined test set, 0.940 and 0.497 on the hand-labelled one; with
-ImageNet weights 0.934 and 0.342, 0.940 and 0.434 (the paper's numbers; not measured here yet,
-because that needs the full DeepLesion). LesaNet's own learning rate is 0.01.
+ImageNet weights 0.934 and 0.342, 0.940 and 0.434 (the paper's numbers, not yet reproduced here).
+
+Training follows LesaNet's published code, except: learning rate 0.001, the paper's, instead of
+0.01; best checkpoint by validation AUC instead of mean F1 per label; inputs in 0..1 without
+subtracting 50/255; all ancestors of uncertain labels are unknown instead of their parents only, and
+unknown elements do not count in the mean; batches cross epochs instead of dropping the last
+incomplete one (2,250 steps); ImageNet weights are really loaded. For patches see data/lesions.py.
 """
 
 from maknet_jax.runs.config import load

@@ -3,7 +3,7 @@
     maknet train --config resnet18 --workdir runs/resnet18 --config.data.path=shards/deeplesion
 
 Expect AUC 0.899 and F1 0.20 on the text-mined test set, 0.902 and 0.27 on the hand-labelled one
-(the paper's numbers; not measured here yet, because that needs the full DeepLesion).
+(the paper's numbers, not yet reproduced here).
 """
 
 from maknet_jax.runs.config import load

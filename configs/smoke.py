@@ -2,8 +2,7 @@
 
     maknet train --config smoke --workdir runs/smoke --config.data.path=demo/shards
 
-The default data are those of `make demo`; the README says what to expect. It reproduces nothing of
-the paper. Every field is listed, as in `teacher.py`, which explains choices and units.
+The default data are those of `make demo`; the README says what to expect. Not part of the paper.
 """
 
 from ml_collections import ConfigDict

@@ -7,8 +7,7 @@
 64 labelled and 64 pseudo-labelled images per step. Noise: rotation, grayscale, auto-contrast,
 random resized crop, dropout 0.5 (section 4.2) and translation (section 4.4); ranges and
 probabilities are our choice. Expect, after round 1, AUC 0.907 and F1 0.22 on the text-mined test
-set, 0.915 and 0.31 on the hand-labelled one (the paper's numbers; not measured here yet, because
-that needs the full DeepLesion).
+set, 0.915 and 0.31 on the hand-labelled one (the paper's numbers, not yet reproduced here).
 """
 
 from maknet_jax.runs.config import load

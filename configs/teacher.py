@@ -3,9 +3,8 @@
     maknet train --config teacher --workdir runs/teacher --config.data.path=shards/deeplesion
 
 Expect AUC 0.905 and F1 0.21 on the text-mined test set, 0.910 and 0.28 on the hand-labelled one
-(the paper's numbers; not measured here yet, because that needs the full DeepLesion). There is no
-augmentation and no dropout: the paper adds noise to the student only. "Our choice" marks what the
-paper leaves open. Every field is listed and explained here; other configs list their differences.
+(the paper's numbers, not yet reproduced here). No augmentation and no dropout: the paper adds noise
+to the student only. "Our choice" marks what the paper leaves open. Every field is listed here.
 """
 
 from ml_collections import ConfigDict
@@ -17,11 +16,11 @@ def get_config():
         {
             "seed": 0,  # of the initial weights, the order of the images and all noise
             "epochs": 15.0,  # passes over the labelled images
-            "precision": "auto",  # of activations: bfloat16 on GPU and TPU, float32 on CPU
+            "precision": "auto",  # bfloat16 activations on GPU and TPU, else float32; our choice
             "data": {
                 "path": "shards/deeplesion",  # folder written by `maknet prepare`
                 "train_split": "train",
-                "val_split": "val",  # chooses the best checkpoint and the thresholds
+                "val_split": "val",  # for thresholds and, our choice, the checkpoint of best AUC
                 "size": 256,  # height and width in pixels
                 "window": (-1024.0, 3071.0),  # HU, mapped to 0..1 and clipped; as in LesaNet
                 "batch_size": 64,  # labelled images per step, over all devices
@@ -76,8 +75,8 @@ def get_config():
                 "crop_probability": 0.0,
                 "crop_scale": (0.6, 1.0),  # share of the area
                 "crop_aspect": (0.8, 1.25),  # width over height
-                "contrast_probability": 0.0,
-                "grayscale_probability": 0.0,
+                "contrast_probability": 0.0,  # of auto-contrast over the three slices jointly
+                "grayscale_probability": 0.0,  # of the middle slice in all channels
             },
             "ema_decay": 0.0,  # above 0: scores a moving average of the weights with this decay
             "evaluate_every": 1.0,  # epochs

@@ -3,7 +3,7 @@
     maknet train --config vgg16 --workdir runs/vgg16 --config.data.path=shards/deeplesion
 
 Expect AUC 0.891 and F1 0.18 on the text-mined test set, 0.903 and 0.24 on the hand-labelled one
-(the paper's numbers; not measured here yet, because that needs the full DeepLesion).
+(the paper's numbers, not yet reproduced here).
 """
 
 from maknet_jax.runs.config import load

@@ -13,11 +13,14 @@ from PIL import Image
 from maknet_jax import console, files
 from maknet_jax.attribution import faithfulness, perturbation
 from maknet_jax.attribution import integrated_gradients as ig
+from maknet_jax.evaluation import protocol
 from maknet_jax.explain import results
 from maknet_jax.explain.network import Network, open_networks
 from maknet_jax.explain.options import DISPLAY, PATH, DisplayOptions, PathOptions, SelectionOptions
 from maknet_jax.explain.selection import SelectedImage, label_columns, select
+from maknet_jax.explain.truth import outcome
 from maknet_jax.figures import contact_sheet, overlay, page
+from maknet_jax.runs.workdir import Run
 from maknet_jax.training import sharding
 
 SHARES = np.linspace(0, 1, 21)  # of the pixels, for deletion and insertion
@@ -27,8 +30,10 @@ COLUMNS = (
     "model",
     "label",
     "truth",
+    "reason",
     "confidence",
     "threshold",
+    "predicted",
     "change",
     "residual",
     "relative",
@@ -141,6 +146,31 @@ def _random_order(hu: np.ndarray, base: np.ndarray, numbers: Sequence[int]) -> n
     return np.stack(order + order[-1:] * (len(hu) - len(order)))
 
 
+def label_entry(image: SelectedImage, run: Run, column: int, scores: np.ndarray) -> dict[str, Any]:
+    """What is shown of a label: its truth, its confidence, and whether they agree.
+
+    A label is predicted where its confidence reaches its threshold; parents are not added, so that
+    every label is judged by its own confidence.
+
+    Args:
+      image: the image.
+      run: the network's run.
+      column: of the label.
+      scores: `[K]`, the confidences.
+    """
+    truth = image.truth(column)
+    predicted = bool(protocol.predict(scores[None], run.thresholds)[0, column])
+    return {
+        "label": run.vocabulary.names[column],
+        "truth": truth.value,
+        "reason": truth.reason,
+        "confidence": float(scores[column]),
+        "threshold": float(run.thresholds[column]),
+        "predicted": predicted,
+        "outcome": outcome(truth.value, predicted),
+    }
+
+
 def _areas(
     network: Network,
     images: jax.Array,
@@ -179,9 +209,7 @@ def _result(
         arrays[f"scale_{place}"] = scale
         entries = []
         for column in dict.fromkeys(best + targets):
-            entry: dict[str, Any] = {"label": names[column], "truth": image.truth(column)}
-            entry["confidence"] = float(scores[column])
-            entry |= {"threshold": float(batch.network.run.thresholds[column]), "map": None}
+            entry = label_entry(image, batch.network.run, column, scores) | {"map": None}
             if column in targets:
                 at = targets.index(column)
                 entry |= {"map": at}
@@ -190,9 +218,7 @@ def _result(
                 entry |= {"relative": float(attribution.relative[row, at])}
                 entry |= {"flagged": bool(attribution.flagged[row, at])}
             entries.append(entry)
-        missed = [
-            [names[k], float(scores[k])] for k in np.flatnonzero(image.labels) if k not in best
-        ]
+        missed = [[names[k], float(scores[k])] for k in image.labelled if k not in best]
         model: dict[str, Any] = {"name": batch.network.name, "labels": entries, "missed": missed}
         if batch.areas is not None:
             model["areas"] = dict(zip(AREAS, batch.areas[row].tolist(), strict=True))

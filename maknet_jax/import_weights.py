@@ -2,6 +2,8 @@
 
 import hashlib
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -11,23 +13,28 @@ from maknet_jax.training import transfer
 
 
 def import_weights(
-    source, out, *, model, mean=pretrained.IMAGENET_MEAN, std=pretrained.IMAGENET_STD
-):
-    """Translates a safetensors file of torch into one of ours; the head is left behind.
+    source: str | pathlib.Path,
+    out: str | pathlib.Path,
+    *,
+    model: str,
+    mean: Sequence[float] = pretrained.IMAGENET_MEAN,
+    std: Sequence[float] = pretrained.IMAGENET_STD,
+) -> dict[str, Any]:
+    """Translates the trunk in a safetensors file of torch; the head is dropped.
 
     Args:
       source: the .safetensors file of torchvision's or timm's VGG16-BN or ResNet18.
       out: the file to write, for `init.path` of a config.
       model: "vgg16" or "resnet18".
-      mean: three numbers, what the images in [0, 1] were centred by when it was trained.
-      std: three numbers, what they were divided by.
+      mean: three numbers, subtracted from the images in [0, 1] that the weights were trained on.
+      std: three numbers, by which the images were then divided.
 
     Returns:
-      A dict: the file, how many of its arrays were `placed`, which of the source are `unplaced`,
-      and the `digest` of the arrays, which a training from them repeats.
+      The metadata of the file, among them the `digest` of the arrays, which a run that starts from
+      them repeats; and `out`, the number of arrays `placed`, the names `unplaced` of the source.
 
     Raises:
-      InputError: the file is no such network's.
+      InputError: `source` is not a safetensors file of that network, or is `out` itself.
     """
     source, out = pathlib.Path(source), pathlib.Path(out)
     arrays, _ = transfer.read_safetensors(source)
@@ -41,7 +48,7 @@ def import_weights(
         raise InputError(f"{source}: {error}") from None
     with source.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    about = {"model": model, "source": source.name, "source_sha256": sha256}
-    about = transfer.write(out, params, batch_stats, about)
+    metadata = {"model": model, "source": source.name, "source_sha256": sha256}
+    metadata = transfer.write(out, params, batch_stats, metadata)
     placed = len(jax.tree.leaves((params, batch_stats)))
-    return about | {"out": str(out), "placed": placed, "unplaced": unplaced}
+    return metadata | {"out": str(out), "placed": placed, "unplaced": unplaced}

@@ -1,6 +1,9 @@
 """`maknet models`: parameters, FLOPs and bytes of the networks, block by block, beside table 1."""
 
 import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,37 +14,45 @@ from maknet_jax.errors import InputError
 from maknet_jax.models.layers import ConvNorm, MAKConv
 from maknet_jax.runs import config as configs
 
-PAGES = {"maknet": "teacher", "vgg16": "vgg16", "resnet18": "resnet18"}
+CONFIGS = {"maknet": "teacher", "vgg16": "vgg16", "resnet18": "resnet18"}
 PAPER_MILLIONS = {"maknet": 4.50, "vgg16": 14.78, "resnet18": 11.25}  # table 1
 
 
-def measure(name, *, num_classes=115, size=256):
-    """What each top-level part of a network costs, from its shapes alone: nothing is run.
+class Cost(NamedTuple):
+    """What a top-level part of a network costs, see `measure`."""
 
-    FLOPs are those of convolutions and dense layers, a multiply-add counting two. Bytes are what
-    these layers must move at least in float32 for one image: inputs, outputs and kernels.
+    part: str
+    parameters: int
+    flops: int
+    bytes: int
+
+
+def measure(name: str, *, num_classes: int = 115, size: int = 256) -> list[Cost]:
+    """Costs of each top-level part of a network, from shapes alone: nothing is computed.
+
+    FLOPs are those of convolutions and dense layers, two per multiply-add. Bytes are the least that
+    these layers move in float32 for one image: inputs, outputs and kernels.
 
     Args:
-      name: maknet, vgg16 or resnet18, as its config page builds it.
+      name: maknet, vgg16 or resnet18, with the options of its config.
       num_classes: labels.
-      size: the edge of the image.
+      size: pixels per side of the image.
 
     Returns:
-      A list of (part, parameters, flops, bytes) in the order of the network.
+      One `Cost` per part, in the order of the network.
 
     Raises:
-      InputError: no such network.
+      InputError: an unknown network.
     """
-    if name not in PAGES:
-        raise InputError(f"model {name!r} is unknown: choose one of {', '.join(PAGES)}")
-    options = configs.load(PAGES[name]).model.options.to_dict()
-    if "form" in options:
-        options["form"] = "split"  # the wide ones compute outside of the modules counted here
-    model = models.build(name, num_classes, **options)
+    if name not in CONFIGS:
+        raise InputError(f"model {name!r} is unknown: choose one of {', '.join(CONFIGS)}")
+    model = models.build(name, num_classes, **configs.load(CONFIGS[name]).model.options.to_dict())
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    calls = []
+    calls = []  # (path, input shape, output shape, elements of the kernels)
 
-    def record(next_call, args, kwargs, context):
+    def record(
+        next_call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
         outputs = next_call(*args, **kwargs)
         counted = isinstance(context.module, (nn.Conv, nn.Dense, ConvNorm, MAKConv))
         if counted and context.method_name == "__call__":
@@ -50,50 +61,69 @@ def measure(name, *, num_classes=115, size=256):
             calls.append((context.module.path, args[0].shape, outputs.shape, kernels))
         return outputs
 
-    def run(x):
+    def run(x: jax.Array) -> dict[str, Any]:
         variables = model.init(jax.random.key(0), x, train=False)
-        calls.clear()  # initialising called every layer once already
         with nn.intercept_methods(record):
             model.apply(variables, x, train=False)
         return variables["params"]
 
     params = jax.eval_shape(run, image)
-    parts = {part: [0, 0, 0] for part in dict.fromkeys([c[0][0] for c in calls] + list(params))}
+    names = [path[0] for path, *_ in calls]
+    parts = {part: [0, 0, 0] for part in dict.fromkeys([*names, *params])}
     for part, tree in params.items():
         parts[part][0] = sum(leaf.size for leaf in jax.tree.leaves(tree))
     for path, taken, given, kernels in calls:
-        # Every element of a kernel is used once at every place of the output.
+        # Every element of a kernel is used once at every position of the output.
         parts[path[0]][1] += 2 * math.prod(given[:-1]) * kernels
         parts[path[0]][2] += 4 * (math.prod(taken) + math.prod(given) + kernels)
-    return [(part, *numbers) for part, numbers in parts.items()]
+    return [Cost(part, *numbers) for part, numbers in parts.items()]
 
 
-def model_table(names=tuple(PAGES), *, num_classes=115, size=256, out=None):
-    """Measures several networks; returns (text, summary) and writes `out` as JSON if given."""
-    lines, summary, totals = [], {}, {}
-    header = ["", "parameters", "GFLOP", "MB moved"]
+def model_table(
+    names: Sequence[str] = tuple(CONFIGS),
+    *,
+    num_classes: int = 115,
+    size: int = 256,
+    out: pathlib.Path | None = None,
+) -> tuple[str, dict[str, list[dict[str, Any]]]]:
+    """Tables of the costs of several networks.
+
+    Args:
+      names: networks, see `measure`.
+      num_classes: labels.
+      size: pixels per side of the image.
+      out: a JSON file to write the costs to.
+
+    Returns:
+      (text, costs): the tables for a terminal, and by network a dict for each part.
+
+    Raises:
+      InputError: an unknown network.
+    """
+    lines, costs, totals = [], {}, []
     for name in names:
-        rows = measure(name, num_classes=num_classes, size=size)
-        total = ("all", *(sum(row[column] for row in rows) for column in (1, 2, 3)))
-        totals[name] = total
-        cells = [[part, f"{p:,}", f"{f / 1e9:.3f}", f"{b / 1e6:.1f}"] for part, p, f, b in rows]
-        cells.append(["all", f"{total[1]:,}", f"{total[2] / 1e9:.3f}", f"{total[3] / 1e6:.1f}"])
-        lines += [name, console.format_table(header, cells), ""]
-        keys = ("part", "parameters", "flops", "bytes")
-        summary[name] = [dict(zip(keys, row, strict=True)) for row in [*rows, total]]
-    header = ["", "parameters", "paper", "GFLOP forward", "MB moved at least"]
-    rows = [
-        [
-            n,
-            f"{t[1] / 1e6:.2f} M",
-            f"{PAPER_MILLIONS[n]:.2f} M",
-            f"{t[2] / 1e9:.2f}",
-            f"{t[3] / 1e6:.0f}",
+        parts = measure(name, num_classes=num_classes, size=size)
+        total = Cost("all", *map(sum, zip(*(part[1:] for part in parts), strict=True)))
+        rows = [*parts, total]
+        cells = [
+            [c.part, f"{c.parameters:,}", f"{c.flops / 1e9:.3f}", f"{c.bytes / 1e6:.1f}"]
+            for c in rows
         ]
-        for n, t in totals.items()
-    ]
-    lines.append(console.format_table(header, rows))
+        header = ["", "parameters", "GFLOP", "MB moved"]
+        lines += [name, console.format_table(header, cells), ""]
+        costs[name] = [row._asdict() for row in rows]
+        totals.append(
+            [
+                name,
+                f"{total.parameters / 1e6:.2f} M",
+                f"{PAPER_MILLIONS[name]:.2f} M",
+                f"{total.flops / 1e9:.2f}",
+                f"{total.bytes / 1e6:.0f}",
+            ]
+        )
+    header = ["", "parameters", "paper", "GFLOP forward", "MB moved at least"]
+    lines.append(console.format_table(header, totals))
     lines.append(f"\n{num_classes} labels, one image of {size} x {size}, float32")
     if out is not None:
-        files.write_json(out, {"num_classes": num_classes, "size": size, "networks": summary})
-    return "\n".join(lines), summary
+        files.write_json(out, {"num_classes": num_classes, "size": size, "networks": costs})
+    return "\n".join(lines), costs

@@ -87,9 +87,8 @@ def noisy_student(config: ml_collections.ConfigDict, folder: pathlib.Path | str)
             train.train(round_config, folder / f"round-{number}")
             rounds.append(evaluate.evaluate(folder / f"round-{number}", splits=config.evaluate))
             if main:
-                _write_table(
-                    folder, rounds, paper=paper
-                )  # so that finished rounds can be read already
+                # Finished rounds can be read while the next one runs.
+                _write_table(folder, rounds, paper=paper)
     summary = {
         "workdir": str(folder),
         "rounds": [{"step": each["step"], "splits": each["splits"]} for each in rounds],

@@ -10,6 +10,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from maknet_jax import console, files
+from maknet_jax.attribute import label_entry
 from maknet_jax.attribution import faithfulness, perturbation
 from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.errors import InputError
@@ -35,6 +36,7 @@ COLUMNS = (
     "perturbed",
     "label",
     "truth",
+    "reason",
     "before",
     "after",
     "rank_before",
@@ -93,9 +95,9 @@ def perturb(
     perturbation.make_baseline(np.zeros((1, 1, 1), np.int16), path.baseline)
     unknown = [name for name in strategies if name not in STRATEGIES]
     if unknown or not strategies:
-        raise InputError(f"strategy {unknown} is unknown: choose of {', '.join(STRATEGIES)}")
+        raise InputError(f"strategy {unknown} is unknown: choose from {', '.join(STRATEGIES)}")
     if not 0 < share < 1:
-        raise InputError(f"--share {share} should lie between 0 and 1")
+        raise InputError(f"--share {share} should be above 0 and below 1")
     networks = open_networks(folder, selection.compare, checkpoint=selection.checkpoint)
     run = networks[0].run
     selected = select(run, selection)
@@ -197,7 +199,6 @@ def _columns(
     image: SelectedImage, network: Network, titles: Sequence[str], hu: np.ndarray, top: int
 ) -> list[dict[str, Any]]:
     """The first labels of each form of an image, the original's first ones always among them."""
-    names = network.run.vocabulary.names
     order, scores = _scored(network, hu)
     first = order[0, :top].tolist()
     columns = []
@@ -205,10 +206,8 @@ def _columns(
         rank = np.argsort(order[row])
         now = order[row, :top].tolist()
         labels = [
-            {
-                "label": names[k],
-                "truth": image.truth(k),
-                "confidence": float(scores[row, k]),
+            label_entry(image, network.run, k, scores[row])
+            | {
                 "before": float(scores[0, k]),
                 "rank": int(rank[k]) + 1,
                 "state": "" if k in first and k in now else "gone" if k in first else "new",
@@ -261,6 +260,7 @@ def _write(
                             column["title"],
                             entry["label"],
                             entry["truth"],
+                            entry["reason"],
                             old["confidence"],
                             entry["confidence"],
                             old["rank"],

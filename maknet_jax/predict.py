@@ -65,8 +65,8 @@ def predict(
         raise InputError(f"--out {out} should be a file whose name ends in .csv")
     if features is not None and pathlib.Path(features).suffix != ".npz":
         raise InputError(f"--features {features} should be a file whose name ends in .npz")
-    found, failures = search.find_series(path)
-    if not found:
+    series, failures = search.find_series(path)
+    if not series:
         reason = f": {failures[0][0]}: {failures[0][1]}" if failures else ""
         raise InputError(f"{path} holds no readable series of DICOM, NIfTI or PNG{reason}")
     run = workdir.open_run(folder, checkpoint_name=checkpoint)
@@ -76,10 +76,10 @@ def predict(
     chart_files: list[pathlib.Path] = []
     feature_rows: list[np.ndarray] = []
     feature_ids: list[str] = []
-    done = 0
+    series_count = 0
     load = functools.partial(volumes.load_series, png_window=png_window)
-    with console.progress("predict", sum(ref.count for ref in found)) as advance:
-        for ref, content in read_ahead(load, found):
+    with console.progress("predict", sum(ref.count for ref in series)) as advance:
+        for ref, content in read_ahead(load, series):
             try:
                 volume = content.result()
             except Rejected as error:
@@ -94,13 +94,13 @@ def predict(
                 feature_rows.append(result.features)
                 feature_ids += [f"{result.id}:{number}" for number in range(len(result))]
             if charts and len(result) >= MIN_CHART_SLICES:
-                chart = out.with_suffix(f".{done:03d}.png")
+                chart = out.with_suffix(f".{series_count:03d}.png")
                 title = f"{result.id}: {run.source.name}, step {run.step}"
                 write_label_chart(
                     chart, result.confidences, result.predicted, result.names, title=title
                 )
                 chart_files.append(chart)
-            done += 1
+            series_count += 1
             if as_json:
                 names = {"series": result.id, "slices": list(result.slices)}
                 rounded = np.round(result.confidences, 4).tolist()
@@ -124,7 +124,7 @@ def predict(
         "workdir": str(folder),
         "checkpoint": run.name,
         "step": run.step,
-        "series": done,
+        "series": series_count,
         "slices": len(slice_rows),
         "failures": len(failures),
         "failures_file": str(failures_file) if failures else None,

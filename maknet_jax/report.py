@@ -13,7 +13,7 @@ from maknet_jax import attribute, files
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation.evaluator import Evaluator
-from maknet_jax.explain import network, results, selection
+from maknet_jax.explain import network, results, selection, truth
 from maknet_jax.explain.options import PathOptions, SelectionOptions
 from maknet_jax.figures import charts, overlay, page
 from maknet_jax.runs import workdir
@@ -182,7 +182,7 @@ def _cards(
     source = dataset.source(split)
     ids = [source[number].id for number in numbers]
     # Other weights, data or cases get a folder of their own: a folder's results never change.
-    settings = transfer.digest(**run.variables), dataset.fingerprint, ids, steps
+    settings = transfer.digest(**run.variables), dataset.fingerprint, ids, steps, truth.RULE
     explained = out / f"{kind}-{split}-{selection.digest(settings)}"
     options = SelectionOptions(split=split, ids=ids, data=dataset.path)
     attribute.attribute(folder, explained, options, PathOptions(steps=steps))

@@ -1,8 +1,14 @@
 """Shared by all tests: eight simulated CPU devices, and the real data if it exists."""
 
 import os
+import shutil
+import tempfile
 
-# Before jax is imported: the sharding tests need eight devices on one machine.
+# Before jax is imported. Programs are compiled once for all test modules, processes and commands.
+CACHE = tempfile.mkdtemp(prefix="maknet-tests-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# The sharding tests need eight devices on one machine.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -14,9 +20,14 @@ import pytest  # noqa: E402
 from benchmarks.real_data import DATA  # noqa: E402
 
 
+def pytest_unconfigure():
+    """Removes the compiled programs."""
+    shutil.rmtree(CACHE, ignore_errors=True)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Commands cache compiled programs; the tests do not use the cache of their user."""
+    """Commands do not use the cache of the user who runs the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -6,10 +6,7 @@ import os
 import pathlib
 import signal
 
-import jax
-import pytest
 import toy
-from jax.experimental.compilation_cache import compilation_cache
 
 from maknet_jax.data import pipeline
 from maknet_jax.runs import build, workdir
@@ -22,20 +19,6 @@ NOISE = {
     "augment.grayscale_probability": 0.3,
     "model.options.dropout_rate": 0.5,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_cache(tmp_path_factory):
-    """Compiled programs are cached on disk, as the command does: a restart compiles nothing new."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0.0), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def newest_checkpoint(folder, page, which="last", labels=4):

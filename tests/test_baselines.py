@@ -1,4 +1,4 @@
-"""VGG16 and ResNet18: the paper's sizes; their values are tested with torch's weights."""
+"""VGG16 and ResNet18: the paper's sizes. test_pretrained tests their values against torch."""
 
 import jax
 import jax.numpy as jnp

@@ -7,12 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import drawn
 
 from maknet_jax.models import convolution
-
-
-def drawn(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def xla(x, kernel, strides):
@@ -23,16 +20,16 @@ def xla(x, kernel, strides):
     )
 
 
-def kernel_gradient_loop(x, slope, shape, strides):
-    """What each weight met of the image, times what came of it; float64, pixel by pixel."""
+def kernel_gradient_loop(x, cotangent, shape, strides):
+    """Each weight's pixels times their cotangents, in float64, pixel by pixel."""
     rows, columns = shape[:2]
     padded = np.pad(np.float64(x), ((0, 0), (rows // 2,) * 2, (columns // 2,) * 2, (0, 0)))
-    found = np.zeros(shape)
+    gradient = np.zeros(shape)
     for row, column in itertools.product(range(rows), range(columns)):
-        for i, j in itertools.product(*map(range, slope.shape[1:3])):
+        for i, j in itertools.product(*map(range, cotangent.shape[1:3])):
             pixel = padded[:, i * strides + row, j * strides + column]
-            found[row, column] += np.einsum("bx,by->xy", pixel, np.float64(slope[:, i, j]))
-    return found
+            gradient[row, column] += np.einsum("bx,by->xy", pixel, np.float64(cotangent[:, i, j]))
+    return gradient
 
 
 # On CPU the kernel's gradient is XLA's below 16 channels, and matrix products from there on.
@@ -43,11 +40,11 @@ def test_value_and_gradients_are_those_of_xla(size, channels, strides):
     ours, pull = jax.vjp(functools.partial(convolution.convolve, strides=strides), x, kernel)
     expected, expected_pull = jax.vjp(lambda *both: xla(*both, strides), x, kernel)
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
-    slope = drawn(*ours.shape, seed=2)
-    for a, b in zip(pull(slope), expected_pull(slope), strict=True):
+    cotangent = drawn(*ours.shape, seed=2)
+    for a, b in zip(pull(cotangent), expected_pull(cotangent), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-    by_hand = kernel_gradient_loop(x, slope, kernel.shape, strides)
-    np.testing.assert_allclose(pull(slope)[1], by_hand, rtol=1e-4, atol=1e-4)
+    by_hand = kernel_gradient_loop(x, cotangent, kernel.shape, strides)
+    np.testing.assert_allclose(pull(cotangent)[1], by_hand, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 2, 16), (1, 3, 2, 3), (0, 4, 4, 16)])
@@ -62,24 +59,26 @@ def test_kernels_may_be_larger_than_images_and_batches_empty(shape):
 
 
 @pytest.mark.parametrize("size, strides", [((3, 3), 1), ((3, 3), 2), ((1, 1), 1), ((1, 1), 2)])
-def test_gradients_of_gradients_and_of_many_at_once(size, strides):
+def test_second_order_and_batched_gradients(size, strides):
     x, kernels = drawn(3, 2, 6, 6, 16), drawn(3, *size, 16, 4, seed=1)
 
     def penalty(convolve, kernel, x):
-        slope = jax.grad(lambda x: (convolve(x, kernel, strides) ** 2).sum())(x)
-        return (slope**2).sum()
+        gradient = jax.grad(lambda x: (convolve(x, kernel, strides) ** 2).sum())(x)
+        return (gradient**2).sum()
 
     for axes, kernel in ((None, kernels[0]), (0, kernels)):
-        found = [
+        gradients = [
             jax.vmap(jax.grad(functools.partial(penalty, convolve)), (axes, 0))(kernel, x)
             for convolve in (convolution.convolve, xla)
         ]
-        np.testing.assert_allclose(*found, rtol=1e-3, atol=1e-3 * float(jnp.abs(found[1]).max()))
+        np.testing.assert_allclose(
+            *gradients, rtol=1e-3, atol=1e-3 * float(jnp.abs(gradients[1]).max())
+        )
 
 
 # Products on CPU: of the value (1 x 1 only), of the image's gradient (1 x 1), of the kernel's.
 @pytest.mark.parametrize("size, products", [((3, 3), 0 + 0 + 9), ((1, 1), 1 + 1 + 1)])
-def test_the_platform_that_compiles_chooses_the_program(size, products):
+def test_the_target_platform_decides_the_program(size, products):
     """A host without accelerator lowers for TPU as a TPU would (`benchmarks/speed/tpu_aot.py`)."""
     x, kernel = drawn(2, 8, 8, 16), drawn(*size, 16, 8, seed=1)
 
@@ -93,15 +92,15 @@ def test_the_platform_that_compiles_chooses_the_program(size, products):
         platform: traced.lower(lowering_platforms=(platform,)).as_text()
         for platform in ("cpu", "tpu", "cuda")
     }
-    found = {platform: text.count("stablehlo.dot_general") for platform, text in texts.items()}
-    assert found == {"cpu": products, "tpu": 0, "cuda": 0}
+    count = {platform: text.count("stablehlo.dot_general") for platform, text in texts.items()}
+    assert count == {"cpu": products, "tpu": 0, "cuda": 0}
     assert all(texts[each].count("stablehlo.convolution") == 3 for each in ("tpu", "cuda"))
 
 
 @pytest.mark.parametrize("size", [(3, 3), (1, 1)])
 @pytest.mark.parametrize("convolve", ["convolve", "convolve_by_matmul"])
-def test_the_way_back_has_the_precision_of_the_call(size, convolve):
-    """Attributions ask for float32 products, around the call alone (`cases.py`)."""
+def test_the_backward_pass_has_the_precision_of_the_call(size, convolve):
+    """Attributions ask for full float32 products in a `with` around the forward call."""
     x, kernel = drawn(2, 8, 8, 16), drawn(*size, 16, 8, seed=1)
 
     def value(x, kernel):
@@ -119,7 +118,7 @@ def test_the_way_back_has_the_precision_of_the_call(size, convolve):
         assert all("HIGHEST" in line and "DEFAULT" not in line for line in products)
 
 
-def test_one_product_is_the_convolutions_side_by_side():
+def test_convolve_by_matmul_concatenates_the_convolutions():
     x = drawn(2, 7, 6, 5)
     shapes = [((3, 3), 4), ((1, 5), 2), ((1, 1), 3), ((7, 1), 1)]
     kernels = [drawn(*size, 5, count, seed=n) for n, (size, count) in enumerate(shapes)]
@@ -128,6 +127,8 @@ def test_one_product_is_the_convolutions_side_by_side():
         lambda x, kernels: jnp.concatenate([xla(x, k, 1) for k in kernels], axis=-1), x, kernels
     )
     np.testing.assert_allclose(ours, apart, rtol=1e-4, atol=1e-4)
-    slope = drawn(*ours.shape, seed=9)
-    for a, b in zip(jax.tree.leaves(pull(slope)), jax.tree.leaves(pull_apart(slope)), strict=True):
+    cotangent = drawn(*ours.shape, seed=9)
+    for a, b in zip(
+        jax.tree.leaves(pull(cotangent)), jax.tree.leaves(pull_apart(cotangent)), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

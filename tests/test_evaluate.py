@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 import toy
-from runs import NOISE, compile_cache  # noqa: F401
+from runs import NOISE
 
 from maknet_jax import cli, evaluate, files, models, train
 from maknet_jax.data import records
@@ -88,8 +88,7 @@ def test_lesanets_rules_need_direct_parents(run, tmp_path):
         evaluate.evaluate(run, splits=["train"], rules="theirs")
 
 
-def test_the_command_takes_rules(run, monkeypatch, capsys):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+def test_the_command_takes_rules(run, capsys):
     argv = ["evaluate", "--workdir", str(run), "--split=val", "--rules"]
     assert cli.main([*argv, "lesanet"]) == 0
     assert "lesanet" in capsys.readouterr().out

@@ -161,6 +161,7 @@ def test_a_frozen_trunk_is_bit_for_bit_that_of_the_base(data, base, tmp_path):
     [
         ("lesanet", {}, "box .*--lesions`"),
         ("lesanet", {"augment.crop_probability": 0.5}, "lesanet .*augment.crop_probability"),
+        ("lesanet", {"augment.translation_probability": 0.5}, "augment.translation_probability"),
         ("finetune", {"optimizer.trunk_rate": 2.0}, r"trunk_rate 2\.0 "),
         ("finetune", {"optimizer.clip": 0.0}, r"clip 0\.0 "),
     ],

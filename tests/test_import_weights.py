@@ -1,4 +1,4 @@
-"""`maknet import-weights`: a torch file becomes weights of ours, and a training starts there."""
+"""`maknet import-weights`: translates a torch file, and a run starts from the result."""
 
 import hashlib
 import pathlib
@@ -23,7 +23,7 @@ HEAD = {"fc.weight": np.zeros((1000, 512), np.float32), "fc.bias": np.zeros(1000
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """ResNet18 as torch would save it, its head included."""
+    """ResNet18 as torch saves it, with its head."""
     path = tmp_path_factory.mktemp("torch") / "resnet18.safetensors"
     safetensors.numpy.save_file(golden("resnet18")[0] | HEAD, path, {"format": "pt"})
     return path
@@ -31,8 +31,8 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def imported(source):
-    """(the file of ours, the summary)."""
-    out = source.with_name("ours.safetensors")
+    """(the translated file, the summary)."""
+    out = source.with_name("imported.safetensors")
     return out, import_weights.import_weights(source, out, model="resnet18")
 
 
@@ -46,7 +46,7 @@ def command(capsys, *argv):
     return code, output.out, output.err
 
 
-def test_the_file_holds_the_trunk_under_our_names(source, imported):
+def test_the_file_holds_the_trunk_under_the_names_of_this_package(source, imported):
     out, summary = imported
     arrays = safetensors.numpy.load_file(out)
     expected = golden("resnet18")[0]["conv1.weight"].transpose(2, 3, 1, 0)
@@ -64,13 +64,13 @@ def test_the_file_holds_the_trunk_under_our_names(source, imported):
     assert sorted(path.name for path in out.parent.iterdir()) == [out.name, source.name]
 
 
-def test_the_command_names_what_it_left_behind(capsys, source, imported, tmp_path):
-    out = tmp_path / "new" / "ours.safetensors"
-    code, said, err = command(
+def test_the_command_reports_the_dropped_head(capsys, source, imported, tmp_path):
+    out = tmp_path / "new" / "imported.safetensors"
+    code, printed, err = command(
         capsys, source, "--model=resnet18", "--out", out, "--mean=.5,.5,.5", "--std=0.5,0.5,.5"
     )
     assert (code, err) == (0, "")
-    assert "102 arrays of" in said and "left behind: fc.bias, fc.weight" in said
+    assert "102" in printed and "fc.bias, fc.weight" in printed
     mine, theirs = (safetensors.numpy.load_file(path) for path in (out, imported[0]))
     changed = {name for name in mine if not np.array_equal(mine[name], theirs[name])}
     assert changed == {"batch_stats/input/mean", "batch_stats/input/std"}
@@ -84,7 +84,7 @@ def test_half_precision_is_widened(kind, tmp_path):
         for key, array in golden("resnet18")[0].items()
     }
     safetensors.numpy.save_file(weights, tmp_path / "half.safetensors")
-    out = tmp_path / "ours.safetensors"
+    out = tmp_path / "imported.safetensors"
     import_weights.import_weights(tmp_path / "half.safetensors", out, model="resnet18")
     bias = safetensors.numpy.load_file(out)["params/stem/norm/bias"]
     assert bias.dtype == np.float32
@@ -92,59 +92,61 @@ def test_half_precision_is_widened(kind, tmp_path):
 
 
 def test_help_shows_an_example(capsys):
-    code, said, _ = command(capsys, "--help")
-    assert code == 0 and "example:\n  maknet import-weights vgg16_bn.safetensors" in said
+    code, printed, _ = command(capsys, "--help")
+    assert code == 0 and "maknet import-weights vgg16_bn.safetensors" in printed
 
 
 @pytest.mark.parametrize(
-    "name, options, says",
+    "name, options, named",
     [
-        ("nowhere.safetensors", (), "nowhere.safetensors not found"),
-        ("cut.safetensors", (), "cut.safetensors is not a valid"),
-        ("text.safetensors", (), "text.safetensors is not a valid"),
-        ("new.pth", (), "s.save_file(torch.load('"),
-        ("old.pth", (), "s.save_file(torch.load('"),
-        ("whole.safetensors", ("--model=vgg16",), "features.0.weight is missing: take "),
-        ("whole.safetensors", ("--std=1,0,1",), "should be three numbers each, std above 0"),
-        ("whole.safetensors", ("--mean=1,2",), "'1,2' should be three numbers, R,G,B"),
-        ("whole.safetensors", ("--out=whole.safetensors",), "is the source itself: choose another"),
+        ("missing.safetensors", (), "missing.safetensors"),
+        ("cut.safetensors", (), "cut.safetensors"),
+        ("text.safetensors", (), "text.safetensors"),
+        ("new.pth", (), "save_file(torch.load("),  # the command that converts it
+        ("old.pth", (), "save_file(torch.load("),
+        ("whole.safetensors", ("--model=vgg16",), "features.0.weight"),
+        ("whole.safetensors", ("--std=1,0,1",), "std [1.0, 0.0, 1.0]"),
+        ("whole.safetensors", ("--mean=1,2",), "'1,2'"),
+        ("whole.safetensors", ("--out=whole.safetensors",), "choose another --out"),
     ],
 )
-def test_what_cannot_be_imported_is_one_line_and_exit_code_2(
-    capsys, source, tmp_path, monkeypatch, name, options, says
+def test_a_file_that_cannot_be_imported_is_one_line_and_exit_code_2(
+    capsys, source, tmp_path, monkeypatch, name, options, named
 ):
     monkeypatch.chdir(tmp_path)
     content = source.read_bytes()
     pathlib.Path("whole.safetensors").write_bytes(content)
     pathlib.Path("cut.safetensors").write_bytes(content[:-1000])
-    pathlib.Path("text.safetensors").write_text("weights, but only in name\n")
+    pathlib.Path("text.safetensors").write_text("not weights\n")
     pathlib.Path("old.pth").write_bytes(pickle.dumps({"conv1.weight": 1}, protocol=2))
     with zipfile.ZipFile("new.pth", "w") as file:  # as torch.save writes it
         file.writestr("archive/data.pkl", pickle.dumps({"conv1.weight": 1}))
     before = sorted(pathlib.Path().iterdir())
-    code, said, err = command(capsys, name, "--model=resnet18", "--out=ours.safetensors", *options)
-    assert (code, said) == (2, "") and says in err
+    code, printed, err = command(
+        capsys, name, "--model=resnet18", "--out=imported.safetensors", *options
+    )
+    assert (code, printed) == (2, "") and named in err
     assert len(err.strip().splitlines()) == 1
     assert sorted(pathlib.Path().iterdir()) == before
     assert pathlib.Path("whole.safetensors").read_bytes() == content
 
 
-def resnet_page(tmp_path, out):
+def resnet_config(tmp_path, out):
     data = toy.write(tmp_path / "toy")
     fields = ["data.size=32", "data.batch_size=8", "epochs=0.2", "optimizer.learning_rate=0"]
     return config.load("resnet18", [f"data.path={data}", f"init.path={out}", *fields])
 
 
-def test_a_training_starts_with_the_files_trunk(imported, tmp_path):
-    page = resnet_page(tmp_path, imported[0])
-    run = setup.set_up(page, tmp_path / "run", devices=jax.devices()[:1])
-    made = run.assembly.create(0, run.place)
+def test_a_run_starts_with_the_trunk_of_the_file(imported, tmp_path):
+    start_config = resnet_config(tmp_path, imported[0])
+    run = setup.set_up(start_config, tmp_path / "run", devices=jax.devices()[:1])
+    created = run.assembly.create(0, run.place)
     arrays = safetensors.numpy.load_file(imported[0])
     first = arrays["params/stem/conv/kernel"]
-    np.testing.assert_array_equal(made.params["stem"]["conv"]["kernel"], first)
-    np.testing.assert_array_equal(made.opt_state[-1].slow["stem"]["conv"]["kernel"], first)
+    np.testing.assert_array_equal(created.params["stem"]["conv"]["kernel"], first)
+    np.testing.assert_array_equal(created.opt_state[-1].slow["stem"]["conv"]["kernel"], first)
     np.testing.assert_array_equal(
-        made.batch_stats["input"]["mean"], np.float32(pretrained.IMAGENET_MEAN)
+        created.batch_stats["input"]["mean"], np.float32(pretrained.IMAGENET_MEAN)
     )
     start = run.init
     assert (start["placed"], start["fresh"]) == (102, ["classifier", "spl"])
@@ -153,11 +155,11 @@ def test_a_training_starts_with_the_files_trunk(imported, tmp_path):
 
 @pytest.mark.slow  # 20 seconds
 def test_a_step_at_rate_zero_keeps_the_trunk_and_its_normalisation(imported, tmp_path):
-    summary = train.train(resnet_page(tmp_path, imported[0]), tmp_path / "run")
+    summary = train.train(resnet_config(tmp_path, imported[0]), tmp_path / "run")
     assert summary["steps"] == 1 and summary["init"]["source"] == "resnet18.safetensors"
-    params, batch_stats, about = workdir.open_weights(tmp_path / "run")[:3]
-    given, statistics, _ = transfer.read(imported[0])
-    assert (about["model"], about["step"]) == ("resnet18", 1)
+    params, batch_stats, metadata = workdir.open_weights(tmp_path / "run")[:3]
+    trunk, statistics, _ = transfer.read(imported[0])
+    assert (metadata["model"], metadata["step"]) == ("resnet18", 1)
     head = {part: params[part] for part in transfer.HEAD}
-    assert transfer.digest(params, {}) == transfer.digest(given | head, {})
+    assert transfer.digest(params, {}) == transfer.digest(trunk | head, {})
     assert transfer.digest({}, batch_stats["input"]) == transfer.digest({}, statistics["input"])

@@ -21,7 +21,7 @@ def linear(variables, images):
 
 
 def curved(variables, images):
-    """Two layers, smooth: what a small trained network is."""
+    """Two smooth layers, like a small trained network."""
     hidden = jnp.tanh(jnp.einsum("bhwc,hwck->bk", images, variables[0]))
     return hidden @ variables[1]
 
@@ -54,8 +54,8 @@ def test_weights_sum_to_1_and_integrate_a_line(method):
             assert weights @ places == pytest.approx(0.5, abs=1e-12)
 
 
-def test_the_error_on_a_cubic_is_as_in_the_facts():
-    # d/dx x**4 over [0, 1] is 1; facts.md: 1 % by the right ends, 0.02 % by the trapezoid.
+def test_quadrature_errors_on_a_cubic():
+    # d/dx x**4 integrates to 1 over [0, 1].
     errors = {}
     for method in ig.METHODS:
         places, weights = ig.quadrature(method, 50)
@@ -68,7 +68,7 @@ def test_the_error_on_a_cubic_is_as_in_the_facts():
 
 @pytest.mark.parametrize("method", ig.METHODS)
 def test_a_linear_model_gives_weight_times_change_exactly(case, method):
-    found = ig.integrated_gradients(
+    result = ig.integrated_gradients(
         case["linear"],
         case["images"],
         case["targets"],
@@ -79,40 +79,40 @@ def test_a_linear_model_gives_weight_times_change_exactly(case, method):
     )
     change = (case["images"] - case["baseline"])[:, None]
     expected = change * np.moveaxis(case["weights"], -1, 0)[case["targets"]]
-    np.testing.assert_allclose(found.maps, expected, rtol=1e-5, atol=1e-6)
-    assert not found.flagged.any()
-    assert np.abs(found.residual).max() < 1e-4
+    np.testing.assert_allclose(result.maps, expected, rtol=1e-5, atol=1e-6)
+    assert not result.flagged.any()
+    assert np.abs(result.residual).max() < 1e-4
 
 
 @pytest.mark.parametrize("output", ig.OUTPUTS)
 def test_maps_of_a_network_are_complete(case, output):
-    found = ig.integrated_gradients(
+    result = ig.integrated_gradients(
         case["curved"], case["images"], case["targets"], case["baseline"], steps=50, output=output
     )
-    sums = found.maps.sum(axis=(2, 3, 4))
-    np.testing.assert_allclose(sums - found.residual, found.end - found.start, atol=1e-5)
+    sums = result.maps.sum(axis=(2, 3, 4))
+    np.testing.assert_allclose(sums - result.residual, result.end - result.start, atol=1e-5)
     logits = np.asarray(case["curved"](case["images"]))
     wanted = np.take_along_axis(logits, case["targets"], 1)
     wanted = 1 / (1 + np.exp(-wanted)) if output == "probability" else wanted
-    np.testing.assert_allclose(found.end, wanted, atol=1e-5)
-    assert not found.flagged.any()
+    np.testing.assert_allclose(result.end, wanted, atol=1e-5)
+    assert not result.flagged.any()
 
 
-def test_what_is_not_complete_is_flagged(case):
+def test_incomplete_maps_are_flagged(case):
     arguments = case["curved"], case["images"], case["targets"], case["baseline"]
-    found = ig.integrated_gradients(*arguments, steps=1, method="right", output="logit")
-    change = np.abs(found.end - found.start)
-    expected = np.abs(found.residual) / np.maximum(change, ig.FLOORS["logit"])
-    np.testing.assert_allclose(found.relative, expected, rtol=1e-6)
-    np.testing.assert_array_equal(found.flagged, expected > ig.TOLERANCE)
-    assert found.flagged.any()
+    result = ig.integrated_gradients(*arguments, steps=1, method="right", output="logit")
+    change = np.abs(result.end - result.start)
+    expected = np.abs(result.residual) / np.maximum(change, ig.FLOORS["logit"])
+    np.testing.assert_allclose(result.relative, expected, rtol=1e-6)
+    np.testing.assert_array_equal(result.flagged, expected > ig.TOLERANCE)
+    assert result.flagged.any()
     loose = ig.integrated_gradients(
         *arguments, steps=1, method="right", output="logit", tolerance=1e9
     )
     assert not loose.flagged.any()
 
 
-def test_refining_is_the_trapezoid_of_more_steps_where_it_is_needed(case):
+def test_refining_equals_the_trapezoid_of_more_steps(case):
     arguments = case["curved"], case["images"], case["targets"], case["baseline"]
     coarse = ig.integrated_gradients(*arguments, steps=2, output="logit")
     again = coarse.flagged.any(axis=1)
@@ -124,15 +124,15 @@ def test_refining_is_the_trapezoid_of_more_steps_where_it_is_needed(case):
     assert not ig.integrated_gradients(*arguments, steps=2, output="logit", refine=6).flagged.any()
 
 
-def test_an_output_that_does_not_change_has_the_floor_below_it():
+def test_a_constant_output_is_divided_by_the_floor():
     constant = Partial(lambda images: jnp.zeros((len(images), 2)) + 0 * images.sum())
     images = np.ones((1, *SHAPE), np.float32)
-    found = ig.integrated_gradients(constant, images, np.array([[0]]), 0.0)
-    assert found.relative[0, 0] == 0 and not found.flagged.any()
+    result = ig.integrated_gradients(constant, images, np.array([[0]]), 0.0)
+    assert result.relative[0, 0] == 0 and not result.flagged.any()
 
 
 @pytest.mark.parametrize("chunk", (1, 3, 7, 50, 51, 1000))
-def test_the_chunk_does_not_matter(case, chunk):
+def test_maps_do_not_depend_on_the_chunk(case, chunk):
     arguments = case["curved"], case["images"], case["targets"], case["baseline"]
     a = ig.integrated_gradients(*arguments, chunk=chunk)
     b = ig.integrated_gradients(*arguments, chunk=None)
@@ -140,7 +140,7 @@ def test_the_chunk_does_not_matter(case, chunk):
 
 
 @pytest.mark.parametrize("kind", ("numpy", "split"))
-def test_the_groups_of_images_do_not_matter(case, kind, monkeypatch):
+def test_maps_do_not_depend_on_the_rows(case, kind, monkeypatch):
     network, images, baseline = case["curved"], case["images"], case["baseline"]
     options = {"steps": 3, "output": "logit", "refine": 2}
     targets = np.tile(case["targets"], (3, 1))
@@ -159,17 +159,17 @@ def test_the_groups_of_images_do_not_matter(case, kind, monkeypatch):
     given = ig.integrated_gradients(network, images, targets, baseline, rows=rows, **options)
     assert max(shapes) == rows
     shapes.clear()
-    monkeypatch.setattr(ig, "CPU_BUDGET", 1)  # of which not one place of one image fits
-    found = ig.integrated_gradients(network, images, targets, baseline, **options)
+    monkeypatch.setattr(ig, "CPU_BUDGET", 1)  # smaller than one node of one image
+    result = ig.integrated_gradients(network, images, targets, baseline, **options)
     assert set(shapes) == {8 if kind == "split" else 1}
     for name in ("maps", "start", "end", "residual"):
-        for other in (given, found):
+        for other in (given, result):
             np.testing.assert_allclose(
                 getattr(other, name), getattr(whole, name), rtol=1e-4, atol=1e-5
             )
 
 
-def test_images_are_grouped_only_where_they_do_not_fit(case):
+def test_images_are_split_only_if_they_do_not_fit(case):
     network, images = case["curved"], np.zeros((9, *SHAPE), np.float32)
     assert ig.fit(network, images, 2, budget=1 << 30)[1] == 9
     assert ig.fit(network, images, 2, budget=1) == (1, 1)
@@ -179,7 +179,7 @@ def test_images_are_grouped_only_where_they_do_not_fit(case):
     assert rows == 9 and 7 <= chunk <= 15
 
 
-def test_several_labels_are_as_one_by_one(case):
+def test_several_labels_equal_one_by_one(case):
     together = ig.integrated_gradients(
         case["curved"], case["images"], case["targets"], case["baseline"]
     )
@@ -205,7 +205,7 @@ def test_several_labels_share_their_forward_passes(case):
     assert forwards(case["targets"]) == forwards(case["targets"][:, :1]) > 0
 
 
-def test_1_device_is_8_devices(case):
+def test_1_device_equals_8_devices(case):
     assert jax.device_count() == 8
     mesh = sharding.data_mesh()
     put = sharding.put_batch(mesh, {"x": case["images"], "b": case["baseline"]})
@@ -224,10 +224,10 @@ def test_1_device_is_8_devices(case):
         np.ones(2, np.float32),
         "logit",
     )
-    assert gradients.sharding.shard_shape(gradients.shape)[0] == 1  # nobody gathers the batch
+    assert gradients.sharding.shard_shape(gradients.shape)[0] == 1  # the batch stays sharded
 
 
-def test_weights_are_arguments_and_one_program_serves_all_batches(case):
+def test_weights_are_arguments_of_one_compiled_program(case):
     ig._path_gradients.clear_cache()
     for shift in (0.0, 0.1):
         network = Partial(curved, jax.tree.map(lambda w, s=shift: w + s, case["curved"].args[0]))
@@ -235,14 +235,14 @@ def test_weights_are_arguments_and_one_program_serves_all_batches(case):
     assert ig._path_gradients._cache_size() == 1
 
 
-def test_the_chunk_keeps_to_the_budget(case):
+def test_the_chunk_fits_the_budget(case):
     network = case["curved"]
     small = ig.fit(network, case["images"], 1, budget=1 << 16)[0]
     large = ig.fit(network, case["images"], 1, budget=1 << 22)[0]
     assert 1 <= small < large
     assert ig.fit(network, case["images"], 1, budget=1)[0] == 1
     assert ig.fit(network, case["images"], 5, budget=1 << 22)[0] < large
-    # What XLA says that it needs is of the size that the shapes foretold.
+    # XLA's own estimate is of the size that the shapes predict.
     images = jnp.asarray(case["images"])
     lowered = ig._path_gradients.lower(
         network,
@@ -257,19 +257,19 @@ def test_the_chunk_keeps_to_the_budget(case):
     assert needed < 4 << 22
 
 
-def test_a_flax_module_in_five_lines():
+def test_a_flax_module_is_explained():
     from maknet_jax.models.linear import Linear
 
     model = Linear(num_classes=3, edge=2)
     images = np.random.default_rng(0).random((2, 8, 8, 3), np.float32)
     variables = model.init(jax.random.key(0), images, train=False)
     logit_fn = Partial(lambda v, x: model.apply(v, x, train=False).logits, variables)
-    found = ig.integrated_gradients(logit_fn, images, np.array([[0, 2], [1, 1]]), 0.0)
-    assert found.maps.shape == (2, 2, 8, 8, 3) and not found.flagged.any()
+    result = ig.integrated_gradients(logit_fn, images, np.array([[0, 2], [1, 1]]), 0.0)
+    assert result.maps.shape == (2, 2, 8, 8, 3) and not result.flagged.any()
 
 
 @pytest.mark.parametrize(
-    "change, says",
+    "change, expected_text",
     [
         ({"method": "simpson"}, "'simpson'"),
         ({"steps": 0}, "0 steps"),
@@ -279,15 +279,15 @@ def test_a_flax_module_in_five_lines():
         ({"refine": 1, "method": "gauss"}, "refine 1"),
         ({"rows": 0}, "rows 0"),
         ({"baseline": np.zeros((3, *SHAPE))}, "baseline of shape"),
-        ({"targets": np.array([[4]] * 8)}, "labels 0 to 3"),
-        ({"targets": np.array([[-1]] * 8)}, "labels 0 to 3"),
-        ({"targets": np.array([0] * 8)}, "a row an image"),
-        ({"targets": np.array([[0]])}, "a row an image"),
-        ({"targets": np.array([[0.5]] * 8)}, "whole numbers"),
+        ({"targets": np.array([[4]] * 8)}, "0 to 3"),
+        ({"targets": np.array([[-1]] * 8)}, "0 to 3"),
+        ({"targets": np.array([0] * 8)}, "targets of shape"),
+        ({"targets": np.array([[0]])}, "targets of shape"),
+        ({"targets": np.array([[0.5]] * 8)}, "targets of shape"),
     ],
 )
-def test_what_makes_no_sense_is_refused(case, change, says):
-    given = {"targets": case["targets"], "baseline": 0.0} | change
-    call = functools.partial(ig.integrated_gradients, case["curved"], case["images"], **given)
-    with pytest.raises(InputError, match=says):
+def test_invalid_arguments_are_refused(case, change, expected_text):
+    arguments = {"targets": case["targets"], "baseline": 0.0} | change
+    call = functools.partial(ig.integrated_gradients, case["curved"], case["images"], **arguments)
+    with pytest.raises(InputError, match=expected_text):
         call()

@@ -1,11 +1,10 @@
-"""The layers: identities, then loops in float64 numpy and scipy that share no code with Flax."""
-
-import functools
+"""The layers: identities, then float64 loops in NumPy and SciPy that share no code with Flax."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import drawn, redrawn
 from flax import linen as nn
 from scipy import signal, special
 
@@ -13,24 +12,6 @@ from maknet_jax.errors import InputError
 from maknet_jax.models import layers
 
 NAMES = ("conv_kxk", "conv_1xk", "conv_kx1", "conv_1x1")
-
-
-def drawn(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def redrawn(variables, seed=1):
-    """The same tree with every leaf drawn anew: statistics and scales near 1, none at its start."""
-    rng = np.random.default_rng(seed)
-
-    def new(path, leaf):
-        values = rng.normal(size=leaf.shape)
-        name = path[-1].key
-        if name in ("var", "scale"):
-            values = 1 + 0.2 * np.abs(values)
-        return jnp.asarray(0.5 * values if name == "mean" else values, jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(new, variables)
 
 
 def torch_convolution(x, kernel, stride):
@@ -95,74 +76,70 @@ def test_makconv_of_one_kernel_is_that_convolution():
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", ["matmul", "fused"])
+def values_and_gradients(module, variables, x, *args):
+    """The output in training, the new statistics, gradients of the parameters and of the input."""
+    shape = jax.eval_shape(module.init_with_output, jax.random.key(0), x, *args)[0].shape
+    weights = drawn(*shape)
+
+    def value(params, x):
+        y, updated = module.apply(variables | {"params": params}, x, *args, mutable=["batch_stats"])
+        return (weights * y).sum(), (y, updated)
+
+    gradients, (y, updated) = jax.jit(jax.grad(value, (0, 1), has_aux=True))(variables["params"], x)
+    return y, updated, gradients
+
+
 @pytest.mark.parametrize("k", [1, 3, 5, 7])
 @pytest.mark.parametrize("features, stride", [(8, 1), (7, 2), (3, 1)])
-def test_all_forms_of_makconv_are_equal_in_value_and_gradient(k, features, stride, form):
-    x = jnp.asarray(drawn(2, 9, 8, 3))
-    split, fused = (layers.MAKConv(features, k, stride, form=each) for each in ("split", form))
+def test_all_forms_of_makconv_are_equal_in_value_and_gradient(k, features, stride):
+    x = drawn(2, 9, 8, 3)
+    split, *others = (layers.MAKConv(features, k, stride, form=form) for form in layers.FORMS)
     variables = redrawn(split.init(jax.random.key(0), x))
-    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(
-        jnp.shape, fused.init(jax.random.key(0), x)
-    )
-    weights = jnp.asarray(drawn(*split.apply(variables, x).shape))
-
-    def value(form):
-        return lambda v, x: (weights * form.apply(v, x)).sum()
-
-    np.testing.assert_allclose(
-        split.apply(variables, x), fused.apply(variables, x), rtol=1e-5, atol=1e-5
-    )
-    ours, theirs = (jax.grad(value(form), (0, 1))(variables, x) for form in (split, fused))
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    expected = values_and_gradients(split, variables, x)
+    for other in others:
+        shapes = jax.eval_shape(other.init, jax.random.key(0), x)
+        assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, shapes)
+        np.testing.assert_allclose(
+            split.apply(variables, x), other.apply(variables, x), rtol=1e-5, atol=1e-5
+        )
+        ours = values_and_gradients(other, variables, x)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("form", layers.FORMS[1:])
 @pytest.mark.parametrize("k, growth", [(3, 8), (5, 6), (3, 3)])
-def test_all_forms_of_a_dense_block_are_equal_in_value_and_gradient(k, growth, form):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 8, 5)), jnp.float32)
-    split, other = (layers.DenseBlock(3, growth, 7, k, form=each) for each in ("split", form))
+def test_all_forms_of_a_dense_block_are_equal_in_value_and_gradient(k, growth):
+    x = drawn(2, 9, 8, 5)
+    split, *others = (layers.DenseBlock(3, growth, 7, k, form=form) for form in layers.FORMS)
     variables = split.init(jax.random.key(0), x, train=False)
-    assert jax.tree.structure(other.init(jax.random.key(0), x, train=False)) == jax.tree.structure(
-        variables
-    )
-
-    def value(block, params, x):
-        given = variables | {"params": params}
-        y, stats = block.apply(given, x, train=True, mutable=["batch_stats"])
-        return (y**2).sum(), (y, stats)
-
-    found = [
-        jax.grad(functools.partial(value, block), (0, 1), has_aux=True)(variables["params"], x)
-        for block in (split, other)
-    ]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), *found)
+    expected = values_and_gradients(split, variables, x, True)
+    for other in others:
+        shapes = jax.eval_shape(lambda key, m=other: m.init(key, x, train=False), jax.random.key(0))
+        assert jax.tree.structure(shapes) == jax.tree.structure(variables)
+        ours = values_and_gradients(other, variables, x, True)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), ours, expected
+        )
 
 
-def test_makconv_multiplies_on_cpu_and_refuses_strange_forms():
+def test_the_form_decides_how_many_convolutions_makconv_runs():
     x = drawn(1, 8, 8, 3)
-    text = {
-        form: str(
-            jax.make_jaxpr(
-                lambda x, f=form: layers.MAKConv(8, form=f).init_with_output(jax.random.key(0), x)[
-                    0
-                ]
-            )(x)
-        ).count("conv_general_dilated[")
-        for form in ("auto", "split", "fused")
-    }
-    # Of "auto" it is the product, a 1 x 1 convolution where it is compiled for another platform.
-    assert text == {"auto": 1, "split": 4, "fused": 1}
-    with pytest.raises(
-        InputError,
-        match="choose auto or one of split, matmul, fused, wide, wide_fused",
-    ):
-        layers.MAKConv(8, form="quick").init(jax.random.key(0), x)
+    count = {}
+    for form in ("auto", "split", "fused"):
+        init = layers.MAKConv(8, form=form).init_with_output
+        text = str(jax.make_jaxpr(lambda x, init=init: init(jax.random.key(0), x)[0])(x))
+        count[form] = text.count("conv_general_dilated[")
+    # "auto" is the product on CPU, a 1 x 1 convolution where it is compiled for another platform.
+    assert count == {"auto": 1, "split": 4, "fused": 1}
 
 
-def test_makconv_refuses_an_even_kernel():
-    with pytest.raises(InputError, match="kernel_size 4 is even"):
+def test_an_unknown_form_is_an_error_that_names_the_known_ones():
+    with pytest.raises(InputError, match="'quick'.* auto or one of split, matmul, fused"):
+        layers.MAKConv(8, form="quick").init(jax.random.key(0), drawn(1, 8, 8, 3))
+
+
+def test_makconv_rejects_an_even_kernel():
+    with pytest.raises(InputError, match="kernel_size 4"):
         layers.MAKConv(8, 4).init(jax.random.key(0), drawn(1, 8, 8, 3))
 
 
@@ -179,7 +156,7 @@ def test_strided_convolution_lies_on_the_grid_of_torch(size, edge):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_batch_norm_keeps_nine_tenths_of_its_statistics():
+def test_running_statistics_have_a_momentum_of_nine_tenths():
     x = 3 + 2 * drawn(4, 5, 5, 6)
     norm = layers.batch_norm(jnp.float32, True)
     variables = norm.init(jax.random.key(0), x)
@@ -202,17 +179,17 @@ def test_mish_and_its_gradient():
     edges = [-1e30, -1e4, -90, 19.999, 20, 20.001, 90, 1e4, 1e30]
     x = np.concatenate([np.linspace(-30, 30, 1201), edges])
     x = np.float32(x)
-    value, slope = mish_loop(x)
+    value, derivative = mish_loop(x)
     np.testing.assert_allclose(layers.mish(x), value, rtol=1e-5, atol=1e-9)
     ours = jax.vmap(jax.grad(layers.mish))(jnp.asarray(x))
     assert np.isfinite(ours).all()
-    np.testing.assert_allclose(ours, slope, rtol=1e-4, atol=2e-6)
+    np.testing.assert_allclose(ours, derivative, rtol=1e-4, atol=2e-6)
     middle = x[:1201]
     ours = jax.vmap(jax.grad(jax.grad(layers.mish)))(jnp.asarray(middle))
-    bends = (
+    second = (
         mish_loop(np.float64(middle) + 1e-4)[1] - mish_loop(np.float64(middle) - 1e-4)[1]
     ) / 2e-4
-    np.testing.assert_allclose(ours, bends, atol=1e-5)
+    np.testing.assert_allclose(ours, second, atol=1e-5)
 
 
 def test_mish_is_finite_in_bfloat16():
@@ -280,7 +257,7 @@ def test_cbam_is_the_published_module(channels, hidden):
     np.testing.assert_allclose(ours, cbam_loop(x, variables), rtol=1e-4, atol=1e-5)
 
 
-def test_dense_block_hands_every_layer_all_that_came_before():
+def test_each_layer_of_a_dense_block_reads_all_earlier_features():
     x = drawn(2, 6, 6, 5)
     block = layers.DenseBlock(3, 4, 8)
     variables = redrawn(block.init(jax.random.key(0), x, train=False))
@@ -291,13 +268,17 @@ def test_dense_block_hands_every_layer_all_that_came_before():
         y = (y - running["mean"]) / np.sqrt(running["var"] + 1e-5)
         return mish_loop(y * learned["scale"] + learned["bias"])[0]
 
-    seen = x
+    features = x
     for number in range(3):
         kernels = params[f"makconv_{number}"]
-        new = np.concatenate([torch_convolution(seen, kernels[n]["kernel"], 1) for n in NAMES], -1)
-        seen = np.concatenate([seen, normalised(new, f"norm_{number}", params, stats)], axis=-1)
-    assert seen.shape[-1] == 5 + 3 * 4
-    transition = torch_convolution(seen, params["transition"]["conv"]["kernel"], 1)
+        new = np.concatenate(
+            [torch_convolution(features, kernels[n]["kernel"], 1) for n in NAMES], -1
+        )
+        features = np.concatenate(
+            [features, normalised(new, f"norm_{number}", params, stats)], axis=-1
+        )
+    assert features.shape[-1] == 5 + 3 * 4
+    transition = torch_convolution(features, params["transition"]["conv"]["kernel"], 1)
     y = normalised(transition, "norm", params["transition"], stats["transition"])
     theirs = cbam_loop(y, {"params": params["cbam"], "batch_stats": stats["cbam"]})
     ours = block.apply(variables, x, train=False)

@@ -9,7 +9,7 @@ import pytest
 
 from maknet_jax import models
 from maknet_jax.errors import InputError
-from maknet_jax.models.layers import Outputs
+from maknet_jax.models import Outputs
 from maknet_jax.training import augment, lesion_losses, losses, sgd, sharding, state, step
 
 LABELS = 7
@@ -165,6 +165,28 @@ def test_padding_and_unknown_labels_do_not_count():
     corrupted = Outputs(*(np.concatenate([part[:18], -part[18:]]) for part in outputs))
     again, _ = loss_fn()(corrupted, batch | {"labels": labels})
     assert float(loss) == pytest.approx(float(again), rel=1e-6)
+
+
+@pytest.mark.parametrize("logit, label", [(20.0, 0.0), (-20.0, 1.0)])
+def test_probabilities_are_clamped_as_in_the_published_code(logit, label):
+    """torch: p.clamp(1e-7, 1 - 1e-7), whose gradient is 0 beyond the bounds."""
+    outputs, batch = drawn(5)
+    labels = np.full_like(batch["labels"], label)
+    batch |= {"labels": labels, "label_mask": np.ones_like(labels)}
+
+    def parts(scores):
+        changed = outputs._replace(scores_before_spl=scores, logits=scores)
+        unit = {"pos_weight": 1.0, "neg_weight": 1.0, "triplet_weight": 0.0}
+        loss, metrics = loss_fn(**unit)(changed, batch)
+        return loss, metrics
+
+    scores = np.full_like(outputs.logits, logit)
+    (_, metrics), gradient = jax.value_and_grad(parts, has_aux=True)(scores)
+    for name in ("loss_before_spl", "loss_after_spl"):
+        assert float(metrics[name]) == pytest.approx(-np.log(1e-7), rel=1e-5)
+    assert not np.any(gradient)
+    _, gradient = jax.value_and_grad(parts, has_aux=True)(scores * 0.8)  # 16.0: not clamped
+    assert np.abs(gradient[:18]).min() > 0
 
 
 def test_fewer_than_one_draw_is_refused():

@@ -1,4 +1,4 @@
-"""The linear model on pixels: weights times standardised cells, as numpy says."""
+"""The linear model on pixels, against NumPy: weights times standardised cells."""
 
 import jax
 import numpy as np
@@ -49,6 +49,6 @@ def test_parameters_are_one_dense_layer():
     }
 
 
-def test_a_size_that_the_edge_does_not_divide_is_refused():
-    with pytest.raises(InputError, match="image size 16 is no multiple .* edge 5"):
+def test_an_edge_that_does_not_divide_the_size_is_rejected():
+    with pytest.raises(InputError, match="size 16 .* edge 5"):
         models.build("linear", 5, edge=5).init(jax.random.key(0), images(), train=False)

@@ -1,14 +1,19 @@
-"""MAKNet: its size, its layers' names, its types and its dropout."""
+"""MAKNet: its size, its layers and their order, its types, its dropout, its removed forms."""
+
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import toy
+from arrays import drawn, redrawn
 
-from maknet_jax import models
+from maknet_jax import models, train
 from maknet_jax.errors import InputError
-from maknet_jax.runs import build
+from maknet_jax.models import layers
+from maknet_jax.runs import build, workdir
 from maknet_jax.runs import config as configs
 from maknet_jax.training import state
 
@@ -21,7 +26,7 @@ def shapes(model, size=256):
     return jax.eval_shape(lambda key: model.init(key, images, train=False), jax.random.key(0))
 
 
-def count(tree):
+def parameters(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
@@ -31,23 +36,23 @@ def full():
 
 
 def test_parameters_are_the_papers(full):
-    assert 4_495_000 <= count(full["params"]) <= 4_505_000
-    assert count(full["params"]["spl"]) == 13_340
-    assert count(full["params"]["classifier"]) == 115 * (2 * 384 + 1)
+    assert 4_495_000 <= parameters(full["params"]) <= 4_505_000
+    assert parameters(full["params"]["spl"]) == 13_340
+    assert parameters(full["params"]["classifier"]) == 115 * (2 * 384 + 1)
 
 
 def test_teacher_config_builds_this_network(full):
-    page = configs.load("teacher")
-    assert build.build_model(page, 115) == models.MAKNet(num_classes=115)
-    assert shapes(build.build_model(page, 115), page.data.size) == full
+    config = configs.load("teacher")
+    assert build.build_model(config, 115) == models.MAKNet(num_classes=115)
+    assert shapes(build.build_model(config, 115), config.data.size) == full
 
 
 def test_layers_of_a_block_are_three_or_six_and_named_as_in_the_paper(full):
     parts = {f"block_{number}" for number in range(4)} | {f"mixpool_{n}" for n in (1, 2, 3)}
     assert set(full["params"]) == parts | {"stem", "classifier", "spl"}
-    for number, layers in enumerate((3, 3, 6, 6)):
+    for number, count in enumerate((3, 3, 6, 6)):
         block = full["params"][f"block_{number}"]
-        inner = {f"{kind}_{layer}" for layer in range(layers) for kind in ("makconv", "norm")}
+        inner = {f"{kind}_{layer}" for layer in range(count) for kind in ("makconv", "norm")}
         assert set(block) == inner | {"transition", "cbam"}
 
 
@@ -56,13 +61,13 @@ def test_channels_fill_the_tiles_of_an_accelerator(full):
     for path, leaf in jax.tree_util.tree_leaves_with_path(full["params"]):
         names = [entry.key for entry in path]
         if leaf.ndim == 4 and "places" not in names:
-            # A layer's channels come in quarters, one a kernel.
+            # The channels of a MAKConv come in quarters, one per kernel.
             whole = {"transition": 64}.get(names[1], 4 if "makconv" in names[1] else 16)
             assert leaf.shape[3] % whole == 0, names
 
 
 def test_no_convolution_has_a_bias(full):
-    """BatchNorm follows each: the bias' gradient would be pure noise, which Ranger amplifies."""
+    """BatchNorm follows each: the gradient of a bias would be noise, which Ranger amplifies."""
     params, kernels = full["params"], 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if leaf.ndim == 4:
@@ -90,8 +95,8 @@ def test_bfloat16_activations_leave_logits_statistics_and_parameters_in_float32(
         return variables, outputs, updated
 
     variables, outputs, updated = jax.eval_shape(run, jax.random.key(0))
-    kept = (variables, outputs, updated["batch_stats"])
-    assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype(jnp.float32)}
+    float32 = (variables, outputs, updated["batch_stats"])
+    assert {leaf.dtype for leaf in jax.tree.leaves(float32)} == {jnp.dtype(jnp.float32)}
     inside = updated["intermediates"]
     for name in ("stem", "block_0", "mixpool_1", "block_1"):
         assert inside[name]["__call__"][0].dtype == jnp.bfloat16, name
@@ -137,14 +142,59 @@ def test_dropout_works_in_training_only(tiny):
     np.testing.assert_array_equal(scores(0, 0.0).logits, scores(1, 0.0).logits)
 
 
-def test_mistakes_in_the_options_are_one_line():
-    with pytest.raises(InputError, match="model 'resnet' is unknown: choose one of maknet, vgg16"):
-        models.build("resnet", 5)
-    with pytest.raises(InputError, match="model maknet: .*'depth'"):
-        models.build("maknet", 5, depth=3)
-    with pytest.raises(InputError, match=r"blocks \(1,\).* differ in length"):
+@pytest.mark.parametrize("share", [0.2, 0.9])
+def test_the_network_is_its_layers_in_order(share):
+    """Stem at a quarter of the size, Mish, blocks with MixPool between them, GCP, two heads."""
+    model, images = models.build("maknet", 5, **TINY), jnp.abs(drawn(2, 32, 32, 3))
+    variables = redrawn(shapes(model, 32), by_fan_in=True)
+    params, stats = variables["params"], variables["batch_stats"]
+    params["mixpool_1"]["share"] = jnp.float32(share)
+
+    def apply(module, x, name, *args):
+        own = {"params": params.get(name, {}), "batch_stats": stats.get(name, {})}
+        return module.apply(own, x, *args)
+
+    x = apply(layers.InputNorm(), images, "input")
+    x = layers.mish(apply(layers.ConvNorm(8, (7, 7), 4), x, "stem", False))
+    maps = [x]
+    assert x.shape == (2, 8, 8, 8)
+    x = apply(layers.DenseBlock(1, 8, 8), x, "block_0", False)
+    maps.append(x)
+    x = apply(layers.MixPool(), x, "mixpool_1")
+    x = apply(layers.DenseBlock(1, 8, 16), x, "block_1", False)
+    maps.append(x)
+    outputs = model.apply(variables, images, train=False)
+    expected = layers.global_concat_pool(x)
+    np.testing.assert_allclose(outputs.features, expected, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(model.apply(variables, images, False, stages=True), maps, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    fixed = model.clone(mixpool_learned=False)
+    del params["mixpool_1"]
+    pooled = layers.MixPool(learned=False).apply({}, maps[1])
+    expected = layers.global_concat_pool(
+        apply(layers.DenseBlock(1, 8, 16), pooled, "block_1", False)
+    )
+    ours = fixed.apply(variables, images, train=False).features
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, options, named",
+    [
+        ("resnet", {}, "'resnet'.* maknet, vgg16"),
+        ("maknet", {"depth": 3}, "maknet.*'depth'"),
+        ("maknet", {"dropout_rate": 1.0}, r"dropout_rate 1\.0"),
+    ],
+)
+def test_unknown_networks_and_options_are_named(name, options, named):
+    with pytest.raises(InputError, match=named):
+        models.build(name, 5, **options)
+
+
+def test_options_that_do_not_fit_are_named():
+    with pytest.raises(InputError, match=r"blocks \(1,\).* \(8, 8\)"):
         shapes(models.build("maknet", 5, **(TINY | {"blocks": (1,)})), 32)
-    with pytest.raises(InputError, match="images of 28 x 28 are too small: 4 blocks leave nothing"):
+    with pytest.raises(InputError, match="28 x 28 .* 4 blocks"):
         shapes(models.build("maknet", 5), 28)
 
 
@@ -152,3 +202,31 @@ def test_lists_as_options_make_the_same_network_as_tuples():
     listed = models.build("maknet", 5, blocks=[3, 3, 6, 6])
     assert listed == models.build("maknet", 5, blocks=(3, 3, 6, 6))
     assert hash(listed) == hash(models.build("maknet", 5))
+
+
+@pytest.mark.parametrize("old, new", [("wide", "split"), ("wide_fused", "fused")])
+def test_a_removed_form_builds_its_equal_with_a_warning(old, new):
+    with pytest.warns(UserWarning, match=f"'{old}'.*'{new}'"):
+        assert models.build("maknet", 5, form=old) == models.build("maknet", 5, form=new)
+    with pytest.warns(UserWarning, match=f"'{old}'.*'{new}'"):
+        trunk = models.build("lesanet", 5, trunk="maknet", trunk_options={"form": old})
+    assert trunk == models.build("lesanet", 5, trunk="maknet", trunk_options={"form": new})
+
+
+def test_a_run_of_a_removed_form_opens_and_resumes(tmp_path):
+    data, folder = toy.write(tmp_path / "data"), tmp_path / "run"
+    config = toy.config(data, "smoke", {"model.options.form": "split", "epochs": 0.4})
+    train.train(config, folder)
+    batch = {"image": np.stack([toy.example("val", number).image for number in range(8)])}
+    expected = np.asarray(workdir.open_run(folder).score(batch))
+    path = folder / "config.json"
+    written = json.loads(path.read_text())
+    written["model"]["options"]["form"] = "wide"
+    path.write_text(json.dumps(written))
+    with pytest.warns(UserWarning, match="'wide'"):
+        logits = workdir.open_run(folder).score(batch)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    old = toy.config(data, "smoke", {"model.options.form": "wide", "epochs": 0.4})
+    with pytest.warns(UserWarning, match="'wide'"):
+        assert train.train(old, folder)["steps"] == 2
+    assert json.loads(path.read_text()) == written

@@ -22,7 +22,7 @@ def test_parameters_are_those_of_table_1(name, parameters):
 
 @pytest.mark.parametrize("name, giga_mac", [("vgg16", 15.347), ("resnet18", 1.814)])
 def test_flops_are_the_published_ones(name, giga_mac):
-    """At 224 x 224, convolutions: 15.347 and 1.814 (with its head of 1,000) G multiply-adds."""
+    """G multiply-adds at 224 x 224: 15.347 (convolutions), 1.814 (with the head of 1,000)."""
     assert total(name, 2, size=224) / 2e9 == pytest.approx(giga_mac, rel=2e-3)
 
 
@@ -54,7 +54,7 @@ def test_flops_grow_with_the_area_and_parameters_do_not():
     assert total("maknet", 1, size=128) == total("maknet", 1, size=256)
 
 
-def test_the_command_prints_the_papers_column_and_writes_json(capsys, tmp_path):
+def test_the_command_prints_the_paper_column_and_writes_json(capsys, tmp_path):
     out = tmp_path / "models.json"
     assert cli.main(["models", "maknet", "--size", "64", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -62,5 +62,5 @@ def test_the_command_prints_the_papers_column_and_writes_json(capsys, tmp_path):
     written = json.loads(out.read_text())
     rows = written["networks"]["maknet"]
     assert rows[-1]["parameters"] == 4_501_398 == sum(row["parameters"] for row in rows[:-1])
-    with pytest.raises(InputError, match="model 'alexnet' is unknown: choose one of maknet"):
+    with pytest.raises(InputError, match="'alexnet'.* maknet, vgg16, resnet18"):
         model_table.measure("alexnet")

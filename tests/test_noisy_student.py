@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import toy
-from runs import Killed, compile_cache, kill, newest_checkpoint, on_call, sigterm  # noqa: F401
+from runs import Killed, kill, newest_checkpoint, on_call, sigterm
 
 from maknet_jax import cli, evaluate, files, noisy_student
 from maknet_jax.data import pipeline, pseudo_labels

@@ -1,4 +1,4 @@
-"""Perturbed images on arrays made by hand, and maps as pictures."""
+"""Perturbed images on small arrays, and maps as pictures."""
 
 import base64
 import io
@@ -21,20 +21,20 @@ def test_neighbours_are_mirrored_at_the_regions_edge():
     image = image_of([[1, 2, 3, 90, 91, 92, 7, 8, 9]])
     region = np.array([[False] * 3 + [True] * 3 + [False] * 3])
     changed = perturbation.neighbour(image, region)
-    # 90 lies one inside the left edge, 92 one inside the right one; 91 is as near to either.
+    # 90 is next to the left edge, 92 to the right one; 91 is as near to either.
     assert changed[0, :, 1].tolist()[:4] == [1, 2, 3, 2]
     assert changed[0, :, 1].tolist()[5:] == [8, 7, 8, 9]
     assert changed[0, 4, 1] in (1, 9)
     np.testing.assert_array_equal(image[0, 3:6, 0], [90, 91, 92])  # the original is untouched
 
 
-def test_a_mirrored_place_outside_of_the_image_is_the_edge_itself():
+def test_places_outside_the_image_take_the_edge():
     image = image_of([[4, 50, 51, 52]])
     region = np.array([[False, True, True, True]])
     assert perturbation.neighbour(image, region)[0, :, 0].tolist() == [4, 4, 4, 4]
 
 
-def test_neighbours_of_an_organ_leave_none_of_it():
+def test_neighbours_replace_all_of_an_organ():
     rng = np.random.default_rng(0)
     plane = rng.integers(0, 100, (40, 40))
     region = (np.indices((40, 40)) - 20).__pow__(2).sum(0) < 100
@@ -46,11 +46,11 @@ def test_neighbours_of_an_organ_leave_none_of_it():
     np.testing.assert_array_equal(
         perturbation.neighbour(image_of(plane), np.zeros_like(region)), image_of(plane)
     )
-    with pytest.raises(Rejected, match="whole image"):
+    with pytest.raises(Rejected):
         perturbation.neighbour(image_of(plane), np.ones_like(region))
 
 
-def test_patches_are_black_boxes_over_each_part():
+def test_each_connected_part_gets_a_black_box():
     region = np.zeros((6, 6), bool)
     region[0, 0] = region[3, 3] = region[4, 4] = region[4, 3] = True
     changed = perturbation.patch(image_of(np.ones((6, 6))), region)
@@ -59,11 +59,11 @@ def test_patches_are_black_boxes_over_each_part():
     np.testing.assert_array_equal(changed, image_of(expected))
 
 
-def test_the_most_influential_pixels_are_deleted_and_no_others():
+def test_only_the_most_influential_pixels_are_deleted():
     attribution = np.array([[0.0, 5.0, 1.0], [-9.0, 4.0, 0.0]])
     mask = perturbation.most_influential(attribution, 1 / 3)
     assert mask.tolist() == [[False, True, False], [False, True, False]]
-    # Pixels that do not raise the output are not taken, however many are asked for.
+    # Pixels that do not raise the output are never taken.
     assert perturbation.most_influential(attribution, 1.0).sum() == 3
     image = image_of(np.ones((2, 3)))
     changed = perturbation.delete(image, mask, perturbation.make_baseline(image, "black"))
@@ -84,17 +84,17 @@ def test_baselines_are_in_hu():
             perturbation.make_baseline(image, kind)
 
 
-def test_noise_of_air_is_no_difference():
+def test_noise_in_air_is_not_a_difference():
     image = image_of([[-1024, -990, -900, 3000]])
     image[0, 0, 2] = 40  # in one channel only
     black = perturbation.make_baseline(image, "black")
     assert perturbation.differs(image, black).tolist() == [[True, False, True, True]]
 
 
-def test_regions_lie_where_the_crop_and_the_resize_put_them():
+def test_regions_follow_the_crop_and_the_resize():
     hu = np.full((64, 96), -1000, np.int16)
     hu[10:50, 20:90] = 0  # the body
-    hu[24:32, 40:56] = 900  # what the box and the mask are of
+    hu[24:32, 40:56] = 900  # inside the box and the mask
     image, crop = preprocess.make_triplet([hu, hu, hu], 32)
     bright = image[..., 1] > 450
     box = perturbation.box_region((40, 24, 56, 32), crop, 32)
@@ -103,10 +103,10 @@ def test_regions_lie_where_the_crop_and_the_resize_put_them():
         overlap = (region & bright).sum() / (region | bright).sum()
         assert overlap > 0.7
     assert mask.dtype == bool and box.shape == mask.shape == (32, 32)
-    assert perturbation.box_region((0, 0, 5, 5), crop, 32).sum() == 0  # cut off with the air
+    assert perturbation.box_region((0, 0, 5, 5), crop, 32).sum() == 0  # outside the crop
 
 
-def test_colours_say_sign_and_size():
+def test_colours_show_sign_and_magnitude():
     attribution = np.array([[1.0, -1.0], [0.0, 0.25]])
     rgba = overlay.colours(attribution, 1.0)
     assert tuple(rgba[0, 0]) == (*overlay.RAISES, 255)
@@ -121,7 +121,7 @@ def test_colours_say_sign_and_size():
     assert overlay.scale_of(spike) == 1.0  # one pixel does not hide the rest
 
 
-def test_pictures_travel_as_text():
+def test_pictures_become_data_uris():
     picture = np.random.default_rng(0).integers(0, 255, (8, 8), np.uint8)
     head, data = overlay.to_uri(picture, lossy=False).split(",")
     assert head == "data:image/png;base64"

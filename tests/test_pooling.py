@@ -4,15 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import drawn
 from flax import linen as nn
 
 from maknet_jax.models import layers, pooling
 
 SHAPES = [(2, 6, 8, 3), (1, 7, 5, 2), (3, 2, 3, 1), (0, 4, 4, 2)]
-
-
-def drawn(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def tied(*shape):
@@ -43,8 +40,8 @@ def test_max_pool_and_its_gradient_are_those_of_xla(values, shape):
     expected, pull_theirs = jax.vjp(maximum_by_xla, x)
     np.testing.assert_array_equal(ours, windows(np.asarray(x)).max(axis=3))
     np.testing.assert_array_equal(ours, expected)
-    slope = drawn(*ours.shape, seed=1)
-    np.testing.assert_array_equal(pull_ours(slope)[0], pull_theirs(slope)[0])
+    cotangent = drawn(*ours.shape, seed=1)
+    np.testing.assert_array_equal(pull_ours(cotangent)[0], pull_theirs(cotangent)[0])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -55,8 +52,8 @@ def test_mix_pool_and_its_gradients_are_those_of_xla(share, values, shape):
     ours, pull_ours = jax.vjp(pooling.mix_pool, x, share)
     expected, pull_theirs = jax.vjp(mixed_by_xla, x, share)
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
-    slope = drawn(*ours.shape, seed=1)
-    for a, b in zip(pull_ours(slope), pull_theirs(slope), strict=True):
+    cotangent = drawn(*ours.shape, seed=1)
+    for a, b in zip(pull_ours(cotangent), pull_theirs(cotangent), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -66,49 +63,49 @@ def test_mix_pool_in_bfloat16_is_rounded_once():
     whole = pooling.mix_pool(x.astype(jnp.float32), share.astype(jnp.float32))
     assert ours.dtype == jnp.bfloat16
     np.testing.assert_array_equal(ours, whole.astype(jnp.bfloat16))
-    slope = drawn(*ours.shape, seed=1).astype(jnp.bfloat16)
-    slopes = pull(slope)
-    assert [slope.dtype for slope in slopes] == [jnp.bfloat16] * 2
+    cotangent = drawn(*ours.shape, seed=1).astype(jnp.bfloat16)
+    gradients = pull(cotangent)
+    assert [gradient.dtype for gradient in gradients] == [jnp.bfloat16] * 2
     _, pull_whole = jax.vjp(pooling.mix_pool, x.astype(jnp.float32), share.astype(jnp.float32))
-    of_x, of_share = pull_whole(slope.astype(jnp.float32))
-    np.testing.assert_array_equal(slopes[0], of_x.astype(jnp.bfloat16))
-    np.testing.assert_allclose(slopes[1], of_share, rtol=0.02)
+    of_x, of_share = pull_whole(cotangent.astype(jnp.float32))
+    np.testing.assert_array_equal(gradients[0], of_x.astype(jnp.bfloat16))
+    np.testing.assert_allclose(gradients[1], of_share, rtol=0.02)
 
 
 @pytest.mark.parametrize("place", range(4))
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_passes_through_as_xla_lets_it(value, place):
-    """The loop stops at a loss that is not finite: pooling must not swallow a NaN."""
+def test_nan_and_infinity_pass_through_as_in_xla(value, place):
+    """Training stops at a loss that is not finite: pooling must not hide a NaN."""
     pixels = np.float32([1, 2, 3, 4])
     pixels[place] = value
     x = jnp.asarray(pixels.reshape(1, 2, 2, 1))
     np.testing.assert_array_equal(pooling.max_pool(x), maximum_by_xla(x))
-    slope = jax.grad(lambda x: pooling.max_pool(x).sum())(x)
+    gradient = jax.grad(lambda x: pooling.max_pool(x).sum())(x)
     largest = place if np.isnan(value) else np.argmax(pixels)
-    np.testing.assert_array_equal(slope.ravel(), np.arange(4) == largest)
+    np.testing.assert_array_equal(gradient.ravel(), np.arange(4) == largest)
     share = jnp.float32(0.5)
     np.testing.assert_array_equal(pooling.mix_pool(x, share), mixed_by_xla(x, share))
 
 
-def test_gradients_of_gradients_and_of_many_at_once():
-    """Pooling is linear in its slope, so a penalty on gradients has gradients too."""
+def test_second_order_and_batched_gradients():
+    """The backward pass is linear in its cotangent, so a penalty on gradients has gradients too."""
     x, weights = drawn(3, 2, 6, 6, 4), drawn(3, 2, 3, 3, 4, seed=1)
     shares = jnp.asarray([0.2, 0.5, 0.9])
 
     def penalty(pool, weights, share, x):
-        slope = jax.grad(lambda x: (weights * pool(x, share) ** 2).sum())(x)
-        return (slope**2).sum()
+        gradient = jax.grad(lambda x: (weights * pool(x, share) ** 2).sum())(x)
+        return (gradient**2).sum()
 
     for argument in (1, 2, 3):
-        found = [
+        gradients = [
             jax.vmap(jax.grad(penalty, argument), (None, 0, 0, 0))(pool, weights, shares, x)
             for pool in (pooling.mix_pool, mixed_by_xla)
         ]
-        np.testing.assert_allclose(*found, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(*gradients, rtol=1e-3, atol=1e-3)
 
 
-def test_the_backward_pass_scatters_nothing_and_keeps_little():
-    """What deterministic GPU mode refuses, and what training would have to keep."""
+def test_the_backward_pass_has_no_scatter_and_small_residuals():
+    """Deterministic GPU mode rejects a scatter; training stores the residuals of every layer."""
     x, share = jax.ShapeDtypeStruct((2, 8, 8, 4), jnp.float32), jnp.float32(0.5)
     window = (2, 4, 4, 4)
     for pool, expected in (
@@ -120,9 +117,8 @@ def test_the_backward_pass_scatters_nothing_and_keeps_little():
     ):
         text = jax.jit(jax.grad(lambda x, pool=pool: pool(x).sum())).lower(x).as_text()
         assert "scatter" not in text
-        kept = jax.tree.leaves(jax.eval_shape(lambda x, pool=pool: jax.vjp(pool, x)[1], x))
-        found = sorted((leaf.shape, leaf.dtype.name) for leaf in kept)
-        assert found == expected
+        residuals = jax.tree.leaves(jax.eval_shape(lambda x, pool=pool: jax.vjp(pool, x)[1], x))
+        assert sorted((leaf.shape, leaf.dtype.name) for leaf in residuals) == expected
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

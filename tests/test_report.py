@@ -8,7 +8,7 @@ import types
 import jinja2
 import numpy as np
 import pytest
-from test_attribute import check_page
+from test_page import check_page
 
 from maknet_jax import cli, evaluate, report
 from maknet_jax.errors import InputError

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import toy
-from runs import NOISE, compile_cache, equal_runs, newest_checkpoint, signal_after  # noqa: F401
+from runs import NOISE, equal_runs, newest_checkpoint, signal_after
 
 from maknet_jax import evaluate, files, train
 from maknet_jax.data import pipeline, pseudo_labels, records

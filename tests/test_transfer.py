@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import toy
-from test_train import compile_cache, signal_after  # noqa: F401  (the cache is a fixture)
+from test_train import signal_after
 
 from maknet_jax import files, models, train
 from maknet_jax.errors import InputError, Stopped

@@ -16,7 +16,7 @@ from maknet_jax import console, evaluate, files, phantom, prepare, train
 from maknet_jax.cli import options
 from maknet_jax.data import deeplesion, records
 from maknet_jax.errors import InputError
-from maknet_jax.model_table import PAGES, PAPER_MILLIONS
+from maknet_jax.model_table import CONFIGS, PAPER_MILLIONS
 from maknet_jax.runs import config as configs
 
 METRICS = {"auc": "AUC", "f1": "F1", "precision": "precision", "recall": "recall"}
@@ -54,7 +54,7 @@ FORMS = {
 OWN = {"seed": "use --seed", "data.path": "use --data", "model.name": "the table is of three"}
 
 
-def table1(workdir, *, data=None, form="full", seed=0, overrides=(), pages=PAGES):
+def table1(workdir, *, data=None, form="full", seed=0, overrides=(), pages=CONFIGS):
     """Trains, evaluates and tabulates; what is finished in `workdir` is not repeated.
 
     Args:

@@ -21,13 +21,13 @@ from flax import traverse_util
 from benchmarks import harness
 from maknet_jax.cli import options
 from maknet_jax.errors import InputError
-from maknet_jax.model_table import PAGES
+from maknet_jax.model_table import CONFIGS
 from maknet_jax.training import losses
 
 TOLERANCE = 1e-3  # of the largest logit
 AIMS = {"train": 1.3, "predict": 1.5}  # MAKNet in JAX over MAKNet in PyTorch
 AIM_VGG16 = 15  # MAKNet's training over the faster of the two VGG16
-FULL = {"size": 256, "batch": 8, "repeats": 5, "networks": list(PAGES)}
+FULL = {"size": 256, "batch": 8, "repeats": 5, "networks": list(CONFIGS)}
 QUICK = {"size": 128, "batch": 4, "repeats": 2, "networks": ["maknet", "vgg16"]}
 WORKER = pathlib.Path(__file__).resolve().with_name("torch_networks.py")
 

@@ -1,21 +1,25 @@
-"""MAKConv in each of its forms beside full convolutions, at the shapes of the network's blocks.
+"""MAKConv in each of its forms and full convolutions, at the shapes of the network's blocks.
 
     python benchmarks/speed/makconv.py --quick    # the layers in small, under a minute
     python benchmarks/speed/makconv.py [--precision float32,bfloat16] [--batch 8]
 
-Layers: the one in the middle of each dense block as MAKConv and as a full k x k convolution of the
-same channels, the last convolution of VGG16 at the same resolution, and the block's 1 x 1
-convolution. Those of this package and, where it says so, XLA's own with their gradients. Blocks:
-the whole dense blocks, with what surrounds their MAKConvs (not with --quick: they take a minute to
-compile). FLOPs and bytes are those of XLA's compiled program.
+Layers: the middle layer of each dense block as MAKConv and as a full k x k convolution of the same
+channels, the last convolution of VGG16 at the same resolution, and the block's 1 x 1 convolution.
+All run this package's code, or where the row says so XLA's own gradient. Blocks: the whole dense
+blocks, with BatchNorm, Mish and CBAM (not with --quick: they take a minute to compile). FLOPs and
+bytes are those of XLA's compiled program.
 """
 
+import argparse
 import functools
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from benchmarks import harness
 from maknet_jax.cli import options
@@ -34,7 +38,25 @@ FULL = {
 QUICK = {"size": 128, "repeats": 2, "batch": 4, "precision": ["float32"], "parts": ["layers"]}
 
 
-def main(argv=None):
+class Case(NamedTuple):
+    """A module to time, and its input.
+
+    Attributes:
+      module: with `[B, edge, edge, channels]` as its first argument.
+      edge: pixels per side of the input.
+      channels: of the input.
+      forward: further arguments of the forward pass.
+      gradient: further arguments of the gradient pass.
+    """
+
+    module: nn.Module
+    edge: int
+    channels: int
+    forward: tuple[bool, ...] = ()
+    gradient: tuple[bool, ...] = ()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints and writes."""
     parser = harness.parser(__file__, __doc__)
     parser.add_argument("--batch", type=options.count, help="images")
@@ -61,8 +83,8 @@ def main(argv=None):
         [
             f"{chosen.batch} images of {chosen.size} x {chosen.size} on one device; medians of "
             f"{chosen.repeats} turns (lowest to highest)",
-            "faster: how many times, than the first row of the place and pass; then than VGG16's "
-            "convolution",
+            "faster: speed relative to the first row of the same place and pass; than VGG16: "
+            "relative to VGG16's convolution",
             "gradient: forward and gradient of input and weights, dense blocks in training mode",
         ],
         {"rows": rows},
@@ -70,31 +92,32 @@ def main(argv=None):
 
 
 class Convolution(nn.Module):
-    """A full convolution without bias, as the networks here have it."""
+    """A full convolution without bias, computed by `models.convolution`."""
 
     features: int
     edge: int
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, H, W, C]` -> `[B, H, W, features]`."""
         shape = (self.edge, self.edge, x.shape[-1], self.features)
         kernel = layers.Kernel(shape, self.dtype, name="conv")()
         return convolution.convolve(x.astype(self.dtype), kernel)
 
 
-def places(network, size, precision):
+def places(
+    network: ml_collections.ConfigDict, size: int, precision: str
+) -> Iterator[tuple[str, str, dict[str, Case]]]:
     """The shapes of a MAKNet's blocks.
 
     Args:
       network: the options of the model.
-      size: edge of the image in pixels.
+      size: pixels per side of the image.
       precision: of the activations.
 
     Yields:
-      (part, name, {what: (module, input's edge and channels, arguments forward, arguments of the
-      gradient)}); the first of each is what the others are compared with.
+      (part, name, cases by row label); the others are compared with the first case.
     """
     k, dtype = network.kernel_size, jnp.dtype(precision)
     width = network.stem
@@ -102,37 +125,40 @@ def places(network, size, precision):
     for number, (count, growth_rate, features) in enumerate(shapes):
         edge = size // 4 >> number
         channels = width + count // 2 * growth_rate
-        full = Convolution(growth_rate, k, dtype)
         xla = nn.Conv(growth_rate, (k, k), use_bias=False, dtype=dtype)
-        group = {f"full {k} x {k}": (full, (edge, channels), (), ())}
-        group["the same, gradient by XLA"] = (xla, (edge, channels), (), ())
-        for form in (form for form in layers.FORMS if not form.startswith("wide")):
+        group = {
+            f"full {k} x {k}": Case(Convolution(growth_rate, k, dtype), edge, channels),
+            "the same, gradient by XLA": Case(xla, edge, channels),
+        }
+        for form in layers.FORMS:
             layer = layers.MAKConv(growth_rate, k, form=form, dtype=dtype)
-            group[f"MAKConv {form}"] = (layer, (edge, channels), (), ())
+            group[f"MAKConv {form}"] = Case(layer, edge, channels)
         if number + 2 < len(vgg.STAGES):  # VGG16 halves the image behind each stage
-            wide = vgg.STAGES[number + 2][-1]
-            group[VGG] = (Convolution(wide, 3, dtype), (edge, wide), (), ())
+            last = vgg.STAGES[number + 2][-1]
+            group[VGG] = Case(Convolution(last, 3, dtype), edge, last)
         yield "layers", f"{edge} x {edge}, {channels} to {growth_rate}", group
         channels = width + count * growth_rate
         xla = nn.Conv(features, (1, 1), use_bias=False, dtype=dtype)
         group = {
-            "1 x 1, gradient by XLA": (xla, (edge, channels), (), ()),
-            "1 x 1": (Convolution(features, 1, dtype), (edge, channels), (), ()),
+            "1 x 1, gradient by XLA": Case(xla, edge, channels),
+            "1 x 1": Case(Convolution(features, 1, dtype), edge, channels),
         }
         yield "layers", f"{edge} x {edge}, {channels} to {features}", group
         group = {}
         for form in layers.FORMS:
             block = layers.DenseBlock(count, growth_rate, features, k, form=form, dtype=dtype)
-            group[f"dense block {form}"] = (block, (edge, width), (False,), (True,))
+            group[f"dense block {form}"] = Case(block, edge, width, (False,), (True,))
         yield "blocks", f"{edge} x {edge}, {width} to {features}", group
         width = features
 
 
-def _measure(chosen, precision, place, group):
+def _measure(
+    chosen: argparse.Namespace, precision: str, place: str, group: dict[str, Case]
+) -> list[dict[str, Any]]:
     """The rows of one place; all its timings take turns."""
     timers, rows = {}, {}
     for what, case in group.items():
-        passes = _compile(*case, batch=chosen.batch, precision=precision)
+        passes = _compile(case, batch=chosen.batch, precision=precision)
         for name, (call, cost) in passes.items():
             rows[what, name] = {"place": place, "what": what, "precision": precision, "pass": name}
             rows[what, name] |= {"flops": cost.get("flops"), "bytes": cost.get("bytes accessed")}
@@ -146,24 +172,28 @@ def _measure(chosen, precision, place, group):
         row["faster"] = harness.ratios(seconds[first, name], seconds[what, name])
         if (VGG, name) in seconds:
             row["faster_than_vgg16"] = harness.ratios(seconds[VGG, name], seconds[what, name])
-    return rows.values()
+    return list(rows.values())
 
 
-def _compile(module, shape, forward_arguments, gradient_arguments, *, batch, precision):
+def _compile(
+    case: Case, *, batch: int, precision: str
+) -> dict[str, tuple[Callable[[], Any], dict[str, float]]]:
     """{pass: (call, XLA's costs)} of a module on random input."""
-    edge, channels = shape
-    x = jax.random.normal(jax.random.key(0), (batch, edge, edge, channels), precision)
-    variables = module.init(jax.random.key(1), x, *forward_arguments)
+    shape = (batch, case.edge, case.edge, case.channels)
+    x = jax.random.normal(jax.random.key(0), shape, precision)
+    variables = case.module.init(jax.random.key(1), x, *case.forward)
 
-    def forward(variables, x):
-        return module.apply(variables, x, *forward_arguments)
+    def forward(variables: dict[str, Any], x: jax.Array) -> jax.Array:
+        return case.module.apply(variables, x, *case.forward)
 
-    def gradient(variables, x, cotangent):
-        def apply(params, x):
+    def gradient(
+        variables: dict[str, Any], x: jax.Array, cotangent: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        def apply(params: Any, x: jax.Array) -> jax.Array:
             changed = variables | {"params": params}
-            return module.apply(changed, x, *gradient_arguments, mutable=["batch_stats"])[0]
+            return case.module.apply(changed, x, *case.gradient, mutable=["batch_stats"])[0]
 
-        # The output too: a convolution's gradient alone needs no forward, and XLA would drop it.
+        # With the output: a convolution's gradient alone needs no forward, and XLA would drop it.
         output, pull = jax.vjp(apply, variables["params"], x)
         return output, pull(cotangent)
 
@@ -172,11 +202,11 @@ def _compile(module, shape, forward_arguments, gradient_arguments, *, batch, pre
     for function, arguments in ((forward, (variables, x)), (gradient, (variables, x, cotangent))):
         compiled = jax.jit(function).lower(*arguments).compile()
         call = functools.partial(compiled, *arguments)
-        passes[function.__name__] = (call, compiled.cost_analysis() or {})  # not on every platform
+        passes[function.__name__] = (call, compiled.cost_analysis() or {})  # None on some platforms
     return passes
 
 
-def _cells(row):
+def _cells(row: dict[str, Any]) -> list[str]:
     costs = ((row["flops"], 1e9), (row["bytes"], 1e6))
     vgg16 = row.get("faster_than_vgg16")
     return [

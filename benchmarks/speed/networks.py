@@ -12,14 +12,14 @@ import jax
 
 from benchmarks import harness
 from maknet_jax.cli import options
-from maknet_jax.model_table import PAGES, measure
+from maknet_jax.model_table import CONFIGS, measure
 
 FULL = {
     "size": 256,
     "repeats": 5,
     "batches": [8, 32, 64],
     "precision": ["float32", "bfloat16"],
-    "networks": list(PAGES),
+    "networks": list(CONFIGS),
 }
 QUICK = {"size": 128, "repeats": 2, "batches": [4], "precision": ["float32"]}
 PASSES = {"predict": 1, "train": 3}  # the gradient costs two forwards
@@ -105,7 +105,7 @@ def _rows(chosen, precision, batch, timed, latest):
 
 def _flops(network, size):
     """FLOPs of one image's forward, or None for a page of the user's own."""
-    return sum(part[2] for part in measure(network, size=size)) if network in PAGES else None
+    return sum(part[2] for part in measure(network, size=size)) if network in CONFIGS else None
 
 
 def _cells(row):

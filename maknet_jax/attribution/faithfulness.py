@@ -119,7 +119,10 @@ def bootstrap(
     """
     values = np.asarray(values, np.float64)
     if not values.size or not np.isfinite(values).all():
-        raise InputError("an interval needs finite values of one image or more")
+        raise InputError(
+            f"{values.size} values, {np.isfinite(values).sum()} of them finite: an interval needs "
+            "one or more, all finite"
+        )
     numbers = np.arange(values.size)
     if groups is not None:
         numbers = np.unique(groups, return_inverse=True)[1]

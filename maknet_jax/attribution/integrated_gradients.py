@@ -86,7 +86,8 @@ def quadrature(method: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """
     if method not in METHODS or steps < 1:
         raise InputError(
-            f"method {method!r} with {steps} steps: choose {', '.join(METHODS)} and 1 step or more"
+            f"method {method!r} with {steps} steps: choose one of {', '.join(METHODS)} and 1 step "
+            "or more"
         )
     if method == "gauss":
         nodes, weights = np.polynomial.legendre.leggauss(steps)
@@ -103,7 +104,9 @@ def check(method: str, steps: int, refine: int, output: str) -> None:
     """Raises InputError unless `integrated_gradients` accepts these options."""
     quadrature(method, steps)
     if refine < 0 or refine and method != "trapezoid":
-        raise InputError(f"refine {refine} with {method}: 0 or more, above 0 with trapezoid only")
+        raise InputError(
+            f"refine {refine} with method {method!r}: choose 0 or more, above 0 only with trapezoid"
+        )
     if output not in OUTPUTS:
         raise InputError(f"output {output!r} is unknown: choose {' or '.join(OUTPUTS)}")
 
@@ -282,18 +285,18 @@ def _checked(
     targets, count = np.asarray(targets), _logits.eval_shape(logit_fn, images).shape[1]
     if targets.ndim != 2 or len(targets) != len(images) or targets.dtype.kind not in "iu":
         raise InputError(
-            f"targets of shape {targets.shape} should be whole numbers [{len(images)}, T]: a row "
-            "an image"
+            f"targets of shape {targets.shape} and dtype {targets.dtype} should be integers of "
+            f"shape [{len(images)}, T], one row per image"
         )
     if targets.size == 0 or targets.min() < 0 or targets.max() >= count:
-        raise InputError(f"targets should be labels 0 to {count - 1}, at least one an image")
+        raise InputError(f"targets should be labels 0 to {count - 1}, at least one per image")
     try:
         on: Any = jnp if isinstance(images, jax.Array) else np
         start: Array = on.broadcast_to(on.asarray(baseline, np.float32), images.shape)
     except ValueError:
         raise InputError(
             f"a baseline of shape {np.shape(baseline)} does not broadcast to images of "
-            f"{images.shape}: give a number, one image or as many"
+            f"{images.shape}: pass a number, one image, or one per image"
         ) from None
     return images, targets.astype(np.int32), start
 

@@ -1,4 +1,4 @@
-"""Baselines and perturbed images (paper, section 5.2), in HU: before any normalisation."""
+"""Baselines and perturbed images (paper, section 5.2), in HU, before any normalisation."""
 
 from collections.abc import Sequence
 
@@ -54,7 +54,7 @@ def neighbour(image: np.ndarray, region: np.ndarray) -> np.ndarray:
     if not region.any():
         return image.copy()
     if region.all():
-        raise Rejected("the region fills the whole image: it has no neighbours to take")
+        raise Rejected("the region fills the whole image: there are no pixels around it")
     _, edge = ndimage.distance_transform_edt(region, return_indices=True)
     here = np.indices(region.shape)
     # As far outside the edge as the pixel is inside it; the edge itself where that place is outside
@@ -98,7 +98,7 @@ def most_influential(attribution: np.ndarray, share: float) -> np.ndarray:
       InputError: the share is out of range.
     """
     if not 0 < share <= 1:
-        raise InputError(f"share {share} should lie above 0 and up to 1")
+        raise InputError(f"share {share} should be above 0 and at most 1")
     count = max(1, round(share * attribution.size))
     order = np.argsort(-attribution.ravel(), kind="stable")[:count]
     mask = np.zeros(attribution.size, bool)

@@ -1,4 +1,4 @@
-"""The verbs that say why a network gives its labels, and the report of a run."""
+"""`maknet attribute`, `maknet perturb` and `maknet report`."""
 
 import argparse
 import dataclasses
@@ -21,24 +21,26 @@ def add_verbs(verbs: Any) -> None:
     verb = options.verb(
         verbs,
         "attribute",
-        "where in the image a network sees its labels: Integrated Gradients; run again it goes on",
+        "show where a network sees its labels (Integrated Gradients); resumes if interrupted",
         "maknet attribute --model runs/teacher --split test --labels liver,spleen --out maps",
         _run_attribute,
     )
     _shared_options(verb)
-    verb.add_argument("--output", choices=OUTPUTS)
+    verb.add_argument("--output", choices=OUTPUTS, help="what is attributed (default: %(default)s)")
     verb.add_argument(
         "--refine",
         type=int,
-        help="doublings of the steps where a map is not complete (default: 4)",
+        help="double the steps up to this many times where a map is incomplete (default: 4)",
     )
     verb.add_argument(
-        "--faithfulness", action="store_true", help="deletion and insertion against random pixels"
+        "--faithfulness",
+        action="store_true",
+        help="measure deletion and insertion against random pixels",
     )
     verb = options.verb(
         verbs,
         "perturb",
-        "what a network still says when parts of the image change; run again it goes on",
+        "compare labels before and after parts of an image change; resumes if interrupted",
         "maknet perturb --model runs/teacher --split test --strategy patch,attribution --out out",
         _run_perturb,
     )
@@ -46,64 +48,81 @@ def add_verbs(verbs: Any) -> None:
     verb.add_argument(
         "--strategy",
         type=_words,
-        help="of neighbour, patch, attribution and random, with commas (default: all)",
+        help="comma-separated, from neighbour, patch, attribution and random (default: all)",
     )
     verb.add_argument(
-        "--masks", help="regions: NIfTI, PNG or a folder (default: DeepLesion's boxes)"
+        "--masks", help="masks of the regions: NIfTI, PNG or a folder (default: DeepLesion's boxes)"
     )
-    verb.add_argument("--organs", type=_words, help="names or values in the masks, with commas")
+    verb.add_argument("--organs", type=_words, help="names or values in the masks, comma-separated")
     verb.add_argument(
         "--share",
         type=float,
         default=SHARE,
-        help="of the pixels to delete (default: %(default)s)",
+        help="share of the pixels to delete (default: %(default)s)",
     )
     verb = options.verb(
         verbs,
         "report",
-        "a run on one offline page: curves, tables, labels, best and worst cases",
+        "write one offline page about a run: curves, tables, labels, best and worst cases",
         "maknet report runs/teacher",
         _run_report,
     )
     verb.add_argument("model", help="workdir of `maknet train`, or a bundle with --out and --data")
     verb.add_argument("--out", help="folder to write (default: WORKDIR/report)")
-    verb.add_argument("--split", help="of the cases (default: test, else the validation's)")
+    verb.add_argument("--split", help="split of the cases (default: test, otherwise validation)")
     verb.add_argument("--data", help="prepared data set (default: the one trained on)")
     verb.add_argument(
-        "--cases", type=options.count, default=3, help="best and worst each (default: 3)"
+        "--cases",
+        type=options.count,
+        default=3,
+        help="number of best and of worst cases (default: 3)",
     )
 
 
 def _shared_options(verb: argparse.ArgumentParser) -> None:
     """Adds the fields of the three options' dataclasses; defaults are theirs."""
-    verb.add_argument("path", nargs="?", help="CT files instead of a split: DICOM, NIfTI or PNG")
+    verb.add_argument(
+        "path", nargs="?", help="CT files to explain instead of a split: DICOM, NIfTI or PNG"
+    )
     options.model(verb)
     verb.add_argument("--out", required=True, help="folder to write")
-    verb.add_argument("--split", help="of the data trained on, or of --data")
-    verb.add_argument("--data", help="another prepared data set")
+    verb.add_argument("--split", help="split of --data")
+    verb.add_argument("--data", help="prepared data set (default: the one trained on)")
     verb.add_argument(
-        "--ids", type=_words, help="only these images, with commas; of CT SERIES:SLICE"
+        "--ids", type=_words, help="only these images, comma-separated; of CT files SERIES:SLICE"
     )
     verb.add_argument(
-        "--labels", type=_words, help="explain these, with commas; only images that have one"
+        "--labels",
+        type=_words,
+        help="explain these labels, comma-separated; selects images that have one",
     )
-    verb.add_argument("--limit", type=options.count, help="so many images at most")
-    verb.add_argument("--compare", metavar="MODEL", help="a second network, shown beside")
-    verb.add_argument("--top", type=options.count, help="labels (default: %(default)s)")
-    verb.add_argument("--steps", type=options.count, help="of the path (default: %(default)s)")
-    verb.add_argument("--method", choices=METHODS)
-    verb.add_argument("--baseline", help="black (-1024 HU), blurred or HU (default: %(default)s)")
-    verb.add_argument("--checkpoint", choices=("best", "last"))
-    verb.add_argument("--batch-size", type=options.count, help="images a step (default: devices)")
+    verb.add_argument("--limit", type=options.count, help="maximum number of images")
+    verb.add_argument("--compare", metavar="MODEL", help="a second network, shown beside the first")
+    verb.add_argument(
+        "--top", type=options.count, help="number of labels per image (default: %(default)s)"
+    )
+    verb.add_argument(
+        "--steps", type=options.count, help="steps of the path (default: %(default)s)"
+    )
+    verb.add_argument("--method", choices=METHODS, help="integration rule (default: %(default)s)")
+    verb.add_argument(
+        "--baseline", help="black (-1024 HU), blurred or a number in HU (default: %(default)s)"
+    )
+    verb.add_argument("--checkpoint", choices=("best", "last"), help="default: %(default)s")
+    verb.add_argument(
+        "--batch-size", type=options.count, help="images per step (default: one per device)"
+    )
     verb.add_argument(
         "--display",
         dest="window",
         type=options.window,
         metavar="LOW,HIGH",
-        help="HU of the pictures, as --display=-160,240",
+        help="window of the pictures in HU, as --display=-160,240",
     )
     verb.add_argument(
-        "--most-shown", type=options.count, help="images on the page (default: %(default)s)"
+        "--most-shown",
+        type=options.count,
+        help="maximum number of images on the HTML page (default: %(default)s)",
     )
     options.png_window(verb)
     options.distributed(verb)

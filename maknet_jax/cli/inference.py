@@ -177,6 +177,6 @@ def _models(verbs: argparse._SubParsersAction) -> None:
 def _run_models(chosen: argparse.Namespace) -> None:
     from maknet_jax import model_table
 
-    names = chosen.names or list(model_table.PAGES)
+    names = chosen.names or list(model_table.CONFIGS)
     sizes = {"num_classes": chosen.labels, "size": chosen.size}
     print(model_table.model_table(names, out=chosen.out, **sizes)[0])

@@ -151,7 +151,7 @@ def finish(out: pathlib.Path, info: dict[str, Any]) -> None:
     shutil.rmtree(out / ".parts")
 
 
-def check_unfinished(out):
+def check_unfinished(out: str | os.PathLike[str]) -> None:
     """Raises InputError where `out` holds a finished data set."""
     if (pathlib.Path(out) / "dataset.json").exists():
         raise InputError(f"{out} already holds a finished data set: choose another --out")
@@ -161,7 +161,7 @@ def _digest(*parts: Any) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _claim(out, plan):
+def _claim(out: pathlib.Path, plan: str) -> None:
     check_unfinished(out)
     name, record = ".parts/plan.json", {"plan": plan}
     files.check_claim(out, {name: record}, command="maknet prepare", option="--out")

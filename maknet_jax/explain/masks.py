@@ -73,7 +73,7 @@ def find_regions(
     organs: Sequence[str] | None,
     size: int,
 ) -> dict[str, np.ndarray]:
-    """The regions of an image: name -> bool `[size, size]`, without those out of sight.
+    """The regions of an image: name -> bool `[size, size]`, without those outside the image.
 
     Args:
       image: the image.
@@ -84,7 +84,7 @@ def find_regions(
       size: the edge of the image in pixels.
 
     Raises:
-      Rejected: no region is in sight, one fills the whole image, or the image has no mask.
+      Rejected: no region lies inside the image, one fills it, or the image has no mask.
       InputError: an organ is unknown.
     """
     crop, box = image.meta.get("crop"), image.meta.get("box")  # of a patch: in its own pixels
@@ -92,13 +92,13 @@ def find_regions(
         box = [place - 1 for place in image.meta.get("slice_box") or ()]
     if masks is None:
         if not box:
-            raise Rejected("no box: only DeepLesion has boxes, else give --masks")
+            raise Rejected("no box (only DeepLesion has boxes): give --masks")
         regions = {"lesion": perturbation.box_region(box, crop or (0, 0, size, size), size)}
     else:
         if crop is None:
             raise Rejected(
-                "a patch around a lesion, but masks are of whole slices: leave --masks "
-                "out, and its box is taken"
+                "a patch around a lesion, but masks are of whole slices: leave out --masks to use "
+                "its box"
             )
         plane, values = _mask_of(image, pathlib.Path(masks))
         shape, (*_, bottom, right) = image.meta.get("shape"), crop
@@ -117,10 +117,10 @@ def find_regions(
             regions = {str(organ): plane == _value(organ, values) for organ in organs}
     regions = {name: region for name, region in regions.items() if region.any()}
     if not regions:
-        raise Rejected("none of the regions is in sight")
+        raise Rejected("no region lies inside the image")
     for name, region in regions.items():
         if region.all():
-            raise Rejected(f"region {name} fills the whole image: nothing is left around it")
+            raise Rejected(f"region {name} fills the whole image: no pixels are left around it")
     return regions
 
 
@@ -139,13 +139,15 @@ def _mask_of(
     """(mask or label map of the image's slice, organ name -> value)."""
     if "file" not in image.meta:
         raise Rejected(
-            "the record does not keep its file's name, so no mask is known to be of it: "
-            "give the CT files themselves"
+            "the record has no file name by which to find its mask: give the CT files instead"
         )
     name, values = pathlib.Path(image.meta["file"]), _organ_values(masks)
     if _is_nifti(masks):
         if "shape" not in image.meta:
-            raise Rejected(f"{masks} is of a volume, this a slice of a prepared set: give CT files")
+            raise Rejected(
+                f"{masks} is the mask of a volume, the image a slice of a prepared data set: give "
+                "the CT files instead"
+            )
         like = image.meta["file"] if image.meta["kind"] == "nifti" else None
         volume = _label_map(str(masks), like)
         if len(volume) != image.meta["shape"][0]:
@@ -181,12 +183,12 @@ def _read_png(file: pathlib.Path) -> np.ndarray:
     try:
         with Image.open(file) as picture:
             if picture.mode not in ("1", "L", "P", "I", "I;16"):
-                raise Rejected(f"{file} is a picture of {picture.mode}: masks have one channel")
+                raise Rejected(f"{file} has mode {picture.mode}: a mask needs one channel")
             return np.asarray(picture)
     except FileNotFoundError:
-        raise Rejected(f"no mask {file}") from None
+        raise Rejected(f"mask {file} not found") from None
     except (OSError, SyntaxError) as error:
-        raise Rejected(f"{file} is no whole PNG ({error})") from None
+        raise Rejected(f"{file} is not a valid PNG ({error})") from None
 
 
 @functools.lru_cache(maxsize=1)

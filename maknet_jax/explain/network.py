@@ -104,8 +104,8 @@ def make_network(run: workdir.Run, name: str) -> Network:
     """
     if run.model.takes_box:
         raise InputError(
-            f"{run.source} is a {run.model_name}, which looks at a lesion's box beside the image: "
-            "only networks that see the image alone can be explained"
+            f"{run.source} is a {run.model_name}, which takes a lesion's box beside the image: "
+            "only networks that take the image alone can be explained"
         )
     model = run.model.clone(dtype=np.float32)
 
@@ -150,7 +150,7 @@ def open_networks(
         last.size,
     ):
         raise InputError(
-            f"--compare {compare} has other labels or images than {folder}: compare networks that "
-            "were trained on the same data"
+            f"--compare {compare} and {folder} differ in their labels or image size: compare "
+            "networks that were trained on the same data"
         )
     return networks

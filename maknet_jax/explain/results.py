@@ -12,6 +12,7 @@ import numpy as np
 from maknet_jax import console, files
 from maknet_jax.ct.read_ahead import read_ahead
 from maknet_jax.errors import InputError, Rejected
+from maknet_jax.explain import truth
 from maknet_jax.explain.network import Network
 from maknet_jax.explain.options import DisplayOptions, PathOptions, SelectionOptions
 from maknet_jax.explain.selection import SelectedImage, Selection
@@ -33,6 +34,7 @@ def shared_settings(
 ) -> dict[str, Any]:
     """The settings that results of `attribute` and `perturb` both depend on, as JSON."""
     return {
+        "truth": truth.RULE,
         "steps": path.steps,
         "method": path.method,
         "baseline": path.baseline,
@@ -98,7 +100,7 @@ def explain(
     failures = sorted({*selection.failures, *failures})
     if not done:
         if jax.process_index() == 0:
-            # Nothing came of these settings: others may follow.
+            # No result: other settings may follow.
             (out / "settings.json").unlink(missing_ok=True)
         raise InputError(f"no image could be read: {failures[0][0]}: {failures[0][1]}")
     return done, failures

@@ -15,7 +15,10 @@ from maknet_jax.ct import preprocess, search, volumes
 from maknet_jax.data import records
 from maknet_jax.errors import InputError, Rejected
 from maknet_jax.explain.options import SelectionOptions
+from maknet_jax.explain.truth import Annotation, Truth, labels_are_complete
 from maknet_jax.runs import workdir
+
+NO_LABELS = Truth("unknown", "no labels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,24 +28,25 @@ class SelectedImage:
     Attributes:
       id: id of the record, or SERIES:NUMBER of a slice.
       image: int16 HU `[S, S, 3]`.
-      labels: uint8 `[K]`; of length 0 where the labels are unknown.
-      label_mask: uint8 `[K]`, 0 where the annotation of a label is missing.
+      annotation: its labels; None without any, or with those of another vocabulary.
       meta: where the image came from, see `records.Example`.
       regions: name -> bool `[S, S]`, see `masks.find_regions`.
     """
 
     id: str
     image: np.ndarray
-    labels: np.ndarray
-    label_mask: np.ndarray
+    annotation: Annotation | None
     meta: dict[str, Any]
     regions: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
-    def truth(self, column: int) -> str:
-        """Whether a label is annotated: "true", "false", or "unknown" without an annotation."""
-        if not len(self.labels) or not self.label_mask[column]:
-            return "unknown"
-        return "true" if self.labels[column] else "false"
+    def truth(self, column: int) -> Truth:
+        """What is known about the label of a column."""
+        return self.annotation.truth(column) if self.annotation else NO_LABELS
+
+    @property
+    def labelled(self) -> np.ndarray:
+        """The columns of the annotated labels."""
+        return np.flatnonzero(self.annotation.labels) if self.annotation else np.zeros(0, np.int64)
 
     @property
     def group(self) -> str:
@@ -92,18 +96,18 @@ def select(run: workdir.Run, options: SelectionOptions) -> Selection:
         readers, known, unlabelled, dataset = _records(run, options.data, split, ids, columns)
         identity = {"fingerprint": dataset.fingerprint, "split": split}
     else:
-        raise InputError("name a --split of the data, or files of CT: one of the two")
+        raise InputError("give either a --split of the data or CT files")
     unknown = sorted((ids or set()) - set(known))
     if unknown:
         raise InputError(f"--ids {unknown[0]!r} is not among the images of {path or split}")
     if unlabelled:
         raise InputError(
-            f"--ids {unlabelled[0]!r} is annotated with none of --labels {','.join(labels or ())}, "
-            "which select the images too: leave one of the two out"
+            f"--ids {unlabelled[0]!r} has none of --labels {','.join(labels or ())}, which select "
+            "images as well: leave out one of the two"
         )
     if not readers:
         why = f": {failures[0][0]}: {failures[0][1]}" if failures else ": check --ids and --labels"
-        raise InputError(f"no image of {path or split} is left{why}")
+        raise InputError(f"no image of {path or split} is selected{why}")
     identity |= {"ids": sorted(ids or ()), "labels": list(labels or ()), "limit": options.limit}
     return Selection(readers[: options.limit], failures, identity)
 
@@ -142,13 +146,15 @@ def _records(
     dataset = records.open_dataset(data or run.data_path)
     records.check_size(dataset, run.size)
     dataset.split(split)
-    source, known = dataset.source(split), dataset.vocabulary.names == run.vocabulary.names
+    source, vocabulary = dataset.source(split), dataset.vocabulary
+    complete = labels_are_complete(dataset.info, split)
 
     def read(number: int) -> SelectedImage:
         example = source[number]
-        # Other labels than the network's say nothing about its own.
-        labels, mask = (example.labels, example.label_mask) if known else (np.zeros(0),) * 2
-        return SelectedImage(example.id, example.image, labels, mask, example.meta)
+        annotation = None
+        if vocabulary.names == run.vocabulary.names:  # others say nothing about the network's
+            annotation = Annotation(example.labels, example.label_mask, complete, vocabulary)
+        return SelectedImage(example.id, example.image, annotation, example.meta)
 
     numbers: Sequence[int] = range(len(source))
     seen, unlabelled = [], []
@@ -159,7 +165,7 @@ def _records(
             if ids and image.id not in ids:
                 continue
             seen.append(image.id)
-            if not columns or not len(image.labels) or image.labels[columns].any():
+            if not columns or not image.annotation or np.isin(columns, image.labelled).any():
                 chosen.append(number)
             elif ids:
                 unlabelled.append(image.id)
@@ -180,7 +186,7 @@ def _slices(
 ]:
     """(readers, their ids, series, failures)."""
     series, failures = search.find_series(path)
-    size, none = run.size, np.zeros(0, np.uint8)
+    size = run.size
 
     @functools.lru_cache(maxsize=1)
     def load(ref: search.SeriesRef) -> tuple[volumes.Volume, float]:
@@ -197,7 +203,7 @@ def _slices(
         file = ref.paths[0] if ref.kind == "nifti" else volume.slices[number]
         meta = {"file": file, "slice": number, "crop": crop, "kind": ref.kind}
         meta["shape"] = volume.hu.shape
-        return SelectedImage(f"{ref.key}:{number}", image, none, none, meta)
+        return SelectedImage(f"{ref.key}:{number}", image, None, meta)
 
     places = {f"{ref.key}:{number}": (ref, number) for ref in series for number in range(ref.count)}
     selected = [key for key in places if not ids or key in ids]

@@ -66,8 +66,9 @@ def attribution_card(title: str, ct: str, models: Sequence[Mapping[str, Any]]) -
     Args:
       title: the image's id.
       ct: the CT slice as a data URI.
-      models: dicts of name, labels (label, truth, confidence, map, flagged), missed ([label,
-        confidence]) and uris, one per map.
+      models: dicts of name, labels (label, outcome, reason, confidence, map, flagged), missed
+        ([label, confidence]) and uris, one per map. The outcome is "true_positive",
+        "false_positive", "true_negative", "false_negative" or "unknown".
     """
     return render("attribution_card", title=title, ct=ct, models=models)
 
@@ -91,8 +92,8 @@ def perturbation_card(title: str, models: Sequence[Mapping[str, Any]]) -> Markup
 
     Args:
       title: the image's id.
-      models: dicts of name and columns, each a dict of title, uri and labels (label, truth,
-        confidence, state). The state is "gone" for a label that left the original's first labels,
-        "new" for one that entered, "" otherwise.
+      models: dicts of name and columns, each a dict of title, uri and labels (label, outcome,
+        reason, confidence, state). The state is "gone" for a label that left the original's first
+        labels, "new" for one that entered, "" otherwise.
     """
     return render("perturbation_card", title=title, models=models)

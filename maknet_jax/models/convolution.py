@@ -1,7 +1,7 @@
 """Convolutions, written so that each platform computes them fast: the same sums, other programs.
 
 Images are `[B, H, W, C]`, kernels HWIO with odd edges, padded as torch pads: by half the edge on
-every side ("SAME" would shift the grid of strided ones). Accelerators get XLA's own convolution.
+every side ("SAME" would shift the grid of strided ones). Accelerators run XLA's own convolution.
 On CPU the gradients of XLA's convolutions are slow where matrix products would do, most of all
 those of 1 x 1 kernels (`benchmarks/speed/makconv.py` times both).
 
@@ -11,14 +11,15 @@ The gradients are written by hand, so forward-mode differentiation (`jax.jvp`) r
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-FEW_CHANNELS = 16  # below, a product for each place in the kernel is too thin to pay
+FEW_CHANNELS = 16  # below, a matrix product per position in the kernel is too thin to pay
 
 
-def convolve(x, kernel, strides=1):
+def convolve(x: jax.Array, kernel: jax.Array, strides: int = 1) -> jax.Array:
     """A convolution.
 
     Args:
@@ -29,77 +30,83 @@ def convolve(x, kernel, strides=1):
     Returns:
       `[B, ceil(H / strides), ceil(W / strides), F]`.
     """
-    # The way back is traced when a caller's `with jax.default_matmul_precision` has ended.
+    # The backward pass is traced after a caller's `with jax.default_matmul_precision` has exited.
     return _convolve(x, kernel, strides, jax.config.jax_default_matmul_precision)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolve(x, kernel, strides, precision):
+def _convolve(x: jax.Array, kernel: jax.Array, strides: int, precision: str | None) -> jax.Array:
     by_xla = functools.partial(_convolve_by_xla, strides=strides)
     if kernel.shape[:2] != (1, 1):
         return by_xla(x, kernel)
 
-    def on_cpu(x, kernel):
+    def on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return x[:, ::strides, ::strides] @ kernel[0, 0]
 
-    # Chosen where the program is compiled for, not by the platform that traces it.
+    # Chosen by the platform that the program is compiled for, not by the one that traces it.
     return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=by_xla)
 
 
-def _convolve_by_xla(x, kernel, strides):
+def _convolve_by_xla(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
     padding = [(edge // 2, edge // 2) for edge in kernel.shape[:2]]
     return jax.lax.conv_general_dilated(
         x, kernel, (strides, strides), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
-def _forward(x, kernel, strides, precision):
+def _forward(
+    x: jax.Array, kernel: jax.Array, strides: int, precision: str | None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _convolve(x, kernel, strides, precision), (x, kernel)
 
 
-def _backward(strides, precision, saved, slope):
-    x, kernel = saved
+def _backward(
+    strides: int,
+    precision: str | None,
+    residuals: tuple[jax.Array, jax.Array],
+    cotangent: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
     rows, columns, channels, _ = kernel.shape
     by_xla = functools.partial(_convolve_by_xla, strides=strides)
 
-    def input_by_xla(kernel, slope):
-        return jax.linear_transpose(lambda x: by_xla(x, kernel), x)(slope)[0]
+    def input_by_xla(kernel: jax.Array, cotangent: jax.Array) -> jax.Array:
+        return jax.linear_transpose(lambda x: by_xla(x, kernel), x)(cotangent)[0]
 
-    def input_on_cpu(kernel, slope):
+    def input_on_cpu(kernel: jax.Array, cotangent: jax.Array) -> jax.Array:
         if (rows, columns, strides) == (1, 1, 1):
-            return slope @ kernel[0, 0].T
-        return input_by_xla(kernel, slope)
+            return cotangent @ kernel[0, 0].T
+        return input_by_xla(kernel, cotangent)
 
-    def kernel_by_xla(x, slope):
-        return jax.linear_transpose(lambda kernel: by_xla(x, kernel), kernel)(slope)[0]
+    def kernel_by_xla(x: jax.Array, cotangent: jax.Array) -> jax.Array:
+        return jax.linear_transpose(lambda kernel: by_xla(x, kernel), kernel)(cotangent)[0]
 
-    def kernel_on_cpu(x, slope):
-        """What each place of the kernel saw of the image, times the slopes of what it gave."""
+    def kernel_on_cpu(x: jax.Array, cotangent: jax.Array) -> jax.Array:
+        """For each position in the kernel: the pixels under it times the cotangent."""
         if channels < FEW_CHANNELS:
-            return kernel_by_xla(x, slope)
-        height, width = (strides * (edge - 1) + 1 for edge in slope.shape[1:3])
+            return kernel_by_xla(x, cotangent)
+        height, width = (strides * (edge - 1) + 1 for edge in cotangent.shape[1:3])
         x = jnp.pad(x, ((0, 0), (rows // 2,) * 2, (columns // 2,) * 2, (0, 0)))
-        slope = slope.reshape(-1, slope.shape[-1])
+        cotangent = cotangent.reshape(-1, cotangent.shape[-1])
         products = []
         for row, column in itertools.product(range(rows), range(columns)):
-            seen = x[:, row : row + height : strides, column : column + width : strides]
+            pixels = x[:, row : row + height : strides, column : column + width : strides]
+            pixels = pixels.reshape(-1, channels)
             # In this order: as `[F, C]`, which autodiff would give, XLA transposes both factors.
-            products.append(
-                jax.lax.dot_general(seen.reshape(-1, channels), slope, (((0,), (0,)), ((), ())))
-            )
+            products.append(jax.lax.dot_general(pixels, cotangent, (((0,), (0,)), ((), ()))))
         return jnp.stack(products).reshape(kernel.shape)
 
     with jax.default_matmul_precision(precision):
         return (
-            jax.lax.platform_dependent(kernel, slope, cpu=input_on_cpu, default=input_by_xla),
-            jax.lax.platform_dependent(x, slope, cpu=kernel_on_cpu, default=kernel_by_xla),
+            jax.lax.platform_dependent(kernel, cotangent, cpu=input_on_cpu, default=input_by_xla),
+            jax.lax.platform_dependent(x, cotangent, cpu=kernel_on_cpu, default=kernel_by_xla),
         )
 
 
 _convolve.defvjp(_forward, _backward)
 
 
-def convolve_by_matmul(x, kernels):
+def convolve_by_matmul(x: jax.Array, kernels: Sequence[jax.Array]) -> jax.Array:
     """Convolutions of one input as one matrix product, whose columns are then shifted and added.
 
     Known as kn2row (Vasudevan et al., arXiv:1704.04428), here for kernels of several shapes at
@@ -124,9 +131,11 @@ def convolve_by_matmul(x, kernels):
     return _add_shifted(products, sizes, tuple(kernel.shape[3] for kernel in kernels))
 
 
-# A function of its own, because layers of equal shape then share what is traced of it.
+# Jitted on its own, so that layers of equal shapes share its trace.
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _add_shifted(products, sizes, features):
+def _add_shifted(
+    products: jax.Array, sizes: Sequence[tuple[int, ...]], features: Sequence[int]
+) -> jax.Array:
     """`[B, H, W, sum of rows * columns * F]` -> `[B, H, W, sum of F]`, a sum for each kernel."""
     widths = [
         count for size, count in zip(sizes, features, strict=True) for _ in range(math.prod(size))
@@ -134,24 +143,24 @@ def _add_shifted(products, sizes, features):
     parts = iter(jnp.split(products, list(itertools.accumulate(widths))[:-1], axis=-1))
     outputs = []
     for rows, columns in sizes:
-        places = itertools.product(range(rows), range(columns))
+        positions = itertools.product(range(rows), range(columns))
         shifted = [
-            _shift(next(parts), rows // 2 - row, columns // 2 - column) for row, column in places
+            _shift(next(parts), rows // 2 - row, columns // 2 - column) for row, column in positions
         ]
         outputs.append(functools.reduce(jnp.add, shifted))
     return jnp.concatenate(outputs, axis=-1)
 
 
-def _shift(x, down, right):
-    """`[B, H, W, C]` moved over the image, with zeros where nothing comes from."""
+def _shift(x: jax.Array, down: int, right: int) -> jax.Array:
+    """`[B, H, W, C]` shifted within the image, with zeros where it leaves a gap."""
     edges = ((0, 0, 0), (down, -down, 0), (right, -right, 0), (0, 0, 0))
     return jax.lax.pad(x, jnp.zeros((), x.dtype), edges)
 
 
-def fuse(kernels, size):
+def fuse(kernels: Sequence[jax.Array], size: int) -> jax.Array:
     """Kernels `[rows, columns, C, F]`, odd and at most `size`, -> `[size, size, C, sum of F]`.
 
-    Each lies in the middle, with zeros around it.
+    Each is centred, with zeros around it.
     """
     margins = [tuple((size - edge) // 2 for edge in kernel.shape[:2]) for kernel in kernels]
     padded = [

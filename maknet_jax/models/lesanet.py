@@ -7,32 +7,38 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from maknet_jax.errors import InputError
-from maknet_jax.models import layers
+from maknet_jax.models import layers, network
 from maknet_jax.models.maknet import MAKNet
 from maknet_jax.models.resnet import ResNet18
 from maknet_jax.models.vgg import VGG16
 
-TRUNKS = {"vgg16": VGG16, "resnet18": ResNet18, "maknet": MAKNet}
+TRUNKS: dict[str, type[network.TrunkNetwork]] = {
+    "vgg16": VGG16,
+    "resnet18": ResNet18,
+    "maknet": MAKNet,
+}
 _BINS = 5
-_CLOSE = 3  # scales that look at the lesion's box; the others see the whole patch
+_BOX_SCALES = 3  # scales pooled over the lesion's box; the other two over the whole patch
 
 
-def roi_max_pool(x, box, scale, bins=_BINS):
+def roi_max_pool(x: jax.Array, box: jax.Array, scale: float, bins: int = _BINS) -> jax.Array:
     """ROI max pooling (Girshick 2015): the maximum of each of `bins` x `bins` parts of a box.
 
-    As in Fast R-CNN: corners are rounded to the map's pixels and count both, parts overlap by a
-    pixel where the box does not divide, and parts beyond the map are 0. Vectorised: a map is masked
-    by rows, then by columns; equal maxima share the gradient (torch gives it to the first).
+    As in Fast R-CNN: corners are rounded to pixels of the map and both are included, parts overlap
+    by a pixel where `bins` does not divide the box, and parts outside the map are 0. Vectorised: a
+    map is masked by rows, then by columns; equal maxima share the gradient (torch gives it to the
+    first).
 
     Args:
       x: `[B, H, W, C]`.
       box: `[B, 4]`, x0, y0, x1, y1 in pixels of the image.
-      scale: pixels of the map a pixel of the image.
-      bins: parts of each side.
+      scale: pixels of the map per pixel of the image.
+      bins: parts per side.
 
     Returns:
       `[B, bins, bins, C]`.
@@ -50,8 +56,8 @@ def roi_max_pool(x, box, scale, bins=_BINS):
     return jnp.where(inside[..., None], jnp.stack(pooled, axis=2), 0)
 
 
-def _parts(first, last, size, bins):
-    """Which of `size` pixels each part of first..last holds: bool `[B, bins, size]`."""
+def _parts(first: jax.Array, last: jax.Array, size: int, bins: int) -> jax.Array:
+    """Which of `size` pixels belong to each part of first..last: bool `[B, bins, size]`."""
     length = jnp.maximum(last - first + 1, 1)[:, None]
     number = jnp.arange(bins)
     start = first[:, None] + number * length // bins
@@ -60,54 +66,65 @@ def _parts(first, last, size, bins):
     return (pixel >= start[..., None]) & (pixel < stop[..., None])
 
 
-class LesaNet(nn.Module):
+class LesaNet(network.Network):
     """Five scales of a trunk, pooled over the lesion and its surroundings.
 
-    The trunk's parameters have the names that they have in the trunk alone, so that its weights
-    are placed here as they are.
+    The parameters of the trunk have the same names as in the trunk alone, so that its weights load
+    without renaming. Trunks other than VGG16 are our choice.
 
     Attributes:
-      num_classes: labels K.
       trunk: "vgg16" (LesaNet's), "resnet18" or "maknet".
       trunk_options: attributes of the trunk.
-      units: outputs of each scale.
+      units: output channels of each scale.
       embedding: length of the embedding.
-      frozen: the trunk's weights and statistics stay as they are.
-      dtype: of activations; parameters, statistics and scores are float32.
+      frozen: the weights and BatchNorm statistics of the trunk do not change.
     """
 
-    num_classes: int
     trunk: str = "vgg16"
     trunk_options: Mapping[str, Any] | None = None
     units: int = 256
     embedding: int = 256
     frozen: bool = False
-    dtype: Any = jnp.float32
-
     takes_box: ClassVar[bool] = True
 
     @nn.compact
-    def __call__(self, images, train, box=None):
-        """`[B, S, S, 3]` in [0, 1] and boxes `[B, 4]` in its pixels -> `Outputs`.
+    def __call__(
+        self, images: jax.Array, train: bool, box: jax.Array | None = None
+    ) -> network.Outputs:
+        """Scores and embeds lesions.
 
-        `features` is the embedding, of length 1. Without boxes the lesion is the whole patch.
+        Args:
+          images: `[B, S, S, 3]` in [0, 1].
+          train: use the statistics of the batch, and update the running ones.
+          box: `[B, 4]`, x0, y0, x1, y1 in pixels; None takes the whole patch.
+
+        Returns:
+          `Outputs`, whose `features` are the embedding `[B, embedding]`, of length 1.
+
+        Raises:
+          InputError: an unknown trunk, or an option that it does not have.
         """
         if self.trunk not in TRUNKS:
             raise InputError(f"trunk {self.trunk!r} is unknown: choose one of {', '.join(TRUNKS)}")
-        options = {"num_classes": self.num_classes, "frozen": self.frozen, "dtype": self.dtype}
         try:
-            trunk = TRUNKS[self.trunk](**options, **(self.trunk_options or {}))
+            trunk = TRUNKS[self.trunk](
+                num_classes=self.num_classes,
+                frozen=self.frozen,
+                dtype=self.dtype,
+                **(self.trunk_options or {}),
+            )
         except TypeError as error:
-            raise InputError(f"trunk {self.trunk}: {error}: see its page for its options") from None
+            raise InputError(f"trunk {self.trunk}: {error}") from None
         nn.share_scope(self, trunk)
         batch, size = images.shape[:2]  # the batch may be symbolic, which len() rejects
         whole = jnp.broadcast_to(jnp.float32([0, 0, size, size]), (batch, 4))
         box = whole if box is None else box
+        maps: list[jax.Array] = trunk(images, train, stages=True)
         pooled = []
-        for number, x in enumerate(trunk(images, train, stages=True)):
+        for number, x in enumerate(maps):
             # Trunks halve: a map of 7 pixels is a sixteenth of 120.
             scale = 0.5 ** round(math.log2(size / x.shape[1]))
-            parts = roi_max_pool(x, box if number < _CLOSE else whole, scale)
+            parts = roi_max_pool(x, box if number < _BOX_SCALES else whole, scale)
             scale_units = nn.Dense(self.units, dtype=self.dtype, name=f"roi_{number + 1}")
             pooled.append(scale_units(parts.reshape(batch, -1)))
         x = jnp.concatenate(pooled, axis=-1).astype(jnp.float32)
@@ -115,4 +132,4 @@ class LesaNet(nn.Module):
         norm = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(embedding), -1, keepdims=True), 1e-24))
         scores = layers.score_layer(self.num_classes, name="classifier")(x)
         logits = layers.ScorePropagation(name="spl")(scores)
-        return layers.Outputs(logits, scores, embedding / norm)
+        return network.Outputs(logits, scores, embedding / norm)

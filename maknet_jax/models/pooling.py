@@ -1,12 +1,12 @@
 """2 x 2 pooling with stride 2 whose backward pass needs neither the image nor a scatter.
 
 The gradient of XLA's own pooling is select-and-scatter, which is slow and which deterministic GPU
-mode refuses (flax #4233). Here the forward pass keeps which of the four pixels was the largest, a
-byte a window (mixed pooling also how far it lay above the mean), and the backward pass chooses by
-it. Values are the same, NaN included. So are gradients, ties included: of equal pixels the first
-gets it; but a NaN gets that of its window itself, which XLA gives to another pixel. Images are
-`[B, H, W, C]`; the last row and column of odd sizes are left out. Forward-mode differentiation
-raises a TypeError.
+mode rejects (flax #4233). Here the forward pass saves which of the four pixels is the largest, one
+byte per window (mixed pooling also saves how far it lies above the mean), and the backward pass
+selects by it. Values are equal to XLA's, NaN included. So are gradients: of equal pixels the first
+gets it. Only the gradient of a window with a NaN goes to the NaN, where XLA's goes to another
+pixel. Images are `[B, H, W, C]`; the last row and column of odd sizes are dropped. Forward-mode
+differentiation raises a TypeError.
 """
 
 import functools
@@ -15,83 +15,91 @@ import jax
 import jax.numpy as jnp
 
 
-def max_pool(x):
+def max_pool(x: jax.Array) -> jax.Array:
     """The maximum: `[B, H, W, C]` -> `[B, H // 2, W // 2, C]`."""
     return _max_pool(_even(x))
 
 
-def mix_pool(x, share):
-    """`share` * maximum + (1 - `share`) * mean: `[B, H, W, C]` -> `[B, H // 2, W // 2, C]`.
+def mix_pool(x: jax.Array, share: jax.Array) -> jax.Array:
+    """`share` * maximum + (1 - `share`) * mean, computed in float32 in both passes.
 
-    Computed in float32, both ways; `share` is a scalar, the result has the dtype of x.
+    Args:
+      x: `[B, H, W, C]`.
+      share: a scalar.
+
+    Returns:
+      `[B, H // 2, W // 2, C]`, in the dtype of x.
     """
     return _mix_pool(_even(x), share)
 
 
-def _even(x):
+def _even(x: jax.Array) -> jax.Array:
     return x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
 
 
-def _corners(x):
+def _corners(x: jax.Array) -> list[jax.Array]:
     return [x[:, row::2, column::2] for row in (0, 1) for column in (0, 1)]
 
 
-def _largest(corners):
-    """The maximum of the four and, as uint8, which of them it is."""
-    largest, place = corners[0], jnp.zeros(corners[0].shape, jnp.uint8)
+def _largest(corners: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The maximum of the four and its index among them, uint8."""
+    largest, index = corners[0], jnp.zeros(corners[0].shape, jnp.uint8)
     for number, corner in enumerate(corners[1:], 1):
         stays = (largest >= corner) | jnp.isnan(largest)
         largest = jnp.where(stays, largest, corner)
-        place = jnp.where(stays, place, jnp.uint8(number))
-    return largest, place
+        index = jnp.where(stays, index, jnp.uint8(number))
+    return largest, index
 
 
-def _spread(place, largest, others):
-    """`[B, h, w, C]` each -> `[B, 2h, 2w, C]`: `largest` where `place` says, else `others`."""
-    batch, height, width, channels = place.shape
-    place, largest, others = (part[:, :, None, :, None] for part in (place, largest, others))
-    numbers = jnp.arange(4, dtype=place.dtype).reshape(1, 1, 2, 1, 2, 1)
-    spread = jnp.where(place == numbers, largest, others)
+def _spread(index: jax.Array, largest: jax.Array, others: jax.Array) -> jax.Array:
+    """`[B, h, w, C]` each -> `[B, 2h, 2w, C]`: `largest` at `index` of a window, else `others`."""
+    batch, height, width, channels = index.shape
+    index, largest, others = (part[:, :, None, :, None] for part in (index, largest, others))
+    numbers = jnp.arange(4, dtype=index.dtype).reshape(1, 1, 2, 1, 2, 1)
+    spread = jnp.where(index == numbers, largest, others)
     return spread.reshape(batch, 2 * height, 2 * width, channels)
 
 
 @jax.custom_vjp
-def _max_pool(x):
+def _max_pool(x: jax.Array) -> jax.Array:
     return _largest(_corners(x))[0]
 
 
-def _max_pool_forward(x):
+def _max_pool_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return _largest(_corners(x))
 
 
-def _max_pool_backward(place, slope):
-    return (_spread(place, slope, jnp.zeros_like(slope)),)
+def _max_pool_backward(index: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+    return (_spread(index, cotangent, jnp.zeros_like(cotangent)),)
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
+_Residuals = tuple[jax.Array, jax.Array, jax.Array]  # index, largest - mean, share
+
 
 @jax.custom_vjp
-def _mix_pool(x, share):
+def _mix_pool(x: jax.Array, share: jax.Array) -> jax.Array:
     return _mix_pool_forward(x, share)[0]
 
 
-def _mix_pool_forward(x, share):
+def _mix_pool_forward(x: jax.Array, share: jax.Array) -> tuple[jax.Array, _Residuals]:
     corners = _corners(x)
-    largest, place = _largest(corners)
+    largest, index = _largest(corners)
     mean = functools.reduce(jnp.add, [corner.astype(jnp.float32) for corner in corners]) / 4
     largest, part = largest.astype(jnp.float32), share.astype(jnp.float32)
     mixed = part * largest + (1 - part) * mean
-    return mixed.astype(x.dtype), (place, (largest - mean).astype(x.dtype), share)
+    return mixed.astype(x.dtype), (index, (largest - mean).astype(x.dtype), share)
 
 
-def _mix_pool_backward(saved, slope):
-    place, above, share = saved
-    wide, part = slope.astype(jnp.float32), share.astype(jnp.float32)
-    others = wide * ((1 - part) / 4)
-    largest = (wide * part + others).astype(slope.dtype)
-    of_share = (wide * above.astype(jnp.float32)).sum().astype(share.dtype)
-    return _spread(place, largest, others.astype(slope.dtype)), of_share
+def _mix_pool_backward(residuals: _Residuals, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    index, above, share = residuals
+    dtype, part = cotangent.dtype, share.astype(jnp.float32)
+    cotangent = cotangent.astype(jnp.float32)
+    others = cotangent * ((1 - part) / 4)
+    largest = (cotangent * part + others).astype(dtype)
+    of_share = (cotangent * above.astype(jnp.float32)).sum().astype(share.dtype)
+    return _spread(index, largest, others.astype(dtype)), of_share
 
 
 _mix_pool.defvjp(_mix_pool_forward, _mix_pool_backward)

@@ -1,52 +1,42 @@
 """VGG16 with BatchNorm, the first baseline of table 1 (Simonyan and Zisserman 2015)."""
 
-from typing import Any, ClassVar
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from maknet_jax.models import layers, pooling
+from maknet_jax.models import layers, network, pooling
 
-# Convolutions of each stage; a 2 x 2 maximum halves the image after it.
+# Output channels of the convolutions of each stage; a 2 x 2 max pooling follows every stage.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
-class VGG16(nn.Module):
+class VGG16(network.TrunkNetwork):
     """VGG16-BN trunk, global average pooling, one Dense: 14.78 M parameters at 115 labels.
 
-    Attributes:
-      num_classes: labels K.
-      dropout_rate: before the classifier.
-      frozen: the trunk's weights and statistics stay as they are.
-      dtype: of activations; parameters, statistics and logits are float32.
+    The paper gives only the parameter count, from which the rest follows: the two hidden layers of
+    the original head would make it ten times larger, score propagation 14.79 M, and convolutions
+    with biases instead of BatchNorm 14.77 M.
     """
 
-    num_classes: int
-    dropout_rate: float = 0.0
-    frozen: bool = False
-    dtype: Any = jnp.float32
-
-    takes_box: ClassVar[bool] = False
-
     @nn.compact
-    def __call__(self, images, train, *, stages=False):
-        """`[B, H, W, 3]` in [0, 1] -> `Outputs` without a second head, or the list of `stages`."""
-        learning, kept = train and not self.frozen, []
+    def __call__(
+        self, images: jax.Array, train: bool, *, stages: bool = False
+    ) -> network.Outputs | list[jax.Array]:
+        """`[B, H, W, 3]` in [0, 1] -> `Outputs` without a second head.
+
+        With `stages`: the five maps before pooling, `[B, H, W, 64]` to `[B, H/16, W/16, 512]`.
+        """
+        learning, maps = train and not self.frozen, []
         x = layers.InputNorm(self.dtype, name="input")(images)
-        for stage, widths in enumerate(STAGES):
+        for stage, widths in enumerate(STAGES, 1):
             for number, features in enumerate(widths):
-                x = layers.ConvNorm(
-                    features, (3, 3), dtype=self.dtype, name=f"stage{stage + 1}_{number}"
-                )(x, learning)
+                name = f"stage{stage}_{number}"
+                x = layers.ConvNorm(features, (3, 3), dtype=self.dtype, name=name)(x, learning)
                 x = nn.relu(x)
-            kept.append(x)
+            maps.append(x)
             x = pooling.max_pool(x)
         if self.frozen:
-            x, kept = jax.lax.stop_gradient((x, kept))
+            x, maps = jax.lax.stop_gradient((x, maps))
         if stages:
-            return kept
-        features = x.mean(axis=(1, 2), dtype=jnp.float32)
-        x = nn.Dropout(self.dropout_rate, deterministic=not train)(features)
-        logits = layers.score_layer(self.num_classes, name="classifier")(x)
-        return layers.Outputs(logits, None, features)
+            return maps
+        return self.head(x.mean(axis=(1, 2), dtype=jnp.float32), train, propagate=False)

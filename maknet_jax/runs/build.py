@@ -34,7 +34,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "ranger": ranger.ranger,
     "sgd": sgd.sgd,
 }
-LOSSES: dict[str, Callable[..., step.LossFn]] = {
+LOSSES: dict[str, Callable[..., losses.LossFn]] = {
     "weighted_focal": losses.focal_loss_fn,
     "lesion": lesion_losses.lesion_loss_fn,
 }
@@ -181,11 +181,12 @@ def build_model(config: ConfigDict, labels: int) -> nn.Module:
     if "trunk_rate" in config.optimizer and config.optimizer.trunk_rate == 0:
         options["frozen"] = True
     model = models.build(config.model.name, labels, dtype=kinds[config.precision], **options)
-    moving = ("rotation_probability", "crop_probability", "translation_probability")
-    if model.takes_box and any(config.augment[name] for name in moving):
+    moving = [f"{kind}_probability" for kind in ("rotation", "translation", "crop")]
+    positive = [f"augment.{name}" for name in moving if config.augment[name] > 0]
+    if positive and model.takes_box:
         raise InputError(
             f"model {config.model.name} takes boxes, which the augmentation does not move: set "
-            f"augment.{', augment.'.join(moving)} to 0"
+            f"{' and '.join(positive)} to 0"
         )
     return model
 
@@ -216,7 +217,7 @@ def build_loss(
     label_counts: np.ndarray | Sequence[float],
     examples: int,
     exclusive: np.ndarray | None = None,
-) -> step.LossFn:
+) -> losses.LossFn:
     """The loss of a config; its class weights follow from the counts of a `TrainingSet`."""
     options = config.loss.to_dict()
     pos_weight, neg_weight = losses.class_weights(

@@ -2,6 +2,9 @@
 
 Every random choice of an example is drawn from one key, which the step derives from (seed, step,
 example): the same example at the same step is changed in the same way on any mesh.
+
+The paper names the kinds of noise only. Our choice: all ranges and probabilities, one stretch for
+the three slices in `auto_contrast`, the middle slice in `grayscale`, air outside the image.
 """
 
 import math
@@ -178,14 +181,17 @@ def _first_and_share(place: jax.Array, size: int) -> tuple[jax.Array, jax.Array]
 
 
 def auto_contrast(image: jax.Array) -> jax.Array:
-    """Stretches `[S, S, C]` so that its minimum is 0 and its maximum 1; a flat image stays."""
+    """Stretches `[S, S, C]` so that its minimum is 0 and its maximum 1; a flat image stays.
+
+    Over all channels jointly, so that their differences keep their meaning; our choice.
+    """
     low, high = image.min(), image.max()
     span = high - low
     return jnp.where(span > 1e-6, (image - low) / jnp.maximum(span, 1e-6), image)
 
 
 def grayscale(image: jax.Array) -> jax.Array:
-    """Replaces all channels by the middle slice: `[S, S, 3]` -> `[S, S, 3]`."""
+    """Replaces all channels of `[S, S, 3]` by the middle slice, the labelled one; our choice."""
     return jnp.broadcast_to(image[..., 1:2], image.shape)
 
 

@@ -4,12 +4,17 @@ Yan et al. 2019, arXiv:1904.04661, sections 3.3 to 3.5; constants and sampling r
 its published code. Everything is drawn on the device, from `batch["key"]`.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from maknet_jax.errors import InputError
 from maknet_jax.training import losses
+
+# The published code clamps probabilities to 1e-7 .. 1 - 1e-7; beyond, the gradient is 0.
+_LARGEST_LOGIT = math.log((1 - 1e-7) / 1e-7)
 
 
 def lesion_loss_fn(
@@ -56,13 +61,11 @@ def lesion_loss_fn(
 
     def cross_entropy(scores: jax.Array, batch: losses.Batch) -> jax.Array:
         values = losses.weighted_focal_loss(
-            scores, batch["labels"], pos_weight=pos_weight, neg_weight=neg_weight, gamma=0.0
+            _clamp(scores), batch["labels"], pos_weight=pos_weight, neg_weight=neg_weight, gamma=0.0
         )
         return losses.masked_mean(values, batch["label_mask"], batch["weight"])
 
-    def loss_fn(
-        outputs: losses.Heads, batch: losses.Batch
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss_fn(outputs: losses.Heads, batch: losses.Batch) -> tuple[jax.Array, losses.Metrics]:
         rhem_key, triplet_key = jax.random.split(batch["key"])
         labels, weight = batch["labels"], batch["weight"]
         before, after = outputs.scores_before_spl, outputs.logits
@@ -95,6 +98,10 @@ def lesion_loss_fn(
     return loss_fn
 
 
+def _clamp(logits: jax.Array) -> jax.Array:
+    return jnp.clip(logits.astype(jnp.float32), -_LARGEST_LOGIT, _LARGEST_LOGIT)
+
+
 def hard_examples(
     key: jax.Array,
     logits: jax.Array,
@@ -119,7 +126,7 @@ def hard_examples(
     Returns:
       A scalar, 0 if no element can be drawn.
     """
-    logits = logits.astype(jnp.float32)
+    logits = _clamp(logits)
     error = jnp.abs(jax.nn.sigmoid(logits) - labels) * sure
     chance = jax.lax.stop_gradient(error**power).ravel()
     drawn = jax.random.choice(

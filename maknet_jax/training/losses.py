@@ -29,7 +29,9 @@ class Heads(Protocol):
 
 
 Batch: TypeAlias = Mapping[str, jax.Array]
-LossFn: TypeAlias = Callable[[Heads, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+Metrics: TypeAlias = dict[str, jax.Array]
+# loss_fn(outputs, batch) -> (scalar, metrics)
+LossFn: TypeAlias = Callable[[Heads, Batch], tuple[jax.Array, Metrics]]
 
 
 def class_weights(
@@ -155,7 +157,7 @@ def focal_loss_fn(
         )
         return masked_mean(values, batch["label_mask"], batch["weight"])
 
-    def loss_fn(outputs: Heads, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss_fn(outputs: Heads, batch: Batch) -> tuple[jax.Array, Metrics]:
         after = head_loss(outputs.logits, batch)
         loss = after_weight * after
         metrics = {"loss_after_spl": after}

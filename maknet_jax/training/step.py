@@ -9,13 +9,11 @@ import optax
 from flax import linen as nn
 
 from maknet_jax.errors import InputError
+from maknet_jax.training.augment import Augment, ToInput
+from maknet_jax.training.losses import LossFn, Metrics
 from maknet_jax.training.state import TrainState, Variables
 
 Batch: TypeAlias = dict[str, jax.Array]
-Metrics: TypeAlias = dict[str, jax.Array]
-# loss_fn(outputs, batch) -> (scalar, metrics); outputs are `models.Outputs`.
-LossFn: TypeAlias = Callable[[Any, Batch], tuple[jax.Array, Metrics]]
-ToInput: TypeAlias = Callable[[jax.Array], jax.Array]
 
 
 def make_train_step(
@@ -24,7 +22,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     to_input: ToInput,
-    augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    augment: Augment | None = None,
     ema_decay: float = 0.0,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
     """Builds `train_step(state, batch, key) -> (state, metrics)`.
