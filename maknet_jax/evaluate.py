@@ -61,7 +61,7 @@ def evaluate(
     run = workdir.open_run(folder, checkpoint_name=checkpoint)
     out = pathlib.Path(out) if out else run.output_folder("evaluation")
     dataset = records.open_dataset(data or run.data_path)
-    other = dataset.fingerprint != run.trained_on["fingerprint"]
+    other = dataset.fingerprint != run.dataset.get("fingerprint")
     if dataset.vocabulary.names != run.vocabulary.names:
         raise InputError(
             f"the {len(dataset.vocabulary)} labels of {dataset.path} are not the "
@@ -82,6 +82,7 @@ def evaluate(
         "data": str(dataset.path),
         "checkpoint": run.name,
         "step": run.step,
+        "trained_on": run.trained_on,
         "thresholds": f"chosen on {chosen_on}" if chosen_on else "of the training run",
         "rules": rules,
         "out": str(out),

@@ -106,11 +106,12 @@ def export(
 def _data(run: workdir.Run, path: str | os.PathLike[str] | None) -> dict[str, Any]:
     """What is known of the training data: `bundle.json`'s `data`."""
     if run.is_bundle:
-        return dict(run.trained_on)
-    fingerprint = run.trained_on["fingerprint"]
+        return dict(run.dataset)
+    fingerprint = run.dataset["fingerprint"]
     known: dict[str, Any] = {
         "fingerprint": fingerprint,
-        "pseudo_labels": run.trained_on.get("pseudo_labels"),
+        "pseudo_labels": run.dataset.get("pseudo_labels"),
+        "origin": run.dataset.get("origin") or {},
     }
     try:
         dataset = records.open_dataset(path or run.data_path)
@@ -126,20 +127,10 @@ def _data(run: workdir.Run, path: str | os.PathLike[str] | None) -> dict[str, An
         if path is not None:
             raise InputError(f"{path} is not the data that {run.source} was trained on")
         return known
-    about = dataset.info.get("about", {})
-    known |= {
-        "kind": dataset.info["kind"],
+    return known | {
+        "origin": dataset.origin,
         "images": {name: split["count"] for name, split in dataset.info["splits"].items()},
-        "phantom": bool(about.get("phantom")),
     }
-    for field, names in {
-        "citation": ("citation", "citations"),
-        "licence": ("licence", "license", "licences", "licenses"),
-    }.items():
-        values = [place[name] for place in (dataset.info, about) for name in names if name in place]
-        if values:
-            known[field] = values[0]
-    return known
 
 
 def _metrics(run: workdir.Run) -> dict[str, dict[str, Any]]:

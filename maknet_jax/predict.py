@@ -124,6 +124,7 @@ def predict(
         "workdir": str(folder),
         "checkpoint": run.name,
         "step": run.step,
+        "trained_on": run.trained_on,
         "series": series_count,
         "slices": len(slice_rows),
         "failures": len(failures),

@@ -35,6 +35,8 @@ from maknet_jax.training.state import TrainState
 # weights their digest.
 MAY_CHANGE = {"data.path", "data.threads", "pseudo.path", "init.path"}
 MAY_CHANGE |= {"dataset.path", "dataset.labels", "dataset.size"}
+# Runs of earlier versions lack it; the fingerprint says whether the data are the same.
+MAY_CHANGE |= {f"dataset.origin.{name}" for name in ("kind", "source", "citation", "licence")}
 
 
 def train(
@@ -83,6 +85,7 @@ def _claim(setup: Setup) -> None:
         "size": dataset.size,
         "fingerprint": dataset.fingerprint,
         "path": str(dataset.path.absolute()),
+        "origin": dataset.origin,
         "pseudo_labels": setup.pseudo.fingerprint if setup.pseudo else None,
         "initial_weights": setup.initial_weights,
     }

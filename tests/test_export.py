@@ -166,7 +166,7 @@ def test_a_bundle_says_what_it_is_and_was_trained_on(exported, evaluated, shards
     info = info_of(exported)
     run = workdir.open_run(evaluated)
     assert info["name"] == "Torso" and info["checkpoint"]["step"] == run.step
-    assert info["data"]["kind"] == "deeplesion" and info["data"]["phantom"] is True
+    assert info["data"]["origin"]["kind"] == "phantom"
     assert info["data"]["fingerprint"] == shards.fingerprint
     assert info["data"]["images"]["train"] == shards.split("train")["count"]
     assert info["preprocessing"]["size"] == 32 and info["out_of_domain"] is None
@@ -200,14 +200,14 @@ def test_citation_licences_and_statistics_travel_with_the_bundle(evaluated, tmp_
     data, folder = tmp_path / "data", tmp_path / "run"
     shutil.copytree(shards.path, data)
     info = files.read_json(data / "dataset.json")
-    about = {"licences": ["CC BY 4.0", "CC BY-NC 3.0"], "citation": "Doe, 2020"}
+    about = {"licence": "CC BY-NC 3.0", "citation": "Doe, 2020", "source": "Doe's CT"}
     files.write_json(data / "dataset.json", info | {"about": about})
     shutil.copytree(evaluated, folder)
     files.write_json(folder / "out_of_domain.json", {"mean": [1.0]})
     export.export(folder, tmp_path / "out", data=data)
     written = info_of(tmp_path / "out")
-    assert written["data"]["licence"] == about["licences"]
-    assert written["data"]["citation"] == "Doe, 2020" and written["data"]["phantom"] is False
+    assert written["data"]["origin"] == {"kind": "deeplesion"} | about
+    assert workdir.open_run(tmp_path / "out").trained_on == "Doe's CT"
     assert written["out_of_domain"] == {"mean": [1.0]}
     card = card_of(tmp_path / "out")
     assert "- Licence: CC BY-NC 3.0" in card and "- Citation: Doe, 2020" in card
@@ -230,8 +230,9 @@ def test_the_data_may_be_gone(evaluated, tmp_path, capsys):
     files.write_json(folder / "dataset.json", info | {"path": str(tmp_path / "gone")})
     export.export(folder, tmp_path / "out")
     assert "will not say where they came from" in capsys.readouterr().err
-    assert "kind" not in info_of(tmp_path / "out")["data"]
-    assert "Kind: unknown" in card_of(tmp_path / "out")
+    data = info_of(tmp_path / "out")["data"]
+    assert "images" not in data and data["origin"]["kind"] == "phantom"  # the run says so
+    assert "Kind: phantom" in card_of(tmp_path / "out")
 
 
 def test_a_bundle_is_exported_again_in_another_dtype(exported, tmp_path):

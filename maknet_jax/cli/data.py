@@ -1,4 +1,4 @@
-"""`maknet prepare deeplesion`, `dicom` and `table`."""
+"""`maknet prepare deeplesion`, `dicom`, `table`, `segmentations` and `openkbp`."""
 
 import argparse
 from typing import Any
@@ -10,7 +10,7 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
     """Adds `prepare`."""
     prepare = verbs.add_parser(
         "prepare",
-        help="write CT and labels as records: deeplesion, dicom or table",
+        help="write CT and labels as records: deeplesion, dicom, table or segmentations",
         epilog="example: maknet prepare dicom TCIA --out shards/tcia",
     )
     forms = prepare.add_subparsers(dest="form", required=True, metavar="FORM")
@@ -48,11 +48,7 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
         _run_dicom,
     )
     verb.add_argument("folder", help="a file or a folder tree of CT")
-    verb.add_argument(
-        "--salt-file",
-        help="secret key that turns UIDs into ids, created if absent "
-        "(default: ~/.config/maknet/salt)",
-    )
+    _add_salt_option(verb)
     verb.add_argument(
         "--min-slices",
         type=options.count,
@@ -71,6 +67,88 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("table", help="the CSV; labels are separated by |")
     options.png_window(verb)
     _add_output_options(verb)
+    _add_segmentations(forms)
+
+    verb = options.verb(
+        forms,
+        "openkbp",
+        "convert the OpenKBP release (sparse CSV) to NIfTI for `prepare segmentations`",
+        "maknet prepare openkbp open-kbp/provided-data/train-pats --out openkbp/train",
+        _run_openkbp,
+    )
+    verb.add_argument("folder", help="a folder of the release that holds pt_N/ct.csv")
+    verb.add_argument("--out", required=True, help="folder to write; finished patients are skipped")
+
+
+def _add_segmentations(forms: argparse._SubParsersAction) -> None:
+    verb = options.verb(
+        forms,
+        "segmentations",
+        "prepare CT with organ masks (NIfTI or DICOM SEG) as labelled slices",
+        "maknet prepare segmentations openkbp/train test=openkbp/validation \\\n"
+        "    --shares train=0.82,val=0.18 --unknown-below spinal_cord,esophagus \\\n"
+        '    --every 3 --size 64 --source "OpenKBP: head, neck, upper chest" --out shards/openkbp',
+        _run_segmentations,
+    )
+    verb.add_argument(
+        "folder",
+        nargs="+",
+        metavar="[SPLIT=]DIR",
+        help="CASE/ct.nii.gz with CASE/segmentations/ORGAN.nii.gz or CASE/segmentation.nii.gz, or "
+        "DICOM with DICOM SEG; SPLIT= puts all of its cases into one split",
+    )
+    verb.add_argument(
+        "--labels",
+        metavar="CSV",
+        help="mask,label: the masks that form each label; others are not read. totalsegmentator: "
+        "DeepLesion's body parts from TotalSegmentator's names (default: every mask is a label)",
+    )
+    verb.add_argument(
+        "--every", type=options.count, default=1, help="use every N-th slice (default: 1)"
+    )
+    verb.add_argument(
+        "--min-area",
+        type=float,
+        metavar="MM2",
+        help="area from which on a label is present; below it is unknown (default: 50)",
+    )
+    verb.add_argument(
+        "--missing-is-absent",
+        action="store_true",
+        help="an organ without a mask, or with an empty one, is absent, not unknown",
+    )
+    verb.add_argument(
+        "--unknown-below",
+        metavar="LABELS",
+        default="",
+        help="labels, separated by commas, that are unknown below their lowest contoured slice",
+    )
+    verb.add_argument(
+        "--splits",
+        metavar="CSV",
+        help="case,split or patient,split (default: meta.csv in DIR if it has splits, else a "
+        "hash of the patient)",
+    )
+    verb.add_argument(
+        "--shares",
+        type=options.shares,
+        metavar="SPLIT=SHARE,...",
+        help="split the patients by a hash (default: train=0.8,val=0.1,test=0.1)",
+    )
+    verb.add_argument("--seed", type=int, default=0, help="of the hash (default: 0)")
+    verb.add_argument("--source", default="", help="what the data are, for runs trained on them")
+    verb.add_argument("--citation", default="", help="how the data are cited")
+    verb.add_argument("--licence", default="", help="licence of the data")
+    _add_salt_option(verb)
+    _add_output_options(verb)
+
+
+def _add_salt_option(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--salt-file",
+        help="secret key that turns UIDs into ids, created if absent "
+        "(default: ~/.config/maknet/salt)",
+    )
 
 
 def _add_output_options(verb: argparse.ArgumentParser, size: str = "256") -> None:
@@ -122,6 +200,41 @@ def _run_table(chosen: argparse.Namespace) -> int:
     return _report(
         prepare.prepare_table(chosen.table, png_window=chosen.png_window, **_output_options(chosen))
     )
+
+
+def _run_segmentations(chosen: argparse.Namespace) -> int:
+    from maknet_jax import prepare
+
+    rules = prepare.Rules(
+        min_area=prepare.Rules.min_area if chosen.min_area is None else chosen.min_area,
+        every=chosen.every,
+        missing_is_absent=chosen.missing_is_absent,
+        unknown_below=tuple(filter(None, map(str.strip, chosen.unknown_below.split(",")))),
+    )
+    return _report(
+        prepare.prepare_segmentations(
+            chosen.folder,
+            label_table=chosen.labels,
+            rules=rules,
+            splits=prepare.SplitOptions(chosen.splits, chosen.shares, chosen.seed),
+            origin={name: getattr(chosen, name) for name in ("source", "citation", "licence")},
+            salt_file=chosen.salt_file,
+            **_output_options(chosen),
+        )
+    )
+
+
+def _run_openkbp(chosen: argparse.Namespace) -> int:
+    from maknet_jax import prepare
+
+    summary = prepare.prepare_openkbp(chosen.folder, chosen.out)
+    print(
+        f"{summary['patients']} patients in {summary['out']}, {summary['present_before']} of them "
+        "there before"
+    )
+    if summary["failures"]:
+        print(f"rejected: {summary['failures']}, see {summary['out']}/failures.csv")
+    return options.SOME_REJECTED if summary["failures"] else options.DONE
 
 
 def _output_options(chosen: argparse.Namespace) -> dict[str, Any]:

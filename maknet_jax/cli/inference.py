@@ -91,6 +91,8 @@ def _run_predict(chosen: argparse.Namespace) -> int:
     )
     for file in summary["files"]:
         print(f"  {file}")
+    if summary["trained_on"]:
+        print(f"trained on {summary['trained_on']}")
     if summary["failures"]:
         print(f"rejected: {summary['failures']}, see {summary['failures_file']}")
     return options.SOME_REJECTED if summary["failures"] else options.DONE

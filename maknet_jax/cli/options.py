@@ -118,6 +118,17 @@ def window(text: str) -> tuple[float, float]:
     return low, high
 
 
+def shares(text: str) -> dict[str, float]:
+    """The type of SPLIT=SHARE,..."""
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        return {name.strip(): float(share) for name, share in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} should be SPLIT=SHARE,..., as in train=0.8,val=0.2"
+        ) from None
+
+
 def count(text: str) -> int:
     """The type of positive integers."""
     if not text.isdigit() or int(text) < 1:

@@ -158,4 +158,6 @@ def _run_evaluate(chosen: argparse.Namespace) -> None:
         f"{summary['thresholds']}; rules {summary['rules']}; macro averages over labels with "
         "positives and negatives"
     )
+    if summary["trained_on"]:
+        print(f"trained on {summary['trained_on']}")
     print(f"per label: {summary['out']}/*_labels.csv")

@@ -56,7 +56,7 @@ FIELDS = {
     "preprocessing": "how CT becomes input, see `preprocessing`",
     "checkpoint": "name (best or last), step, and digest of the float32 weights",
     "weights": "dtype of the stored kernels, digest and number of the restored weights",
-    "data": "what it was trained on: kind, images per split, citation, licences, as far as known",
+    "data": "fingerprint, origin (kind, source, citation, licence), images per split, if known",
     "metrics": "validation and evaluation, as far as measured at this step",
     "out_of_domain": "optional: statistics of features of the training data, else null; reserved",
     "stablehlo": "platforms, form of MAKConv, inputs and outputs of network.stablehlo",

@@ -120,8 +120,10 @@ the training data are unreliable: `maknet evaluate` gives the scores per label o
 
 def _data(data: Mapping[str, Any]) -> str:
     """What the network was trained on, as a list."""
-    lines = [f"- Kind: {data.get('kind') or 'unknown'}; fingerprint {data.get('fingerprint')}"]
-    if data.get("phantom"):
+    origin = data.get("origin") or {}
+    kind, fingerprint = origin.get("kind") or "unknown", data.get("fingerprint")
+    lines = [f"- Kind: {kind}; fingerprint {fingerprint}"]
+    if kind == "phantom":
         lines.append(
             "- **A generated phantom, not patients**: it shows that the software works and says "
             "nothing about real CT."
@@ -131,10 +133,9 @@ def _data(data: Mapping[str, Any]) -> str:
         lines.append(f"- Images: {', '.join(counts)}")
     if data.get("pseudo_labels"):
         lines.append("- Images with pseudo-labels of another network were added (noisy student).")
-    for field in ("citation", "licence"):
-        values = data.get(field) or ["not recorded: see where the data came from"]
-        values = [values] if isinstance(values, str) else values
-        lines += [f"- {field.title()}: {value}" for value in values]
+    for field in ("source", "citation", "licence"):
+        value = origin.get(field) or "not recorded: see where the data came from"
+        lines.append(f"- {field.title()}: {value}")
     return "\n".join(lines)
 
 

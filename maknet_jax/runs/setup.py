@@ -100,6 +100,7 @@ def set_up(
     if not count or not len(vocabulary):
         raise InputError(f"{dataset.path} has no labelled record in {config.data.train_split}")
     frequencies = [np.asarray(split["label_counts"]) / count]
+    known = [dataset.known_counts(config.data.train_split) / count]
     labelled = dataset.source(config.data.train_split)
     pseudo = None
     if config.pseudo.path:
@@ -111,10 +112,15 @@ def set_up(
             seed=config.seed,
         )
         frequencies.append(pseudo.label_counts / len(pseudo))
+        known.append(np.ones(len(vocabulary)))
     epoch_steps = count / config.data.batch_size
     total = max(1, round(config.epochs * epoch_steps))
-    # A label's weights in the loss follow from its share in the batches.
-    share = np.average(frequencies, axis=0, weights=_batch_sizes(config))
+    # A label's weights in the loss follow from its share in the batches, among the images in which
+    # it is known. A label that is never known has no share and no loss.
+    present, certain = (
+        np.average(values, axis=0, weights=_batch_sizes(config)) for values in (frequencies, known)
+    )
+    share = present / np.where(certain > 0, certain, 1.0)
     assembly = build.assemble(
         config,
         len(vocabulary),

@@ -1,7 +1,7 @@
 """The files of a training run, and how the other verbs open them, or a bundle instead.
 
 WORKDIR/config.json      the whole configuration
-WORKDIR/dataset.json     labels, size and fingerprint of the data that it was trained on
+WORKDIR/dataset.json     labels, size, fingerprint and origin of the data that it was trained on
 WORKDIR/checkpoints/N    the last states; WORKDIR/best/N the state of the best validation AUC
 WORKDIR/metrics.jsonl    training and validation metrics; tensorboard/ the same
 WORKDIR/log.jsonl        log messages; summary.json the final summary
@@ -45,7 +45,7 @@ class Run:
       name: "best" or "last".
       assembly: the model and its jitted prediction step.
       source: the workdir or the bundle.
-      trained_on: the workdir's `dataset.json`, or what a bundle says about its data.
+      dataset: the workdir's `dataset.json`, or what a bundle says about its data.
       metadata: the metadata of the checkpoint, or `bundle.json`.
       is_bundle: whether it was opened from a bundle.
     """
@@ -58,9 +58,14 @@ class Run:
     name: str
     assembly: build.Assembly
     source: pathlib.Path
-    trained_on: Mapping[str, Any]
+    dataset: Mapping[str, Any]
     metadata: Mapping[str, Any]
     is_bundle: bool
+
+    @property
+    def trained_on(self) -> str | None:
+        """The source of the training data, such as "OpenKBP: head, neck"; None if not recorded."""
+        return (self.dataset.get("origin") or {}).get("source")
 
     @property
     def data_path(self) -> str:
@@ -71,7 +76,7 @@ class Run:
         """
         if self.is_bundle:
             raise InputError(f"{self.source} is a bundle, which holds no data: name it with --data")
-        return self.trained_on["path"]
+        return self.dataset["path"]
 
     def output_folder(self, name: str) -> pathlib.Path:
         """The folder in the workdir where a verb writes if it is not told otherwise.
@@ -179,7 +184,7 @@ def open_run(
         opened.name,
         opened.assembly,
         path,
-        opened.trained_on,
+        opened.dataset,
         opened.metadata,
         bundle.is_bundle(path),
     )
@@ -275,7 +280,7 @@ class _Opened:
     step: int
     name: str
     assembly: build.Assembly
-    trained_on: dict[str, Any]
+    dataset: dict[str, Any]
     metadata: dict[str, Any]
 
 
