@@ -83,6 +83,35 @@ def from_json(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(restore(completed)).lock()
 
 
+def as_stored(
+    config: ml_collections.ConfigDict, stored: Mapping[str, Any]
+) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
+    """A config for resuming a run whose stored config lacks some of the `ADDED_FIELDS`.
+
+    Args:
+      config: the config of the command that resumes the run.
+      stored: the content of the run's `config.json`.
+
+    Returns:
+      (the config, locked, and the fields that it takes from the run instead with their values).
+    """
+    completed = from_json(stored)
+    resumed = config.copy_and_resolve_references().unlock()
+    changed: dict[str, Any] = {}
+    for key, value in ADDED_FIELDS.items():
+        if isinstance(value, Mapping):  # a group, with paths in it: never replaced
+            continue
+        *groups, field = key.split(".")
+        before: Any = stored
+        run, command = completed, resumed
+        for group in groups:
+            before, run, command = before.get(group, {}), run[group], command[group]
+        if field not in before and command[field] != run[field]:
+            command[field] = run[field]
+            changed[key] = run[field]
+    return resumed.lock(), changed
+
+
 def _find(name: str) -> pathlib.Path:
     """The Python or JSON file that `load` reads for `name`."""
     path = pathlib.Path(name)

@@ -11,7 +11,7 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from maknet_jax import files
+from maknet_jax import console, files
 from maknet_jax.data import pipeline, pseudo_labels, records
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError
@@ -89,6 +89,10 @@ def set_up(
       InputError: the config, the data and the initial weights do not fit each other.
     """
     folder = pathlib.Path(folder)
+    if (folder / "config.json").is_file():
+        config, fields = configs.as_stored(config, files.read_json(folder / "config.json"))
+        for name, value in fields.items():
+            console.Log().say(f"the run in {folder} predates {name}: it resumes with {value}")
     weights = None
     if config.init.path and not _is_resuming(folder):
         weights = workdir.open_weights(config.init.path)
