@@ -72,10 +72,10 @@ def measure(name: str, *, num_classes: int = 115, size: int = 256) -> list[Cost]
     parts = {part: [0, 0, 0] for part in dict.fromkeys([*names, *params])}
     for part, tree in params.items():
         parts[part][0] = sum(leaf.size for leaf in jax.tree.leaves(tree))
-    for path, taken, given, kernels in calls:
+    for path, taken, returned, kernels in calls:
         # Every element of a kernel is used once at every position of the output.
-        parts[path[0]][1] += 2 * math.prod(given[:-1]) * kernels
-        parts[path[0]][2] += 4 * (math.prod(taken) + math.prod(given) + kernels)
+        parts[path[0]][1] += 2 * math.prod(returned[:-1]) * kernels
+        parts[path[0]][2] += 4 * (math.prod(taken) + math.prod(returned) + kernels)
     return [Cost(part, *numbers) for part, numbers in parts.items()]
 
 

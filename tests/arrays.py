@@ -29,3 +29,8 @@ def redrawn(variables, seed=1, *, by_fan_in=False):
         return jnp.asarray(values, jnp.float32)
 
     return jax.tree_util.tree_map_with_path(new, variables)
+
+
+def dense(x, params):
+    """A dense layer in float64."""
+    return np.float64(x) @ np.float64(params["kernel"]) + np.float64(params["bias"])

@@ -49,9 +49,8 @@ def run(main, out, *argv):
     keys = {"benchmark", "device", "versions", "date", "command", "settings", "rows"}
     assert keys <= written.keys() and written["rows"]
     assert written["versions"]["jax"] == jax.__version__
-    assert written["command"].startswith(
-        f"python benchmarks/speed/{written['benchmark']}.py --size 32"
-    )
+    path = f"{main.__module__.replace('.', '/')}.py"
+    assert written["command"].startswith(f"python {path} --size 32")
     assert written["device"]["name"] and written["device"]["count"] == jax.device_count()
     return written
 
@@ -104,7 +103,7 @@ def test_a_benchmark_that_ends_gives_its_own_code(given, code):
 @pytest.mark.parametrize(
     ("folder", "said"),
     [
-        ("kept", "SIGTERM; run the same command again"),
+        ("kept", "SIGTERM; run the same command again to resume"),
         (None, "nothing is kept without --workdir: begin again"),
     ],
 )

@@ -78,12 +78,10 @@ def test_makconv_of_one_kernel_is_that_convolution():
 
 def values_and_gradients(module, variables, x, *args):
     """The output in training, the new statistics, gradients of the parameters and of the input."""
-    shape = jax.eval_shape(module.init_with_output, jax.random.key(0), x, *args)[0].shape
-    weights = drawn(*shape)
 
     def value(params, x):
         y, updated = module.apply(variables | {"params": params}, x, *args, mutable=["batch_stats"])
-        return (weights * y).sum(), (y, updated)
+        return (drawn(*y.shape) * y).sum(), (y, updated)
 
     gradients, (y, updated) = jax.jit(jax.grad(value, (0, 1), has_aux=True))(variables["params"], x)
     return y, updated, gradients
@@ -255,6 +253,23 @@ def test_cbam_is_the_published_module(channels, hidden):
     assert variables["params"]["mlp_hidden"]["kernel"].shape == (channels, hidden)
     ours = cbam.apply(variables, x, train=False)
     np.testing.assert_allclose(ours, cbam_loop(x, variables), rtol=1e-4, atol=1e-5)
+
+
+def test_the_statistics_of_cbam_have_the_momentum_of_all_others():
+    x = drawn(2, 6, 5, 8)
+    cbam = layers.CBAM()
+    variables = cbam.init(jax.random.key(0), x, train=False)
+    _, updated = cbam.apply(
+        variables,
+        x,
+        train=True,
+        mutable=["batch_stats", "intermediates"],
+        capture_intermediates=True,
+    )
+    (conv,) = updated["intermediates"]["places"]["__call__"]
+    running = updated["batch_stats"]["places_norm"]
+    np.testing.assert_allclose(running["mean"], [0.1 * conv.mean()], rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(running["var"], [0.9 + 0.1 * conv.var()], rtol=1e-4)
 
 
 def test_each_layer_of_a_dense_block_reads_all_earlier_features():

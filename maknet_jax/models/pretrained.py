@@ -40,11 +40,14 @@ def _resnet18_layers() -> Names:
     names: Names = {"stem": ("conv1", "bn1")}
     for stage in range(len(resnet.WIDTHS)):
         for block in range(2):
-            ours, theirs = f"stage{stage + 1}_{block}", f"layer{stage + 1}.{block}"
-            names[f"{ours}/first"] = (f"{theirs}.conv1", f"{theirs}.bn1")
-            names[f"{ours}/second"] = (f"{theirs}.conv2", f"{theirs}.bn2")
+            name, torch_name = f"stage{stage + 1}_{block}", f"layer{stage + 1}.{block}"
+            names[f"{name}/first"] = (f"{torch_name}.conv1", f"{torch_name}.bn1")
+            names[f"{name}/second"] = (f"{torch_name}.conv2", f"{torch_name}.bn2")
             if stage and not block:
-                names[f"{ours}/shortcut"] = (f"{theirs}.downsample.0", f"{theirs}.downsample.1")
+                names[f"{name}/shortcut"] = (
+                    f"{torch_name}.downsample.0",
+                    f"{torch_name}.downsample.1",
+                )
     return names
 
 
