@@ -70,6 +70,7 @@ def test_the_trunk_rate_multiplies_the_trunks_updates_only(rate):
 def of_page(name, data, **changes):
     """A page in tiny: MAKNet in four small blocks, on `data`."""
     page = configs.load(name).to_dict()
+    page["model"] = {"name": "lesanet" if name == "lesanet" else "maknet"}
     page["model"]["options"] = toy_options(name)
     page = ml_collections.ConfigDict(page)
     values = {

@@ -31,7 +31,7 @@ ONLY_IN = {
     "grain": "data.pipeline",
     "orbax": "training.checkpoint",  # its API changes with 1.0: one place to change
 }
-# They import TensorFlow (facts.md), which is no dependency.
+# They import TensorFlow, which is not a dependency.
 FORBIDDEN = {"tensorflow", "clu.metric_writers", "clu.periodic_actions", "clu.checkpoint"}
 LOADER = {"maknet_jax.runs.config.load"}  # configs load one another
 LONGEST = 400

@@ -231,7 +231,7 @@ def test_validation_and_the_commands_score_the_average(student):
         assert value == pytest.approx(evaluated[name], abs=1e-6)
     # init.path takes the average of the best state too.
     best = newest_checkpoint(folder, config, "best")[0]
-    params, statistics, _ = workdir.open_weights(folder)
+    params, statistics, _ = workdir.open_weights(folder)[:3]
     given = {"params": params, "batch_stats": statistics}
     assert checkpoint.digests(given) == checkpoint.digests(best.ema)
 

@@ -116,7 +116,7 @@ def _network(network, chosen):
     )
     if not chosen.workdir:
         return make()
-    params, batch_stats, _ = workdir.open_weights(chosen.workdir)
+    params, batch_stats, _ = workdir.open_weights(chosen.workdir)[:3]
     about = files.read_json(pathlib.Path(chosen.workdir) / "dataset.json")
     made = make(
         labels=len(about["labels"]),

@@ -22,7 +22,7 @@ def add_verbs(verbs: Any) -> None:
         verbs,
         "attribute",
         "show where a network sees its labels (Integrated Gradients); resumes if interrupted",
-        "maknet attribute --workdir runs/teacher --split test --labels liver,spleen --out maps",
+        "maknet attribute --model runs/teacher --split test --labels liver,spleen --out maps",
         _run_attribute,
     )
     _shared_options(verb)
@@ -41,7 +41,7 @@ def add_verbs(verbs: Any) -> None:
         verbs,
         "perturb",
         "compare labels before and after parts of an image change; resumes if interrupted",
-        "maknet perturb --workdir runs/teacher --split test --strategy patch,attribution --out out",
+        "maknet perturb --model runs/teacher --split test --strategy patch,attribution --out out",
         _run_perturb,
     )
     _shared_options(verb)
@@ -67,9 +67,10 @@ def add_verbs(verbs: Any) -> None:
         "maknet report runs/teacher",
         _run_report,
     )
-    verb.add_argument("workdir", help="folder of the trained run")
+    verb.add_argument("model", help="workdir of `maknet train`, or a bundle with --out and --data")
     verb.add_argument("--out", help="folder to write (default: WORKDIR/report)")
     verb.add_argument("--split", help="split of the cases (default: test, otherwise validation)")
+    verb.add_argument("--data", help="prepared data set (default: the one trained on)")
     verb.add_argument(
         "--cases",
         type=options.count,
@@ -83,7 +84,7 @@ def _shared_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "path", nargs="?", help="CT files to explain instead of a split: DICOM, NIfTI or PNG"
     )
-    verb.add_argument("--workdir", required=True, help="folder of the trained run")
+    options.model(verb)
     verb.add_argument("--out", required=True, help="folder to write")
     verb.add_argument("--split", help="split of --data")
     verb.add_argument("--data", help="prepared data set (default: the one trained on)")
@@ -96,9 +97,7 @@ def _shared_options(verb: argparse.ArgumentParser) -> None:
         help="explain these labels, comma-separated; selects images that have one",
     )
     verb.add_argument("--limit", type=options.count, help="maximum number of images")
-    verb.add_argument(
-        "--compare", metavar="WORKDIR", help="a second network, shown beside the first"
-    )
+    verb.add_argument("--compare", metavar="MODEL", help="a second network, shown beside the first")
     verb.add_argument(
         "--top", type=options.count, help="number of labels per image (default: %(default)s)"
     )
@@ -152,7 +151,7 @@ def _run_attribute(chosen: argparse.Namespace) -> int:
     from maknet_jax import attribute, console
 
     summary = attribute.attribute(
-        chosen.workdir, chosen.out, *_chosen(chosen), faithful=chosen.faithfulness
+        chosen.model, chosen.out, *_chosen(chosen), faithful=chosen.faithfulness
     )
     for name, share in summary.get("complete", {}).items():
         flagged = summary["flagged"][name]
@@ -174,7 +173,7 @@ def _run_perturb(chosen: argparse.Namespace) -> int:
     from maknet_jax import console, perturb
 
     summary = perturb.perturb(
-        chosen.workdir,
+        chosen.model,
         chosen.out,
         *_chosen(chosen),
         strategies=chosen.strategy or STRATEGIES,
@@ -199,4 +198,7 @@ def _run_report(chosen: argparse.Namespace) -> None:
     from maknet_jax import report
 
     options.start_jax()
-    print(report.report(chosen.workdir, chosen.out, split=chosen.split, count=chosen.cases))
+    page = report.report(
+        chosen.model, chosen.out, split=chosen.split, data=chosen.data, count=chosen.cases
+    )
+    print(page)

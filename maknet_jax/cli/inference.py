@@ -1,4 +1,4 @@
-"""The verbs that run networks: `demo`, `predict` and `models`."""
+"""The verbs that run networks: `demo`, `predict`, `export` and `models`."""
 
 import argparse
 
@@ -6,9 +6,10 @@ from maknet_jax.cli import options
 
 
 def add_verbs(verbs: argparse._SubParsersAction) -> None:
-    """Adds `demo`, `predict` and `models`."""
+    """Adds `demo`, `predict`, `export` and `models`."""
     _demo(verbs)
     _predict(verbs)
+    _export(verbs)
     _models(verbs)
 
 
@@ -47,15 +48,20 @@ def _predict(verbs: argparse._SubParsersAction) -> None:
         verbs,
         "predict",
         "label the body parts in any CT, per slice and per series",
-        "maknet predict --workdir runs/teacher scans/ --out labels.csv",
+        "maknet predict scans/ --model runs/teacher --out labels.csv",
         _run_predict,
     )
     verb.add_argument("path", help="file or folder of DICOM, NIfTI or PNG")
-    verb.add_argument("--workdir", required=True, help="workdir of the trained network")
+    options.model(verb)
     verb.add_argument("--out", required=True, help="CSV file to write")
     verb.add_argument("--json", action="store_true", help="also write all confidences as JSON")
     verb.add_argument(
         "--charts", action="store_true", help="also draw each series: its labels from head to feet"
+    )
+    verb.add_argument(
+        "--features",
+        metavar="FILE.npz",
+        help="also write the pooled features of all slices: features [N, F] and ids SERIES:SLICE",
     )
     options.checkpoint(verb)
     verb.add_argument(
@@ -69,7 +75,7 @@ def _run_predict(chosen: argparse.Namespace) -> int:
 
     options.start_jax()
     summary = predict.predict(
-        chosen.workdir,
+        chosen.model,
         chosen.path,
         chosen.out,
         png_window=chosen.png_window,
@@ -77,6 +83,7 @@ def _run_predict(chosen: argparse.Namespace) -> int:
         batch_size=chosen.batch_size,
         as_json=chosen.json,
         charts=chosen.charts,
+        features=chosen.features,
     )
     print(
         f"{summary['slices']} slices of {summary['series']} series labelled by the "
@@ -89,6 +96,63 @@ def _run_predict(chosen: argparse.Namespace) -> int:
     if summary["failures"]:
         print(f"rejected: {summary['failures']}, see {summary['failures_file']}")
     return options.SOME_REJECTED if summary["failures"] else options.DONE
+
+
+def _export(verbs: argparse._SubParsersAction) -> None:
+    verb = options.verb(
+        verbs,
+        "export",
+        "write a trained network as a bundle: weights, labels, thresholds, preprocessing, model "
+        "card, and StableHLO for other programs",
+        "maknet export runs/teacher --out teacher-bundle --zip\n"
+        "  maknet predict scans/ --model teacher-bundle --out labels.csv",
+        _run_export,
+    )
+    verb.add_argument("workdir", help="folder of the trained run, or a bundle to store anew")
+    verb.add_argument("--out", required=True, help="folder to write")
+    options.checkpoint(verb)
+    verb.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "float16", "bfloat16"),
+        help="of the stored kernels, which are restored to float32 on loading (default: float32)",
+    )
+    verb.add_argument("--zip", action="store_true", help="also write OUT.zip")
+    verb.add_argument("--name", help="title of the model card (default: the folder's name)")
+    verb.add_argument(
+        "--license",
+        default="other",
+        help="licence of the weights as the Hugging Face Hub calls it, such as cc-by-4.0 "
+        "(default: other)",
+    )
+    verb.add_argument("--data", help="data set that it was trained on, if it has moved")
+    verb.add_argument("--overwrite", action="store_true", help="replace a bundle at OUT")
+
+
+def _run_export(chosen: argparse.Namespace) -> None:
+    from maknet_jax import export
+
+    options.start_jax()
+    summary = export.export(
+        chosen.workdir,
+        chosen.out,
+        checkpoint=chosen.checkpoint,
+        dtype=chosen.dtype,
+        name=chosen.name,
+        license_name=chosen.license,
+        data=chosen.data,
+        zipped=chosen.zip,
+        overwrite=chosen.overwrite,
+    )
+    splits = ", ".join(summary["splits"]) or "none: run `maknet evaluate` before the export"
+    print(
+        f"{summary['labels']} labels, {summary['checkpoint']} checkpoint, step {summary['step']}; "
+        f"scores of: {splits}"
+    )
+    for name, size in summary["bytes"].items():
+        print(f"  {name}  {size:,} bytes")
+    for file in summary["files"]:
+        print(f"  {file}")
 
 
 def _models(verbs: argparse._SubParsersAction) -> None:

@@ -12,11 +12,11 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
         verbs,
         "retrieve",
         "find the lesions of a data set that are most similar to one lesion",
-        "maknet retrieve --workdir runs/lesanet --image 000069_02_01/058.png \\\n"
+        "maknet retrieve --model runs/lesanet --image 000069_02_01/058.png \\\n"
         "    --box 160,268,186,290 --spacing 0.73,0.73,5 --data shards/lesions --out similar.csv",
         _run_retrieve,
     )
-    verb.add_argument("--workdir", required=True, help="workdir of a LesaNet run")
+    options.model(verb, "a LesaNet")
     verb.add_argument("--image", required=True, help="slice with the lesion, PNG or DICOM")
     verb.add_argument(
         "--box",
@@ -61,7 +61,7 @@ def _run_retrieve(chosen: argparse.Namespace) -> None:
 
     options.start_jax()
     summary = retrieve.retrieve(
-        chosen.workdir,
+        chosen.model,
         chosen.image,
         chosen.box,
         chosen.data,

@@ -74,6 +74,17 @@ def verb(
     return verb
 
 
+def model(verb: argparse.ArgumentParser, text: str = "the trained network") -> None:
+    """Adds --model, with its older name --workdir; the option is stored as `model`."""
+    verb.add_argument(
+        "--model",
+        "--workdir",
+        required=True,
+        help=f"{text}: a workdir of `maknet train`, a bundle (folder or .zip) of `maknet export`, "
+        "or the name of a released model",
+    )
+
+
 def png_window(verb: argparse.ArgumentParser) -> None:
     """Adds --png-window."""
     verb.add_argument(

@@ -16,10 +16,10 @@ def _pseudo_label(verbs: argparse._SubParsersAction) -> None:
         verbs,
         "pseudo-label",
         "label unlabelled images with a trained teacher; resumes if interrupted",
-        "maknet pseudo-label --workdir runs/teacher --records shards/tcia --out shards/pseudo-1",
+        "maknet pseudo-label --model runs/teacher --records shards/tcia --out shards/pseudo-1",
         _run_pseudo_label,
     )
-    verb.add_argument("--workdir", required=True, help="folder of the teacher's run")
+    options.model(verb, "the teacher")
     verb.add_argument("--records", required=True, help="prepared data set of the images")
     verb.add_argument("--out", required=True, help="folder to write")
     verb.add_argument(
@@ -60,7 +60,7 @@ def _run_pseudo_label(chosen: argparse.Namespace) -> None:
 
     options.start_jax(chosen.distributed)
     result = pseudo_label.pseudo_label(
-        chosen.workdir,
+        chosen.model,
         chosen.records,
         chosen.out,
         split=chosen.split,

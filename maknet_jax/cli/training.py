@@ -114,14 +114,17 @@ def _evaluate(verbs: argparse._SubParsersAction) -> None:
         verbs,
         "evaluate",
         "a trained network on its test sets",
-        "maknet evaluate --workdir runs/teacher --split test,hand",
+        "maknet evaluate --model runs/teacher --split test,hand",
         _run_evaluate,
     )
-    verb.add_argument("--workdir", required=True, help="folder of the run")
+    options.model(verb)
     verb.add_argument(
         "--split", help="names separated by commas (default: test and hand, where they exist)"
     )
     verb.add_argument("--data", help="another prepared data set with the same labels")
+    verb.add_argument(
+        "--out", help="folder to write (default: WORKDIR/evaluation); required for a bundle"
+    )
     verb.add_argument("--checkpoint", default="best", choices=("best", "last"))
     verb.add_argument(
         "--rules",
@@ -141,14 +144,15 @@ def _run_evaluate(chosen: argparse.Namespace) -> None:
 
     options.start_jax(chosen.distributed)
     summary = evaluate.evaluate(
-        chosen.workdir,
+        chosen.model,
         splits=chosen.split.split(",") if chosen.split else None,
         data=chosen.data,
         checkpoint=chosen.checkpoint,
         batch_size=chosen.batch_size,
         rules=chosen.rules,
+        out=chosen.out,
     )
-    print(evaluate.table([summary], [pathlib.Path(chosen.workdir).name]))
+    print(evaluate.table([summary], [pathlib.Path(chosen.model).name]))
     print(
         f"\n{summary['checkpoint']} checkpoint, step {summary['step']}; thresholds "
         f"{summary['thresholds']}; rules {summary['rules']}; macro averages over labels with "

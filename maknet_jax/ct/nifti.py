@@ -64,7 +64,7 @@ def read_nifti(
             raise Rejected("some values are not finite")
         low, high = min(low, plane.min()), max(high, plane.max())
         hu[k] = np.clip(np.rint(plane), -32768, 32767)
-    _check_hu(low, high)
+    check_hu(low, high)
     stored = [str(k) for k in range(len(hu))]
     return hu, opened.spacing, tuple(stored[::-1] if opened.axes[0].flip else stored)
 
@@ -175,17 +175,21 @@ def _open(path: str | os.PathLike[str]) -> _Opened:
         raise Rejected("neither sform nor qform: left and right are unknown")
     if unit not in ("mm", "unknown"):
         raise Rejected(f"the unit of the affine is {unit}: only mm is supported")
-    axes, spacing = _geometry(affine)
-    if forms[0] > 0 and qform is not None and _geometry(qform)[0] != axes:
+    axes, spacing = geometry_of(affine)
+    if forms[0] > 0 and qform is not None and geometry_of(qform)[0] != axes:
         raise Rejected("sform and qform disagree about the orientation")
     z, y, x = axes
     return _Opened(proxy, affine, axes, shape, (spacing[z.axis], spacing[y.axis], spacing[x.axis]))
 
 
-def _geometry(
+def geometry_of(
     affine: np.ndarray,
 ) -> tuple[tuple[geometry.StoredAxis, geometry.StoredAxis, geometry.StoredAxis], list[float]]:
-    """(standard axes, mm along each stored axis) of an affine [4, 4] to RAS."""
+    """(standard axes, mm along each stored axis) of an affine [4, 4] to RAS.
+
+    Raises:
+      Rejected: it is oblique, singular, or not in millimetres.
+    """
     columns = np.asarray(affine, float)[:3, :3]
     spacing = np.linalg.norm(columns, axis=0)
     if not (
@@ -215,8 +219,16 @@ def _scaled(opened: _Opened, plane: np.ndarray) -> np.ndarray:
     return plane * slope + intercept
 
 
-def _check_hu(low: float, high: float) -> None:
-    """Rejects values that cannot be HU: CT contains air, so HU go below 0 and span a wide range."""
+def check_hu(low: float, high: float) -> None:
+    """Rejects values that cannot be HU: CT contains air, so HU go below 0 and span a wide range.
+
+    Args:
+      low: the smallest value of a volume.
+      high: the largest.
+
+    Raises:
+      Rejected: they are not HU.
+    """
     values = f"values from {low:g} to {high:g}"
     if low >= 0:
         raise Rejected(

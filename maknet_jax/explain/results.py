@@ -75,7 +75,13 @@ def explain(
     """
     out = pathlib.Path(out)
     settings = settings | {"selection": selection.identity}
-    claim(out, {"settings.json": settings}, command=f"maknet {title}", option="--out")
+    claim(
+        out,
+        {"settings.json": settings},
+        command=f"maknet {title}",
+        option="--out",
+        upgrade=lambda _, stored: _without_names(stored),
+    )
     paths = {n: out / "cases" / f"{n:05d}.npz" for n in range(len(selection.readers))}
     mine = range(jax.process_index(), len(paths), jax.process_count())
     todo = [number for number in mine if not paths[number].exists()]
@@ -98,6 +104,12 @@ def explain(
             (out / "settings.json").unlink(missing_ok=True)
         raise InputError(f"no image could be read: {failures[0][0]}: {failures[0][1]}")
     return done, failures
+
+
+def _without_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an earlier version, whose networks began with a name, as this one writes them."""
+    networks = [identity[-3:] for identity in settings.get("networks", ())]
+    return settings | {"networks": networks} if networks else settings
 
 
 def _read(selection: Selection, numbers: Iterable[int]) -> tuple[Images, Failures]:
@@ -124,14 +136,22 @@ def save(path: pathlib.Path, metadata: dict[str, Any], arrays: dict[str, np.ndar
         np.savez_compressed(file, **content)
 
 
-def load_metadata(path: str | pathlib.Path) -> dict[str, Any]:
-    """The metadata alone, without decompressing the arrays."""
+def load_metadata(path: str | pathlib.Path, names: Sequence[str] = ()) -> dict[str, Any]:
+    """The metadata alone, without decompressing the arrays.
+
+    Args:
+      path: the file.
+      names: of the networks now, in the order of the results; workdirs may have moved since.
+    """
     with np.load(path) as stored:
-        return json.loads(str(stored["about"]))
+        metadata = json.loads(str(stored["about"]))
+    for model, name in zip(metadata["models"], names, strict=False):
+        model["name"] = name
+    return metadata
 
 
-def load(path: str | pathlib.Path) -> Result:
-    """(metadata, arrays) as `save` wrote them."""
+def load(path: str | pathlib.Path, names: Sequence[str] = ()) -> Result:
+    """(metadata, arrays) as `save` wrote them; for `names` see `load_metadata`."""
     with np.load(path) as stored:
         arrays = {name: stored[name] for name in stored.files if name != "about"}
-    return load_metadata(path), arrays
+    return load_metadata(path, names), arrays

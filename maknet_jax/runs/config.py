@@ -24,11 +24,14 @@ Value: TypeAlias = "bool | int | float | str | tuple[Value, ...] | Mapping[str, 
 # Fields that configs of earlier versions lack -> the value that reproduces such a run.
 ADDED_FIELDS: dict[str, Value] = {
     "pseudo": {"path": "", "batch_size": 64, "balance": 0},  # labelled images only
-    "init": {"path": "", "head": False},  # random weights
+    "init.shared_labels": False,  # a new head
+    "init": {"path": "", "head": False, "shared_labels": False},  # random weights
     "ema_decay": 0.0,  # no average of the weights
     "augment.translation_probability": 0.0,
     "augment.translation_range": 0.1,  # not used at probability 0
 }
+
+FROM_INIT = "from_init"  # model.name: the network of init.path, see `setup.set_up`
 
 
 def folder() -> pathlib.Path:
