@@ -131,9 +131,9 @@ def test_a_patient_in_two_splits_is_refused(cases, tmp_path):
 def test_meta_csv_is_used_unless_shares_are_given(tmp_path):
     for name in ("s1", "s2"):
         organ_cases.write_case(tmp_path / "ts" / name, {"liver": [20] * 12})
-    (tmp_path / "ts" / "meta.csv").write_text("image_id;age;split\ns1;50;train\ns2;60;val\n")
+    (tmp_path / "ts" / "meta.csv").write_text("image_id;age;split\ns1;50;train\ns2;60;hand\n")
     run([tmp_path / "ts"], tmp_path / "meta")
-    assert members(tmp_path / "meta") == {"s1": "train", "s2": "val"}
+    assert members(tmp_path / "meta") == {"s1": "train", "s2": "hand"}
     run([tmp_path / "ts"], tmp_path / "hash", splits=SplitOptions(shares={"test": 1.0}))
     assert set(members(tmp_path / "hash").values()) == {"test"}
 

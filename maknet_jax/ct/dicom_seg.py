@@ -82,7 +82,7 @@ def read_header(path: str | os.PathLike[str]) -> SegHeader:
         raise Rejected(f"references {len(set(series))} series: expected the one of its CT")
     names = [name for _, name in segments if name]
     if len(set(names)) < len(segments):
-        raise Rejected("segments without a label, or two with the same one: which is which?")
+        raise Rejected("two segments have equal labels, or one has none: names must be unique")
     return SegHeader(str(path), patient, series[0], segments)
 
 
