@@ -107,3 +107,13 @@ def trained(shards, tmp_path_factory):
     )
     train.train(page, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def exported(trained, tmp_path_factory):
+    """The bundle of `trained`, with its zip beside it; tests must not change it."""
+    import maknet_jax
+
+    out = tmp_path_factory.mktemp("bundles") / "torso"
+    maknet_jax.export(trained, out, zipped=True)
+    return out

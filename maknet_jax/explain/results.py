@@ -145,7 +145,7 @@ def load_metadata(path: str | pathlib.Path, names: Sequence[str] = ()) -> dict[s
     """
     with np.load(path) as stored:
         metadata = json.loads(str(stored["about"]))
-    for model, name in zip(metadata["models"], names, strict=False):
+    for model, name in zip(metadata.get("models", ()), names, strict=False):
         model["name"] = name
     return metadata
 
