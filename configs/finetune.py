@@ -4,9 +4,11 @@
     maknet train --config finetune --workdir runs/mine --config.data.path=shards/mine \\
         --config.init.path=runs/teacher
 
-init.path is any workdir or a file of `maknet import-weights`; model.name must be that network. The
-trunk learns at a tenth of the head's rate; `--config.optimizer.trunk_rate=0` freezes it together
-with its BatchNorm statistics. It reproduces nothing of the paper: all numbers are our choice.
+init.path is any workdir, a bundle, a released model or a file of `maknet import-weights`; the
+network is the one that it holds, whatever its widths. `--config.init.shared_labels=True` keeps the
+scores of labels that both data sets have; the head is new otherwise. The trunk learns at a tenth of
+the head's rate; `--config.optimizer.trunk_rate=0` freezes it together with its BatchNorm
+statistics. It reproduces nothing of the paper: all numbers are our choice.
 """
 
 from maknet_jax.runs.config import load
@@ -18,7 +20,8 @@ def get_config():
     config.epochs = 30.0
     config.data.path = "shards/mine"
     config.data.batch_size = 32
-    config.model = {"name": "maknet", "options": {"dropout_rate": 0.5}}  # or vgg16, resnet18
+    # The network of init.path; options that are listed here replace its own.
+    config.model = {"name": "from_init", "options": {"dropout_rate": 0.5}}
     config.optimizer = load("lesanet").optimizer  # SGD as in LesaNet, which explains its fields
     config.optimizer.learning_rate = 0.01  # of the head
     config.optimizer.trunk_rate = 0.1  # factor of it for the trunk; 0 freezes the trunk

@@ -2,7 +2,7 @@
 
     maknet train --config linear --workdir runs/linear --config.data.path=demo/shards
 
-Not part of the paper; the README says what to expect.
+Not part of the paper; for results see benchmarks/RESULTS.md.
 """
 
 from maknet_jax.runs.config import load

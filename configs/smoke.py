@@ -2,7 +2,8 @@
 
     maknet train --config smoke --workdir runs/smoke --config.data.path=demo/shards
 
-The default data are those of `make demo`; the README says what to expect. Not part of the paper.
+The default data are those of `make demo`; for results see benchmarks/RESULTS.md. Not part of the
+paper.
 """
 
 from ml_collections import ConfigDict
@@ -43,8 +44,9 @@ def get_config():
                 },
             },
             "init": {
-                "path": "",  # workdir or file of `maknet import-weights`; "": random weights
-                "head": False,  # True also takes a workdir's classifier; needs the same labels
+                "path": "",  # workdir, bundle, or file of `import-weights`; "": random weights
+                "head": False,  # True also takes its classifier; needs the same labels
+                "shared_labels": False,  # True takes the classifier's part for labels of both
             },
             "loss": {
                 "name": "weighted_focal",

@@ -4,7 +4,7 @@
         --config.student=smoke_student --config.labelled=demo/shards \\
         --config.unlabelled=demo/unlabelled
 
-It shows on the phantom that the rounds work; the README says what they gain there.
+It shows on the phantom that the rounds work; for their gain see benchmarks/RESULTS.md.
 """
 
 from maknet_jax.runs.config import load

@@ -45,8 +45,9 @@ def get_config():
                 },
             },
             "init": {
-                "path": "",  # workdir or file of `maknet import-weights`; "": random weights
-                "head": False,  # True also takes a workdir's classifier; needs the same labels
+                "path": "",  # workdir, bundle, or file of `import-weights`; "": random weights
+                "head": False,  # True also takes its classifier; needs the same labels
+                "shared_labels": False,  # True takes the classifier's part for labels of both
             },
             "loss": {
                 "name": "weighted_focal",  # or lesion

@@ -75,7 +75,7 @@ def attribute(
     """Integrated Gradients of a selection of images; resumes if interrupted.
 
     Args:
-      folder: the workdir of `maknet train`.
+      folder: the workdir of `maknet train`, a bundle or a released name.
       out: the folder to write: cases/*.npz (maps), overlays/*.png, index.json, attributions.csv,
         index.html (works offline), summary.json, failures.csv.
       selection: which images, labels and networks.
@@ -97,12 +97,11 @@ def attribute(
     networks = open_networks(folder, selection.compare, checkpoint=selection.checkpoint)
     run = networks[0].run
     columns = label_columns(run, selection.labels)
-    selected = select(run, folder, selection)
+    selected = select(run, selection)
     devices = jax.local_device_count()
     batch_size = sharding.round_up_to_devices(path.batch_size or devices, devices)
     settings = results.shared_settings(networks, selection, path, display)
     settings |= {"output": path.output, "refine": path.refinements, "faithful": faithful}
-    fits: dict[str, tuple[int, int]] = {}
 
     def explain_batch(numbered: results.Images) -> list[results.Result]:
         hu = results.padded(numbered.values(), batch_size)
@@ -119,23 +118,7 @@ def attribute(
             # Networks are compared by one label, which the second may not have among its own.
             compared = bool(explained) and faithful
             asked = np.column_stack([targets, first]) if compared else targets
-            if network.name not in fits:
-                fits[network.name] = ig.fit(
-                    network.logit_fn, images, asked.shape[1], output=path.output
-                )
-            chunk, rows = fits[network.name]
-            attribution = ig.integrated_gradients(
-                network.logit_fn,
-                images,
-                asked,
-                black,
-                steps=path.steps,
-                method=path.method,
-                output=path.output,
-                refine=path.refinements,
-                chunk=chunk,
-                rows=rows,
-            )
+            attribution = network.attribute(images, asked, black, path)
             areas = None
             if random is not None:
                 maps = attribution.maps[:, -1 if compared else 0].sum(-1)
@@ -146,13 +129,8 @@ def attribute(
             for row, (number, image) in enumerate(numbered.items())
         ]
 
-    done, failures = results.explain(
-        "attribute", out, selected, settings, explain_batch, batch_size=batch_size
-    )
-    summary = settings | {"workdir": str(folder), "images": len(done), "failures": len(failures)}
-    if jax.process_index() == 0:
-        summary |= _write(out, done, failures, summary, display.most_shown)
-    return summary
+    job = results.Job("attribute", out, folder, networks, selected, settings)
+    return job.run(explain_batch, _write, batch_size=batch_size, most_shown=display.most_shown)
 
 
 def _random_order(hu: np.ndarray, base: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
@@ -258,15 +236,18 @@ def _pictures(arrays: dict[str, np.ndarray], models: int) -> Iterator[list[np.nd
         yield [overlay.colours(one, overlay.scale_of(one)) for one in smoothed]
 
 
-def cards(paths: Iterable[pathlib.Path], display: tuple[float, float]) -> Iterator[Markup]:
+def cards(
+    paths: Iterable[pathlib.Path], display: tuple[float, float], names: Sequence[str] = ()
+) -> Iterator[Markup]:
     """The HTML cards of results: an image with its maps each.
 
     Args:
       paths: files of results.
       display: (low, high) in HU of the pictures.
+      names: of the networks, see `results.load_metadata`.
     """
     for path in paths:
-        metadata, arrays = results.load(path)
+        metadata, arrays = results.load(path, names)
         grey = overlay.to_uri(contact_sheet.to_grey(arrays["image"], display))
         pictures = _pictures(arrays, len(metadata["models"]))
         for model, maps in zip(metadata["models"], pictures, strict=True):
@@ -284,19 +265,14 @@ def _differences(areas: dict[str, dict[str, np.ndarray]]) -> Iterator[tuple[str,
             yield f"{area}, {one} minus {two}", areas[one][area] - areas[two][area]
 
 
-def _write(
-    out: pathlib.Path,
-    done: dict[int, pathlib.Path],
-    failures: results.Failures,
-    summary: dict[str, Any],
-    most_shown: int,
-) -> dict[str, Any]:
+def _write(explained: results.Explained) -> dict[str, Any]:
     """Writes everything but the results themselves; returns what it adds to the summary."""
+    out, summary, names = explained.out, explained.summary, explained.names
     index, rows, groups = [], [], []
     flags: dict[str, list[bool]] = {}
     per_image: dict[str, list[list[float]]] = {}
-    for number, path in done.items():
-        metadata = results.load_metadata(path)
+    for number, path in explained.files.items():
+        metadata = results.load_metadata(path, names)
         file = path.relative_to(out).as_posix()
         index.append({"number": number, "file": file, "overlay": f"overlays/{path.stem}.png"})
         index[-1] |= metadata
@@ -312,7 +288,7 @@ def _write(
                 rows.append([values[column] for column in COLUMNS])
     files.write_json(out / "index.json", index)
     console.write_table(out / "attributions.csv", COLUMNS, rows)
-    console.write_failures(out / "failures.csv", failures)
+    console.write_failures(out / "failures.csv", explained.failures)
     more: dict[str, Any] = {
         "complete": {name: float(1 - np.mean(each)) for name, each in flags.items()},
         "flagged": {name: int(np.sum(each)) for name, each in flags.items()},
@@ -330,12 +306,13 @@ def _write(
         more["differences"] = {
             name: faithfulness.bootstrap(values, groups) for name, values in _differences(areas)
         }
-    shown = list(done.values())[:most_shown]
+    shown = list(explained.files.values())[: explained.most_shown]
     with files.write_whole(out / "index.html") as page_file:
         lead = page.attribution_lead(summary | more, len(shown))
-        page_file.write(page.document("Attributions", lead, cards(shown, summary["display"])))
-    names = ("index.html", "attributions.csv", "index.json", "cases", "overlays")
-    more["files"] = [str(out / name) for name in names]
-    more["failures_file"] = str(out / "failures.csv") if failures else None
+        drawn = cards(shown, summary["display"], names)
+        page_file.write(page.document("Attributions", lead, drawn))
+    written = ("index.html", "attributions.csv", "index.json", "cases", "overlays")
+    more["files"] = [str(out / name) for name in written]
+    more["failures_file"] = str(out / "failures.csv") if explained.failures else None
     files.write_json(out / "summary.json", summary | more)
     return more

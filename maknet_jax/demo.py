@@ -95,7 +95,7 @@ def demo(out: str | pathlib.Path, *, seed: int = 0, workers: int = 1) -> dict[st
     print(
         f"\nWith {images:,} unlabelled images the student gained {after - before:+.4f} AUC (hand) "
         "over its teacher.\nOn the phantom, longer training with noise alone gains as well: see "
-        "the README."
+        "benchmarks/RESULTS.md."
     )
     print(
         "test: labels mined from reports, some missing or wrong; hand: labelled by hand.\n"

@@ -29,6 +29,7 @@ def evaluate(
     checkpoint: str = "best",
     batch_size: int | None = None,
     rules: str = protocol.OURS,
+    out: pathlib.Path | str | None = None,
 ) -> dict:
     """Scores splits and writes `WORKDIR/evaluation/SPLIT.json` and `SPLIT_labels.csv`.
 
@@ -40,13 +41,14 @@ def evaluate(
     training examples.
 
     Args:
-      folder: the workdir of `maknet train`.
+      folder: the workdir of `maknet train`; a bundle or a released name needs `data` and `out`.
       splits: names; None takes `test` and `hand`, as far as they exist.
       data: another prepared data set with the same labels; None takes the training data.
       checkpoint: "best" or "last".
       batch_size: images per step; None takes the config's.
       rules: "ours", or "lesanet" to agree with LesaNet's published evaluate.py, see
         `evaluation.protocol`; the results of "lesanet" go to a folder `lesanet` of their own.
+      out: the folder to write instead of `WORKDIR/evaluation`.
 
     Returns:
       The summary, also written to `summary_SPLITS.json`; `splits` holds the metrics of each split.
@@ -56,11 +58,10 @@ def evaluate(
         network's, or LesaNet's rules lack the direct parents of the labels.
     """
     protocol.find_rules(rules)  # before anything is scored
-    folder = pathlib.Path(folder)
     run = workdir.open_run(folder, checkpoint_name=checkpoint)
-    trained_on = files.read_json(folder / "dataset.json")
-    dataset = records.open_dataset(data or trained_on["path"])
-    other = dataset.fingerprint != trained_on["fingerprint"]
+    out = pathlib.Path(out) if out else run.output_folder("evaluation")
+    dataset = records.open_dataset(data or run.data_path)
+    other = dataset.fingerprint != run.dataset.get("fingerprint")
     if dataset.vocabulary.names != run.vocabulary.names:
         raise InputError(
             f"the {len(dataset.vocabulary)} labels of {dataset.path} are not the "
@@ -74,13 +75,14 @@ def evaluate(
     names = list(dict.fromkeys([*([chosen_on] if chosen_on else []), *wanted]))
     scores = _score(run, dataset, names, batch_size or run.batch_size)
     thresholds = scores[chosen_on].thresholds(rules) if chosen_on else run.thresholds
-    out = folder / "evaluation" / (f"on-{dataset.path.resolve().name}" if other else "")
+    out = out / (f"on-{dataset.path.resolve().name}" if other else "")
     out = out / ("" if rules == protocol.OURS else rules)
     summary = {
         "workdir": str(folder),
         "data": str(dataset.path),
         "checkpoint": run.name,
         "step": run.step,
+        "trained_on": run.trained_on,
         "thresholds": f"chosen on {chosen_on}" if chosen_on else "of the training run",
         "rules": rules,
         "out": str(out),
@@ -93,7 +95,7 @@ def evaluate(
     }
     if jax.process_index() == 0:
         _write(out, summary, reports, thresholds, run.vocabulary.names)
-        with console.Log(folder / "log.jsonl") as log:
+        with console.Log((out if run.is_bundle else run.source) / "log.jsonl") as log:
             log.event(event="evaluated", **summary)
     return summary
 

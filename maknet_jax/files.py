@@ -49,6 +49,38 @@ def write_whole(
         raise
 
 
+@contextlib.contextmanager
+def write_folder(
+    path: str | os.PathLike[str], *, replace: Callable[[pathlib.Path], bool] | None = None
+) -> Iterator[pathlib.Path]:
+    """Yields a temporary folder beside `path` that takes its name only when the block ends well.
+
+    Args:
+      path: the final name; it must be free or an empty folder, unless `replace` allows more.
+      replace: replace(path) says whether what lies at `path` may be replaced.
+
+    Raises:
+      InputError: something else lies at `path`.
+    """
+    path = pathlib.Path(path).absolute()
+    taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    if taken and not (replace and replace(path)):
+        raise InputError(f"{path} exists and would be overwritten: choose another folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(".tmp", f".{path.name}.", path.parent) as parent:
+        new, old = pathlib.Path(parent) / "new", pathlib.Path(parent) / "old"
+        new.mkdir()
+        yield new
+        if taken:
+            path.rename(old)
+        try:
+            new.rename(path)
+        except BaseException:
+            if taken:
+                old.rename(path)
+            raise
+
+
 def has_foreign_files(folder: str | os.PathLike[str], *names: str) -> bool:
     """Whether `folder` is a file, or holds anything beside `names` and leftovers of killed writers.
 

@@ -64,7 +64,7 @@ def perturb(
     for each network by its own map, and "random" deletes as many random pixels, as a control.
 
     Args:
-      folder: the workdir of `maknet train`.
+      folder: the workdir of `maknet train`, a bundle or a released name.
       out: the folder to write: cases/*.npz, pictures/*.png, perturbations.csv, index.html (works
         offline), summary.json, failures.csv.
       selection: which images, labels and networks; `top` is the number of labels compared.
@@ -100,7 +100,7 @@ def perturb(
         raise InputError(f"--share {share} should be above 0 and below 1")
     networks = open_networks(folder, selection.compare, checkpoint=selection.checkpoint)
     run = networks[0].run
-    selected = select(run, folder, selection)
+    selected = select(run, selection)
     digest = None
     if {"neighbour", "patch"} & set(strategies):
         digest = check_masks(pathlib.Path(masks), organs) if masks else None
@@ -129,13 +129,8 @@ def perturb(
             for row, (number, image) in enumerate(numbered.items())
         ]
 
-    done, failures = results.explain(
-        "perturb", out, selected, settings, explain_batch, batch_size=batch_size
-    )
-    summary = settings | {"workdir": str(folder), "images": len(done), "failures": len(failures)}
-    if jax.process_index() == 0:
-        summary |= _write(out, done, failures, summary, display.most_shown)
-    return summary
+    job = results.Job("perturb", out, folder, networks, selected, settings)
+    return job.run(explain_batch, _write, batch_size=batch_size, most_shown=display.most_shown)
 
 
 def _influential(
@@ -229,20 +224,15 @@ def _scored(network: Network, hu: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.argsort(-scores, axis=1, kind="stable"), scores
 
 
-def _write(
-    out: pathlib.Path,
-    done: dict[int, pathlib.Path],
-    failures: results.Failures,
-    summary: dict[str, Any],
-    most_shown: int,
-) -> dict[str, Any]:
+def _write(explained: results.Explained) -> dict[str, Any]:
     """Writes everything but the results themselves; returns what it adds to the summary."""
+    out, summary, names = explained.out, explained.summary, explained.names
     rows: list[list[Any]] = []
     drops: dict[tuple[str, str], list[float]] = {}
     stays: dict[tuple[str, str], list[float]] = {}
     groups: dict[tuple[str, str], list[str]] = {}
-    for path in done.values():
-        metadata = results.load_metadata(path)
+    for path in explained.files.values():
+        metadata = results.load_metadata(path, names)
         for model in metadata["models"]:
             original, *columns = model["columns"]
             before = {entry["label"]: entry for entry in original["labels"]}
@@ -277,7 +267,7 @@ def _write(
                 stays.setdefault(key, []).append(stay)
                 groups.setdefault(key, []).append(metadata["group"])
     console.write_table(out / "perturbations.csv", COLUMNS, rows)
-    console.write_failures(out / "failures.csv", failures)
+    console.write_failures(out / "failures.csv", explained.failures)
     by_network = [
         {
             "model": key[0],
@@ -289,15 +279,16 @@ def _write(
         }
         for key, values in drops.items()
     ]
-    shown = list(done.values())[:most_shown]
+    shown = list(explained.files.values())[: explained.most_shown]
     with files.write_whole(out / "index.html") as file:
         lead = page.perturbation_lead(summary, *table(by_network), len(shown))
-        file.write(page.document("Perturbations", lead, map(_card, shown)))
-    names = ("index.html", "perturbations.csv", "cases", "pictures")
+        drawn = (_card(path, names) for path in shown)
+        file.write(page.document("Perturbations", lead, drawn))
+    written = ("index.html", "perturbations.csv", "cases", "pictures")
     more: dict[str, Any] = {
         "results": by_network,
-        "files": [str(out / name) for name in names],
-        "failures_file": str(out / "failures.csv") if failures else None,
+        "files": [str(out / name) for name in written],
+        "failures_file": str(out / "failures.csv") if explained.failures else None,
     }
     files.write_json(out / "summary.json", summary | more)
     return more
@@ -326,8 +317,8 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
     return header, cells
 
 
-def _card(path: pathlib.Path) -> Markup:
-    metadata, arrays = results.load(path)
+def _card(path: pathlib.Path, names: Sequence[str]) -> Markup:
+    metadata, arrays = results.load(path, names)
     for place, model in enumerate(metadata["models"]):
         for column, picture in zip(model["columns"], arrays[f"pictures_{place}"], strict=True):
             column["uri"] = overlay.to_uri(picture)

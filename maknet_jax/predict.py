@@ -11,7 +11,8 @@ from maknet_jax import console, files
 from maknet_jax.ct import preprocess, search, volumes
 from maknet_jax.ct.read_ahead import read_ahead
 from maknet_jax.errors import InputError, Rejected
-from maknet_jax.evaluation import metrics, protocol
+from maknet_jax.evaluation import metrics
+from maknet_jax.evaluation.series import SeriesResult
 from maknet_jax.figures.charts import write_label_chart
 from maknet_jax.runs import workdir
 from maknet_jax.training import sharding
@@ -31,6 +32,7 @@ def predict(
     batch_size: int = 16,
     as_json: bool = False,
     charts: bool = False,
+    features: str | pathlib.Path | None = None,
 ) -> dict[str, Any]:
     """Predicts the labels of every slice of every CT series under `path`.
 
@@ -39,7 +41,7 @@ def predict(
     parent of a predicted label. Labels are listed by decreasing confidence.
 
     Args:
-      folder: the workdir of `maknet train`.
+      folder: the workdir of `maknet train`, a bundle or a released name.
       path: a file or a folder of DICOM, NIfTI or PNG.
       out: the CSV of slices. `STEM.series.csv`, `STEM.summary.json` and `STEM.log.jsonl` are
         written beside it, and `STEM.failures.csv` if inputs were rejected. One unreadable slice
@@ -49,6 +51,8 @@ def predict(
       batch_size: slices per step.
       as_json: also write `STEM.json` with all confidences.
       charts: draw `STEM.NNN.png` for each series: its labels from head to feet.
+      features: an .npz file for the pooled features of all slices: `features` float32 `[N, F]` and
+        `ids`, SERIES:SLICE each.
 
     Returns:
       The summary: counts, files, and for each series the range of slices of each label.
@@ -59,6 +63,8 @@ def predict(
     out = pathlib.Path(out)
     if out.suffix != ".csv" or out.is_dir():
         raise InputError(f"--out {out} should be a file whose name ends in .csv")
+    if features is not None and pathlib.Path(features).suffix != ".npz":
+        raise InputError(f"--features {features} should be a file whose name ends in .npz")
     series, failures = search.find_series(path)
     if not series:
         reason = f": {failures[0][0]}: {failures[0][1]}" if failures else ""
@@ -68,6 +74,8 @@ def predict(
     series_rows: list[tuple] = []
     confidences: list[dict[str, Any]] = []
     chart_files: list[pathlib.Path] = []
+    feature_rows: list[np.ndarray] = []
+    feature_ids: list[str] = []
     series_count = 0
     load = functools.partial(volumes.load_series, png_window=png_window)
     with console.progress("predict", sum(ref.count for ref in series)) as advance:
@@ -77,19 +85,26 @@ def predict(
             except Rejected as error:
                 failures.append((ref.paths[0], str(error)))
                 continue
-            scores = score_volume(run, volume, batch_size, png_window, advance)
-            predicted = predict_labels(run, scores)
-            slice_rows += _slice_rows(run, volume, scores, predicted)
-            series_rows += _series_rows(run, volume, scores, predicted)
-            if charts and len(scores) >= MIN_CHART_SLICES:
+            result = predict_volume(
+                run, volume, batch_size, png_window, advance, features=features is not None
+            )
+            slice_rows += _slice_rows(result)
+            series_rows += _series_rows(result)
+            if result.features is not None:
+                feature_rows.append(result.features)
+                feature_ids += [f"{result.id}:{number}" for number in range(len(result))]
+            if charts and len(result) >= MIN_CHART_SLICES:
                 chart = out.with_suffix(f".{series_count:03d}.png")
-                title = f"{volume.series}: {pathlib.Path(folder).name}, step {run.step}"
-                write_label_chart(chart, scores, predicted, run.vocabulary.names, title=title)
+                title = f"{result.id}: {run.source.name}, step {run.step}"
+                write_label_chart(
+                    chart, result.confidences, result.predicted, result.names, title=title
+                )
                 chart_files.append(chart)
             series_count += 1
             if as_json:
-                names = {"series": volume.series, "slices": list(volume.slices)}
-                confidences.append(names | {"confidences": np.round(scores, 4).tolist()})
+                names = {"series": result.id, "slices": list(result.slices)}
+                rounded = np.round(result.confidences, 4).tolist()
+                confidences.append(names | {"confidences": rounded})
     if not slice_rows:
         raise InputError(f"{path} holds no readable series: {failures[0][0]}: {failures[0][1]}")
     console.write_table(out, SLICE_COLUMNS, slice_rows)
@@ -99,12 +114,17 @@ def predict(
         labels = {"labels": run.vocabulary.names, "thresholds": run.thresholds.tolist()}
         files.write_json(out.with_suffix(".json"), labels | {"series": confidences})
         written.append(out.with_suffix(".json"))
+    if features is not None:
+        with files.write_whole(features, "wb") as file:
+            np.savez(file, features=np.concatenate(feature_rows), ids=np.array(feature_ids))
+        written.append(pathlib.Path(features))
     failures_file = out.with_suffix(".failures.csv")
     console.write_failures(failures_file, failures)
     summary = {
         "workdir": str(folder),
         "checkpoint": run.name,
         "step": run.step,
+        "trained_on": run.trained_on,
         "series": series_count,
         "slices": len(slice_rows),
         "failures": len(failures),
@@ -118,14 +138,17 @@ def predict(
     return summary
 
 
-def score_volume(
+def predict_volume(
     run: workdir.Run,
     volume: volumes.Volume,
     batch_size: int = 16,
     png_window: tuple[float, float] | None = None,
     advance: Callable[[int], None] = lambda count: None,
-) -> np.ndarray:
-    """Confidences of all slices of a volume: float32 `[Z, K]`.
+    *,
+    features: bool = False,
+    read: Callable[[], volumes.Volume] | None = None,
+) -> SeriesResult:
+    """The labels of all slices of a volume.
 
     Args:
       run: the trained network.
@@ -133,55 +156,87 @@ def score_volume(
       batch_size: slices per step; rounded up to a multiple of the devices.
       png_window: (low, high) HU that 0 and 255 of 8-bit PNGs stand for.
       advance: called with the number of slices after each batch.
+      features: also return the pooled features.
+      read: reads the volume again, so that the result need not hold it; None: it holds it.
     """
+    confidences, pooled = _score(run, volume, batch_size, png_window, advance, features=features)
+    return SeriesResult.of_scores(
+        volume,
+        run.vocabulary,
+        run.thresholds,
+        confidences,
+        features=pooled,
+        read=read or (lambda: volume),
+        png_window=png_window,
+    )
+
+
+def score_volume(
+    run: workdir.Run,
+    volume: volumes.Volume,
+    batch_size: int = 16,
+    png_window: tuple[float, float] | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> np.ndarray:
+    """Confidences of all slices of a volume: float32 `[Z, K]`; for the arguments see above."""
+    return _score(run, volume, batch_size, png_window, advance, features=False)[0]
+
+
+def _score(
+    run: workdir.Run,
+    volume: volumes.Volume,
+    batch_size: int,
+    png_window: tuple[float, float] | None,
+    advance: Callable[[int], None],
+    *,
+    features: bool,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """(confidences `[Z, K]`, features `[Z, F]` or None) of all slices of a volume."""
     size = run.size
     threshold = preprocess.body_threshold(volume.hu, png_window)
-    batch_size = sharding.round_up_to_devices(batch_size)
-    scores = []
+    batch_size = sharding.round_up_to_devices(batch_size, run.mesh.size)
+    scores, pooled = [], []
     for start in range(0, len(volume.hu), batch_size):
         centres = range(start, min(start + batch_size, len(volume.hu)))
         images = np.zeros((batch_size, size, size, 3), np.int16)
         for row, centre in enumerate(centres):
             around = preprocess.neighbours(volume.hu, centre)
             images[row], _ = preprocess.make_triplet(around, size, threshold=threshold)
-        logits = run.predict(run.variables, {"image": images})["logits"][: len(centres)]
+        if features:
+            both = run.score_with_features({"image": images})
+            logits, rows = (np.asarray(each)[: len(centres)] for each in both)
+            pooled.append(rows)
+        else:
+            logits = run.predict(run.variables, {"image": images})["logits"][: len(centres)]
         scores.append(metrics.sigmoid(logits))
         advance(len(centres))
-    return np.concatenate(scores)
+    return np.concatenate(scores), np.concatenate(pooled) if features else None
 
 
-def predict_labels(run: workdir.Run, scores: np.ndarray) -> np.ndarray:
-    """Confidences `[Z, K]` -> bool `[Z, K]`: labels that reach their threshold, and parents."""
-    predicted = protocol.predict(scores, run.thresholds)
-    return protocol.add_parents(predicted, run.vocabulary.parents)
-
-
-def _slice_rows(
-    run: workdir.Run, volume: volumes.Volume, scores: np.ndarray, predicted: np.ndarray
-) -> Iterator[tuple]:
+def _slice_rows(result: SeriesResult) -> Iterator[tuple]:
     """Yields the `SLICE_COLUMNS` of each slice."""
-    names = run.vocabulary.names
-    for number, name in enumerate(volume.slices):
-        columns = sorted(np.flatnonzero(predicted[number]), key=lambda k: -scores[number, k])
+    for number, name in enumerate(result.slices):
+        columns = result.columns(number)
         yield (
-            volume.series,
+            result.id,
             number,
             name,
-            "|".join(names[k] for k in columns),
-            "|".join(f"{scores[number, k]:.3f}" for k in columns),
-            "|".join(f"{run.thresholds[k]:.1f}" for k in columns),
+            "|".join(result.labels[number]),
+            "|".join(f"{result.confidences[number, k]:.3f}" for k in columns),
+            "|".join(f"{result.thresholds[k]:.1f}" for k in columns),
         )
 
 
-def _series_rows(
-    run: workdir.Run, volume: volumes.Volume, scores: np.ndarray, predicted: np.ndarray
-) -> list[tuple]:
+def _series_rows(result: SeriesResult) -> list[tuple]:
     """The `SERIES_COLUMNS` of each predicted label, sorted by its first slice."""
-    rows = []
-    for column, name in enumerate(run.vocabulary.names):
-        slices = np.flatnonzero(predicted[:, column])
-        if len(slices):
-            first, last = int(slices[0]), int(slices[-1])
-            mean = round(float(scores[slices, column].mean()), 4)
-            rows.append((volume.series, name, first, last, len(slices), mean))
-    return sorted(rows, key=lambda row: (row[2], row[3]))
+    return [
+        (
+            result.id,
+            cover.label,
+            cover.first_slice,
+            cover.last_slice,
+            cover.slices,
+            round(cover.mean_confidence, 4),
+        )
+        for cover in result.covers
+    ]

@@ -12,15 +12,30 @@ from maknet_jax.data import (
     key_slices,
     labels,
     lesions,
+    openkbp,
     records,
+    segmentation_plan,
+    segmentations,
     shards,
     table,
     triplets,
 )
+from maknet_jax.data.segmentation_plan import SplitOptions
+from maknet_jax.data.segmentations import Rules
 from maknet_jax.errors import InputError
 from maknet_jax.figures import contact_sheet
 
+_RULES, _SPLITS = Rules(), SplitOptions()
 _SHOWN = 24  # records on the contact sheet
+# Entries of `about` that count what was left out.
+_COUNTED = (
+    "series_too_small",
+    "series_unreadable",
+    "images_missing",
+    "cases_without_split",
+    "cases_not_found",
+    "series_without_segmentation",
+)
 
 
 def prepare_deeplesion(
@@ -220,6 +235,79 @@ def prepare_table(
     )
 
 
+def prepare_segmentations(
+    folders: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    label_table: str | os.PathLike[str] | None = None,
+    rules: Rules = _RULES,
+    splits: SplitOptions = _SPLITS,
+    origin: Mapping[str, str] | None = None,
+    salt_file: str | os.PathLike[str] | None = None,
+    size: int = 256,
+    workers: int = 1,
+) -> dict[str, Any]:
+    """Prepares CT with organ masks as labelled slices, see `data.segmentations`.
+
+    Args:
+      folders: the cases, see `data.segmentation_cases`; `SPLIT=PATH` puts a folder into one split.
+      out: the folder to write.
+      label_table: a CSV of mask,label, or `totalsegmentator`; None makes every mask a label.
+      rules: how masks become labels.
+      splits: how cases are split.
+      origin: `source`, `citation` and `licence` of the data; runs that train on them keep these.
+      salt_file: the secret key of the ids of DICOM cases, as in `prepare_dicom`.
+      size: the edge S of the images in pixels.
+      workers: processes.
+
+    Returns:
+      The summary; `label_counts` are rows of label, split, records, known, present, unknown.
+
+    Raises:
+      InputError: no case can be used, a table or rule is invalid, a patient is in two splits, or
+        `out` is in use.
+    """
+    _check(out, size)
+    plan = segmentation_plan.plan(folders, label_table, rules=rules, splits=splits, workers=workers)
+    dicom = any(case.ref.kind == "dicom" for case, _ in plan.members)
+    salt = pseudonym.read_salt(salt_file, log=console.Log()) if dicom else ""
+    return _write(
+        out,
+        segmentations.plan_cases(plan.members, plan.labels, rules=rules, size=size, salt=salt),
+        segmentations.make_case,
+        kind="segmentations",
+        size=size,
+        vocabulary=labels.Vocabulary.from_names(plan.labels),
+        about={**(origin or {}), **plan.about},
+        workers=workers,
+        failures=plan.failures,
+        missing=plan.missing,
+        cases=[(case.name, case.patient, split) for case, split in plan.members],
+    )
+
+
+def prepare_openkbp(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[str, Any]:
+    """Converts patients of the OpenKBP release to NIfTI for `prepare_segmentations`.
+
+    Args:
+      folder: a folder of `pt_N/*.csv`, such as `provided-data/train-pats`.
+      out: the folder to write, in TotalSegmentator's layout; finished patients are skipped.
+
+    Returns:
+      The summary: patients, patients that were there already, and failures.
+
+    Raises:
+      InputError: `folder` has no such patients.
+    """
+    out = pathlib.Path(out)
+    patients = openkbp.find_patients(folder)
+    with console.progress("prepare openkbp", len(patients)) as advance:
+        present, failures = openkbp.convert_all(patients, out, advance)
+    console.write_failures(out / "failures.csv", failures)
+    counts = {"patients": len(patients) - len(failures), "present_before": present}
+    return {"out": str(out), **counts, "failures": len(failures)}
+
+
 def _check(out: str | os.PathLike[str], size: int, step: int = 32) -> None:
     # Called before anything is read, because searching a tree of CT can take long.
     if size % step:
@@ -240,6 +328,7 @@ def _write(
     workers: int,
     failures: Sequence[tuple[str, str]] = (),
     missing: Sequence[tuple[str, str]] = (),
+    cases: Sequence[tuple[str, str, str]] = (),
 ) -> dict[str, Any]:
     """Writes the shards, the contact sheet and the reports; returns the summary."""
     out = pathlib.Path(out)
@@ -270,6 +359,11 @@ def _write(
         "counters": info["counters"],
         "about": about,
     }
+    if cases:
+        console.write_table(out / "cases.csv", ("case", "patient", "split"), cases)
+        rows = segmentations.label_rows(vocabulary, info["splits"])
+        console.write_table(out / "label_counts.csv", segmentations.LABEL_COLUMNS, rows)
+        summary["label_counts"] = rows
     files.write_json(out / "summary.json", summary)
     with console.Log(out / "log.jsonl") as log:
         log.event(event="prepared", **summary)
@@ -293,7 +387,9 @@ def describe(summary: dict[str, Any]) -> str:
         lines.append(console.format_table(header, rows))
     else:
         lines += [f"{split}: {count} records" for split, count in summary["records"].items()]
-    for name in ("series_too_small", "series_unreadable", "images_missing"):
+    if "label_counts" in summary:
+        lines.append(console.format_table(segmentations.LABEL_COLUMNS, summary["label_counts"]))
+    for name in _COUNTED:
         if about.get(name):
             lines.append(f"{name.replace('_', ' ')}: {about[name]}")
     lines += [f"{name}: {count}" for name, count in summary["counters"].items()]

@@ -52,7 +52,7 @@ def pseudo_label(
     precision, and labels can differ only for images that are counted as `close`.
 
     Args:
-      folder: the workdir of the teacher.
+      folder: the workdir of the teacher, a bundle or a released name.
       data: the prepared data set with the images.
       out: the folder to write; see `data/pseudo_labels.py`.
       split: the split of the data set.
@@ -88,7 +88,7 @@ def pseudo_label(
     weights = jax.tree.map(np.asarray, run.variables)
     about = {
         "format": pseudo_labels.FORMAT,
-        "teacher": str(pathlib.Path(folder).absolute()),
+        "teacher": str(run.source.absolute()),
         "teacher_digest": transfer.digest(weights["params"], weights.get("batch_stats", {})),
         "teacher_step": run.step,
         "records": str(dataset.path.absolute()),

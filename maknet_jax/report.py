@@ -13,7 +13,7 @@ from maknet_jax import attribute, files
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation.evaluator import Evaluator
-from maknet_jax.explain import results, selection, truth
+from maknet_jax.explain import network, results, selection, truth
 from maknet_jax.explain.options import PathOptions, SelectionOptions
 from maknet_jax.figures import charts, overlay, page
 from maknet_jax.runs import workdir
@@ -35,6 +35,7 @@ def report(
     out: str | pathlib.Path | None = None,
     *,
     split: str | None = None,
+    data: str | pathlib.Path | None = None,
     count: int = 3,
     steps: int = 50,
 ) -> pathlib.Path:
@@ -44,9 +45,11 @@ def report(
     label that is present.
 
     Args:
-      folder: the workdir of `maknet train`; results of `maknet evaluate` are shown if present.
+      folder: the workdir of `maknet train`; results of `maknet evaluate` are shown if present. A
+        bundle or a released name, which have no curves, need `out` and `data`.
       out: the folder to write; None takes WORKDIR/report.
       split: where the cases come from; None takes test, otherwise the validation split.
+      data: the prepared data set; None takes the one that the network was trained on.
       count: number of best cases, and of worst cases.
       steps: of Integrated Gradients.
 
@@ -56,11 +59,10 @@ def report(
     Raises:
       InputError: `folder` is not a run, or its data is missing.
     """
-    folder = pathlib.Path(folder)
-    out = folder / "report" if out is None else pathlib.Path(out)
     run = workdir.open_run(folder)
-    data = files.read_json(folder / "dataset.json")["path"]
-    dataset = records.open_dataset(data)
+    folder = run.source
+    out = run.output_folder("report") if out is None else pathlib.Path(out)
+    dataset = records.open_dataset(data or run.data_path)
     if split is None:
         known = dataset.info["splits"]
         split = "test" if "test" in known and known["test"]["count"] else run.val_split
@@ -186,7 +188,8 @@ def _cards(
     attribute.attribute(folder, explained, options, PathOptions(steps=steps))
     paths = {results.load_metadata(file)["id"]: file for file in explained.glob("cases/*.npz")}
     display = files.read_json(explained / "settings.json")["display"]
-    return list(attribute.cards([paths[name] for name in ids], display))
+    names = [network.network_name(run)]
+    return list(attribute.cards([paths[name] for name in ids], display, names))
 
 
 def _contact_sheet(dataset: records.Dataset) -> str | None:

@@ -15,8 +15,7 @@ from maknet_jax.data import lesions, pipeline, records
 from maknet_jax.errors import InputError, Rejected
 from maknet_jax.figures import contact_sheet
 from maknet_jax.runs import workdir
-from maknet_jax.training import sharding, step
-from maknet_jax.training.state import Variables
+from maknet_jax.training import sharding
 
 NEIGHBOURS = 6  # read on each side of a DICOM slice: 2 mm even where slices are 0.4 mm apart
 _NO_SPACING = "{} does not store its spacing: add --spacing X,Y,Z in mm"
@@ -156,19 +155,7 @@ def make_embed(run: workdir.Run) -> Callable[[dict[str, np.ndarray]], jax.Array]
     Args:
       run: of a LesaNet.
     """
-    to_input = run.to_input
-
-    @jax.jit
-    def embed(variables: Variables, images: jax.Array, box: jax.Array | None) -> jax.Array:
-        boxes = step.box_kwargs(run.model, box)
-        outputs: Any = run.model.apply(variables, to_input(images), train=False, **boxes)
-        return outputs.features
-
-    def embed_batch(batch: dict[str, np.ndarray]) -> jax.Array:
-        on_devices = sharding.put_batch(run.mesh, batch)
-        return embed(run.variables, on_devices["image"], on_devices.get("box"))
-
-    return embed_batch
+    return lambda batch: run.score_with_features(batch)[1]
 
 
 def _embeddings(

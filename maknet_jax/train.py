@@ -31,9 +31,12 @@ from maknet_jax.training import checkpoint, sharding
 from maknet_jax.training import log as metric_log
 from maknet_jax.training.state import TrainState
 
-# May change on resume, because no number depends on them. Moved data keep their fingerprint.
-MAY_CHANGE = {"data.path", "data.threads", "pseudo.path"}
+# May change on resume, because no number depends on them. Moved data keep their fingerprint, moved
+# weights their digest.
+MAY_CHANGE = {"data.path", "data.threads", "pseudo.path", "init.path"}
 MAY_CHANGE |= {"dataset.path", "dataset.labels", "dataset.size"}
+# Runs of earlier versions lack it; the fingerprint says whether the data are the same.
+MAY_CHANGE |= {f"dataset.origin.{name}" for name in ("kind", "source", "citation", "licence")}
 
 
 def train(
@@ -82,7 +85,9 @@ def _claim(setup: Setup) -> None:
         "size": dataset.size,
         "fingerprint": dataset.fingerprint,
         "path": str(dataset.path.absolute()),
+        "origin": dataset.origin,
         "pseudo_labels": setup.pseudo.fingerprint if setup.pseudo else None,
+        "initial_weights": setup.initial_weights,
     }
 
     def upgrade(name: str, record: dict[str, Any]) -> dict[str, Any]:

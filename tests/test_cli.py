@@ -14,6 +14,8 @@ VERBS = (
     ["prepare", "deeplesion"],
     ["prepare", "dicom"],
     ["prepare", "table"],
+    ["prepare", "segmentations"],
+    ["prepare", "openkbp"],
     ["train"],
     ["import-weights"],
     ["pseudo-label"],

@@ -136,7 +136,7 @@ def test_the_torso_network_against_a_linear_model(torso, tmp_path):
     """Each with its own recipe, on seeds that were not used to choose it.
 
     At a threshold of 0.5 the network is ahead. In AUC it is not reliably so: along one patient the
-    pixels change almost linearly and both are near 1 (README), so AUC is only printed.
+    pixels change almost linearly and both are near 1, so AUC is only printed.
     """
     network, linear = [], []
     for seed in (2, 3, 4):

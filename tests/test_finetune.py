@@ -70,6 +70,7 @@ def test_the_trunk_rate_multiplies_the_trunks_updates_only(rate):
 def of_page(name, data, **changes):
     """A page in tiny: MAKNet in four small blocks, on `data`."""
     page = configs.load(name).to_dict()
+    page["model"] = {"name": "lesanet" if name == "lesanet" else "maknet"}
     page["model"]["options"] = toy_options(name)
     page = ml_collections.ConfigDict(page)
     values = {
@@ -98,11 +99,6 @@ def toy_options(name):
     if name == "lesanet":
         return {"trunk": "maknet", "trunk_options": TRUNK, "units": 16, "embedding": 16}
     return TRUNK | {"dropout_rate": 0.0}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return toy.write(tmp_path_factory.mktemp("toy") / "data")
 
 
 @pytest.fixture(scope="module")

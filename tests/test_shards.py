@@ -28,8 +28,9 @@ def make(unit):
         rng = np.random.default_rng([unit.number, k])
         image = rng.integers(-1024, 3000, (8, 8, 3)).astype(np.int16)
         vector = np.array([unit.number % 2 == 0, 1], np.uint8)
-        name = f"{unit.number}-{k}"
-        examples.append((records.encode(records.Example(name, image, vector, vector, {})), vector))
+        mask = np.array([unit.number % 3 == 0, 1], np.uint8)
+        example = records.Example(f"{unit.number}-{k}", image, vector, mask, {})
+        examples.append((records.encode(example), vector, mask))
     return shards.UnitResult(tuple(examples), counters={"seen": 1})
 
 
@@ -104,7 +105,11 @@ def test_all_records_are_written_in_order_and_counted(whole):
         assert [source[k].id for k in range(len(source))] == expected
         entry = dataset.split(split)
         assert entry["count"] == len(expected)
-        vectors = [source[k].labels for k in range(len(source))]
+        masks = [source[k].label_mask for k in range(len(source))]
+        assert entry["known_counts"] == np.sum([[0, 0], *masks], axis=0).tolist()
+        assert dataset.known_counts(split).tolist() == entry["known_counts"]
+        # What is unknown is not counted.
+        vectors = [source[k].labels & source[k].label_mask for k in range(len(source))]
         assert entry["label_counts"] == np.sum([[0, 0], *vectors], axis=0).tolist()
         assert all(shard["count"] <= 6 for shard in entry["shards"])
     assert dataset.vocabulary == VOCABULARY and dataset.size == 8

@@ -24,11 +24,6 @@ from maknet_jax.training import checkpoint
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return toy.write(tmp_path_factory.mktemp("data") / "toy")
-
-
-@pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     """40 steps of MAKNet with all its noise, not stopped; (folder, config, summary)."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
@@ -56,6 +51,27 @@ def test_40_steps_equal_17_a_restart_and_23(whole, tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is before  # handed back
     train.train(page, tmp_path / "run")
     equal_runs(folder, tmp_path / "run", page)
+
+
+def test_a_run_that_predates_a_field_resumes_without_it(linear, tmp_path, monkeypatch, capfd):
+    folder, page, _ = linear
+    with monkeypatch.context() as patch:
+        signal_after(patch, 17)
+        with pytest.raises(Stopped):
+            train.train(page, tmp_path / "run")
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    for name in ("translation_probability", "translation_range"):
+        del stored["augment"][name]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(stored))
+    newer = page.copy_and_resolve_references().unlock()
+    newer.augment.translation_probability = 0.5
+    train.train(newer.lock(), tmp_path / "run")
+    equal_runs(folder, tmp_path / "run", page)
+    assert "augment.translation_probability" in capfd.readouterr().err
+    newer = newer.copy_and_resolve_references().unlock()
+    newer.augment.rotation_probability = 0.5  # a field that the run has
+    with pytest.raises(InputError, match="rotation_probability"):
+        train.train(newer.lock(), tmp_path / "run")
 
 
 @pytest.mark.parametrize("stops", [(1,), (15, 16, 1), (39,)])

@@ -125,7 +125,7 @@ def _network(config: str, chosen: argparse.Namespace) -> harness.Network:
     )
     if not chosen.workdir:
         return create()
-    params, batch_stats, _ = workdir.open_weights(chosen.workdir)
+    params, batch_stats, _ = workdir.open_weights(chosen.workdir)[:3]
     dataset = files.read_json(pathlib.Path(chosen.workdir) / "dataset.json")
     network = create(
         labels=len(dataset["labels"]),

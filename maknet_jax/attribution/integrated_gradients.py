@@ -10,6 +10,7 @@ sharded. They must be fully addressable: each process explains images of its own
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -53,6 +54,25 @@ class Attribution:
     residual: np.ndarray
     relative: np.ndarray
     flagged: np.ndarray
+
+
+def logit_fn_of(model: Any, variables: Any, **options: Any) -> Partial:
+    """The `logit_fn` of a Flax Linen module, foreign or of this package.
+
+    Args:
+      model: model.apply(variables, images, **options) returns logits `[B, K]`, or an object that
+        has them as `logits`.
+      variables: its parameters, arguments of the compiled program.
+      **options: of the call, such as deterministic=True. A parameter `train` is False unless given.
+    """
+    if "train" in inspect.signature(type(model).__call__).parameters:
+        options = {"train": False} | options
+
+    def logits(variables: Any, images: Array) -> jax.Array:
+        outputs = model.apply(variables, images, **options)
+        return getattr(outputs, "logits", outputs)
+
+    return Partial(logits, variables)
 
 
 def quadrature(method: str, steps: int) -> tuple[np.ndarray, np.ndarray]:

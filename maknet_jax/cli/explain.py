@@ -18,32 +18,22 @@ from maknet_jax.explain.options import (
 
 def add_verbs(verbs: Any) -> None:
     """Adds `attribute`, `perturb` and `report`."""
-    verb = options.verb(
-        verbs,
-        "attribute",
-        "show where a network sees its labels (Integrated Gradients); resumes if interrupted",
-        "maknet attribute --workdir runs/teacher --split test --labels liver,spleen --out maps",
-        _run_attribute,
-    )
+    verb = options.verb(verbs, "attribute", _run_attribute)
     _shared_options(verb)
-    verb.add_argument("--output", choices=OUTPUTS, help="what is attributed (default: %(default)s)")
+    verb.add_argument(
+        "--output", choices=OUTPUTS, help="output to attribute (default: %(default)s)"
+    )
     verb.add_argument(
         "--refine",
         type=int,
-        help="double the steps up to this many times where a map is incomplete (default: 4)",
+        help="double the steps of incomplete maps up to this many times (default: 4)",
     )
     verb.add_argument(
         "--faithfulness",
         action="store_true",
-        help="measure deletion and insertion against random pixels",
+        help="measure deletion and insertion, compared with random pixels",
     )
-    verb = options.verb(
-        verbs,
-        "perturb",
-        "compare labels before and after parts of an image change; resumes if interrupted",
-        "maknet perturb --workdir runs/teacher --split test --strategy patch,attribution --out out",
-        _run_perturb,
-    )
+    verb = options.verb(verbs, "perturb", _run_perturb)
     _shared_options(verb)
     verb.add_argument(
         "--strategy",
@@ -60,16 +50,11 @@ def add_verbs(verbs: Any) -> None:
         default=SHARE,
         help="share of the pixels to delete (default: %(default)s)",
     )
-    verb = options.verb(
-        verbs,
-        "report",
-        "write one offline page about a run: curves, tables, labels, best and worst cases",
-        "maknet report runs/teacher",
-        _run_report,
-    )
-    verb.add_argument("workdir", help="folder of the trained run")
+    verb = options.verb(verbs, "report", _run_report)
+    verb.add_argument("model", help="workdir of `maknet train`, or a bundle with --out and --data")
     verb.add_argument("--out", help="folder to write (default: WORKDIR/report)")
     verb.add_argument("--split", help="split of the cases (default: test, otherwise validation)")
+    verb.add_argument("--data", help="prepared data set (default: the one trained on)")
     verb.add_argument(
         "--cases",
         type=options.count,
@@ -79,26 +64,24 @@ def add_verbs(verbs: Any) -> None:
 
 
 def _shared_options(verb: argparse.ArgumentParser) -> None:
-    """Adds the fields of the three options' dataclasses; defaults are theirs."""
+    """Adds the fields of the three dataclasses of options, with their defaults."""
     verb.add_argument(
         "path", nargs="?", help="CT files to explain instead of a split: DICOM, NIfTI or PNG"
     )
-    verb.add_argument("--workdir", required=True, help="folder of the trained run")
+    options.model(verb)
     verb.add_argument("--out", required=True, help="folder to write")
     verb.add_argument("--split", help="split of --data")
     verb.add_argument("--data", help="prepared data set (default: the one trained on)")
     verb.add_argument(
-        "--ids", type=_words, help="only these images, comma-separated; of CT files SERIES:SLICE"
+        "--ids", type=_words, help="only these images, comma-separated; SERIES:SLICE for CT files"
     )
     verb.add_argument(
         "--labels",
         type=_words,
-        help="explain these labels, comma-separated; selects images that have one",
+        help="explain these labels, comma-separated; selects images that have any of them",
     )
     verb.add_argument("--limit", type=options.count, help="maximum number of images")
-    verb.add_argument(
-        "--compare", metavar="WORKDIR", help="a second network, shown beside the first"
-    )
+    verb.add_argument("--compare", metavar="MODEL", help="a second network, shown beside the first")
     verb.add_argument(
         "--top", type=options.count, help="number of labels per image (default: %(default)s)"
     )
@@ -118,7 +101,7 @@ def _shared_options(verb: argparse.ArgumentParser) -> None:
         dest="window",
         type=options.window,
         metavar="LOW,HIGH",
-        help="window of the pictures in HU, as --display=-160,240",
+        help="window of the pictures in HU, as in --display=-160,240",
     )
     verb.add_argument(
         "--most-shown",
@@ -149,10 +132,14 @@ def _words(text: str) -> list[str] | None:
 
 
 def _run_attribute(chosen: argparse.Namespace) -> int:
+    """Map the pixels that support each label (Integrated Gradients); resumes if interrupted.
+
+    maknet attribute --model runs/teacher --split test --labels liver,spleen --out maps
+    """
     from maknet_jax import attribute, console
 
     summary = attribute.attribute(
-        chosen.workdir, chosen.out, *_chosen(chosen), faithful=chosen.faithfulness
+        chosen.model, chosen.out, *_chosen(chosen), faithful=chosen.faithfulness
     )
     for name, share in summary.get("complete", {}).items():
         flagged = summary["flagged"][name]
@@ -171,10 +158,14 @@ def _run_attribute(chosen: argparse.Namespace) -> int:
 
 
 def _run_perturb(chosen: argparse.Namespace) -> int:
+    """Compare labels before and after parts of an image change; resumes if interrupted.
+
+    maknet perturb --model runs/teacher --split test --strategy patch,attribution --out out
+    """
     from maknet_jax import console, perturb
 
     summary = perturb.perturb(
-        chosen.workdir,
+        chosen.model,
         chosen.out,
         *_chosen(chosen),
         strategies=chosen.strategy or STRATEGIES,
@@ -196,7 +187,14 @@ def _ended(summary: dict[str, Any]) -> int:
 
 
 def _run_report(chosen: argparse.Namespace) -> None:
+    """Write one offline page about a run: curves, tables, labels, best and worst cases.
+
+    maknet report runs/teacher
+    """
     from maknet_jax import report
 
     options.start_jax()
-    print(report.report(chosen.workdir, chosen.out, split=chosen.split, count=chosen.cases))
+    page = report.report(
+        chosen.model, chosen.out, split=chosen.split, data=chosen.data, count=chosen.cases
+    )
+    print(page)

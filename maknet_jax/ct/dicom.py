@@ -240,13 +240,13 @@ def _orientation_problem(orientation: tuple[float, ...]) -> str:
     if np.abs(lengths - 1).max() > 0.01 or abs(along_columns @ along_rows) > 0.01:
         return f"ImageOrientationPatient {orientation}: expected two perpendicular unit vectors"
     try:
-        z, _, _ = _axes(orientation)
+        z, _, _ = stored_axes(orientation)
     except Rejected as error:
         return str(error)
     return "" if z.axis == 0 else "not axial but sagittal or coronal"
 
 
-def _axes(orientation: tuple[float, ...]) -> tuple[geometry.StoredAxis, ...]:
+def stored_axes(orientation: tuple[float, ...]) -> tuple[geometry.StoredAxis, ...]:
     """`standard_axes` of a slice as a stored array [1, rows, columns]."""
     along_columns, along_rows = np.reshape(orientation, (2, 3))
     normal = np.cross(along_columns, along_rows)
@@ -291,5 +291,5 @@ def read_slice(path: str | os.PathLike[str]) -> tuple[Header, np.ndarray]:
         hu = np.rint(stored * header.slope + header.intercept)
     hu = np.clip(hu, -32768, 32767).astype(np.int16)
     return header, np.ascontiguousarray(
-        geometry.to_standard(hu[None], _axes(header.orientation))[0]
+        geometry.to_standard(hu[None], stored_axes(header.orientation))[0]
     )

@@ -1,6 +1,8 @@
 """CT volumes and label maps as NIfTI, brought into the standard orientation by their affine."""
 
+import itertools
 import os
+import xml.etree.ElementTree as ElementTree
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
@@ -62,7 +64,7 @@ def read_nifti(
             raise Rejected("some values are not finite")
         low, high = min(low, plane.min()), max(high, plane.max())
         hu[k] = np.clip(np.rint(plane), -32768, 32767)
-    _check_hu(low, high)
+    check_hu(low, high)
     stored = [str(k) for k in range(len(hu))]
     return hu, opened.spacing, tuple(stored[::-1] if opened.axes[0].flip else stored)
 
@@ -84,10 +86,9 @@ def load_label_map(
     """
     opened = _open(path)
     if like is not None:
-        other = _open(like)
-        same_affine = np.allclose(opened.affine, other.affine, atol=1e-2)
-        if opened.shape != other.shape or not same_affine:
-            raise Rejected(f"the voxel grid of the label map differs from that of {like}")
+        difference = _grid_difference(opened, _open(like))
+        if difference:
+            raise Rejected(f"another voxel grid than {like}: {difference}")
     values = _values(opened)
     labels = np.empty(values.shape, np.uint16)
     for k, plane in enumerate(values):
@@ -98,6 +99,49 @@ def load_label_map(
         if (labels[k] != plane).any():
             raise Rejected("label map values must be whole numbers from 0 to 65535")
     return labels
+
+
+def read_label_names(path: str | os.PathLike[str]) -> dict[int, str]:
+    """The names of the values of a label map, from the label table in its header extension.
+
+    TotalSegmentator writes such a table (the XML of Caret) into maps of several organs.
+
+    Returns:
+      Value -> name; empty if the header has no label table.
+
+    Raises:
+      Rejected: the file or the table cannot be read.
+    """
+    import nibabel
+
+    try:
+        with quiet():
+            image = cast("Nifti1Image", nibabel.load(path))
+            contents = [extension.get_content() for extension in image.header.extensions]
+        texts = [bytes(content) for content in contents if isinstance(content, bytes | bytearray)]
+        tables = [text for text in texts if b"<LabelTable" in text]
+        if not tables:
+            return {}
+        if b"<!DOCTYPE" in tables[0]:  # its entities could expand without bound
+            raise Rejected("the label table has a DOCTYPE: only plain XML is supported")
+        labels = ElementTree.fromstring(tables[0].strip(b"\0 \n\r\t")).iter("Label")
+        return {int(label.attrib["Key"]): (label.text or "").strip() for label in labels}
+    except Rejected:
+        raise
+    except Exception as error:  # nibabel and the XML parser raise anything on broken files
+        raise Rejected(f"broken label table in the header ({one_line(error)})") from error
+
+
+def _grid_difference(one: _Opened, other: _Opened) -> str:
+    """How two voxel grids differ; "" if they agree to a tenth of a voxel at all corners."""
+    if one.shape != other.shape:
+        return f"shape {one.shape}, not {other.shape}"
+    corners = np.array(list(itertools.product(*((0, count - 1) for count in one.shape))))
+    away = corners @ (one.affine - other.affine)[:3, :3].T + (one.affine - other.affine)[:3, 3]
+    distance = float(np.linalg.norm(away, axis=1).max())
+    if distance > 0.1 * min(other.spacing):
+        return f"the corners lie up to {distance:.2f} mm apart"
+    return ""
 
 
 def _open(path: str | os.PathLike[str]) -> _Opened:
@@ -131,17 +175,21 @@ def _open(path: str | os.PathLike[str]) -> _Opened:
         raise Rejected("neither sform nor qform: left and right are unknown")
     if unit not in ("mm", "unknown"):
         raise Rejected(f"the unit of the affine is {unit}: only mm is supported")
-    axes, spacing = _geometry(affine)
-    if forms[0] > 0 and qform is not None and _geometry(qform)[0] != axes:
+    axes, spacing = geometry_of(affine)
+    if forms[0] > 0 and qform is not None and geometry_of(qform)[0] != axes:
         raise Rejected("sform and qform disagree about the orientation")
     z, y, x = axes
     return _Opened(proxy, affine, axes, shape, (spacing[z.axis], spacing[y.axis], spacing[x.axis]))
 
 
-def _geometry(
+def geometry_of(
     affine: np.ndarray,
 ) -> tuple[tuple[geometry.StoredAxis, geometry.StoredAxis, geometry.StoredAxis], list[float]]:
-    """(standard axes, mm along each stored axis) of an affine [4, 4] to RAS."""
+    """(standard axes, mm along each stored axis) of an affine [4, 4] to RAS.
+
+    Raises:
+      Rejected: it is oblique, singular, or not in millimetres.
+    """
     columns = np.asarray(affine, float)[:3, :3]
     spacing = np.linalg.norm(columns, axis=0)
     if not (
@@ -171,8 +219,16 @@ def _scaled(opened: _Opened, plane: np.ndarray) -> np.ndarray:
     return plane * slope + intercept
 
 
-def _check_hu(low: float, high: float) -> None:
-    """Rejects values that cannot be HU: CT contains air, so HU go below 0 and span a wide range."""
+def check_hu(low: float, high: float) -> None:
+    """Rejects values that cannot be HU: CT contains air, so HU go below 0 and span a wide range.
+
+    Args:
+      low: the smallest value of a volume.
+      high: the largest.
+
+    Raises:
+      Rejected: they are not HU.
+    """
     values = f"values from {low:g} to {high:g}"
     if low >= 0:
         raise Rejected(

@@ -24,6 +24,12 @@ from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError
 
 FORMAT = 1
+# What the kinds of data sets are; that of the others is stated when they are prepared.
+_SOURCES = {
+    "deeplesion": "DeepLesion",
+    "lesions": "DeepLesion (lesion patches)",
+    "phantom": "a generated CT phantom",
+}
 # One record per group, so that random access decompresses the requested record only.
 _OPTIONS = "group_size:1,zstd:3"
 
@@ -139,8 +145,19 @@ class Dataset:
         """SHA-256 over the digests of all shards: equal data, equal fingerprint."""
         return self.info["fingerprint"]
 
+    @property
+    def origin(self) -> dict[str, str | None]:
+        """What the data are: kind, source, citation and licence; runs trained on them keep it."""
+        about = self.info.get("about", {})
+        kind = "phantom" if about.get("phantom") else self.info.get("kind")
+        named = {name: about.get(name) or None for name in ("source", "citation", "licence")}
+        return {"kind": kind} | named | {"source": named["source"] or _SOURCES.get(kind or "")}
+
     def split(self, name: str) -> dict[str, Any]:
-        """The entry of a split: count, label_counts, shards.
+        """The entry of a split: count, label_counts, known_counts, shards.
+
+        `label_counts` are the records with each label, `known_counts` those in which the label is
+        known. Data sets of earlier versions have no known_counts.
 
         Raises:
           InputError: the data set has no such split.
@@ -150,6 +167,18 @@ class Dataset:
                 f"split {name!r} is not in {self.path}: it has {', '.join(self.info['splits'])}"
             )
         return self.info["splits"][name]
+
+    def known_counts(self, name: str) -> np.ndarray:
+        """int64 `[K]`: the records of a split in which each label is known.
+
+        In a data set without these counts, which earlier versions wrote, all labels count as known.
+
+        Raises:
+          InputError: see `split`.
+        """
+        split = self.split(name)
+        counts = split.get("known_counts", [split["count"]] * len(self.vocabulary))
+        return np.asarray(counts, np.int64)
 
     def source(self, name: str) -> "RecordSource":
         """A random-access `RecordSource` of a split."""

@@ -36,12 +36,12 @@ class UnitResult:
     """The records of one unit of work, and what was rejected.
 
     Attributes:
-      examples: encoded records with their label vectors, uint8 `[K]`.
+      examples: encoded records with their labels and label masks, uint8 `[K]` each.
       failures: (input, reason) pairs.
       counters: summed over the run, for example {"neighbours repeated": 1}.
     """
 
-    examples: tuple[tuple[bytes, np.ndarray], ...] = ()
+    examples: tuple[tuple[bytes, np.ndarray, np.ndarray], ...] = ()
     failures: tuple[tuple[str, str], ...] = ()
     counters: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -64,6 +64,7 @@ class _Part:
     count: int
     digest: str
     label_counts: list[int]
+    known_counts: list[int]
     failures: list[tuple[str, str]]
     counters: dict[str, int]
 
@@ -86,7 +87,7 @@ def write_shards(
       out: the output folder; it may hold an unfinished run with the same plan.
       splits: split -> units.
       make: make(unit) -> UnitResult, importable by name (worker processes call it).
-      kind: deeplesion, lesions, dicom or table.
+      kind: deeplesion, lesions, dicom, table or segmentations.
       size: the edge of the images.
       vocabulary: `labels.Vocabulary`.
       about: how the units were chosen; JSON, stored in `dataset.json`.
@@ -100,18 +101,19 @@ def write_shards(
     out = pathlib.Path(out)
     labels = vocabulary.to_json()
     made_by = (records.FORMAT, preprocess.CROP_RULE, kind, size, labels)
-    _claim(out, _digest(*made_by, splits))
+    _claim(out, _digest("known counts", *made_by, splits))
     entries: dict[str, dict[str, Any]] = {}
     failures: list[tuple[str, str]] = []
     counters: collections.Counter[str] = collections.Counter()
     with _mapper(workers) as run:
         for split, units in splits.items():
-            shards, label_counts = [], np.zeros(len(vocabulary), np.int64)
+            shards, label_counts, known_counts = [], *np.zeros((2, len(vocabulary)), np.int64)
             parts = _chunks(units)
             for number, part in enumerate(parts):
                 name = f"{split}/part-{number:05d}-of-{len(parts):05d}.array_record"
                 done = _write_part(out, name, part, make, run, len(vocabulary), advance)
                 label_counts += np.asarray(done.label_counts, np.int64)
+                known_counts += np.asarray(done.known_counts, np.int64)
                 failures.extend(done.failures)
                 counters.update(done.counters)
                 if done.count:
@@ -119,6 +121,7 @@ def write_shards(
             entries[split] = {
                 "count": sum(shard["count"] for shard in shards),
                 "label_counts": label_counts.tolist(),
+                "known_counts": known_counts.tolist(),
                 "shards": shards,
             }
     if not any(entry["count"] for entry in entries.values()):
@@ -140,9 +143,17 @@ def write_shards(
         "versions": {"maknet-jax": maknet_jax.__version__}
         | {name: importlib.metadata.version(name) for name in ("numpy", "pillow", "pydicom")},
         # Of the records, not of their paths: moving the inputs does not change it.
-        "fingerprint": _digest(*made_by, entries),
+        "fingerprint": _digest(*made_by, _without_known_counts(entries)),
     }
     return info, failures
+
+
+def _without_known_counts(entries: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    # The digests of the shards cover the masks; earlier versions had no such counts.
+    return {
+        split: {key: value for key, value in entry.items() if key != "known_counts"}
+        for split, entry in entries.items()
+    }
 
 
 def finish(out: pathlib.Path, info: dict[str, Any]) -> None:
@@ -196,7 +207,7 @@ def _write_part(
         content = files.read_json(sidecar)
         failed = [(name, reason) for name, reason in content["failures"]]
         return _Part(**content | {"failures": failed})
-    label_counts = np.zeros(label_count, np.int64)
+    label_counts, known_counts = np.zeros((2, label_count), np.int64)
     failures: list[tuple[str, str]] = []
     counters: collections.Counter[str] = collections.Counter()
 
@@ -204,15 +215,17 @@ def _write_part(
         for result in run(make, units):
             failures.extend(result.failures)
             counters.update(result.counters)
-            for payload, labels in result.examples:
-                np.add(label_counts, labels, out=label_counts)
+            for payload, labels, label_mask in result.examples:
+                np.add(label_counts, labels & label_mask, out=label_counts)
+                np.add(known_counts, label_mask, out=known_counts)
                 yield payload
             advance(1)
 
     count, digest = records.write_shard(out / name, payloads())
     if not count:
         (out / name).unlink()
-    part = _Part(count, digest, label_counts.tolist(), failures, dict(counters))
+    counts = label_counts.tolist(), known_counts.tolist()
+    part = _Part(count, digest, *counts, failures, dict(counters))
     files.write_json(sidecar, dataclasses.asdict(part))
     return part
 

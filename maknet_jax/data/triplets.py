@@ -35,8 +35,8 @@ class _TableVolume:
 
 def encode_with_labels(
     record_id: str, image: np.ndarray, labels: bytes, label_mask: bytes, meta: dict[str, Any]
-) -> tuple[bytes, np.ndarray]:
-    """An encoded record and its label vector uint8 [K], as `shards.UnitResult` takes them.
+) -> tuple[bytes, np.ndarray, np.ndarray]:
+    """An encoded record, its labels and its label mask, as `shards.UnitResult` takes them.
 
     Args:
       record_id: the id of the record.
@@ -47,7 +47,7 @@ def encode_with_labels(
     """
     vector = np.frombuffer(labels, np.uint8)
     mask = np.frombuffer(label_mask, np.uint8)
-    return records.encode(records.Example(record_id, image, vector, mask, meta)), vector
+    return records.encode(records.Example(record_id, image, vector, mask, meta)), vector, mask
 
 
 def plan_series(series: Iterable[SeriesRef], salt: str, size: int) -> list[_Series]:

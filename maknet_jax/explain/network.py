@@ -8,8 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.tree_util import Partial
+from jax.typing import ArrayLike
 
+from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.errors import InputError
+from maknet_jax.explain.options import PathOptions
 from maknet_jax.runs import workdir
 from maknet_jax.training import sharding, transfer
 
@@ -32,12 +35,18 @@ class Network:
     run: workdir.Run
     logit_fn: Partial
     to_input: Callable[[jax.Array], jax.Array]
+    _fits: dict[tuple[Any, ...], tuple[int, int]] = dataclasses.field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def identity(self) -> list[str | int]:
-        """What the results depend on: name, checkpoint, step and digest of the weights."""
+        """What the results depend on: checkpoint, step and digest of the weights.
+
+        The name is not part of it: it changes when the workdir is moved.
+        """
         weights = transfer.digest(self.run.variables["params"], self.run.variables["batch_stats"])
-        return [self.name, self.run.name, self.run.step, weights]
+        return [self.run.name, self.run.step, weights]
 
     def put(self, hu: np.ndarray) -> jax.Array:
         """int16 HU `[B, S, S, 3]` -> float32 images, sharded over the devices."""
@@ -48,10 +57,65 @@ class Network:
         """Images as returned by `put` -> float32 `[B, K]`."""
         return np.asarray(_confidences(self.logit_fn, images))
 
+    def attribute(
+        self, images: jax.Array, targets: ArrayLike, baseline: jax.Array, path: PathOptions
+    ) -> ig.Attribution:
+        """Integrated Gradients in chunks that fit the devices, which are measured once.
+
+        Args:
+          images: as returned by `put`.
+          targets: `[B, T]` columns of labels.
+          baseline: where the path starts, as returned by `put`.
+          path: the path.
+        """
+        key = (images.shape, np.shape(targets)[1], path.output)
+        if key not in self._fits:
+            self._fits[key] = ig.fit(self.logit_fn, images, key[1], output=path.output)
+        chunk, rows = self._fits[key]
+        return ig.integrated_gradients(
+            self.logit_fn,
+            images,
+            targets,
+            baseline,
+            steps=path.steps,
+            method=path.method,
+            output=path.output,
+            refine=path.refinements,
+            chunk=chunk,
+            rows=rows,
+        )
+
 
 @jax.jit
 def _confidences(logit_fn: Partial, images: jax.Array) -> jax.Array:
     return jax.nn.sigmoid(logit_fn(images))
+
+
+def network_name(run: workdir.Run) -> str:
+    """What figures call a network; a folder called round-1 says little without its parent."""
+    return f"{run.model_name} ({'/'.join(run.source.resolve().parts[-2:])})"
+
+
+def make_network(run: workdir.Run, name: str) -> Network:
+    """The `Network` of an opened run.
+
+    Raises:
+      InputError: it takes more than the image.
+    """
+    if run.model.takes_box:
+        raise InputError(
+            f"{run.source} is a {run.model_name}, which takes a lesion's box beside the image: "
+            "only networks that take the image alone can be explained"
+        )
+    model = run.model.clone(dtype=np.float32)
+
+    def logits(variables: Any, images: jax.Array) -> jax.Array:
+        # Accelerators would round the factors of products, in the backward pass as well.
+        with jax.default_matmul_precision("highest"):
+            outputs: Any = model.apply(variables, images, train=False)
+            return outputs.logits.astype(np.float32)
+
+    return Network(name, run, Partial(logits, run.variables), jax.jit(run.to_input))
 
 
 def open_networks(
@@ -61,11 +125,11 @@ def open_networks(
     checkpoint: str = "best",
     devices: Sequence[jax.Device] | None = None,
 ) -> list[Network]:
-    """Opens the `Network` of a workdir, and that of the workdir `compare` unless it is None.
+    """Opens the `Network` of a model, and that of the model `compare` unless it is None.
 
     Args:
-      folder: a workdir of `maknet train`.
-      compare: a second workdir.
+      folder: a workdir of `maknet train`, a bundle or a released name.
+      compare: a second one.
       checkpoint: "best" or "last".
       devices: devices to compute on; None takes those of this process.
 
@@ -77,23 +141,9 @@ def open_networks(
     networks: list[Network] = []
     for path in [folder, *([compare] if compare else [])]:
         run = workdir.open_run(path, checkpoint_name=checkpoint, devices=devices)
-        if run.model.takes_box:
-            raise InputError(
-                f"{path} is a {run.model_name}, which takes a lesion's box beside the image: only "
-                "networks that take the image alone can be explained"
-            )
-        model = run.model.clone(dtype=np.float32)
-
-        def logits(variables: Any, images: jax.Array, model: Any = model) -> jax.Array:
-            # Accelerators would round the factors of products, in the backward pass as well.
-            with jax.default_matmul_precision("highest"):
-                return model.apply(variables, images, train=False).logits.astype(np.float32)
-
-        # A folder that is called round-1 says little without its parent.
-        name = f"{run.model_name} ({'/'.join(pathlib.Path(path).resolve().parts[-2:])})"
+        name = network_name(run)
         name += " again" if name in [network.name for network in networks] else ""
-        to_input = jax.jit(run.to_input)
-        networks.append(Network(name, run, Partial(logits, run.variables), to_input))
+        networks.append(make_network(run, name))
     first, last = networks[0].run, networks[-1].run
     if (first.vocabulary.names, first.size) != (
         last.vocabulary.names,

@@ -1,5 +1,6 @@
 """Explaining a selection in batches that resume, and the files of its results."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -75,7 +76,13 @@ def explain(
     """
     out = pathlib.Path(out)
     settings = settings | {"selection": selection.identity}
-    claim(out, {"settings.json": settings}, command=f"maknet {title}", option="--out")
+    claim(
+        out,
+        {"settings.json": settings},
+        command=f"maknet {title}",
+        option="--out",
+        upgrade=lambda _, stored: _without_names(stored),
+    )
     paths = {n: out / "cases" / f"{n:05d}.npz" for n in range(len(selection.readers))}
     mine = range(jax.process_index(), len(paths), jax.process_count())
     todo = [number for number in mine if not paths[number].exists()]
@@ -98,6 +105,80 @@ def explain(
             (out / "settings.json").unlink(missing_ok=True)
         raise InputError(f"no image could be read: {failures[0][0]}: {failures[0][1]}")
     return done, failures
+
+
+def _without_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an earlier version, whose networks began with a name, as this one writes them."""
+    networks = [identity[-3:] for identity in settings.get("networks", ())]
+    return settings | {"networks": networks} if networks else settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Explained:
+    """The results of a selection, from which a verb writes its tables and its page.
+
+    Attributes:
+      out: the output folder.
+      files: number -> file of an image's result.
+      failures: (input, reason) of images without a result.
+      summary: the settings and counts so far.
+      names: the names of the networks.
+      most_shown: images on the page at most.
+    """
+
+    out: pathlib.Path
+    files: dict[int, pathlib.Path]
+    failures: Failures
+    summary: dict[str, Any]
+    names: list[str]
+    most_shown: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A selection to explain.
+
+    Attributes:
+      verb: "attribute" or "perturb".
+      out: the output folder.
+      folder: the workdir or bundle of the first network.
+      networks: the networks that are explained.
+      selection: the images.
+      settings: see `explain`.
+    """
+
+    verb: str
+    out: pathlib.Path
+    folder: str | pathlib.Path
+    networks: Sequence[Network]
+    selection: Selection
+    settings: dict[str, Any]
+
+    def run(
+        self,
+        explain_batch: Callable[[Images], list[Result]],
+        write: Callable[[Explained], dict[str, Any]],
+        *,
+        batch_size: int,
+        most_shown: int,
+    ) -> dict[str, Any]:
+        """Calls `explain`, then `write` in one process; returns the summary.
+
+        Args:
+          explain_batch: see `explain`.
+          write: writes tables and a page; returns what it adds to the summary.
+          batch_size: images per step.
+          most_shown: images on the page at most.
+        """
+        paths, failures = explain(
+            self.verb, self.out, self.selection, self.settings, explain_batch, batch_size=batch_size
+        )
+        counts = {"images": len(paths), "failures": len(failures)}
+        summary = self.settings | {"workdir": str(self.folder)} | counts
+        if jax.process_index() == 0:
+            names = [network.name for network in self.networks]
+            summary |= write(Explained(self.out, paths, failures, summary, names, most_shown))
+        return summary
 
 
 def _read(selection: Selection, numbers: Iterable[int]) -> tuple[Images, Failures]:
@@ -124,14 +205,22 @@ def save(path: pathlib.Path, metadata: dict[str, Any], arrays: dict[str, np.ndar
         np.savez_compressed(file, **content)
 
 
-def load_metadata(path: str | pathlib.Path) -> dict[str, Any]:
-    """The metadata alone, without decompressing the arrays."""
+def load_metadata(path: str | pathlib.Path, names: Sequence[str] = ()) -> dict[str, Any]:
+    """The metadata alone, without decompressing the arrays.
+
+    Args:
+      path: the file.
+      names: of the networks now, in the order of the results; workdirs may have moved since.
+    """
     with np.load(path) as stored:
-        return json.loads(str(stored["about"]))
+        metadata = json.loads(str(stored["about"]))
+    for model, name in zip(metadata.get("models", ()), names, strict=False):
+        model["name"] = name
+    return metadata
 
 
-def load(path: str | pathlib.Path) -> Result:
-    """(metadata, arrays) as `save` wrote them."""
+def load(path: str | pathlib.Path, names: Sequence[str] = ()) -> Result:
+    """(metadata, arrays) as `save` wrote them; for `names` see `load_metadata`."""
     with np.load(path) as stored:
         arrays = {name: stored[name] for name in stored.files if name != "about"}
-    return load_metadata(path), arrays
+    return load_metadata(path, names), arrays

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from maknet_jax import files
 from maknet_jax.ct import preprocess, search, volumes
 from maknet_jax.data import records
 from maknet_jax.errors import InputError, Rejected
@@ -73,12 +72,11 @@ class Selection:
     identity: dict[str, Any]
 
 
-def select(run: workdir.Run, folder: str | pathlib.Path, options: SelectionOptions) -> Selection:
+def select(run: workdir.Run, options: SelectionOptions) -> Selection:
     """Selects images of a prepared split, or all slices of CT files.
 
     Args:
-      run: the opened workdir.
-      folder: the workdir.
+      run: the opened network.
       options: which images.
 
     Raises:
@@ -95,9 +93,7 @@ def select(run: workdir.Run, folder: str | pathlib.Path, options: SelectionOptio
         identity = {"path": str(path), "series": sorted({ref.key for ref in series})}
         identity["digest"] = digest([[ref.key, ref.count, *sizes(ref.paths)] for ref in series])
     elif split is not None and path is None:
-        readers, known, unlabelled, dataset = _records(
-            run, folder, options.data, split, ids, columns
-        )
+        readers, known, unlabelled, dataset = _records(run, options.data, split, ids, columns)
         identity = {"fingerprint": dataset.fingerprint, "split": split}
     else:
         raise InputError("give either a --split of the data or CT files")
@@ -141,15 +137,13 @@ def label_columns(run: workdir.Run, labels: Sequence[str] | None) -> list[int]:
 
 def _records(
     run: workdir.Run,
-    folder: str | pathlib.Path,
     data: str | pathlib.Path | None,
     split: str,
     ids: set[str] | None,
     columns: list[int],
 ) -> tuple[list[Callable[[], SelectedImage]], list[str], list[str], records.Dataset]:
     """(readers, ids that were seen, ids without one of the labels, data set)."""
-    trained_on = files.read_json(pathlib.Path(folder) / "dataset.json")
-    dataset = records.open_dataset(data or trained_on["path"])
+    dataset = records.open_dataset(data or run.data_path)
     records.check_size(dataset, run.size)
     dataset.split(split)
     source, vocabulary = dataset.source(split), dataset.vocabulary

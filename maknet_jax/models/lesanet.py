@@ -116,8 +116,8 @@ class LesaNet(network.Network):
         except TypeError as error:
             raise InputError(f"trunk {self.trunk}: {error}") from None
         nn.share_scope(self, trunk)
-        size = images.shape[1]
-        whole = jnp.broadcast_to(jnp.float32([0, 0, size, size]), (len(images), 4))
+        batch, size = images.shape[:2]  # the batch may be symbolic, which len() rejects
+        whole = jnp.broadcast_to(jnp.float32([0, 0, size, size]), (batch, 4))
         box = whole if box is None else box
         maps: list[jax.Array] = trunk(images, train, stages=True)
         pooled = []
@@ -126,7 +126,7 @@ class LesaNet(network.Network):
             scale = 0.5 ** round(math.log2(size / x.shape[1]))
             parts = roi_max_pool(x, box if number < _BOX_SCALES else whole, scale)
             scale_units = nn.Dense(self.units, dtype=self.dtype, name=f"roi_{number + 1}")
-            pooled.append(scale_units(parts.reshape(len(images), -1)))
+            pooled.append(scale_units(parts.reshape(batch, -1)))
         x = jnp.concatenate(pooled, axis=-1).astype(jnp.float32)
         embedding = layers.score_layer(self.embedding, name="embedding")(x)
         norm = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(embedding), -1, keepdims=True), 1e-24))

@@ -85,6 +85,16 @@ class Assembly:
     predict_step: jax.stages.Wrapped
     train_step: jax.stages.Wrapped | None
 
+    @functools.cached_property
+    def features_step(self) -> jax.stages.Wrapped:
+        """features_step(variables, images, box) -> (logits `[B, K]`, features `[B, F]`)."""
+        whole, rows = sharding.replicated(self.mesh), sharding.split(self.mesh)
+        return jax.jit(
+            step.make_features_step(self.model, to_input=self.to_input),
+            in_shardings=(whole, rows, rows),
+            out_shardings=rows,
+        )
+
     def create(self, seed: int, place: state.Place | None = None) -> state.TrainState:
         """The state before the first step, see `state.create`."""
         return state.create(

@@ -24,11 +24,14 @@ Value: TypeAlias = "bool | int | float | str | tuple[Value, ...] | Mapping[str, 
 # Fields that configs of earlier versions lack -> the value that reproduces such a run.
 ADDED_FIELDS: dict[str, Value] = {
     "pseudo": {"path": "", "batch_size": 64, "balance": 0},  # labelled images only
-    "init": {"path": "", "head": False},  # random weights
+    "init.shared_labels": False,  # a new head
+    "init": {"path": "", "head": False, "shared_labels": False},  # random weights
     "ema_decay": 0.0,  # no average of the weights
     "augment.translation_probability": 0.0,
     "augment.translation_range": 0.1,  # not used at probability 0
 }
+
+FROM_INIT = "from_init"  # model.name: the network of init.path, see `setup.set_up`
 
 
 def folder() -> pathlib.Path:
@@ -78,6 +81,35 @@ def from_json(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
     completed = copy.deepcopy(dict(values))
     _add_fields(completed)
     return ml_collections.ConfigDict(restore(completed)).lock()
+
+
+def as_stored(
+    config: ml_collections.ConfigDict, stored: Mapping[str, Any]
+) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
+    """A config for resuming a run whose stored config lacks some of the `ADDED_FIELDS`.
+
+    Args:
+      config: the config of the command that resumes the run.
+      stored: the content of the run's `config.json`.
+
+    Returns:
+      (the config, locked, and the fields that it takes from the run instead with their values).
+    """
+    completed = from_json(stored)
+    resumed = config.copy_and_resolve_references().unlock()
+    changed: dict[str, Any] = {}
+    for key, value in ADDED_FIELDS.items():
+        if isinstance(value, Mapping):  # a group, with paths in it: never replaced
+            continue
+        *groups, field = key.split(".")
+        before: Any = stored
+        run, command = completed, resumed
+        for group in groups:
+            before, run, command = before.get(group, {}), run[group], command[group]
+        if field not in before and command[field] != run[field]:
+            command[field] = run[field]
+            changed[key] = run[field]
+    return resumed.lock(), changed
 
 
 def _find(name: str) -> pathlib.Path:

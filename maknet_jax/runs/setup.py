@@ -11,7 +11,9 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
+from maknet_jax import console, files
 from maknet_jax.data import pipeline, pseudo_labels, records
+from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError
 from maknet_jax.runs import build, workdir
 from maknet_jax.runs import config as configs
@@ -34,6 +36,7 @@ class Setup:
       assembly: the network and its steps.
       place: puts the weights of `init.path` in place; None with random weights and on resume.
       init: what these weights are, or None.
+      initial_weights: digest of the weights of `init.path`, or None.
     """
 
     config: ConfigDict
@@ -46,6 +49,7 @@ class Setup:
     assembly: build.Assembly
     place: Place | None
     init: dict[str, Any] | None
+    initial_weights: str | None
 
     @property
     def sources(self) -> list[records.RecordSource | pseudo_labels.PseudoSource]:
@@ -85,6 +89,14 @@ def set_up(
       InputError: the config, the data and the initial weights do not fit each other.
     """
     folder = pathlib.Path(folder)
+    if (folder / "config.json").is_file():
+        config, fields = configs.as_stored(config, files.read_json(folder / "config.json"))
+        for name, value in fields.items():
+            console.Log().say(f"the run in {folder} predates {name}: it resumes with {value}")
+    weights = None
+    if config.init.path and not _is_resuming(folder):
+        weights = workdir.open_weights(config.init.path)
+    config = _with_model(config, folder, weights)
     dataset, mesh = records.open_dataset(config.data.path), sharding.data_mesh(devices)
     configs.validate(config, dataset.size, mesh.size)
     split, vocabulary = dataset.split(config.data.train_split), dataset.vocabulary
@@ -92,6 +104,7 @@ def set_up(
     if not count or not len(vocabulary):
         raise InputError(f"{dataset.path} has no labelled record in {config.data.train_split}")
     frequencies = [np.asarray(split["label_counts"]) / count]
+    known = [dataset.known_counts(config.data.train_split) / count]
     labelled = dataset.source(config.data.train_split)
     pseudo = None
     if config.pseudo.path:
@@ -103,10 +116,15 @@ def set_up(
             seed=config.seed,
         )
         frequencies.append(pseudo.label_counts / len(pseudo))
+        known.append(np.ones(len(vocabulary)))
     epoch_steps = count / config.data.batch_size
     total = max(1, round(config.epochs * epoch_steps))
-    # A label's weights in the loss follow from its share in the batches.
-    share = np.average(frequencies, axis=0, weights=_batch_sizes(config))
+    # A label's weights in the loss follow from its share in the batches, among the images in which
+    # it is known. A label that is never known has no share and no loss.
+    present, certain = (
+        np.average(values, axis=0, weights=_batch_sizes(config)) for values in (frequencies, known)
+    )
+    share = present / np.where(certain > 0, certain, 1.0)
     assembly = build.assemble(
         config,
         len(vocabulary),
@@ -115,7 +133,7 @@ def set_up(
     )
     first = (labelled if pseudo is None else pseudo)[0]
     step.box_kwargs(assembly.model, pipeline.to_fields(first, 0).get("box"))  # may refuse
-    place, init = _initial_weights(config, folder, dataset, assembly.shapes)
+    place, init = _place(config, weights, dataset.vocabulary, assembly.shapes)
     return Setup(
         config=config,
         folder=folder,
@@ -127,6 +145,7 @@ def set_up(
         assembly=assembly,
         place=place,
         init=init,
+        initial_weights=_initial_weights(config, folder, weights),
     )
 
 
@@ -134,22 +153,100 @@ def _batch_sizes(config: ConfigDict) -> list[int]:
     return [config.data.batch_size] + [config.pseudo.batch_size] * bool(config.pseudo.path)
 
 
+def _is_resuming(folder: pathlib.Path) -> bool:
+    """Whether the workdir holds a state from which the run resumes."""
+    steps = (folder / workdir.FOLDERS["last"]).glob("*")
+    return (folder / "config.json").is_file() and any(path.name.isdigit() for path in steps)
+
+
+def _with_model(
+    config: ConfigDict, folder: pathlib.Path, weights: workdir.Weights | None
+) -> ConfigDict:
+    """The config with the network of `init.path` where its model is `configs.FROM_INIT`.
+
+    Options that the config lists replace those of the weights' network. A run that resumes has its
+    network in its own config.
+
+    Raises:
+      InputError: there are no weights, or they do not say of which network they are.
+    """
+    if config.model.name != configs.FROM_INIT:
+        return config
+    if not config.init.path:
+        raise InputError(
+            f"config model.name {configs.FROM_INIT} takes the network of init.path, which is "
+            'empty: set init.path, or model.name to "maknet" for random weights'
+        )
+    if weights is None:
+        model = files.read_json(folder / "config.json")["model"]
+    else:
+        model = weights.model
+    if not model["name"]:
+        raise InputError(
+            f"{config.init.path} does not say of which network it is: set config model.name"
+        )
+    values = configs.to_json(config)
+    options = dict(model["options"]) | values["model"]["options"]
+    return configs.from_json(values | {"model": {"name": model["name"], "options": options}})
+
+
 def _initial_weights(
-    config: ConfigDict, folder: pathlib.Path, dataset: records.Dataset, shapes: TrainState
+    config: ConfigDict, folder: pathlib.Path, weights: workdir.Weights | None
+) -> str | None:
+    """`Setup.initial_weights`; moved weights keep their digest."""
+    if not config.init.path:
+        return None
+    if weights is None:  # resumes: the weights may be gone by now, and are not needed
+        stored = configs.from_json(files.read_json(folder / "config.json"))
+        if stored.init.path == config.init.path:
+            return files.read_json(folder / "dataset.json").get("initial_weights")
+        weights = workdir.open_weights(config.init.path)
+    return weights.metadata["digest"]
+
+
+def _place(
+    config: ConfigDict,
+    weights: workdir.Weights | None,
+    vocabulary: Vocabulary,
+    shapes: TrainState,
 ) -> tuple[Place | None, dict[str, Any] | None]:
     """`Setup.place` and `Setup.init`."""
-    init, last = config.init, folder / workdir.FOLDERS["last"]
-    if not init.path or any(path.name.isdigit() for path in last.glob("*")):
+    init = config.init
+    if init.head and init.shared_labels:
+        raise InputError(
+            "config init.head and init.shared_labels are both True: head needs the same labels, "
+            "shared_labels takes those that both have"
+        )
+    if weights is None:
         return None, None
-    params, batch_stats, metadata = workdir.open_weights(
-        init.path, vocabulary=dataset.vocabulary if init.head else None
-    )
+    there = weights.vocabulary
+    if init.head and there is not None and there.names != vocabulary.names:
+        raise InputError(
+            f"{init.path} has other labels than the data: set init.head to False, use data with "
+            "the same labels, or keep the shared ones with init.shared_labels"
+        )
+    columns: list[tuple[int, int]] = []
+    if init.shared_labels:
+        index = there.index if there is not None else {}
+        columns = [(k, index[name]) for k, name in enumerate(vocabulary.names) if name in index]
+        if not columns:
+            raise InputError(
+                f"{init.path} has no label of the data: set init.shared_labels to False"
+            )
 
-    def place(variables: Variables) -> Variables:
-        return transfer.place(variables, params, batch_stats, head=init.head)[0]
+    def place_all(variables: Variables) -> tuple[Variables, list[str], list[str]]:
+        params = weights.params
+        if columns:
+            params = transfer.share_head(variables, params, columns, len(vocabulary))
+        head = init.head or bool(columns)
+        return transfer.place(variables, params, weights.batch_stats, head=head)
 
     # Placed into shapes first: weights that do not fit are refused before anything is written.
-    fresh_variables = {"params": shapes.params, "batch_stats": shapes.batch_stats}
-    _, placed, fresh = transfer.place(fresh_variables, params, batch_stats, head=init.head)
-    parts = sorted({name.split("/")[1] for name in fresh})
-    return place, metadata | {"placed": len(placed), "fresh": parts}
+    _, placed, fresh = place_all({"params": shapes.params, "batch_stats": shapes.batch_stats})
+    metadata = weights.metadata | {
+        "placed": len(placed),
+        "fresh": sorted({name.split("/")[1] for name in fresh}),
+    }
+    if columns:
+        metadata["shared_labels"] = [vocabulary.names[here] for here, _ in columns]
+    return lambda variables: place_all(variables)[0], metadata

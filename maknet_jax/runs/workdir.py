@@ -1,7 +1,7 @@
-"""The files of a training run, and how the other verbs open them.
+"""The files of a training run, and how the other verbs open them, or a bundle instead.
 
 WORKDIR/config.json      the whole configuration
-WORKDIR/dataset.json     labels, size and fingerprint of the data that it was trained on
+WORKDIR/dataset.json     labels, size, fingerprint and origin of the data that it was trained on
 WORKDIR/checkpoints/N    the last states; WORKDIR/best/N the state of the best validation AUC
 WORKDIR/metrics.jsonl    training and validation metrics; tensorboard/ the same
 WORKDIR/log.jsonl        log messages; summary.json the final summary
@@ -12,7 +12,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,11 +23,11 @@ from ml_collections import ConfigDict
 from maknet_jax import console, files
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError
-from maknet_jax.runs import build
+from maknet_jax.runs import build, bundle
 from maknet_jax.runs import config as configs
 from maknet_jax.runs.progress import Progress
 from maknet_jax.training import checkpoint, sharding, transfer
-from maknet_jax.training.state import TrainState, Variables
+from maknet_jax.training.state import Variables
 
 FOLDERS = {"best": "best", "last": "checkpoints"}
 
@@ -44,6 +44,10 @@ class Run:
       step: the number of updates that the weights have seen.
       name: "best" or "last".
       assembly: the model and its jitted prediction step.
+      source: the workdir or the bundle.
+      dataset: the workdir's `dataset.json`, or what a bundle says about its data.
+      metadata: the metadata of the checkpoint, or `bundle.json`.
+      is_bundle: whether it was opened from a bundle.
     """
 
     config: ConfigDict
@@ -53,6 +57,36 @@ class Run:
     step: int
     name: str
     assembly: build.Assembly
+    source: pathlib.Path
+    dataset: Mapping[str, Any]
+    metadata: Mapping[str, Any]
+    is_bundle: bool
+
+    @property
+    def trained_on(self) -> str | None:
+        """The source of the training data, such as "OpenKBP: head, neck"; None if not recorded."""
+        return (self.dataset.get("origin") or {}).get("source")
+
+    @property
+    def data_path(self) -> str:
+        """The data set that it was trained on.
+
+        Raises:
+          InputError: it is a bundle, which names no data on this machine.
+        """
+        if self.is_bundle:
+            raise InputError(f"{self.source} is a bundle, which holds no data: name it with --data")
+        return self.dataset["path"]
+
+    def output_folder(self, name: str) -> pathlib.Path:
+        """The folder in the workdir where a verb writes if it is not told otherwise.
+
+        Raises:
+          InputError: it is a bundle, into which nothing is written.
+        """
+        if self.is_bundle:
+            raise InputError(f"{self.source} is a bundle, which does not change: add --out")
+        return self.source / name
 
     @property
     def model(self) -> nn.Module:
@@ -110,6 +144,11 @@ class Run:
         on_mesh = sharding.put_batch(self.mesh, batch)
         return self.assembly.predict_step(self.variables, on_mesh["image"], on_mesh.get("box"))
 
+    def score_with_features(self, batch: Mapping[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
+        """Logits `[B, K]` and pooled features `[B, F]` of a batch, on the devices."""
+        on_mesh = sharding.put_batch(self.mesh, batch)
+        return self.assembly.features_step(self.variables, on_mesh["image"], on_mesh.get("box"))
+
     def predict(
         self, variables: Variables, batch: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
@@ -118,87 +157,170 @@ class Run:
 
 
 def open_run(
-    workdir: str | os.PathLike[str],
+    source: str | os.PathLike[str],
     *,
     checkpoint_name: str = "best",
     devices: Sequence[jax.Device] | None = None,
 ) -> Run:
-    """Opens a workdir for scoring.
+    """Opens a trained network for scoring; every verb opens it here.
 
     Args:
-      workdir: a folder of `maknet train`.
-      checkpoint_name: "best" or "last"; without a best checkpoint the last one is taken.
+      source: a folder of `maknet train`, a bundle (folder or .zip), or the name of a released one.
+      checkpoint_name: "best" or "last"; without a best checkpoint the last one is taken. A bundle
+        holds one of them.
       devices: the devices to score on; None takes all of all processes.
 
     Raises:
-      InputError: it is not a workdir, or holds no intact checkpoint.
+      InputError: it is neither, or holds no intact checkpoint, or is damaged.
     """
-    opened = _open(pathlib.Path(workdir), checkpoint_name, sharding.data_mesh(devices))
-    thresholds = opened.progress.thresholds or [0.5] * len(opened.vocabulary)
+    path, mesh = find(source), sharding.data_mesh(devices)
+    opened = (_open_bundle if bundle.is_bundle(path) else _open)(path, checkpoint_name, mesh)
     return Run(
         opened.config,
         opened.vocabulary,
-        sharding.put_state(opened.assembly.mesh, opened.state.variables),
-        np.asarray(thresholds),
-        int(opened.state.step),
+        sharding.put_state(opened.assembly.mesh, opened.variables),
+        opened.thresholds,
+        opened.step,
         opened.name,
         opened.assembly,
+        path,
+        opened.dataset,
+        opened.metadata,
+        bundle.is_bundle(path),
     )
 
 
-def open_weights(
-    path: str | os.PathLike[str], *, vocabulary: Vocabulary | None = None
-) -> tuple[Variables, Variables, dict[str, Any]]:
+def find(source: str | os.PathLike[str], also: str = "") -> pathlib.Path:
+    """The path of a workdir or a bundle, or of the released model of that name.
+
+    Args:
+      source: a path or a name.
+      also: what else the caller takes, for the message.
+
+    Raises:
+      InputError: there is neither.
+    """
+    path, released = pathlib.Path(source), bundle.released()
+    if path.exists():
+        return path
+    if str(source) in released:
+        return released[str(source)]
+    known = ", ".join(released) or "none in this version"
+    raise InputError(
+        f"{source} not found: give {also}a workdir of `maknet train`, a bundle (folder or .zip) or "
+        f"the name of a released model ({known})"
+    )
+
+
+class Weights(NamedTuple):
+    """Weights to start a training from.
+
+    Attributes:
+      params: NumPy arrays.
+      batch_stats: NumPy arrays.
+      metadata: path, digest of the arrays, and what they are.
+      model: name and options of the network, as in a config; the name is "" where unknown.
+      vocabulary: the labels of the head; None where there is no head.
+    """
+
+    params: Variables
+    batch_stats: Variables
+    metadata: dict[str, Any]
+    model: dict[str, Any]
+    vocabulary: Vocabulary | None
+
+
+def open_weights(source: str | os.PathLike[str]) -> Weights:
     """Reads weights to start a training from.
 
     Args:
-      path: a file of `maknet import-weights`, or a workdir: its best checkpoint, else its last.
-      vocabulary: the labels that a workdir's head must have; None where the head is not needed.
-
-    Returns:
-      (params, batch_stats, metadata): NumPy arrays, and a dict of the path, the digest of the
-      arrays and what they are.
+      source: a file of `maknet import-weights`; a workdir: its best checkpoint, else its last; a
+        bundle; or the name of a released one.
 
     Raises:
-      InputError: the path is neither, it is damaged, or its head is of other labels.
+      InputError: it is none of these, or damaged.
     """
-    path = pathlib.Path(path)
-    if path.is_dir():
+    path = find(source, "a .safetensors file, ")
+    if bundle.is_bundle(path):
+        content = bundle.read(path)
+        variables, config = content.variables(), content.config
+        vocabulary, saved = content.vocabulary, content.info["checkpoint"]
+        name, step = saved["name"], saved["step"]
+    elif path.is_dir():
         opened = _open(path, "best", sharding.data_mesh())
-        if vocabulary is not None and opened.vocabulary.names != vocabulary.names:
-            raise InputError(
-                f"{path} has other labels than the data: set init.head to False, or use data with "
-                "the same labels"
-            )
-        variables = opened.state.variables
-        params, batch_stats = variables["params"], variables["batch_stats"]
-        metadata: dict[str, Any] = {"model": opened.config.model.name}
-        metadata |= {"checkpoint": opened.name, "step": int(opened.state.step)}
+        variables, config = opened.variables, opened.config
+        vocabulary, name, step = opened.vocabulary, opened.name, opened.step
     else:
         params, batch_stats, metadata = transfer.read(path)
-    metadata |= {"path": str(path), "digest": transfer.digest(params, batch_stats)}
-    return params, batch_stats, metadata
+        model = {"name": metadata.get("model", ""), "options": {}}
+        metadata = dict(metadata) | {
+            "path": str(source),
+            "digest": transfer.digest(params, batch_stats),
+        }
+        return Weights(params, batch_stats, metadata, model, None)
+    params, batch_stats = variables["params"], variables["batch_stats"]
+    metadata = {
+        "model": config.model.name,
+        "checkpoint": name,
+        "step": step,
+        "path": str(source),
+        "digest": transfer.digest(params, batch_stats),
+    }
+    return Weights(params, batch_stats, metadata, configs.to_json(config)["model"], vocabulary)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Opened:
-    """A workdir with one of its checkpoints as NumPy arrays."""
+    """A workdir with one of its checkpoints, or a bundle; the variables are NumPy arrays."""
 
     config: ConfigDict
     vocabulary: Vocabulary
-    assembly: build.Assembly
-    state: TrainState
-    progress: Progress
+    variables: Variables
+    thresholds: np.ndarray
+    step: int
     name: str
+    assembly: build.Assembly
+    dataset: dict[str, Any]
+    metadata: dict[str, Any]
+
+
+def _open_bundle(path: pathlib.Path, checkpoint_name: str, mesh: Mesh) -> _Opened:
+    content = bundle.read(path)
+    saved = content.info["checkpoint"]
+    _check_checkpoint_name(checkpoint_name)
+    if checkpoint_name == "last" and saved["name"] != "last":
+        raise InputError(
+            f"{path} is a bundle of the {saved['name']} checkpoint: leave --checkpoint out"
+        )
+    try:
+        assembly = build.assemble(content.config, len(content.vocabulary), mesh)
+    except (KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"bundle {path}: its config describes no network ({error})") from None
+    shapes = {"params": assembly.shapes.params, "batch_stats": assembly.shapes.batch_stats}
+    return _Opened(
+        content.config,
+        content.vocabulary,
+        content.variables(shapes),
+        content.thresholds,
+        saved["step"],
+        saved["name"],
+        assembly,
+        content.info["data"],
+        content.info,
+    )
+
+
+def _check_checkpoint_name(name: str) -> None:
+    if name not in FOLDERS:
+        raise InputError(f"checkpoint {name!r} is unknown: choose best or last")
 
 
 def _open(workdir: pathlib.Path, checkpoint_name: str, mesh: Mesh) -> _Opened:
-    if checkpoint_name not in FOLDERS:
-        raise InputError(f"checkpoint {checkpoint_name!r} is unknown: choose best or last")
+    _check_checkpoint_name(checkpoint_name)
     try:
         config = configs.from_json(files.read_json(workdir / "config.json"))
         dataset = files.read_json(workdir / "dataset.json")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{workdir} is not a `maknet train` workdir: it has no config.json"
         ) from None
@@ -219,6 +341,16 @@ def _open(workdir: pathlib.Path, checkpoint_name: str, mesh: Mesh) -> _Opened:
         for number, reason in restored.damaged.items():
             console.Log().say(f"{folder / str(number)} is damaged and skipped: {reason}")
         if restored.state is not None:
-            progress = Progress.from_json(restored.metadata)
-            return _Opened(config, vocabulary, assembly, restored.state, progress, name)
+            thresholds = Progress.from_json(restored.metadata).thresholds
+            return _Opened(
+                config,
+                vocabulary,
+                restored.state.variables,
+                np.asarray(thresholds or [0.5] * len(vocabulary)),
+                int(restored.state.step),
+                name,
+                assembly,
+                dataset,
+                restored.metadata,
+            )
     raise InputError(f"{workdir} holds no checkpoint yet: wait for the first one of `maknet train`")

@@ -67,7 +67,7 @@ def lesion_loss_fn(
 
     def loss_fn(outputs: losses.Heads, batch: losses.Batch) -> tuple[jax.Array, losses.Metrics]:
         rhem_key, triplet_key = jax.random.split(batch["key"])
-        labels, weight = batch["labels"], batch["weight"]
+        labels, weight = batch["labels"] * batch["label_mask"], batch["weight"]
         before, after = outputs.scores_before_spl, outputs.logits
         assert before is not None  # LesaNet has both heads
         # Reports leave much out: a label is surely absent only if a positive label excludes it.

@@ -94,6 +94,24 @@ def make_predict_step(
     return predict_step
 
 
+def make_features_step(
+    model: nn.Module, *, to_input: ToInput
+) -> Callable[[Variables, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]]:
+    """Builds `features_step(variables, images, box=None) -> (logits [B, K], features [B, F])`.
+
+    Both are float32 and come from one forward pass; for the arguments see `make_predict_step`.
+    """
+
+    def features_step(
+        variables: Variables, images: jax.Array, box: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        boxes = box_kwargs(model, box)
+        outputs: Any = model.apply(variables, to_input(images), train=False, **boxes)
+        return outputs.logits.astype(jnp.float32), outputs.features.astype(jnp.float32)
+
+    return features_step
+
+
 def box_kwargs(model: nn.Module, box: Any) -> dict[str, Any]:
     """The keyword arguments of a network beside the images: LesaNet takes the lesions' boxes.
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,9 +42,9 @@ def place(
     Raises:
       InputError: nothing is left to place, or an array has no place or another shape there.
     """
-    new = _named({"params": params, "batch_stats": batch_stats})
+    new = named({"params": params, "batch_stats": batch_stats})
     new = {name: leaf for name, leaf in new.items() if head or name.split("/")[1] not in HEAD}
-    old = _named(variables)
+    old = named(variables)
     lacking = sorted(new.keys() - old.keys())
     if lacking or not new:
         subject = f"{lacking[0]} of the weights has" if lacking else "the weights have"
@@ -65,9 +65,60 @@ def place(
     return placed, sorted(new), sorted(old.keys() - new.keys())
 
 
-def _named(tree: Variables) -> dict[str, Any]:
+def named(tree: Variables) -> dict[str, Any]:
+    """Path ("params/stem/conv/kernel") -> leaf, in the order of the tree's leaves."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def share_head(
+    variables: Variables, params: Variables, columns: Sequence[tuple[int, int]], labels: int
+) -> Variables:
+    """Gives labels that two networks share the scores that they have in the other network.
+
+    In the head's arrays (`HEAD`), whose last axes run over the labels, the entries of shared labels
+    (in the score propagation: of pairs of shared labels) are taken from the other network. The
+    others keep their initial values.
+
+    Args:
+      variables: the network's variables, arrays or `jax.ShapeDtypeStruct`, which count as zeros.
+      params: the other network's.
+      columns: (column here, column there) of each shared label.
+      labels: the number of labels here.
+
+    Returns:
+      `params` with a head for `place(..., head=True)`.
+
+    Raises:
+      InputError: the other network has no head, or one of another kind or of other features.
+    """
+    here, there = (np.asarray(side, int) for side in zip(*columns, strict=True))
+    merged = dict(params)
+    for part in HEAD:
+        new = named({part: variables["params"].get(part, {})})
+        old = named({part: params.get(part, {})})
+        if new.keys() != old.keys():
+            raise InputError(
+                f"the weights have no {part} like this network's: set init.shared_labels to False"
+            )
+        tree = {}
+        for name, leaf in new.items():
+            array = np.zeros(leaf.shape, leaf.dtype)
+            if not isinstance(leaf, jax.ShapeDtypeStruct):
+                array = np.array(leaf)
+            if part == "spl" and array.ndim == 2:
+                array[np.ix_(here, here)] = old[name][np.ix_(there, there)]
+            elif array.shape[:-1] == old[name].shape[:-1] and array.shape[-1] == labels:
+                array[..., here] = old[name][..., there]
+            else:
+                raise InputError(
+                    f"{name} is {old[name].shape} in the weights, {leaf.shape} in this network: "
+                    "set init.shared_labels to False"
+                )
+            tree[name] = array
+        if tree:
+            merged |= traverse_util.unflatten_dict(tree, sep="/")
+    return merged
 
 
 def digest(params: Variables, batch_stats: Variables) -> str:
@@ -87,13 +138,29 @@ def write(
     Returns:
       The metadata as written, with the format and the digest.
     """
-    arrays = _named({"params": params, "batch_stats": batch_stats})
+    payload, complete = encode(params, batch_stats, metadata)
+    with files.write_whole(path, "wb") as file:
+        file.write(payload)
+    return complete
+
+
+def encode(
+    params: Variables, batch_stats: Variables, metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, str]]:
+    """(the bytes of the file, the metadata in it), as `write` writes them.
+
+    Equal content gives equal bytes: safetensors itself writes metadata in random order.
+    """
+    arrays = named({"params": params, "batch_stats": batch_stats})
     # safetensors writes the memory of an array: a transposed one would be stored scrambled.
     arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     complete = {**metadata, "format": FORMAT, "digest": digest(params, batch_stats)}
-    with files.write_whole(path, "wb") as file:
-        file.write(safetensors.numpy.save(arrays, complete))
-    return complete
+    payload = safetensors.numpy.save(arrays)
+    end = 8 + int.from_bytes(payload[:8], "little")  # the header is JSON behind its length
+    header = {"__metadata__": dict(sorted(complete.items())), **json.loads(payload[8:end])}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # arrays stay aligned
+    return len(text).to_bytes(8, "little") + text + payload[end:], complete
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Variables, Variables, dict[str, Any]]:

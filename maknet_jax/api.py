@@ -1,0 +1,376 @@
+"""The Python door: a trained network in the hand.
+
+The examples of this module run as tests, in a folder with a run and a CT series.
+
+>>> import maknet_jax
+>>> model = maknet_jax.load("runs/teacher")
+>>> result = model.predict("scans/series")
+>>> print(result)
+series ...
+>>> maps = model.attribute(result, labels=[model.labels[0]])
+>>> maps.maps.shape == (1, 1, model.size, model.size, 3)
+True
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from maknet_jax import console, predict
+from maknet_jax.attribution import integrated_gradients as ig
+from maknet_jax.attribution import perturbation
+from maknet_jax.ct import arrays, search, volumes
+from maknet_jax.errors import InputError, Rejected
+from maknet_jax.evaluation.series import SeriesResult
+from maknet_jax.explain.network import Network, make_network, network_name
+from maknet_jax.explain.options import PathOptions
+from maknet_jax.explain.selection import label_columns
+from maknet_jax.runs import workdir
+from maknet_jax.training import sharding
+
+Source: TypeAlias = "str | os.PathLike[str] | np.ndarray"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a network says about one or several series.
+
+    Attributes:
+      series: one result per series: its `labels` and `confidences` by slice, and what it `covers`.
+      failures: (input, reason) of everything that could not be read.
+    """
+
+    series: tuple[SeriesResult, ...]
+    failures: tuple[tuple[str, str], ...] = ()
+
+    def __len__(self) -> int:
+        """The number of slices of all series."""
+        return sum(map(len, self.series))
+
+    @property
+    def labels(self) -> list[tuple[str, ...]]:
+        """The predicted labels of each slice, by decreasing confidence; all series in order."""
+        return [labels for series in self.series for labels in series.labels]
+
+    @property
+    def confidences(self) -> np.ndarray:
+        """float32 `[N, K]` of all slices."""
+        return np.concatenate([series.confidences for series in self.series])
+
+    @property
+    def features(self) -> np.ndarray | None:
+        """float32 `[N, F]` of all slices; None unless `predict(..., features=True)`."""
+        pooled = [series.features for series in self.series if series.features is not None]
+        return np.concatenate(pooled) if pooled else None
+
+    def table(self) -> list[dict[str, Any]]:
+        """One dict per slice, for `pandas.DataFrame`: series, slice, file, z_mm, labels, ..."""
+        return [row for series in self.series for row in series.table()]
+
+    def __str__(self) -> str:
+        header = ("series", "label", "slices", "mm", "confidence")
+        rows = [
+            (
+                series.id,
+                cover.label,
+                f"{cover.first_slice}-{cover.last_slice}",
+                "?" if np.isnan(cover.first_mm) else f"{cover.first_mm:.0f}-{cover.last_mm:.0f}",
+                f"{cover.mean_confidence:.2f}",
+            )
+            for series in self.series
+            for cover in series.covers
+        ]
+        return console.format_table(header, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Why a network gives its labels: Integrated Gradients of B images for T labels each.
+
+    Attributes:
+      images: int16 HU `[B, S, S, 3]`.
+      ids: of the images: SERIES:SLICE, or the row of the array.
+      labels: B tuples of the T explained labels.
+      maps: float32 `[B, T, S, S, 3]`: the contribution of each value to the confidence.
+      relative: `[B, T]`, error of completeness relative to the explained change.
+      flagged: bool `[B, T]`, where it exceeds 1 %.
+      start: `[B, T]`, the confidence at the baseline.
+      end: `[B, T]`, the confidence at the image.
+    """
+
+    images: np.ndarray
+    ids: tuple[str, ...]
+    labels: tuple[tuple[str, ...], ...]
+    maps: np.ndarray
+    relative: np.ndarray
+    flagged: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+
+
+class Model:
+    """A trained network; `load` makes it.
+
+    Attributes:
+      run: the opened workdir or bundle, as every verb uses it.
+    """
+
+    def __init__(self, run: workdir.Run) -> None:
+        self.run = run
+
+    def __repr__(self) -> str:
+        run = self.run
+        return (
+            f"<{run.model_name} of {run.source}: {len(self.labels)} labels, {self.size} x "
+            f"{self.size}, {run.name} checkpoint, step {run.step}>"
+        )
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The label names in column order."""
+        return self.run.vocabulary.names
+
+    @property
+    def thresholds(self) -> np.ndarray:
+        """float `[K]`; a label is predicted if its confidence reaches its threshold."""
+        return self.run.thresholds
+
+    @property
+    def size(self) -> int:
+        """The edge S of its images in pixels."""
+        return self.run.size
+
+    def predict(
+        self,
+        source: Source,
+        *,
+        affine: npt.ArrayLike | None = None,
+        spacing: Sequence[float] | None = None,
+        orientation: str | None = None,
+        png_window: tuple[float, float] | None = None,
+        batch_size: int = 16,
+        features: bool = False,
+    ) -> Prediction:
+        """Predicts the labels of every slice.
+
+        >>> import numpy as np
+        >>> hu = np.random.default_rng(0).integers(-1000, 300, (4, 48, 48))
+        >>> result = model.predict(hu, spacing=(5, 0.8, 0.8), orientation="IPL")
+        >>> [row["z_mm"] for row in result.table()]
+        [0.0, 5.0, 10.0, 15.0]
+        >>> model.predict(hu)
+        Traceback (most recent call last):
+        ...
+        maknet_jax.errors.InputError: an array of shape (4, 48, 48) with no geometry: pass ...
+
+        Args:
+          source: a file or a folder of DICOM, NIfTI or PNG with any number of series, or one volume
+            as an array of HU with three axes in any order.
+          affine: of an array: `[4, 4]`, indices to RAS in mm, as nibabel has it.
+          spacing: of an array, instead of the affine: mm along each axis.
+          orientation: with `spacing`: three letters, where each axis grows. "LPS" is an array that
+            is indexed to the left, to posterior and to superior; "IPL" has its slices first, head
+            to feet, then rows and columns as radiologists view them.
+          png_window: (low, high) HU that 0 and 255 of 8-bit PNGs stand for.
+          batch_size: slices per step.
+          features: also keep the pooled features.
+
+        Raises:
+          InputError: an array lacks its geometry, or nothing can be read.
+        """
+        score = functools.partial(
+            predict.predict_volume,
+            self.run,
+            batch_size=batch_size,
+            png_window=png_window,
+            features=features,
+        )
+        if isinstance(source, (str, os.PathLike)):
+            if affine is not None or spacing is not None or orientation is not None:
+                raise InputError(f"{source} has a geometry of its own: leave out affine and others")
+            return self._predict_files(pathlib.Path(source), score, png_window)
+        volume = arrays.volume_of_array(
+            source, affine=affine, spacing=spacing, orientation=orientation
+        )
+        return Prediction((score(volume),))
+
+    def _predict_files(
+        self, path: pathlib.Path, score: Any, png_window: tuple[float, float] | None
+    ) -> Prediction:
+        found, failures = search.find_series(path)
+        results = []
+        with console.progress("predict", sum(ref.count for ref in found)) as advance:
+            for ref in found:
+                read = functools.partial(volumes.load_series, ref, png_window=png_window)
+                try:
+                    volume = read()
+                except Rejected as error:
+                    failures.append((ref.paths[0], str(error)))
+                    continue
+                results.append(score(volume, advance=advance, read=read))
+        if not results:
+            reason = f": {failures[0][0]}: {failures[0][1]}" if failures else ""
+            raise InputError(f"{path} holds no readable series of DICOM, NIfTI or PNG{reason}")
+        return Prediction(tuple(results), tuple(failures))
+
+    def logits(self, images: "np.ndarray | Prediction", *, batch_size: int = 16) -> np.ndarray:
+        """Logits float32 `[N, K]`; the confidences are their sigmoid.
+
+        Args:
+          images: int16 HU `[N, S, S, 3]` as prepared records hold them, or a prediction, whose
+            slices are read again.
+          batch_size: images per step.
+        """
+        return self._apply(images, batch_size)[0]
+
+    def features(self, images: "np.ndarray | Prediction", *, batch_size: int = 16) -> np.ndarray:
+        """Pooled features float32 `[N, F]`, what the classifier sees; arguments as in `logits`.
+
+        >>> model.features(np.full((2, model.size, model.size, 3), -1000, np.int16)).shape[0]
+        2
+        """
+        return self._apply(images, batch_size)[1]
+
+    def _apply(
+        self, images: "np.ndarray | Prediction", batch_size: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        self._check_box()
+        batch_size = sharding.round_up_to_devices(batch_size, self.run.mesh.size)
+        parts: list[tuple[np.ndarray, np.ndarray]] = []
+        for batch in self._batches(images, batch_size):
+            rows = np.zeros((batch_size, *batch.shape[1:]), np.int16)
+            rows[: len(batch)] = batch
+            logits, pooled = self.run.score_with_features({"image": rows})
+            parts.append((np.asarray(logits)[: len(batch)], np.asarray(pooled)[: len(batch)]))
+        return np.concatenate([part[0] for part in parts]), np.concatenate([p[1] for p in parts])
+
+    def _check_box(self) -> None:
+        if self.run.model.takes_box:
+            raise InputError(
+                f"{self.run.model_name} looks at a lesion's box beside the image: use `maknet "
+                "retrieve` and `maknet evaluate`"
+            )
+
+    def _batches(self, images: "np.ndarray | Prediction", batch_size: int) -> Iterator[np.ndarray]:
+        """Yields int16 `[at most batch_size, S, S, 3]`."""
+        if isinstance(images, Prediction):
+            for series in images.series:
+                for start in range(0, len(series), batch_size):
+                    numbers = range(start, min(start + batch_size, len(series)))
+                    yield series.images(numbers, self.size)
+            return
+        images = self._checked(images)
+        for start in range(0, len(images), batch_size):
+            yield images[start : start + batch_size]
+
+    def _checked(self, images: np.ndarray) -> np.ndarray:
+        images = np.asarray(images)
+        shape = (self.size, self.size, 3)
+        if images.ndim != 4 or images.shape[1:] != shape or not len(images):
+            raise InputError(
+                f"images of shape {images.shape} should be [N, {self.size}, {self.size}, 3]: three "
+                "slices as channels; of a whole CT use model.predict(hu, affine=...) first"
+            )
+        if images.dtype.kind not in "iu" or images.min() < -32768 or images.max() > 32767:
+            raise InputError(f"images of {images.dtype} should be HU as int16, without a window")
+        return images.astype(np.int16)
+
+    @functools.cached_property
+    def _network(self) -> Network:
+        return make_network(self.run, network_name(self.run))
+
+    def attribute(
+        self,
+        images: "np.ndarray | Prediction",
+        labels: Sequence[str] | None = None,
+        *,
+        top: int = 5,
+        **path: Any,
+    ) -> Explanation:
+        """Integrated Gradients: where in an image the network sees its labels.
+
+        Args:
+          images: int16 HU `[B, S, S, 3]`; or a prediction, of which the slice with the highest
+            confidence in each label is explained (without labels: its most confident slice).
+          labels: explain these; None explains the `top` most confident labels of each image.
+          top: how many.
+          **path: fields of `explain.options.PathOptions`: steps, method, baseline, output, refine,
+            batch_size.
+
+        Raises:
+          InputError: a label or an option is unknown.
+        """
+        try:
+            options = PathOptions(**path)
+        except TypeError:
+            known = ", ".join(field.name for field in dataclasses.fields(PathOptions))
+            raise InputError(f"options {', '.join(path)}: known are {known}") from None
+        ig.check(options.method, options.steps, options.refinements, options.output)
+        columns = label_columns(self.run, labels)
+        hu, ids = self._chosen(images, columns)
+        network, devices = self._network, self.run.mesh.size
+        batch_size = sharding.round_up_to_devices(options.batch_size or devices, devices)
+        labelled: list[tuple[str, ...]] = []
+        parts: list[ig.Attribution] = []
+        for start in range(0, len(hu), batch_size):
+            rows = hu[start : start + batch_size]
+            batch = np.concatenate([rows, rows[-1:].repeat(batch_size - len(rows), axis=0)])
+            base = np.stack([perturbation.make_baseline(one, options.baseline) for one in batch])
+            put, black = network.put(batch), network.put(base)
+            targets = np.argsort(-network.confidences(put), axis=1, kind="stable")[:, :top]
+            if columns:
+                targets = np.tile(np.asarray(columns, np.int64), (batch_size, 1))
+            parts.append(network.attribute(put, targets, black, options))
+            labelled += [tuple(self.labels[k] for k in row) for row in targets[: len(rows)]]
+        fields = {
+            name: np.concatenate([getattr(part, name) for part in parts])[: len(hu)]
+            for name in ("maps", "relative", "flagged", "start", "end")
+        }
+        return Explanation(images=hu, ids=ids, labels=tuple(labelled), **fields)
+
+    def _chosen(
+        self, images: "np.ndarray | Prediction", columns: Sequence[int]
+    ) -> tuple[np.ndarray, tuple[str, ...]]:
+        """(int16 HU `[B, S, S, 3]`, ids) of the images that are explained."""
+        if not isinstance(images, Prediction):
+            hu = self._checked(images)
+            return hu, tuple(str(row) for row in range(len(hu)))
+        scores = images.confidences
+        best = [int(np.argmax(scores[:, column])) for column in columns]
+        best = sorted(set(best or [int(np.argmax(scores.max(axis=1)))]))
+        places = [(series, k) for series in images.series for k in range(len(series))]
+        chosen = [places[number] for number in best]
+        hu = np.concatenate([series.images([k], self.size) for series, k in chosen])
+        return hu, tuple(f"{series.id}:{k}" for series, k in chosen)
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    checkpoint: str = "best",
+    devices: Sequence[jax.Device] | None = None,
+) -> Model:
+    """Opens a trained network.
+
+    >>> model = load("runs/teacher")
+    >>> model.size, len(model.labels) == len(model.thresholds)
+    (32, True)
+
+    Args:
+      source: a workdir of `maknet train`, a bundle (folder or .zip) of `maknet export`, or the name
+        of a released model.
+      checkpoint: "best" or "last" of a workdir.
+      devices: the devices to compute on; None takes those of this process.
+
+    Raises:
+      InputError: it is none of these, or it is damaged; the message says which.
+    """
+    devices = devices or jax.local_devices()
+    return Model(workdir.open_run(source, checkpoint_name=checkpoint, devices=devices))

@@ -1,0 +1,103 @@
+"""CT volumes that a caller has in memory, brought into the standard orientation."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from maknet_jax.ct import geometry, nifti
+from maknet_jax.ct.reading import LARGEST_MATRIX
+from maknet_jax.ct.volumes import Volume
+from maknet_jax.errors import InputError, Rejected
+
+# The direction, in LPS coordinates, in which an axis with this letter grows.
+_DIRECTIONS = {
+    "L": (1, 0, 0),
+    "R": (-1, 0, 0),
+    "P": (0, 1, 0),
+    "A": (0, -1, 0),
+    "S": (0, 0, 1),
+    "I": (0, 0, -1),
+}
+_EXPECTED = (
+    "pass affine=A (4 x 4, voxel indices to RAS in mm, as nibabel has it), or spacing=(a, b, c) in "
+    'mm and orientation="LPS", one entry per axis of the array (the letters say where each axis '
+    "grows: L or R, P or A, S or I)"
+)
+
+
+def volume_of_array(
+    hu: np.ndarray,
+    *,
+    affine: npt.ArrayLike | None = None,
+    spacing: Sequence[float] | None = None,
+    orientation: str | None = None,
+    name: str = "array",
+) -> Volume:
+    """Makes a volume of an array of HU and its geometry.
+
+    Args:
+      hu: three axes in any order, integers or floats.
+      affine: `[4, 4]`, indices of the array to RAS in mm; or the two below instead.
+      spacing: mm along each axis of the array.
+      orientation: three letters, the direction in which each axis grows: "LPS" for an array
+        indexed to the left, to posterior and to superior.
+      name: the name of the series.
+
+    Returns:
+      The volume, head to feet; its slices are named by their index along the array's z axis.
+
+    Raises:
+      InputError: the geometry is missing, incomplete or contradictory, or the values are not HU.
+    """
+    hu = np.asarray(hu)
+    if hu.ndim != 3 or min(hu.shape) < 1 or max(hu.shape) > LARGEST_MATRIX:
+        raise InputError(
+            f"an array of shape {hu.shape} is not a CT volume: pass three axes of 1 to "
+            f"{LARGEST_MATRIX} voxels"
+        )
+    if hu.dtype.kind not in "iuf":
+        raise InputError(f"an array of {hu.dtype} is not CT: pass HU as integers or floats")
+    given = {"affine": affine, "spacing": spacing, "orientation": orientation}
+    present = [key for key, value in given.items() if value is not None]
+    if present not in (["affine"], ["spacing", "orientation"]):
+        has = " and ".join(present) or "no geometry"
+        raise InputError(f"an array of shape {hu.shape} with {has}: {_EXPECTED}")
+    try:
+        if affine is not None:
+            matrix = np.asarray(affine, float)
+            if matrix.shape != (4, 4):
+                raise InputError(f"affine of shape {matrix.shape}: {_EXPECTED}")
+            axes, steps = nifti.geometry_of(matrix)
+        else:
+            axes, steps = nifti.geometry_of(_affine(spacing or (), orientation or ""))
+        values = geometry.to_standard(hu, axes)
+        volume = np.empty(values.shape, np.int16)
+        low, high = np.inf, -np.inf
+        for k, plane in enumerate(values):
+            if not np.isfinite(plane).all():
+                raise Rejected("some values are not finite")
+            low, high = min(low, plane.min()), max(high, plane.max())
+            volume[k] = np.clip(np.rint(plane), -32768, 32767)
+        nifti.check_hu(low, high)
+    except Rejected as error:
+        raise InputError(f"the array of shape {hu.shape} cannot be used: {error}") from None
+    z, y, x = (stored.axis for stored in axes)
+    names = [str(k) for k in range(len(volume))]
+    slices = tuple(names[::-1] if axes[0].flip else names)
+    uids = tuple(f"{name}:{k}" for k in slices)
+    return Volume(volume, (steps[z], steps[y], steps[x]), name, slices, uids)
+
+
+def _affine(spacing: Sequence[float], orientation: str) -> np.ndarray:
+    """The affine to RAS of an array with these axes."""
+    steps, letters = np.asarray(spacing, float), str(orientation).upper()
+    pairs = {letter: pair for pair in ("LR", "PA", "SI") for letter in pair}
+    if steps.shape != (3,) or not (steps > 0).all():
+        raise InputError(f"spacing {spacing}: {_EXPECTED}")
+    if len(letters) != 3 or {pairs.get(letter) for letter in letters} != {"LR", "PA", "SI"}:
+        raise InputError(f"orientation {orientation!r}: {_EXPECTED}")
+    affine = np.eye(4)
+    for axis, letter in enumerate(letters):
+        affine[:3, axis] = np.diag([-1, -1, 1]) @ _DIRECTIONS[letter] * steps[axis]
+    return affine

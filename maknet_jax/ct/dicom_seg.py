@@ -1,0 +1,187 @@
+"""DICOM Segmentation objects (SEG) as masks of their CT series.
+
+Frames are matched with CT slices by the SOPInstanceUIDs that they reference, never by their order.
+Reading needs highdicom, the extra `dicom-seg`.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pydicom
+from pydicom import uid as dicom_uid
+
+from maknet_jax.ct import dicom, geometry
+from maknet_jax.ct.reading import one_line, quiet
+from maknet_jax.errors import InputError, Rejected
+
+# pydicom 3.0 has no name for the second, Label Map Segmentation Storage.
+SEGMENTATIONS = (dicom_uid.SegmentationStorage, "1.2.840.10008.5.1.4.1.1.66.7")
+_TAGS = (
+    "SOPClassUID PatientID SeriesInstanceUID SegmentationType SegmentSequence "
+    "ReferencedSeriesSequence"
+).split()
+_SAME = 1e-3  # of direction cosines and pixel spacing
+_SAME_POSITION = 0.1  # mm
+
+
+@dataclasses.dataclass(frozen=True)
+class SegHeader:
+    """What a SEG file states about itself.
+
+    Attributes:
+      path: the file.
+      patient: PatientID, or "".
+      series: the SeriesInstanceUID of the CT series that it segments.
+      segments: (segment number, segment label) pairs.
+    """
+
+    path: str
+    patient: str
+    series: str
+    segments: tuple[tuple[int, str], ...]
+
+
+def is_segmentation(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a DICOM SEG, by its file meta information."""
+    with open(path, "rb") as file:
+        if file.read(132)[128:] != b"DICM":
+            return False
+    try:
+        with quiet():
+            meta = pydicom.filereader.read_file_meta_info(path)
+    except Exception:  # pydicom raises anything on broken files; a CT reader reports them
+        return False
+    return meta.get("MediaStorageSOPClassUID") in SEGMENTATIONS
+
+
+def read_header(path: str | os.PathLike[str]) -> SegHeader:
+    """Reads the header of a SEG file; needs no highdicom.
+
+    Raises:
+      Rejected: the file is broken, of several series, or has fractional or unnamed segments.
+    """
+    try:
+        with quiet():
+            data = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_TAGS))
+        kind = str(data.get("SegmentationType") or "")
+        series = [str(item.SeriesInstanceUID) for item in data.get("ReferencedSeriesSequence", [])]
+        segments = tuple(
+            (int(item.SegmentNumber), str(item.SegmentLabel).strip())
+            for item in data.SegmentSequence
+            if int(item.SegmentNumber) != 0  # the background of a label map
+        )
+        patient = str(data.get("PatientID") or "")
+    except Exception as error:  # pydicom raises anything on broken files
+        raise Rejected(f"broken DICOM SEG header ({one_line(error)})") from error
+    if kind not in ("BINARY", "LABELMAP"):
+        raise Rejected(f"SegmentationType {kind}: only BINARY and LABELMAP are supported")
+    if len(set(series)) != 1:
+        raise Rejected(f"references {len(set(series))} series: expected the one of its CT")
+    names = [name for _, name in segments if name]
+    if len(set(names)) < len(segments):
+        raise Rejected("two segments have equal labels, or one has none: names must be unique")
+    return SegHeader(str(path), patient, series[0], segments)
+
+
+def require_highdicom() -> Any:
+    """Imports highdicom.
+
+    Raises:
+      InputError: it is not installed.
+    """
+    try:
+        import highdicom
+    except ImportError:
+        raise InputError(
+            'DICOM SEG needs highdicom: install it with pip install "maknet-jax[dicom-seg]"'
+        ) from None
+    return highdicom
+
+
+class Segmentation:
+    """A SEG file beside its CT series, whose geometry was compared slice by slice."""
+
+    def __init__(self, path: str | os.PathLike[str], slices: Sequence[dicom.Header]) -> None:
+        """Opens the file.
+
+        Args:
+          path: the SEG file.
+          slices: the headers of its CT series, head to feet.
+
+        Raises:
+          InputError: highdicom is not installed.
+          Rejected: broken, or on another grid than the CT.
+        """
+        highdicom = require_highdicom()
+        self._slices = slices
+        try:
+            with quiet():
+                self._seg = highdicom.seg.segread(path)
+                self._check_grid()
+        except Rejected:
+            raise
+        except Exception as error:  # highdicom raises anything on broken files
+            raise Rejected(f"broken DICOM SEG ({one_line(error)})") from error
+
+    def mask(self, number: int) -> np.ndarray:
+        """The mask of a segment: bool [Z, Y, X], head to feet. Slices without a frame are empty.
+
+        Raises:
+          Rejected: the frames cannot be decoded.
+        """
+        try:
+            with quiet():
+                frames = self._seg.get_pixels_by_source_instance(
+                    [header.uid for header in self._slices],
+                    segment_numbers=[number],
+                    ignore_spatial_locations=True,  # compared in _check_grid instead
+                    assert_missing_frames_are_empty=True,
+                    skip_overlap_checks=True,
+                )
+        except Exception as error:
+            raise Rejected(f"broken DICOM SEG frames ({one_line(error)})") from error
+        axes = dicom.stored_axes(self._slices[0].orientation)
+        # Slices are in order already: only rows and columns are brought into the standard one.
+        planes = [geometry.to_standard(frame[None, ..., 0] > 0, axes)[0] for frame in frames]
+        return np.stack(planes)
+
+    def _check_grid(self) -> None:
+        first = self._slices[0]
+        shape = (self._seg.Rows, self._seg.Columns)
+        if shape != first.shape:
+            raise Rejected(f"frames of {shape} pixels, the CT has {first.shape}")
+        by_uid = {header.uid: header for header in self._slices}
+        shared = self._seg.SharedFunctionalGroupsSequence[0]
+        for number, frame in enumerate(self._seg.PerFrameFunctionalGroupsSequence, start=1):
+            sources = {
+                str(source.ReferencedSOPInstanceUID)
+                for derivation in frame.get("DerivationImageSequence", [])
+                for source in derivation.get("SourceImageSequence", [])
+            }
+            if len(sources) != 1 or not sources <= by_uid.keys():
+                raise Rejected(
+                    f"frame {number} references {len(sources)} slices, not one of its CT series"
+                )
+            header = by_uid[sources.pop()]
+            measures = _group("PixelMeasuresSequence", frame, shared)
+            orientation = _group("PlaneOrientationSequence", frame, shared)
+            position = _group("PlanePositionSequence", frame, shared)
+            for name, values, expected, tolerance in (
+                ("pixel spacing", measures.PixelSpacing, header.spacing, _SAME),
+                ("orientation", orientation.ImageOrientationPatient, header.orientation, _SAME),
+                ("position", position.ImagePositionPatient, header.position, _SAME_POSITION),
+            ):
+                if not np.allclose(np.asarray(values, float), expected, rtol=0, atol=tolerance):
+                    raise Rejected(
+                        f"another grid than the CT: {name} of frame {number} is "
+                        f"{[float(value) for value in values]}, that of its slice "
+                        f"{[float(value) for value in expected or ()]}"
+                    )
+
+
+def _group(name: str, frame: pydicom.Dataset, shared: pydicom.Dataset) -> pydicom.Dataset:
+    """The item of a functional group: of the frame, or shared by all frames."""
+    return (frame if name in frame else shared)[name].value[0]

@@ -1,0 +1,155 @@
+"""`maknet export`: a trained network as a bundle, which every verb opens like a workdir."""
+
+import importlib.metadata
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+import maknet_jax
+from maknet_jax import console, files
+from maknet_jax.data import records
+from maknet_jax.errors import InputError
+from maknet_jax.runs import bundle, card, stablehlo, workdir
+from maknet_jax.training import transfer
+
+
+def export(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    checkpoint: str = "best",
+    dtype: str = "float32",
+    name: str | None = None,
+    license_name: str = "other",
+    data: str | os.PathLike[str] | None = None,
+    zipped: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Writes a bundle, see `runs.bundle`; whole or not at all.
+
+    Args:
+      folder: a workdir of `maknet train`; or a bundle, to store it in another dtype.
+      out: the folder to write.
+      checkpoint: "best" or "last".
+      dtype: of the stored kernels: "float32", "float16" or "bfloat16"; restored to float32 when the
+        bundle is opened.
+      name: the title; None takes the name of the folder.
+      license_name: of the weights, as the Hugging Face Hub calls it.
+      data: the data set that it was trained on, if it has moved; it says where the data came from.
+      zipped: also write OUT.zip.
+      overwrite: replace a bundle that lies at `out`.
+
+    Returns:
+      The summary: the paths, the bytes of each file, the labels and the step.
+
+    Raises:
+      InputError: `folder` is not a run, `data` is not what it was trained on, or `out` is taken.
+    """
+    bundle.check_free(out, zipped=zipped, overwrite=overwrite)
+    run = workdir.open_run(folder, checkpoint_name=checkpoint, devices=jax.local_devices())
+    out = pathlib.Path(out).absolute()
+    if run.source.resolve() in (out.resolve(), out.with_name(f"{out.name}.zip").resolve()):
+        raise InputError(f"--out {out} is {folder} itself: choose another folder")
+    params, batch_stats = (
+        jax.tree.map(np.asarray, run.variables.get(kind, {})) for kind in ("params", "batch_stats")
+    )
+    stored = bundle.pack(params, batch_stats, dtype)
+    restored = jax.tree.map(lambda array: array.astype(np.float32), stored)
+    network, description = stablehlo.export_network(
+        run.config, len(run.vocabulary), transfer.named(stored)
+    )
+    weights, _ = transfer.encode(**stored, metadata={"model": run.model_name})
+    info = {
+        "name": name or run.source.resolve().stem,
+        "config": bundle.without_paths(run.config),
+        "labels": run.vocabulary.to_json(),
+        "thresholds": run.thresholds.tolist(),
+        "preprocessing": bundle.preprocessing(run.config, takes_box=run.model.takes_box),
+        "checkpoint": {
+            "name": run.name,
+            "step": run.step,
+            "digest": transfer.digest(params, batch_stats),
+        },
+        "weights": {
+            "dtype": dtype,
+            "digest": transfer.digest(**restored),
+            "parameters": int(sum(leaf.size for leaf in jax.tree.leaves(params))),
+        },
+        "data": _data(run, data),
+        "metrics": _metrics(run),
+        "out_of_domain": _out_of_domain(run),
+        "stablehlo": description,
+        "versions": {"maknet-jax": maknet_jax.__version__}
+        | {each: importlib.metadata.version(each) for each in ("jax", "flax", "safetensors")},
+    }
+    content = {
+        bundle.WEIGHTS: weights,
+        bundle.NETWORK: network,
+        bundle.CARD: card.model_card(info, license_name).encode(),
+    }
+    written = bundle.write(out, info, content, zipped=zipped, overwrite=overwrite)
+    sizes = {file.name: file.stat().st_size for file in sorted(out.iterdir())}
+    return {
+        "files": [str(path) for path in written],
+        "bytes": sizes,
+        "labels": len(run.vocabulary),
+        "checkpoint": run.name,
+        "step": run.step,
+        "data": info["data"],
+        "splits": list(info["metrics"]),
+    }
+
+
+def _data(run: workdir.Run, path: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """What is known of the training data: `bundle.json`'s `data`."""
+    if run.is_bundle:
+        return dict(run.dataset)
+    fingerprint = run.dataset["fingerprint"]
+    known: dict[str, Any] = {
+        "fingerprint": fingerprint,
+        "pseudo_labels": run.dataset.get("pseudo_labels"),
+        "origin": run.dataset.get("origin") or {},
+    }
+    try:
+        dataset = records.open_dataset(path or run.data_path)
+    except InputError:
+        if path is not None:
+            raise
+        console.Log().say(
+            f"the data of {run.source} are not at {run.data_path}: the bundle will not say where "
+            "they came from (--data names their folder)"
+        )
+        return known
+    if dataset.fingerprint != fingerprint:
+        if path is not None:
+            raise InputError(f"{path} is not the data that {run.source} was trained on")
+        return known
+    return known | {
+        "origin": dataset.origin,
+        "images": {name: split["count"] for name, split in dataset.info["splits"].items()},
+    }
+
+
+def _metrics(run: workdir.Run) -> dict[str, dict[str, Any]]:
+    """Split -> metrics, of the validation and of evaluations of the exported weights."""
+    if run.is_bundle:
+        return dict(run.metadata["metrics"])
+    metrics: dict[str, dict[str, Any]] = {}
+    if run.metadata.get("metrics"):
+        metrics["validation"] = dict(run.metadata["metrics"])
+    for path in sorted((run.source / "evaluation").glob("summary_*.json")):
+        summary = files.read_json(path)
+        if (summary["checkpoint"], summary["step"]) == (run.name, run.step):
+            metrics |= summary["splits"]
+    return metrics
+
+
+def _out_of_domain(run: workdir.Run) -> Any:
+    """`out_of_domain.json` of the workdir; None where there is none."""
+    if run.is_bundle:
+        return run.metadata["out_of_domain"]
+    path = run.source / "out_of_domain.json"
+    return files.read_json(path) if path.is_file() else None

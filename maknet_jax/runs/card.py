@@ -1,0 +1,155 @@
+"""The model card of a bundle, in the form of the Hugging Face Hub: YAML, then Markdown."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from maknet_jax import console
+from maknet_jax.data.labels import Vocabulary
+
+_METRICS = {"auc": "roc_auc", "f1": "f1", "precision": "precision", "recall": "recall"}
+_SHOWN = 40  # labels
+
+_SNIPPET = """import jax.export
+import numpy as np
+from safetensors.flax import load_file
+
+with open("network.stablehlo", "rb") as file:
+    network = jax.export.deserialize(bytearray(file.read()))
+weights = load_file("model.safetensors")
+images = np.full((2, {size}, {size}, 3), -1000, np.int16)  # HU: crop, resize, three slices
+{call}
+confidences = 1 / (1 + np.exp(-np.asarray(outputs["logits"])))  # [2, {labels}]
+features = np.asarray(outputs["features"])"""
+
+
+def model_card(info: Mapping[str, Any], license_name: str) -> str:
+    """The text of README.md.
+
+    Args:
+      info: the fields of `bundle.json`, see `bundle.FIELDS`.
+      license_name: an identifier of the Hub, as apache-2.0 or cc-by-4.0; "other" if undecided.
+    """
+    data, rules = info["data"], info["preprocessing"]
+    names = Vocabulary.from_json(info["labels"]).names
+    header = {
+        "license": license_name,
+        "library_name": "maknet-jax",
+        "pipeline_tag": "image-classification",
+        "tags": ["computed-tomography", "medical-imaging", "multi-label", "jax", "safetensors"],
+        "metrics": list(_METRICS.values()),
+    }
+    yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items())
+    takes_box = rules["slice_distance_mm"] is not None
+    call = "outputs = network.call(weights, images)"
+    if takes_box:
+        call = (
+            "boxes = np.array([[40, 40, 80, 80]] * 2, np.float32)  # x0, y0, x1, y1\n"
+            "outputs = network.call(weights, images, boxes)"
+        )
+    snippet = _SNIPPET.format(size=rules["size"], call=call, labels=len(names))
+    more = f" and {len(names) - _SHOWN} more in bundle.json" if len(names) > _SHOWN else ""
+    distance = "consecutive slices"
+    if takes_box:
+        distance = f"slices {rules['slice_distance_mm']:g} mm apart"
+    return f"""---
+{yaml}
+---
+
+# {info["name"]}
+
+A {info["config"]["model"]["name"]} network that gives {len(names)} labels to each slice of a CT
+volume. It was exported from the {info["checkpoint"]["name"]} checkpoint of a training with
+maknet-jax at step {info["checkpoint"]["step"]}.
+
+**Research software, not a medical device.** Nothing that it gives is a diagnosis, and it must not
+be used to decide about the care of a patient.
+
+## Use
+
+With maknet-jax:
+
+```
+maknet predict scans/ --model THIS_FOLDER --out labels.csv
+```
+
+```python
+import maknet_jax
+
+model = maknet_jax.load("THIS_FOLDER")  # or the .zip
+print(model.predict("scans/series"))
+```
+
+Without it, with JAX, NumPy and safetensors alone, on CPU, GPU or TPU, in batches of any size (each
+new size compiles once). `network.stablehlo` takes the weights, so that one file of weights serves
+both:
+
+```python
+{snippet}
+```
+
+## Input
+
+- {rules["input"]}; here size is {rules["size"]}.
+- Three {distance} are the channels; {rules["orientation"]}.
+- Crop: {rules["crop"]}.
+- Window of the network: {rules["window"][0]:g} to {rules["window"][1]:g} HU. {rules["padding"]}.
+
+## Labels
+
+{", ".join(names[:_SHOWN])}{more}. A label is predicted if its confidence reaches its threshold in
+`bundle.json`, or if it is a parent of a predicted label.
+
+## Training data
+
+{_data(data)}
+
+## Scores
+
+{_scores(info["metrics"])}
+
+## Intended use and limits
+
+Sorting, searching and selecting CT for research: which part of the body a series shows, which
+slices to look at, features for small classifiers. It saw only the kind of images named above:
+other scanners, contrast phases, body regions, ages or implants, and anything that is not CT, may
+give confident wrong labels. Confidences are not calibrated probabilities. Labels that are rare in
+the training data are unreliable: `maknet evaluate` gives the scores per label on your own data.
+"""
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    """What the network was trained on, as a list."""
+    origin = data.get("origin") or {}
+    kind, fingerprint = origin.get("kind") or "unknown", data.get("fingerprint")
+    lines = [f"- Kind: {kind}; fingerprint {fingerprint}"]
+    if kind == "phantom":
+        lines.append(
+            "- **A generated phantom, not patients**: it shows that the software works and says "
+            "nothing about real CT."
+        )
+    counts = [f"{count:,} {name}" for name, count in data.get("images", {}).items()]
+    if counts:
+        lines.append(f"- Images: {', '.join(counts)}")
+    if data.get("pseudo_labels"):
+        lines.append("- Images with pseudo-labels of another network were added (noisy student).")
+    for field in ("source", "citation", "licence"):
+        value = origin.get(field) or "not recorded: see where the data came from"
+        lines.append(f"- {field.title()}: {value}")
+    return "\n".join(lines)
+
+
+def _scores(metrics: Mapping[str, Any]) -> str:
+    """The table of all splits that were scored at this step."""
+    rows = []
+    for split, values in metrics.items():
+        cells = [values.get(name) for name in _METRICS]
+        cells = ["-" if cell is None else f"{cell:.3f}" for cell in cells]
+        rows.append([split, *cells, str(values.get("examples", "-"))])
+    if not rows:
+        return "Not evaluated before the export."
+    header = ["set", "AUC", "F1", "precision", "recall", "images"]
+    return (
+        "Macro averages over the labels that have positives and negatives.\n\n"
+        + console.markdown_table(header, rows)
+    )
