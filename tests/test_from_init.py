@@ -22,11 +22,6 @@ OTHER = Vocabulary(tuple(map(Label, ("bottom right", "heart", "top left"))))
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return toy.write(tmp_path_factory.mktemp("toy") / "data")
-
-
-@pytest.fixture(scope="module")
 def base(data, tmp_path_factory):
     """A toy run with a stem, blocks and widths of its own."""
     folder = tmp_path_factory.mktemp("base") / "run"

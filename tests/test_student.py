@@ -19,11 +19,6 @@ IMAGE_NOISE = {name: value for name, value in NOISE.items() if "augment" in name
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return toy.write(tmp_path_factory.mktemp("data") / "toy")
-
-
-@pytest.fixture(scope="module")
 def pseudo(tmp_path_factory):
     """Pseudo-labels of 29 images, equal to their true labels; 2 images have none."""
     folder = tmp_path_factory.mktemp("pseudo")

@@ -18,32 +18,22 @@ from maknet_jax.explain.options import (
 
 def add_verbs(verbs: Any) -> None:
     """Adds `attribute`, `perturb` and `report`."""
-    verb = options.verb(
-        verbs,
-        "attribute",
-        "show where a network sees its labels (Integrated Gradients); resumes if interrupted",
-        "maknet attribute --model runs/teacher --split test --labels liver,spleen --out maps",
-        _run_attribute,
-    )
+    verb = options.verb(verbs, "attribute", _run_attribute)
     _shared_options(verb)
-    verb.add_argument("--output", choices=OUTPUTS, help="what is attributed (default: %(default)s)")
+    verb.add_argument(
+        "--output", choices=OUTPUTS, help="output to attribute (default: %(default)s)"
+    )
     verb.add_argument(
         "--refine",
         type=int,
-        help="double the steps up to this many times where a map is incomplete (default: 4)",
+        help="double the steps of incomplete maps up to this many times (default: 4)",
     )
     verb.add_argument(
         "--faithfulness",
         action="store_true",
-        help="measure deletion and insertion against random pixels",
+        help="measure deletion and insertion, compared with random pixels",
     )
-    verb = options.verb(
-        verbs,
-        "perturb",
-        "compare labels before and after parts of an image change; resumes if interrupted",
-        "maknet perturb --model runs/teacher --split test --strategy patch,attribution --out out",
-        _run_perturb,
-    )
+    verb = options.verb(verbs, "perturb", _run_perturb)
     _shared_options(verb)
     verb.add_argument(
         "--strategy",
@@ -60,13 +50,7 @@ def add_verbs(verbs: Any) -> None:
         default=SHARE,
         help="share of the pixels to delete (default: %(default)s)",
     )
-    verb = options.verb(
-        verbs,
-        "report",
-        "write one offline page about a run: curves, tables, labels, best and worst cases",
-        "maknet report runs/teacher",
-        _run_report,
-    )
+    verb = options.verb(verbs, "report", _run_report)
     verb.add_argument("model", help="workdir of `maknet train`, or a bundle with --out and --data")
     verb.add_argument("--out", help="folder to write (default: WORKDIR/report)")
     verb.add_argument("--split", help="split of the cases (default: test, otherwise validation)")
@@ -80,7 +64,7 @@ def add_verbs(verbs: Any) -> None:
 
 
 def _shared_options(verb: argparse.ArgumentParser) -> None:
-    """Adds the fields of the three options' dataclasses; defaults are theirs."""
+    """Adds the fields of the three dataclasses of options, with their defaults."""
     verb.add_argument(
         "path", nargs="?", help="CT files to explain instead of a split: DICOM, NIfTI or PNG"
     )
@@ -89,12 +73,12 @@ def _shared_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--split", help="split of --data")
     verb.add_argument("--data", help="prepared data set (default: the one trained on)")
     verb.add_argument(
-        "--ids", type=_words, help="only these images, comma-separated; of CT files SERIES:SLICE"
+        "--ids", type=_words, help="only these images, comma-separated; SERIES:SLICE for CT files"
     )
     verb.add_argument(
         "--labels",
         type=_words,
-        help="explain these labels, comma-separated; selects images that have one",
+        help="explain these labels, comma-separated; selects images that have any of them",
     )
     verb.add_argument("--limit", type=options.count, help="maximum number of images")
     verb.add_argument("--compare", metavar="MODEL", help="a second network, shown beside the first")
@@ -117,7 +101,7 @@ def _shared_options(verb: argparse.ArgumentParser) -> None:
         dest="window",
         type=options.window,
         metavar="LOW,HIGH",
-        help="window of the pictures in HU, as --display=-160,240",
+        help="window of the pictures in HU, as in --display=-160,240",
     )
     verb.add_argument(
         "--most-shown",
@@ -148,6 +132,10 @@ def _words(text: str) -> list[str] | None:
 
 
 def _run_attribute(chosen: argparse.Namespace) -> int:
+    """Map the pixels that support each label (Integrated Gradients); resumes if interrupted.
+
+    maknet attribute --model runs/teacher --split test --labels liver,spleen --out maps
+    """
     from maknet_jax import attribute, console
 
     summary = attribute.attribute(
@@ -170,6 +158,10 @@ def _run_attribute(chosen: argparse.Namespace) -> int:
 
 
 def _run_perturb(chosen: argparse.Namespace) -> int:
+    """Compare labels before and after parts of an image change; resumes if interrupted.
+
+    maknet perturb --model runs/teacher --split test --strategy patch,attribution --out out
+    """
     from maknet_jax import console, perturb
 
     summary = perturb.perturb(
@@ -195,6 +187,10 @@ def _ended(summary: dict[str, Any]) -> int:
 
 
 def _run_report(chosen: argparse.Namespace) -> None:
+    """Write one offline page about a run: curves, tables, labels, best and worst cases.
+
+    maknet report runs/teacher
+    """
     from maknet_jax import report
 
     options.start_jax()

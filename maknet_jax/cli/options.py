@@ -1,9 +1,11 @@
 """Shared by the commands: exit codes, the parser, common options and the start of JAX."""
 
 import argparse
+import inspect
 import math
 import os
 import pathlib
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -23,18 +25,25 @@ class Parser(argparse.ArgumentParser):
         self.exit(BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+def selected(chosen: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Some of the parsed options by name, as keyword arguments of a verb."""
+    return {name: getattr(chosen, name) for name in names}
+
+
 def config_changes(
-    parser: argparse.ArgumentParser, rest: Sequence[str], reserved: Mapping[str, str] | None = None
+    parser: argparse.ArgumentParser,
+    unparsed: Sequence[str],
+    reserved: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """The changes of a config, FIELD=VALUE each, among the arguments that a parser did not consume.
+    """The config changes, FIELD=VALUE each, among the arguments that a parser did not consume.
 
     Args:
       parser: reports errors.
-      rest: the remaining arguments; anything but --config.FIELD=VALUE is an error.
+      unparsed: the remaining arguments; anything but --config.FIELD=VALUE is an error.
       reserved: field -> the option to use instead, for fields that the command sets.
     """
-    changes = [text.removeprefix("--config.") for text in rest]
-    for text, change in zip(rest, changes, strict=True):
+    changes = [text.removeprefix("--config.") for text in unparsed]
+    for text, change in zip(unparsed, changes, strict=True):
         field, equals, _ = change.partition("=")
         if text == change or not equals:
             parser.error(f"unknown argument {text!r}: a config field is --config.FIELD=VALUE")
@@ -47,8 +56,6 @@ def config_changes(
 def verb(
     verbs: argparse._SubParsersAction,
     name: str,
-    text: str,
-    example: str,
     run: Callable[[argparse.Namespace], int | None],
     *,
     takes_config: bool = False,
@@ -56,18 +63,19 @@ def verb(
     """Adds a verb.
 
     Args:
-      verbs: where to add it.
-      name: of the verb.
-      text: its help in one phrase.
-      example: a command line, shown below the help.
-      run: called with the parsed options; returns the exit code, or None for `DONE`.
+      verbs: the parsers of all verbs.
+      name: the name of the verb.
+      run: called with the parsed options; returns the exit code, or None for `DONE`. Its docstring
+        is the help: one paragraph, then an indented example.
       takes_config: whether --config.FIELD=VALUE is allowed.
     """
+    text, _, example = inspect.cleandoc(run.__doc__ or "").partition("\n\n")
+    text = " ".join(text.split())
     verb = verbs.add_parser(
         name,
-        help=text,
-        description=text[0].upper() + text[1:] + ".",
-        epilog=f"example:\n  {example}",
+        help=text[0].lower() + text[1:].removesuffix("."),
+        description=textwrap.fill(text, 79),
+        epilog=f"example:\n{textwrap.indent(textwrap.dedent(example), '  ')}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verb.set_defaults(run=run, takes_config=takes_config)
@@ -75,7 +83,7 @@ def verb(
 
 
 def model(verb: argparse.ArgumentParser, text: str = "the trained network") -> None:
-    """Adds --model, with its older name --workdir; the option is stored as `model`."""
+    """Adds --model and its older name --workdir; the value is stored as `model`."""
     verb.add_argument(
         "--model",
         "--workdir",
@@ -91,7 +99,7 @@ def png_window(verb: argparse.ArgumentParser) -> None:
         "--png-window",
         type=window,
         metavar="LOW,HIGH",
-        help="HU that 0 and 255 of 8-bit PNGs stand for, as in --png-window=-175,275",
+        help="HU of pixel values 0 and 255 in 8-bit PNGs, as in --png-window=-175,275",
     )
 
 
