@@ -10,12 +10,13 @@ import jax
 import lesion_runs
 import numpy as np
 import pytest
+import runs
 import toy
 import yaml
 
 import maknet_jax
 from maknet_jax import cli, evaluate, export, files, pseudo_label, train
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, Stopped
 from maknet_jax.runs import bundle, stablehlo, workdir
 from maknet_jax.runs import config as configs
 
@@ -224,12 +225,38 @@ def test_scores_of_other_weights_are_left_out(evaluated, tmp_path):
     assert list(info_of(tmp_path / "out")["metrics"]) == ["validation"]
 
 
+def test_validation_scores_of_an_earlier_step_are_left_out(tmp_path, monkeypatch):
+    data, folder = toy.write(tmp_path / "data"), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        runs.signal_after(patch, 11)  # validated at 8, saved at 11
+        with pytest.raises(Stopped, match="step 11 of 40"):
+            train.train(toy.config(data, "linear"), folder)
+    for checkpoint, step, splits in (("best", 8, ["validation"]), ("last", 11, [])):
+        export.export(folder, tmp_path / checkpoint, checkpoint=checkpoint)
+        info = info_of(tmp_path / checkpoint)
+        assert (info["checkpoint"]["step"], list(info["metrics"])) == (step, splits)
+    train.train(toy.config(data, "linear"), folder)
+    export.export(folder, tmp_path / "end", checkpoint="last")
+    assert list(info_of(tmp_path / "end")["metrics"]) == ["validation"]
+
+
+def test_the_title_is_the_whole_name_of_the_folder(evaluated, tmp_path, monkeypatch):
+    folder = shutil.copytree(evaluated, tmp_path / "rate-0.01")
+    export.export(folder, tmp_path / "released" / "torso-1.0", zipped=True)
+    assert info_of(tmp_path / "released" / "torso-1.0")["name"] == "rate-0.01"
+    monkeypatch.setattr(bundle, "__file__", str(tmp_path / "runs" / "bundle.py"))
+    for form in ("folder", "zip"):
+        assert list(bundle.released()) == ["torso-1.0"], form
+        shutil.rmtree(tmp_path / "released" / "torso-1.0", ignore_errors=True)
+
+
 def test_the_data_may_be_gone(evaluated, tmp_path, capsys):
     folder = shutil.copytree(evaluated, tmp_path / "run")
     info = files.read_json(folder / "dataset.json")
     files.write_json(folder / "dataset.json", info | {"path": str(tmp_path / "gone")})
     export.export(folder, tmp_path / "out")
-    assert "will not say where they came from" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "will not say how many images" in said and "where they came from" not in said
     data = info_of(tmp_path / "out")["data"]
     assert "images" not in data and data["origin"]["kind"] == "phantom"  # the run says so
     assert "Kind: phantom" in card_of(tmp_path / "out")
