@@ -27,11 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments after `maknet`; None takes those of the process.
     """
     parser = _parser()
-    chosen, rest = parser.parse_known_args(argv)
-    if rest and not chosen.takes_config:
-        parser.error(f"unknown argument {rest[0]!r}")
-    chosen.overrides = options.config_changes(parser, rest)
-    # XLA and grain log through absl and C++, which would drown our own lines.
+    chosen, unparsed = parser.parse_known_args(argv)
+    if unparsed and not chosen.takes_config:
+        parser.error(f"unknown argument {unparsed[0]!r}")
+    chosen.overrides = options.config_changes(parser, unparsed)
+    # XLA and grain log through absl and C++, which would bury our own lines.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     return exit_codes.exit_code("maknet", lambda: chosen.run(chosen))

@@ -10,7 +10,7 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
     """Adds `prepare`."""
     prepare = verbs.add_parser(
         "prepare",
-        help="write CT and labels as records: deeplesion, dicom, table or segmentations",
+        help="write CT and labels as records: deeplesion, dicom, table, segmentations or openkbp",
         epilog="example: maknet prepare dicom TCIA --out shards/tcia",
     )
     forms = prepare.add_subparsers(dest="form", required=True, metavar="FORM")
@@ -76,7 +76,7 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
         "maknet prepare openkbp open-kbp/provided-data/train-pats --out openkbp/train",
         _run_openkbp,
     )
-    verb.add_argument("folder", help="a folder of the release that holds pt_N/ct.csv")
+    verb.add_argument("folder", help="a folder of the release that contains pt_N/ct.csv")
     verb.add_argument("--out", required=True, help="folder to write; finished patients are skipped")
 
 
@@ -95,7 +95,7 @@ def _add_segmentations(forms: argparse._SubParsersAction) -> None:
         nargs="+",
         metavar="[SPLIT=]DIR",
         help="CASE/ct.nii.gz with CASE/segmentations/ORGAN.nii.gz or CASE/segmentation.nii.gz, or "
-        "DICOM with DICOM SEG; SPLIT= puts all of its cases into one split",
+        "DICOM with DICOM SEG; SPLIT= assigns all of its cases to one split",
     )
     verb.add_argument(
         "--labels",
@@ -110,7 +110,7 @@ def _add_segmentations(forms: argparse._SubParsersAction) -> None:
         "--min-area",
         type=float,
         metavar="MM2",
-        help="area from which on a label is present; below it is unknown (default: 50)",
+        help="minimum area of a label that is present; smaller ones are unknown (default: 50)",
     )
     verb.add_argument(
         "--missing-is-absent",
@@ -135,9 +135,11 @@ def _add_segmentations(forms: argparse._SubParsersAction) -> None:
         metavar="SPLIT=SHARE,...",
         help="split the patients by a hash (default: train=0.8,val=0.1,test=0.1)",
     )
-    verb.add_argument("--seed", type=int, default=0, help="of the hash (default: 0)")
-    verb.add_argument("--source", default="", help="what the data are, for runs trained on them")
-    verb.add_argument("--citation", default="", help="how the data are cited")
+    verb.add_argument("--seed", type=int, default=0, help="seed of the hash (default: 0)")
+    verb.add_argument(
+        "--source", default="", help="name of the data, recorded in runs trained on them"
+    )
+    verb.add_argument("--citation", default="", help="citation of the data")
     verb.add_argument("--licence", default="", help="licence of the data")
     _add_salt_option(verb)
     _add_output_options(verb)
@@ -230,7 +232,7 @@ def _run_openkbp(chosen: argparse.Namespace) -> int:
     summary = prepare.prepare_openkbp(chosen.folder, chosen.out)
     print(
         f"{summary['patients']} patients in {summary['out']}, {summary['present_before']} of them "
-        "there before"
+        "converted before"
     )
     if summary["failures"]:
         print(f"rejected: {summary['failures']}, see {summary['out']}/failures.csv")

@@ -35,7 +35,7 @@ def exit_code(prog: str, work: Callable[[], int | None]) -> int:
 
 @contextlib.contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Within the block SIGTERM and SIGINT raise `Stopped`; `train` has handlers of its own."""
+    """Within the block SIGTERM and SIGINT raise `Stopped`; `train` installs its own handlers."""
     received: list[int] = []
     handlers = {}
     unraisable_hook = sys.unraisablehook
@@ -45,7 +45,7 @@ def _signals_raise() -> Iterator[None]:
         raise Stopped(f"{signal.Signals(received[0]).name}; run the same command again to resume")
 
     def raise_again(unraisable: "sys.UnraisableHookArgs") -> None:
-        # Python drops an exception raised within a __del__: raise it again once that is over.
+        # Python drops an exception raised within a __del__: raise it again after it returns.
         if unraisable.exc_type is Stopped:
             signal.setitimer(signal.ITIMER_REAL, 0.01)
         else:
@@ -58,7 +58,8 @@ def _signals_raise() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)  # a pending alarm without a handler would kill
+        # A pending alarm without a handler would kill the process.
+        signal.setitimer(signal.ITIMER_REAL, 0)
         sys.unraisablehook = unraisable_hook
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -21,21 +21,23 @@ def add_verbs(verbs: Any) -> None:
     verb = options.verb(
         verbs,
         "attribute",
-        "show where a network sees its labels (Integrated Gradients); resumes if interrupted",
+        "map the pixels that support each label (Integrated Gradients); resumes if interrupted",
         "maknet attribute --model runs/teacher --split test --labels liver,spleen --out maps",
         _run_attribute,
     )
     _shared_options(verb)
-    verb.add_argument("--output", choices=OUTPUTS, help="what is attributed (default: %(default)s)")
+    verb.add_argument(
+        "--output", choices=OUTPUTS, help="output to attribute (default: %(default)s)"
+    )
     verb.add_argument(
         "--refine",
         type=int,
-        help="double the steps up to this many times where a map is incomplete (default: 4)",
+        help="double the steps of incomplete maps up to this many times (default: 4)",
     )
     verb.add_argument(
         "--faithfulness",
         action="store_true",
-        help="measure deletion and insertion against random pixels",
+        help="measure deletion and insertion, compared with random pixels",
     )
     verb = options.verb(
         verbs,
@@ -80,7 +82,7 @@ def add_verbs(verbs: Any) -> None:
 
 
 def _shared_options(verb: argparse.ArgumentParser) -> None:
-    """Adds the fields of the three options' dataclasses; defaults are theirs."""
+    """Adds the fields of the three dataclasses of options, with their defaults."""
     verb.add_argument(
         "path", nargs="?", help="CT files to explain instead of a split: DICOM, NIfTI or PNG"
     )
@@ -89,12 +91,12 @@ def _shared_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--split", help="split of --data")
     verb.add_argument("--data", help="prepared data set (default: the one trained on)")
     verb.add_argument(
-        "--ids", type=_words, help="only these images, comma-separated; of CT files SERIES:SLICE"
+        "--ids", type=_words, help="only these images, comma-separated; SERIES:SLICE for CT files"
     )
     verb.add_argument(
         "--labels",
         type=_words,
-        help="explain these labels, comma-separated; selects images that have one",
+        help="explain these labels, comma-separated; selects images that have any of them",
     )
     verb.add_argument("--limit", type=options.count, help="maximum number of images")
     verb.add_argument("--compare", metavar="MODEL", help="a second network, shown beside the first")
@@ -117,7 +119,7 @@ def _shared_options(verb: argparse.ArgumentParser) -> None:
         dest="window",
         type=options.window,
         metavar="LOW,HIGH",
-        help="window of the pictures in HU, as --display=-160,240",
+        help="window of the pictures in HU, as in --display=-160,240",
     )
     verb.add_argument(
         "--most-shown",

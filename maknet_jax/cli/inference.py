@@ -1,4 +1,4 @@
-"""The verbs that run networks: `demo`, `predict`, `export` and `models`."""
+"""`maknet demo`, `predict`, `export` and `models`."""
 
 import argparse
 
@@ -17,7 +17,7 @@ def _demo(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(
         verbs,
         "demo",
-        "run the whole chain on a generated CT phantom: prepare, train, evaluate, predict, report",
+        "run all steps on a generated CT phantom: prepare, train, evaluate, predict, report",
         "maknet demo --out demo",
         _run_demo,
     )
@@ -56,7 +56,7 @@ def _predict(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--out", required=True, help="CSV file to write")
     verb.add_argument("--json", action="store_true", help="also write all confidences as JSON")
     verb.add_argument(
-        "--charts", action="store_true", help="also draw each series: its labels from head to feet"
+        "--charts", action="store_true", help="also draw the labels of each series, head to feet"
     )
     verb.add_argument(
         "--features",
@@ -108,25 +108,25 @@ def _export(verbs: argparse._SubParsersAction) -> None:
         "  maknet predict scans/ --model teacher-bundle --out labels.csv",
         _run_export,
     )
-    verb.add_argument("workdir", help="folder of the trained run, or a bundle to store anew")
+    verb.add_argument("workdir", help="workdir of `maknet train`, or a bundle to export again")
     verb.add_argument("--out", required=True, help="folder to write")
     options.checkpoint(verb)
     verb.add_argument(
         "--dtype",
         default="float32",
         choices=("float32", "float16", "bfloat16"),
-        help="of the stored kernels, which are restored to float32 on loading (default: float32)",
+        help="dtype of the stored kernels, converted to float32 on loading (default: float32)",
     )
     verb.add_argument("--zip", action="store_true", help="also write OUT.zip")
     verb.add_argument("--name", help="title of the model card (default: the folder's name)")
     verb.add_argument(
         "--license",
         default="other",
-        help="licence of the weights as the Hugging Face Hub calls it, such as cc-by-4.0 "
+        help="licence of the weights as named by the Hugging Face Hub, such as cc-by-4.0 "
         "(default: other)",
     )
-    verb.add_argument("--data", help="data set that it was trained on, if it has moved")
-    verb.add_argument("--overwrite", action="store_true", help="replace a bundle at OUT")
+    verb.add_argument("--data", help="training data set, if it has moved")
+    verb.add_argument("--overwrite", action="store_true", help="replace an existing bundle at OUT")
 
 
 def _run_export(chosen: argparse.Namespace) -> None:

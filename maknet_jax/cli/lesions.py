@@ -16,7 +16,7 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
         "    --box 160,268,186,290 --spacing 0.73,0.73,5 --data shards/lesions --out similar.csv",
         _run_retrieve,
     )
-    options.model(verb, "a LesaNet")
+    options.model(verb, "a trained LesaNet")
     verb.add_argument("--image", required=True, help="slice with the lesion, PNG or DICOM")
     verb.add_argument(
         "--box",

@@ -24,17 +24,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def config_changes(
-    parser: argparse.ArgumentParser, rest: Sequence[str], reserved: Mapping[str, str] | None = None
+    parser: argparse.ArgumentParser,
+    unparsed: Sequence[str],
+    reserved: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """The changes of a config, FIELD=VALUE each, among the arguments that a parser did not consume.
+    """The config changes, FIELD=VALUE each, among the arguments that a parser did not consume.
 
     Args:
       parser: reports errors.
-      rest: the remaining arguments; anything but --config.FIELD=VALUE is an error.
+      unparsed: the remaining arguments; anything but --config.FIELD=VALUE is an error.
       reserved: field -> the option to use instead, for fields that the command sets.
     """
-    changes = [text.removeprefix("--config.") for text in rest]
-    for text, change in zip(rest, changes, strict=True):
+    changes = [text.removeprefix("--config.") for text in unparsed]
+    for text, change in zip(unparsed, changes, strict=True):
         field, equals, _ = change.partition("=")
         if text == change or not equals:
             parser.error(f"unknown argument {text!r}: a config field is --config.FIELD=VALUE")
@@ -75,7 +77,7 @@ def verb(
 
 
 def model(verb: argparse.ArgumentParser, text: str = "the trained network") -> None:
-    """Adds --model, with its older name --workdir; the option is stored as `model`."""
+    """Adds --model and its older name --workdir; the value is stored as `model`."""
     verb.add_argument(
         "--model",
         "--workdir",
@@ -91,7 +93,7 @@ def png_window(verb: argparse.ArgumentParser) -> None:
         "--png-window",
         type=window,
         metavar="LOW,HIGH",
-        help="HU that 0 and 255 of 8-bit PNGs stand for, as in --png-window=-175,275",
+        help="HU of pixel values 0 and 255 in 8-bit PNGs, as in --png-window=-175,275",
     )
 
 

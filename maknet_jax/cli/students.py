@@ -15,7 +15,7 @@ def _pseudo_label(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(
         verbs,
         "pseudo-label",
-        "label unlabelled images with a trained teacher; resumes if interrupted",
+        "pseudo-label images with a trained teacher; resumes if interrupted",
         "maknet pseudo-label --model runs/teacher --records shards/tcia --out shards/pseudo-1",
         _run_pseudo_label,
     )
@@ -26,14 +26,14 @@ def _pseudo_label(verbs: argparse._SubParsersAction) -> None:
         "--split", default="unlabelled", help="split of the records (default: unlabelled)"
     )
     verb.add_argument(
-        "--top", type=options.count, default=15, help="labels per image at most (default: 15)"
+        "--top", type=options.count, default=15, help="maximum labels per image (default: 15)"
     )
     verb.add_argument(
         "--threshold",
         type=float,
         default=0.5,
-        help="a confidence must exceed it; images without any such label are dropped, our choice "
-        "(default: 0.5)",
+        help="labels must have a confidence above it; images without any label are dropped, our "
+        "choice (default: 0.5)",
     )
     verb.add_argument(
         "--soft", action="store_true", help="students learn the confidences instead of 1"
@@ -42,7 +42,7 @@ def _pseudo_label(verbs: argparse._SubParsersAction) -> None:
         "--checkpoint",
         default="best",
         choices=("best", "last"),
-        help="of the teacher; best is by validation AUC, our choice (default: best)",
+        help="checkpoint of the teacher; best is by validation AUC, our choice (default: best)",
     )
     verb.add_argument(
         "--batch-size", type=options.count, help="images per step (default: the teacher's)"
@@ -79,7 +79,7 @@ def _noisy_student(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(
         verbs,
         "noisy-student",
-        "a teacher, then rounds of pseudo-labels and students; resumes if interrupted",
+        "train a teacher, then rounds of pseudo-labels and students; resumes if interrupted",
         "maknet noisy-student --config noisy_student --workdir runs/ns \\\n"
         "    --config.labelled=shards/deeplesion --config.unlabelled=shards/tcia",
         _run_noisy_student,

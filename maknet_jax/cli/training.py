@@ -19,7 +19,7 @@ def _import_weights(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(
         verbs,
         "import-weights",
-        "the trunk of torchvision's or timm's VGG16-BN or ResNet18, as initial weights",
+        "convert the trunk of torchvision's or timm's VGG16-BN or ResNet18 to initial weights",
         "maknet import-weights vgg16_bn.safetensors --model vgg16 --out weights/vgg16.safetensors\n"
         "  maknet train --config vgg16 --workdir runs/vgg16 \\\n"
         "    --config.init.path=weights/vgg16.safetensors",
@@ -33,7 +33,7 @@ def _import_weights(verbs: argparse._SubParsersAction) -> None:
             f"--{name}",
             type=_channels,
             metavar="R,G,B",
-            help=f"{name} of its training images, scaled to 0..1 (default: ImageNet's)",
+            help=f"{name} of the training images, scaled to 0..1 (default: ImageNet's)",
         )
 
 
@@ -61,7 +61,7 @@ def _train(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(
         verbs,
         "train",
-        "a network; the same command resumes an interrupted run",
+        "train a network; the same command resumes an interrupted run",
         "maknet train --config teacher --workdir runs/teacher \\\n"
         "    --config.data.path=shards/deeplesion --config.optimizer.learning_rate=0.003\n"
         "  maknet train --config teacher --print-config      # every field that can be changed",
@@ -75,12 +75,12 @@ def _train(verbs: argparse._SubParsersAction) -> None:
         "(table 3), finetune, body_order, smoke, smoke_student or linear (small); or the path of a "
         ".py file, of a config.json, or of a workdir, to train with the config of that run",
     )
-    verb.add_argument("--workdir", help="folder of the run; required, except to print the config")
+    verb.add_argument("--workdir", help="folder of the run; required unless --print-config")
     verb.add_argument(
         "--print-config",
         action="store_true",
-        help="print all fields with their values as JSON, changes included, and exit; saved to a "
-        ".json file it can be given to --config",
+        help="print all fields with their values as JSON, changes included, and exit; --config "
+        "takes the output, saved as a .json file",
     )
     options.distributed(verb)
     verb.usage = (
@@ -113,13 +113,13 @@ def _evaluate(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(
         verbs,
         "evaluate",
-        "a trained network on its test sets",
+        "score a trained network on its test sets",
         "maknet evaluate --model runs/teacher --split test,hand",
         _run_evaluate,
     )
     options.model(verb)
     verb.add_argument(
-        "--split", help="names separated by commas (default: test and hand, where they exist)"
+        "--split", help="comma-separated names (default: those of test and hand that exist)"
     )
     verb.add_argument("--data", help="another prepared data set with the same labels")
     verb.add_argument(
