@@ -1,4 +1,4 @@
-"""Claiming an output folder: its record says what it holds, and only the same run resumes in it."""
+"""Claims an output folder: a record in it describes the run, and only the same run may resume."""
 
 import pathlib
 from collections.abc import Callable, Collection, Mapping
@@ -21,16 +21,16 @@ def claim(
 ) -> None:
     """Claims a folder, or checks that it is claimed by a run with the same records.
 
-    Every process checks before the first one writes: a slower process would otherwise find a
-    folder that is not empty and not yet claimed. For the arguments see `files.check_claim`.
+    Every process checks before the first one writes. Otherwise a slower process could see a folder
+    that is no longer empty but not yet claimed. For the arguments see `files.check_claim`.
 
     Raises:
-      InputError: the folder holds something else.
+      InputError: the folder holds foreign files or another run.
     """
     files.check_claim(
         folder, records, command=command, option=option, may_change=may_change, upgrade=upgrade
     )
-    sharding.wait_for_all("looked")
+    sharding.wait_for_all("checked claim")
     if jax.process_index() == 0:
         for name, record in records.items():
             files.write_json(pathlib.Path(folder) / name, record)
