@@ -6,9 +6,9 @@
     maknet predict OTHER --workdir runs/slices --png-window=-175,275 --json --out slices.csv
 
 Label k of 19 says that the slice lies beyond threshold k; the mean of the confidences is the
-position, 0 to 1. `body_order.py --train FOLDER --predict OTHER --out positions.csv` runs all steps.
-Expect Spearman 0.90 as the mean of five folds by patient (0.59 to 1.0) and 0.86 over all slices: the
-only shoulder slice is mistaken for hips. Not part of the paper.
+position, 0 to 1. `body_order.py --train FOLDER --predict OTHER --out positions.csv` runs all
+steps. Expect Spearman 0.90 as the mean of five folds by patient (0.59 to 1.0) and 0.86 over all
+slices: the only shoulder slice is mistaken for hips. Not part of the paper.
 """
 
 from maknet_jax.runs.config import load

@@ -187,7 +187,7 @@ def test_weights_that_are_no_safetensors_are_never_unpickled(copy, capsys):
             lambda i: {"labels": i["labels"][:-1], "thresholds": i["thresholds"][:-1]},
             "params/classifier/bias is",
         ),
-        (lambda i: {"thresholds": [2.0, *i["thresholds"][1:]]}, "should lie in 0..1"),
+        (lambda i: {"thresholds": [2.0, *i["thresholds"][1:]]}, "should be in 0..1"),
         (lambda i: {"thresholds": ["a", *i["thresholds"][1:]]}, "is not complete"),
         (lambda i: {"labels": [i["labels"][0]] * len(i["labels"])}, "thresholds of"),
         (lambda i: {"labels": "liver"}, "is not complete"),
@@ -211,7 +211,7 @@ def test_weights_that_are_no_safetensors_are_never_unpickled(copy, capsys):
         ),
         (
             lambda i: {"preprocessing": i["preprocessing"] | {"window": [0, 1]}},
-            "needs window [0, 1], this version has [-1024.0, 3071.0]",
+            "needs window [0, 1], but this version has [-1024.0, 3071.0]",
         ),
         (lambda i: {"checkpoint": None}, "is not complete"),
         (lambda i: {"format": "maknet-jax bundle 9"}, "has format 'maknet-jax bundle 9'"),

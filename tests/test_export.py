@@ -131,7 +131,7 @@ def test_a_lesanet_takes_boxes_elsewhere(phantom, tmp_path):
     logits, features = map(np.asarray, run.score_with_features(batch))
     arrays = {"images": batch["image"], "boxes": batch["box"], "logits": logits}
     run_elsewhere(tmp_path / "lesanet", arrays | {"features": features}, tmp_path)
-    with pytest.raises(InputError, match="box beside the image"):
+    with pytest.raises(InputError, match="box in addition to the image"):
         maknet_jax.load(tmp_path / "lesanet").logits(batch["image"])
 
 
@@ -229,7 +229,7 @@ def test_the_data_may_be_gone(evaluated, tmp_path, capsys):
     info = files.read_json(folder / "dataset.json")
     files.write_json(folder / "dataset.json", info | {"path": str(tmp_path / "gone")})
     export.export(folder, tmp_path / "out")
-    assert "will not say where they came from" in capsys.readouterr().err
+    assert "will not record their origin" in capsys.readouterr().err
     data = info_of(tmp_path / "out")["data"]
     assert "images" not in data and data["origin"]["kind"] == "phantom"  # the run says so
     assert "Kind: phantom" in card_of(tmp_path / "out")
@@ -300,9 +300,9 @@ def test_verbs_take_a_bundle_wherever_they_take_a_workdir(
 @pytest.mark.parametrize(
     "argv, says",
     [
-        (("evaluate", "--model"), "is a bundle, which does not change: add --out"),
-        (("attribute", "--split", "test", "--out", "x", "--model"), "name it with --data"),
-        (("report",), "is a bundle, which does not change: add --out"),
+        (("evaluate", "--model"), "is a bundle, which is read-only: add --out"),
+        (("attribute", "--split", "test", "--out", "x", "--model"), "contains no data: add --data"),
+        (("report",), "is a bundle, which is read-only: add --out"),
         (("predict", ".", "--out", "x.csv", "--checkpoint", "last", "--model"), "best checkpoint"),
     ],
 )

@@ -116,7 +116,7 @@ def test_a_file_of_weights_says_which_network_it_is(data, tmp_path):
     assert type(made.assembly.model).__name__ == "VGG16"
     assert made.assembly.model.dropout_rate == 0.5
     transfer.write(path, arrays["params"], arrays["batch_stats"], {})
-    with pytest.raises(InputError, match="does not say of which network it is: set config model"):
+    with pytest.raises(InputError, match="does not name its network: set config model"):
         setup.set_up(finetune(data, path), tmp_path / "run")
 
 
@@ -175,7 +175,7 @@ def test_shared_labels_that_cannot_be_are_refused(base, data, other, tmp_path):
     for label in info["labels"]:
         label["name"] += " of another"
     files.write_json(renamed / "dataset.json", info)
-    refused("has no label of the data", finetune(renamed, base, init__shared_labels=True))
+    refused("share no label", finetune(renamed, base, init__shared_labels=True))
     refused(
         r"classifier/kernel is \(48, 4\) in the weights, .*set init.shared_labels to False",
         finetune(
@@ -188,7 +188,7 @@ def test_a_head_without_score_propagation_is_no_head_for_one_with_it():
     head = {"classifier": {"kernel": np.zeros((5, 2)), "bias": np.zeros(2)}}
     spl = {"spl": {"dense": {"kernel": np.eye(2), "bias": np.zeros(2)}}}
     for here, there in ((head | spl, head), (head, head | spl), (head, {})):
-        with pytest.raises(InputError, match="no (spl|classifier) like this network's"):
+        with pytest.raises(InputError, match="no (spl|classifier) of the same structure"):
             transfer.share_head({"params": here}, there, [(0, 0)], 2)
 
 

@@ -123,7 +123,7 @@ def test_what_cannot_be_used_is_rejected_with_its_reason(tmp_path):
 def test_folders_without_a_case_are_refused(tmp_path):
     with pytest.raises(InputError, match="not a folder"):
         find_cases(tmp_path / "absent")
-    with pytest.raises(InputError, match="holds no case"):
+    with pytest.raises(InputError, match="has no case"):
         find_cases(tmp_path)
     (tmp_path / "pt_1").mkdir()
     (tmp_path / "pt_1" / "ct.csv").write_text(",data\n")

@@ -354,7 +354,7 @@ def test_a_signal_may_arrive_while_rich_prints(monkeypatch, capfd):
             assert stop == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert capfd.readouterr().err == "stopping after this step, its state will be saved\n"
+    assert capfd.readouterr().err == "stopping after this step; its state will be saved\n"
 
 
 def test_sigterm_to_the_command_exits_75_and_the_same_command_finishes(data, tmp_path):

@@ -92,7 +92,7 @@ def test_weights_that_do_not_fit_are_refused_in_one_line():
         transfer.place(variables, deeper["params"], {}, head=False)
     assert "\n" not in str(line.value)
     head = {"classifier": deeper["params"]["classifier"]}
-    with pytest.raises(InputError, match="no place"):
+    with pytest.raises(InputError, match="no counterpart"):
         transfer.place(variables, head, {}, head=False)
 
 
@@ -217,7 +217,7 @@ def test_unusable_weights_are_refused_before_anything_is_written(teacher, data, 
     teacher = str(teacher)
     refused("nowhere not found: give a .safetensors", data, init__path=str(tmp_path / "nowhere"))
     refused("has no config.json", data, init__path=str(tmp_path))
-    refused("no place in this network", data, "linear", init__path=teacher)
+    refused("no counterpart in this network", data, "linear", init__path=teacher)
     refused("stem", data, init__path=teacher, model__options__stem=16)
     shutil.copytree(data, tmp_path / "renamed")
     info = files.read_json(data / "dataset.json")

@@ -22,7 +22,7 @@ def test_only_a_run_with_a_checkpoint_can_be_opened(data, tmp_path, monkeypatch)
     page = toy.config(data, "linear")
     monkeypatch.setattr(train._Loop, "run", lambda self: None)
     train.train(page, tmp_path / "run")
-    with pytest.raises(InputError, match="holds no checkpoint yet"):
+    with pytest.raises(InputError, match="has no checkpoint yet"):
         workdir.open_run(tmp_path / "run")
     with pytest.raises(InputError, match="'newest' .*best or last"):
         workdir.open_run(tmp_path / "run", checkpoint_name="newest")
