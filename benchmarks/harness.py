@@ -1,23 +1,24 @@
-"""What the benchmarks share: options, the steps of `maknet train`, turns, tables and JSON."""
+"""Shared by the benchmarks: options, `Network`, the printed table and the JSON.
+
+A benchmark parses with `parser` and `parse`, measures (see `timing.py`), and ends with `report`,
+which prints a table and writes the JSON. `run` makes it a command.
+"""
 
 import argparse
 import contextlib
 import datetime
-import functools
 import json
-import math
 import os
 import pathlib
 import platform
 import re
 import shlex
-import statistics
 import sys
 import tempfile
-import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import maknet_jax
@@ -27,59 +28,93 @@ from maknet_jax.errors import InputError, Stopped
 from maknet_jax.model_table import CONFIGS
 from maknet_jax.runs import build
 from maknet_jax.runs import config as configs
-from maknet_jax.training import sharding
+from maknet_jax.training import sharding, state
 
-LABELS = 115  # body parts of LesaNet's vocabulary
+LABELS = 115  # body parts in LesaNet's vocabulary
 EXAMPLES = 17_697  # training lesions of the paper
-HERE = pathlib.Path(__file__).resolve().parent
-RESULTS = HERE / "results"
+BENCHMARKS = pathlib.Path(__file__).resolve().parent
+RESULTS = BENCHMARKS / "results"
 
 
-def run(main):
-    """Runs a benchmark as a command, with the exit codes of `maknet`; programs are cached."""
+def run(main: Callable[[], int | None]) -> None:
+    """Runs a benchmark as a command, with the compilation cache and exit codes of `maknet`."""
     options.start_jax()
     sys.exit(exit_codes.exit_code(f"benchmarks/{pathlib.Path(sys.argv[0]).name}", main))
 
 
-def _shown(file):
-    """The path of a benchmark in the repository, as a user types it."""
-    return pathlib.Path(file).resolve().relative_to(HERE.parent).as_posix()
+def _repository_path(file: str) -> str:
+    """The path of a benchmark relative to the repository root, as a user types it."""
+    return pathlib.Path(file).resolve().relative_to(BENCHMARKS.parent).as_posix()
 
 
-def parser(file, text):
-    """A parser with the options that every benchmark has; `file` is the benchmark's __file__."""
-    result = options.Parser(
-        prog=_shown(file),
-        description=text,
+def command_parser(file: str, description: str | None) -> options.Parser:
+    """Returns a parser without options.
+
+    Args:
+      file: the script's `__file__`.
+      description: help text, usually the script's docstring.
+    """
+    return options.Parser(
+        prog=_repository_path(file),
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def parser(file: str, description: str | None) -> options.Parser:
+    """Returns a parser with the options common to the benchmarks, see `command_parser`."""
+    result = command_parser(file, description)
     result.add_argument("--quick", action="store_true", help="small sizes, about a minute")
-    result.add_argument("--out", type=pathlib.Path, help="JSON (default: benchmarks/results/...)")
-    result.add_argument("--size", type=options.count, help="edge of the images")
-    result.add_argument("--repeats", type=options.count, help="turns, of which medians are shown")
+    result.add_argument(
+        "--out", type=pathlib.Path, help="JSON file to write (default: benchmarks/results/...)"
+    )
+    result.add_argument("--size", type=options.count, help="pixels per side of the images")
+    result.add_argument("--repeats", type=options.count, help="repetitions; medians are reported")
     return result
 
 
-def parse(made, argv, *, full, quick):
-    """Parses; what was not given comes from `full`, or with --quick from `quick` where it is.
+def parse(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    *,
+    full: Mapping[str, Any],
+    quick: Mapping[str, Any],
+) -> argparse.Namespace:
+    """Parses arguments and fills in defaults.
 
-    `extent` of the result is "quick", "full", or "partial" where another value than in `full` was
-    given.
+    Args:
+      parser: the parser.
+      argv: the arguments; None for those of the process.
+      full: defaults by option name.
+      quick: defaults that replace those of `full` with --quick.
+
+    Returns:
+      The options, with `extent`: "quick", "full", or "partial" if an option differs from `full`.
     """
-    chosen = made.parse_args(argv)
+    chosen = parser.parse_args(argv)
     chosen.extent = "quick" if chosen.quick else "full"
-    for name, value in (full | quick if chosen.quick else full).items():
+    for name, value in ({**full, **quick} if chosen.quick else full).items():
         if getattr(chosen, name) is None:
             setattr(chosen, name, value)
         elif getattr(chosen, name) != value and not chosen.quick:
             chosen.extent = "partial"
-    chosen.began = _ticks()
+    chosen.cpu_seconds_at_start = _cpu_seconds()
     return chosen
 
 
 @contextlib.contextmanager
-def kept(folder, option="--workdir"):
-    """The folder that was named by an option, or a temporary one, of which a stop keeps nothing."""
+def run_folder(
+    folder: str | pathlib.Path | None, option: str = "--workdir"
+) -> Iterator[pathlib.Path]:
+    """Yields the folder for the runs: `folder`, or a temporary one if it is None.
+
+    Args:
+      folder: the value of `option`.
+      option: the option that makes a run resumable, named in the error.
+
+    Raises:
+      Stopped: by a signal; says so if the temporary folder is lost.
+    """
     if folder:
         yield pathlib.Path(folder)
         return
@@ -87,60 +122,62 @@ def kept(folder, option="--workdir"):
         try:
             yield pathlib.Path(temporary)
         except Stopped:
-            raise Stopped(f"nothing is kept without {option}: begin again") from None
+            raise Stopped(f"nothing was saved: pass {option} to be able to resume") from None
 
 
-def _ticks():
-    """(busy, all, our) seconds of all cores since the start; zeros for the first two off Linux."""
+def _cpu_seconds() -> tuple[float, float, float]:
+    """(busy, total, this process) CPU seconds since boot; the first two are 0 except on Linux."""
     line = _read("/proc/stat").partition("\n")[0]
     ticks = [int(tick) / os.sysconf("SC_CLK_TCK") for tick in line.split()[1:9]]
-    idle = sum(ticks[3:5])  # and waiting for the disk
+    idle = sum(ticks[3:5])  # idle and iowait
     return sum(ticks) - idle, sum(ticks), sum(os.times()[:4])
 
 
-def _others_share(began):
-    """The share of the cores that other work took since `began`, or None where nobody counts."""
-    busy, total, ours = (now - then for now, then in zip(_ticks(), began, strict=True))
-    return max(0.0, (busy - ours) / total) if total else None
+def _share_of_other_work(start: tuple[float, float, float]) -> float | None:
+    """Fraction of CPU time that other processes used since `start`; None if unknown."""
+    busy, total, this_process = (
+        now - before for now, before in zip(_cpu_seconds(), start, strict=True)
+    )
+    return max(0.0, (busy - this_process) / total) if total else None
 
 
-def words(text):
+def words(text: str) -> list[str]:
     """The type of a,b,c."""
     return text.split(",")
 
 
-def counts(text):
+def counts(text: str) -> list[int]:
     """The type of 8,32,64."""
     return [options.count(part) for part in text.split(",")]
 
 
-def seeds(text):
-    """The type of 5,6,7: whole numbers from 0."""
-    found = words(text)
-    if not all(part.isdecimal() for part in found):
-        raise argparse.ArgumentTypeError(f"{text!r} should be whole numbers from 0, with commas")
-    return [int(part) for part in found]
+def seeds(text: str) -> list[int]:
+    """The type of 5,6,7: integers from 0."""
+    parts = words(text)
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} should be comma-separated integers from 0")
+    return [int(part) for part in parts]
 
 
-def precisions(text):
+def precisions(text: str) -> list[str]:
     """The type of float32,bfloat16."""
-    for part in text.split(","):
+    for part in words(text):
         if part not in ("float32", "bfloat16"):
             raise argparse.ArgumentTypeError(f"{part!r} should be float32 or bfloat16")
-    return text.split(",")
+    return words(text)
 
 
-def device():
-    """What the numbers were measured on."""
+def device() -> dict[str, Any]:
+    """The device and the host that the numbers are measured on."""
     first = jax.devices()[0]
-    cpu = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
-    cpu = f"{cpu[1] if cpu else platform.machine()}, {options.cores()} cores"
-    name = cpu if first.platform == "cpu" else f"{jax.device_count()} x {first.device_kind}"
-    return {"name": name, "platform": first.platform, "count": jax.device_count(), "host": cpu}
+    model = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    host = f"{model[1] if model else platform.machine()}, {options.cores()} cores"
+    name = host if first.platform == "cpu" else f"{jax.device_count()} x {first.device_kind}"
+    return {"name": name, "platform": first.platform, "count": jax.device_count(), "host": host}
 
 
-def provenance(benchmark):
-    """What the JSON of every benchmark says: its name, the device, versions and the time."""
+def provenance(benchmark: str) -> dict[str, Any]:
+    """The part of the JSON common to all benchmarks: name, device, versions and time."""
     versions = {"maknet_jax": maknet_jax.__version__, "jax": jax.__version__}
     return {
         "benchmark": benchmark,
@@ -150,34 +187,55 @@ def provenance(benchmark):
     }
 
 
-def _read(path):
-    path = pathlib.Path(path)
+def _read(name: str) -> str:
+    path = pathlib.Path(name)
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def page_of(network):
-    """A network's name, the name of a config page or the path of one -> (short name, page)."""
+def config_of(network: str) -> tuple[str, str]:
+    """(short name, config) of a network's name, a config's name or the path of a config."""
     return pathlib.Path(network).stem, CONFIGS.get(network, network)
 
 
 class Network:
-    """A page's network on random images: the very steps that `maknet train` compiles.
+    """A network on random images, with the steps that `maknet train` compiles.
 
     Attributes:
-      config: the page, with the benchmark's size, batch and precision.
-      batch: what the pipeline would give, NumPy arrays.
-      label_counts: `[K]`, of which the loss' class weights are made.
-      assembly: the network with its steps, `build.Assembly`.
-      state: the state of the training.
+      config: the network's config with the size, batch and precision of the benchmark.
+      batch: a batch as the input pipeline yields it, NumPy arrays by name.
+      label_counts: positives per label `[K]`, for the class weights of the loss.
+      assembly: the model with its jitted steps, `build.Assembly`.
+      state: the training state.
     """
 
     def __init__(
-        self, network, *, size, batch_size, precision, place=None, labels=LABELS, devices=None
-    ):
-        """Args: place: see `state.create`; labels: K; devices: default all; the rest: the page."""
+        self,
+        network: str,
+        *,
+        size: int,
+        batch_size: int,
+        precision: str,
+        place: state.Place | None = None,
+        labels: int = LABELS,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> None:
+        """Assembles the network.
+
+        Args:
+          network: a network's name, a config's name or the path of a config.
+          size: pixels per side of the images.
+          batch_size: images per step.
+          precision: float32 or bfloat16.
+          place: changes the initial variables, see `state.create`.
+          labels: number of labels K.
+          devices: devices of the mesh; all by default.
+
+        Raises:
+          InputError: `batch_size` is not a multiple of the number of devices.
+        """
         changes = {"data.size": size, "data.batch_size": batch_size, "precision": precision}
-        page = page_of(network)[1]
-        self.config = configs.load(page, [f"{name}={value}" for name, value in changes.items()])
+        overrides = [f"{name}={value}" for name, value in changes.items()]
+        self.config = configs.load(config_of(network)[1], overrides)
         rng = np.random.default_rng(0)
         self.batch = {
             "image": rng.integers(-1024, 1024, (batch_size, size, size, 3)).astype(np.int16),
@@ -189,7 +247,10 @@ class Network:
         self.label_counts = rng.integers(100, 5000, labels)
         mesh = sharding.data_mesh(devices)
         if batch_size % mesh.size:
-            raise InputError(f"batch {batch_size} is no multiple of the {mesh.size} devices")
+            raise InputError(
+                f"batch {batch_size} is not a multiple of the {mesh.size} devices: "
+                "choose another batch size"
+            )
         none_exclusive = np.zeros((labels, labels), bool)
         training = build.TrainingSet(1000, self.label_counts, EXAMPLES, none_exclusive)
         self.assembly = build.assemble(self.config, labels, mesh, training=training)
@@ -201,86 +262,23 @@ class Network:
         self._key = sharding.put_state(mesh, jax.random.key(0))
         self._batch = sharding.put_batch(mesh, self.batch)
 
-    def train(self):
-        """One update; returns the step's metrics."""
+    def train(self) -> dict[str, jax.Array]:
+        """Runs one training step and returns its metrics."""
         self.state, metrics = self.assembly.train_step(self.state, self._batch, self._key)
         return metrics
 
-    def predict(self):
-        """Logits `[B, K]` of the batch, in the state's weights."""
+    def predict(self) -> jax.Array:
+        """Logits `[B, K]` of the batch with the current weights."""
         batch = self._batch
         variables = self.state.variables
         return self.assembly.predict_step(variables, batch["image"], batch.get("box"))
 
 
-def matmul(precision):
-    """(call, FLOPs): a square product, large enough to keep the device busy."""
-    edge = 2048 if jax.default_backend() == "cpu" else 8192
-    a = jax.random.normal(jax.random.key(0), (edge, edge), precision)
-    product = jax.jit(jnp.dot)
-    return functools.partial(product, a, a), 2 * edge**3
+def compact(document: Mapping[str, Any]) -> str:
+    """JSON with one row per line, for readable diffs."""
 
-
-def elapsed(call, calls):
-    """Seconds that `calls` calls take, all results waited for."""
-    began = time.perf_counter()
-    for _ in range(calls):
-        result = call()
-        if jax.default_backend() == "cpu":  # else independent calls would share the cores
-            jax.block_until_ready(result)
-    jax.block_until_ready(result)
-    return time.perf_counter() - began
-
-
-def timer(run, *, at_least=0.5):
-    """A function that gives seconds per call.
-
-    Args:
-      run: run(calls) -> seconds; it is run once to compile and once to see how long it takes.
-      at_least: seconds that each of its turns should last, so that the clock and the queue are
-        small beside it.
-    """
-    run(1)
-    calls = max(1, math.ceil(at_least / run(1)))
-    return lambda: run(calls) / calls
-
-
-def take_turns(timers, repeats):
-    """name -> `repeats` times, taken in turns: a slow minute of the machine slows all of them."""
-    seconds = {name: [] for name in timers}
-    for _ in range(repeats):
-        for name, measure in timers.items():
-            seconds[name].append(measure())
-    return seconds
-
-
-def spread(values):
-    """Median, lowest and highest."""
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
-
-
-def rates(amount, seconds):
-    """The spread of amount / seconds."""
-    return spread([amount / value for value in seconds])
-
-
-def ratios(slow, fast):
-    """The spread of how many times faster `fast` is, turn by turn."""
-    return spread([a / b for a, b in zip(slow, fast, strict=True)])
-
-
-def shown(values, unit=""):
-    """`spread` in a cell of a table."""
-    ordered = (values[name] for name in ("median", "low", "high"))
-    median, low, high = (f"{v:,.0f}{unit}" if v >= 999.5 else f"{v:.3g}{unit}" for v in ordered)
-    return median if low == high else f"{median} ({low} to {high})"
-
-
-def compact(document):
-    """JSON with one row per line, because results are read in diffs too."""
-
-    def nested(value):
-        return isinstance(value, (dict, list)) and value
+    def nested(value: Any) -> bool:
+        return isinstance(value, (dict, list)) and bool(value)
 
     lines = []
     for key, value in json.loads(json.dumps(document, allow_nan=False)).items():
@@ -296,32 +294,41 @@ def compact(document):
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def report(file, argv, chosen, header, rows, notes, results):
+def report(
+    file: str,
+    argv: Sequence[str] | None,
+    chosen: argparse.Namespace,
+    header: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    notes: Sequence[str],
+    results: Mapping[str, Any],
+) -> None:
     """Prints the table and its notes, and writes the JSON.
 
     Args:
-      file: the benchmark's __file__.
-      argv: its arguments.
+      file: the benchmark's `__file__`.
+      argv: its arguments; None for those of the process.
       chosen: the parsed options.
-      header: of the table.
-      rows: of the table.
-      notes: lines to print below it.
-      results: what the JSON holds beside the machine, versions and settings.
+      header: column titles.
+      rows: cells of the table.
+      notes: lines to print below the table.
+      results: entries of the JSON besides provenance, command and settings.
     """
     settings = {key: value for key, value in vars(chosen).items() if key != "out"}
-    others = _others_share(settings.pop("began"))
-    name, about = pathlib.Path(file).stem, device() | {"share_of_other_work": others}
-    command = ["python", _shown(file), *(sys.argv[1:] if argv is None else argv)]
-    print(f"{name} on {about['name']}, jax {jax.__version__}, Python {platform.python_version()}\n")
+    other_work = _share_of_other_work(settings.pop("cpu_seconds_at_start"))
+    name, measured_on = pathlib.Path(file).stem, device() | {"share_of_other_work": other_work}
+    command = ["python", _repository_path(file), *(sys.argv[1:] if argv is None else argv)]
+    print(f"{name} on {measured_on['name']}, jax {jax.__version__}, ", end="")
+    print(f"Python {platform.python_version()}\n")
     print(console.format_table(header, rows))
     print("\n" + "\n".join(notes))
-    if others is not None and others > 0.05:
-        print(f"other work took {others:.0%} of the cores meanwhile: no numbers to quote")
-    slug = re.sub(r"[^a-z0-9]+", "-", about["name"].lower()).strip("-")
-    # Others than the full ones never go in their place.
+    if other_work is not None and other_work > 0.05:
+        print(f"other processes used {other_work:.0%} of the CPU time: do not quote these timings")
+    slug = re.sub(r"[^a-z0-9]+", "-", measured_on["name"].lower()).strip("-")
+    # Quick and partial results never overwrite full ones.
     extent = "" if chosen.extent == "full" else f"-{chosen.extent}"
     path = chosen.out or RESULTS / f"{name}{extent}-{slug}.json"
-    document = provenance(name) | {"device": about, "command": shlex.join(command)}
-    with files.write_whole(path) as file:
-        file.write(compact(document | {"settings": settings} | results))
+    document = provenance(name) | {"device": measured_on, "command": shlex.join(command)}
+    with files.write_whole(path) as output:
+        output.write(compact(document | {"settings": settings} | dict(results)))
     print(f"\nwritten: {path}")

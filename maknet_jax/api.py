@@ -14,6 +14,7 @@ True
 
 import dataclasses
 import functools
+import itertools
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -265,9 +266,9 @@ class Model:
         """Yields int16 `[at most batch_size, S, S, 3]`."""
         if isinstance(images, Prediction):
             for series in images.series:
-                for start in range(0, len(series), batch_size):
-                    numbers = range(start, min(start + batch_size, len(series)))
-                    yield series.images(numbers, self.size)
+                rest = series.images(range(len(series)), self.size)
+                while batch := list(itertools.islice(rest, batch_size)):
+                    yield np.stack(batch)
             return
         images = self._checked(images)
         for start in range(0, len(images), batch_size):
@@ -347,11 +348,17 @@ class Model:
             return hu, tuple(str(row) for row in range(len(hu)))
         scores = images.confidences
         best = [int(np.argmax(scores[:, column])) for column in columns]
-        best = sorted(set(best or [int(np.argmax(scores.max(axis=1)))]))
-        places = [(series, k) for series in images.series for k in range(len(series))]
-        chosen = [places[number] for number in best]
-        hu = np.concatenate([series.images([k], self.size) for series, k in chosen])
-        return hu, tuple(f"{series.id}:{k}" for series, k in chosen)
+        chosen = sorted(set(best or [int(np.argmax(scores.max(axis=1)))]))
+        triplets: list[np.ndarray] = []
+        ids: list[str] = []
+        first = 0  # the number of the series' first slice among all
+        for series in images.series:
+            numbers = [number - first for number in chosen if 0 <= number - first < len(series)]
+            if numbers:
+                triplets += series.images(numbers, self.size)
+                ids += [f"{series.id}:{number}" for number in numbers]
+            first += len(series)
+        return np.stack(triplets), tuple(ids)
 
 
 def load(

@@ -129,14 +129,8 @@ def attribute(
             for row, (number, image) in enumerate(numbered.items())
         ]
 
-    done, failures = results.explain(
-        "attribute", out, selected, settings, explain_batch, batch_size=batch_size
-    )
-    summary = settings | {"workdir": str(folder), "images": len(done), "failures": len(failures)}
-    if jax.process_index() == 0:
-        names = [network.name for network in networks]
-        summary |= _write(out, done, failures, summary, names, display.most_shown)
-    return summary
+    job = results.Job("attribute", out, folder, networks, selected, settings)
+    return job.run(explain_batch, _write, batch_size=batch_size, most_shown=display.most_shown)
 
 
 def _random_order(hu: np.ndarray, base: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
@@ -271,19 +265,13 @@ def _differences(areas: dict[str, dict[str, np.ndarray]]) -> Iterator[tuple[str,
             yield f"{area}, {one} minus {two}", areas[one][area] - areas[two][area]
 
 
-def _write(
-    out: pathlib.Path,
-    done: dict[int, pathlib.Path],
-    failures: results.Failures,
-    summary: dict[str, Any],
-    names: Sequence[str],
-    most_shown: int,
-) -> dict[str, Any]:
+def _write(explained: results.Explained) -> dict[str, Any]:
     """Writes all files except the results themselves; returns new entries of the summary."""
+    out, summary, names = explained.out, explained.summary, explained.names
     index, rows, groups = [], [], []
     flags: dict[str, list[bool]] = {}
     per_image: dict[str, list[list[float]]] = {}
-    for number, path in done.items():
+    for number, path in explained.files.items():
         metadata = results.load_metadata(path, names)
         file = path.relative_to(out).as_posix()
         index.append({"number": number, "file": file, "overlay": f"overlays/{path.stem}.png"})
@@ -300,7 +288,7 @@ def _write(
                 rows.append([values[column] for column in COLUMNS])
     files.write_json(out / "index.json", index)
     console.write_table(out / "attributions.csv", COLUMNS, rows)
-    console.write_failures(out / "failures.csv", failures)
+    console.write_failures(out / "failures.csv", explained.failures)
     more: dict[str, Any] = {
         "complete": {name: float(1 - np.mean(each)) for name, each in flags.items()},
         "flagged": {name: int(np.sum(each)) for name, each in flags.items()},
@@ -318,13 +306,13 @@ def _write(
         more["differences"] = {
             name: faithfulness.bootstrap(values, groups) for name, values in _differences(areas)
         }
-    shown = list(done.values())[:most_shown]
+    shown = list(explained.files.values())[: explained.most_shown]
     with files.write_whole(out / "index.html") as page_file:
         lead = page.attribution_lead(summary | more, len(shown))
         drawn = cards(shown, summary["display"], names)
         page_file.write(page.document("Attributions", lead, drawn))
     written = ("index.html", "attributions.csv", "index.json", "cases", "overlays")
     more["files"] = [str(out / name) for name in written]
-    more["failures_file"] = str(out / "failures.csv") if failures else None
+    more["failures_file"] = str(out / "failures.csv") if explained.failures else None
     files.write_json(out / "summary.json", summary | more)
     return more

@@ -13,6 +13,7 @@ from maknet_jax import console, files
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
 from maknet_jax.runs import bundle, card, stablehlo, workdir
+from maknet_jax.runs.progress import Progress
 from maknet_jax.training import transfer
 
 
@@ -63,7 +64,7 @@ def export(
     )
     weights, _ = transfer.encode(**stored, metadata={"model": run.model_name})
     info = {
-        "name": name or run.source.resolve().stem,
+        "name": name or bundle.title(run.source.resolve()),
         "config": bundle.without_paths(run.config),
         "labels": run.vocabulary.to_json(),
         "thresholds": run.thresholds.tolist(),
@@ -119,8 +120,8 @@ def _data(run: workdir.Run, path: str | os.PathLike[str] | None) -> dict[str, An
         if path is not None:
             raise
         console.Log().say(
-            f"the data of {run.source} are not at {run.data_path}: the bundle will not record "
-            "their origin; pass their folder as --data"
+            f"the data of {run.source} are not at {run.data_path}: the bundle will not state the "
+            "number of images; pass their folder as --data"
         )
         return known
     if dataset.fingerprint != fingerprint:
@@ -138,7 +139,9 @@ def _metrics(run: workdir.Run) -> dict[str, dict[str, Any]]:
     if run.is_bundle:
         return dict(run.metadata["metrics"])
     metrics: dict[str, dict[str, Any]] = {}
-    if run.metadata.get("metrics"):
+    # A best checkpoint is saved by its validation, a last one at any step.
+    validated = run.name == "best" or Progress.from_json(run.metadata).validated_step == run.step
+    if validated and run.metadata.get("metrics"):
         metrics["validation"] = dict(run.metadata["metrics"])
     for path in sorted((run.source / "evaluation").glob("summary_*.json")):
         summary = files.read_json(path)

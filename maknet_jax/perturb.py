@@ -129,14 +129,8 @@ def perturb(
             for row, (number, image) in enumerate(numbered.items())
         ]
 
-    done, failures = results.explain(
-        "perturb", out, selected, settings, explain_batch, batch_size=batch_size
-    )
-    summary = settings | {"workdir": str(folder), "images": len(done), "failures": len(failures)}
-    if jax.process_index() == 0:
-        names = [network.name for network in networks]
-        summary |= _write(out, done, failures, summary, names, display.most_shown)
-    return summary
+    job = results.Job("perturb", out, folder, networks, selected, settings)
+    return job.run(explain_batch, _write, batch_size=batch_size, most_shown=display.most_shown)
 
 
 def _influential(
@@ -230,20 +224,14 @@ def _scored(network: Network, hu: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.argsort(-scores, axis=1, kind="stable"), scores
 
 
-def _write(
-    out: pathlib.Path,
-    done: dict[int, pathlib.Path],
-    failures: results.Failures,
-    summary: dict[str, Any],
-    names: Sequence[str],
-    most_shown: int,
-) -> dict[str, Any]:
+def _write(explained: results.Explained) -> dict[str, Any]:
     """Writes all files except the results themselves; returns new entries of the summary."""
+    out, summary, names = explained.out, explained.summary, explained.names
     rows: list[list[Any]] = []
     drops: dict[tuple[str, str], list[float]] = {}
     stays: dict[tuple[str, str], list[float]] = {}
     groups: dict[tuple[str, str], list[str]] = {}
-    for path in done.values():
+    for path in explained.files.values():
         metadata = results.load_metadata(path, names)
         for model in metadata["models"]:
             original, *columns = model["columns"]
@@ -279,7 +267,7 @@ def _write(
                 stays.setdefault(key, []).append(stay)
                 groups.setdefault(key, []).append(metadata["group"])
     console.write_table(out / "perturbations.csv", COLUMNS, rows)
-    console.write_failures(out / "failures.csv", failures)
+    console.write_failures(out / "failures.csv", explained.failures)
     by_network = [
         {
             "model": key[0],
@@ -291,7 +279,7 @@ def _write(
         }
         for key, values in drops.items()
     ]
-    shown = list(done.values())[:most_shown]
+    shown = list(explained.files.values())[: explained.most_shown]
     with files.write_whole(out / "index.html") as file:
         lead = page.perturbation_lead(summary, *table(by_network), len(shown))
         drawn = (_card(path, names) for path in shown)
@@ -300,7 +288,7 @@ def _write(
     more: dict[str, Any] = {
         "results": by_network,
         "files": [str(out / name) for name in written],
-        "failures_file": str(out / "failures.csv") if failures else None,
+        "failures_file": str(out / "failures.csv") if explained.failures else None,
     }
     files.write_json(out / "summary.json", summary | more)
     return more

@@ -92,7 +92,11 @@ def _claim(setup: Setup) -> None:
     }
 
     def upgrade(name: str, record: dict[str, Any]) -> dict[str, Any]:
-        return configs.to_json(configs.from_json(record)) if name == "config.json" else record
+        if name == "config.json":
+            return configs.to_json(configs.from_json(record))
+        # Earlier versions did not record the initial weights; without a checkpoint they are placed
+        # only now.
+        return ({"initial_weights": setup.initial_weights} if setup.place else {}) | record
 
     claim(
         setup.folder,
@@ -306,6 +310,7 @@ class _Loop:
         values = {name: value for name, value in summary.items() if isinstance(value, float)}
         metrics.write(number, {f"val/{name}": value for name, value in values.items()})
         progress.metrics, progress.thresholds = values, np.asarray(thresholds).tolist()
+        progress.validated_step = number
         auc = values.get("auc")
         if auc is not None and (progress.best is None or auc >= progress.best):
             progress.best, progress.best_step = auc, number  # ties go to the later step

@@ -34,3 +34,17 @@ def redrawn(variables, seed=1, *, by_fan_in=False):
 def dense(x, params):
     """A dense layer in float64."""
     return np.float64(x) @ np.float64(params["kernel"]) + np.float64(params["bias"])
+
+
+def trained_parts(model, variables, images):
+    """The top-level parts with a gradient; asserts that the running statistics stay the same."""
+
+    def loss(params):
+        outputs, updated = model.apply(
+            variables | {"params": params}, images, train=True, mutable=["batch_stats"]
+        )
+        return jnp.sum(outputs.logits**2), updated["batch_stats"]
+
+    gradient, stats = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+    jax.tree.map(np.testing.assert_array_equal, variables["batch_stats"], stats)
+    return {part for part, tree in gradient.items() if any(map(np.any, jax.tree.leaves(tree)))}

@@ -70,18 +70,19 @@ def shards(phantom, tmp_path_factory):
     """The phantom's labelled slices as a prepared data set at 32 x 32."""
     from maknet_jax import prepare
     from maknet_jax.data import records
+    from maknet_jax.phantom import deeplesion_files
 
     out = tmp_path_factory.mktemp("shards") / "phantom"
-    prepare.prepare_deeplesion(
-        phantom["images"],
-        phantom["info"],
-        out,
-        label_file=phantom["labels"],
-        hand_labels=phantom["hand_labels"],
-        ontology=phantom["ontology"],
-        size=32,
-    )
+    prepare.prepare_deeplesion(out=out, size=32, **deeplesion_files(phantom))
     return records.open_dataset(out)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The toy data set; modules that need another one define their own."""
+    import toy
+
+    return toy.write(tmp_path_factory.mktemp("toy") / "data")
 
 
 @pytest.fixture(scope="session")

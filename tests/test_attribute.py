@@ -312,7 +312,7 @@ def test_networks_that_take_a_box_are_refused(trained, tmp_path, monkeypatch):
         return dataclasses.replace(run, assembly=dataclasses.replace(run.assembly, model=box))
 
     monkeypatch.setattr(workdir, "open_run", with_box)
-    with pytest.raises(InputError, match="box"):
+    with pytest.raises(InputError, match="takes a lesion's box"):
         attribute.attribute(trained, tmp_path / "out", NINE)
     assert not (tmp_path / "out").exists()
 

@@ -11,12 +11,6 @@ from maknet_jax.runs import build, config
 from maknet_jax.training import sharding
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """The toy data set."""
-    return toy.write(tmp_path_factory.mktemp("toy") / "data")
-
-
 def test_the_learning_rate_is_constant_and_then_decays(data):
     def rates(decay_from):
         page = toy.config(data, "linear", {"optimizer.decay_from": decay_from})

@@ -228,6 +228,23 @@ def test_a_bundle_json_of_something_else_is_refused(copy, capsys, text):
     refused(copy, capsys, "is not the JSON of a bundle")
 
 
+def test_a_size_that_is_no_number_is_refused(copy, capsys):
+    info = info_of(copy)
+    for size in ("9", None, 1.5, [1]):
+        info["files"][bundle.CARD]["size"] = size
+        info["sha256"] = bundle._self_digest(info)
+        (copy / bundle.INFO).write_text(json.dumps(info))
+        refused(copy, capsys, f"no size and digest of {bundle.CARD}")
+
+
+def test_a_deep_config_is_refused(copy, capsys):
+    deep: dict = {}
+    for _ in range(700):
+        deep = {"a": deep}
+    resign(copy, config=info_of(copy)["config"] | {"more": deep})
+    refused(copy, capsys, "is not complete")
+
+
 def test_a_lacking_field_and_a_large_json_are_refused(copy, capsys, monkeypatch):
     info = info_of(copy)
     del info["metrics"]

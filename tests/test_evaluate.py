@@ -79,7 +79,7 @@ def test_lesanets_rules_need_direct_parents(run, tmp_path):
     dataset = records.open_dataset(run.parent / "data")
     assert evaluate.direct_parents(dataset) == DIRECT
     older = records.Dataset(tmp_path, dataset.info | {"about": {}})
-    with pytest.raises(InputError, match="--data"):
+    with pytest.raises(InputError, match="does not record direct parents"):
         evaluate.direct_parents(older)
     for entry in older.info["labels"]:
         entry["parents"] = []

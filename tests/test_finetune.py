@@ -102,11 +102,6 @@ def toy_options(name):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return toy.write(tmp_path_factory.mktemp("toy") / "data")
-
-
-@pytest.fixture(scope="module")
 def base(data, tmp_path_factory):
     """The workdir of a toy MAKNet that fine-tuning starts from."""
     folder = tmp_path_factory.mktemp("base") / "run"

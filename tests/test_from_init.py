@@ -22,11 +22,6 @@ OTHER = Vocabulary(tuple(map(Label, ("bottom right", "heart", "top left"))))
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return toy.write(tmp_path_factory.mktemp("toy") / "data")
-
-
-@pytest.fixture(scope="module")
 def base(data, tmp_path_factory):
     """A toy run with a stem, blocks and widths of its own."""
     folder = tmp_path_factory.mktemp("base") / "run"
@@ -97,6 +92,28 @@ def test_a_moved_base_is_compared_by_its_digest(data, base, exported, tmp_path):
         train.train(finetune(data, tmp_path / "another"), tmp_path / "run")
     with pytest.raises(InputError, match="nowhere not found"):
         train.train(finetune(data, tmp_path / "nowhere"), tmp_path / "run")
+
+
+def test_a_run_of_an_earlier_version_without_a_checkpoint_starts_again(data, base, tmp_path):
+    run, config = (
+        tmp_path / "run",
+        toy.config(data, "smoke", {"epochs": 0.2, "init.path": str(base)}),
+    )
+    first = train.train(config, run)
+    stored = files.read_json(run / "dataset.json")
+    assert stored["initial_weights"] == first["init"]["digest"]
+    for folder in workdir.FOLDERS.values():  # killed before its first checkpoint
+        shutil.rmtree(run / folder)
+    for record in ({}, {"initial_weights": "of other weights"}):
+        old = {key: value for key, value in stored.items() if key != "initial_weights"}
+        files.write_json(run / "dataset.json", old | record)
+        if record:
+            with pytest.raises(InputError, match="initial_weights"):
+                train.train(config, run)
+        else:
+            assert train.train(config, run)["init"]["digest"] == first["init"]["digest"]
+            for folder in workdir.FOLDERS.values():
+                shutil.rmtree(run / folder)
 
 
 def test_a_file_of_weights_says_which_network_it_is(data, tmp_path):

@@ -1,4 +1,4 @@
-"""What the benchmarks count in a compiled program's text; compiling for TPUs takes minutes."""
+"""Memory traffic and collectives counted in the text of compiled programs."""
 
 import jax
 import jax.numpy as jnp
@@ -115,25 +115,25 @@ def test_bytes_of_main_memory(operation):
     assert hlo.hbm_bytes(FUSED.replace("OPERATION", operation)) == CASES[operation]
 
 
-def test_bytes_of_a_program_that_this_machine_compiled():
+def test_bytes_of_a_compiled_program():
     x = jnp.ones((1000, 100))
     text = jax.jit(lambda x, y: jnp.sin(x) * y + x).lower(x, x).compile().as_text()
     assert hlo.hbm_bytes(text) == 3 * 4 * x.size
 
 
-def test_text_without_a_program_is_refused():
-    with pytest.raises(ValueError, match="no ENTRY computation"):
+def test_incomplete_text_is_rejected():
+    with pytest.raises(ValueError, match="ENTRY"):
         hlo.hbm_bytes("HloModule empty")
-    for wrong, said in {
-        "%c = f32[8,128]{1,0} add(a, near)": "operands of add are unknown",
-        "%c = f32[8,128]{1,0} add(%a, %nothing)": "unknown: .'nothing'",
-        "%c = q7[8,128]{1,0} negate(%a)": "type 'q7' is unknown",
-        "%c = f8e4m3fn[8,128]{1,0} negate(%a)": "type 'f8e4m3fn' is unknown",
+    for wrong, value in {
+        "%c = f32[8,128]{1,0} add(a, near)": "add .*near",
+        "%c = f32[8,128]{1,0} add(%a, %nothing)": "'nothing'",
+        "%c = q7[8,128]{1,0} negate(%a)": "'q7'",
+        "%c = f8e4m3fn[8,128]{1,0} negate(%a)": "'f8e4m3fn'",
     }.items():
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=value):
             hlo.hbm_bytes(FUSED.replace("OPERATION", wrong))
     endless = "%w = f32[8,128]{1,0} while(%a), condition=%never, body=%body"
-    with pytest.raises(ValueError, match="a loop's trips are not in the text: .*%never"):
+    with pytest.raises(ValueError, match="%never"):
         hlo.hbm_bytes(FUSED.replace("OPERATION", endless))
 
 

@@ -1,4 +1,4 @@
-"""The import rules between rooms, no import cycles, and no file over 400 lines."""
+"""Import rules between rooms, no import cycles, and at most 400 lines per file."""
 
 import ast
 import pathlib
@@ -8,9 +8,9 @@ import pytest
 REPO = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = "maknet_jax"
 
-# Open to all, import nothing of the package ("" is the package itself).
+# Any module may import these; they import nothing of the package ("" is the package itself).
 OPEN = {"", "errors", "files", "console"}
-# The other rooms that a room may import. Verbs, the modules at the root, may import any room.
+# The other rooms that a room may import. Verbs (modules at the root) may import any room.
 ROOMS = {
     "ct": set(),
     "models": set(),
@@ -33,8 +33,8 @@ ONLY_IN = {
 }
 # They import TensorFlow, which is not a dependency.
 FORBIDDEN = {"tensorflow", "clu.metric_writers", "clu.periodic_actions", "clu.checkpoint"}
-LOADER = {"maknet_jax.runs.config.load"}  # configs load one another
-LONGEST = 400
+LOADER = {"maknet_jax.runs.config.load"}  # a config may load another config
+MAX_LINES = 400
 
 
 def module_name(path, folder):
@@ -44,7 +44,7 @@ def module_name(path, folder):
 
 
 def imported(path, package):
-    """All names that a file imports, absolute, wherever the import stands (functions included).
+    """All names that a file imports, absolute, including imports inside functions.
 
     `from a import b` yields a.b, because b may be a module. `package` is the dotted package that
     relative imports start from.
@@ -87,13 +87,13 @@ def read_modules(repo):
 
 
 def room_of(name):
-    """The room that a module lies in; "" for the modules at the root."""
+    """The room of a module; "" for modules at the root."""
     first = name.split(".")[0]
     return first if first in ROOMS else ""
 
 
 def forbidden_imports(modules):
-    """Yields one sentence for each import that the tables above do not allow."""
+    """Yields one sentence for each import that violates the rules above."""
     for name, (internal, external) in modules.items():
         room = room_of(name)
         if not room and "." in name:
@@ -124,30 +124,34 @@ def import_cycle(modules):
             return []
         path.append(name)
         for target in sorted(modules[name][0] - {name}):
-            if found := visit(target):
-                return found
+            if cycle := visit(target):
+                return cycle
         done.add(path.pop())
         return []
 
-    return next((found for name in modules if (found := visit(name))), [])
+    return next((cycle for name in modules if (cycle := visit(name))), [])
 
 
 def violations(repo):
     """All violations of the rules in `repo`, one sentence each."""
     modules = read_modules(repo)
-    found = list(forbidden_imports(modules))
+    sentences = list(forbidden_imports(modules))
     if cycle := import_cycle(modules):
-        found.append("import cycle: " + " -> ".join(cycle))
+        sentences.append("import cycle: " + " -> ".join(cycle))
     for path in sorted((repo / "configs").rglob("*.py")):
         for target in sorted(imported(path, "configs")):
             if target.split(".")[0] != "ml_collections" and target not in LOADER:
-                found.append(f"configs/{path.name} imports {target}: only ml_collections may be")
+                sentences.append(
+                    f"configs/{path.name} imports {target}: only ml_collections may be"
+                )
     for folder in (PACKAGE, "configs", "tests", "benchmarks"):
         for path in sorted((repo / folder).rglob("*.py")):
             lines = len(path.read_text(encoding="utf-8").splitlines())
-            if lines > LONGEST:
-                found.append(f"{path.relative_to(repo)} has {lines} lines, more than {LONGEST}")
-    return found
+            if lines > MAX_LINES:
+                sentences.append(
+                    f"{path.relative_to(repo)} has {lines} lines, more than {MAX_LINES}"
+                )
+    return sentences
 
 
 def test_import_rules_hold():

@@ -61,7 +61,7 @@ def test_auc_equals_scikit_learn():
 def test_rates_equal_scikit_learn():
     scores, labels, mask = drawn(2)
     predicted = scores > 0.55
-    ours = metrics.precision_recall_f1(predicted, labels, mask)
+    ours = metrics.rates(metrics.count(predicted, labels, mask))
     for k in range(labels.shape[1]):
         known = mask[:, k]
         theirs = sk.precision_recall_fscore_support(
@@ -76,7 +76,7 @@ def test_rates_equal_scikit_learn():
 def test_rates_without_predictions_or_positives():
     predicted = np.array([[0, 1, 0, 1], [0, 1, 0, 0]], bool)
     labels = np.array([[1, 0, 0, 0], [0, 0, 0, 1]], bool)
-    precision, recall, f1 = metrics.precision_recall_f1(predicted, labels)
+    precision, recall, f1 = metrics.rates(metrics.count(predicted, labels))
     np.testing.assert_array_equal(precision, [1, 0, 1, 0])  # nothing predicted: 1
     np.testing.assert_array_equal(recall, [0, np.nan, np.nan, 0])  # no positives: nan
     np.testing.assert_array_equal(f1, [0, np.nan, np.nan, 0])

@@ -6,6 +6,7 @@ import pytest
 import toy
 
 from maknet_jax import attribute, evaluate, files, noisy_student, perturb, report, train
+from maknet_jax.errors import InputError
 from maknet_jax.explain import results
 from maknet_jax.explain.options import PathOptions, SelectionOptions
 from maknet_jax.runs import config as configs
@@ -65,7 +66,7 @@ def test_other_weights_of_the_same_name_are_still_refused(moved, tmp_path, shard
     config["seed"], config["epochs"], config["evaluate_every"] = 9, 0.5, 0.5
     shutil.rmtree(folder)
     train.train(configs.from_json(config), folder)
-    with pytest.raises(Exception, match="with networks"):
+    with pytest.raises(InputError, match="with networks"):
         attribute.attribute(folder, out, options, PathOptions(steps=1, refine=0))
 
 

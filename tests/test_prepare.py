@@ -17,22 +17,15 @@ from maknet_jax import prepare
 from maknet_jax.ct import png, preprocess
 from maknet_jax.data import deeplesion, key_slices, labels, records
 from maknet_jax.errors import InputError, Stopped
+from maknet_jax.phantom import deeplesion_files
 
 # The environment of a command, without the simulated devices of the tests.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
 
 
 def of_phantom(phantom, out, **options):
-    options = {"size": 32} | options
-    return prepare.prepare_deeplesion(
-        phantom["images"],
-        phantom["info"],
-        out,
-        label_file=phantom["labels"],
-        hand_labels=phantom["hand_labels"],
-        ontology=phantom["ontology"],
-        **options,
-    )
+    options = {"size": 32} | deeplesion_files(phantom) | options
+    return prepare.prepare_deeplesion(out=out, **options)
 
 
 def of_real(shared_data, out, images="Images_png", **options):

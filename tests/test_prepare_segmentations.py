@@ -166,7 +166,7 @@ def test_any_number_of_workers_and_a_resumed_run_write_the_same_bytes(cases, tmp
         with pytest.raises(KeyboardInterrupt):
             run([cases / "a"], tmp_path / "resumed", **options)
     assert not (tmp_path / "resumed" / "dataset.json").exists()
-    with pytest.raises(InputError, match="plan"):
+    with pytest.raises(InputError, match="with plan "):
         run([cases / "a"], tmp_path / "resumed", **options | {"rules": Rules(every=2)})
     run([cases / "a"], tmp_path / "resumed", **options)
     assert content(tmp_path / "one") == content(tmp_path / "resumed")

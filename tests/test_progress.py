@@ -11,13 +11,15 @@ ON_DISK = {
     "best_step": 8,
     "thresholds": [0.25, 1.0],
     "metrics": {"auc": 0.75},
+    "validated_step": 8,
     "init": None,
     "pending": [{"loss": 0.5}],
 }
 
 
 def test_progress_is_json_with_the_keys_of_earlier_versions():
-    progress = Progress(0.75, 8, [0.25, 1.0], {"auc": 0.75}, pending=[{"loss": jnp.float32(0.5)}])
+    pending = [{"loss": jnp.float32(0.5)}]
+    progress = Progress(0.75, 8, [0.25, 1.0], {"auc": 0.75}, validated_step=8, pending=pending)
     assert json.loads(json.dumps(progress.to_json())) == ON_DISK
     assert Progress.from_json(ON_DISK).to_json() == ON_DISK
     best = progress.best_to_json()

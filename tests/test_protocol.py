@@ -171,7 +171,7 @@ def test_invalid_input_is_rejected():
         protocol.evaluate(scores, labels, np.ones(3), PARENTS)
     with pytest.raises(InputError, match=r"\[9\]"):
         protocol.evaluate(scores, labels, np.ones(7), [[9]] + PARENTS[1:])
-    with pytest.raises(InputError, match="6"):
+    with pytest.raises(InputError, match="parents of 6 labels .* of 7 labels"):
         protocol.add_parents(labels, PARENTS[1:])
     for candidates in ((), (0.5, 0.3), (0.0, 0.5), (0.5, 1.0)):
         with pytest.raises(InputError, match=re.escape(str(list(candidates)))):

@@ -35,7 +35,7 @@ def test_a_resumed_lesanet_equals_an_uninterrupted_one(lesanet, tmp_path, monkey
     labels = len(records.open_dataset(data).vocabulary)
     with monkeypatch.context() as patch:
         runs.signal_after(patch, 2)
-        with pytest.raises(Stopped, match="2"):
+        with pytest.raises(Stopped, match="step 2 of"):
             train.train(config, tmp_path / "run")
     train.train(config, tmp_path / "run")
     one, two = (

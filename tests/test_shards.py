@@ -159,7 +159,7 @@ def test_an_unfinished_folder_accepts_the_same_plan_only(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write(out, Stopping(4))
     for other in ({"size": 16}, {"splits": SPLITS | {"val": [Unit(30)]}}):
-        with pytest.raises(InputError, match="plan"):
+        with pytest.raises(InputError, match="with plan "):
             write(out, **other)
     write(out)
 

@@ -19,11 +19,6 @@ IMAGE_NOISE = {name: value for name, value in NOISE.items() if "augment" in name
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return toy.write(tmp_path_factory.mktemp("data") / "toy")
-
-
-@pytest.fixture(scope="module")
 def pseudo(tmp_path_factory):
     """Pseudo-labels of 29 images, equal to their true labels; 2 images have none."""
     folder = tmp_path_factory.mktemp("pseudo")
@@ -179,9 +174,9 @@ def test_other_pseudo_labels_are_rejected_and_moved_ones_are_not(student, data, 
     assert again["steps"] == 40
     info = files.read_json(pseudo / "pseudo.json")
     files.write_json(tmp_path / "moved" / "pseudo.json", info | {"soft": True})
-    with pytest.raises(InputError, match="pseudo_labels"):
+    with pytest.raises(InputError, match="with dataset.pseudo_labels "):
         train.train(config_of(data, tmp_path / "moved"), tmp_path / "run")
-    with pytest.raises(InputError, match="pseudo_labels"):
+    with pytest.raises(InputError, match="with dataset.pseudo_labels "):
         train.train(config_of(data, ""), tmp_path / "run")
 
 

@@ -1,4 +1,4 @@
-"""Table 1: its numbers are those that were evaluated and those that the paper printed."""
+"""Table 1: its numbers are those of `evaluate` and of the paper; resuming; rejected arguments."""
 
 import csv
 import os
@@ -10,7 +10,7 @@ import toy
 from rich.markdown import Markdown
 
 from benchmarks import harness
-from benchmarks.experiments import table1
+from benchmarks.experiments import paper_table, table1
 from benchmarks.real_data import PAPER
 from maknet_jax import evaluate, files
 from maknet_jax.data import pipeline
@@ -22,7 +22,7 @@ SHORT = [f"epochs={STEPS * toy.BATCH / toy.TRAIN}"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The toy with the four splits of table 1: test is its val, hand its train."""
+    """The toy data with the four splits of table 1: test is its val, hand its train."""
     out = toy.write(tmp_path_factory.mktemp("data") / "toy")
     info = files.read_json(out / "dataset.json")
     info["splits"] |= {"test": info["splits"]["val"], "hand": info["splits"]["train"]}
@@ -31,27 +31,29 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pages(data, tmp_path_factory):
-    """Pages of three linear models in the place of the paper's networks: seconds, not minutes."""
-    folder = tmp_path_factory.mktemp("pages")
+def config_names(data, tmp_path_factory):
+    """Configs of three linear models instead of the paper's networks, which would take minutes."""
+    folder = tmp_path_factory.mktemp("configs")
     stand_ins = {"vgg16": 4, "resnet18": 8, "maknet": 16}
     for name, edge in stand_ins.items():
         changes = toy.overrides(data, "linear", **{"model.options.edge": edge})
-        made = f"config.load('linear', {changes})"
-        text = f"from maknet_jax.runs import config\n\n\ndef get_config():\n    return {made}\n"
+        text = "from maknet_jax.runs import config\n\n\ndef get_config():\n"
+        text += f"    return config.load('linear', {changes})\n"
         (folder / f"{name}.py").write_text(text)
     return {name: str(folder / f"{name}.py") for name in stand_ins}
 
 
 @pytest.fixture(scope="module")
-def made(data, pages, tmp_path_factory):
-    """(folder, what table1 returned) of a run that nothing stopped."""
+def finished(data, config_names, tmp_path_factory):
+    """(folder, result of table1) of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("runs") / "table1"
-    return folder, table1.table1(folder, data=data, seed=3, overrides=SHORT, pages=pages)
+    return folder, table1.table1(
+        folder, data=data, seed=3, overrides=SHORT, config_names=config_names
+    )
 
 
 def markdown_rows(path):
-    """The cells of the table as a renderer reads them."""
+    """The cells of the table as rendered."""
     rows = []
     for token in Markdown(path.read_text()).parsed:
         if token.type == "table_close":
@@ -62,23 +64,26 @@ def markdown_rows(path):
             rows[-1].append(token.content)
 
 
-def test_the_papers_rows_are_those_of_its_text():
+def test_the_papers_rows_match_its_text():
     if not PAPER.is_file():
         pytest.skip(f"the paper's text is not at {PAPER}")
-    found = {}
+    expected = {}
     for line in PAPER.read_text().partition("Table 1.")[2].partition("\n### ")[0].splitlines():
         title, *numbers = [cell.strip() for cell in line.strip("|").split("|")]
         if re.match(r"[\d.]+M", "".join(numbers[:1])):
-            found[title] = [float(number.rstrip("M")) for number in numbers if number]
-    ours = {"parameters": 0, "splits": {s: dict.fromkeys(table1.METRICS, 0) for s in table1.SETS}}
+            expected[title] = [float(number.rstrip("M")) for number in numbers if number]
+    ours = {
+        "parameters": 0,
+        "splits": {s: dict.fromkeys(paper_table.METRICS, 0) for s in paper_table.SETS},
+    }
     rows = table1.table_rows(dict.fromkeys(table1.TITLES, ours))
     printed = {row[0]: [row[2] / 1e6, *row[3:]] for row in rows if row[1] == "paper"}
-    assert printed == found
-    assert list(printed) == list(found)  # in its order
+    assert printed == expected
+    assert list(printed) == list(expected)  # in the same order
 
 
-def test_the_table_holds_what_evaluate_returned(made):
-    folder, result = made
+def test_the_table_has_the_numbers_of_evaluate(finished):
+    folder, result = finished
     with (folder / "table1.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row[""], row["from"]) for row in rows] == [
@@ -102,11 +107,11 @@ def test_the_table_holds_what_evaluate_returned(made):
         trained = files.read_json(folder / name / "summary.json")
         assert int(row["parameters"]) == trained["parameters"]
     counts = {int(row["parameters"]) for row in rows[::2]}
-    assert len(counts) == 3  # three networks, not one thrice
+    assert len(counts) == 3  # three different networks
 
 
-def test_markdown_renders_as_one_table_and_says_what_it_is(made, data):
-    folder, result = made
+def test_markdown_renders_as_one_table_with_its_settings(finished, data):
+    folder, result = finished
     rows = markdown_rows(folder / "table1.md")
     assert [len(row) for row in rows] == [11] * 7
     assert rows[0] == table1.HEADER
@@ -117,7 +122,7 @@ def test_markdown_renders_as_one_table_and_says_what_it_is(made, data):
         assert [float(cell) for cell in row[3:]] == pytest.approx(numbers, abs=5e-5)
     text = (folder / "table1.md").read_text()
     fingerprint = files.read_json(data / "dataset.json")["fingerprint"]
-    for said in (
+    for value in (
         fingerprint[:16],
         "seed 3",
         "2 epochs",
@@ -126,30 +131,33 @@ def test_markdown_renders_as_one_table_and_says_what_it_is(made, data):
         "train 17,697",
         "8 x cpu",
     ):
-        assert said in text
-    assert "FORM" not in text  # of the small ones
+        assert value in text
+    assert "FORM" not in text  # the notes of the small forms
 
 
-def test_the_phantom_of_another_seed_is_refused(tmp_path):
+def test_the_phantom_of_another_seed_is_rejected(tmp_path):
     (tmp_path / "phantom").mkdir()
     arguments = {"seed": 0, **table1.FORMS["quick"][0]}
     files.write_json(tmp_path / "phantom" / "phantom.json", {"arguments": arguments, "counts": {}})
     (tmp_path / "shards").mkdir()
     files.write_json(tmp_path / "shards" / "dataset.json", {})
-    with pytest.raises(InputError, match="holds a phantom with seed 0, not 5: name a new folder"):
+    with pytest.raises(InputError, match="seed 0, not 5"):
         table1.table1(tmp_path, form="quick", seed=5)
 
 
-def test_an_undefined_metric_is_a_dash(made, tmp_path):
-    networks = made[1]["networks"]
-    unknown = {"test": dict.fromkeys(table1.METRICS), "hand": dict.fromkeys(table1.METRICS)}
+def test_an_undefined_metric_is_a_dash(finished, tmp_path):
+    networks = finished[1]["networks"]
+    unknown = {
+        "test": dict.fromkeys(paper_table.METRICS),
+        "hand": dict.fromkeys(paper_table.METRICS),
+    }
     networks = networks | {"vgg16": networks["vgg16"] | {"splits": unknown}}
-    table1._write(tmp_path, [], networks)
+    table1.write(tmp_path, finished[1] | {"networks": networks})
     assert markdown_rows(tmp_path / "table1.md")[1][3:] == ["-"] * 8
 
 
-def test_json_says_how_it_was_made(made, data):
-    folder, result = made
+def test_json_has_the_data_the_seed_and_the_device(finished, data):
+    folder, result = finished
     assert files.read_json(folder / "table1.json") == result
     info = files.read_json(data / "dataset.json")
     assert result["data"]["fingerprint"] == info["fingerprint"]
@@ -159,7 +167,9 @@ def test_json_says_how_it_was_made(made, data):
     assert files.read_json(folder / "vgg16" / "config.json")["seed"] == 3
 
 
-def test_stopped_within_the_second_network_it_goes_on(made, data, pages, tmp_path, monkeypatch):
+def test_a_run_stopped_in_the_second_network_resumes(
+    finished, data, config_names, tmp_path, monkeypatch
+):
     def batches(*args, **kwargs):
         for batch in original(*args, **kwargs):
             taken.append(1)
@@ -168,28 +178,28 @@ def test_stopped_within_the_second_network_it_goes_on(made, data, pages, tmp_pat
             yield batch
 
     taken, original = [], pipeline.train_batches
-    arguments = {"data": data, "seed": 3, "overrides": SHORT, "pages": pages}
+    arguments = {"data": data, "seed": 3, "overrides": SHORT, "config_names": config_names}
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "train_batches", batches)
-        with pytest.raises(Stopped, match=f"step 4 of {STEPS} is saved"):
+        with pytest.raises(Stopped, match=f"step 4 of {STEPS}"):
             table1.table1(tmp_path / "run", **arguments)
     assert not list((tmp_path / "run").glob("table1.*"))
-    finished = (tmp_path / "run" / "vgg16" / "summary.json").stat()
+    summary = (tmp_path / "run" / "vgg16" / "summary.json").stat()
     result = table1.table1(tmp_path / "run", **arguments)
-    assert (tmp_path / "run" / "vgg16" / "summary.json").stat() == finished  # not trained again
-    for name, whole in made[1]["networks"].items():
+    assert (tmp_path / "run" / "vgg16" / "summary.json").stat() == summary  # not trained again
+    for name, whole in finished[1]["networks"].items():
         for key in ("parameters", "checkpoint_step", "splits"):
             assert result["networks"][name][key] == whole[key]
 
 
-def test_another_recipe_in_the_same_folder_is_refused(made, data, pages):
-    with pytest.raises(InputError, match="epochs"):
-        table1.table1(made[0], data=data, seed=3, pages=pages)
+def test_another_recipe_in_the_same_folder_is_rejected(finished, data, config_names):
+    with pytest.raises(InputError, match="with .*epochs "):
+        table1.table1(finished[0], data=data, seed=3, config_names=config_names)
 
 
-def test_small_forms_make_their_data_and_say_so(pages, tmp_path):
+def test_small_forms_generate_their_data(config_names, tmp_path):
     changes = ["epochs=1", "evaluate_every=1"]
-    arguments = {"form": "quick", "seed": 5, "overrides": changes, "pages": pages}
+    arguments = {"form": "quick", "seed": 5, "overrides": changes, "config_names": config_names}
     result = table1.table1(tmp_path / "run", **arguments)
     assert files.read_json(tmp_path / "run" / "phantom" / "phantom.json")["arguments"]["seed"] == 5
     text = (tmp_path / "run" / "table1.md").read_text()
@@ -198,45 +208,45 @@ def test_small_forms_make_their_data_and_say_so(pages, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "value"),
     [
-        ([], "one of the arguments --data --small --quick is required"),
-        (["--small", "--quick"], "not allowed with"),
-        (["--small", "--seed=-1"], "--seed -1 should be 0 or above"),
+        ([], "--data --small --quick"),
+        (["--small", "--quick"], "--quick"),
+        (["--small", "--seed=-1"], "--seed -1"),
         (["--small", "--config.seed=1"], "use --seed"),
         (["--data=x", "--config.data.path=y"], "use --data"),
-        (["--small", "--config.model.name=linear"], "the table is of three"),
-        (["--small", "--epochs=3"], "a config field is --config.FIELD=VALUE"),
-        (["--small", "--config.epochs"], "--config.FIELD=VALUE"),
-        (["--small", "--config.epoch=3"], "did you mean 'epochs'"),
-        (["--small", "--config.model.options.stem=8"], "'model.options.stem' is unknown"),
-        (["--data=nothing"], "holds no finished data set"),
+        (["--small", "--config.model.name=linear"], "'--config.model.name=linear'"),
+        (["--small", "--epochs=3"], "'--epochs=3'"),
+        (["--small", "--config.epochs"], "'--config.epochs'"),
+        (["--small", "--config.epoch=3"], "'epochs'"),
+        (["--small", "--config.model.options.stem=8"], "'model.options.stem'"),
+        (["--data=nothing"], "nothing"),
     ],
 )
-def test_refused_in_one_line_before_anything_is_written(arguments, said, tmp_path, capsys):
+def test_bad_arguments_are_rejected_before_anything_is_written(arguments, value, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         harness.run(lambda: table1.main([*arguments, f"--workdir={tmp_path / 'run'}"]))
     assert stop.value.code == 2
     message = capsys.readouterr().err
-    assert said in message and message.count("\n") == 1
+    assert value in message and message.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_data_without_hand_labels_are_refused_before_hours_of_training(pages, tmp_path):
+def test_data_without_hand_labels_are_rejected_before_training(config_names, tmp_path):
     bare = toy.write(tmp_path / "toy")
-    with pytest.raises(InputError, match="split 'test' is not in"):
-        table1.table1(tmp_path / "run", data=bare, pages=pages)
+    with pytest.raises(InputError, match="'test'"):
+        table1.table1(tmp_path / "run", data=bare, config_names=config_names)
     info = files.read_json(bare / "dataset.json")
     info["splits"] |= {"test": info["splits"]["val"]}
     info["splits"]["hand"] = {"count": 0, "label_counts": [0] * 4, "shards": []}
     files.write_json(bare / "dataset.json", info)
-    with pytest.raises(InputError, match="'hand': 0.* needs all four"):
-        table1.table1(tmp_path / "run", data=bare, pages=pages)
+    with pytest.raises(InputError, match="'hand': 0"):
+        table1.table1(tmp_path / "run", data=bare, config_names=config_names)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow  # compiles the three networks in full width
-def test_the_three_networks_differ_in_the_model_only(tmp_path):
+def test_the_three_recipes_differ_only_in_the_model(tmp_path):
     table1.main(["--quick", f"--workdir={tmp_path / 'run'}"])
     recipes = []
     for name, paper in (("vgg16", 14.78), ("resnet18", 11.25), ("maknet", 4.50)):

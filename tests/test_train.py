@@ -24,11 +24,6 @@ from maknet_jax.training import checkpoint
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return toy.write(tmp_path_factory.mktemp("data") / "toy")
-
-
-@pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     """40 steps of MAKNet with all its noise, not stopped; (folder, config, summary)."""
     folder = tmp_path_factory.mktemp("runs") / "whole"

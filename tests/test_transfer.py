@@ -149,12 +149,6 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
 STILL = {"epochs": 1.0, "optimizer.learning_rate": 0.0}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """The toy data set."""
-    return toy.write(tmp_path_factory.mktemp("data") / "toy")
-
-
 def trained(data, folder, **changes):
     """Trains five steps on one device; returns (page, summary)."""
     page = toy.config(data, "smoke", STILL | changes)

@@ -3,6 +3,7 @@
 import pytest
 
 from maknet_jax.data.labels import Label, Vocabulary
+from maknet_jax.explain.selection import SelectedImage
 from maknet_jax.explain.truth import Annotation, labels_are_complete, outcome
 
 # chest and abdomen exclude each other, and so what lies inside them; mass excludes nothing.
@@ -106,7 +107,7 @@ def test_mined_and_hand_labels_of_one_data_set(trained, shards, tmp_path):
     run = open_networks(trained)[0].run
     counts = {}
     for split in ("test", "hand"):
-        selection = select(run, trained, SelectionOptions(split=split))
+        selection = select(run, SelectionOptions(split=split))
         values = []
         for number, read in enumerate(selection.readers):
             image, example = read(), shards.source(split)[number]
@@ -135,5 +136,10 @@ def test_results_of_another_rule_are_not_mixed(trained, tmp_path, monkeypatch):
     options = SelectionOptions(split="test", limit=1), PathOptions(steps=1, refine=0)
     attribute.attribute(trained, tmp_path / "out", *options)
     monkeypatch.setattr(truth, "RULE", 1)
-    with pytest.raises(InputError, match="truth"):
+    with pytest.raises(InputError, match="with truth 2, not 1"):
         attribute.attribute(trained, tmp_path / "out", *options)
+
+
+def test_an_unknown_label_selects_no_image():
+    image = SelectedImage("a", None, annotation(["mass", "lung"], unknown=["lung"]), {})
+    assert image.labelled.tolist() == [VOCABULARY.index["mass"]]

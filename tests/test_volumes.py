@@ -58,7 +58,7 @@ def test_a_png_file_is_read_with_its_neighbours_and_a_nifti_whole(tmp_path, shar
     with pytest.raises(InputError, match="112 .*example_ct.nii.gz.* 111 .*0"):
         volumes.slice_of(volume, 112)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="empty"):
+    with pytest.raises(InputError, match="contains no CT"):
         volumes.load_series_of(tmp_path / "empty")
 
 

@@ -10,12 +10,6 @@ from maknet_jax.errors import InputError
 from maknet_jax.runs import workdir
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """The toy data set."""
-    return toy.write(tmp_path_factory.mktemp("toy") / "data")
-
-
 def test_only_a_run_with_a_checkpoint_can_be_opened(data, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="not a `maknet train` workdir: it has no config.json"):
         workdir.open_run(tmp_path)

@@ -1,7 +1,8 @@
-"""What a program that XLA compiled for TPUs moves, read from its text."""
+"""Memory traffic and collectives of a program that XLA compiled for TPUs, from its text."""
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 SIZES = {
@@ -25,28 +26,29 @@ COLLECTIVES = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-al
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+)(?: \(.*\) -> .*)? \{$")
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
-# What only names buffers, as two custom calls do: new memory, and pieces that lie side by side.
+# Operations that move nothing. Two custom calls move nothing either: they allocate a buffer, or
+# treat adjacent buffers as one.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
-_NEW, _BESIDE = '"AllocateBuffer"', '"ConcatBitcast"'
-# What runs other computations once.
+_ALLOCATE, _CONCATENATE = '"AllocateBuffer"', '"ConcatBitcast"'
+# Operations that run other computations once.
 _CALLERS = {"fusion", "conditional", "call", "async-start"}
 
 
 class Array(NamedTuple):
-    """An array of a shape: f32[8,128]{1,0:T(8,128)S(1)} in the text."""
+    """A shape such as f32[8,128]{1,0:T(8,128)S(1)}: edges, bytes per item, layout."""
 
-    edges: list
+    edges: list[int]
     itemsize: int
     layout: str
 
     @property
-    def in_hbm(self):
-        """Whether it is in main memory."""
+    def in_hbm(self) -> bool:
+        """Whether the array is in main memory."""
         return "S(" not in self.layout
 
     @property
-    def padded_bytes(self):
-        """Its size with the padding of its tiles."""
+    def padded_bytes(self) -> int:
+        """Its size in bytes including the padding of its tiles."""
         edges = list(self.edges)
         order, tile = re.match(r"[\d,]+", self.layout), re.search(r"T\(([\d,]+)\)", self.layout)
         if order and tile and edges:
@@ -58,90 +60,99 @@ class Array(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One operation: `name = arrays kind(operands), rest`; `rest` begins with the operands."""
+    """An operation `name = outputs kind(operands), ...`; `rest` is the text after `kind(`."""
 
-    arrays: list
+    arrays: list[Array]
     kind: str
-    operands: list
+    operands: list[str]
     rest: str
     is_root: bool
 
     @property
-    def hbm_bytes(self):
-        """Of what it gives, the part in main memory."""
+    def hbm_bytes(self) -> int:
+        """Bytes of its outputs in main memory."""
         return _in_hbm(self.arrays)
 
 
-def collectives(text):
-    """(how many, bytes that they give) of the collectives in a compiled program."""
+Computation = dict[str, Line]  # by name of the operation
+
+
+def collectives(text: str) -> list[int]:
+    """[count, bytes of their outputs] of the collectives in a compiled program."""
     count = moved = 0
     for _, line in filter(None, map(_line, text.splitlines())):
         if _is_collective(line.kind):
             count += 1
-            moved += sum(array.itemsize * math.prod(array.edges) for array in _given(line))
+            moved += sum(
+                array.itemsize * math.prod(array.edges) for array in _collective_outputs(line)
+            )
     return [count, moved]
 
 
-def _is_collective(kind):
-    return re.fullmatch(rf"(?:{COLLECTIVES})(?:-start)?", kind)
+def _is_collective(kind: str) -> bool:
+    return bool(re.fullmatch(rf"(?:{COLLECTIVES})(?:-start)?", kind))
 
 
-def _given(line):
-    """The arrays that a collective gives; two kinds of starts list their operands before them."""
+def _collective_outputs(line: Line) -> list[Array]:
+    """The outputs of a collective; two kinds of starts list their operands first."""
     if line.kind in ("all-gather-start", "collective-permute-start"):
         return line.arrays[len(line.operands) : 2 * len(line.operands)]
     return line.arrays
 
 
-def hbm_bytes(text):
-    """Bytes that one run reads from and writes to a chip's main memory (HBM).
+def hbm_bytes(text: str) -> int:
+    """Bytes that one run reads from and writes to the main memory (HBM) of a chip.
 
-    XLA's own "bytes accessed" counts the chip's fast memory (VMEM, whose arrays the text marks with
-    S(1)) as it does main memory, and an array anew for each use within one fused operation. Here
-    every operation reads each of its operands in main memory once, and writes its outputs once:
-    of an operand that it only slices the slices, of a buffer that it updates in place the update.
-    Arrays count with the padding of their tiles. What an operation reads again by itself, as the
-    edges of a convolution's windows, is not in the text and not counted; nor is that a gather reads
-    its operand in pieces, which takes far longer than reading it once.
+    XLA's own "bytes accessed" does not distinguish the chip's fast memory (VMEM, marked with S(1)
+    in the text) from main memory, and counts an array once per use within a fused operation. Here
+    each operation reads each of its operands in main memory once and writes its outputs once. Of an
+    operand that is only sliced, the slices count; of a buffer that is updated in place, the update.
+    Sizes include the padding of tiles. Two costs are not in the text and not counted: data that an
+    operation reads repeatedly, such as overlapping windows of a convolution, and the scattered
+    reads of a gather, which take far longer than reading its operand once.
 
     Args:
-      text: of an optimized and scheduled module, `compiled.as_text()`.
+      text: an optimized and scheduled module, `compiled.as_text()`.
 
     Raises:
-      ValueError: it has no entry computation, a loop whose trips it does not say, or operands or
-        types that are unknown here.
+      ValueError: there is no entry computation, the trip count of a loop is unknown, or an operand
+        or a type is unknown.
     """
     computations = _parse(text)
     if "ENTRY" not in computations:
-        raise ValueError("the text has no ENTRY computation: give a compiled module's as_text()")
+        raise ValueError("no ENTRY computation in the text: pass compiled.as_text()")
     return _bytes_of(computations["ENTRY"], computations)
 
 
-def _parse(text):
-    """{computation: {name: its line}}."""
-    computations, current = {}, None
+def _parse(text: str) -> dict[str, Computation]:
+    """The computations by name; the entry computation is "ENTRY"."""
+    computations: dict[str, Computation] = {}
+    current: Computation | None = None
     for line in text.splitlines():
         if not line.startswith(" "):
             head = _HEAD.match(line)
-            current = {} if head else None
-            if head:
+            if not head:
+                current = None
+            else:
+                current = {}
                 computations["ENTRY" if head[1] else head[2]] = current
-        elif current is not None and (found := _line(line)):
-            current[found[0]] = found[1]
+        elif current is not None and (parsed := _line(line)):
+            name, operation = parsed
+            current[name] = operation
     return computations
 
 
-def _line(text):
-    """(its name, the `Line`) of one line, or None where it is none."""
-    found = _LINE.match(text)
-    if not found:
+def _line(text: str) -> tuple[str, Line] | None:
+    """(name, operation) of a line of text; None if it has no operation."""
+    match = _LINE.match(text)
+    if not match:
         return None
-    root, name, shape, kind, rest = found.groups()
+    root, name, shape, kind, rest = match.groups()
     return name, Line(_arrays(shape), kind, _operands(rest), rest, bool(root))
 
 
-def _operands(rest):
-    """The names within the parentheses that a line's `rest` closes; types may stand before them."""
+def _operands(rest: str) -> list[str]:
+    """The names before the closing parenthesis; each may follow its type."""
     depth = 1
     for end, letter in enumerate(rest):
         depth += {"(": 1, ")": -1}.get(letter, 0)
@@ -150,25 +161,27 @@ def _operands(rest):
     return []
 
 
-def _arrays(shape):
-    """Each `Array` of a shape, which may be a tuple of tuples."""
-    found = []
+def _arrays(shape: str) -> list[Array]:
+    """The arrays of a shape, which may be a nested tuple."""
+    arrays = []
     for dtype, dims, layout in _ARRAY.findall(shape):
         if dtype not in SIZES:
             raise ValueError(f"type {dtype!r} is unknown: add its bytes to SIZES")
-        found.append(Array([int(edge) for edge in dims.split(",") if edge], SIZES[dtype], layout))
-    return found
+        arrays.append(Array([int(edge) for edge in dims.split(",") if edge], SIZES[dtype], layout))
+    return arrays
 
 
-def _in_hbm(arrays):
+def _in_hbm(arrays: Sequence[Array]) -> int:
+    """Bytes of the arrays that are in main memory."""
     return sum(array.padded_bytes for array in arrays if array.in_hbm)
 
 
-def _bytes_of(computation, computations):
+def _bytes_of(computation: Computation, computations: Mapping[str, Computation]) -> int:
+    """Bytes of main memory that a computation reads and writes."""
     moved = 0
     for line in computation.values():
         kind, rest = line.kind, line.rest
-        if kind in _FREE or kind.endswith("-done") or _NEW in rest or _BESIDE in rest:
+        if kind in _FREE or kind.endswith("-done") or _ALLOCATE in rest or _CONCATENATE in rest:
             continue
         missing = [name for name in line.operands if name not in computation]
         if missing or (not line.operands and not rest.startswith(")")):
@@ -178,13 +191,13 @@ def _bytes_of(computation, computations):
         if kind == "fusion":
             moved += _fusion(called[0], read, line.arrays)
         elif kind in ("slice", "dynamic-slice", "slice-start", "dynamic-slice-start"):
-            # A start gives ((operands), result, ...). It reads as much as it gives.
-            given = line.arrays[len(read) if kind.endswith("-start") else 0]
-            moved += _in_hbm([given]) + (given.padded_bytes if read[0] else 0)
+            # A start returns ((operands), result, ...). It reads as much as it returns.
+            result = line.arrays[len(read) if kind.endswith("-start") else 0]
+            moved += _in_hbm([result]) + (result.padded_bytes if read[0] else 0)
         elif kind == "copy-start":
-            moved += line.hbm_bytes  # (target, source, ...)
+            moved += line.hbm_bytes  # returns (target, source, ...)
         elif _is_collective(kind):
-            moved += _in_hbm(_given(line)) + sum(read)
+            moved += _in_hbm(_collective_outputs(line)) + sum(read)
         elif kind == "while":
             body = computations[re.search(r"body=%?([\w.\-]+)", rest)[1]]
             moved += _trips(rest, computations) * _bytes_of(body, computations)
@@ -200,8 +213,8 @@ def _bytes_of(computation, computations):
     return moved
 
 
-def _trips(rest, computations):
-    """How often a loop runs: as the compiler says, or from 0 by 1 up to what it compares with."""
+def _trips(rest: str, computations: Mapping[str, Computation]) -> int:
+    """The trip count of a loop: annotated, or the limit of a counter that starts at 0."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
     if known:
         return int(known[1])
@@ -209,18 +222,25 @@ def _trips(rest, computations):
     limits = [line.rest for line in condition.values() if line.kind == "constant"]
     compared = any("direction=LT" in line.rest for line in condition.values())
     if len(limits) != 1 or not compared:
-        raise ValueError(f"a loop's trips are not in the text: ...{rest[:100]}")
+        raise ValueError(f"the trip count of a loop is not in the text: ...{rest[:100]}")
     return int(limits[0].split(")")[0])
 
 
-def _called(rest):
+def _called(rest: str) -> list[str]:
+    """The names of the computations that an operation calls."""
     one = re.findall(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", rest)
     many = re.search(r"branch_computations=\{([^}]*)\}", rest)
     return one + (re.findall(r"[\w.\-]+", many[1]) if many else [])
 
 
-def _fusion(computation, operands, outputs):
-    """What a fused operation reads of its `operands` (bytes of each) and writes of its outputs."""
+def _fusion(computation: Computation, operands: Sequence[int], outputs: Sequence[Array]) -> int:
+    """Bytes of main memory that a fused operation reads and writes.
+
+    Args:
+      computation: its body.
+      operands: bytes of each operand in main memory.
+      outputs: its outputs.
+    """
     moved = 0
     for name, line in computation.items():
         if line.kind == "parameter":
@@ -233,25 +253,25 @@ def _fusion(computation, operands, outputs):
     return moved
 
 
-def _named(computation, name):
-    """What a bitcast, or several, is another name of."""
+def _without_bitcasts(computation: Computation, name: str) -> Line:
+    """The operation whose output a chain of bitcasts renames."""
     while computation[name].kind == "bitcast":
         name = computation[name].operands[0]
     return computation[name]
 
 
-def _updated(computation, name):
-    """Bytes that an operation writes, at most: an update in place, or all of its output."""
-    line = _named(computation, name)
+def _updated(computation: Computation, name: str) -> float:
+    """Upper bound of the bytes that an operation writes: its update if in place, else infinity."""
+    line = _without_bitcasts(computation, name)
     if line.kind == "dynamic-update-slice":
-        buffer = _named(computation, line.operands[0])
-        if buffer.kind == "parameter" or _NEW in buffer.rest:
+        buffer = _without_bitcasts(computation, line.operands[0])
+        if buffer.kind == "parameter" or _ALLOCATE in buffer.rest:
             return computation[line.operands[1]].arrays[0].padded_bytes
     return math.inf
 
 
-def _read(computation, name):
-    """Bytes that a fused computation reads of a parameter, at most: slices, or all of it."""
+def _read(computation: Computation, name: str) -> float:
+    """Upper bound of the bytes read of a parameter: its slices if only sliced, else infinity."""
     moved, names = 0, {name}
     for user, line in computation.items():
         if not names & set(line.operands):

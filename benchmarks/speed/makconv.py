@@ -1,13 +1,13 @@
-"""MAKConv in each of its forms and full convolutions, at the shapes of the network's blocks.
+"""MAKConv in each of its forms and full convolutions, with the shapes of the network's blocks.
 
-    python benchmarks/speed/makconv.py --quick    # the layers in small, under a minute
+    python benchmarks/speed/makconv.py --quick  # small layers, under a minute
     python benchmarks/speed/makconv.py [--precision float32,bfloat16] [--batch 8]
 
 Layers: the middle layer of each dense block as MAKConv and as a full k x k convolution of the same
 channels, the last convolution of VGG16 at the same resolution, and the block's 1 x 1 convolution.
-All run this package's code, or where the row says so XLA's own gradient. Blocks: the whole dense
-blocks, with BatchNorm, Mish and CBAM (not with --quick: they take a minute to compile). FLOPs and
-bytes are those of XLA's compiled program.
+All use the convolutions of this package, unless the row says that XLA computes the gradient.
+Blocks: the whole dense blocks with BatchNorm, Mish and CBAM (not with --quick: compiling them takes
+a minute). FLOPs and bytes are XLA's counts for the compiled program.
 """
 
 import argparse
@@ -21,14 +21,14 @@ import ml_collections
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from benchmarks import harness
+from benchmarks import harness, timing
 from maknet_jax.cli import options
 from maknet_jax.errors import InputError
 from maknet_jax.models import convolution, layers, vgg
 from maknet_jax.runs import config as configs
 
 VGG = "VGG16's convolution"
-FULL = {
+FULL: dict[str, Any] = {
     "size": 256,
     "repeats": 7,
     "batch": 8,
@@ -39,10 +39,10 @@ QUICK = {"size": 128, "repeats": 2, "batch": 4, "precision": ["float32"], "parts
 
 
 class Case(NamedTuple):
-    """A module to time, and its input.
+    """A module to time and the shape of its input.
 
     Attributes:
-      module: with `[B, edge, edge, channels]` as its first argument.
+      module: called with `[B, edge, edge, channels]`.
       edge: pixels per side of the input.
       channels: of the input.
       forward: further arguments of the forward pass.
@@ -57,18 +57,22 @@ class Case(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures, prints and writes."""
+    """Measures, prints the table and writes the JSON."""
     parser = harness.parser(__file__, __doc__)
-    parser.add_argument("--batch", type=options.count, help="images")
+    parser.add_argument("--batch", type=options.count, help="images per step")
     parser.add_argument("--precision", type=harness.precisions, help="float32,bfloat16")
     parser.add_argument("--parts", type=harness.words, help="layers,blocks")
-    parser.add_argument("--page", default="maknet", help="config page of a MAKNet")
+    # dest: the JSON of earlier runs has this setting as "page".
+    parser.add_argument("--config", dest="page", default="maknet", help="config of a MAKNet")
+    parser.add_argument("--page", dest="page", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     chosen = harness.parse(parser, argv, full=FULL, quick=QUICK)
-    model = configs.load(harness.page_of(chosen.page)[1]).model
+    model = configs.load(harness.config_of(chosen.page)[1]).model
     if model.name != "maknet":
-        raise InputError(f"page {chosen.page!r} is a {model.name}: give one of a maknet")
+        raise InputError(
+            f"--config {chosen.page!r} has model {model.name}: pass the config of a maknet"
+        )
     if unknown := set(chosen.parts) - set(FULL["parts"]):
-        raise InputError(f"parts {', '.join(unknown)} are unknown: choose layers, blocks or both")
+        raise InputError(f"--parts {','.join(unknown)} is unknown: choose layers, blocks or both")
     rows = []
     for precision in chosen.precision:
         for part, place, group in places(model.options, chosen.size, precision):
@@ -78,21 +82,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         __file__,
         argv,
         chosen,
-        ["place", "what", "precision", "pass", "GFLOP", "MB", "ms", "faster", "than VGG16"],
+        ["place", "what", "precision", "pass", "GFLOP", "MB", "ms", "speed-up", "over VGG16"],
         [_cells(row) for row in rows],
         [
             f"{chosen.batch} images of {chosen.size} x {chosen.size} on one device; medians of "
             f"{chosen.repeats} turns (lowest to highest)",
-            "faster: speed relative to the first row of the same place and pass; than VGG16: "
-            "relative to VGG16's convolution",
-            "gradient: forward and gradient of input and weights, dense blocks in training mode",
+            "speed-up: over the first row of the same place and pass; over VGG16: over VGG16's "
+            "convolution",
+            "gradient: forward pass, gradients of input and weights; dense blocks in training mode",
         ],
         {"rows": rows},
     )
 
 
 class Convolution(nn.Module):
-    """A full convolution without bias, computed by `models.convolution`."""
+    """A full convolution without bias by `models.convolution`."""
 
     features: int
     edge: int
@@ -109,7 +113,7 @@ class Convolution(nn.Module):
 def places(
     network: ml_collections.ConfigDict, size: int, precision: str
 ) -> Iterator[tuple[str, str, dict[str, Case]]]:
-    """The shapes of a MAKNet's blocks.
+    """Yields the modules to compare, with the shapes of a MAKNet's blocks.
 
     Args:
       network: the options of the model.
@@ -117,7 +121,7 @@ def places(
       precision: of the activations.
 
     Yields:
-      (part, name, cases by row label); the others are compared with the first case.
+      (part, place, cases by row label); the first case is the reference.
     """
     k, dtype = network.kernel_size, jnp.dtype(precision)
     width = network.stem
@@ -133,7 +137,7 @@ def places(
         for form in layers.FORMS:
             layer = layers.MAKConv(growth_rate, k, form=form, dtype=dtype)
             group[f"MAKConv {form}"] = Case(layer, edge, channels)
-        if number + 2 < len(vgg.STAGES):  # VGG16 halves the image behind each stage
+        if number + 2 < len(vgg.STAGES):  # VGG16 halves the image after each stage
             last = vgg.STAGES[number + 2][-1]
             group[VGG] = Case(Convolution(last, 3, dtype), edge, last)
         yield "layers", f"{edge} x {edge}, {channels} to {growth_rate}", group
@@ -155,30 +159,40 @@ def places(
 def _measure(
     chosen: argparse.Namespace, precision: str, place: str, group: dict[str, Case]
 ) -> list[dict[str, Any]]:
-    """The rows of one place; all its timings take turns."""
-    timers, rows = {}, {}
-    for what, case in group.items():
+    """The rows of one place, timed in turns."""
+    timers: dict[tuple[str, str], Callable[[], float]] = {}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for label, case in group.items():
         passes = _compile(case, batch=chosen.batch, precision=precision)
         for name, (call, cost) in passes.items():
-            rows[what, name] = {"place": place, "what": what, "precision": precision, "pass": name}
-            rows[what, name] |= {"flops": cost.get("flops"), "bytes": cost.get("bytes accessed")}
-            run = functools.partial(harness.elapsed, call)
-            timers[what, name] = harness.timer(run, at_least=0.1)
-    seconds = harness.take_turns(timers, chosen.repeats)
+            rows[label, name] = {
+                "place": place,
+                "what": label,
+                "precision": precision,
+                "pass": name,
+            }
+            rows[label, name] |= {"flops": cost.get("flops"), "bytes": cost.get("bytes accessed")}
+            run = functools.partial(timing.elapsed, call)
+            timers[label, name] = timing.timer(run, at_least=0.1)
+    seconds = timing.take_turns(timers, chosen.repeats)
     first = next(iter(rows))[0]
-    for (what, name), row in rows.items():
-        row["seconds"] = seconds[what, name]
-        row["milliseconds"] = harness.spread([1e3 * value for value in seconds[what, name]])
-        row["faster"] = harness.ratios(seconds[first, name], seconds[what, name])
+    for (label, name), row in rows.items():
+        row["seconds"] = seconds[label, name]
+        row["milliseconds"] = timing.spread([1e3 * value for value in seconds[label, name]])
+        row["faster"] = timing.ratios(seconds[first, name], seconds[label, name])
         if (VGG, name) in seconds:
-            row["faster_than_vgg16"] = harness.ratios(seconds[VGG, name], seconds[what, name])
+            row["faster_than_vgg16"] = timing.ratios(seconds[VGG, name], seconds[label, name])
     return list(rows.values())
 
 
 def _compile(
     case: Case, *, batch: int, precision: str
 ) -> dict[str, tuple[Callable[[], Any], dict[str, float]]]:
-    """{pass: (call, XLA's costs)} of a module on random input."""
+    """Compiles the forward and the gradient pass of a module.
+
+    Returns:
+      pass -> (call on random input, XLA's cost analysis).
+    """
     shape = (batch, case.edge, case.edge, case.channels)
     x = jax.random.normal(jax.random.key(0), shape, precision)
     variables = case.module.init(jax.random.key(1), x, *case.forward)
@@ -193,7 +207,8 @@ def _compile(
             changed = variables | {"params": params}
             return case.module.apply(changed, x, *case.gradient, mutable=["batch_stats"])[0]
 
-        # With the output: a convolution's gradient alone needs no forward, and XLA would drop it.
+        # Returns the output too: gradients of a convolution do not need it, and XLA would drop the
+        # forward pass.
         output, pull = jax.vjp(apply, variables["params"], x)
         return output, pull(cotangent)
 
@@ -215,9 +230,9 @@ def _cells(row: dict[str, Any]) -> list[str]:
         row["precision"],
         row["pass"],
         *("" if cost is None else f"{cost / unit:.3g}" for cost, unit in costs),
-        harness.shown(row["milliseconds"]),
-        harness.shown(row["faster"], "x"),
-        harness.shown(vgg16, "x") if vgg16 else "",
+        timing.format_spread(row["milliseconds"]),
+        timing.format_spread(row["faster"], "x"),
+        timing.format_spread(vgg16, "x") if vgg16 else "",
     ]
 
 

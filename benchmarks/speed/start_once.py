@@ -1,15 +1,15 @@
-"""One start of `maknet train`, timed: the process that `startup.py` starts again and again.
+"""Times one start of `maknet train`: the process that startup.py runs repeatedly.
 
     python benchmarks/speed/start_once.py CONFIG WORKDIR FIELD=VALUE ...
 
-In a new folder it is stopped after its first step, as by a cluster; in an old one it goes on to the
-end. Prints JSON: seconds of imports, to the first step's end, of compiling in all and at most, and
-whether it was stopped.
+In a new workdir it is stopped by SIGTERM after its first step; in an existing one it resumes and
+runs to the end. Prints JSON, in seconds: `imports`, `first_step` (from the end of the imports),
+`compile` (all programs) and `longest` (one program), and whether it was `stopped`.
 """
 
 import time
 
-BEGAN = time.perf_counter()
+START = time.perf_counter()
 
 import json  # noqa: E402
 import os  # noqa: E402
@@ -25,35 +25,35 @@ from maknet_jax.errors import Stopped  # noqa: E402
 from maknet_jax.runs import config  # noqa: E402
 
 
-def stop_once_it_listens(before):
-    """A signal as soon as training has a handler: it ends the step that it is in, and saves."""
+def stop_when_handled(before: object) -> None:
+    """Sends SIGTERM once training has replaced the handler `before`: it saves after its step."""
     while signal.getsignal(signal.SIGTERM) is before:
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def main(page, folder, *changes):
-    """Trains, and prints."""
-    compiled = []
+def main(name: str, workdir: str, *changes: str) -> None:
+    """Trains and prints the JSON."""
+    compile_seconds: list[float] = []
 
-    def note(name, seconds, **_):
-        if name.endswith("backend_compile_duration"):
-            compiled.append(seconds)
+    def listener(event: str, duration_secs: float, **_: str | int) -> None:
+        if event.endswith("backend_compile_duration"):
+            compile_seconds.append(duration_secs)
 
-    jax.monitoring.register_event_duration_secs_listener(note)
+    jax.monitoring.register_event_duration_secs_listener(listener)
     options.start_jax()
     imported = time.perf_counter()
-    if not os.path.exists(folder):
+    if not os.path.exists(workdir):
         before = signal.getsignal(signal.SIGTERM)
-        threading.Thread(target=stop_once_it_listens, args=[before], daemon=True).start()
+        threading.Thread(target=stop_when_handled, args=[before], daemon=True).start()
     stopped = False
     try:
-        train.train(config.load(page, changes), folder)
+        train.train(config.load(name, changes), workdir)
     except Stopped:
         stopped = True
-    found = {"imports": imported - BEGAN, "first_step": time.perf_counter() - imported}
-    found |= {"compile": sum(compiled), "longest": max(compiled), "stopped": stopped}
-    print(json.dumps(found))
+    result = {"imports": imported - START, "first_step": time.perf_counter() - imported}
+    result |= {"compile": sum(compile_seconds), "longest": max(compile_seconds)}
+    print(json.dumps(result | {"stopped": stopped}))
 
 
 if __name__ == "__main__":

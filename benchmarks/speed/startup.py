@@ -1,10 +1,10 @@
-"""How long `maknet train` takes to its first step, cold and with the compile cache warm.
+"""Time of `maknet train` to its first step, with a cold and a warm compilation cache.
 
-    python benchmarks/speed/startup.py
+    python benchmarks/speed/startup.py [--config teacher] [--quick]
 
-Each start is a new process that makes one step and is stopped, as by a cluster: cold with an empty
-cache, warm in a new folder with the cache of an earlier run, and restarted, which is the warm one
-going on from its checkpoint. They take turns.
+Each start is a new process that runs one step and is then stopped by SIGTERM. "cold" has an empty
+cache, "warm" a new workdir and the cache of an earlier run, and "restarted" resumes the warm one
+from its checkpoint. The three are timed in turns.
 """
 
 import json
@@ -13,51 +13,54 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from benchmarks import harness
+from benchmarks import harness, timing
 from maknet_jax.data import records
 from maknet_jax.runs import config as configs
 
-START = pathlib.Path(__file__).with_name("start_once.py")
+SCRIPT = pathlib.Path(__file__).with_name("start_once.py")
 
 
-def data_of(folder, size, batch):
-    """One batch of noise with labels, as a data set."""
-    rng, made = np.random.default_rng(0), []
+def write_data(folder: pathlib.Path, size: int, batch: int) -> None:
+    """Writes a data set of one batch of random images and labels."""
+    rng, examples = np.random.default_rng(0), []
     for number in range(batch):
         image = rng.integers(-1000, 1000, (size, size, 3)).astype(np.int16)
         labels = (rng.random(harness.LABELS) < 0.1).astype(np.uint8)
-        full = np.ones(harness.LABELS, np.uint8)
-        made.append(records.Example(f"x{number}", image, labels, full, {}))
-    _, digest = records.write_shard(folder / "train/part-0.array_record", map(records.encode, made))
+        mask = np.ones(harness.LABELS, np.uint8)
+        examples.append(records.Example(f"x{number}", image, labels, mask, {}))
+    path = folder / "train/part-0.array_record"
+    _, digest = records.write_shard(path, map(records.encode, examples))
     shard = {"file": "train/part-0.array_record", "count": batch, "digest": digest}
-    counts = np.sum([example.labels for example in made], axis=0, dtype=int).tolist()
+    counts = np.sum([example.labels for example in examples], axis=0, dtype=int).tolist()
     entry = {"count": batch, "label_counts": counts, "shards": [shard]}
-    labels = [
+    vocabulary = [
         {"name": f"label {n}", "class": "", "parents": [], "exclusive": []}
         for n in range(harness.LABELS)
     ]
-    info = {"format": records.FORMAT, "kind": "table", "size": size, "labels": labels}
+    info = {"format": records.FORMAT, "kind": "table", "size": size, "labels": vocabulary}
     info |= {"fingerprint": digest, "splits": {"train": entry}}
     (folder / "dataset.json").write_text(json.dumps(info))
 
 
-def main(argv=None):
-    """Starts, prints and writes."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Times the starts, prints the table and writes the JSON."""
     parser = harness.parser(__file__, __doc__)
-    parser.add_argument("--config", help="the page (default: teacher)")
+    parser.add_argument("--config", help="config (default: teacher)")
     full = {"size": 256, "repeats": 3, "config": "teacher"}
     quick = {"size": 64, "repeats": 1, "config": "smoke"}
     chosen = harness.parse(parser, argv, full=full, quick=quick)
-    configs.load(chosen.config)  # before processes are started that could say less
-    found = {"cold": [], "warm": [], "restarted": []}
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
-        data_of(folder / "data", chosen.size, 8)
+    configs.load(chosen.config)  # reports an unknown config in one line
+    starts: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": [], "restarted": []}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary)
+        write_data(folder / "data", chosen.size, 8)
 
-        def start(cache, number, goes_on=False):
+        def start(cache: pathlib.Path, run: str, *, resumes: bool = False) -> dict[str, Any]:
             changes = [
                 f"data.path={folder / 'data'}",
                 f"data.size={chosen.size}",
@@ -65,48 +68,54 @@ def main(argv=None):
                 "data.batch_size=8",
                 "evaluate_every=99",
             ]
-            done = subprocess.run(
-                [sys.executable, START, chosen.config, folder / f"run-{number}", *changes],
+            process = subprocess.run(
+                [sys.executable, SCRIPT, chosen.config, folder / f"run-{run}", *changes],
                 env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)},
                 capture_output=True,
                 text=True,
             )
-            if done.returncode:
-                raise RuntimeError(f"a start failed:\n{done.stderr}")
-            taken = json.loads(done.stdout.splitlines()[-1])
-            if taken["stopped"] == goes_on:  # it made both steps before the signal came, or neither
-                raise RuntimeError(f"a start made not one step but another number: {taken}")
-            return taken
+            if process.returncode:
+                raise RuntimeError(f"a start failed:\n{process.stderr}")
+            result = json.loads(process.stdout.splitlines()[-1])
+            if result["stopped"] == resumes:  # the signal came too late or not at all
+                raise RuntimeError(f"a start did not run exactly one step: {result}")
+            return result
 
-        start(folder / "kept", "first")
+        start(folder / "cache", "first")
         for turn in range(chosen.repeats):
-            found["cold"].append(start(folder / f"empty-{turn}", f"cold-{turn}"))
-            found["warm"].append(start(folder / "kept", f"warm-{turn}"))
-            found["restarted"].append(start(folder / "kept", f"warm-{turn}", goes_on=True))
+            starts["cold"].append(start(folder / f"empty-{turn}", f"cold-{turn}"))
+            starts["warm"].append(start(folder / "cache", f"warm-{turn}"))
+            starts["restarted"].append(start(folder / "cache", f"warm-{turn}", resumes=True))
     names = ("imports", "compile", "longest", "first_step")
     rows = [
-        [kind, *(harness.shown(harness.spread([one[name] for one in ones])) for name in names)]
-        for kind, ones in found.items()
+        [
+            kind,
+            *(
+                timing.format_spread(timing.spread([one[name] for one in results]))
+                for name in names
+            ),
+        ]
+        for kind, results in starts.items()
     ]
     shares = {
-        kind: harness.spread(
+        kind: timing.spread(
             [
                 one["first_step"] / cold["first_step"]
-                for cold, one in zip(found["cold"], found[kind], strict=True)
+                for cold, one in zip(starts["cold"], starts[kind], strict=True)
             ]
         )
         for kind in ("warm", "restarted")
     }
     notes = [
-        "seconds; first step: from the imports' end to one update done and saved (reading, making "
-        "or restoring the state, compiling or loading programs, checkpoint); the restarted one is "
-        "the last of its training, whose end it holds too",
-        *(f"{kind} over cold: {harness.shown(share)}" for kind, share in shares.items()),
-        f"aim: at most 0.25; {chosen.config} at {chosen.size} x {chosen.size}, batch 8",
+        "seconds; first step: from the end of the imports until one step is saved (reading data, "
+        "creating or restoring the state, compiling or loading programs, checkpoint); restarted: "
+        "the last step, so it includes the end of training",
+        *(f"{kind} over cold: {timing.format_spread(share)}" for kind, share in shares.items()),
+        f"target: at most 0.25; {chosen.config} at {chosen.size} x {chosen.size}, batch 8",
     ]
-    header = ["", "imports", "compiling, all", "longest program", "first step"]
-    results = {"rows": [{"kind": kind, "starts": ones} for kind, ones in found.items()]}
-    harness.report(__file__, argv, chosen, header, rows, notes, results | {"over_cold": shares})
+    header = ["", "imports", "compilation", "longest program", "first step"]
+    document = {"rows": [{"kind": kind, "starts": results} for kind, results in starts.items()]}
+    harness.report(__file__, argv, chosen, header, rows, notes, document | {"over_cold": shares})
 
 
 if __name__ == "__main__":

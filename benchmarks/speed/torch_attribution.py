@@ -1,7 +1,9 @@
-"""Captum's Integrated Gradients of the networks of torch_networks.py, for attribution.py.
+"""Integrated Gradients by Captum, the process of against_captum.py.
 
-Needs torch, captum and NumPy only.
+Needs torch, captum and NumPy only. The networks are those of torch_networks.py.
 """
+
+from collections.abc import Sequence
 
 import torch
 from captum.attr import IntegratedGradients
@@ -10,10 +12,12 @@ from benchmarks.speed import torch_networks
 
 
 class Explained(torch_networks.Timed):
-    """A network whose probabilities of some labels are attributed, from black."""
+    """A network with attributions of its probabilities, baseline black; methods are timed."""
 
-    def _maps(self, method, labels):
-        def forward(images):
+    def _maps(self, method: str, labels: Sequence[int]) -> torch.Tensor:
+        """Maps `[B, T, S, S, 3]` of the labels; Captum takes one label per call."""
+
+        def forward(images: torch.Tensor) -> torch.Tensor:
             return torch.sigmoid(self.network(images)[0])
 
         self.network.eval()
@@ -26,30 +30,30 @@ class Explained(torch_networks.Timed):
                     images,
                     torch.zeros_like(images),
                     target=label,
-                    n_steps=self.about["steps"],
+                    n_steps=self.settings["steps"],
                     method=method,
-                    internal_batch_size=self.about["chunk"],
+                    internal_batch_size=self.settings["chunk"],
                 )
                 for label in labels
             ],
             1,
         ).permute(0, 1, 3, 4, 2)
 
-    def gauss(self):
-        """Maps `[B, T, S, S, 3]` of all labels by Gauss-Legendre."""
-        return self._maps("gausslegendre", self.about["labels"])
+    def gauss(self) -> torch.Tensor:
+        """Maps `[B, T, S, S, 3]` of all labels by the Gauss-Legendre rule."""
+        return self._maps("gausslegendre", self.settings["labels"])
 
-    def midpoint(self):
-        """The same by midpoints."""
-        return self._maps("riemann_middle", self.about["labels"])
+    def midpoint(self) -> torch.Tensor:
+        """Maps `[B, T, S, S, 3]` of all labels by the midpoint rule."""
+        return self._maps("riemann_middle", self.settings["labels"])
 
-    def one(self):
-        """For the clock: one label."""
-        return self._maps("riemann_middle", self.about["labels"][:1])[0, 0, 0, 0]
+    def one(self) -> torch.Tensor:
+        """Explains one label; returns one pixel, for timing only."""
+        return self._maps("riemann_middle", self.settings["labels"][:1])[0, 0, 0, 0]
 
-    def several(self):
-        """For the clock: all labels, one call each, as Captum wants it."""
-        return self._maps("riemann_middle", self.about["labels"])[0, 0, 0, 0]
+    def several(self) -> torch.Tensor:
+        """Explains all labels; returns pixels, for timing only."""
+        return self._maps("riemann_middle", self.settings["labels"])[0, 0, 0, 0]
 
 
 if __name__ == "__main__":

@@ -1,13 +1,20 @@
-"""The networks in PyTorch, and the process that against_pytorch.py times them in.
+"""The networks in PyTorch, and the process that against_pytorch.py starts to time them.
 
-Needs torch and NumPy only. The modules carry the names of the Flax ones, so that weights go over by
-name. Images are `[B, C, H, W]` in channels_last.
+Needs torch and NumPy only. Modules are named as in Flax, so that weights map by name. Images are
+`[B, C, H, W]` in channels_last.
+
+The process reads one JSON request per line from standard input and answers each with one line:
+`{"name", "load": FILE, "model", "options", ...}` loads a network, `{"name", "step", "calls"}` runs
+one of its methods and answers `{"seconds", "result"}`. The first line that it writes states the
+version and the number of threads of torch.
 """
 
 import json
 import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,34 +25,34 @@ from torch import nn
 class InputNorm(nn.Module):
     """(images - mean) / std."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.register_buffer("running_mean", torch.zeros(3))
         self.register_buffer("std", torch.ones(3))
 
-    def forward(self, x):
-        """The same shape."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the shape of `x`."""
         return (x - self.running_mean[:, None, None]) / self.std[:, None, None]
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias, and BatchNorm."""
+    """A convolution without bias and BatchNorm."""
 
-    def __init__(self, width, features, kernel_size, stride=1):
+    def __init__(self, width: int, features: int, kernel_size: int, stride: int = 1) -> None:
         super().__init__()
         padding = kernel_size // 2
         self.conv = nn.Conv2d(width, features, kernel_size, stride, padding, bias=False)
         self.norm = nn.BatchNorm2d(features)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, width, H, W]` -> `[B, features, H / stride, W / stride]`."""
         return self.norm(self.conv(x))
 
 
 class MAKConv(nn.Module):
-    """Four convolutions, k x k, 1 x k, k x 1 and 1 x 1, a quarter of the features each."""
+    """Four convolutions, k x k, 1 x k, k x 1 and 1 x 1, each with a quarter of the features."""
 
-    def __init__(self, width, features, k):
+    def __init__(self, width: int, features: int, k: int) -> None:
         super().__init__()
         sizes = {"kxk": (k, k), "1xk": (1, k), "kx1": (k, 1), "1x1": (1, 1)}
         for number, (name, size) in enumerate(sizes.items()):
@@ -54,7 +61,7 @@ class MAKConv(nn.Module):
                 conv = nn.Conv2d(width, share, size, padding=padding, bias=False)
                 self.add_module(f"conv_{name}", conv)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, width, H, W]` -> `[B, features, H, W]`."""
         return torch.cat([conv(x) for conv in self.children()], 1)
 
@@ -62,20 +69,20 @@ class MAKConv(nn.Module):
 class MixPool(nn.Module):
     """share * max pool + (1 - share) * average pool."""
 
-    def __init__(self, learned):
+    def __init__(self, learned: bool) -> None:
         super().__init__()
         share = torch.tensor(0.5)
         self.share = nn.Parameter(share) if learned else 0.5
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, C, H, W]` -> `[B, C, H // 2, W // 2]`."""
         return self.share * F.max_pool2d(x, 2) + (1 - self.share) * F.avg_pool2d(x, 2)
 
 
 class CBAM(nn.Module):
-    """Attention over channels, then over places."""
+    """Channel attention, then spatial attention."""
 
-    def __init__(self, channels, ratio=16):
+    def __init__(self, channels: int, ratio: int = 16) -> None:
         super().__init__()
         hidden = max(1, channels // ratio)
         self.mlp_hidden = nn.Linear(channels, hidden)
@@ -83,8 +90,8 @@ class CBAM(nn.Module):
         self.places = nn.Conv2d(2, 1, 7, padding=3, bias=False)
         self.places_norm = nn.BatchNorm2d(1)
 
-    def forward(self, x):
-        """The same shape."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the shape of `x`."""
         pooled = torch.stack([x.mean((2, 3)), x.amax((2, 3))])
         attention = self.mlp_output(F.relu(self.mlp_hidden(pooled))).sum(0)
         x = x * torch.sigmoid(attention)[:, :, None, None]
@@ -95,7 +102,7 @@ class CBAM(nn.Module):
 class DenseBlock(nn.Module):
     """Densely connected MAKConvs, a 1 x 1 convolution and CBAM."""
 
-    def __init__(self, width, layers, growth_rate, features, k):
+    def __init__(self, width: int, layers: int, growth_rate: int, features: int, k: int) -> None:
         super().__init__()
         self.layers = layers
         for number in range(layers):
@@ -105,7 +112,7 @@ class DenseBlock(nn.Module):
         self.transition = ConvNorm(width, features, 1)
         self.cbam = CBAM(features)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, width, H, W]` -> `[B, features, H, W]`."""
         for number in range(self.layers):
             new = getattr(self, f"makconv_{number}")(x)
@@ -114,37 +121,37 @@ class DenseBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """What the networks share: the classifier and, where there is one, score propagation."""
+    """Base of the networks: input normalization, classifier and optional score propagation."""
 
-    def __init__(self, width, labels, dropout_rate, spl):
+    def __init__(self, width: int, labels: int, dropout_rate: float, spl: bool) -> None:
         super().__init__()
         self.input = InputNorm()
         self.dropout = nn.Dropout(dropout_rate)
         self.classifier = nn.Linear(width, labels)
         self.spl = nn.ModuleDict({"dense": nn.Linear(labels, labels)}) if spl else None
 
-    def scores(self, features):
+    def scores(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`[B, width]` -> (logits, scores before score propagation or None), `[B, labels]`."""
         scores = self.classifier(self.dropout(features))
         return (scores, None) if self.spl is None else (self.spl["dense"](scores), scores)
 
 
 class MAKNet(Head):
-    """`maknet_jax.models.MAKNet`; `form` only says how XLA should compute it."""
+    """`maknet_jax.models.MAKNet`; `form`, an implementation in XLA, is ignored."""
 
     def __init__(
         self,
-        labels,
+        labels: int,
         *,
-        stem,
-        blocks,
-        growth_rates,
-        widths,
-        kernel_size,
-        dropout_rate,
-        mixpool_learned,
-        form,
-    ):
+        stem: int,
+        blocks: Sequence[int],
+        growth_rates: Sequence[int],
+        widths: Sequence[int],
+        kernel_size: int,
+        dropout_rate: float,
+        mixpool_learned: bool,
+        form: str,
+    ) -> None:
         super().__init__(2 * widths[-1], labels, dropout_rate, spl=True)
         self.stem, self.blocks, width = ConvNorm(3, stem, 7, 4), len(blocks), stem
         for number, (count, growth_rate, features) in enumerate(
@@ -156,7 +163,7 @@ class MAKNet(Head):
             self.add_module(f"block_{number}", block)
             width = features
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Images in [0, 1] -> (logits, scores before score propagation)."""
         x = F.mish(self.stem(self.input(images)))
         for number in range(self.blocks):
@@ -167,11 +174,11 @@ class MAKNet(Head):
 
 
 class VGG16Trunk(Head):
-    """The stages of VGG16-BN beside the head."""
+    """The stages of VGG16-BN and the head."""
 
     WIDTHS = (64, 128, 256, 512, 512)
 
-    def __init__(self, *head, **options):
+    def __init__(self, *head: Any, **options: Any) -> None:
         super().__init__(*head, **options)
         self.names, width = [], 3
         for stage, (features, count) in enumerate(zip(self.WIDTHS, (2, 2, 3, 3, 3), strict=True)):
@@ -180,39 +187,39 @@ class VGG16Trunk(Head):
                 self.add_module(name, ConvNorm(width, features, 3))
                 width = features
 
-    def stages(self, images):
-        """Images in [0, 1] -> the output of each stage, before it is pooled."""
-        x, kept = self.input(images), []
+    def stages(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Images in [0, 1] -> the output of each stage before pooling."""
+        x, outputs = self.input(images), []
         for stage in self.names:
             for name in stage:
                 x = F.relu(getattr(self, name)(x))
-            kept.append(x)
+            outputs.append(x)
             x = F.max_pool2d(x, 2)
-        return kept
+        return outputs
 
 
 class VGG16(VGG16Trunk):
     """`maknet_jax.models.VGG16`."""
 
-    def __init__(self, labels, *, dropout_rate):
+    def __init__(self, labels: int, *, dropout_rate: float) -> None:
         super().__init__(512, labels, dropout_rate, spl=False)
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Images in [0, 1] -> (logits, None)."""
         return self.scores(F.max_pool2d(self.stages(images)[-1], 2).mean((2, 3)))
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions and the input added, projected where the shape changes."""
+    """Two 3 x 3 convolutions plus the input, which is projected if the shape changes."""
 
-    def __init__(self, width, features, stride):
+    def __init__(self, width: int, features: int, stride: int) -> None:
         super().__init__()
         self.first = ConvNorm(width, features, 3, stride)
         self.second = ConvNorm(features, features, 3)
         same = stride == 1 and width == features
         self.shortcut = nn.Identity() if same else ConvNorm(width, features, 1, stride)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, width, H, W]` -> `[B, features, H / stride, W / stride]`."""
         return F.relu(self.second(F.relu(self.first(x))) + self.shortcut(x))
 
@@ -220,7 +227,7 @@ class BasicBlock(nn.Module):
 class ResNet18(Head):
     """`maknet_jax.models.ResNet18`."""
 
-    def __init__(self, labels, *, dropout_rate):
+    def __init__(self, labels: int, *, dropout_rate: float) -> None:
         super().__init__(512, labels, dropout_rate, spl=True)
         self.stem, self.names, width = ConvNorm(3, 64, 7, 2), [], 64
         for stage, features in enumerate((64, 128, 256, 512)):
@@ -230,7 +237,7 @@ class ResNet18(Head):
                 self.add_module(self.names[-1], BasicBlock(width, features, stride))
                 width = features
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Images in [0, 1] -> (logits, scores before score propagation)."""
         x = F.max_pool2d(F.relu(self.stem(self.input(images))), 3, 2, 1)
         for name in self.names:
@@ -242,8 +249,15 @@ NETWORKS = {"maknet": MAKNet, "vgg16": VGG16, "resnet18": ResNet18}
 NAMES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
 
-def from_flax(arrays):
-    """Flax paths "block_0/norm_0/scale" -> torch names; kernels to OIHW and `[out, in]`."""
+def from_flax(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Converts weights from Flax.
+
+    Args:
+      arrays: by path, as "block_0/norm_0/scale".
+
+    Returns:
+      A state dict: kernels become `[O, I, H, W]` and `[out, in]`.
+    """
     weights = {}
     for path, array in arrays.items():
         *parents, leaf = path.split("/")
@@ -254,8 +268,10 @@ def from_flax(arrays):
     return weights
 
 
-def focal_loss(logits, batch, gamma):
-    """The mean weighted focal loss, as `maknet_jax.training.losses` has it."""
+def focal_loss(
+    logits: torch.Tensor, batch: Mapping[str, torch.Tensor], gamma: float
+) -> torch.Tensor:
+    """The mean weighted focal loss of `maknet_jax.training.losses`, a scalar; logits `[B, K]`."""
     labels = batch["labels"]
     log_p, log_not_p = F.logsigmoid(logits), F.logsigmoid(-logits)
     positive = batch["pos_weight"] * labels * torch.exp(gamma * log_not_p) * log_p
@@ -265,9 +281,16 @@ def focal_loss(logits, batch, gamma):
 
 
 class Timed:
-    """A network with its weights, batch, loss and optimiser."""
+    """A network with its weights, batch, loss and optimizer; its methods are the timed steps."""
 
-    def __init__(self, file, about):
+    def __init__(self, file: str, settings: Mapping[str, Any]) -> None:
+        """Loads a network.
+
+        Args:
+          file: an .npz with weights/PATH and batch/NAME.
+          settings: the request that loads it: model, options, window, optimizer and, by script,
+            more.
+        """
         with np.load(file) as arrays:
             weights = {name[8:]: arrays[name] for name in arrays if name.startswith("weights/")}
             self.batch = {
@@ -275,58 +298,60 @@ class Timed:
                 for name in arrays
                 if name.startswith("batch/")
             }
-        self.about = about
-        self.network = NETWORKS[about["model"]](self.batch["labels"].shape[1], **about["options"])
+        self.settings = settings
+        self.network = NETWORKS[settings["model"]](
+            self.batch["labels"].shape[1], **settings["options"]
+        )
         self.network.load_state_dict(
             {name: value for name, value in self.network.state_dict().items() if "tracked" in name}
             | from_flax(weights)
         )
         self.network.to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.RAdam(self.network.parameters(), **about["optimizer"])
+        self.optimizer = torch.optim.RAdam(self.network.parameters(), **settings["optimizer"])
 
-    def images(self):
+    def images(self) -> torch.Tensor:
         """int16 HU `[B, S, S, 3]` -> `[B, 3, S, S]` in [0, 1], channels_last."""
-        low, high = self.about["window"]
+        low, high = self.settings["window"]
         images = self.batch["image"].permute(0, 3, 1, 2).float()
         return ((images - low) * (1 / (high - low))).clamp(0, 1)
 
-    def predict(self):
+    def predict(self) -> torch.Tensor:
         """Logits `[B, K]`."""
         self.network.eval()
         with torch.inference_mode():
             return self.network(self.images())[0]
 
-    def train(self):
-        """One update; returns the loss."""
+    def train(self) -> torch.Tensor:
+        """Runs one training step and returns the loss."""
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
-        before_weight, after_weight = self.about["head_weights"]
+        weight_before, weight_after = self.settings["head_weights"]
         logits, before = self.network(self.images())
-        loss = after_weight * focal_loss(logits, self.batch, self.about["gamma"])
+        loss = weight_after * focal_loss(logits, self.batch, self.settings["gamma"])
         if before is not None:
-            loss = loss + before_weight * focal_loss(before, self.batch, self.about["gamma"])
+            loss = loss + weight_before * focal_loss(before, self.batch, self.settings["gamma"])
         loss.backward()
         self.optimizer.step()
         return loss.detach()
 
 
-def main():
-    """Obeys lines of JSON on standard input, answers each with one; sleeps in between."""
+def main() -> None:
+    """Answers requests until standard input ends; see the module's docstring."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     answer = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     print(json.dumps(answer), flush=True)
     networks = {}
     for line in sys.stdin:
-        ask = json.loads(line)
-        if "load" in ask:
-            networks[ask["name"]] = Timed(ask["load"], ask)
+        request = json.loads(line)
+        if "load" in request:
+            networks[request["name"]] = Timed(request["load"], request)
             answer = {}
         else:
-            step = getattr(networks[ask["name"]], ask["step"])
-            began = time.perf_counter()
-            for _ in range(ask["calls"]):
+            step = getattr(networks[request["name"]], request["step"])
+            start = time.perf_counter()
+            for _ in range(request["calls"]):
                 result = step()
-            answer = {"seconds": time.perf_counter() - began, "result": result.tolist()}
+            answer = {"seconds": time.perf_counter() - start, "result": result.tolist()}
         print(json.dumps(answer), flush=True)
 
 

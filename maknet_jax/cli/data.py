@@ -15,16 +15,7 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
     )
     forms = prepare.add_subparsers(dest="form", required=True, metavar="FORM")
 
-    verb = options.verb(
-        forms,
-        "deeplesion",
-        "prepare DeepLesion's PNGs with LesaNet's labels",
-        "maknet prepare deeplesion --images Images_png --info DL_info.csv \\\n"
-        "    --labels text_mined_labels_171_and_split.json \\\n"
-        "    --hand-labels hand_labeled_test_set.json \\\n"
-        "    --ontology lesion_ontology_181022.xlsx --out shards/deeplesion",
-        _run_deeplesion,
-    )
+    verb = options.verb(forms, "deeplesion", _run_deeplesion)
     verb.add_argument("--images", required=True, help="folder of 16-bit PNGs, nested or flat")
     verb.add_argument("--info", required=True, help="DL_info.csv in its original order")
     verb.add_argument(
@@ -40,13 +31,7 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
     _add_output_options(verb, size="256; with --lesions 120")
     verb.set_defaults(size=None)
 
-    verb = options.verb(
-        forms,
-        "dicom",
-        "prepare unlabelled folders of DICOM or NIfTI",
-        "maknet prepare dicom TCIA --out shards/tcia",
-        _run_dicom,
-    )
+    verb = options.verb(forms, "dicom", _run_dicom)
     verb.add_argument("folder", help="a file or a folder tree of CT")
     _add_salt_option(verb)
     verb.add_argument(
@@ -57,39 +42,19 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
     )
     _add_output_options(verb)
 
-    verb = options.verb(
-        forms,
-        "table",
-        "prepare your own labelled slices from a CSV of path,labels,split[,slice,patient]",
-        "maknet prepare table labels.csv --out shards/mine --png-window=-175,275",
-        _run_table,
-    )
+    verb = options.verb(forms, "table", _run_table)
     verb.add_argument("table", help="the CSV; labels are separated by |")
     options.png_window(verb)
     _add_output_options(verb)
     _add_segmentations(forms)
 
-    verb = options.verb(
-        forms,
-        "openkbp",
-        "convert the OpenKBP release (sparse CSV) to NIfTI for `prepare segmentations`",
-        "maknet prepare openkbp open-kbp/provided-data/train-pats --out openkbp/train",
-        _run_openkbp,
-    )
+    verb = options.verb(forms, "openkbp", _run_openkbp)
     verb.add_argument("folder", help="a folder of the release that contains pt_N/ct.csv")
     verb.add_argument("--out", required=True, help="folder to write; finished patients are skipped")
 
 
 def _add_segmentations(forms: argparse._SubParsersAction) -> None:
-    verb = options.verb(
-        forms,
-        "segmentations",
-        "prepare CT with organ masks (NIfTI or DICOM SEG) as labelled slices",
-        "maknet prepare segmentations openkbp/train test=openkbp/validation \\\n"
-        "    --shares train=0.82,val=0.18 --unknown-below spinal_cord,esophagus \\\n"
-        '    --every 3 --size 64 --source "OpenKBP: head, neck, upper chest" --out shards/openkbp',
-        _run_segmentations,
-    )
+    verb = options.verb(forms, "segmentations", _run_segmentations)
     verb.add_argument(
         "folder",
         nargs="+",
@@ -167,6 +132,13 @@ def _add_output_options(verb: argparse.ArgumentParser, size: str = "256") -> Non
 
 
 def _run_deeplesion(chosen: argparse.Namespace) -> int:
+    r"""Prepare DeepLesion's PNGs with LesaNet's labels.
+
+        maknet prepare deeplesion --images Images_png --info DL_info.csv \
+            --labels text_mined_labels_171_and_split.json \
+            --hand-labels hand_labeled_test_set.json \
+            --ontology lesion_ontology_181022.xlsx --out shards/deeplesion
+    """
     from maknet_jax import prepare
 
     chosen.size = chosen.size or (120 if chosen.lesions else 256)
@@ -175,15 +147,18 @@ def _run_deeplesion(chosen: argparse.Namespace) -> int:
             chosen.images,
             chosen.info,
             label_file=chosen.labels,
-            hand_labels=chosen.hand_labels,
-            ontology=chosen.ontology,
             patches=chosen.lesions,
+            **options.selected(chosen, "hand_labels", "ontology"),
             **_output_options(chosen),
         )
     )
 
 
 def _run_dicom(chosen: argparse.Namespace) -> int:
+    """Prepare unlabelled folders of DICOM or NIfTI.
+
+    maknet prepare dicom TCIA --out shards/tcia
+    """
     from maknet_jax import prepare
 
     return _report(
@@ -197,6 +172,10 @@ def _run_dicom(chosen: argparse.Namespace) -> int:
 
 
 def _run_table(chosen: argparse.Namespace) -> int:
+    """Prepare your own labelled slices from a CSV of path,labels,split[,slice,patient].
+
+    maknet prepare table labels.csv --out shards/mine --png-window=-175,275
+    """
     from maknet_jax import prepare
 
     return _report(
@@ -205,6 +184,12 @@ def _run_table(chosen: argparse.Namespace) -> int:
 
 
 def _run_segmentations(chosen: argparse.Namespace) -> int:
+    r"""Prepare CT with organ masks (NIfTI or DICOM SEG) as labelled slices.
+
+        maknet prepare segmentations openkbp/train test=openkbp/validation \
+            --shares train=0.82,val=0.18 --unknown-below spinal_cord,esophagus \
+            --every 3 --size 64 --source "OpenKBP: head, neck, upper chest" --out shards/openkbp
+    """
     from maknet_jax import prepare
 
     rules = prepare.Rules(
@@ -227,6 +212,10 @@ def _run_segmentations(chosen: argparse.Namespace) -> int:
 
 
 def _run_openkbp(chosen: argparse.Namespace) -> int:
+    """Convert the OpenKBP release (sparse CSV) to NIfTI for `prepare segmentations`.
+
+    maknet prepare openkbp open-kbp/provided-data/train-pats --out openkbp/train
+    """
     from maknet_jax import prepare
 
     summary = prepare.prepare_openkbp(chosen.folder, chosen.out)

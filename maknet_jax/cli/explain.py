@@ -18,13 +18,7 @@ from maknet_jax.explain.options import (
 
 def add_verbs(verbs: Any) -> None:
     """Adds `attribute`, `perturb` and `report`."""
-    verb = options.verb(
-        verbs,
-        "attribute",
-        "map the pixels that support each label (Integrated Gradients); resumes if interrupted",
-        "maknet attribute --model runs/teacher --split test --labels liver,spleen --out maps",
-        _run_attribute,
-    )
+    verb = options.verb(verbs, "attribute", _run_attribute)
     _shared_options(verb)
     verb.add_argument(
         "--output", choices=OUTPUTS, help="output to attribute (default: %(default)s)"
@@ -39,13 +33,7 @@ def add_verbs(verbs: Any) -> None:
         action="store_true",
         help="measure deletion and insertion, compared with random pixels",
     )
-    verb = options.verb(
-        verbs,
-        "perturb",
-        "compare labels before and after parts of an image change; resumes if interrupted",
-        "maknet perturb --model runs/teacher --split test --strategy patch,attribution --out out",
-        _run_perturb,
-    )
+    verb = options.verb(verbs, "perturb", _run_perturb)
     _shared_options(verb)
     verb.add_argument(
         "--strategy",
@@ -62,13 +50,7 @@ def add_verbs(verbs: Any) -> None:
         default=SHARE,
         help="share of the pixels to delete (default: %(default)s)",
     )
-    verb = options.verb(
-        verbs,
-        "report",
-        "write one offline page about a run: curves, tables, labels, best and worst cases",
-        "maknet report runs/teacher",
-        _run_report,
-    )
+    verb = options.verb(verbs, "report", _run_report)
     verb.add_argument("model", help="workdir of `maknet train`, or a bundle with --out and --data")
     verb.add_argument("--out", help="folder to write (default: WORKDIR/report)")
     verb.add_argument("--split", help="split of the cases (default: test, otherwise validation)")
@@ -150,6 +132,10 @@ def _words(text: str) -> list[str] | None:
 
 
 def _run_attribute(chosen: argparse.Namespace) -> int:
+    """Map the pixels that support each label (Integrated Gradients); resumes if interrupted.
+
+    maknet attribute --model runs/teacher --split test --labels liver,spleen --out maps
+    """
     from maknet_jax import attribute, console
 
     summary = attribute.attribute(
@@ -172,6 +158,10 @@ def _run_attribute(chosen: argparse.Namespace) -> int:
 
 
 def _run_perturb(chosen: argparse.Namespace) -> int:
+    """Compare labels before and after parts of an image change; resumes if interrupted.
+
+    maknet perturb --model runs/teacher --split test --strategy patch,attribution --out out
+    """
     from maknet_jax import console, perturb
 
     summary = perturb.perturb(
@@ -197,6 +187,10 @@ def _ended(summary: dict[str, Any]) -> int:
 
 
 def _run_report(chosen: argparse.Namespace) -> None:
+    """Write one offline page about a run: curves, tables, labels, best and worst cases.
+
+    maknet report runs/teacher
+    """
     from maknet_jax import report
 
     options.start_jax()

@@ -14,13 +14,7 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
 
 
 def _demo(verbs: argparse._SubParsersAction) -> None:
-    verb = options.verb(
-        verbs,
-        "demo",
-        "run all steps on a generated CT phantom: prepare, train, evaluate, predict, report",
-        "maknet demo --out demo",
-        _run_demo,
-    )
+    verb = options.verb(verbs, "demo", _run_demo)
     verb.add_argument("--out", default="demo", help="folder to write (default: demo)")
     verb.add_argument(
         "--seed",
@@ -37,6 +31,10 @@ def _demo(verbs: argparse._SubParsersAction) -> None:
 
 
 def _run_demo(chosen: argparse.Namespace) -> None:
+    """Run all steps on a generated CT phantom: prepare, train, evaluate, predict, report.
+
+    maknet demo --out demo
+    """
     from maknet_jax.demo import demo
 
     options.start_jax()
@@ -44,17 +42,13 @@ def _run_demo(chosen: argparse.Namespace) -> None:
 
 
 def _predict(verbs: argparse._SubParsersAction) -> None:
-    verb = options.verb(
-        verbs,
-        "predict",
-        "label the body parts in any CT, per slice and per series",
-        "maknet predict scans/ --model runs/teacher --out labels.csv",
-        _run_predict,
-    )
+    verb = options.verb(verbs, "predict", _run_predict)
     verb.add_argument("path", help="file or folder of DICOM, NIfTI or PNG")
     options.model(verb)
     verb.add_argument("--out", required=True, help="CSV file to write")
-    verb.add_argument("--json", action="store_true", help="also write all confidences as JSON")
+    verb.add_argument(
+        "--json", dest="as_json", action="store_true", help="also write all confidences as JSON"
+    )
     verb.add_argument(
         "--charts", action="store_true", help="also draw the labels of each series, head to feet"
     )
@@ -71,19 +65,16 @@ def _predict(verbs: argparse._SubParsersAction) -> None:
 
 
 def _run_predict(chosen: argparse.Namespace) -> int:
+    """Label the body parts in any CT, per slice and per series.
+
+    maknet predict scans/ --model runs/teacher --out labels.csv
+    """
     from maknet_jax import predict
 
     options.start_jax()
+    names = ("png_window", "checkpoint", "batch_size", "charts", "features", "as_json")
     summary = predict.predict(
-        chosen.model,
-        chosen.path,
-        chosen.out,
-        png_window=chosen.png_window,
-        checkpoint=chosen.checkpoint,
-        batch_size=chosen.batch_size,
-        as_json=chosen.json,
-        charts=chosen.charts,
-        features=chosen.features,
+        chosen.model, chosen.path, chosen.out, **options.selected(chosen, *names)
     )
     print(
         f"{summary['slices']} slices of {summary['series']} series labelled by the "
@@ -99,15 +90,7 @@ def _run_predict(chosen: argparse.Namespace) -> int:
 
 
 def _export(verbs: argparse._SubParsersAction) -> None:
-    verb = options.verb(
-        verbs,
-        "export",
-        "write a trained network as a bundle: weights, labels, thresholds, preprocessing, model "
-        "card, and StableHLO for other programs",
-        "maknet export runs/teacher --out teacher-bundle --zip\n"
-        "  maknet predict scans/ --model teacher-bundle --out labels.csv",
-        _run_export,
-    )
+    verb = options.verb(verbs, "export", _run_export)
     verb.add_argument("workdir", help="workdir of `maknet train`, or a bundle to export again")
     verb.add_argument("--out", required=True, help="folder to write")
     options.checkpoint(verb)
@@ -117,10 +100,12 @@ def _export(verbs: argparse._SubParsersAction) -> None:
         choices=("float32", "float16", "bfloat16"),
         help="dtype of the stored kernels, converted to float32 on loading (default: float32)",
     )
-    verb.add_argument("--zip", action="store_true", help="also write OUT.zip")
+    verb.add_argument("--zip", dest="zipped", action="store_true", help="also write OUT.zip")
     verb.add_argument("--name", help="title of the model card (default: the folder's name)")
     verb.add_argument(
         "--license",
+        dest="license_name",
+        metavar="LICENSE",
         default="other",
         help="licence of the weights as named by the Hugging Face Hub, such as cc-by-4.0 "
         "(default: other)",
@@ -130,20 +115,17 @@ def _export(verbs: argparse._SubParsersAction) -> None:
 
 
 def _run_export(chosen: argparse.Namespace) -> None:
+    """Write a trained network as a bundle: weights, labels, thresholds, preprocessing, model
+    card, and StableHLO for other programs.
+
+        maknet export runs/teacher --out teacher-bundle --zip
+        maknet predict scans/ --model teacher-bundle --out labels.csv
+    """
     from maknet_jax import export
 
     options.start_jax()
-    summary = export.export(
-        chosen.workdir,
-        chosen.out,
-        checkpoint=chosen.checkpoint,
-        dtype=chosen.dtype,
-        name=chosen.name,
-        license_name=chosen.license,
-        data=chosen.data,
-        zipped=chosen.zip,
-        overwrite=chosen.overwrite,
-    )
+    names = ("checkpoint", "dtype", "name", "license_name", "data", "zipped", "overwrite")
+    summary = export.export(chosen.workdir, chosen.out, **options.selected(chosen, *names))
     splits = ", ".join(summary["splits"]) or "none: run `maknet evaluate` before the export"
     print(
         f"{summary['labels']} labels, {summary['checkpoint']} checkpoint, step {summary['step']}; "
@@ -156,13 +138,7 @@ def _run_export(chosen: argparse.Namespace) -> None:
 
 
 def _models(verbs: argparse._SubParsersAction) -> None:
-    verb = options.verb(
-        verbs,
-        "models",
-        "print parameters, FLOPs and bytes of the networks beside the paper's numbers",
-        "maknet models maknet vgg16 --size 256",
-        _run_models,
-    )
+    verb = options.verb(verbs, "models", _run_models)
     verb.add_argument("names", nargs="*", help="any of maknet, vgg16, resnet18 (default: all)")
     verb.add_argument(
         "--labels", type=options.count, default=115, help="number of labels (default: 115)"
@@ -177,6 +153,10 @@ def _models(verbs: argparse._SubParsersAction) -> None:
 
 
 def _run_models(chosen: argparse.Namespace) -> None:
+    """Print parameters, FLOPs and bytes of the networks beside the paper's numbers.
+
+    maknet models maknet vgg16 --size 256
+    """
     from maknet_jax import model_table
 
     names = chosen.names or list(model_table.CONFIGS)

@@ -8,14 +8,7 @@ from maknet_jax.cli import options
 
 def add_verbs(verbs: argparse._SubParsersAction) -> None:
     """Adds `retrieve`."""
-    verb = options.verb(
-        verbs,
-        "retrieve",
-        "find the lesions of a data set that are most similar to one lesion",
-        "maknet retrieve --model runs/lesanet --image 000069_02_01/058.png \\\n"
-        "    --box 160,268,186,290 --spacing 0.73,0.73,5 --data shards/lesions --out similar.csv",
-        _run_retrieve,
-    )
+    verb = options.verb(verbs, "retrieve", _run_retrieve)
     options.model(verb, "a trained LesaNet")
     verb.add_argument("--image", required=True, help="slice with the lesion, PNG or DICOM")
     verb.add_argument(
@@ -57,6 +50,11 @@ def _numbers(count: int) -> Callable[[str], tuple[float, ...]]:
 
 
 def _run_retrieve(chosen: argparse.Namespace) -> None:
+    r"""Find the lesions of a data set that are most similar to one lesion.
+
+        maknet retrieve --model runs/lesanet --image 000069_02_01/058.png \
+            --box 160,268,186,290 --spacing 0.73,0.73,5 --data shards/lesions --out similar.csv
+    """
     from maknet_jax import console, retrieve
 
     options.start_jax()

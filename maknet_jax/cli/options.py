@@ -1,9 +1,11 @@
 """Shared by the commands: exit codes, the parser, common options and the start of JAX."""
 
 import argparse
+import inspect
 import math
 import os
 import pathlib
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -21,6 +23,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Prints the message in one line and exits."""
         self.exit(BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def selected(chosen: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Some of the parsed options by name, as keyword arguments of a verb."""
+    return {name: getattr(chosen, name) for name in names}
 
 
 def config_changes(
@@ -49,8 +56,6 @@ def config_changes(
 def verb(
     verbs: argparse._SubParsersAction,
     name: str,
-    text: str,
-    example: str,
     run: Callable[[argparse.Namespace], int | None],
     *,
     takes_config: bool = False,
@@ -58,18 +63,19 @@ def verb(
     """Adds a verb.
 
     Args:
-      verbs: where to add it.
-      name: of the verb.
-      text: its help in one phrase.
-      example: a command line, shown below the help.
-      run: called with the parsed options; returns the exit code, or None for `DONE`.
+      verbs: the parsers of all verbs.
+      name: the name of the verb.
+      run: called with the parsed options; returns the exit code, or None for `DONE`. Its docstring
+        is the help: one paragraph, then an indented example.
       takes_config: whether --config.FIELD=VALUE is allowed.
     """
+    text, _, example = inspect.cleandoc(run.__doc__ or "").partition("\n\n")
+    text = " ".join(text.split())
     verb = verbs.add_parser(
         name,
-        help=text,
-        description=text[0].upper() + text[1:] + ".",
-        epilog=f"example:\n  {example}",
+        help=text[0].lower() + text[1:].removesuffix("."),
+        description=textwrap.fill(text, 79),
+        epilog=f"example:\n{textwrap.indent(textwrap.dedent(example), '  ')}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verb.set_defaults(run=run, takes_config=takes_config)

@@ -12,13 +12,7 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
 
 
 def _pseudo_label(verbs: argparse._SubParsersAction) -> None:
-    verb = options.verb(
-        verbs,
-        "pseudo-label",
-        "pseudo-label images with a trained teacher; resumes if interrupted",
-        "maknet pseudo-label --model runs/teacher --records shards/tcia --out shards/pseudo-1",
-        _run_pseudo_label,
-    )
+    verb = options.verb(verbs, "pseudo-label", _run_pseudo_label)
     options.model(verb, "the teacher")
     verb.add_argument("--records", required=True, help="prepared data set of the images")
     verb.add_argument("--out", required=True, help="folder to write")
@@ -56,35 +50,23 @@ def _pseudo_label(verbs: argparse._SubParsersAction) -> None:
 
 
 def _run_pseudo_label(chosen: argparse.Namespace) -> None:
+    """Pseudo-label images with a trained teacher; resumes if interrupted.
+
+    maknet pseudo-label --model runs/teacher --records shards/tcia --out shards/pseudo-1
+    """
     from maknet_jax import pseudo_label
 
     options.start_jax(chosen.distributed)
+    names = ("split", "top", "threshold", "soft", "checkpoint", "batch_size", "truth")
     result = pseudo_label.pseudo_label(
-        chosen.model,
-        chosen.records,
-        chosen.out,
-        split=chosen.split,
-        top=chosen.top,
-        threshold=chosen.threshold,
-        soft=chosen.soft,
-        checkpoint=chosen.checkpoint,
-        batch_size=chosen.batch_size,
-        truth=chosen.truth,
+        chosen.model, chosen.records, chosen.out, **options.selected(chosen, *names)
     )
     print(f"{result['kept']} of {result['images']} images labelled, see {chosen.out}/pseudo.json")
     print(f"images per label: {chosen.out}/counts.csv, histogram.png; other thresholds: sweep.csv")
 
 
 def _noisy_student(verbs: argparse._SubParsersAction) -> None:
-    verb = options.verb(
-        verbs,
-        "noisy-student",
-        "train a teacher, then rounds of pseudo-labels and students; resumes if interrupted",
-        "maknet noisy-student --config noisy_student --workdir runs/ns \\\n"
-        "    --config.labelled=shards/deeplesion --config.unlabelled=shards/tcia",
-        _run_noisy_student,
-        takes_config=True,
-    )
+    verb = options.verb(verbs, "noisy-student", _run_noisy_student, takes_config=True)
     verb.add_argument("--config", required=True, help="noisy_student (the paper's) or a .py file")
     verb.add_argument("--workdir", required=True, help="folder of all rounds")
     verb.usage = "maknet noisy-student --config NAME --workdir DIR [--config.FIELD=VALUE ...]"
@@ -92,6 +74,11 @@ def _noisy_student(verbs: argparse._SubParsersAction) -> None:
 
 
 def _run_noisy_student(chosen: argparse.Namespace) -> None:
+    r"""Train a teacher, then rounds of pseudo-labels and students; resumes if interrupted.
+
+        maknet noisy-student --config noisy_student --workdir runs/ns \
+            --config.labelled=shards/deeplesion --config.unlabelled=shards/tcia
+    """
     from maknet_jax import evaluate, noisy_student
     from maknet_jax.runs import config
 

@@ -16,15 +16,7 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
 
 
 def _import_weights(verbs: argparse._SubParsersAction) -> None:
-    verb = options.verb(
-        verbs,
-        "import-weights",
-        "convert the trunk of torchvision's or timm's VGG16-BN or ResNet18 to initial weights",
-        "maknet import-weights vgg16_bn.safetensors --model vgg16 --out weights/vgg16.safetensors\n"
-        "  maknet train --config vgg16 --workdir runs/vgg16 \\\n"
-        "    --config.init.path=weights/vgg16.safetensors",
-        _run_import_weights,
-    )
+    verb = options.verb(verbs, "import-weights", _run_import_weights)
     verb.add_argument("source", help="the .safetensors file (pickles are not supported)")
     verb.add_argument("--model", required=True, choices=("vgg16", "resnet18"))
     verb.add_argument("--out", required=True, help="the .safetensors file to write")
@@ -46,6 +38,12 @@ def _channels(text: str) -> tuple[float, float, float]:
 
 
 def _run_import_weights(chosen: argparse.Namespace) -> None:
+    r"""Convert the trunk of torchvision's or timm's VGG16-BN or ResNet18 to initial weights.
+
+        maknet import-weights vgg16_bn.safetensors --model vgg16 --out weights/vgg16.safetensors
+        maknet train --config vgg16 --workdir runs/vgg16 \
+            --config.init.path=weights/vgg16.safetensors
+    """
     from maknet_jax import import_weights
 
     scaling = {name: getattr(chosen, name) for name in ("mean", "std") if getattr(chosen, name)}
@@ -58,16 +56,7 @@ def _run_import_weights(chosen: argparse.Namespace) -> None:
 
 
 def _train(verbs: argparse._SubParsersAction) -> None:
-    verb = options.verb(
-        verbs,
-        "train",
-        "train a network; the same command resumes an interrupted run",
-        "maknet train --config teacher --workdir runs/teacher \\\n"
-        "    --config.data.path=shards/deeplesion --config.optimizer.learning_rate=0.003\n"
-        "  maknet train --config teacher --print-config      # every field that can be changed",
-        _run_train,
-        takes_config=True,
-    )
+    verb = options.verb(verbs, "train", _run_train, takes_config=True)
     verb.add_argument(
         "--config",
         required=True,
@@ -89,6 +78,12 @@ def _train(verbs: argparse._SubParsersAction) -> None:
 
 
 def _run_train(chosen: argparse.Namespace) -> None:
+    r"""Train a network; the same command resumes an interrupted run.
+
+        maknet train --config teacher --workdir runs/teacher \
+            --config.data.path=shards/deeplesion --config.optimizer.learning_rate=0.003
+        maknet train --config teacher --print-config      # every field that can be changed
+    """
     from maknet_jax.runs import config as configs
 
     config = configs.load(chosen.config, chosen.overrides)
@@ -110,13 +105,7 @@ def _run_train(chosen: argparse.Namespace) -> None:
 
 
 def _evaluate(verbs: argparse._SubParsersAction) -> None:
-    verb = options.verb(
-        verbs,
-        "evaluate",
-        "score a trained network on its test sets",
-        "maknet evaluate --model runs/teacher --split test,hand",
-        _run_evaluate,
-    )
+    verb = options.verb(verbs, "evaluate", _run_evaluate)
     options.model(verb)
     verb.add_argument(
         "--split", help="comma-separated names (default: those of test and hand that exist)"
@@ -140,6 +129,10 @@ def _evaluate(verbs: argparse._SubParsersAction) -> None:
 
 
 def _run_evaluate(chosen: argparse.Namespace) -> None:
+    """Score a trained network on its test sets.
+
+    maknet evaluate --model runs/teacher --split test,hand
+    """
     from maknet_jax import evaluate
 
     options.start_jax(chosen.distributed)

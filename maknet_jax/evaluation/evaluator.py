@@ -2,21 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 
 from maknet_jax.data import pipeline
-from maknet_jax.data.records import Example
+from maknet_jax.data.records import ExampleSource
 from maknet_jax.evaluation import metrics, protocol
-
-
-class Source(Protocol):
-    """Random access to the examples of a split."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Example: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +55,7 @@ class Evaluator:
 
     def __init__(
         self,
-        source: Source,
+        source: ExampleSource,
         predict: Callable[..., Mapping[str, np.ndarray]],
         *,
         batch_size: int,

@@ -95,13 +95,6 @@ def rates(counts: Counts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return precision, recall, f1
 
 
-def precision_recall_f1(
-    predicted: Values, labels: Values, mask: Values | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Precision, recall and F1 of every label, each [K]; the rules of `rates`."""
-    return rates(count(predicted, labels, mask))
-
-
 def checked(
     scores: Values, labels: Values, mask: Values | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -130,15 +130,13 @@ class SeriesResult:
             for number, name in enumerate(self.slices)
         ]
 
-    def images(self, numbers: Sequence[int], size: int) -> np.ndarray:
-        """The input of the network for some slices: int16 HU `[N, size, size, 3]`."""
+    def images(self, numbers: Iterable[int], size: int) -> Iterator[np.ndarray]:
+        """Yields the input of the network for some slices: int16 HU `[size, size, 3]` each.
+
+        The CT is read once.
+        """
         volume = self.read()
         threshold = preprocess.body_threshold(volume.hu, self.png_window)
-        return np.stack(
-            [
-                preprocess.make_triplet(
-                    preprocess.neighbours(volume.hu, number), size, threshold=threshold
-                )[0]
-                for number in numbers
-            ]
-        )
+        for number in numbers:
+            around = preprocess.neighbours(volume.hu, number)
+            yield preprocess.make_triplet(around, size, threshold=threshold)[0]

@@ -1,5 +1,6 @@
 """Explains a selection in batches, resuming if interrupted, and stores the results."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -110,6 +111,74 @@ def _without_names(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings in this version's format; those of earlier versions start networks with a name."""
     networks = [identity[-3:] for identity in settings.get("networks", ())]
     return settings | {"networks": networks} if networks else settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Explained:
+    """The results of a selection, from which a verb writes its tables and its page.
+
+    Attributes:
+      out: the output folder.
+      files: number -> file of an image's result.
+      failures: (input, reason) of images without a result.
+      summary: the settings and counts so far.
+      names: the names of the networks.
+      most_shown: images on the page at most.
+    """
+
+    out: pathlib.Path
+    files: dict[int, pathlib.Path]
+    failures: Failures
+    summary: dict[str, Any]
+    names: list[str]
+    most_shown: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A selection to explain.
+
+    Attributes:
+      verb: "attribute" or "perturb".
+      out: the output folder.
+      folder: the workdir or bundle of the first network.
+      networks: the networks that are explained.
+      selection: the images.
+      settings: see `explain`.
+    """
+
+    verb: str
+    out: pathlib.Path
+    folder: str | pathlib.Path
+    networks: Sequence[Network]
+    selection: Selection
+    settings: dict[str, Any]
+
+    def run(
+        self,
+        explain_batch: Callable[[Images], list[Result]],
+        write: Callable[[Explained], dict[str, Any]],
+        *,
+        batch_size: int,
+        most_shown: int,
+    ) -> dict[str, Any]:
+        """Calls `explain`, then `write` in one process; returns the summary.
+
+        Args:
+          explain_batch: see `explain`.
+          write: writes tables and a page; returns what it adds to the summary.
+          batch_size: images per step.
+          most_shown: images on the page at most.
+        """
+        paths, failures = explain(
+            self.verb, self.out, self.selection, self.settings, explain_batch, batch_size=batch_size
+        )
+        counts = {"images": len(paths), "failures": len(failures)}
+        summary = self.settings | {"workdir": str(self.folder)} | counts
+        if jax.process_index() == 0:
+            names = [network.name for network in self.networks]
+            summary |= write(Explained(self.out, paths, failures, summary, names, most_shown))
+        return summary
 
 
 def _read(selection: Selection, numbers: Iterable[int]) -> tuple[Images, Failures]:

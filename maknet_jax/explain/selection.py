@@ -45,8 +45,10 @@ class SelectedImage:
 
     @property
     def labelled(self) -> np.ndarray:
-        """The columns of the annotated labels."""
-        return np.flatnonzero(self.annotation.labels) if self.annotation else np.zeros(0, np.int64)
+        """The columns of the labels that are annotated and known."""
+        if self.annotation is None:
+            return np.zeros(0, np.int64)
+        return np.flatnonzero((self.annotation.labels > 0) & (self.annotation.label_mask > 0))
 
     @property
     def group(self) -> str:

@@ -35,8 +35,9 @@ def paint_body(canvas: Canvas, anatomy: Anatomy, tissue: dict[str, float], level
     if level < 0.13:
         _neck(canvas, tissue, level, spine)
     cavity = canvas.ellipse(0, -6, width - 17, depth - 20, power=2.3)
-    viscera.paint_chest(canvas, anatomy, tissue, level, cavity, width, depth, spine)
-    viscera.paint_abdomen(canvas, anatomy, tissue, level, cavity, depth, spine)
+    section = viscera.TrunkSection(tissue, level, cavity, width, depth, spine)
+    viscera.paint_chest(canvas, anatomy, section)
+    viscera.paint_abdomen(canvas, anatomy, section)
     _pelvis(canvas, anatomy, tissue, level, depth)
     _spine(canvas, anatomy, level, spine)
 

@@ -1,5 +1,6 @@
 """Paints the chest and the abdomen in one axial slice; `torso.paint_body` calls it."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -17,21 +18,11 @@ def _lung_floor(canvas: Canvas, anatomy: Anatomy, side: str) -> np.ndarray:
     return top + dome[2] + (np.square(dx / 68) + np.square(dy / 82)) * 0.062 * dome[3]
 
 
-def paint_chest(
-    canvas: Canvas,
-    anatomy: Anatomy,
-    tissue: dict[str, float],
-    level: float,
-    cavity: np.ndarray,
-    width: float,
-    depth: float,
-    spine: float,
-) -> None:
-    """Paints shoulder girdle, ribs, lungs, heart and great vessels.
+@dataclasses.dataclass(frozen=True)
+class TrunkSection:
+    """An axial section of the trunk.
 
-    Args:
-      canvas: the slice, on which the wall of the body is painted.
-      anatomy: the patient.
+    Attributes:
       tissue: HU of every name in `reference.TISSUE_HU`.
       level: 0 to 1 from the neck to the thigh, in the reference adult.
       cavity: bool `[rows, columns]`, the inside of the wall.
@@ -39,6 +30,25 @@ def paint_chest(
       depth: half depth of the wall in mm.
       spine: y of the middle of the vertebrae in mm.
     """
+
+    tissue: dict[str, float]
+    level: float
+    cavity: np.ndarray
+    width: float
+    depth: float
+    spine: float
+
+
+def paint_chest(canvas: Canvas, anatomy: Anatomy, section: TrunkSection) -> None:
+    """Paints shoulder girdle, ribs, lungs, heart and great vessels.
+
+    Args:
+      canvas: the slice, on which the wall of the body is painted.
+      anatomy: the patient.
+      section: where the slice lies.
+    """
+    tissue, level, cavity = section.tissue, section.level, section.cavity
+    width, depth, spine = section.width, section.depth, section.spine
     if not 0.07 < level < 0.56:
         return
     x, y = canvas.x, canvas.y
@@ -146,26 +156,10 @@ def _great_vessels(
             canvas.paint(canvas.ellipse(out, 8, 6.5, 6.5), -980, "trachea")
 
 
-def paint_abdomen(
-    canvas: Canvas,
-    anatomy: Anatomy,
-    tissue: dict[str, float],
-    level: float,
-    cavity: np.ndarray,
-    depth: float,
-    spine: float,
-) -> None:
-    """Paints the muscles, vessels and organs below the diaphragm.
-
-    Args:
-      canvas: the slice, on which the wall of the body is painted.
-      anatomy: the patient.
-      tissue: HU of every name in `reference.TISSUE_HU`.
-      level: 0 to 1 from the neck to the thigh, in the reference adult.
-      cavity: bool `[rows, columns]`, the inside of the wall.
-      depth: half depth of the wall in mm.
-      spine: y of the middle of the vertebrae in mm.
-    """
+def paint_abdomen(canvas: Canvas, anatomy: Anatomy, section: TrunkSection) -> None:
+    """Paints the muscles, vessels and organs below the diaphragm; arguments as `paint_chest`."""
+    tissue, level, cavity = section.tissue, section.level, section.cavity
+    depth, spine = section.depth, section.spine
     if not 0.33 < level < 0.87:
         return
     x, y, shift = canvas.x, canvas.y, anatomy.shift

@@ -17,6 +17,7 @@ shapes, and reads the weights from the safetensors. Hidden files in a folder (.D
 import dataclasses
 import hashlib
 import json
+import operator
 import os
 import pathlib
 import stat
@@ -123,7 +124,12 @@ def is_bundle(path: pathlib.Path) -> bool:
 def released() -> dict[str, pathlib.Path]:
     """The bundles that come with the package: name -> folder or .zip."""
     folder = pathlib.Path(__file__).resolve().parents[1] / "released"
-    return {path.stem: path for path in sorted(folder.glob("*")) if is_bundle(path)}
+    return {title(path): path for path in sorted(folder.glob("*")) if is_bundle(path)}
+
+
+def title(path: pathlib.Path) -> str:
+    """The name of a folder, or of a .zip without its ending."""
+    return path.name if path.is_dir() else path.stem
 
 
 def preprocessing(config: ConfigDict, *, takes_box: bool) -> dict[str, Any]:
@@ -308,6 +314,7 @@ def _read_checked(
     """The bytes of one of `CONTENT`, checked against their size and digest."""
     try:
         size, digest = info["files"][name]["size"], info["files"][name]["sha256"]
+        size = operator.index(size)
     except (KeyError, TypeError):
         raise damaged(path, f"{INFO} has no size and digest of {name}") from None
     if members[name].size != size or size > LARGEST_FILE:
@@ -331,7 +338,7 @@ def _described(
         takes_box = info["preprocessing"]["crop"] == lesions.RULE
         rules = preprocessing(config, takes_box=takes_box)
         dict(info["checkpoint"])["step"] + 0, str(info["checkpoint"]["name"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:80]
         raise damaged(path, f"{INFO} is not complete ({reason})") from None
     if thresholds.shape != (len(vocabulary),) or count != len(vocabulary) or not count:

@@ -1,7 +1,7 @@
 """Claims an output folder: a record in it describes the run, and only the same run may resume."""
 
 import pathlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,15 +10,7 @@ from maknet_jax import files
 from maknet_jax.training import sharding
 
 
-def claim(
-    folder: pathlib.Path,
-    records: Mapping[str, Mapping[str, Any]],
-    *,
-    command: str,
-    option: str,
-    may_change: Collection[str] = (),
-    upgrade: Callable[[str, dict[str, Any]], dict[str, Any]] | None = None,
-) -> None:
+def claim(folder: pathlib.Path, records: Mapping[str, Mapping[str, Any]], **rule: Any) -> None:
     """Claims a folder, or checks that it is claimed by a run with the same records.
 
     Every process checks before the first one writes. Otherwise a slower process could see a folder
@@ -27,9 +19,7 @@ def claim(
     Raises:
       InputError: the folder holds foreign files or another run.
     """
-    files.check_claim(
-        folder, records, command=command, option=option, may_change=may_change, upgrade=upgrade
-    )
+    files.check_claim(folder, records, **rule)
     sharding.wait_for_all("checked claim")
     if jax.process_index() == 0:
         for name, record in records.items():

@@ -16,6 +16,7 @@ class Progress:
       best_step: its step.
       thresholds: `[K]`, chosen at the last validation.
       metrics: of the last validation.
+      validated_step: its step; None if a checkpoint of an earlier version lacks it.
       init: path, digest and placement of the initial weights; None if they were random.
       pending: metrics of the steps that are not yet written to `metrics.jsonl`.
       evaluation_due: a signal interrupted the validation; the next run repeats it.
@@ -25,6 +26,7 @@ class Progress:
     best_step: int | None = None
     thresholds: list[float] | None = None
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    validated_step: int | None = None
     init: dict[str, Any] | None = None
     pending: list[Mapping[str, jax.Array | float]] = dataclasses.field(default_factory=list)
     evaluation_due: bool = False

@@ -68,21 +68,17 @@ class Checkpoints:
         if not saved:
             raise RuntimeError(f"checkpoint {step} was not written: {self.folder} has a newer one")
 
-    def restore(self, like: TrainState, step: int | None = None) -> Restored:
-        """Reads the newest intact checkpoint, or the one of `step`.
+    def restore(self, like: TrainState) -> Restored:
+        """Reads the newest intact checkpoint.
 
         Args:
           like: `state.shapes` of the expected network.
-          step: which checkpoint; None takes the newest that is intact.
 
         Raises:
-          InputError: the requested checkpoint, or every one, is damaged or of another network.
+          InputError: there are checkpoints, and every one is damaged or of another network.
         """
-        steps = self.steps()
-        if step is not None and step not in steps:
-            raise InputError(f"checkpoint {step} is not in {self.folder}: it has {steps}")
         damaged: dict[int, str] = {}
-        for candidate in [step] if step is not None else reversed(steps):
+        for candidate in reversed(self.steps()):
             try:
                 state, metadata = self._read(like, candidate)
                 return Restored(state, metadata, damaged)
