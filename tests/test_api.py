@@ -1,4 +1,4 @@
-"""The Python door: `load`, `Model`, callable verbs, and the examples of the docs."""
+"""The Python API: `load`, `Model`, callable verbs, and the examples of the docs."""
 
 import dataclasses
 import doctest
@@ -134,7 +134,7 @@ def test_a_failed_import_inside_a_verb_is_not_hidden():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_prediction_says_what_each_series_covers(model, result, series, trained):
+def test_a_prediction_summarizes_the_coverage_of_each_series(model, result, series, trained):
     volume = volumes.load_series(search.find_series(series)[0][0])
     (one,) = result.series
     assert len(result) == len(one) == len(volume.hu) == len(result.table())
@@ -229,7 +229,7 @@ def test_an_array_without_a_usable_geometry_is_refused(array, geometry, message)
         arrays.volume_of_array(array, **geometry)
 
 
-def test_files_bring_their_own_geometry(model, series):
+def test_files_contain_their_geometry(model, series):
     with pytest.raises(InputError, match="stores its own geometry"):
         model.predict(series, affine=np.eye(4))
 
@@ -311,7 +311,7 @@ def test_a_prediction_is_explained_where_it_is_most_confident(model, result):
         model.attribute(result, [label], pace=3)
 
 
-def test_what_cannot_be_loaded_is_named(tmp_path, trained):
+def test_sources_that_cannot_be_loaded_are_named(tmp_path, trained):
     with pytest.raises(InputError, match=r"nowhere not found: pass a workdir .*released model \("):
         maknet_jax.load("nowhere")
     with pytest.raises(InputError, match="has no config.json"):

@@ -1,4 +1,4 @@
-"""Starting from weights: each array is placed or refused, and the run records its start."""
+"""Initial weights: each array is placed or refused, and the run records their origin."""
 
 import json
 import shutil
@@ -96,7 +96,7 @@ def test_weights_that_do_not_fit_are_refused_in_one_line():
         transfer.place(variables, head, {}, head=False)
 
 
-def test_the_optimiser_begins_with_what_was_placed():
+def test_the_optimiser_starts_from_the_placed_weights():
     model, shapes = network()
     new, recipe = drawn(shapes), (model, ranger.ranger(0.1))
 
@@ -188,8 +188,8 @@ def test_a_run_starts_from_another_and_resumes_without_it(teacher, data, tmp_pat
     assert start["digest"] == transfer.digest(**new) and start["path"] == str(source)
     assert start["fresh"] == ["classifier", "spl"] and start["checkpoint"] == "best"
     assert json.loads((run / "summary.json").read_text())["init"] == start
-    said = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    (event,) = [event for event in said if "init" in event]
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    (event,) = [event for event in entries if "init" in event]
     assert event["init"] == start and start["placed"] == len(named(new)) - 4
     for part in (str(source), str(start["placed"]), "classifier, spl"):
         assert part in event["message"]

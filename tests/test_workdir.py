@@ -26,9 +26,9 @@ def test_a_folder_of_other_files_is_refused_and_unchanged(data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     before = (tmp_path / "data" / "dataset.json").read_bytes()
     (tmp_path / "file").write_text("mine")
-    for taken in ("data", "file"):
+    for occupied in ("data", "file"):
         with pytest.raises(InputError, match="--workdir"):
-            train.train(toy.config(data, "linear"), tmp_path / taken)
+            train.train(toy.config(data, "linear"), tmp_path / occupied)
     assert (tmp_path / "data" / "dataset.json").read_bytes() == before
 
 
