@@ -6,9 +6,9 @@
     maknet predict OTHER --workdir runs/slices --png-window=-175,275 --json --out slices.csv
 
 Label k of 19 says that the slice lies beyond threshold k; the mean of the confidences is the
-position, 0 to 1. `body_order.py --train FOLDER --predict OTHER --out positions.csv` does all of it.
-Expect Spearman 0.90 as the mean of five folds by patient (0.59 to 1.0) and 0.86 over all slices: a
-shoulder slice of which there is only one example is taken for hips. Not part of the paper.
+position, 0 to 1. `body_order.py --train FOLDER --predict OTHER --out positions.csv` runs all
+steps. Expect Spearman 0.90 as the mean of five folds by patient (0.59 to 1.0) and 0.86 over all
+slices: the only shoulder slice is mistaken for hips. Not part of the paper.
 """
 
 from maknet_jax.runs.config import load
@@ -18,12 +18,12 @@ def get_config():
     """The network of smoke; 200 epochs of 50 slices are 625 steps, a few minutes on CPU."""
     config = load("smoke")
     config.epochs = 200.0
-    config.data.path = "shards/slices"  # without a split val: the last weights are used
+    config.data.path = "shards/slices"  # no split val, so the last weights are used
     config.data.size = 64  # pixels
     config.data.window = (-175.0, 275.0)  # HU; the 8-bit slices hold no other values
     config.data.batch_size = 16
     config.pseudo.batch_size = 16
-    config.loss.gamma = 0.0  # cross entropy: no threshold is an easy example
+    config.loss.gamma = 0.0  # cross entropy: no label is an easy one
     config.optimizer.learning_rate = 0.003
     config.optimizer.decay_from = 0.3  # share of the steps before it decays to 0
     config.augment.rotation_probability = 0.7

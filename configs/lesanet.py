@@ -12,7 +12,8 @@ Training follows LesaNet's published code, except: learning rate 0.001, the pape
 0.01; best checkpoint by validation AUC instead of mean F1 per label; inputs in 0..1 without
 subtracting 50/255; all ancestors of uncertain labels are unknown instead of their parents only, and
 unknown elements do not count in the mean; batches cross epochs instead of dropping the last
-incomplete one (2,250 steps); ImageNet weights are really loaded. For patches see data/lesions.py.
+incomplete one (2,250 steps); ImageNet weights are actually loaded. For patches see
+maknet_jax/data/lesions.py.
 """
 
 from maknet_jax.runs.config import load
@@ -38,10 +39,10 @@ def get_config():
         "clamp": 300.0,  # largest weight of the positives of a label
         "head_weights": (1.0, 1.0),  # before and after score propagation
         "rhem_weight": 1.0,  # of the cross entropy of hard examples
-        "rhem_power": 2.0,  # exponent of an element's error in its chance to be drawn
+        "rhem_power": 2.0,  # draw probability is proportional to the error to this power
         "rhem_draws": 10000,  # per step
         "triplet_weight": 5.0,
-        "triplet_margin": 0.1,  # of the distances
+        "triplet_margin": 0.1,  # between the distances
         "triplets": 5000,  # per step
     }
     config.optimizer = {

@@ -4,7 +4,7 @@
         --config.labelled=shards/deeplesion --config.unlabelled=shards/tcia
 
 Round 0 is the teacher. In each further round the latest network labels the unlabelled images, with
-noise off, and a student learns from both, with noise on. The results are written beside table 2.
+noise off, and a student learns from both, with noise on. The results are compared with table 2.
 """
 
 from ml_collections import ConfigDict

@@ -5,10 +5,10 @@
     model = maknet_jax.load("runs/teacher")  # a workdir, a bundle or a released model
     print(model.predict("scans/series"))
 
-Importing the package imports no JAX; everything is imported when it is first used. A verb is a
-module that can be called like its function: `maknet_jax.train(config, workdir)` is
-`maknet_jax.train.train(config, workdir)`. Type checkers, to which a module is not callable, take
-`from maknet_jax.train import train`.
+Importing the package does not import JAX; submodules are imported on first use. A verb is a module
+that can be called like its function: `maknet_jax.train(config, workdir)` is
+`maknet_jax.train.train(config, workdir)`. Type checkers do not see that the module is callable; for
+them, write `from maknet_jax.train import train`.
 """
 
 import importlib
@@ -25,7 +25,7 @@ _API = ("Model", "load")  # of `maknet_jax.api`
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is not imported yet: a name of the API, a verb or a room."""
+    """Imports a name of the API, a verb or a subpackage on first use."""
     if name in _API:
         return getattr(importlib.import_module(f"{__name__}.api"), name)
     if not name.startswith("_"):
@@ -48,13 +48,13 @@ class _Verb(types.ModuleType):
 
     @property
     def __signature__(self) -> "inspect.Signature":
-        import inspect  # slow to import, and only editors and `help` ask
+        import inspect  # slow to import, and needed only by editors and `help`
 
         return inspect.signature(self._function())
 
 
 class _Package(types.ModuleType):
-    """This package: the import system sets a submodule as its attribute once it is imported."""
+    """Makes verbs callable when the import system sets them as attributes of this package."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if type(value) is types.ModuleType and callable(vars(value).get(name)):

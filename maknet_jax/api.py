@@ -1,6 +1,6 @@
-"""The Python door: a trained network in the hand.
+"""The Python API: a trained network as an object.
 
-The examples of this module run as tests, in a folder with a run and a CT series.
+The examples in this module run as tests, in a folder with a run and a CT series.
 
 >>> import maknet_jax
 >>> model = maknet_jax.load("runs/teacher")
@@ -41,11 +41,12 @@ Source: TypeAlias = "str | os.PathLike[str] | np.ndarray"
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a network says about one or several series.
+    """The predictions of a network for one or several series.
 
     Attributes:
-      series: one result per series: its `labels` and `confidences` by slice, and what it `covers`.
-      failures: (input, reason) of everything that could not be read.
+      series: one result per series: `labels` and `confidences` by slice, and the range of each
+        label (`covers`).
+      failures: (input, reason) for each input that could not be read.
     """
 
     series: tuple[SeriesResult, ...]
@@ -93,15 +94,15 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Why a network gives its labels: Integrated Gradients of B images for T labels each.
+    """Integrated Gradients of B images for T labels each.
 
     Attributes:
       images: int16 HU `[B, S, S, 3]`.
       ids: of the images: SERIES:SLICE, or the row of the array.
       labels: B tuples of the T explained labels.
       maps: float32 `[B, T, S, S, 3]`: the contribution of each value to the confidence.
-      relative: `[B, T]`, error of completeness relative to the explained change.
-      flagged: bool `[B, T]`, where it exceeds 1 %.
+      relative: `[B, T]`, completeness error relative to the explained change.
+      flagged: bool `[B, T]`, True where `relative` exceeds 1 %.
       start: `[B, T]`, the confidence at the baseline.
       end: `[B, T]`, the confidence at the image.
     """
@@ -117,10 +118,10 @@ class Explanation:
 
 
 class Model:
-    """A trained network; `load` makes it.
+    """A trained network, opened by `load`.
 
     Attributes:
-      run: the opened workdir or bundle, as every verb uses it.
+      run: the opened workdir or bundle.
     """
 
     def __init__(self, run: workdir.Run) -> None:
@@ -174,17 +175,17 @@ class Model:
         Args:
           source: a file or a folder of DICOM, NIfTI or PNG with any number of series, or one volume
             as an array of HU with three axes in any order.
-          affine: of an array: `[4, 4]`, indices to RAS in mm, as nibabel has it.
+          affine: of an array: `[4, 4]`, from indices to RAS in mm, as in nibabel.
           spacing: of an array, instead of the affine: mm along each axis.
-          orientation: with `spacing`: three letters, where each axis grows. "LPS" is an array that
-            is indexed to the left, to posterior and to superior; "IPL" has its slices first, head
-            to feet, then rows and columns as radiologists view them.
-          png_window: (low, high) HU that 0 and 255 of 8-bit PNGs stand for.
+          orientation: with `spacing`: three letters, the direction in which each axis increases.
+            "LPS" axes run to the left, to posterior and to superior; "IPL" has slices first, from
+            head to feet, then rows and columns as radiologists view them.
+          png_window: (low, high), the HU of pixel values 0 and 255 in 8-bit PNGs.
           batch_size: slices per step.
-          features: also keep the pooled features.
+          features: also return the pooled features.
 
         Raises:
-          InputError: an array lacks its geometry, or nothing can be read.
+          InputError: an array has no geometry, or nothing can be read.
         """
         score = functools.partial(
             predict.predict_volume,
@@ -195,7 +196,9 @@ class Model:
         )
         if isinstance(source, (str, os.PathLike)):
             if affine is not None or spacing is not None or orientation is not None:
-                raise InputError(f"{source} has a geometry of its own: leave out affine and others")
+                raise InputError(
+                    f"{source} stores its own geometry: omit affine, spacing and orientation"
+                )
             return self._predict_files(pathlib.Path(source), score, png_window)
         volume = arrays.volume_of_array(
             source, affine=affine, spacing=spacing, orientation=orientation
@@ -205,10 +208,10 @@ class Model:
     def _predict_files(
         self, path: pathlib.Path, score: Any, png_window: tuple[float, float] | None
     ) -> Prediction:
-        found, failures = search.find_series(path)
+        refs, failures = search.find_series(path)
         results = []
-        with console.progress("predict", sum(ref.count for ref in found)) as advance:
-            for ref in found:
+        with console.progress("predict", sum(ref.count for ref in refs)) as advance:
+            for ref in refs:
                 read = functools.partial(volumes.load_series, ref, png_window=png_window)
                 try:
                     volume = read()
@@ -225,14 +228,14 @@ class Model:
         """Logits float32 `[N, K]`; the confidences are their sigmoid.
 
         Args:
-          images: int16 HU `[N, S, S, 3]` as prepared records hold them, or a prediction, whose
-            slices are read again.
+          images: int16 HU `[N, S, S, 3]` as in prepared records, or a prediction, whose slices are
+            read again.
           batch_size: images per step.
         """
         return self._apply(images, batch_size)[0]
 
     def features(self, images: "np.ndarray | Prediction", *, batch_size: int = 16) -> np.ndarray:
-        """Pooled features float32 `[N, F]`, what the classifier sees; arguments as in `logits`.
+        """Pooled features float32 `[N, F]`, the classifier's input; arguments as in `logits`.
 
         >>> model.features(np.full((2, model.size, model.size, 3), -1000, np.int16)).shape[0]
         2
@@ -255,7 +258,7 @@ class Model:
     def _check_box(self) -> None:
         if self.run.model.takes_box:
             raise InputError(
-                f"{self.run.model_name} looks at a lesion's box beside the image: use `maknet "
+                f"{self.run.model_name} needs a lesion's box in addition to the image: use `maknet "
                 "retrieve` and `maknet evaluate`"
             )
 
@@ -276,11 +279,11 @@ class Model:
         shape = (self.size, self.size, 3)
         if images.ndim != 4 or images.shape[1:] != shape or not len(images):
             raise InputError(
-                f"images of shape {images.shape} should be [N, {self.size}, {self.size}, 3]: three "
-                "slices as channels; of a whole CT use model.predict(hu, affine=...) first"
+                f"images of shape {images.shape} should be [N, {self.size}, {self.size}, 3], three "
+                "slices as channels: for a whole CT call model.predict(hu, affine=...) first"
             )
         if images.dtype.kind not in "iu" or images.min() < -32768 or images.max() > 32767:
-            raise InputError(f"images of {images.dtype} should be HU as int16, without a window")
+            raise InputError(f"images of dtype {images.dtype} should be int16 HU, before windowing")
         return images.astype(np.int16)
 
     @functools.cached_property
@@ -295,13 +298,13 @@ class Model:
         top: int = 5,
         **path: Any,
     ) -> Explanation:
-        """Integrated Gradients: where in an image the network sees its labels.
+        """Integrated Gradients of labels.
 
         Args:
           images: int16 HU `[B, S, S, 3]`; or a prediction, of which the slice with the highest
-            confidence in each label is explained (without labels: its most confident slice).
+            confidence for each label is explained (without `labels`, the most confident slice).
           labels: explain these; None explains the `top` most confident labels of each image.
-          top: how many.
+          top: number of labels if `labels` is None.
           **path: fields of `explain.options.PathOptions`: steps, method, baseline, output, refine,
             batch_size.
 
@@ -312,7 +315,7 @@ class Model:
             options = PathOptions(**path)
         except TypeError:
             known = ", ".join(field.name for field in dataclasses.fields(PathOptions))
-            raise InputError(f"options {', '.join(path)}: known are {known}") from None
+            raise InputError(f"options {', '.join(path)}: choose from {known}") from None
         ig.check(options.method, options.steps, options.refinements, options.output)
         columns = label_columns(self.run, labels)
         hu, ids = self._chosen(images, columns)
@@ -350,10 +353,10 @@ class Model:
         ids: list[str] = []
         first = 0  # the number of the series' first slice among all
         for series in images.series:
-            own = [number - first for number in chosen if 0 <= number - first < len(series)]
-            if own:
-                triplets += series.images(own, self.size)
-                ids += [f"{series.id}:{number}" for number in own]
+            numbers = [number - first for number in chosen if 0 <= number - first < len(series)]
+            if numbers:
+                triplets += series.images(numbers, self.size)
+                ids += [f"{series.id}:{number}" for number in numbers]
             first += len(series)
         return np.stack(triplets), tuple(ids)
 
@@ -377,7 +380,7 @@ def load(
       devices: the devices to compute on; None takes those of this process.
 
     Raises:
-      InputError: it is none of these, or it is damaged; the message says which.
+      InputError: `source` is none of these, or is damaged.
     """
     devices = devices or jax.local_devices()
     return Model(workdir.open_run(source, checkpoint_name=checkpoint, devices=devices))

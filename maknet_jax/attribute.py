@@ -1,4 +1,4 @@
-"""`maknet attribute`: why a network gives its labels, for any number of images (paper, 5.1)."""
+"""`maknet attribute`: Integrated Gradients of labels for any number of images (paper, 5.1)."""
 
 import dataclasses
 import pathlib
@@ -50,8 +50,8 @@ class _Explained:
       network: the network.
       confidences: `[B, K]`.
       targets: `[B, T]`, the labels that are explained.
-      attribution: of the targets and, where networks are compared by faithfulness, of `first`.
-      first: `[B]`, the label that deletion and insertion are measured for.
+      attribution: of the targets, plus `first` if the faithfulness of two networks is compared.
+      first: `[B]`, the label for which deletion and insertion are measured.
       areas: `[B, 4]` in the order of `AREAS`, or None.
     """
 
@@ -81,8 +81,8 @@ def attribute(
       selection: which images, labels and networks.
       path: the path of Integrated Gradients.
       display: how results are shown.
-      faithful: also measure deletion and insertion of each image's first label (the first
-        network's for both) against random pixels; 84 more forward passes per image.
+      faithful: also measure deletion and insertion for each image's first label (that of the first
+        network for both) against random pixels; 84 more forward passes per image.
 
     Returns:
       The summary.
@@ -115,7 +115,7 @@ def attribute(
             if columns:
                 targets = np.tile(np.asarray(columns, np.int64), (batch_size, 1))
             first = explained[0].first if explained else targets[:, 0]
-            # Networks are compared by one label, which the second may not have among its own.
+            # Both networks are compared on one label, which may not be among the second's targets.
             compared = bool(explained) and faithful
             asked = np.column_stack([targets, first]) if compared else targets
             attribution = network.attribute(images, asked, black, path)
@@ -134,17 +134,17 @@ def attribute(
 
 
 def _random_order(hu: np.ndarray, base: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
-    """Random ranks `[B, H, W]`, the same for an image's number whatever its batch."""
+    """Random ranks `[B, H, W]`, which depend on an image's number but not on its batch."""
     differs = perturbation.differs(hu, base)
     order = [faithfulness.random_ranks(differs[row], number) for row, number in enumerate(numbers)]
     return np.stack(order + order[-1:] * (len(hu) - len(order)))
 
 
 def label_entry(image: SelectedImage, run: Run, column: int, scores: np.ndarray) -> dict[str, Any]:
-    """What is shown of a label: its truth, its confidence, and whether they agree.
+    """The displayed values of a label: truth, confidence, and whether they agree.
 
     A label is predicted where its confidence reaches its threshold; parents are not added, so that
-    every label is judged by its own confidence.
+    each label depends on its own confidence only.
 
     Args:
       image: the image.
@@ -239,7 +239,7 @@ def _pictures(arrays: dict[str, np.ndarray], models: int) -> Iterator[list[np.nd
 def cards(
     paths: Iterable[pathlib.Path], display: tuple[float, float], names: Sequence[str] = ()
 ) -> Iterator[Markup]:
-    """The HTML cards of results: an image with its maps each.
+    """The HTML cards of results: each shows an image with its maps.
 
     Args:
       paths: files of results.
@@ -256,7 +256,7 @@ def cards(
 
 
 def _differences(areas: dict[str, dict[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, one value per image) of what is compared on the same images."""
+    """Yields (name, one value per image) for each paired comparison."""
     for area in AREAS[:2]:
         for name, each in areas.items():
             yield f"{name}: {area}, map minus random", each[area] - each[f"random {area}"]
@@ -266,7 +266,7 @@ def _differences(areas: dict[str, dict[str, np.ndarray]]) -> Iterator[tuple[str,
 
 
 def _write(explained: results.Explained) -> dict[str, Any]:
-    """Writes everything but the results themselves; returns what it adds to the summary."""
+    """Writes all files except the results themselves; returns new entries of the summary."""
     out, summary, names = explained.out, explained.summary, explained.names
     index, rows, groups = [], [], []
     flags: dict[str, list[bool]] = {}

@@ -24,7 +24,7 @@ from rich.table import Table
 from maknet_jax import files
 
 _WIDE = 10_000  # columns of output that is not a terminal, so that nothing wraps
-# Of rich's eight lines of a box only the rule under the header; ASCII for every encoding.
+# Of the eight lines of a rich box, only the rule under the header; ASCII works in every encoding.
 _RULE = box.Box("    \n    \n -  \n    \n    \n    \n    \n    \n", ascii=True)
 
 _console = Console(stderr=True, highlight=False)
@@ -41,7 +41,7 @@ class Log:
             self._file = path.open("a", encoding="utf-8")
 
     def say(self, text: str, **event: object) -> None:
-        """Prints one line; it goes to the JSONL file as well, with `event` beside it."""
+        """Prints one line and appends it to the JSONL file, with the fields of `event`."""
         _console.print(text, markup=False, soft_wrap=True)
         self.event(message=text, **event)
 
@@ -77,8 +77,8 @@ def progress(description: str, total: int, *, done: int = 0) -> Iterator[Callabl
     """Shows a progress bar if standard error is a terminal.
 
     Yields:
-      advance(count=1, note=None): `note` (a rate, a loss) stays at the end of the bar until the
-        next one replaces it.
+      advance(count=1, note=None): `note` (a rate, a loss) is shown at the end of the bar until
+        another replaces it.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -99,7 +99,7 @@ def progress(description: str, total: int, *, done: int = 0) -> Iterator[Callabl
 
 
 def write_failures(path: pathlib.Path, failures: Sequence[tuple[str, str]]) -> None:
-    """Writes `failures.csv` (input, reason); without failures it removes an old one."""
+    """Writes `failures.csv` (input, reason); without failures, removes an existing one."""
     if not failures:
         path.unlink(missing_ok=True)
         return
@@ -109,7 +109,7 @@ def write_failures(path: pathlib.Path, failures: Sequence[tuple[str, str]]) -> N
 def write_table(
     path: pathlib.Path, header: Sequence[str], rows: Iterable[Iterable[object]]
 ) -> None:
-    """Writes a CSV, whole or not at all."""
+    """Writes a CSV atomically."""
     with files.write_whole(path) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
@@ -141,7 +141,7 @@ def format_table(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str
 
 
 def format_interval(values: Sequence[float], digits: int = 3) -> str:
-    """A (mean, low, high) as text; low equals high where there is no interval."""
+    """Formats (mean, low, high); low equals high where there is no interval."""
     mean, low, high = (f"{value:.{digits}f}" for value in values)
     return f"{mean} ({low} to {high})" if values[1] < values[2] else f"{mean} (no interval)"
 

@@ -1,4 +1,4 @@
-"""`maknet demo`: the whole chain on a generated CT phantom, with the code for real data."""
+"""`maknet demo`: the whole pipeline on a generated CT phantom, with the code for real data."""
 
 import pathlib
 import time
@@ -19,7 +19,7 @@ from maknet_jax.runs import config as configs
 
 # About 430 training images: minutes on two cores.
 PHANTOM = {"patients": 100, "unlabelled_volumes": 12, "size": 128, "lesions_per_patient": 6}
-# One round. The student starts from its teacher, which halves the training on few images.
+# One round. Starting the student from its teacher halves the training time with few images.
 ROUNDS = ("teacher=smoke", "student=smoke_student", "rounds=1", "from_last=True")
 STUDENT = ("epochs=15.0",)
 MIN_SLICES = 51  # per unlabelled volume; the last one of the phantom is shorter
@@ -94,8 +94,8 @@ def demo(out: str | pathlib.Path, *, seed: int = 0, workers: int = 1) -> dict[st
     before, after = (summary["splits"]["hand"]["auc"] for summary in rounds)
     print(
         f"\nWith {images:,} unlabelled images the student gained {after - before:+.4f} AUC (hand) "
-        "over its teacher.\nOn the phantom, longer training with noise alone gains as well: see "
-        "benchmarks/RESULTS.md."
+        "over its teacher.\nOn the phantom, longer training with noise but without pseudo-labels "
+        "also gains: see benchmarks/RESULTS.md."
     )
     print(
         "test: labels mined from reports, some missing or wrong; hand: labelled by hand.\n"
@@ -103,7 +103,7 @@ def demo(out: str | pathlib.Path, *, seed: int = 0, workers: int = 1) -> dict[st
     )
     print(
         f"A generated phantom at {size} x {size}, blocks {network.blocks}, widths "
-        f"{network.widths}:\nthis shows that the chain works, not how good the paper's network is."
+        f"{network.widths}:\nthis shows that the code works, not how good the paper's network is."
     )
     print(f"{minutes:.1f} minutes. Results:")
     for path, description in (

@@ -1,4 +1,4 @@
-"""Errors of the input, and the signal that stops a run."""
+"""Exceptions for bad input and for a run that a signal stops."""
 
 
 class InputError(ValueError):
@@ -9,7 +9,7 @@ class InputError(ValueError):
 
 
 class Rejected(ValueError):
-    """One input (a file, a series, a row) is rejected; the others continue and the exit code is 3.
+    """One input (a file, a series, a row) is rejected; the others are processed, exit code 3.
 
     The message is the reason in `failures.csv`.
     """
@@ -19,5 +19,5 @@ class Stopped(BaseException):
     """A signal ended the run after its state was saved; the same command resumes. Exit code 75.
 
     Derives from BaseException, like KeyboardInterrupt: readers turn any Exception into a rejected
-    file, and a signal that arrives while they read must not look like one.
+    file, and a signal that arrives while they read must not be reported as a rejected file.
     """

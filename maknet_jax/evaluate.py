@@ -35,19 +35,19 @@ def evaluate(
 
     Thresholds are chosen on the validation split. On a data set other than the training data the
     thresholds of the training run apply, and the results go to `WORKDIR/evaluation/on-NAME/`.
-    Macro averages run over the labels that have positives and negatives. Averages at the fixed
+    Macro averages are over the labels that have positives and negatives. Averages at the fixed
     threshold 0.5 and micro averages are reported too. For labels with classes (body part, type,
     attribute), `groups` and `SPLIT_groups.csv` hold the means by class and by the number of
     training examples.
 
     Args:
       folder: the workdir of `maknet train`; a bundle or a released name needs `data` and `out`.
-      splits: names; None takes `test` and `hand`, as far as they exist.
+      splits: names; None takes those of `test` and `hand` that exist.
       data: another prepared data set with the same labels; None takes the training data.
       checkpoint: "best" or "last".
       batch_size: images per step; None takes the config's.
       rules: "ours", or "lesanet" to agree with LesaNet's published evaluate.py, see
-        `evaluation.protocol`; the results of "lesanet" go to a folder `lesanet` of their own.
+        `evaluation.protocol`; the results of "lesanet" go to a subfolder `lesanet`.
       out: the folder to write instead of `WORKDIR/evaluation`.
 
     Returns:
@@ -55,7 +55,7 @@ def evaluate(
 
     Raises:
       InputError: a split is missing or empty, the labels or the image size differ from the
-        network's, or LesaNet's rules lack the direct parents of the labels.
+        network's, or the data set lacks the direct parents that LesaNet's rules need.
     """
     protocol.find_rules(rules)  # before anything is scored
     run = workdir.open_run(folder, checkpoint_name=checkpoint)
@@ -64,15 +64,15 @@ def evaluate(
     other = dataset.fingerprint != run.dataset.get("fingerprint")
     if dataset.vocabulary.names != run.vocabulary.names:
         raise InputError(
-            f"the {len(dataset.vocabulary)} labels of {dataset.path} are not the "
+            f"the {len(dataset.vocabulary)} labels of {dataset.path} differ from the "
             f"{len(run.vocabulary)} of {folder}: evaluate on data with the labels of the network"
         )
     records.check_size(dataset, run.size)
-    wanted = splits_to_score(dataset, splits)
+    requested = splits_to_score(dataset, splits)
     parents = direct_parents(dataset) if rules == protocol.LESANET else run.vocabulary.parents
     val = None if other else run.val_split
     chosen_on = val if val and dataset.info["splits"].get(val, {}).get("count") else None
-    names = list(dict.fromkeys([*([chosen_on] if chosen_on else []), *wanted]))
+    names = list(dict.fromkeys([*([chosen_on] if chosen_on else []), *requested]))
     scores = _score(run, dataset, names, batch_size or run.batch_size)
     thresholds = scores[chosen_on].thresholds(rules) if chosen_on else run.thresholds
     out = out / (f"on-{dataset.path.resolve().name}" if other else "")
@@ -87,7 +87,7 @@ def evaluate(
         "rules": rules,
         "out": str(out),
     }
-    reports = {name: scores[name].report(thresholds, parents, rules) for name in wanted}
+    reports = {name: scores[name].report(thresholds, parents, rules) for name in requested}
     counts = None if other else dataset.split(run.train_split)["label_counts"]
     summary["splits"] = {
         name: report.summary | by_group(report, run.vocabulary, counts)
@@ -163,7 +163,7 @@ def by_group(
     Args:
       report: `protocol.Report`.
       vocabulary: the labels.
-      counts: training examples of each label, `[K]`; None leaves these groups out.
+      counts: training examples of each label, `[K]`; None omits these groups.
 
     Returns:
       {"groups": {name: {labels, auc, f1, precision, recall}}}; an empty dict if all labels have

@@ -29,7 +29,7 @@ def export(
     zipped: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Writes a bundle, see `runs.bundle`; whole or not at all.
+    """Writes a bundle atomically, see `runs.bundle`.
 
     Args:
       folder: a workdir of `maknet train`; or a bundle, to store it in another dtype.
@@ -38,16 +38,16 @@ def export(
       dtype: of the stored kernels: "float32", "float16" or "bfloat16"; restored to float32 when the
         bundle is opened.
       name: the title; None takes the name of the folder.
-      license_name: of the weights, as the Hugging Face Hub calls it.
-      data: the data set that it was trained on, if it has moved; it says where the data came from.
+      license_name: of the weights, as named by the Hugging Face Hub.
+      data: the training data set, if it has moved; the bundle records its origin.
       zipped: also write OUT.zip.
-      overwrite: replace a bundle that lies at `out`.
+      overwrite: replace an existing bundle at `out`.
 
     Returns:
       The summary: the paths, the bytes of each file, the labels and the step.
 
     Raises:
-      InputError: `folder` is not a run, `data` is not what it was trained on, or `out` is taken.
+      InputError: `folder` is not a run, `data` is not its training data, or `out` exists.
     """
     bundle.check_free(out, zipped=zipped, overwrite=overwrite)
     run = workdir.open_run(folder, checkpoint_name=checkpoint, devices=jax.local_devices())
@@ -105,7 +105,7 @@ def export(
 
 
 def _data(run: workdir.Run, path: str | os.PathLike[str] | None) -> dict[str, Any]:
-    """What is known of the training data: `bundle.json`'s `data`."""
+    """The entry `data` of `bundle.json`: what is known about the training data."""
     if run.is_bundle:
         return dict(run.dataset)
     fingerprint = run.dataset["fingerprint"]
@@ -120,8 +120,8 @@ def _data(run: workdir.Run, path: str | os.PathLike[str] | None) -> dict[str, An
         if path is not None:
             raise
         console.Log().say(
-            f"the data of {run.source} are not at {run.data_path}: the bundle will not say how "
-            "many images they are (--data names their folder)"
+            f"the data of {run.source} are not at {run.data_path}: the bundle will not state the "
+            "number of images; pass their folder as --data"
         )
         return known
     if dataset.fingerprint != fingerprint:
@@ -135,7 +135,7 @@ def _data(run: workdir.Run, path: str | os.PathLike[str] | None) -> dict[str, An
 
 
 def _metrics(run: workdir.Run) -> dict[str, dict[str, Any]]:
-    """Split -> metrics, of the validation and of evaluations of the exported weights."""
+    """Split -> metrics, from validation and from evaluations of the exported weights."""
     if run.is_bundle:
         return dict(run.metadata["metrics"])
     metrics: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes of files and folders, and the check of a claimed output folder."""
 
 import contextlib
 import errno
@@ -16,12 +16,12 @@ from maknet_jax.errors import InputError
 def write_whole(
     path: str | os.PathLike[str], mode: str = "w", *, private: bool = False
 ) -> Iterator[IO[Any]]:
-    """Opens a temporary file beside `path` that takes its name only when the block ends well.
+    """Opens a temporary file beside `path` that is renamed to it if the block succeeds.
 
     Args:
       path: the final name; its folder is created.
       mode: "w" (UTF-8 text) or "wb".
-      private: only the owner may read the file; else permissions obey the umask.
+      private: only the owner may read the file; otherwise permissions follow the umask.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def write_whole(
         raise IsADirectoryError(errno.EISDIR, "is a folder, not a file", str(path))
     try:
         handle, temporary = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
-    except OSError as error:  # the message names the file that the user knows
+    except OSError as error:  # name the final file in the message, not the temporary one
         raise type(error)(error.errno, error.strerror, str(path)) from None
     encoding = None if "b" in mode else "utf-8"
     newline = None if "b" in mode else ""
@@ -38,7 +38,7 @@ def write_whole(
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if not private:  # mkstemp makes files that only their owner reads
+        if not private:  # mkstemp creates files that only their owner can read
             umask = os.umask(0)
             os.umask(umask)
             os.chmod(temporary, 0o666 & ~umask)
@@ -53,38 +53,38 @@ def write_whole(
 def write_folder(
     path: str | os.PathLike[str], *, replace: Callable[[pathlib.Path], bool] | None = None
 ) -> Iterator[pathlib.Path]:
-    """Yields a temporary folder beside `path` that takes its name only when the block ends well.
+    """Yields a temporary folder beside `path` that is renamed to it if the block succeeds.
 
     Args:
-      path: the final name; it must be free or an empty folder, unless `replace` allows more.
-      replace: replace(path) says whether what lies at `path` may be replaced.
+      path: the final name; it must not exist or be an empty folder, unless `replace` allows more.
+      replace: replace(path) says whether an existing `path` may be replaced.
 
     Raises:
-      InputError: something else lies at `path`.
+      InputError: `path` exists and may not be replaced.
     """
     path = pathlib.Path(path).absolute()
-    taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
-    if taken and not (replace and replace(path)):
+    occupied = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    if occupied and not (replace and replace(path)):
         raise InputError(f"{path} exists and would be overwritten: choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(".tmp", f".{path.name}.", path.parent) as parent:
         new, old = pathlib.Path(parent) / "new", pathlib.Path(parent) / "old"
         new.mkdir()
         yield new
-        if taken:
+        if occupied:
             path.rename(old)
         try:
             new.rename(path)
         except BaseException:
-            if taken:
+            if occupied:
                 old.rename(path)
             raise
 
 
 def has_foreign_files(folder: str | os.PathLike[str], *names: str) -> bool:
-    """Whether `folder` is a file, or holds anything beside `names` and leftovers of killed writers.
+    """Whether `folder` is a file, or holds anything but `names` and leftover temporary files.
 
-    A killed writer leaves a hidden temporary file, which belongs to no one.
+    A killed process leaves hidden temporary files.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
@@ -104,20 +104,20 @@ def check_claim(
     may_change: Collection[str] = (),
     upgrade: Callable[[str, dict[str, Any]], dict[str, Any]] | None = None,
 ) -> None:
-    """Checks that a folder may be filled: it is empty, or holds an unfinished run of `records`.
+    """Checks that a folder may be written: it is empty, or holds a run with the same `records`.
 
     Args:
       folder: the output folder; it need not exist.
-      records: file name -> JSON object that says what the folder holds. The last one is the claim:
-        it is written last, so that the others alone are leftovers of a killed process.
-      command: the command that fills the folder, for the message: "maknet train".
+      records: file name -> JSON object that describes the run. The last one is the claim: it is
+        written last, so without it the others are leftovers of a killed process.
+      command: the command that writes the folder, for the message: "maknet train".
       option: the option that names the folder, for the message: "--workdir".
       may_change: keys that may change on resume; "data.path" is the key `path` of the object
         `data`. Keys of records before the last one start with the stem of the file's name.
       upgrade: upgrade(file name, stored record) -> the record as this version writes it.
 
     Raises:
-      InputError: the folder holds something else.
+      InputError: the folder holds foreign files or another run.
     """
     folder = pathlib.Path(folder)
     claim = list(records)[-1]
@@ -156,7 +156,7 @@ def _shorten(value: Any) -> str:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes `value` as indented JSON, whole or not at all. NaN is refused (it is not JSON)."""
+    """Writes `value` as indented JSON, atomically. NaN raises ValueError: it is not JSON."""
     with write_whole(path) as file:
         json.dump(value, file, indent=2, allow_nan=False)
         file.write("\n")

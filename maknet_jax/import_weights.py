@@ -1,4 +1,4 @@
-"""`maknet import-weights`: a trunk of torchvision or timm as weights that `train` starts from."""
+"""`maknet import-weights`: a trunk of torchvision or timm as initial weights for `train`."""
 
 import hashlib
 import pathlib
@@ -20,7 +20,7 @@ def import_weights(
     mean: Sequence[float] = pretrained.IMAGENET_MEAN,
     std: Sequence[float] = pretrained.IMAGENET_STD,
 ) -> dict[str, Any]:
-    """Translates the trunk in a safetensors file of torch; the head is dropped.
+    """Converts the trunk in a PyTorch safetensors file; the head is dropped.
 
     Args:
       source: the .safetensors file of torchvision's or timm's VGG16-BN or ResNet18.
@@ -30,8 +30,8 @@ def import_weights(
       std: three numbers, by which the images were then divided.
 
     Returns:
-      The metadata of the file, among them the `digest` of the arrays, which a run that starts from
-      them repeats; and `out`, the number of arrays `placed`, the names `unplaced` of the source.
+      The metadata of the file, including the `digest` of the arrays, which runs that start from
+      them record; and `out`, the number of arrays `placed`, and the `unplaced` names of the source.
 
     Raises:
       InputError: `source` is not a safetensors file of that network, or is `out` itself.

@@ -19,7 +19,7 @@ PAPER_MILLIONS = {"maknet": 4.50, "vgg16": 14.78, "resnet18": 11.25}  # table 1
 
 
 class Cost(NamedTuple):
-    """What a top-level part of a network costs, see `measure`."""
+    """The cost of a top-level part of a network, see `measure`."""
 
     part: str
     parameters: int
@@ -30,8 +30,8 @@ class Cost(NamedTuple):
 def measure(name: str, *, num_classes: int = 115, size: int = 256) -> list[Cost]:
     """Costs of each top-level part of a network, from shapes alone: nothing is computed.
 
-    FLOPs are those of convolutions and dense layers, two per multiply-add. Bytes are the least that
-    these layers move in float32 for one image: inputs, outputs and kernels.
+    FLOPs are those of convolutions and dense layers, two per multiply-add. Bytes are the minimum
+    that these layers move in float32 for one image: inputs, outputs and kernels.
 
     Args:
       name: maknet, vgg16 or resnet18, with the options of its config.
@@ -72,10 +72,10 @@ def measure(name: str, *, num_classes: int = 115, size: int = 256) -> list[Cost]
     parts = {part: [0, 0, 0] for part in dict.fromkeys([*names, *params])}
     for part, tree in params.items():
         parts[part][0] = sum(leaf.size for leaf in jax.tree.leaves(tree))
-    for path, taken, returned, kernels in calls:
+    for path, inputs, outputs, kernels in calls:
         # Every element of a kernel is used once at every position of the output.
-        parts[path[0]][1] += 2 * math.prod(returned[:-1]) * kernels
-        parts[path[0]][2] += 4 * (math.prod(taken) + math.prod(returned) + kernels)
+        parts[path[0]][1] += 2 * math.prod(outputs[:-1]) * kernels
+        parts[path[0]][2] += 4 * (math.prod(inputs) + math.prod(outputs) + kernels)
     return [Cost(part, *numbers) for part, numbers in parts.items()]
 
 
@@ -95,7 +95,7 @@ def model_table(
       out: a JSON file to write the costs to.
 
     Returns:
-      (text, costs): the tables for a terminal, and by network a dict for each part.
+      (text, costs): the tables as text, and for each network one dict per part.
 
     Raises:
       InputError: an unknown network.

@@ -6,11 +6,10 @@
     WORKDIR/table2.csv      and .md, .png: the metrics of each round on the test sets; beside the
                             paper's if the labelled images are DeepLesion
 
-Our choices, on which the paper is silent: the network of a round that labels and is evaluated is
-its checkpoint with the best validation AUC, and images without any pseudo-label are dropped.
+The paper does not specify two details, which are our choice: each round labels and is evaluated
+with its checkpoint of the best validation AUC, and images without any pseudo-label are dropped.
 
-Every part resumes if interrupted, and so does the whole: killed anywhere and run again, it ends
-with the same numbers.
+Every stage resumes if interrupted: a run that is killed and restarted gives the same numbers.
 """
 
 import pathlib
@@ -53,7 +52,7 @@ def noisy_student(config: ml_collections.ConfigDict, folder: pathlib.Path | str)
       The summary (also in `summary.json`): the evaluations of all rounds and the files.
 
     Raises:
-      InputError: the config or the data do not fit, or the folder belongs to another run.
+      InputError: the config or the data are invalid, or the folder belongs to another run.
       Stopped: SIGTERM or SIGINT; the same call resumes.
     """
     folder = pathlib.Path(folder)
@@ -102,10 +101,10 @@ def noisy_student(config: ml_collections.ConfigDict, folder: pathlib.Path | str)
 def _check(
     config: ml_collections.ConfigDict, round_configs: Sequence[ml_collections.ConfigDict]
 ) -> None:
-    """Raises before the first round what a later one would raise.
+    """Checks all rounds before the first one starts.
 
     Raises:
-      InputError: a value, a data set or a split does not fit.
+      InputError: a config value, a data set or a split is invalid.
     """
     if config.rounds < 0:
         raise InputError(f"config rounds {config.rounds} should be 0 or above")

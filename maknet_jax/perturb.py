@@ -1,4 +1,4 @@
-"""`maknet perturb`: what a network still says when parts of the image change (paper, 5.2)."""
+"""`maknet perturb`: how labels change when parts of the image are changed (paper, 5.2)."""
 
 import pathlib
 from collections.abc import Sequence
@@ -57,11 +57,11 @@ def perturb(
     organs: Sequence[str] | None = None,
     share: float = SHARE,
 ) -> dict[str, Any]:
-    """Perturbs a selection of images and compares the first labels; resumes if interrupted.
+    """Perturbs a selection of images and compares the top labels; resumes if interrupted.
 
-    "neighbour" fills a region with the pixels around it, "patch" blackens its bounding box;
-    "attribution" deletes the pixels that raise the confidences of the original's first labels most,
-    for each network by its own map, and "random" deletes as many random pixels, as a control.
+    "neighbour" fills a region with the pixels around it, and "patch" blackens its bounding box.
+    "attribution" deletes the pixels that raise the confidences of the original's top labels most,
+    for each network by its own map. "random" deletes as many random pixels, as a control.
 
     Args:
       folder: the workdir of `maknet train`, a bundle or a released name.
@@ -72,14 +72,14 @@ def perturb(
         attributed, without refinement.
       display: how results are shown.
       strategies: some of `STRATEGIES`.
-      masks: where the regions are, see `masks.find_regions`; None takes DeepLesion's boxes.
-      organs: names or values in the masks, each a region of its own; None takes all nonzero pixels
-        as one region.
+      masks: the masks of the regions, see `masks.find_regions`; None takes DeepLesion's boxes.
+      organs: names or values in the masks, each a separate region; None takes all nonzero pixels as
+        one region.
       share: share of the pixels that are deleted.
 
     Returns:
-      The summary: for each network and strategy by how much the confidences of the first labels
-      fall, and how many of those stay, with 95 % intervals over patients or series.
+      The summary: for each network and strategy, the mean drop of the top labels' confidences and
+      the share of them that stay in the top, with 95 % intervals over patients or series.
 
     Raises:
       InputError: nothing to perturb, or invalid options.
@@ -136,7 +136,7 @@ def perturb(
 def _influential(
     network: Network, hu: np.ndarray, base: np.ndarray, settings: dict[str, Any]
 ) -> np.ndarray:
-    """The pixels that raise each image's first labels most: bool `[B, S, S]`."""
+    """The pixels that raise each image's top labels most: bool `[B, S, S]`."""
     if not {"attribution", "random"} & set(settings["strategies"]):
         return np.zeros(hu.shape[:3], bool)
     images = network.put(hu)
@@ -192,7 +192,7 @@ def _perturbed(
 def _columns(
     image: SelectedImage, network: Network, titles: Sequence[str], hu: np.ndarray, top: int
 ) -> list[dict[str, Any]]:
-    """The first labels of each form of an image, the original's first ones always among them."""
+    """The top labels of each form of an image, always including those of the original."""
     order, scores = _scored(network, hu)
     first = order[0, :top].tolist()
     columns = []
@@ -213,7 +213,7 @@ def _columns(
 
 
 def _scored(network: Network, hu: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(labels by confidence, confidences), each `[N, K]`, of one image per device at a time."""
+    """(labels by confidence, confidences), each `[N, K]`; one image per device at a time."""
     devices = jax.local_device_count()
     rows = sharding.round_up_to_devices(len(hu), devices)
     padded = np.concatenate([hu, hu[:1].repeat(rows - len(hu), axis=0)])
@@ -225,7 +225,7 @@ def _scored(network: Network, hu: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _write(explained: results.Explained) -> dict[str, Any]:
-    """Writes everything but the results themselves; returns what it adds to the summary."""
+    """Writes all files except the results themselves; returns new entries of the summary."""
     out, summary, names = explained.out, explained.summary, explained.names
     rows: list[list[Any]] = []
     drops: dict[tuple[str, str], list[float]] = {}
@@ -311,8 +311,8 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
         "perturbed",
         "images",
         "patients or series",
-        "confidence falls by",
-        "of the first stay",
+        "confidence drop",
+        "share still in top",
     ]
     return header, cells
 

@@ -36,9 +36,9 @@ def predict(
 ) -> dict[str, Any]:
     """Predicts the labels of every slice of every CT series under `path`.
 
-    Each slice is the middle of a triplet with its neighbours; at the ends the edge slice repeats. A
-    label is predicted if its confidence reaches its threshold (chosen in training) or if it is a
-    parent of a predicted label. Labels are listed by decreasing confidence.
+    Each slice is the middle of a triplet with its neighbours; at the ends the edge slice is
+    repeated. A label is predicted if its confidence reaches its threshold (chosen in training) or
+    if it is a parent of a predicted label. Labels are listed by decreasing confidence.
 
     Args:
       folder: the workdir of `maknet train`, a bundle or a released name.
@@ -46,7 +46,7 @@ def predict(
       out: the CSV of slices. `STEM.series.csv`, `STEM.summary.json` and `STEM.log.jsonl` are
         written beside it, and `STEM.failures.csv` if inputs were rejected. One unreadable slice
         rejects its whole series.
-      png_window: (low, high) HU that 0 and 255 of 8-bit PNGs stand for.
+      png_window: (low, high), the HU of pixel values 0 and 255 in 8-bit PNGs.
       checkpoint: "best" or "last".
       batch_size: slices per step.
       as_json: also write `STEM.json` with all confidences.
@@ -154,10 +154,10 @@ def predict_volume(
       run: the trained network.
       volume: the CT, from head to feet.
       batch_size: slices per step; rounded up to a multiple of the devices.
-      png_window: (low, high) HU that 0 and 255 of 8-bit PNGs stand for.
+      png_window: (low, high), the HU of pixel values 0 and 255 in 8-bit PNGs.
       advance: called with the number of slices after each batch.
       features: also return the pooled features.
-      read: reads the volume again, so that the result need not hold it; None: it holds it.
+      read: reads the volume again, so that the result need not keep it; if None, it keeps it.
     """
     confidences, pooled = _score(run, volume, batch_size, png_window, advance, features=features)
     return SeriesResult.of_scores(

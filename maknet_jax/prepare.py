@@ -27,7 +27,7 @@ from maknet_jax.figures import contact_sheet
 
 _RULES, _SPLITS = Rules(), SplitOptions()
 _SHOWN = 24  # records on the contact sheet
-# Entries of `about` that count what was left out.
+# Entries of `about` that count skipped inputs.
 _COUNTED = (
     "series_too_small",
     "series_unreadable",
@@ -56,7 +56,7 @@ def prepare_deeplesion(
 
     Args:
       images: the folder of 16-bit PNGs, nested (`000001_01_01/109.png`) or flat.
-      info: `DL_info.csv`.
+      info: the path of `DL_info.csv`.
       out: the folder to write.
       label_file: LesaNet's text-mined labels and split (JSON).
       hand_labels: LesaNet's hand-labelled test set (JSON).
@@ -156,8 +156,8 @@ def prepare_dicom(
       salt_file: the secret key of the ids, created if absent; None means
         `~/.config/maknet/salt`. It is never written into the records.
       min_slices: smaller volumes are dropped, counted and listed in `failures.csv`. The paper
-        uses volumes of more than 50 slices. That a series with one unreadable slice is dropped
-        whole is our choice.
+        uses volumes of more than 50 slices. It is our choice that one unreadable slice rejects its
+        whole series.
       size: the edge S of the images in pixels.
       workers: processes.
 
@@ -255,7 +255,7 @@ def prepare_segmentations(
       label_table: a CSV of mask,label, or `totalsegmentator`; None makes every mask a label.
       rules: how masks become labels.
       splits: how cases are split.
-      origin: `source`, `citation` and `licence` of the data; runs that train on them keep these.
+      origin: `source`, `citation` and `licence` of the data; runs that train on them record these.
       salt_file: the secret key of the ids of DICOM cases, as in `prepare_dicom`.
       size: the edge S of the images in pixels.
       workers: processes.
@@ -294,7 +294,7 @@ def prepare_openkbp(folder: str | os.PathLike[str], out: str | os.PathLike[str])
       out: the folder to write, in TotalSegmentator's layout; finished patients are skipped.
 
     Returns:
-      The summary: patients, patients that were there already, and failures.
+      The summary: patients, patients converted by an earlier call, and failures.
 
     Raises:
       InputError: `folder` has no such patients.
@@ -309,7 +309,7 @@ def prepare_openkbp(folder: str | os.PathLike[str], out: str | os.PathLike[str])
 
 
 def _check(out: str | os.PathLike[str], size: int, step: int = 32) -> None:
-    # Called before anything is read, because searching a tree of CT can take long.
+    # Called before anything is read, because searching a tree of CT can take a long time.
     if size % step:
         why = "networks halve it five times" if step == 32 else "as LesaNet's 120 is"
         raise InputError(f"--size {size} should be a multiple of {step}: {why}")
@@ -372,7 +372,7 @@ def _write(
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """The summary as a few lines of text, with the paper's counts if it has any."""
+    """Formats the summary as a few lines of text, with the paper's counts if there are any."""
     lines = []
     about = summary["about"]
     if "numbering" in about:

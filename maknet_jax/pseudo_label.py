@@ -1,8 +1,8 @@
 """`maknet pseudo-label`: a teacher labels unlabelled images (paper, section 4.2).
 
 The paper states the rule (the 15 most confident labels, confidence above 0.5, exclusive relations).
-Our choices, on which it is silent: images without any pseudo-label are dropped, and the teacher is
-its checkpoint with the best validation AUC.
+It does not specify two details, which are our choice: images without any pseudo-label are dropped,
+and the teacher is the checkpoint with the best validation AUC.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from maknet_jax.training import sharding, transfer
 # May change on resume: a moved teacher or data set keeps its digest or fingerprint.
 MAY_CHANGE = ("teacher", "records")
 T = TypeVar("T")
-# Thresholds for which the number of labels is counted too, for comparison.
+# Thresholds for which labels are also counted, for comparison.
 SWEEP = tuple(round(0.1 * tenth, 1) for tenth in range(1, 10))
 
 
@@ -44,11 +44,11 @@ def pseudo_label(
     truth: bool = False,
     devices: Sequence[jax.Device] | None = None,
 ) -> dict:
-    """Labels the images of a prepared data set; an interrupted call resumes shard by shard.
+    """Labels the images of a prepared data set; resumes shard by shard if interrupted.
 
     Noise is off. Every process labels its own shards on its own devices; processes wait for each
-    other at the end only. For one kind of device and one batch size per device the label shards are
-    reproduced bit for bit. Otherwise confidences differ in the last digits of the teacher's
+    other only at the end. With the same kind of device and batch size per device, the label shards
+    are reproduced bit for bit. Otherwise confidences differ in the last digits of the teacher's
     precision, and labels can differ only for images that are counted as `close`.
 
     Args:
@@ -56,8 +56,8 @@ def pseudo_label(
       data: the prepared data set with the images.
       out: the folder to write; see `data/pseudo_labels.py`.
       split: the split of the data set.
-      top: labels per image at most.
-      threshold: what a confidence must exceed.
+      top: maximum number of labels per image.
+      threshold: a label's confidence must exceed it.
       soft: students learn the confidences of the selected labels instead of 1.
       checkpoint: "best" or "last" of the teacher.
       batch_size: images per step of this process, rounded up to its devices; None takes the
@@ -70,8 +70,8 @@ def pseudo_label(
       The content of `pseudo.json`.
 
     Raises:
-      InputError: the images do not fit the teacher, or `out` holds labels of another teacher or
-        rule.
+      InputError: the images have another size than the teacher's, or `out` holds labels of another
+        teacher or rule.
     """
     out, devices = pathlib.Path(out), devices or jax.local_devices()
     check_rule(top, threshold)
@@ -82,11 +82,11 @@ def pseudo_label(
         raise InputError(f"split {split!r} of {dataset.path} is empty: choose another split")
     if truth and dataset.vocabulary.names != run.vocabulary.names:
         raise InputError(
-            f"{dataset.path} has other labels than {folder}: leave out --truth, or choose "
-            "data with the labels of the teacher"
+            f"{dataset.path} has other labels than {folder}: omit --truth, or choose data with "
+            "the labels of the teacher"
         )
     weights = jax.tree.map(np.asarray, run.variables)
-    about = {
+    result = {
         "format": pseudo_labels.FORMAT,
         "teacher": str(run.source.absolute()),
         "teacher_digest": transfer.digest(weights["params"], weights.get("batch_stats", {})),
@@ -103,7 +103,7 @@ def pseudo_label(
     main = jax.process_index() == 0
     claim(
         out,
-        {"claim.json": about},
+        {"claim.json": result},
         command="maknet pseudo-label",
         option="--out",
         may_change=MAY_CHANGE,
@@ -118,7 +118,7 @@ def pseudo_label(
     rule = _Rule(run.vocabulary, top=top, threshold=threshold, close=close, truth=truth)
     with console.Log(out / "log.jsonl" if main else None) as log:
         if len(todo) < len(mine):
-            log.say(f"resuming: {len(mine) - len(todo)} of {len(mine)} shards are labelled")
+            log.say(f"resuming: {len(mine) - len(todo)} of {len(mine)} shards are already labelled")
         with console.progress("pseudo-label", total) as advance:
             scored = _confidences(run, dataset, shards, todo, batch, advance)
             for number, confidences, labels, mask in scored:
@@ -130,13 +130,14 @@ def pseudo_label(
         sharding.wait_for_all("pseudo-labelled")
         if main:
             parts = [files.read_json(out / _counts_name(shard)) for shard in shards]
-            about |= _sum(parts, shards)
-            _write_tables(out, about, log)
-            files.write_json(out / "pseudo.json", about)
+            result |= _sum(parts, shards)
+            _write_tables(out, result, log)
+            files.write_json(out / "pseudo.json", result)
             log.say(
-                f"{about['kept']:,} of {about['images']:,} images have {about['labels_given']:,} "
-                f"pseudo-labels, {about['dropped']:,} without any are dropped; the labels of "
-                f"{about['close']:,} could change if confidences changed by {close}",
+                f"{result['kept']:,} of {result['images']:,} images have "
+                f"{result['labels_given']:,} pseudo-labels; {result['dropped']:,} images without "
+                f"any are dropped; the labels of {result['close']:,} images would change if "
+                f"confidences changed by {close}",
                 event="pseudo-labelled",
             )
         sharding.wait_for_all("summed up")
@@ -150,7 +151,7 @@ def check_rule(top: int, threshold: float) -> None:
       InputError: no label can be selected with these values.
     """
     if top < 1:
-        raise InputError(f"top {top} should be 1 or above: it is the most labels per image")
+        raise InputError(f"top {top}, the maximum number of labels per image, should be at least 1")
     if not 0 <= threshold < 1:
         raise InputError(f"threshold {threshold} should be 0 or above and below 1")
 
@@ -169,7 +170,7 @@ def _is_done(out: pathlib.Path, shard: dict) -> bool:
     try:
         digest = files.read_json(out / _counts_name(shard))["sha256"]
         pseudo_labels.read_rows(out / _shard_name(shard), digest)
-    except InputError:  # the labels were lost or damaged after their counts were written
+    except InputError:  # the labels were deleted or damaged after their counts were written
         return False
     return True
 
@@ -182,7 +183,7 @@ def _confidences(
     batch_size: int,
     advance: Callable[[int], None],
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-    """Scores whole shards with noise off; the next step always runs while one is collected.
+    """Scores whole shards with noise off; each step runs while the previous one is collected.
 
     Yields:
       (shard number, confidences, labels, label mask), the arrays `[images of the shard, K]`; labels
@@ -212,7 +213,7 @@ def _confidences(
 
 
 def _one_ahead(started: Iterable[T]) -> Iterator[T]:
-    """Yields each item after the next one was drawn, whose computation is then in flight."""
+    """Yields each item after drawing the next one, so that its computation is already running."""
     items = iter(started)
     for current in items:
         for following in items:
@@ -227,10 +228,10 @@ class _Rule:
 
     Attributes:
       vocabulary: the labels of the teacher.
-      top: labels per image at most.
-      threshold: what a confidence must exceed.
+      top: maximum number of labels per image.
+      threshold: a label's confidence must exceed it.
       close: a difference of confidences, see `pseudo_labels.select`.
-      truth: compare with the labels of the images too.
+      truth: also compare with the labels of the images.
     """
 
     vocabulary: Vocabulary
@@ -290,7 +291,7 @@ class _Rule:
 
 
 def _agreement(columns: np.ndarray, labels: np.ndarray, mask: np.ndarray) -> dict[str, int]:
-    """Counts over the known labels: those selected, those selected and true, those true."""
+    """Counts of the known labels that are selected, selected and true, and true."""
     selected = np.zeros(labels.shape, bool)
     row, place = np.nonzero(columns >= 0)
     selected[row, columns[row, place]] = True
@@ -338,6 +339,6 @@ def _write_tables(out: pathlib.Path, result: dict, log: console.Log) -> None:
         judged = result["judged"]
         log.say(
             f"compared with the true labels: {judged['right']:,} of {judged['given']:,} "
-            f"pseudo-labels are right (precision {judged['precision']:.3f}, recall "
+            f"pseudo-labels are correct (precision {judged['precision']:.3f}, recall "
             f"{judged['recall'] or 0:.3f})"
         )

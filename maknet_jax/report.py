@@ -48,7 +48,7 @@ def report(
       folder: the workdir of `maknet train`; results of `maknet evaluate` are shown if present. A
         bundle or a released name, which have no curves, need `out` and `data`.
       out: the folder to write; None takes WORKDIR/report.
-      split: where the cases come from; None takes test, otherwise the validation split.
+      split: the split of the cases; None takes test if it has images, else the validation split.
       data: the prepared data set; None takes the one that the network was trained on.
       count: number of best cases, and of worst cases.
       steps: of Integrated Gradients.
@@ -181,7 +181,7 @@ def _cards(
     """The cards of some images of a split, whose attributions are computed unless present."""
     source = dataset.source(split)
     ids = [source[number].id for number in numbers]
-    # Other weights, data or cases get a folder of their own: a folder's results never change.
+    # Other weights, data or cases get their own folder, so that the results in one never change.
     settings = transfer.digest(**run.variables), dataset.fingerprint, ids, steps, truth.RULE
     explained = out / f"{kind}-{split}-{selection.digest(settings)}"
     options = SelectionOptions(split=split, ids=ids, data=dataset.path)

@@ -43,7 +43,7 @@ def retrieve(
       folder: the workdir of a LesaNet run.
       image: a 16-bit PNG beside those of its neighbour slices, or a DICOM slice.
       box: x0, y0, x1, y1 of the lesion in pixels of the slice, counted from 0.
-      data: a data set of `prepare deeplesion --lesions`.
+      data: a data set written by `prepare deeplesion --lesions`.
       out: the CSV; the contact sheet has the same name with .png.
       spacing: (x, y, z) in mm; None takes the file's, which PNGs do not have.
       splits: searches these; None searches all.
@@ -131,7 +131,7 @@ def read_query(
             volume, centre = volumes.load_series_of(path, around=NEIGHBOURS)
             if centre is None and len(volume.hu) > 1:
                 raise InputError(
-                    f"{path} has {len(volume.hu)} slices: give the file of one slice, PNG or DICOM"
+                    f"{path} has {len(volume.hu)} slices: pass the file of one slice, PNG or DICOM"
                 )
             centre = centre or 0
             spacing = spacing or volume.spacing[::-1]
@@ -153,7 +153,7 @@ def make_embed(run: workdir.Run) -> Callable[[dict[str, np.ndarray]], jax.Array]
     """Returns embed(batch) -> embeddings `[B, F]` of length 1, on the devices.
 
     Args:
-      run: of a LesaNet.
+      run: a LesaNet run.
     """
     return lambda batch: run.score_with_features(batch)[1]
 

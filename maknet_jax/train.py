@@ -1,8 +1,9 @@
-"""`maknet train`: the one training loop. The config decides what is learned.
+"""`maknet train`: the training loop of all configs.
 
-Step N takes batch N of an order that follows from the seed, and checkpoint N holds the state after
-N updates: a run that was stopped and resumed ends like one that was not, bit for bit on the same
-devices. (On GPUs that needs XLA_FLAGS=--xla_gpu_deterministic_ops=true; tested on CPU only.)
+Step N takes batch N of an order that depends only on the seed, and checkpoint N holds the state
+after N updates. A run that was stopped and resumed therefore gives the same result as an
+uninterrupted one, bit for bit on the same devices. (On GPUs that needs
+XLA_FLAGS=--xla_gpu_deterministic_ops=true; tested on CPU only.)
 """
 
 import contextlib
@@ -31,11 +32,11 @@ from maknet_jax.training import checkpoint, sharding
 from maknet_jax.training import log as metric_log
 from maknet_jax.training.state import TrainState
 
-# May change on resume, because no number depends on them. Moved data keep their fingerprint, moved
+# May change on resume, because no result depends on them. Moved data keep their fingerprint, moved
 # weights their digest.
 MAY_CHANGE = {"data.path", "data.threads", "pseudo.path", "init.path"}
 MAY_CHANGE |= {"dataset.path", "dataset.labels", "dataset.size"}
-# Runs of earlier versions lack it; the fingerprint says whether the data are the same.
+# Runs of earlier versions lack the origin; the fingerprint shows whether the data are the same.
 MAY_CHANGE |= {f"dataset.origin.{name}" for name in ("kind", "source", "citation", "licence")}
 
 
@@ -45,7 +46,7 @@ def train(
     *,
     devices: Sequence[jax.Device] | None = None,
 ) -> dict[str, Any]:
-    """Trains in `folder`, or resumes the run that it holds.
+    """Trains in `folder`, or resumes the run in it.
 
     Args:
       config: a locked config, see `configs/teacher.py`.
@@ -56,11 +57,11 @@ def train(
       The summary (also in `summary.json`).
 
     Raises:
-      InputError: the data do not fit the config, or the workdir holds another run.
+      InputError: the data do not match the config, or the workdir holds another run.
       Stopped: SIGTERM or SIGINT; the state is saved.
     """
     folder = pathlib.Path(folder)
-    setup = set_up(config, folder, devices=devices)  # may refuse: nothing is written before
+    setup = set_up(config, folder, devices=devices)  # raises InputError before anything is written
     _claim(setup)
     last, best = (folder / workdir.FOLDERS[name] for name in ("last", "best"))
     with (
@@ -73,12 +74,12 @@ def train(
 
 
 def _is_main() -> bool:
-    """Whether this process writes the logs; only one of several does."""
+    """Whether this process writes the logs: only the first one does."""
     return jax.process_index() == 0
 
 
 def _claim(setup: Setup) -> None:
-    """Writes config.json and dataset.json, or checks that they are of the same run."""
+    """Writes config.json and dataset.json, or checks that they belong to the same run."""
     dataset = setup.dataset
     description = {
         "labels": dataset.info["labels"],
@@ -109,13 +110,13 @@ def _claim(setup: Setup) -> None:
 
 @contextlib.contextmanager
 def _stop_flag() -> Iterator[list[int]]:
-    """Yields a list that a signal fills; the loop looks at it between two steps."""
+    """Yields a list to which signal handlers append; the loop checks it between steps."""
     caught: list[int] = []
     before = {}
 
     def note(number: int, _: Any) -> None:
         if not caught:
-            console.say_from_signal("stopping after this step, its state will be saved")
+            console.say_from_signal("stopping after this step; its state will be saved")
         caught.append(number)
 
     with contextlib.suppress(ValueError):  # only the main thread can catch signals
@@ -126,12 +127,12 @@ def _stop_flag() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if caught:  # too late to stop this run; the caller must still see it
+    if caught:  # too late to stop this run, but the caller must still receive the signal
         signal.raise_signal(caught[0])
 
 
 def _evaluator(setup: Setup) -> Evaluator | None:
-    """Scores the validation split; None if that is empty."""
+    """The evaluator of the validation split; None if that is empty."""
     config, splits = setup.config, setup.dataset.info["splits"]
     if not splits.get(config.data.val_split, {"count": 0})["count"]:
         return None
@@ -146,7 +147,7 @@ def _evaluator(setup: Setup) -> Evaluator | None:
 
 
 class _Interrupted(Exception):
-    """A signal came while the validation split was scored."""
+    """A signal arrived while the validation split was scored."""
 
 
 class _Loop:
@@ -241,14 +242,17 @@ class _Loop:
         for number, reason in damaged.items():
             self.log.say(f"checkpoint {number} is damaged and set aside: {reason}")
         if self.evaluator is None:
-            self.log.say(f"no {setup.config.data.val_split!r} examples: no validation, no best")
+            self.log.say(
+                f"no examples in split {setup.config.data.val_split!r}: no validation and no best "
+                "checkpoint"
+            )
         if state is None:
             state = self._create()
         else:
             self.progress = Progress.from_json(metadata)
             self.log.say(f"resuming from step {int(state.step)} of {setup.total}")
         newer = [number for number in self.best.steps() if number > int(state.step)]
-        for number in newer:  # the run will reach it again
+        for number in newer:  # these steps will be repeated
             self.best.discard(number)
         if not self.best.steps():
             self.progress.best = self.progress.best_step = None
@@ -276,23 +280,23 @@ class _Loop:
         return state
 
     def _repeat_evaluation(self, state: TrainState, metrics: metric_log.MetricLog) -> None:
-        """Validates where the previous process was interrupted."""
+        """Repeats the validation in which the previous process was interrupted."""
         number = int(state.step)
         self.progress.evaluation_due = False
         finished = self._evaluate(state, number, metrics)
-        self.last.discard(number)  # its metadata lack the results
+        self.last.discard(number)  # its metadata lacks the results
         self.last.save(state, self.progress.to_json())
         if not finished:
             raise Stopped(self._saved(number))
 
     def _evaluate(self, state: TrainState, number: int, metrics: metric_log.MetricLog) -> bool:
-        """Validates; False if a signal interrupted it, the next run then repeats it."""
+        """Validates; returns False if a signal interrupts it, and the next run repeats it."""
         setup, progress = self.setup, self.progress
         if self.evaluator is None:
             return True
 
         def check_signal(_: int) -> None:
-            # Several processes score in step: there the signal waits for the end.
+            # Several processes must score in lockstep, so they stop only after the validation.
             if self.stop and jax.process_count() == 1:
                 raise _Interrupted
 
@@ -311,7 +315,7 @@ class _Loop:
         if auc is not None and (progress.best is None or auc >= progress.best):
             progress.best, progress.best_step = auc, number  # ties go to the later step
             self.best.save(state, progress.best_to_json())
-        best = "the validation split is too small to score"
+        best = "the validation split is too small for an AUC"
         if progress.best is not None:
             best = f"best AUC {progress.best:.4f} at step {progress.best_step}"
         self.log.say(

@@ -1,4 +1,4 @@
-"""The Python door: `load`, `Model`, callable verbs, and the examples of the docs."""
+"""The Python API: `load`, `Model`, callable verbs, and the examples of the docs."""
 
 import dataclasses
 import doctest
@@ -134,7 +134,7 @@ def test_a_failed_import_inside_a_verb_is_not_hidden():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_prediction_says_what_each_series_covers(model, result, series, trained):
+def test_a_prediction_summarizes_the_coverage_of_each_series(model, result, series, trained):
     volume = volumes.load_series(search.find_series(series)[0][0])
     (one,) = result.series
     assert len(result) == len(one) == len(volume.hu) == len(result.table())
@@ -229,8 +229,8 @@ def test_an_array_without_a_usable_geometry_is_refused(array, geometry, message)
         arrays.volume_of_array(array, **geometry)
 
 
-def test_files_bring_their_own_geometry(model, series):
-    with pytest.raises(InputError, match="geometry of its own"):
+def test_files_contain_their_geometry(model, series):
+    with pytest.raises(InputError, match="stores its own geometry"):
         model.predict(series, affine=np.eye(4))
 
 
@@ -253,8 +253,8 @@ def test_features_and_logits_are_those_of_the_network(model, result, shards):
         (np.zeros((2, 32, 32), np.int16), r"\(2, 32, 32\) should be \[N, 32, 32, 3\]"),
         (np.zeros((2, 64, 64, 3), np.int16), r"should be \[N, 32, 32, 3\]"),
         (np.zeros((0, 32, 32, 3), np.int16), r"should be \[N, 32, 32, 3\]"),
-        (np.zeros((2, 32, 32, 3), np.float32), "float32 should be HU as int16"),
-        (np.full((2, 32, 32, 3), 99999), "should be HU as int16"),
+        (np.zeros((2, 32, 32, 3), np.float32), "float32 should be int16 HU"),
+        (np.full((2, 32, 32, 3), 99999), "should be int16 HU"),
     ],
 )
 def test_images_of_another_form_are_refused(model, images, message):
@@ -307,12 +307,12 @@ def test_a_prediction_is_explained_where_it_is_most_confident(model, result):
     assert len(most.labels) == 1 and len(most.labels[0]) == 2
     with pytest.raises(InputError, match="'nowhere' is unknown"):
         model.attribute(result, ["nowhere"])
-    with pytest.raises(InputError, match="options pace: known are steps"):
+    with pytest.raises(InputError, match="options pace: choose from steps"):
         model.attribute(result, [label], pace=3)
 
 
-def test_what_cannot_be_loaded_is_named(tmp_path, trained):
-    with pytest.raises(InputError, match=r"nowhere not found: give a workdir .*released model \("):
+def test_sources_that_cannot_be_loaded_are_named(tmp_path, trained):
+    with pytest.raises(InputError, match=r"nowhere not found: pass a workdir .*released model \("):
         maknet_jax.load("nowhere")
     with pytest.raises(InputError, match="has no config.json"):
         maknet_jax.load(tmp_path)

@@ -175,8 +175,8 @@ def test_two_networks_are_compared_by_one_label_on_the_same_images(done, linear,
             ]
     assert summary["differences"].keys() == expected.keys()
     for name, values in expected.items():
-        wanted = faithfulness.bootstrap(values, groups)
-        assert summary["differences"][name] == pytest.approx(wanted, abs=1e-6)
+        reference = faithfulness.bootstrap(values, groups)
+        assert summary["differences"][name] == pytest.approx(reference, abs=1e-6)
         assert name in (out / "index.html").read_text()
 
 
@@ -312,7 +312,7 @@ def test_networks_that_take_a_box_are_refused(trained, tmp_path, monkeypatch):
         return dataclasses.replace(run, assembly=dataclasses.replace(run.assembly, model=box))
 
     monkeypatch.setattr(workdir, "open_run", with_box)
-    with pytest.raises(InputError, match="takes a lesion's box"):
+    with pytest.raises(InputError, match="needs a lesion's box"):
         attribute.attribute(trained, tmp_path / "out", NINE)
     assert not (tmp_path / "out").exists()
 

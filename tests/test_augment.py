@@ -301,7 +301,7 @@ def test_grayscale_shows_the_middle_slice_three_times(images):
         np.testing.assert_array_equal(gray[..., channel], images[0][..., 1])
 
 
-def test_all_probabilities_zero_is_no_augmentation():
+def test_zero_probabilities_disable_augmentation():
     assert augment.make_augment(**OFF) is None
     assert augment.make_augment(**(OFF | {"grayscale_probability": 0.1})) is not None
 

@@ -163,7 +163,7 @@ def test_the_matmul_peak_is_that_of_all_devices(config, tmp_path, monkeypatch):
         (["--quick", "--size", "64"], "quick", "some-quick-here.json"),
     ],
 )
-def test_quick_and_partial_results_have_file_names_of_their_own(
+def test_quick_and_partial_results_have_separate_file_names(
     argv, extent, file, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
@@ -208,7 +208,8 @@ def test_makconv_counts_flops_and_times_all_forms(config, tmp_path):
     rows = {(row["what"], row["pass"]): row for row in written["rows"]}
     for step in ("forward", "gradient"):
         full, split, fused = (
-            rows[what, step]["flops"] for what in ("full 3 x 3", "MAKConv split", "MAKConv fused")
+            rows[operation, step]["flops"]
+            for operation in ("full 3 x 3", "MAKConv split", "MAKConv fused")
         )
         assert fused == pytest.approx(full, rel=0.01)
         # 9 + 3 + 3 + 1 of 4 x 9 taps. Taps in the padding do not count: the 3 x 3 kernel has most.

@@ -1,4 +1,4 @@
-"""What a config builds: the learning rate, the jitted steps, and what scoring leaves out."""
+"""What a config builds: the learning rate, the jitted steps, and what scoring omits."""
 
 import jax
 import jax.numpy as jnp

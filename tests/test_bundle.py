@@ -1,4 +1,4 @@
-"""The bundle format: what is written is read back, and what was changed is refused."""
+"""The bundle format: a written bundle is read back, and a changed one is refused."""
 
 import hashlib
 import json
@@ -66,8 +66,8 @@ def test_bundle_json_has_the_documented_fields_and_digests(exported):
     for name, entry in info["files"].items():
         payload = (exported / name).read_bytes()
         assert entry == {"size": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
-    rest = {key: value for key, value in info.items() if key != "sha256"}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    unsigned = {key: value for key, value in info.items() if key != "sha256"}
+    text = json.dumps(unsigned, sort_keys=True, separators=(",", ":"))
     assert info["sha256"] == hashlib.sha256(text.encode()).hexdigest()
     weights = safetensors.numpy.load_file(exported / bundle.WEIGHTS)
     assert "params/stem/conv/kernel" in weights
@@ -115,7 +115,7 @@ def test_a_flipped_bit_is_refused(copy, capsys, name, place):
     refused(copy, capsys, f"{name} does not match its digest")
 
 
-def test_no_flipped_bit_of_bundle_json_changes_what_is_read(copy):
+def test_a_flipped_bit_in_bundle_json_never_changes_the_content(copy):
     path, run = copy / bundle.INFO, bundle.read(copy)
     payload = path.read_bytes()
     rng = np.random.default_rng(0)
@@ -172,7 +172,7 @@ def test_other_weights_are_refused(copy, capsys, change, says):
     refused(copy, capsys, says)
 
 
-def test_weights_that_are_no_safetensors_are_never_unpickled(copy, capsys):
+def test_weights_other_than_safetensors_are_never_unpickled(copy, capsys):
     for payload in (b"\x80\x04\x95\x00cos\nsystem\n", b"PK\x03\x04 torch", b"", b"\xff" * 64):
         (copy / bundle.WEIGHTS).write_bytes(payload)
         resign(copy)
@@ -187,7 +187,7 @@ def test_weights_that_are_no_safetensors_are_never_unpickled(copy, capsys):
             lambda i: {"labels": i["labels"][:-1], "thresholds": i["thresholds"][:-1]},
             "params/classifier/bias is",
         ),
-        (lambda i: {"thresholds": [2.0, *i["thresholds"][1:]]}, "should lie in 0..1"),
+        (lambda i: {"thresholds": [2.0, *i["thresholds"][1:]]}, "should be in 0..1"),
         (lambda i: {"thresholds": ["a", *i["thresholds"][1:]]}, "is not complete"),
         (lambda i: {"labels": [i["labels"][0]] * len(i["labels"])}, "thresholds of"),
         (lambda i: {"labels": "liver"}, "is not complete"),
@@ -211,7 +211,7 @@ def test_weights_that_are_no_safetensors_are_never_unpickled(copy, capsys):
         ),
         (
             lambda i: {"preprocessing": i["preprocessing"] | {"window": [0, 1]}},
-            "needs window [0, 1], this version has [-1024.0, 3071.0]",
+            "needs window [0, 1], but this version has [-1024.0, 3071.0]",
         ),
         (lambda i: {"checkpoint": None}, "is not complete"),
         (lambda i: {"format": "maknet-jax bundle 9"}, "has format 'maknet-jax bundle 9'"),
@@ -228,7 +228,7 @@ def test_a_bundle_json_of_something_else_is_refused(copy, capsys, text):
     refused(copy, capsys, "is not the JSON of a bundle")
 
 
-def test_a_size_that_is_no_number_is_refused(copy, capsys):
+def test_a_size_that_is_not_a_number_is_refused(copy, capsys):
     info = info_of(copy)
     for size in ("9", None, 1.5, [1]):
         info["files"][bundle.CARD]["size"] = size
@@ -281,7 +281,7 @@ def test_weights_beyond_float16_and_unknown_dtypes_are_refused():
         bundle.pack(params, {}, "int8")
 
 
-def test_writing_is_whole_or_nothing_and_never_overwrites(exported, tmp_path, monkeypatch):
+def test_writing_is_atomic_and_never_overwrites(exported, tmp_path, monkeypatch):
     info = info_of(exported)
     content = {name: (exported / name).read_bytes() for name in bundle.CONTENT}
     out = tmp_path / "out"
@@ -310,7 +310,7 @@ def test_writing_is_whole_or_nothing_and_never_overwrites(exported, tmp_path, mo
         bundle.write(out, info, content, zipped=True)
 
 
-def test_a_folder_of_other_things_is_never_replaced(exported, tmp_path):
+def test_a_folder_with_other_contents_is_never_replaced(exported, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     for overwrite in (False, True):
@@ -320,7 +320,7 @@ def test_a_folder_of_other_things_is_never_replaced(exported, tmp_path):
     bundle.check_free(tmp_path / "empty")
 
 
-def test_the_config_of_a_bundle_names_no_place(exported, trained, shards):
+def test_the_config_of_a_bundle_contains_no_paths(exported, trained, shards):
     text = "".join((exported / name).read_text() for name in (bundle.INFO, bundle.CARD))
     for place in (trained, shards.path, pathlib.Path.home()):
         assert str(place) not in text

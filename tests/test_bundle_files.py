@@ -1,4 +1,4 @@
-"""Bundles as .zip files that nobody vouches for."""
+"""Untrusted bundles as .zip files."""
 
 import pathlib
 import stat
@@ -26,7 +26,7 @@ def zip_of(folder, path, **entries):
     return path
 
 
-def test_no_damaged_zip_raises_anything_else_or_changes_what_is_read(exported, tmp_path):
+def test_a_damaged_zip_is_refused_or_read_unchanged(exported, tmp_path):
     payload, run = pathlib.Path(f"{exported}.zip").read_bytes(), bundle.read(exported)
     rng = np.random.default_rng(1)
     path, refusals = tmp_path / "torso.zip", 0
@@ -90,7 +90,7 @@ def test_a_member_twice_and_an_encrypted_one_are_refused(exported, tmp_path, cap
     refused(tmp_path / "secret.zip", capsys, "is encrypted")
 
 
-def test_a_file_that_is_no_zip_is_refused(tmp_path, capsys):
+def test_a_file_that_is_not_a_zip_is_refused(tmp_path, capsys):
     for payload in (b"", b"PK\x05\x06", b"x" * 100):
         (tmp_path / "torso.zip").write_bytes(payload)
         refused(tmp_path / "torso.zip", capsys, "not a readable zip")

@@ -1,4 +1,4 @@
-"""Claiming a folder: the same record resumes, anything else is refused and left as it is."""
+"""Claiming a folder: the same record resumes, anything else is refused and left unchanged."""
 
 import pytest
 
@@ -70,17 +70,17 @@ def test_leftovers_of_a_killed_process_are_tolerated_and_other_files_are_not(tmp
     claim(tmp_path, RECORDS, **OPTIONS)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
-    for taken in ("other", "other/thesis.txt"):
-        with pytest.raises(InputError, match=f"{taken} holds something other .*--out"):
-            claim(tmp_path / taken, RECORDS, **OPTIONS)
+    for occupied in ("other", "other/thesis.txt"):
+        with pytest.raises(InputError, match=f"{occupied} holds something other .*--out"):
+            claim(tmp_path / occupied, RECORDS, **OPTIONS)
     assert content(tmp_path / "other") == {"thesis.txt": b"mine"}
 
 
 def test_the_first_process_writes_after_all_have_checked(tmp_path, monkeypatch):
-    seen, out = [], tmp_path / "out"
-    monkeypatch.setattr(sharding, "wait_for_all", lambda name: seen.append((name, out.exists())))
+    checked, out = [], tmp_path / "out"
+    monkeypatch.setattr(sharding, "wait_for_all", lambda name: checked.append((name, out.exists())))
     claim(out, RECORDS, **OPTIONS)
-    assert seen == [("looked", False), ("claimed", True)]
+    assert checked == [("checked claim", False), ("claimed", True)]
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):

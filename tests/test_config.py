@@ -1,4 +1,4 @@
-"""The configs in `configs/`, where they are loaded from, and what overrides can change."""
+"""The configs in `configs/`: where they are loaded from, and what overrides can change."""
 
 import functools
 import json
@@ -159,7 +159,7 @@ def test_configs_are_found_by_name_or_path(tmp_path, monkeypatch):
     assert "'techer'" in str(caught.value) and "resnet18, smoke" in str(caught.value)
 
 
-def test_a_config_of_ones_own_loads_another(tmp_path):
+def test_a_custom_config_loads_another(tmp_path):
     mine = tmp_path / "mine.py"
     header = "from maknet_jax.runs.config import load\n\n\ndef get_config():\n"
     body = "    config = load('teacher')\n    config.optimizer.k = 5\n    return config\n"

@@ -1,4 +1,4 @@
-"""The contact sheet shows what the records hold."""
+"""The contact sheet shows what the records contain."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Convolutions and their gradients, against XLA's own and against loops in float64."""
+"""Convolutions and their gradients, compared with those of XLA and with loops in float64."""
 
 import functools
 import itertools

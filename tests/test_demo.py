@@ -1,4 +1,4 @@
-"""`maknet demo`: a small one here, the one of `make demo` in `make test-all`."""
+"""`maknet demo`: a small form here, the full one (`make demo`) in `make test-all`."""
 
 import pathlib
 

@@ -202,7 +202,7 @@ def test_another_grid_is_rejected_by_name(tmp_path):
     source = data.PerFrameFunctionalGroupsSequence[0].DerivationImageSequence[0]
     source.SourceImageSequence[0].ReferencedSOPInstanceUID = generate_uid()
     data.save_as(path)
-    assert "not one of its CT series" in reason()
+    assert "expected one slice of the CT series" in reason()
 
 
 @pytest.mark.parametrize(
@@ -217,8 +217,8 @@ def test_headers_that_are_rejected(tmp_path, changes, part):
     path = write_seg(tmp_path / "a.dcm", sources, {"liver": LIVER}, **changes)
     with pytest.raises(Rejected, match=part):
         dicom_seg.read_header(path)
-    found = find_cases(tmp_path)
-    assert found.cases == [] and [file for file, _ in found.failures] == [str(path)]
+    plan = find_cases(tmp_path)
+    assert plan.cases == [] and [file for file, _ in plan.failures] == [str(path)]
     with pytest.raises(InputError, match=part):
         run(tmp_path, tmp_path.parent / f"{tmp_path.name}-out")
 
@@ -231,11 +231,11 @@ def test_two_segmentations_of_one_organ_and_one_without_its_ct_are_rejected(tmp_
     path = write_seg(tmp_path / "b.dcm", lost, {"liver": LIVER})
     for file in (tmp_path / "b" / "ct").iterdir():
         file.unlink()
-    found = find_cases(tmp_path)
-    reasons = [reason for _, reason in found.failures]
-    assert found.cases == [] and len(reasons) == 2
+    plan = find_cases(tmp_path)
+    reasons = [reason for _, reason in plan.failures]
+    assert plan.cases == [] and len(reasons) == 2
     assert "two segmentations of liver" in reasons[0]
-    assert found.failures[1][0] == str(path) and "not under" in reasons[1]
+    assert plan.failures[1][0] == str(path) and "not under" in reasons[1]
 
 
 def test_without_highdicom_the_message_says_what_to_install(tmp_path, monkeypatch):

@@ -62,23 +62,23 @@ def subparsers(parser):
 
 def refused(words):
     """Why a command line is wrong, or None."""
-    program, *rest = words
+    program, *arguments = words
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (REPO / "Makefile").read_text(encoding="utf-8"), re.M)
-        return None if rest[0] in targets else f"no target {rest[0]}"
+        return None if arguments[0] in targets else f"no target {arguments[0]}"
     if program == "python":
-        source = REPO / rest[0]
+        source = REPO / arguments[0]
         if not source.is_file():
-            return f"no file {rest[0]}"
+            return f"no file {arguments[0]}"
         shared = ("harness.py", "experiments/paper_table.py", "speed/torch_worker.py")
         files = [source, *(REPO / "benchmarks" / name for name in shared)]
         code = "".join(file.read_text(encoding="utf-8") for file in files)
-        unknown = [word for word in rest if word.startswith("--") and f'"{word}"' not in code]
+        unknown = [word for word in arguments if word.startswith("--") and f'"{word}"' not in code]
         return f"unknown {unknown}" if unknown else None
-    if rest == ["VERB"]:
+    if arguments == ["VERB"]:
         return None
     try:
-        chosen, changes = cli._parser().parse_known_args(rest)
+        chosen, changes = cli._parser().parse_known_args(arguments)
     except SystemExit:
         return "does not parse"
     unknown = [text for text in changes if not text.startswith("--config.")]

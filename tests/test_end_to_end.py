@@ -1,4 +1,4 @@
-"""The whole chain on real CT: a torso whose slices are labelled with the organs they show.
+"""The whole pipeline on real CT: a torso whose slices are labelled with the organs they show.
 
 Held-out slices come in contiguous blocks along z, and no training or validation slice lies within
 two slices of them, so that no channel is shared.
@@ -115,10 +115,10 @@ def check_along_z(torso, folder):
     z = np.arange(SLICES)
     middle = {}
     for name in ("liver", "lumbar", "urinary bladder", "femur"):
-        found = confidences[:, full["labels"].index(name)]
+        values = confidences[:, full["labels"].index(name)]
         shown = np.isin(torso[2], ORGANS[name]).sum(axis=(0, 1))[::-1] >= VOXELS  # head to feet
-        assert found[shown].mean() > found[~shown].mean() + 0.2, name
-        middle[name] = (z * found**2).sum() / (found**2).sum()
+        assert values[shown].mean() > values[~shown].mean() + 0.2, name
+        middle[name] = (z * values**2).sum() / (values**2).sum()
     assert middle["liver"] < middle["lumbar"] < middle["urinary bladder"] < middle["femur"]
     assert summary["slices"] == SLICES
     assert (folder / "labels.000.png").stat().st_size > 10_000

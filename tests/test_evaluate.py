@@ -59,7 +59,7 @@ def test_thresholds_are_chosen_on_the_validation_split_not_on_the_scored_one(run
         assert summary["splits"]["train"][name] == pytest.approx(value, abs=1e-6), name
 
 
-def test_lesanets_rules_take_direct_parents_and_have_a_folder_of_their_own(run, scores):
+def test_lesanets_rules_take_direct_parents_and_write_to_a_separate_folder(run, scores):
     ours = evaluate.evaluate(run, splits=["train"])
     before = (run / "evaluation" / "train.json").read_bytes()
     summary = evaluate.evaluate(run, splits=["train"], rules="lesanet")

@@ -37,9 +37,9 @@ SOURCE = [example(number) for number in range(7)]
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 7, 8])
 def test_each_example_is_scored_once_at_any_batch_size(batch_size):
-    seen = []
-    result = Evaluator(SOURCE, predict, batch_size=batch_size).scores(0.25, seen.append)
-    assert sum(seen) == 7
+    scored = []
+    result = Evaluator(SOURCE, predict, batch_size=batch_size).scores(0.25, scored.append)
+    assert sum(scored) == 7
     images = np.stack([row.image for row in SOURCE])
     theirs = 1 / (1 + np.exp(-np.float64(logits(images) + np.float32(0.25))))
     np.testing.assert_allclose(result.scores, theirs, rtol=1e-6)
@@ -98,7 +98,7 @@ def test_a_label_that_cannot_be_scored_is_never_predicted():
     assert result.tolist() == [0.3, protocol.NEVER]
 
 
-def test_a_report_holds_the_numbers_of_the_protocol():
+def test_a_report_contains_the_numbers_of_the_protocol():
     parents = ((), (0,), (), ())
     scores = Evaluator(SOURCE, predict, batch_size=4).scores(0.0)
     report = protocol.evaluate(

@@ -1,4 +1,4 @@
-"""`maknet export`: what a bundle says, what it gives, and the network in other programs."""
+"""`maknet export`: the content of a bundle, its results, and the network in other programs."""
 
 import json
 import re
@@ -132,11 +132,11 @@ def test_a_lesanet_takes_boxes_elsewhere(phantom, tmp_path):
     logits, features = map(np.asarray, run.score_with_features(batch))
     arrays = {"images": batch["image"], "boxes": batch["box"], "logits": logits}
     run_elsewhere(tmp_path / "lesanet", arrays | {"features": features}, tmp_path)
-    with pytest.raises(InputError, match="box beside the image"):
+    with pytest.raises(InputError, match="box in addition to the image"):
         maknet_jax.load(tmp_path / "lesanet").logits(batch["image"])
 
 
-def test_the_form_of_makconv_is_named_and_an_explicit_one_kept():
+def test_the_form_of_makconv_is_recorded_and_an_explicit_one_preserved():
     for form, expected in (("auto", "fused"), ("split", "split")):
         config = configs.load("smoke", [f"model.options.form={form}", "precision=bfloat16"])
         exported = stablehlo.exported_config(config)
@@ -163,7 +163,7 @@ def test_confidences_equal_those_of_the_workdir(evaluated, phantom, tmp_path, dt
     assert whole < stored if dtype == "float32" else stored < 0.9 * whole
 
 
-def test_a_bundle_says_what_it_is_and_was_trained_on(exported, evaluated, shards):
+def test_a_bundle_describes_its_network_and_training_data(exported, evaluated, shards):
     info = info_of(exported)
     run = workdir.open_run(evaluated)
     assert info["name"] == "Torso" and info["checkpoint"]["step"] == run.step
@@ -201,13 +201,13 @@ def test_citation_licences_and_statistics_travel_with_the_bundle(evaluated, tmp_
     data, folder = tmp_path / "data", tmp_path / "run"
     shutil.copytree(shards.path, data)
     info = files.read_json(data / "dataset.json")
-    about = {"licence": "CC BY-NC 3.0", "citation": "Doe, 2020", "source": "Doe's CT"}
-    files.write_json(data / "dataset.json", info | {"about": about})
+    origin = {"licence": "CC BY-NC 3.0", "citation": "Doe, 2020", "source": "Doe's CT"}
+    files.write_json(data / "dataset.json", info | {"about": origin})
     shutil.copytree(evaluated, folder)
     files.write_json(folder / "out_of_domain.json", {"mean": [1.0]})
     export.export(folder, tmp_path / "out", data=data)
     written = info_of(tmp_path / "out")
-    assert written["data"]["origin"] == {"kind": "deeplesion"} | about
+    assert written["data"]["origin"] == {"kind": "deeplesion"} | origin
     assert workdir.open_run(tmp_path / "out").trained_on == "Doe's CT"
     assert written["out_of_domain"] == {"mean": [1.0]}
     card = card_of(tmp_path / "out")
@@ -240,7 +240,7 @@ def test_validation_scores_of_an_earlier_step_are_left_out(tmp_path, monkeypatch
     assert list(info_of(tmp_path / "end")["metrics"]) == ["validation"]
 
 
-def test_the_title_is_the_whole_name_of_the_folder(evaluated, tmp_path, monkeypatch):
+def test_the_title_is_the_full_name_of_the_folder(evaluated, tmp_path, monkeypatch):
     folder = shutil.copytree(evaluated, tmp_path / "rate-0.01")
     export.export(folder, tmp_path / "released" / "torso-1.0", zipped=True)
     assert info_of(tmp_path / "released" / "torso-1.0")["name"] == "rate-0.01"
@@ -250,13 +250,13 @@ def test_the_title_is_the_whole_name_of_the_folder(evaluated, tmp_path, monkeypa
         shutil.rmtree(tmp_path / "released" / "torso-1.0", ignore_errors=True)
 
 
-def test_the_data_may_be_gone(evaluated, tmp_path, capsys):
+def test_the_training_data_may_be_missing(evaluated, tmp_path, capsys):
     folder = shutil.copytree(evaluated, tmp_path / "run")
     info = files.read_json(folder / "dataset.json")
     files.write_json(folder / "dataset.json", info | {"path": str(tmp_path / "gone")})
     export.export(folder, tmp_path / "out")
-    said = capsys.readouterr().err
-    assert "will not say how many images" in said and "where they came from" not in said
+    stderr = capsys.readouterr().err
+    assert "will not state the number of images" in stderr and "where they came from" not in stderr
     data = info_of(tmp_path / "out")["data"]
     assert "images" not in data and data["origin"]["kind"] == "phantom"  # the run says so
     assert "Kind: phantom" in card_of(tmp_path / "out")
@@ -287,7 +287,7 @@ def test_the_command_writes_a_folder_and_a_zip(evaluated, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
-def test_verbs_take_a_bundle_wherever_they_take_a_workdir(
+def test_every_verb_that_takes_a_workdir_takes_a_bundle(
     exported, evaluated, shards, phantom, images, tmp_path
 ):
     data, archive = str(shards.path), f"{exported}.zip"
@@ -327,13 +327,15 @@ def test_verbs_take_a_bundle_wherever_they_take_a_workdir(
 @pytest.mark.parametrize(
     "argv, says",
     [
-        (("evaluate", "--model"), "is a bundle, which does not change: add --out"),
-        (("attribute", "--split", "test", "--out", "x", "--model"), "name it with --data"),
-        (("report",), "is a bundle, which does not change: add --out"),
+        (("evaluate", "--model"), "is a bundle, which is read-only: add --out"),
+        (("attribute", "--split", "test", "--out", "x", "--model"), "contains no data: add --data"),
+        (("report",), "is a bundle, which is read-only: add --out"),
         (("predict", ".", "--out", "x.csv", "--checkpoint", "last", "--model"), "best checkpoint"),
     ],
 )
-def test_what_a_bundle_lacks_is_named(exported, phantom, tmp_path, monkeypatch, capsys, argv, says):
+def test_the_error_names_what_a_bundle_lacks(
+    exported, phantom, tmp_path, monkeypatch, capsys, argv, says
+):
     scans = sorted(phantom["dicom"].iterdir())[0]
     monkeypatch.chdir(shutil.copytree(scans, tmp_path / "scans"))
     assert cli.main([*argv, str(exported)]) == 2

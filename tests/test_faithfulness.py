@@ -91,7 +91,7 @@ def test_the_interval_covers_the_mean_at_its_level():
     assert faithfulness.bootstrap([0.3] * 5) == pytest.approx((0.3, 0.3, 0.3))
 
 
-def test_groups_are_resampled_whole():
+def test_whole_groups_are_resampled():
     rng = np.random.default_rng(0)
     values = rng.normal(size=12)
     alone = faithfulness.bootstrap(values)

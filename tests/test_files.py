@@ -1,4 +1,4 @@
-"""Files are written whole or not at all."""
+"""Files are written atomically."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def test_permissions_obey_the_umask(tmp_path, umask):
     assert stat.S_IMODE((tmp_path / "open").stat().st_mode) == 0o666 & ~umask
 
 
-def test_only_the_owner_can_ever_read_a_private_file(tmp_path, umask):
+def test_only_the_owner_can_read_a_private_file(tmp_path, umask):
     with files.write_whole(tmp_path / "secret", private=True) as file:
         file.write("x")
         (temporary,) = tmp_path.iterdir()
@@ -71,7 +71,7 @@ def test_json_round_trips_and_nan_is_rejected(tmp_path):
     assert files.read_json(tmp_path / "x.json") == value
 
 
-def test_what_a_killed_writer_leaves_is_nobodys(tmp_path):
+def test_leftovers_of_a_killed_writer_are_not_foreign_files(tmp_path):
     assert not files.has_foreign_files(tmp_path / "new") and not files.has_foreign_files(tmp_path)
     (tmp_path / ".claim.json.k3b1.tmp").write_text("ha")
     (tmp_path / "own.json").write_text("{}")

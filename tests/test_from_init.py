@@ -45,8 +45,10 @@ def other(tmp_path_factory):
         original = toy.example
 
         def example(*args, **options):
-            made = original(*args, **options)
-            return type(made)(made.id, made.image, made.labels[:3], made.label_mask[:3], {})
+            result = original(*args, **options)
+            return type(result)(
+                result.id, result.image, result.labels[:3], result.label_mask[:3], {}
+            )
 
         patch.setattr(toy, "example", example)
         shutil.rmtree(out)
@@ -73,7 +75,7 @@ def test_any_widths_are_fine_tuned_without_a_config(data, base, exported, tmp_pa
     assert workdir.open_run(tmp_path / "run").step == 2
 
 
-def test_a_finished_fine_tuning_needs_its_base_no_more(data, base, tmp_path):
+def test_a_finished_fine_tuning_no_longer_needs_its_base(data, base, tmp_path):
     copy = shutil.copytree(base, tmp_path / "base")
     config = finetune(data, copy)
     first = train.train(config, tmp_path / "run")
@@ -116,7 +118,7 @@ def test_a_run_of_an_earlier_version_without_a_checkpoint_starts_again(data, bas
                 shutil.rmtree(run / folder)
 
 
-def test_a_file_of_weights_says_which_network_it_is(data, tmp_path):
+def test_a_file_of_weights_records_its_network(data, tmp_path):
     config = configs.load("vgg16", ["data.size=32"])
     from maknet_jax.runs import build
 
@@ -129,11 +131,11 @@ def test_a_file_of_weights_says_which_network_it_is(data, tmp_path):
     assert len(arrays["params"]) == sum(map(len, vgg.STAGES)) and "vgg16" in pretrained.LAYERS
     path = tmp_path / "vgg16.safetensors"
     transfer.write(path, arrays["params"], arrays["batch_stats"], {"model": "vgg16"})
-    made = setup.set_up(finetune(data, path), tmp_path / "run")
-    assert type(made.assembly.model).__name__ == "VGG16"
-    assert made.assembly.model.dropout_rate == 0.5
+    prepared = setup.set_up(finetune(data, path), tmp_path / "run")
+    assert type(prepared.assembly.model).__name__ == "VGG16"
+    assert prepared.assembly.model.dropout_rate == 0.5
     transfer.write(path, arrays["params"], arrays["batch_stats"], {})
-    with pytest.raises(InputError, match="does not say of which network it is: set config model"):
+    with pytest.raises(InputError, match="does not name its network: set config model"):
         setup.set_up(finetune(data, path), tmp_path / "run")
 
 
@@ -146,11 +148,14 @@ def test_fine_tuning_without_weights_is_refused(data, tmp_path):
 
 
 def test_shared_labels_keep_their_scores(base, other, tmp_path):
-    made = setup.set_up(finetune(other, base, init__shared_labels=True), tmp_path / "run")
-    assert made.init["shared_labels"] == ["bottom right", "top left"] and made.init["fresh"] == []
-    assert made.assembly.model.num_classes == 3
-    state = made.assembly.create(0, made.place)
-    fresh = made.assembly.create(0, None)
+    prepared = setup.set_up(finetune(other, base, init__shared_labels=True), tmp_path / "run")
+    assert (
+        prepared.init["shared_labels"] == ["bottom right", "top left"]
+        and prepared.init["fresh"] == []
+    )
+    assert prepared.assembly.model.num_classes == 3
+    state = prepared.assembly.create(0, prepared.place)
+    fresh = prepared.assembly.create(0, None)
     old = workdir.open_weights(base)
     here, there = [0, 2], [old.vocabulary.index[name] for name in ("bottom right", "top left")]
     new, before, initial = state.params, old.params, fresh.params
@@ -174,12 +179,12 @@ def test_shared_labels_keep_their_scores(base, other, tmp_path):
 
 
 def test_all_labels_shared_start_as_the_base_ended(base, data, tmp_path):
-    made = setup.set_up(finetune(data, base, init__shared_labels=True), tmp_path / "run")
-    state, old = made.assembly.create(0, made.place), workdir.open_weights(base)
+    prepared = setup.set_up(finetune(data, base, init__shared_labels=True), tmp_path / "run")
+    state, old = prepared.assembly.create(0, prepared.place), workdir.open_weights(base)
     jax.tree.map(np.testing.assert_array_equal, dict(state.params), dict(old.params))
 
 
-def test_shared_labels_that_cannot_be_are_refused(base, data, other, tmp_path):
+def test_invalid_shared_labels_are_refused(base, data, other, tmp_path):
     def refused(match, config):
         with pytest.raises(InputError, match=match):
             train.train(config, tmp_path / "run")
@@ -192,7 +197,7 @@ def test_shared_labels_that_cannot_be_are_refused(base, data, other, tmp_path):
     for label in info["labels"]:
         label["name"] += " of another"
     files.write_json(renamed / "dataset.json", info)
-    refused("has no label of the data", finetune(renamed, base, init__shared_labels=True))
+    refused("share no label", finetune(renamed, base, init__shared_labels=True))
     refused(
         r"classifier/kernel is \(48, 4\) in the weights, .*set init.shared_labels to False",
         finetune(
@@ -201,11 +206,11 @@ def test_shared_labels_that_cannot_be_are_refused(base, data, other, tmp_path):
     )
 
 
-def test_a_head_without_score_propagation_is_no_head_for_one_with_it():
+def test_a_head_without_score_propagation_does_not_fit_one_with_it():
     head = {"classifier": {"kernel": np.zeros((5, 2)), "bias": np.zeros(2)}}
     spl = {"spl": {"dense": {"kernel": np.eye(2), "bias": np.zeros(2)}}}
     for here, there in ((head | spl, head), (head, head | spl), (head, {})):
-        with pytest.raises(InputError, match="no (spl|classifier) like this network's"):
+        with pytest.raises(InputError, match="no (spl|classifier) of the same structure"):
             transfer.share_head({"params": here}, there, [(0, 0)], 2)
 
 

@@ -46,7 +46,7 @@ def command(capsys, *argv):
     return code, output.out, output.err
 
 
-def test_the_file_holds_the_trunk_under_the_names_of_this_package(source, imported):
+def test_the_file_contains_the_trunk_under_the_names_of_this_package(source, imported):
     out, summary = imported
     arrays = safetensors.numpy.load_file(out)
     expected = golden("resnet18")[0]["conv1.weight"].transpose(2, 3, 1, 0)

@@ -92,9 +92,9 @@ def test_maps_of_a_network_are_complete(case, output):
     sums = result.maps.sum(axis=(2, 3, 4))
     np.testing.assert_allclose(sums - result.residual, result.end - result.start, atol=1e-5)
     logits = np.asarray(case["curved"](case["images"]))
-    wanted = np.take_along_axis(logits, case["targets"], 1)
-    wanted = 1 / (1 + np.exp(-wanted)) if output == "probability" else wanted
-    np.testing.assert_allclose(result.end, wanted, atol=1e-5)
+    expected = np.take_along_axis(logits, case["targets"], 1)
+    expected = 1 / (1 + np.exp(-expected)) if output == "probability" else expected
+    np.testing.assert_allclose(result.end, expected, atol=1e-5)
     assert not result.flagged.any()
 
 
@@ -154,16 +154,18 @@ def test_maps_do_not_depend_on_the_rows(case, kind, monkeypatch):
         images, baseline, rows = put["x"], put["b"], 16
     shapes, original = [], ig._path_gradients
     monkeypatch.setattr(
-        ig, "_path_gradients", lambda *given: shapes.append(given[1].shape[0]) or original(*given)
+        ig,
+        "_path_gradients",
+        lambda *args: shapes.append(args[1].shape[0]) or original(*args),
     )
-    given = ig.integrated_gradients(network, images, targets, baseline, rows=rows, **options)
+    attributions = ig.integrated_gradients(network, images, targets, baseline, rows=rows, **options)
     assert max(shapes) == rows
     shapes.clear()
     monkeypatch.setattr(ig, "CPU_BUDGET", 1)  # smaller than one node of one image
     result = ig.integrated_gradients(network, images, targets, baseline, **options)
     assert set(shapes) == {8 if kind == "split" else 1}
     for name in ("maps", "start", "end", "residual"):
-        for other in (given, result):
+        for other in (attributions, result):
             np.testing.assert_allclose(
                 getattr(other, name), getattr(whole, name), rtol=1e-4, atol=1e-5
             )

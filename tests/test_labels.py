@@ -75,11 +75,11 @@ def test_real_parents_equal_the_transitive_closure_of_a_matrix(ontology, terms):
     vocabulary = labels.ontology_vocabulary(ontology, terms)
     wide = reach[np.ix_([at[t] for t in terms], [at[t] for t in terms])]
     np.fill_diagonal(wide, False)
-    found = np.zeros_like(wide)
+    actual = np.zeros_like(wide)
     for column, parents in enumerate(vocabulary.parents):
-        found[column, list(parents)] = True
-    np.testing.assert_array_equal(found, wide)
-    assert found.sum() > 100
+        actual[column, list(parents)] = True
+    np.testing.assert_array_equal(actual, wide)
+    assert actual.sum() > 100
 
 
 def test_parents_pass_through_terms_outside_the_vocabulary(family):
@@ -138,7 +138,7 @@ def pairs(vocabulary):
 
 def test_exclusion_is_inherited_by_the_children_of_both_sides():
     """chest and abdomen exclude each other, and so do their children; skin excludes nothing."""
-    found = vocabulary(
+    result = vocabulary(
         ("chest", (), ("abdomen",)),
         ("abdomen", (), ()),
         ("lung", ("chest",), ()),
@@ -152,14 +152,14 @@ def test_exclusion_is_inherited_by_the_children_of_both_sides():
         for one in ("chest", "lung", "left lung", "right lung")
         for two in ("abdomen", "liver")
     }
-    assert pairs(found) == expected | {frozenset(("left lung", "right lung"))}
-    np.testing.assert_array_equal(found.exclusive, found.exclusive.T)
-    assert found.exclusive.dtype == bool and not found.exclusive.diagonal().any()
+    assert pairs(result) == expected | {frozenset(("left lung", "right lung"))}
+    np.testing.assert_array_equal(result.exclusive, result.exclusive.T)
+    assert result.exclusive.dtype == bool and not result.exclusive.diagonal().any()
 
 
 def test_the_closure_is_repeated_until_nothing_changes():
     """Inherited exclusions are inherited again, with direct parents only."""
-    found = vocabulary(
+    result = vocabulary(
         ("d", (), ("c",)),
         ("a", ("d",), ()),
         ("b", ("a",), ()),
@@ -167,17 +167,17 @@ def test_the_closure_is_repeated_until_nothing_changes():
         ("e", ("c",), ()),
         ("f", ("e",), ()),
     )
-    assert pairs(found) == {frozenset((one, two)) for one in "dab" for two in "cef"}
+    assert pairs(result) == {frozenset((one, two)) for one in "dab" for two in "cef"}
 
 
 def test_a_label_that_excludes_its_parent_does_not_exclude_itself():
-    found = vocabulary(("node", (), ()), ("low node", ("node",), ("node",)))
-    assert pairs(found) == {frozenset(("node", "low node"))}
+    result = vocabulary(("node", (), ()), ("low node", ("node",), ("node",)))
+    assert pairs(result) == {frozenset(("node", "low node"))}
 
 
 def test_names_without_relations_exclude_nothing():
-    found = labels.Vocabulary.from_names(["a", "b"]).exclusive
-    assert found.shape == (2, 2) and not found.any()
+    matrix = labels.Vocabulary.from_names(["a", "b"]).exclusive
+    assert matrix.shape == (2, 2) and not matrix.any()
 
 
 def directed_closure(vocabulary):

@@ -116,11 +116,11 @@ def test_three_of_five_scales_see_the_lesion_and_two_the_whole_patch():
     outputs = predict(variables, images, boxes)
     params = variables["params"]
     trunk = models.build("maknet", 5, **TINY)
-    own = {
+    variables = {
         "params": {name: part for name, part in params.items() if not name.startswith("roi_")},
         "batch_stats": variables["batch_stats"],
     }
-    maps = trunk.apply(own, images, False, stages=True)
+    maps = trunk.apply(variables, images, False, stages=True)
     units = []
     for number, (x, scale) in enumerate(zip(maps, (4, 4, 8, 16, 32), strict=True), 1):
         pooled = [

@@ -107,7 +107,7 @@ def test_hard_examples_are_drawn_in_proportion_to_their_squared_error():
     assert float(none) == 0
 
 
-def test_elements_that_are_not_sure_are_never_drawn():
+def test_uncertain_elements_are_never_sampled():
     outputs, batch = drawn(2)
     sure = np.zeros((20, LABELS), np.float32)
     sure[3, 4] = 1

@@ -151,8 +151,8 @@ def test_the_network_is_its_layers_in_order(share):
     params["mixpool_1"]["share"] = jnp.float32(share)
 
     def apply(module, x, name, *args):
-        own = {"params": params.get(name, {}), "batch_stats": stats.get(name, {})}
-        return module.apply(own, x, *args)
+        layer_variables = {"params": params.get(name, {}), "batch_stats": stats.get(name, {})}
+        return module.apply(layer_variables, x, *args)
 
     x = apply(layers.InputNorm(), images, "input")
     x = layers.mish(apply(layers.ConvNorm(8, (7, 7), 4), x, "stem", False))

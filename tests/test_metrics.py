@@ -20,10 +20,10 @@ def drawn(seed=0, examples=200, labels=6):
 
 def test_sigmoid_is_exact_and_does_not_overflow():
     logits = np.float32([-1e4, -20, -1, 0, 1, 20, 1e4])
-    found = metrics.sigmoid(logits)
-    assert found.dtype == np.float32
+    actual = metrics.sigmoid(logits)
+    assert actual.dtype == np.float32
     with np.errstate(over="ignore"):
-        np.testing.assert_allclose(found, 1 / (1 + np.exp(-np.float64(logits))), rtol=1e-6)
+        np.testing.assert_allclose(actual, 1 / (1 + np.exp(-np.float64(logits))), rtol=1e-6)
 
 
 def test_auc_is_the_probability_that_a_positive_outscores_a_negative():

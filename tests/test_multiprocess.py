@@ -1,4 +1,4 @@
-"""Two processes (gloo on CPU) train and label as one does: each reads its part of the images."""
+"""Two processes (gloo on CPU) train and label like one: each reads its part of the images."""
 
 import json
 
@@ -33,8 +33,10 @@ def test_two_processes_are_one(tmp_path):
     assert len(two) == len(one) > 5
     for a, b in zip(two, one, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
-    said = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
-    assert len([line for line in said if line["message"].startswith("linear:")]) == 1
+    entries = [
+        json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()
+    ]
+    assert len([line for line in entries if line["message"].startswith("linear:")]) == 1
     summaries = [
         json.loads((tmp_path / name / "summary.json").read_text()) for name in ("two", "one")
     ]

@@ -1,4 +1,4 @@
-"""What the networks share: the two heads, their precision, frozen trunks, who takes boxes."""
+"""Shared by the networks: two heads, precision, frozen trunks, and which of them take boxes."""
 
 import functools
 

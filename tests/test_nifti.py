@@ -163,5 +163,5 @@ def test_label_maps_contain_whole_numbers_only(tmp_path):
             nifti.load_label_map(write(tmp_path / "b.nii", wrong))
     shifted = np.diag([2.0, 3, 4, 1])
     shifted[0, 3] = 9
-    with pytest.raises(Rejected, match=r"another voxel grid than .*ct\.nii: the corners"):
+    with pytest.raises(Rejected, match=r"voxel grid differs from that of .*ct\.nii: the corners"):
         nifti.load_label_map(write(tmp_path / "c.nii", labels, shifted), like=hu_path)

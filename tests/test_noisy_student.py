@@ -142,7 +142,7 @@ def read_csv(path):
         return list(csv.reader(file))
 
 
-def test_table_2_holds_the_evaluated_and_the_papers_numbers(whole):
+def test_table_2_contains_the_evaluated_and_the_papers_numbers(whole):
     header, *rows = read_csv(whole / "table2.csv")
     assert [row[0] for row in rows] == ["0 (teacher)", "1 (student)", "2 (student)"]
     metrics = ["auc", "f1", "precision", "recall"]
@@ -170,8 +170,8 @@ def in_training(patch, step, how):
     original = pipeline.mixed_batches
 
     def batches(sources, *args, **options):
-        for taken, batch in enumerate(original(sources, *args, **options), start=1):
-            if len(sources) == 2 and taken == step:
+        for count, batch in enumerate(original(sources, *args, **options), start=1):
+            if len(sources) == 2 and count == step:
                 how()
             yield batch
 
@@ -375,14 +375,14 @@ def test_options_of_the_config_reach_the_rounds(overrides, tmp_path, monkeypatch
 def test_the_first_process_writes_after_all_have_checked_the_folder(
     overrides, tmp_path, monkeypatch
 ):
-    folder, seen = tmp_path / "ns", []
+    folder, calls = tmp_path / "ns", []
 
     def wait_for_all(name):
-        seen.append((name, folder.exists()))
+        calls.append((name, folder.exists()))
         if name == "claimed":
             raise Stopped
 
     monkeypatch.setattr(sharding, "wait_for_all", wait_for_all)
     with pytest.raises(Stopped):
         noisy_student.noisy_student(make_config(overrides), folder)
-    assert seen == [("looked", False), ("claimed", True)]
+    assert calls == [("checked claim", False), ("claimed", True)]

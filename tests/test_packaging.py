@@ -1,4 +1,4 @@
-"""What a stranger installs: pins that fit the bounds, a whole wheel, the right .venv."""
+"""Installation: pins within the bounds, a complete wheel, the right .venv."""
 
 import importlib.metadata
 import os
@@ -26,7 +26,7 @@ def environment(python):
 
 def pins(python):
     """Name to the list of versions that constraints.txt pins it to on a Python version."""
-    found = {}
+    versions = {}
     for line in (REPO / "constraints.txt").read_text(encoding="utf-8").splitlines():
         if not line or line.startswith("#"):
             continue
@@ -34,8 +34,8 @@ def pins(python):
         (specifier,) = requirement.specifier
         assert specifier.operator == "==", f"{line}: constraints.txt pins with == only"
         if requirement.marker is None or requirement.marker.evaluate(environment(python)):
-            found.setdefault(canonicalize_name(requirement.name), []).append(specifier.version)
-    return found
+            versions.setdefault(canonicalize_name(requirement.name), []).append(specifier.version)
+    return versions
 
 
 def direct_requirements():
@@ -104,7 +104,7 @@ def wheel(tmp_path_factory):
     return path
 
 
-def test_the_wheel_holds_the_package_the_configs_and_nothing_else(wheel):
+def test_the_wheel_contains_only_the_package_and_the_configs(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     inside = {name for name in names if ".dist-info/" not in name}
 
@@ -191,11 +191,11 @@ def test_make_takes_the_newest_python_that_runs(checkout):
 
 def test_make_finds_pythons_that_pyenv_keeps_off_the_path(checkout):
     add_python(checkout, "3.12")
-    kept = checkout / "pyenv/versions/3.13.0/bin/python"
-    kept.parent.mkdir(parents=True)
-    pathlib.Path(add_python(checkout, "3.13")).rename(kept)
+    survivor = checkout / "pyenv/versions/3.13.0/bin/python"
+    survivor.parent.mkdir(parents=True)
+    pathlib.Path(add_python(checkout, "3.13")).rename(survivor)
     code, output, created = make_venv(checkout, PYENV_ROOT=str(checkout / "pyenv"))
-    assert (code, created) == (0, True) and str(kept) in output
+    assert (code, created) == (0, True) and str(survivor) in output
 
 
 def test_an_interrupted_install_is_repeated(checkout):

@@ -1,4 +1,4 @@
-"""2 x 2 pooling and its gradients, against XLA's own and against numpy."""
+"""2 x 2 pooling and its gradients, compared with those of XLA and NumPy."""
 
 import jax
 import jax.numpy as jnp

@@ -170,11 +170,11 @@ def test_labels_match_the_label_files_and_their_counts(phantom, shards):
         if split == "hand":
             continue
         for example in (source[k] for k in range(len(source))):
-            said = set(mined.relevant[example.meta["lesion_idx"]])
+            mentioned = set(mined.relevant[example.meta["lesion_idx"]])
             if split == "train":
-                said |= set(mined.uncertain[example.meta["lesion_idx"]])
+                mentioned |= set(mined.uncertain[example.meta["lesion_idx"]])
             named = {shards.vocabulary.names[k] for k in np.flatnonzero(example.labels)}
-            assert named == said & set(shards.vocabulary.names)
+            assert named == mentioned & set(shards.vocabulary.names)
     assert (shards.path / "contact_sheet.png").is_file()
 
 

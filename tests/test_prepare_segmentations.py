@@ -38,7 +38,7 @@ def members(out):
     return {e.meta["case"]: split for split, rows in examples(out).items() for e in rows}
 
 
-def test_counts_say_what_is_known(cases, tmp_path):
+def test_counts_separate_known_and_unknown_labels(cases, tmp_path):
     rules = Rules(every=2, unknown_below=("cord",))
     origin = {"source": "Ours: neck", "citation": "A. Author 2020", "licence": "CC BY 4.0"}
     summary = run([cases / "a"], tmp_path / "out", rules=rules, origin=origin)

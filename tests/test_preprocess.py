@@ -41,7 +41,7 @@ def test_padding_becomes_air_and_other_hu_are_unchanged():
     )
 
 
-def test_the_box_holds_the_body_with_its_lungs():
+def test_the_box_contains_the_body_with_its_lungs():
     top, left, bottom, right = box = preprocess.body_box(body())
     assert near(box, BODY)
     assert top <= 60 and left <= 50 and bottom >= 181 and right >= 207

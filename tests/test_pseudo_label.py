@@ -96,8 +96,8 @@ def test_labels_and_counts_follow_from_the_confidences(whole, confidences, image
     }
     assert rows["index"].tolist() == sorted(rows["index"].tolist())
     for row in rows:
-        given = confidences[row["index"], labels_of(row)]
-        np.testing.assert_allclose(row["confidences"][: len(given)], given, atol=1e-6)
+        scores = confidences[row["index"], labels_of(row)]
+        np.testing.assert_allclose(row["confidences"][: len(scores)], scores, atol=1e-6)
     flat = [column for columns in expected.values() for column in columns]
     dropped = sum(not columns for columns in expected.values())
     assert (result["images"], result["dropped"], result["kept"]) == (29, dropped, 29 - dropped)
@@ -115,9 +115,9 @@ def test_the_sweep_counts_the_labels_of_other_thresholds(whole, confidences):
     rows = read_csv(whole[0] / "sweep.csv")
     assert [float(row["threshold"]) for row in rows] == [k / 10 for k in range(1, 10)]
     for row in rows:
-        kept = [greedy(values, threshold=float(row["threshold"])) for values in confidences]
-        assert int(row["images"]) == sum(map(bool, kept))
-        assert int(row["labels"]) == sum(map(len, kept))
+        selected = [greedy(values, threshold=float(row["threshold"])) for values in confidences]
+        assert int(row["images"]) == sum(map(bool, selected))
+        assert int(row["labels"]) == sum(map(len, selected))
     assert len({row["labels"] for row in rows}) >= 4
 
 
@@ -149,10 +149,10 @@ def test_top_threshold_and_soft_are_applied(teacher, images, confidences, tmp_pa
     names = toy.VOCABULARY.names
     source = pseudo_labels.PseudoSource(tmp_path / "out", size=toy.SIZE, names=names)
     for k, row in enumerate(rows):
-        labels, given = source[k].labels, labels_of(row)
-        np.testing.assert_array_equal(labels[given], row["confidences"][: len(given)])
-        assert np.count_nonzero(labels) == len(given)
-        assert 0.6 < labels[given].min() and labels.max() < 1
+        labels, selected = source[k].labels, labels_of(row)
+        np.testing.assert_array_equal(labels[selected], row["confidences"][: len(selected)])
+        assert np.count_nonzero(labels) == len(selected)
+        assert 0.6 < labels[selected].min() and labels.max() < 1
 
 
 def test_images_without_labels_are_counted_and_no_student_reads_them(teacher, images, tmp_path):
@@ -392,7 +392,7 @@ def test_the_first_process_writes_after_all_have_checked_the_folder(
     teacher, images, tmp_path, monkeypatch
 ):
     """Otherwise a slower process could see a folder that is neither empty nor claimed."""
-    out, seen = tmp_path / "out", []
-    monkeypatch.setattr(sharding, "wait_for_all", lambda name: seen.append((name, out.exists())))
+    out, calls = tmp_path / "out", []
+    monkeypatch.setattr(sharding, "wait_for_all", lambda name: calls.append((name, out.exists())))
     pseudo_label.pseudo_label(teacher, images, out)
-    assert seen[:2] == [("looked", False), ("claimed", True)]
+    assert calls[:2] == [("checked claim", False), ("claimed", True)]

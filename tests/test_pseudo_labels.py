@@ -41,12 +41,12 @@ def test_select_equals_a_slow_loop(size, top, step):
     if step is not None:
         values = 0.5 + step * np.round(values * 10 - 5)
     values = values.astype(np.float32)
-    kept, close = pseudo_labels.select(values, exclusive, top=top, threshold=0.5)
-    assert kept.shape == (300, min(top, size)) and kept.dtype == np.int16
+    selected, close = pseudo_labels.select(values, exclusive, top=top, threshold=0.5)
+    assert selected.shape == (300, min(top, size)) and selected.dtype == np.int16
     expected = [slowly(row, exclusive, top, np.float32(0.5)) for row in values]
-    assert [row[row >= 0].tolist() for row in kept] == [columns for columns, _ in expected]
+    assert [row[row >= 0].tolist() for row in selected] == [columns for columns, _ in expected]
     assert close.tolist() == [flag for _, flag in expected]
-    assert not ((kept[:, 1:] >= 0) & (kept[:, :-1] < 0)).any()  # no gap before a label
+    assert not ((selected[:, 1:] >= 0) & (selected[:, :-1] < 0)).any()  # no gap before a label
     if step is not None and size > 1:
         assert 0 < close.sum()
 
@@ -56,8 +56,8 @@ def test_a_confidence_at_the_threshold_is_not_selected():
         at = np.float32(threshold)
         above = np.nextafter(at, np.float32(1))
         row = np.array([[at, above, 0, 0, 0, 0]], np.float32)
-        kept, close = pseudo_labels.select(row, NONE, threshold=threshold)
-        assert kept[0].tolist() == [1, -1, -1, -1, -1, -1] and close.tolist() == [True]
+        selected, close = pseudo_labels.select(row, NONE, threshold=threshold)
+        assert selected[0].tolist() == [1, -1, -1, -1, -1, -1] and close.tolist() == [True]
 
 
 def test_ties_go_to_the_lower_column():
@@ -85,8 +85,8 @@ def test_a_small_change_affects_close_images_only():
     values = (0.5 + 4e-6 * rng.integers(-40, 40, (500, 8))).astype(np.float32)
 
     def sets(values):
-        kept, close = pseudo_labels.select(values, exclusive, top=5)
-        return [frozenset(row[row >= 0].tolist()) for row in kept], close
+        selected, close = pseudo_labels.select(values, exclusive, top=5)
+        return [frozenset(row[row >= 0].tolist()) for row in selected], close
 
     before, close = sets(values)
     changed = np.zeros(500, bool)
@@ -105,13 +105,13 @@ def test_rows_hold_the_selection_and_survive_a_round_trip(confidences, tmp_path)
     columns, _ = pseudo_labels.select(confidences, NONE, top=4, threshold=0.6)
     numbers = np.arange(100, 140)
     rows = pseudo_labels.rows_of(numbers, columns, confidences, top=4)
-    kept = [k for k in range(40) if confidences[k].max() > 0.6]
-    assert 0 < len(kept) < 40 and rows["index"].tolist() == [100 + k for k in kept]
-    for row, k in zip(rows, kept, strict=True):
-        given = [column for column in row["labels"].tolist() if column >= 0]
-        assert given == columns[k][columns[k] >= 0].tolist()
-        np.testing.assert_array_equal(row["confidences"][: len(given)], confidences[k, given])
-        assert not row["confidences"][len(given) :].any()
+    selected = [k for k in range(40) if confidences[k].max() > 0.6]
+    assert 0 < len(selected) < 40 and rows["index"].tolist() == [100 + k for k in selected]
+    for row, k in zip(rows, selected, strict=True):
+        known = [column for column in row["labels"].tolist() if column >= 0]
+        assert known == columns[k][columns[k] >= 0].tolist()
+        np.testing.assert_array_equal(row["confidences"][: len(known)], confidences[k, known])
+        assert not row["confidences"][len(known) :].any()
     digest = pseudo_labels.write_rows(tmp_path / "a.npy", rows)
     again = pseudo_labels.read_rows(tmp_path / "a.npy", digest)
     assert again.dtype == rows.dtype == pseudo_labels.row_dtype(4)

@@ -1,4 +1,4 @@
-"""Ranger: golden values of an independent package, then what training requires of it."""
+"""Ranger: golden values of an independent package, then the requirements of training."""
 
 import functools
 import pathlib
@@ -174,9 +174,9 @@ def test_resumes_bit_for_bit(golden):
     first, opt_state = follow(optimizer, golden, steps=9)  # between two synchronisations
     saved = jax.device_get(({n: first[n][-1] for n in first}, opt_state))
     params, opt_state = jax.tree.map(jnp.asarray, saved)
-    rest, _ = follow(optimizer, golden, steps=11, start=params, opt_state=opt_state, first=9)
+    resumed, _ = follow(optimizer, golden, steps=11, start=params, opt_state=opt_state, first=9)
     for name in whole:
-        assert (whole[name][9:] == rest[name]).all()
+        assert (whole[name][9:] == resumed[name]).all()
 
 
 def test_ranger_works_inside_optax_wrappers(golden):

@@ -7,7 +7,7 @@ import pytest
 from maknet_jax.ct.read_ahead import read_ahead
 
 
-def test_items_come_in_order_with_what_was_read():
+def test_items_come_in_order_with_their_content():
     pairs = [(item, content.result()) for item, content in read_ahead(lambda x: x * x, range(5))]
     assert pairs == [(number, number * number) for number in range(5)]
     assert list(read_ahead(abs, [])) == []
@@ -20,7 +20,7 @@ def test_an_exception_belongs_to_its_item():
     assert (contents[1].result(), contents[3].result()) == (6, 2)
 
 
-def test_one_item_is_read_ahead_and_no_more():
+def test_only_one_item_is_read_ahead():
     started = [threading.Event() for _ in range(4)]
 
     def read(number):

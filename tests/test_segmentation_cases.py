@@ -31,16 +31,16 @@ def test_totalsegmentators_layout(tmp_path):
     for name in ("s0002", "s0001", "nested/s0003"):
         organ_cases.write_case(tmp_path / name, {"liver": [9] * 12, "cord": [9] * 12})
     (tmp_path / "s0001" / "segmentations" / "notes.txt").write_text("not a mask")
-    found = find_cases(tmp_path)
-    assert [case.name for case in found.cases] == ["nested/s0003", "s0001", "s0002"]
-    case = next(case for case in found.cases if case.name == "s0001")
+    plan = find_cases(tmp_path)
+    assert [case.name for case in plan.cases] == ["nested/s0003", "s0001", "s0002"]
+    case = next(case for case in plan.cases if case.name == "s0001")
     folder = tmp_path / "s0001" / "segmentations"
     assert case.masks == (
         ("cord", Mask("file", str(folder / "cord.nii.gz"))),
         ("liver", Mask("file", str(folder / "liver.nii.gz"))),
     )
     assert case.patient == "s0001" and case.ref.count == 12
-    assert found.failures == [] == found.unsegmented
+    assert plan.failures == [] == plan.unsegmented
     # A folder that is itself a case.
     (only,) = find_cases(tmp_path / "s0002").cases
     assert only.name == "s0002"
@@ -95,12 +95,12 @@ def test_label_tables_in_headers(tmp_path):
 def test_invalid_names_reject_the_case(tmp_path, text, part):
     folder = write_map(tmp_path / "case")
     (folder / "segmentation.json").write_text(text)
-    found = find_cases(tmp_path)
-    ((path, reason),) = found.failures
-    assert found.cases == [] and path == str(folder / "ct.nii.gz") and part in reason
+    plan = find_cases(tmp_path)
+    ((path, reason),) = plan.failures
+    assert plan.cases == [] and path == str(folder / "ct.nii.gz") and part in reason
 
 
-def test_what_cannot_be_used_is_rejected_with_its_reason(tmp_path):
+def test_unusable_cases_are_rejected_with_a_reason(tmp_path):
     organ_cases.write_case(tmp_path / "good", {"liver": [9] * 12})
     organ_cases.write_case(tmp_path / "both", {"liver": [9] * 12})
     write_map(tmp_path / "both", TABLE.encode())
@@ -111,9 +111,9 @@ def test_what_cannot_be_used_is_rejected_with_its_reason(tmp_path):
     organ_cases.write_case(tmp_path / "twice", {"liver": [9] * 12})
     mask = organ_cases.organ([9] * 12).astype(np.uint8)
     organ_cases.write_nifti(tmp_path / "twice" / "segmentations" / "liver.nii", mask)
-    found = find_cases(tmp_path)
-    assert [case.name for case in found.cases] == ["good"]
-    reasons = {path.split("/")[-2]: reason for path, reason in found.failures}
+    plan = find_cases(tmp_path)
+    assert [case.name for case in plan.cases] == ["good"]
+    reasons = {path.split("/")[-2]: reason for path, reason in plan.failures}
     assert list(reasons) == ["both", "broken", "nameless", "none", "twice"]
     assert reasons["both"].startswith("both of") and reasons["none"].startswith("neither of")
     assert "no names" in reasons["nameless"] and "broken NIfTI" in reasons["broken"]
@@ -123,7 +123,7 @@ def test_what_cannot_be_used_is_rejected_with_its_reason(tmp_path):
 def test_folders_without_a_case_are_refused(tmp_path):
     with pytest.raises(InputError, match="not a folder"):
         find_cases(tmp_path / "absent")
-    with pytest.raises(InputError, match="holds no case"):
+    with pytest.raises(InputError, match="has no case"):
         find_cases(tmp_path)
     (tmp_path / "pt_1").mkdir()
     (tmp_path / "pt_1" / "ct.csv").write_text(",data\n")
@@ -136,4 +136,4 @@ def test_links_to_cases_are_followed_once(tmp_path):
     (tmp_path / "in" / "deep").mkdir(parents=True)
     (tmp_path / "in" / "pt_1").symlink_to(case)
     (tmp_path / "in" / "deep" / "circle").symlink_to(tmp_path / "in")
-    assert [found.name for found in find_cases(tmp_path / "in").cases] == ["pt_1"]
+    assert [listed.name for listed in find_cases(tmp_path / "in").cases] == ["pt_1"]

@@ -127,9 +127,7 @@ def test_channels_are_consecutive_slices_from_head_to_feet(tmp_path):
         ({"missing_is_absent": True}, [1, 1, 1], {"no mask": 0, "empty mask": 0}),
     ],
 )
-def test_missing_and_empty_masks_are_unknown_unless_told_otherwise(
-    tmp_path, rules, known, counters
-):
+def test_missing_and_empty_masks_are_unknown_by_default(tmp_path, rules, known, counters):
     organ_cases.write_case(tmp_path / "a", {"cord": [20] * 12, "liver": [0] * 12})
     organ_cases.write_case(tmp_path / "b", {"cord": [20] * 12, "spleen": LIVER})
     cases = find_cases(tmp_path).cases

@@ -39,7 +39,7 @@ def test_batch_is_split_in_order_and_comes_back(mesh):
         np.testing.assert_array_equal(value, batch[name])
 
 
-def test_state_is_whole_on_every_device(mesh):
+def test_state_is_replicated_on_every_device(mesh):
     tree = {"kernel": np.arange(6.0, dtype=np.float32).reshape(2, 3), "step": np.int32(7)}
     placed = sharding.put_state(mesh, tree)
     for name, leaf in placed.items():

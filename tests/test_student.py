@@ -88,12 +88,12 @@ def test_a_step_takes_both_streams_and_epochs_count_labelled_images(
 ):
     folder, config, summary = student
     assert summary["steps"] == 40  # 8 epochs of 40 labelled images in batches of 8
-    said = json.loads((folder / "log.jsonl").read_text().splitlines()[0])["message"]
-    assert "40 steps of 24 images" in said
-    taken, original = [], sharding.put_batch
+    message = json.loads((folder / "log.jsonl").read_text().splitlines()[0])["message"]
+    assert "40 steps of 24 images" in message
+    batches, original = [], sharding.put_batch
 
     def put_batch(mesh, batch):
-        taken.append(batch)
+        batches.append(batch)
         return original(mesh, batch)
 
     monkeypatch.setattr(sharding, "put_batch", put_batch)
@@ -106,8 +106,8 @@ def test_a_step_takes_both_streams_and_epochs_count_labelled_images(
     ]
     assert len(sources[1]) == 27
     expected = pipeline.mixed_batches(sources, (8, 16), seed=0)
-    assert len(taken) == 5
-    for batch, theirs in zip(taken, expected, strict=False):
+    assert len(batches) == 5
+    for batch, theirs in zip(batches, expected, strict=False):
         assert len(batch["id"]) == 24
         assert sum(name.startswith("unlabelled") for name in batch["id"]) == 16
         for field in theirs:
@@ -118,10 +118,10 @@ def test_a_step_takes_both_streams_and_epochs_count_labelled_images(
 def test_class_weights_follow_from_the_labels_share_in_the_batches(
     data, pseudo, tmp_path, monkeypatch, balance
 ):
-    given, original = [], build.build_loss
+    weights, original = [], build.build_loss
 
     def build_loss(config, counts, total, *rest):
-        given.append(np.asarray(counts) / total)
+        weights.append(np.asarray(counts) / total)
         return original(config, counts, total, *rest)
 
     monkeypatch.setattr(build, "build_loss", build_loss)
@@ -134,22 +134,22 @@ def test_class_weights_follow_from_the_labels_share_in_the_batches(
     )
     assert len(source) == (20 if balance else 27)
     others = np.mean([source[k].labels for k in range(len(source))], axis=0)
-    np.testing.assert_allclose(given, [labelled / 3 + others * 2 / 3], rtol=1e-6)
+    np.testing.assert_allclose(weights, [labelled / 3 + others * 2 / 3], rtol=1e-6)
 
 
 def test_without_pseudo_labels_class_weights_follow_from_labelled_images(
     data, tmp_path, monkeypatch
 ):
-    given = []
+    weights = []
     original = build.build_loss
     monkeypatch.setattr(
-        build, "build_loss", lambda *args: given.append(args[1:]) or original(*args)
+        build, "build_loss", lambda *args: weights.append(args[1:]) or original(*args)
     )
     monkeypatch.setattr(train._Loop, "run", lambda *_: None)
     train.train(toy.config(data, "linear"), tmp_path / "run")
     split = records.open_dataset(data).split("train")
-    np.testing.assert_allclose(given[0][0], split["label_counts"], rtol=1e-12)
-    assert given[0][1] == split["count"]
+    np.testing.assert_allclose(weights[0][0], split["label_counts"], rtol=1e-12)
+    assert weights[0][1] == split["count"]
 
 
 def test_pseudo_labels_teach(pseudo, tmp_path):
@@ -198,13 +198,13 @@ def test_invalid_values_are_rejected_in_one_line(data, pseudo, tmp_path, changes
 
 
 def test_the_first_process_writes_after_all_have_checked_the_folder(data, tmp_path, monkeypatch):
-    seen = []
+    calls = []
     monkeypatch.setattr(
-        sharding, "wait_for_all", lambda name: seen.append((name, (tmp_path / "run").exists()))
+        sharding, "wait_for_all", lambda name: calls.append((name, (tmp_path / "run").exists()))
     )
     monkeypatch.setattr(train._Loop, "run", lambda *_: None)
     train.train(toy.config(data, "linear"), tmp_path / "run")
-    assert seen == [("looked", False), ("claimed", True)]
+    assert calls == [("checked claim", False), ("claimed", True)]
 
 
 def test_decay_0_stores_no_average(data, tmp_path):
@@ -227,8 +227,8 @@ def test_validation_and_the_commands_score_the_average(student):
     # init.path takes the average of the best state too.
     best = newest_checkpoint(folder, config, "best")[0]
     params, statistics, _ = workdir.open_weights(folder)[:3]
-    given = {"params": params, "batch_stats": statistics}
-    assert checkpoint.digests(given) == checkpoint.digests(best.ema)
+    initial = {"params": params, "batch_stats": statistics}
+    assert checkpoint.digests(initial) == checkpoint.digests(best.ema)
 
 
 def test_the_average_of_a_run_is_that_of_its_steps(student, data, pseudo, tmp_path, monkeypatch):

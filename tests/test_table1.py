@@ -172,12 +172,12 @@ def test_a_run_stopped_in_the_second_network_resumes(
 ):
     def batches(*args, **kwargs):
         for batch in original(*args, **kwargs):
-            taken.append(1)
-            if len(taken) == STEPS + 4:
+            consumed.append(1)
+            if len(consumed) == STEPS + 4:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    taken, original = [], pipeline.train_batches
+    consumed, original = [], pipeline.train_batches
     arguments = {"data": data, "seed": 3, "overrides": SHORT, "config_names": config_names}
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "train_batches", batches)

@@ -113,8 +113,8 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(linear, tmp_path, monkeyp
         pass
 
     def batches(*args, **kwargs):
-        for taken, batch in enumerate(original(*args, **kwargs), start=1):
-            if taken == 27:
+        for count, batch in enumerate(original(*args, **kwargs), start=1):
+            if count == 27:
                 raise Killed
             yield batch
 
@@ -145,8 +145,8 @@ def test_a_damaged_last_checkpoint_is_skipped(linear, tmp_path, capsys):
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
     train.train(page, run)
-    said = capsys.readouterr().err
-    assert "checkpoint 40 is damaged" in said and "from step 32" in said
+    stderr = capsys.readouterr().err
+    assert "checkpoint 40 is damaged" in stderr and "from step 32" in stderr
     assert (run / "checkpoints_damaged" / "40").is_dir()
     equal_runs(folder, run, page)
     time.sleep(0.2)  # see test_checkpoint.py
@@ -184,8 +184,10 @@ def test_a_run_learns_and_saves_its_best_state(linear):
     on_disk = json.loads((folder / "summary.json").read_text())
     assert on_disk == summary
     assert "classifier/kernel" in (folder / "parameters.txt").read_text()
-    said = [json.loads(line)["message"] for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert "196 parameters, 40 steps of 8 images on 8 cpu" in said[0]
+    messages = [
+        json.loads(line)["message"] for line in (folder / "log.jsonl").read_text().splitlines()
+    ]
+    assert "196 parameters, 40 steps of 8 images on 8 cpu" in messages[0]
     run = workdir.open_run(folder)
     assert (run.name, run.step) == ("best", int(best.step))
     assert workdir.open_run(folder, checkpoint_name="last").step == 40
@@ -306,7 +308,7 @@ def test_an_empty_training_split_is_refused(tmp_path):
         train.train(toy.config(empty, "linear"), tmp_path / "run")
 
 
-def test_a_run_without_validation_examples_says_so(tmp_path, capsys):
+def test_a_run_without_validation_examples_logs_that(tmp_path, capsys):
     """Where no validation image was downloaded, the split is there and empty."""
     alone = toy.write(tmp_path / "alone", val=0)
     page = toy.config(alone, "linear", {"epochs": 1.6})
@@ -349,7 +351,7 @@ def test_a_signal_may_arrive_while_rich_prints(monkeypatch, capfd):
             assert stop == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert capfd.readouterr().err == "stopping after this step, its state will be saved\n"
+    assert capfd.readouterr().err == "stopping after this step; its state will be saved\n"
 
 
 def test_sigterm_to_the_command_exits_75_and_the_same_command_finishes(data, tmp_path):
@@ -367,10 +369,10 @@ def test_sigterm_to_the_command_exits_75_and_the_same_command_finishes(data, tmp
     while lines_of(run) < 3 and time.monotonic() < deadline and child.poll() is None:
         time.sleep(0.02)
     child.send_signal(signal.SIGTERM)
-    _, said = child.communicate(timeout=120)
-    assert child.returncode == 75, said
-    assert " of 1000 is saved in " in said and "run the same command to resume" in said
-    assert "Traceback" not in said and not (run / "summary.json").exists()
+    _, output = child.communicate(timeout=120)
+    assert child.returncode == 75, output
+    assert " of 1000 is saved in " in output and "run the same command to resume" in output
+    assert "Traceback" not in output and not (run / "summary.json").exists()
     again = subprocess.run(command, timeout=120, **options)
     assert again.returncode == 0, again.stderr
     assert "resuming from step" in again.stderr

@@ -1,4 +1,4 @@
-"""Starting from weights: each array is placed or refused, and the run records its start."""
+"""Initial weights: each array is placed or refused, and the run records their origin."""
 
 import json
 import shutil
@@ -92,11 +92,11 @@ def test_weights_that_do_not_fit_are_refused_in_one_line():
         transfer.place(variables, deeper["params"], {}, head=False)
     assert "\n" not in str(line.value)
     head = {"classifier": deeper["params"]["classifier"]}
-    with pytest.raises(InputError, match="no place"):
+    with pytest.raises(InputError, match="no counterpart"):
         transfer.place(variables, head, {}, head=False)
 
 
-def test_the_optimiser_begins_with_what_was_placed():
+def test_the_optimiser_starts_from_the_placed_weights():
     model, shapes = network()
     new, recipe = drawn(shapes), (model, ranger.ranger(0.1))
 
@@ -188,8 +188,8 @@ def test_a_run_starts_from_another_and_resumes_without_it(teacher, data, tmp_pat
     assert start["digest"] == transfer.digest(**new) and start["path"] == str(source)
     assert start["fresh"] == ["classifier", "spl"] and start["checkpoint"] == "best"
     assert json.loads((run / "summary.json").read_text())["init"] == start
-    said = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    (event,) = [event for event in said if "init" in event]
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    (event,) = [event for event in entries if "init" in event]
     assert event["init"] == start and start["placed"] == len(named(new)) - 4
     for part in (str(source), str(start["placed"]), "classifier, spl"):
         assert part in event["message"]
@@ -211,7 +211,7 @@ def test_unusable_weights_are_refused_before_anything_is_written(teacher, data, 
     teacher = str(teacher)
     refused("nowhere not found: give a .safetensors", data, init__path=str(tmp_path / "nowhere"))
     refused("has no config.json", data, init__path=str(tmp_path))
-    refused("no place in this network", data, "linear", init__path=teacher)
+    refused("no counterpart in this network", data, "linear", init__path=teacher)
     refused("stem", data, init__path=teacher, model__options__stem=16)
     shutil.copytree(data, tmp_path / "renamed")
     info = files.read_json(data / "dataset.json")

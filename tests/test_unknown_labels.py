@@ -1,4 +1,4 @@
-"""Unknown labels count in no class weight, loss, threshold or metric; runs keep their origin."""
+"""Unknown labels count in no class weight, loss, threshold or metric; runs record their data."""
 
 import dataclasses
 import json
@@ -81,16 +81,16 @@ def test_the_scores_of_evaluate_ignore_unknown_labels(runs):
 
 def class_weights(data, tmp_path, monkeypatch):
     """(pos_weight, neg_weight) that a training on `data` would use."""
-    seen = []
+    calls = []
     original = build.losses.class_weights
     monkeypatch.setattr(
         build.losses,
         "class_weights",
-        lambda *args, **kwargs: seen.append(original(*args, **kwargs)) or seen[-1],
+        lambda *args, **kwargs: calls.append(original(*args, **kwargs)) or calls[-1],
     )
     monkeypatch.setattr(train._Loop, "run", lambda *_: None)
     train.train(toy.config(data, "linear"), tmp_path / "run")
-    return seen[0]
+    return calls[0]
 
 
 def test_class_weights_follow_from_known_labels(tmp_path, monkeypatch):
@@ -103,7 +103,7 @@ def test_class_weights_follow_from_known_labels(tmp_path, monkeypatch):
     np.testing.assert_allclose(neg_weight, known / (2 * (known - positive)), rtol=1e-6)
 
 
-def test_without_unknown_labels_class_weights_are_what_they_were(tmp_path, monkeypatch):
+def test_without_unknown_labels_class_weights_are_unchanged(tmp_path, monkeypatch):
     data = toy.write(tmp_path / "data")
     before = class_weights(data, tmp_path / "a", monkeypatch)
     info = files.read_json(data / "dataset.json")
@@ -118,7 +118,7 @@ def test_without_unknown_labels_class_weights_are_what_they_were(tmp_path, monke
         np.testing.assert_array_equal(weights[0], expected)
 
 
-def test_a_label_that_is_never_known_is_no_error(tmp_path, monkeypatch):
+def test_a_label_that_is_never_known_is_not_an_error(tmp_path, monkeypatch):
     data = write(tmp_path / "data", 0)
     info = files.read_json(data / "dataset.json")
     info["splits"]["train"]["known_counts"][1] = info["splits"]["train"]["label_counts"][1] = 0
@@ -127,7 +127,7 @@ def test_a_label_that_is_never_known_is_no_error(tmp_path, monkeypatch):
     assert np.isfinite(pos_weight).all() and np.isfinite(neg_weight).all()
 
 
-def test_runs_and_predictions_say_what_they_were_trained_on(runs, phantom, tmp_path):
+def test_runs_and_predictions_record_their_training_data(runs, phantom, tmp_path):
     folder, _ = runs[0]
     stored = json.loads((folder / "dataset.json").read_text())
     assert stored["origin"] == {"kind": "segmentations"} | ORIGIN

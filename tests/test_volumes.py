@@ -32,9 +32,9 @@ def test_a_dicom_file_is_read_with_its_neighbours(tmp_path):
     paths = write_series(tmp_path, [0, 4, 9, 14])
     write_slice(tmp_path / "other.dcm", z=7, SeriesInstanceUID="1.2.9")
     whole = volumes.load_series(search.find_series(tmp_path)[0][0])
-    for k, wanted in ((0, ("001.dcm", "000.dcm")), (1, ("002.dcm", "001.dcm", "000.dcm"))):
+    for k, names in ((0, ("001.dcm", "000.dcm")), (1, ("002.dcm", "001.dcm", "000.dcm"))):
         volume, index = volumes.load_series_of(paths[k])
-        assert volume.slices == wanted and volume.slices[index] == paths[k].name
+        assert volume.slices == names and volume.slices[index] == paths[k].name
         assert volume.spacing == whole.spacing and volume.series == whole.series
         np.testing.assert_array_equal(volume.hu[index], stored_values(k).astype(int) - 1024)
     wide, index = volumes.load_series_of(paths[0], around=2)
@@ -46,7 +46,7 @@ def test_a_dicom_file_is_read_with_its_neighbours(tmp_path):
         volumes.load_series_of(paths[0])
 
 
-def test_a_png_file_is_read_with_its_neighbours_and_a_nifti_whole(tmp_path, shared_data):
+def test_a_png_is_read_with_its_neighbours_and_a_nifti_as_a_volume(tmp_path, shared_data):
     write_pngs(tmp_path / "s", ["009.png", "010.png", "011.png"])
     volume, index = volumes.load_series_of(tmp_path / "s" / "010.png")
     assert index == 1 and volume.hu[:, 0, 0].tolist() == [0, 1, 2]

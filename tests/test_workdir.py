@@ -16,7 +16,7 @@ def test_only_a_run_with_a_checkpoint_can_be_opened(data, tmp_path, monkeypatch)
     page = toy.config(data, "linear")
     monkeypatch.setattr(train._Loop, "run", lambda self: None)
     train.train(page, tmp_path / "run")
-    with pytest.raises(InputError, match="holds no checkpoint yet"):
+    with pytest.raises(InputError, match="has no checkpoint yet"):
         workdir.open_run(tmp_path / "run")
     with pytest.raises(InputError, match="'newest' .*best or last"):
         workdir.open_run(tmp_path / "run", checkpoint_name="newest")
@@ -26,9 +26,9 @@ def test_a_folder_of_other_files_is_refused_and_unchanged(data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     before = (tmp_path / "data" / "dataset.json").read_bytes()
     (tmp_path / "file").write_text("mine")
-    for taken in ("data", "file"):
+    for occupied in ("data", "file"):
         with pytest.raises(InputError, match="--workdir"):
-            train.train(toy.config(data, "linear"), tmp_path / taken)
+            train.train(toy.config(data, "linear"), tmp_path / occupied)
     assert (tmp_path / "data" / "dataset.json").read_bytes() == before
 
 

@@ -30,14 +30,14 @@ def run(script, *arguments, timeout):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     with contextlib.ExitStack() as stack:
-        workers, printed, said = [], [], []
+        workers, printed, messages = [], [], []
         for number in range(2):
-            for files in (printed, said):
+            for files in (printed, messages):
                 files.append(stack.enter_context(tempfile.TemporaryFile("w+")))
             command = [sys.executable, "-c", START + script, TESTS, address, str(number)]
             workers.append(
                 subprocess.Popen(
-                    [*command, *arguments], env=environment, stdout=printed[-1], stderr=said[-1]
+                    [*command, *arguments], env=environment, stdout=printed[-1], stderr=messages[-1]
                 )
             )
             stack.callback(workers[-1].wait)
@@ -47,9 +47,9 @@ def run(script, *arguments, timeout):
             if any(worker.returncode for worker in workers):
                 break
             time.sleep(0.05)
-        for files in (printed, said):
+        for files in (printed, messages):
             for file in files:
                 file.seek(0)
         codes = [worker.returncode for worker in workers]
-        assert codes == [0, 0], [codes, *(file.read() for file in said)]
+        assert codes == [0, 0], [codes, *(file.read() for file in messages)]
         return [file.read().splitlines() for file in printed]

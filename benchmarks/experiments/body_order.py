@@ -227,7 +227,7 @@ def benchmark(chosen: argparse.Namespace, argv: Sequence[str] | None) -> None:
             f"{len(slices)} slices, {len({one.patient for one in slices})} patients, "
             f"{settings['folds']} folds by patient, seed {chosen.seed}; "
             f"{len(unlabelled)} unlabelled slices of other patients",
-            *(["QUICK FORM: few epochs, two folds: the numbers mean nothing"] * chosen.quick),
+            *(["QUICK FORM: few epochs, two folds: the numbers are meaningless"] * chosen.quick),
         ],
         {
             "recipe": settings,

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         [
             f"means of {len(chosen.seeds)} seeds, {chosen.size} x {chosen.size}, every "
             f"{EVERY}rd slice, {chosen.epochs} epochs; tuning patients, known labels only",
-            *(["QUICK FORM: few patients and epochs: the numbers mean nothing"] * chosen.quick),
+            *(["QUICK FORM: few patients and epochs: the numbers are meaningless"] * chosen.quick),
         ],
         {"results": results},
     )

@@ -41,7 +41,7 @@ def png_files(folder: str | pathlib.Path) -> list[pathlib.Path]:
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
     paths = [path for path in entries if re.fullmatch(r"[^.].*\.png", path.name, re.IGNORECASE)]
     if not paths:
-        raise InputError(f"{folder} has no PNG: give a folder of slices")
+        raise InputError(f"{folder} has no PNG: pass a folder of slices")
     return paths
 
 
@@ -61,7 +61,7 @@ def read_slices(folder: str | pathlib.Path) -> list[Slice]:
             )
         slices.append(Slice(path, int(match[1]), match[2]))
     if len({one.rank for one in slices}) < 2:
-        raise InputError(f"{folder} has one rank only: give slices of two ranks or more")
+        raise InputError(f"{folder} has only one rank: at least two are needed")
     return sorted(slices, key=lambda one: one.rank)
 
 

@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     f"{result['above']} of {len(values)} seeds"
                 )
     if chosen.quick:
-        notes.append("QUICK FORM: two epochs: the numbers mean nothing")
+        notes.append("QUICK FORM: two epochs: the numbers are meaningless")
     harness.report(
         __file__,
         argv,

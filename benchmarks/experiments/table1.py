@@ -55,7 +55,7 @@ FORMS: dict[str, tuple[dict[str, int] | None, tuple[str, ...], str]] = {
         {"patients": 12, "unlabelled_volumes": 0, "size": 64},
         ("data.size=32", "data.batch_size=16", "epochs=1"),
         "QUICK FORM: three training steps on a tiny phantom, the networks in full width. It only "
-        "shows that everything runs: the numbers mean nothing",
+        "shows that everything runs: the numbers are meaningless",
     ),
 }
 # Fields that this script sets, and what to use instead.

@@ -64,7 +64,7 @@ NOTES = {
     "small": "SMALL FORM: a generated phantom with a small MAKNet as trunk. It shows that all "
     "stages run and what pre-training brings there; it says nothing about the paper's rows",
     "quick": "QUICK FORM: one epoch each on a tiny phantom, with a small MAKNet as trunk. It only "
-    "shows that everything runs: the numbers mean nothing",
+    "shows that everything runs: the numbers are meaningless",
 }
 # Fields that this script sets, and what to use instead; with a phantom it sets the trunk too.
 RESERVED = {

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = configs.load(harness.config_of(chosen.page)[1]).model
     if model.name != "maknet":
         raise InputError(
-            f"--config {chosen.page!r} has model {model.name}: give a config of maknet"
+            f"--config {chosen.page!r} has model {model.name}: pass the config of a maknet"
         )
     if unknown := set(chosen.parts) - set(FULL["parts"]):
         raise InputError(f"--parts {','.join(unknown)} is unknown: choose layers, blocks or both")

@@ -68,14 +68,14 @@ class Worker:
         except OSError as error:
             self._errors.close()
             raise InputError(
-                f"--torch-python {python}: {error.strerror}: give a Python with torch and NumPy"
+                f"--torch-python {python}: {error.strerror}: pass a Python with torch and NumPy"
             ) from None
         try:
             self.versions = self._answer()
         except InputError as error:
             self.close()
             raise InputError(
-                f"--torch-python {python}: {error}: give a Python with torch and NumPy"
+                f"--torch-python {python}: {error}: pass a Python with torch and NumPy"
             ) from None
 
     def ask(self, **request: Any) -> dict[str, Any]:

@@ -3,8 +3,8 @@
     maknet demo --out demo
     python docs/images/overview.py --demo demo --out docs/images/overview.webp
 
-For each of three labels the slice of the hand-labelled split that has the label and the student's
-highest confidence in it. Everything is generated: there are no patients.
+For each of three labels, shows the slice of the hand-labelled split with this label for which the
+student is most confident. Everything is generated: there are no patients.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""Why a network gives its labels: attribution maps, perturbations and tests of the maps.
+"""Attribution maps, perturbations and tests of the maps.
 
-The names below are here because the command line needs them without importing JAX.
+The constants are defined here so that the command line can use them without importing JAX.
 """
 
 METHODS = ("trapezoid", "right", "midpoint", "gauss")  # rules of `integrated_gradients`

@@ -1,7 +1,8 @@
-"""Whether attribution maps show what the network uses: deletion and insertion, with intervals.
+"""Faithfulness of attribution maps: deletion and insertion, with intervals.
 
-Petsiuk et al. 2018: delete pixels in the order of a map and watch the confidence fall, or insert
-them into the baseline and watch it rise. An uninformative map does no better than random pixels.
+Petsiuk et al. 2018: delete pixels in the order of a map and measure how the confidence falls, or
+insert them into the baseline and measure how it rises. An uninformative map does no better than
+random pixels.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ def ranks(attribution: np.ndarray) -> np.ndarray:
 def random_ranks(differs: np.ndarray, seed: int) -> np.ndarray:
     """Ranks of pixels in random order, with those that differ from the baseline first.
 
-    Deleting air changes nothing, so a control that drew air would flatter every map.
+    Deleting air changes nothing, so any map would look good beside a control that deletes air.
 
     Args:
       differs: bool `[..., H, W]`, see `perturbation.differs`.
@@ -48,10 +49,10 @@ def curves(
     *,
     output: str = "probability",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Outputs while pixels are deleted, and while they are inserted.
+    """The outputs while pixels are deleted, and while they are inserted.
 
     Args:
-      logit_fn: see `integrated_gradients`, also for what a process must hold.
+      logit_fn: see `integrated_gradients`, also for the sharding of inputs.
       images: float32 `[B, H, W, C]`.
       targets: int `[B]`, one label per image.
       baseline: float32 `[B, H, W, C]`.
@@ -75,7 +76,7 @@ def curves(
         deleted = (order < round(share * order[0].size)).astype(np.float32)
         for values, mask in ((deletion, deleted), (insertion, 1 - deleted)):
             values.append(masked_outputs(logit_fn, images, baseline, mask, targets, output)[:, 0])
-    # Copied to the host only here, so that the devices are never waited for in between.
+    # Copied to the host only at the end, so that the loop never blocks on the devices.
     return np.stack(jax.device_get(deletion), axis=1), np.stack(jax.device_get(insertion), axis=1)
 
 
@@ -85,7 +86,7 @@ def area(curve: np.ndarray, shares: np.ndarray) -> np.ndarray:
 
 
 def mass_inside(attribution: np.ndarray, region: np.ndarray) -> float:
-    """The share of the positive attribution mass that lies in a region; nan if there is none.
+    """The share of the positive attribution mass inside a region; nan if there is no such mass.
 
     Args:
       attribution: `[H, W]`.
@@ -121,7 +122,7 @@ def bootstrap(
     if not values.size or not np.isfinite(values).all():
         raise InputError(
             f"{values.size} values, {np.isfinite(values).sum()} of them finite: an interval needs "
-            "one or more, all finite"
+            "at least one, all finite"
         )
     numbers = np.arange(values.size)
     if groups is not None:

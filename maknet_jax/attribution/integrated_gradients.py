@@ -1,11 +1,10 @@
 """Integrated Gradients (Sundararajan et al. 2017; paper, section 5.1), batched.
 
-Everything is written against `logit_fn(images float32 [B, H, W, C]) -> logits [B, K]`. Images are
-as the network sees them: with the default window, -1024 HU is 0. Pass
-`jax.tree_util.Partial(apply, variables)` rather than a closure, so that the weights are arguments
-of the compiled program instead of constants in it. Inputs that are sharded over devices stay
-sharded. They must be fully addressable: each process explains images of its own, as
-`maknet attribute` does.
+All functions take a `logit_fn(images float32 [B, H, W, C]) -> logits [B, K]`. Images are network
+input: with the default window, -1024 HU is 0. Pass `jax.tree_util.Partial(apply, variables)` rather
+than a closure, so that the weights are arguments of the compiled program instead of constants in
+it. Inputs that are sharded over devices stay sharded. They must be fully addressable: each process
+explains its own images, as in `maknet attribute`.
 """
 
 import dataclasses
@@ -27,11 +26,11 @@ from maknet_jax.errors import InputError
 Array = jax.Array | np.ndarray
 LogitFn = Callable[[Array], jax.Array]
 
-# An output that hardly changes between baseline and image has no meaningful relative error: the
-# residual is divided by at least this much.
+# If the output hardly changes between baseline and image, the relative error is not meaningful: the
+# residual is divided by at least this value.
 FLOORS = {"probability": 0.01, "logit": 0.1}
 TOLERANCE = 0.01  # of the relative residual
-# Bytes. On a CPU, chunks that fit into its caches are the fastest.
+# Bytes. On CPU, chunks that fit into the caches are fastest.
 CPU_BUDGET = 1 << 28
 
 
@@ -63,7 +62,7 @@ def logit_fn_of(model: Any, variables: Any, **options: Any) -> Partial:
       model: model.apply(variables, images, **options) returns logits `[B, K]`, or an object that
         has them as `logits`.
       variables: its parameters, arguments of the compiled program.
-      **options: of the call, such as deterministic=True. A parameter `train` is False unless given.
+      **options: of the call, such as deterministic=True. A parameter `train` defaults to False.
     """
     if "train" in inspect.signature(type(model).__call__).parameters:
         options = {"train": False} | options
@@ -86,8 +85,8 @@ def quadrature(method: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """
     if method not in METHODS or steps < 1:
         raise InputError(
-            f"method {method!r} with {steps} steps: choose one of {', '.join(METHODS)} and 1 step "
-            "or more"
+            f"method {method!r} with {steps} steps: choose one of {', '.join(METHODS)} and at "
+            "least 1 step"
         )
     if method == "gauss":
         nodes, weights = np.polynomial.legendre.leggauss(steps)
@@ -127,8 +126,8 @@ def integrated_gradients(
 ) -> Attribution:
     """Integrates the gradient along the straight path from `baseline` to `images`.
 
-    All labels of an image share its forward passes. A Python loop walks the path in chunks: inside
-    `lax.map` or `lax.scan`, convolutions are almost five times slower on a CPU.
+    All labels of an image share its forward passes. A Python loop processes the path in chunks:
+    inside `lax.map` or `lax.scan`, convolutions are almost five times slower on CPU.
 
     Args:
       logit_fn: images -> logits, see the module docstring.
@@ -137,12 +136,12 @@ def integrated_gradients(
       baseline: float32, broadcast to the shape of the images.
       steps: number of steps along the path.
       method: "trapezoid", "right", "midpoint" or "gauss" (Gauss-Legendre).
-      output: "probability" or "logit": the output that is attributed.
-      refine: how many times the steps of an image with a flagged map are doubled at most.
-        Trapezoid only, because it reuses the gradients that it has. Max pooling puts kinks into the
-        path, where the error of every method falls only with 1 / steps.
-      chunk: nodes of the path per call; None takes the result of `fit`. The maps do not depend on
-        it, nor on `rows`.
+      output: "probability" or "logit": the output to attribute.
+      refine: maximum number of times that the steps of an image with a flagged map are doubled.
+        Trapezoid only, because it reuses the previous gradients. Max pooling adds kinks along the
+        path, with which the error of every method falls only with 1 / steps.
+      chunk: nodes of the path per call; None takes the result of `fit`. The maps depend neither on
+        it nor on `rows`.
       tolerance: relative residual above which a map is flagged.
       rows: images per call, a multiple of the number of devices; None takes the result of `fit`.
 
@@ -157,7 +156,7 @@ def integrated_gradients(
         chunk = best_chunk if chunk is None else chunk
         rows = best_rows if rows is None else rows
     if chunk < 1 or rows < 1:
-        raise InputError(f"chunk {chunk} and rows {rows} should be 1 or more")
+        raise InputError(f"chunk {chunk} and rows {rows} should be at least 1")
     parts = []
     for start in range(0, len(images), rows):
         part = slice(start, start + rows)
@@ -184,13 +183,13 @@ def _refine(
     output: str,
     tolerance: float,
 ) -> Attribution:
-    """Integrates, then doubles the steps while a map is flagged, `refine` times at most."""
+    """Integrates, then doubles the steps while a map is flagged, at most `refine` times."""
     result = integrate(*quadrature(method, steps))
     for _ in range(refine):
         flagged = result.flagged.any(axis=1)[:, None, None, None, None]
         if not flagged.any():
             break
-        # The trapezoid of twice the steps is its mean with the midpoint rule.
+        # The trapezoid with twice the steps is the mean of the trapezoid and the midpoint rule.
         middle = integrate(*quadrature("midpoint", steps))
         maps = np.where(flagged, (result.maps + middle.maps) / 2, result.maps)
         result = _attribution(maps, result.start, result.end, output, tolerance)
@@ -206,10 +205,10 @@ def fit(
     output: str = "probability",
     budget: int | None = None,
 ) -> tuple[int, int]:
-    """How many nodes of the path and how many images fit into memory: (chunk, rows).
+    """The number of nodes of the path and of images that fit into memory: (chunk, rows).
 
-    Each node stores its activations for the backward pass; their sizes follow from the shapes
-    alone. The backward pass needs about a third of that again per label, beside images and
+    Each node stores its activations for the backward pass; their sizes are computed from shapes
+    alone. The backward pass needs about a third of that in addition per label, plus images and
     gradients.
 
     Args:
@@ -220,7 +219,7 @@ def fit(
       budget: bytes per device; None takes 256 MiB on CPU and half the memory of an accelerator.
 
     Returns:
-      Nodes per call, 1 or more, and images per call, one per device or more.
+      Nodes per call, at least 1, and images per call, at least one per device.
     """
 
     def residual_bytes(count: int) -> int:
@@ -238,7 +237,7 @@ def fit(
     node_bytes = (residual_bytes(2) - residual_bytes(1)) * (1 + labels / 3)
     node_bytes += 2 * image_bytes * (1 + labels)
     room = max(1, int(budget // node_bytes))
-    # Groups of equal size where possible: each size compiles a program of its own.
+    # Groups of equal size where possible: each size compiles another program.
     rows = -(-images_per_device // -(-images_per_device // room))
     return room // rows, rows * len(devices)
 
@@ -263,7 +262,7 @@ def _integrate(
 ) -> Attribution:
     calls = -(-len(nodes) // chunk)
     chunk = -(-len(nodes) // calls)
-    # One chunk shape is one compiled program: the last chunk is padded with weights of 0.
+    # Equal chunks share one compiled program: the last chunk is padded with weights of 0.
     chunks = (
         np.pad(values, (0, calls * chunk - len(values))).astype(np.float32).reshape(calls, chunk)
         for values in (nodes, weights)
@@ -302,7 +301,7 @@ def _checked(
 
 
 def as_partial(logit_fn: LogitFn) -> Partial:
-    """`logit_fn` as a pytree, which jitted functions take as an argument."""
+    """`logit_fn` as a pytree, which can be an argument of jitted functions."""
     return logit_fn if isinstance(logit_fn, Partial) else Partial(logit_fn)
 
 
@@ -315,8 +314,8 @@ def _selected(logit_fn: Partial, images: Array, targets: Array, output: str) -> 
 _outputs = jax.jit(_selected, static_argnames="output")
 
 
-# These two are called for their shapes only, and jitted so that their traces are cached: a trace
-# takes longer than many gradients.
+# These two are only evaluated for shapes. They are jitted to cache their traces: tracing takes
+# longer than many gradients.
 @jax.jit
 def _logits(logit_fn: Partial, images: Array) -> jax.Array:
     return logit_fn(images)
@@ -333,7 +332,7 @@ def _vjp(
 def masked_outputs(
     logit_fn: Partial, images: Array, baseline: Array, mask: Array, targets: Array, output: str
 ) -> jax.Array:
-    """The outputs `[B, T]` of images whose pixels are the baseline's where `mask` is 1.
+    """The outputs `[B, T]` of images in which pixels with `mask` 1 are those of the baseline.
 
     Args:
       logit_fn: see the module docstring.

@@ -8,11 +8,11 @@ from scipy import ndimage
 from maknet_jax.errors import InputError, Rejected
 
 AIR = -1024  # HU, black
-NOISE = 50  # HU: air in a scan is -1000 give or take some tens
+NOISE = 50  # HU: air in a scan is -1000 plus or minus a few tens
 
 
 def make_baseline(image: np.ndarray, kind: str) -> np.ndarray:
-    """The image that attribution starts from and that deleted pixels are replaced with.
+    """The start of the path of attributions, and the replacement of deleted pixels.
 
     Args:
       image: int16 HU `[H, W, C]`.
@@ -34,7 +34,7 @@ def make_baseline(image: np.ndarray, kind: str) -> np.ndarray:
         return np.full_like(image, int(kind))
     except (ValueError, OverflowError):
         raise InputError(
-            f"baseline {kind!r} is unknown: choose black, blurred or a whole number of HU"
+            f"baseline {kind!r} is unknown: choose black, blurred or an integer in HU"
         ) from None
 
 
@@ -57,8 +57,8 @@ def neighbour(image: np.ndarray, region: np.ndarray) -> np.ndarray:
         raise Rejected("the region fills the whole image: there are no pixels around it")
     _, edge = ndimage.distance_transform_edt(region, return_indices=True)
     here = np.indices(region.shape)
-    # As far outside the edge as the pixel is inside it; the edge itself where that place is outside
-    # the image or inside the region.
+    # The mirrored pixel is as far outside the edge as the pixel is inside it. If it is outside the
+    # image or inside the region, the edge pixel is used instead.
     mirrored = 2 * edge - here
     shape = np.reshape(region.shape, (2, 1, 1))
     clipped = np.clip(mirrored, 0, shape - 1)
@@ -89,7 +89,7 @@ def most_influential(attribution: np.ndarray, share: float) -> np.ndarray:
 
     Args:
       attribution: `[H, W]`.
-      share: share of all pixels that is taken at most, in (0, 1].
+      share: maximum share of all pixels, in (0, 1].
 
     Returns:
       bool `[H, W]`.
@@ -107,7 +107,7 @@ def most_influential(attribution: np.ndarray, share: float) -> np.ndarray:
 
 
 def differs(image: np.ndarray, baseline: np.ndarray | int) -> np.ndarray:
-    """Where two HU images `[..., C]` differ by more than the noise of air: bool `[...]`."""
+    """Whether two HU images `[..., C]` differ by more than the noise of air: bool `[...]`."""
     return (np.abs(image.astype(np.int32) - baseline) > NOISE).any(axis=-1)
 
 
@@ -138,7 +138,7 @@ def box_region(box: Sequence[float], crop: Sequence[int], size: int) -> np.ndarr
 
 
 def mask_region(mask: np.ndarray, crop: Sequence[int], size: int) -> np.ndarray:
-    """A mask or label map `[H, W]` of the slice, cropped and resized as its image was (nearest)."""
+    """A mask or label map `[H, W]` of the slice, cropped and resized like its image (nearest)."""
     top, left, bottom, right = crop
     rows = top + ((np.arange(size) + 0.5) * (bottom - top) / size).astype(int)
     columns = left + ((np.arange(size) + 0.5) * (right - left) / size).astype(int)

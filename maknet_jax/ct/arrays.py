@@ -1,4 +1,4 @@
-"""CT volumes that a caller has in memory, brought into the standard orientation."""
+"""CT volumes from arrays in memory, converted to the standard orientation."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from maknet_jax.ct.reading import LARGEST_MATRIX
 from maknet_jax.ct.volumes import Volume
 from maknet_jax.errors import InputError, Rejected
 
-# The direction, in LPS coordinates, in which an axis with this letter grows.
+# The direction, in LPS coordinates, in which an axis with this letter increases.
 _DIRECTIONS = {
     "L": (1, 0, 0),
     "R": (-1, 0, 0),
@@ -20,9 +20,9 @@ _DIRECTIONS = {
     "I": (0, 0, -1),
 }
 _EXPECTED = (
-    "pass affine=A (4 x 4, voxel indices to RAS in mm, as nibabel has it), or spacing=(a, b, c) in "
-    'mm and orientation="LPS", one entry per axis of the array (the letters say where each axis '
-    "grows: L or R, P or A, S or I)"
+    "pass affine=A (4 x 4, voxel indices to RAS in mm, as in nibabel), or spacing=(a, b, c) in mm "
+    'and orientation="LPS", one entry per axis of the array (each letter is the direction in which '
+    "that axis increases: L or R, P or A, S or I)"
 )
 
 
@@ -34,14 +34,14 @@ def volume_of_array(
     orientation: str | None = None,
     name: str = "array",
 ) -> Volume:
-    """Makes a volume of an array of HU and its geometry.
+    """Makes a volume from an array of HU and its geometry.
 
     Args:
       hu: three axes in any order, integers or floats.
       affine: `[4, 4]`, indices of the array to RAS in mm; or the two below instead.
       spacing: mm along each axis of the array.
-      orientation: three letters, the direction in which each axis grows: "LPS" for an array
-        indexed to the left, to posterior and to superior.
+      orientation: three letters, the direction in which each axis increases: "LPS" axes run to the
+        left, to posterior and to superior.
       name: the name of the series.
 
     Returns:
@@ -57,9 +57,9 @@ def volume_of_array(
             f"{LARGEST_MATRIX} voxels"
         )
     if hu.dtype.kind not in "iuf":
-        raise InputError(f"an array of {hu.dtype} is not CT: pass HU as integers or floats")
-    given = {"affine": affine, "spacing": spacing, "orientation": orientation}
-    present = [key for key, value in given.items() if value is not None]
+        raise InputError(f"an array of dtype {hu.dtype} is not CT: pass HU as integers or floats")
+    arguments = {"affine": affine, "spacing": spacing, "orientation": orientation}
+    present = [key for key, value in arguments.items() if value is not None]
     if present not in (["affine"], ["spacing", "orientation"]):
         has = " and ".join(present) or "no geometry"
         raise InputError(f"an array of shape {hu.shape} with {has}: {_EXPECTED}")

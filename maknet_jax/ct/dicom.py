@@ -30,16 +30,16 @@ _TAGS = (
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What one DICOM file states about its slice.
+    """The header of one DICOM slice.
 
     Attributes:
       path: the file.
       series: SeriesInstanceUID, or "".
-      uid: SOPInstanceUID, or an id made from the content.
-      problem: why the file cannot be used; empty if it can.
+      uid: SOPInstanceUID, or an id computed from the content.
+      problem: why the file cannot be used; "" if it can.
       frame_of_reference: FrameOfReferenceUID, or "".
-      orientation: six numbers: the directions (unit vectors, LPS) of growing column number and of
-        growing row number.
+      orientation: six numbers: the directions (unit vectors, LPS) of increasing column number and
+        of increasing row number.
       position: mm (LPS) of the first pixel, or None.
       shape: (rows, columns).
       spacing: mm between rows and between columns, as stored; nan where unknown.
@@ -93,7 +93,7 @@ def _inflated(path: str) -> io.BytesIO | None:
         meta = pydicom.filereader.read_file_meta_info(path)
         if meta.get("TransferSyntaxUID") != dicom_uid.DeflatedExplicitVRLittleEndian:
             return None
-        # preamble, "DICM", the group length element, and the group whose length it gives
+        # Skips the preamble, "DICM", the group length element, and the group of that length.
         file.seek(132 + 12 + meta.FileMetaInformationGroupLength)
         stream = zlib.decompressobj(-zlib.MAX_WBITS)
         content = stream.decompress(file.read(), LARGEST_FILE)
@@ -121,7 +121,7 @@ def _read(path: str, *, pixels: bool) -> pydicom.Dataset:
 
 
 def read_header(path: str | os.PathLike[str]) -> Header | None:
-    """Reads the header of a DICOM file; raises nothing.
+    """Reads the header of a DICOM file; a broken file raises nothing.
 
     Returns:
       A Header, whose `problem` says what is wrong with the file; None for a file that is not an
@@ -133,7 +133,7 @@ def read_header(path: str | os.PathLike[str]) -> Header | None:
             return _header(_read(path, pixels=False), path)
     except Rejected as error:
         return Header(path, "", "", str(error))
-    except Exception as error:  # pydicom raises anything on broken files, RecursionError included
+    except Exception as error:  # pydicom raises any exception on broken files, even RecursionError
         return Header(path, "", "", f"broken DICOM file ({one_line(error)})")
 
 
@@ -183,7 +183,7 @@ def _header(data: pydicom.Dataset, path: str) -> Header | None:
 
 
 def _numbers(data: pydicom.Dataset, name: str, count: int) -> tuple[float, ...] | None:
-    """`count` finite numbers of an element, or None where it is absent or empty."""
+    """The `count` finite numbers of an element, or None if it is absent or empty."""
     values = data.get(name)
     if values is None or values == "":
         return None
@@ -213,7 +213,7 @@ def _problem(data: pydicom.Dataset, modality: str, storage: str, syntax: str) ->
     if types & _NOT_A_SLICE:
         return f"ImageType {sorted(types & _NOT_A_SLICE)[0]}: not an axial slice"
     if grey != (1, "MONOCHROME2"):
-        return f"{grey[0]} samples per pixel of {grey[1]}: only 1 of MONOCHROME2 is supported"
+        return f"{grey[0]} samples per pixel, {grey[1]}: only 1 sample of MONOCHROME2 is supported"
     if syntax in dicom_pixels.LOSSY_JPEG:
         return f"{transfer.name} ({syntax}): lossy JPEG does not preserve HU"
     if syntax not in dicom_pixels.NATIVE and syntax not in dicom_pixels.DECODERS:
@@ -243,7 +243,7 @@ def _orientation_problem(orientation: tuple[float, ...]) -> str:
         z, _, _ = stored_axes(orientation)
     except Rejected as error:
         return str(error)
-    return "" if z.axis == 0 else "not axial but sagittal or coronal"
+    return "" if z.axis == 0 else "sagittal or coronal slice: only axial slices are supported"
 
 
 def stored_axes(orientation: tuple[float, ...]) -> tuple[geometry.StoredAxis, ...]:
@@ -257,13 +257,13 @@ def read_slice(path: str | os.PathLike[str]) -> tuple[Header, np.ndarray]:
     """Reads one file.
 
     HU = stored value x slope + intercept, exact where both are integers, else rounded to the
-    nearest (halves to even), and clipped to int16. Padding values are left as they are.
+    nearest (halves to even), and clipped to int16. Padding values are not changed.
 
     Returns:
       (header, hu): hu is int16 [rows, columns] in the standard orientation.
 
     Raises:
-      Rejected: with the reason why the file cannot be used.
+      Rejected: the file cannot be used; the message is the reason.
     """
     path = str(path)
     try:

@@ -22,7 +22,7 @@ NATIVE = (
     dicom_uid.ExplicitVRBigEndian,
     dicom_uid.DeflatedExplicitVRLittleEndian,
 )
-# One decoder each: which of several installed ones runs must not decide the result.
+# One decoder each, so that the result does not depend on which decoders are installed.
 DECODERS: dict[str, str] = {
     dicom_uid.RLELossless: "pydicom",
     dicom_uid.JPEG2000Lossless: "gdcm",
@@ -56,7 +56,7 @@ def stored_values(
       int32 [rows, columns], before slope and intercept.
 
     Raises:
-      Rejected: the data are missing, cut off, of another size, damaged, or do not fit into `bits`.
+      Rejected: the data are missing, truncated, of another size or damaged, or exceed `bits`.
     """
     if "PixelData" not in data:
         raise Rejected("no pixel data")
@@ -94,10 +94,11 @@ def _native_values(
 
 @contextlib.contextmanager
 def _reject_on_libjpeg_warning() -> Iterator[None]:
-    """Rejects an image about which libjpeg prints a warning.
+    """Rejects an image if libjpeg prints a warning.
 
-    libjpeg writes "Corrupt JPEG data" to the process's stderr, makes up the rest of the image and
-    reports success, so that line is the only sign of damage. Other lines are passed on.
+    On damaged data libjpeg writes "Corrupt JPEG data" to the process's stderr, fills in the rest of
+    the image and reports success, so this line is the only sign of damage. Other lines are printed
+    as usual.
     """
     with _stderr_lock, tempfile.TemporaryFile() as captured:
         stderr = os.dup(2)
@@ -116,7 +117,7 @@ def _reject_on_libjpeg_warning() -> Iterator[None]:
 
 
 def _check_encoded(pixel_data: bytes, shape: tuple[int, ...], syntax: str) -> None:
-    """Rejects an encoded image that is cut off or that would decode to something huge."""
+    """Rejects an encoded image that is truncated or whose decoded size would be too large."""
     frames = list(generate_frames(pixel_data, number_of_frames=1))
     if len(frames) != 1:
         raise Rejected(f"{len(frames)} encoded frames, expected 1")

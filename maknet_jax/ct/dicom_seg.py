@@ -29,7 +29,7 @@ _SAME_POSITION = 0.1  # mm
 
 @dataclasses.dataclass(frozen=True)
 class SegHeader:
-    """What a SEG file states about itself.
+    """The header of a SEG file.
 
     Attributes:
       path: the file.
@@ -52,13 +52,13 @@ def is_segmentation(path: str | os.PathLike[str]) -> bool:
     try:
         with quiet():
             meta = pydicom.filereader.read_file_meta_info(path)
-    except Exception:  # pydicom raises anything on broken files; a CT reader reports them
+    except Exception:  # pydicom raises any exception on broken files; a CT reader reports them
         return False
     return meta.get("MediaStorageSOPClassUID") in SEGMENTATIONS
 
 
 def read_header(path: str | os.PathLike[str]) -> SegHeader:
-    """Reads the header of a SEG file; needs no highdicom.
+    """Reads the header of a SEG file; does not need highdicom.
 
     Raises:
       Rejected: the file is broken, of several series, or has fractional or unnamed segments.
@@ -74,15 +74,15 @@ def read_header(path: str | os.PathLike[str]) -> SegHeader:
             if int(item.SegmentNumber) != 0  # the background of a label map
         )
         patient = str(data.get("PatientID") or "")
-    except Exception as error:  # pydicom raises anything on broken files
+    except Exception as error:  # pydicom raises any exception on broken files
         raise Rejected(f"broken DICOM SEG header ({one_line(error)})") from error
     if kind not in ("BINARY", "LABELMAP"):
         raise Rejected(f"SegmentationType {kind}: only BINARY and LABELMAP are supported")
     if len(set(series)) != 1:
-        raise Rejected(f"references {len(set(series))} series: expected the one of its CT")
+        raise Rejected(f"references {len(set(series))} series: expected one CT series")
     names = [name for _, name in segments if name]
     if len(set(names)) < len(segments):
-        raise Rejected("two segments have equal labels, or one has none: names must be unique")
+        raise Rejected("two segments have the same label, or one has none: labels must be unique")
     return SegHeader(str(path), patient, series[0], segments)
 
 
@@ -102,7 +102,7 @@ def require_highdicom() -> Any:
 
 
 class Segmentation:
-    """A SEG file beside its CT series, whose geometry was compared slice by slice."""
+    """A SEG file and its CT series; their geometry is compared slice by slice."""
 
     def __init__(self, path: str | os.PathLike[str], slices: Sequence[dicom.Header]) -> None:
         """Opens the file.
@@ -113,7 +113,7 @@ class Segmentation:
 
         Raises:
           InputError: highdicom is not installed.
-          Rejected: broken, or on another grid than the CT.
+          Rejected: the file is broken, or its grid differs from that of the CT.
         """
         highdicom = require_highdicom()
         self._slices = slices
@@ -123,7 +123,7 @@ class Segmentation:
                 self._check_grid()
         except Rejected:
             raise
-        except Exception as error:  # highdicom raises anything on broken files
+        except Exception as error:  # highdicom raises any exception on broken files
             raise Rejected(f"broken DICOM SEG ({one_line(error)})") from error
 
     def mask(self, number: int) -> np.ndarray:
@@ -144,7 +144,7 @@ class Segmentation:
         except Exception as error:
             raise Rejected(f"broken DICOM SEG frames ({one_line(error)})") from error
         axes = dicom.stored_axes(self._slices[0].orientation)
-        # Slices are in order already: only rows and columns are brought into the standard one.
+        # Slices are already in order: only rows and columns are converted to the standard order.
         planes = [geometry.to_standard(frame[None, ..., 0] > 0, axes)[0] for frame in frames]
         return np.stack(planes)
 
@@ -152,7 +152,7 @@ class Segmentation:
         first = self._slices[0]
         shape = (self._seg.Rows, self._seg.Columns)
         if shape != first.shape:
-            raise Rejected(f"frames of {shape} pixels, the CT has {first.shape}")
+            raise Rejected(f"frames of {shape} pixels, but the CT has {first.shape}")
         by_uid = {header.uid: header for header in self._slices}
         shared = self._seg.SharedFunctionalGroupsSequence[0]
         for number, frame in enumerate(self._seg.PerFrameFunctionalGroupsSequence, start=1):
@@ -163,7 +163,8 @@ class Segmentation:
             }
             if len(sources) != 1 or not sources <= by_uid.keys():
                 raise Rejected(
-                    f"frame {number} references {len(sources)} slices, not one of its CT series"
+                    f"frame {number} references {len(sources)} slices: expected one slice of the "
+                    "CT series"
                 )
             header = by_uid[sources.pop()]
             measures = _group("PixelMeasuresSequence", frame, shared)
@@ -183,5 +184,5 @@ class Segmentation:
 
 
 def _group(name: str, frame: pydicom.Dataset, shared: pydicom.Dataset) -> pydicom.Dataset:
-    """The item of a functional group: of the frame, or shared by all frames."""
+    """The item of a functional group, of the frame or shared by all frames."""
     return (frame if name in frame else shared)[name].value[0]

@@ -1,4 +1,4 @@
-"""The standard orientation, and how a stored array is brought into it.
+"""The standard orientation, and the conversion of stored arrays to it.
 
 In the standard orientation slices run from head to feet, rows from anterior to posterior and
 columns from the patient's right to the left, as in DeepLesion and as radiologists view CT.
@@ -27,7 +27,7 @@ def standard_axes(directions: npt.ArrayLike) -> tuple[StoredAxis, StoredAxis, St
     """Finds the axes of a stored array that become the standard z, y and x.
 
     Args:
-      directions: [3, 3]; row k is the direction (LPS) in which axis k of the array grows.
+      directions: [3, 3]; row k is the direction (LPS) in which axis k of the array increases.
 
     Returns:
       The stored axes of z (head to feet), y (to posterior) and x (to the left).
@@ -42,7 +42,7 @@ def standard_axes(directions: npt.ArrayLike) -> tuple[StoredAxis, StoredAxis, St
         cosine = directions[axis, body_axis]
         if not abs(cosine) >= COSINE_30:
             angle = math.degrees(math.acos(min(1.0, abs(cosine))))
-            raise Rejected(f"oblique: {angle:.0f} degrees from the body's axes, the limit is 30")
+            raise Rejected(f"oblique: {angle:.0f} degrees from the body's axes; the limit is 30")
         axes.append(StoredAxis(axis, bool(cosine * sense < 0)))
     z, y, x = axes
     return z, y, x

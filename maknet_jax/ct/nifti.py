@@ -1,4 +1,4 @@
-"""CT volumes and label maps as NIfTI, brought into the standard orientation by their affine."""
+"""CT volumes and label maps as NIfTI, converted to the standard orientation by their affine."""
 
 import itertools
 import os
@@ -21,7 +21,7 @@ _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
 
 
 class _Opened(NamedTuple):
-    """A NIfTI whose header was checked; proxy, affine and shape are those of the stored array."""
+    """A NIfTI file with a checked header; proxy, affine and shape are those of the stored array."""
 
     proxy: "ArrayProxy"
     affine: np.ndarray
@@ -49,7 +49,7 @@ def read_nifti(
       hu: int16 [Z, Y, X], head to feet; exact for integers without a slope, else rounded to the
         nearest (halves to even).
       spacing: mm along (z, y, x).
-      stored: for each slice, as a string, its index along the stored axis that is z.
+      stored: for each slice, as a string, its index along the stored z axis.
 
     Raises:
       Rejected: not 3-D, no orientation, oblique, not finite, or not HU.
@@ -76,19 +76,19 @@ def load_label_map(
 
     Args:
       path: the file.
-      like: the NIfTI of the CT that the label map belongs to; both must share their voxel grid.
+      like: the NIfTI file of the label map's CT; both must have the same voxel grid.
 
     Returns:
       uint16 [Z, Y, X], head to feet.
 
     Raises:
-      Rejected: as `read_nifti`, or not labels (0 to 65535, whole numbers), or another grid.
+      Rejected: as in `read_nifti`, or not labels (integers from 0 to 65535), or another grid.
     """
     opened = _open(path)
     if like is not None:
         difference = _grid_difference(opened, _open(like))
         if difference:
-            raise Rejected(f"another voxel grid than {like}: {difference}")
+            raise Rejected(f"its voxel grid differs from that of {like}: {difference}")
     values = _values(opened)
     labels = np.empty(values.shape, np.uint16)
     for k, plane in enumerate(values):
@@ -104,7 +104,7 @@ def load_label_map(
 def read_label_names(path: str | os.PathLike[str]) -> dict[int, str]:
     """The names of the values of a label map, from the label table in its header extension.
 
-    TotalSegmentator writes such a table (the XML of Caret) into maps of several organs.
+    TotalSegmentator writes such a table (Caret's XML) into maps of several organs.
 
     Returns:
       Value -> name; empty if the header has no label table.
@@ -128,19 +128,19 @@ def read_label_names(path: str | os.PathLike[str]) -> dict[int, str]:
         return {int(label.attrib["Key"]): (label.text or "").strip() for label in labels}
     except Rejected:
         raise
-    except Exception as error:  # nibabel and the XML parser raise anything on broken files
+    except Exception as error:  # nibabel and the XML parser raise any exception on broken files
         raise Rejected(f"broken label table in the header ({one_line(error)})") from error
 
 
 def _grid_difference(one: _Opened, other: _Opened) -> str:
-    """How two voxel grids differ; "" if they agree to a tenth of a voxel at all corners."""
+    """How two voxel grids differ; "" if all corners agree to a tenth of a voxel."""
     if one.shape != other.shape:
         return f"shape {one.shape}, not {other.shape}"
     corners = np.array(list(itertools.product(*((0, count - 1) for count in one.shape))))
     away = corners @ (one.affine - other.affine)[:3, :3].T + (one.affine - other.affine)[:3, 3]
     distance = float(np.linalg.norm(away, axis=1).max())
     if distance > 0.1 * min(other.spacing):
-        return f"the corners lie up to {distance:.2f} mm apart"
+        return f"the corners are up to {distance:.2f} mm apart"
     return ""
 
 
@@ -159,7 +159,7 @@ def _open(path: str | os.PathLike[str]) -> _Opened:
             unit = header.get_xyzt_units()[0]
             affine = np.asarray(image.affine)
             proxy = cast("ArrayProxy", image.dataobj)
-    except Exception as error:  # nibabel raises anything on broken files
+    except Exception as error:  # nibabel raises any exception on broken files
         raise Rejected(f"broken NIfTI file ({one_line(error)})") from error
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
@@ -220,7 +220,7 @@ def _scaled(opened: _Opened, plane: np.ndarray) -> np.ndarray:
 
 
 def check_hu(low: float, high: float) -> None:
-    """Rejects values that cannot be HU: CT contains air, so HU go below 0 and span a wide range.
+    """Rejects values that cannot be HU: CT contains air, so HU are negative and span a wide range.
 
     Args:
       low: the smallest value of a volume.
@@ -238,4 +238,4 @@ def check_hu(low: float, high: float) -> None:
     if high - low <= 2:
         raise Rejected(f"{values}: not HU (normalised or constant); store Hounsfield units")
     if low < -32768 or high > 32767:
-        raise Rejected(f"{values}: outside int16, so not HU")
+        raise Rejected(f"{values}: not HU (outside the range of int16)")

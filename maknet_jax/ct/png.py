@@ -1,4 +1,4 @@
-"""CT slices as PNG: DeepLesion's 16-bit files, and 8-bit images whose display window is known."""
+"""CT slices as PNG: DeepLesion's 16-bit files, and 8-bit images with a known display window."""
 
 import io
 import math
@@ -14,7 +14,7 @@ from maknet_jax.ct.reading import LARGEST_MATRIX, one_line
 from maknet_jax.errors import InputError, Rejected
 
 OFFSET = 32768  # DeepLesion stores HU + 32768
-LOWEST = -4096  # HU; no scanner pads below this; DeepLesion contains -2048 and -3024
+LOWEST = -4096  # HU; no scanner pads below this; DeepLesion's padding is -2048 or -3024
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _END = b"IEND\xaeB`\x82"
@@ -39,7 +39,7 @@ def neighbour_path(path: str | os.PathLike[str], offset: int) -> pathlib.Path:
     """The path of the slice whose index is higher by `offset`; it may not exist.
 
     The index keeps its zero padding. If there is no such index (the name contains no number, or
-    the index would be negative), the path is one that no slice has.
+    the index would be negative), the result is a path that no slice has.
     """
     path = pathlib.Path(path)
     match = re.fullmatch(r"(.*?)(\d+)(\D*)", path.stem)

@@ -1,8 +1,8 @@
 """From slices in Hounsfield units to network input (paper, section 4.1).
 
 Air and table around the body are cropped, the rest is resized to `size` x `size`, and three
-consecutive slices become the channels. Values stay HU in int16; the window is applied on the
-device, so changing it needs no new records.
+consecutive slices become the channels. Values remain int16 HU; the window is applied on the device,
+so changing it needs no new records.
 
 The paper says only that the black background around the scan is clipped before resizing to
 256 x 256. Our choices: the crop rule (`CROP_RULE`, see `body_box`), one box for all three slices,
@@ -18,7 +18,7 @@ from scipy import ndimage
 Box = tuple[int, int, int, int]  # top, left, bottom, right in pixels, half open
 
 AIR = -1024
-PADDING = -2000  # HU; scanners fill pixels outside their field of view with this or less
+PADDING = -2000  # HU; scanners pad pixels outside their field of view with this or less
 CROP_RULE = "body mask > -500 HU, opening 7x7 at 512, components >= 5 % of the largest, margin 1 %"
 
 BODY = -500  # HU; above lung and foam, below fat and skin
@@ -34,8 +34,8 @@ def body_box(hu: np.ndarray, *, threshold: float = BODY) -> Box:
 
     A morphological opening of 7 x 7 pixels at 512 x 512 (scaled with the matrix) removes thin
     shells, blankets and tubes. The largest remaining component is the body. Other components, such
-    as arms and legs, are included from 5 % of its area, unless they are flat and lie below it,
-    like a table.
+    as arms and legs, are included if they have at least 5 % of its area, unless they are flat and
+    lie below it, like a table.
 
     This rule is our choice. LesaNet's code has a simpler one: the bounding box of the pixels above
     -768 HU after a 7 x 7 opening, which includes thick tables; its training does not use it.
@@ -45,13 +45,13 @@ def body_box(hu: np.ndarray, *, threshold: float = BODY) -> Box:
       threshold: HU above which a pixel can be body.
 
     Returns:
-      (top, left, bottom, right), half open; the whole slice if nothing is body.
+      (top, left, bottom, right), half open; the whole slice if no body is found.
     """
     height, width = hu.shape
     # Half resolution is precise enough for a box and four times faster.
     stride = 2 if min(height, width) >= 256 else 1
     mask = hu[::stride, ::stride] > threshold
-    if threshold > BODY:  # the window maps lungs and thin fat to black, but skin encloses them
+    if threshold > BODY:  # the window maps lungs and fat to black, but skin encloses them
         mask = ndimage.binary_fill_holes(mask)
     reach = max(1, round(min(height, width) * 3 / 512 / stride))
     mask = _opening(mask, reach)
@@ -99,7 +99,7 @@ def make_triplet(
     """Three neighbouring slices as one image.
 
     Args:
-      slices: three int16 `[H, W]` arrays in HU, head to feet; padding allowed.
+      slices: three int16 `[H, W]` arrays in HU, head to feet; may contain padding.
       size: the edge of the result.
       threshold: HU above which a pixel can be body, see `body_threshold`.
 
@@ -122,7 +122,7 @@ def centres(count: int, *, overlap: bool) -> range:
 
 
 def neighbours(hu: np.ndarray, centre: int) -> list[np.ndarray]:
-    """The slices before, at and after `centre` of `[Z, H, W]`; at the ends the edge is repeated."""
+    """Slices `centre - 1` to `centre + 1` of `[Z, H, W]`; at the ends the edge is repeated."""
     last = len(hu) - 1
     return [hu[max(centre - 1, 0)], hu[centre], hu[min(centre + 1, last)]]
 
@@ -130,9 +130,9 @@ def neighbours(hu: np.ndarray, centre: int) -> list[np.ndarray]:
 def body_threshold(hu: np.ndarray, png_window: tuple[float, float] | None = None) -> float:
     """The threshold of `body_box` for a volume.
 
-    8-bit images were clipped to a display window, at whose low end fat and lung may lie: there
-    the threshold is 2 % of the window above its low end. Unclipped CT reaches far below any such
-    window and keeps the usual threshold.
+    8-bit images are clipped to a display window, and fat and lung may be at its low end. For them
+    the threshold is 2 % of the window above its low end, if that is higher than the usual one.
+    Unclipped CT has values below the window and keeps the usual threshold.
 
     Args:
       hu: int16 of any shape.

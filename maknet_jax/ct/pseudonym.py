@@ -15,7 +15,7 @@ def read_salt(path: str | os.PathLike[str] | None, *, log: console.Log) -> str:
 
     Args:
       path: the file; None means `~/.config/maknet/salt`.
-      log: told when a salt is created.
+      log: gets a message if a salt is created.
 
     Raises:
       InputError: the salt has fewer than 16 characters.
@@ -31,7 +31,8 @@ def read_salt(path: str | os.PathLike[str] | None, *, log: console.Log) -> str:
     salt = salt_file.read_text(encoding="utf-8").strip()
     if len(salt) < 16:
         raise InputError(
-            f"salt file {salt_file} has {len(salt)} characters: at least 16 are needed"
+            f"salt file {salt_file} has {len(salt)} characters, expected at least 16: restore the "
+            "file, or remove it to create a new salt"
         )
     return salt
 

@@ -1,4 +1,4 @@
-"""Reading one item ahead, so that the disk and the accelerator work at the same time."""
+"""Reads one item ahead, so that the disk and the accelerator work at the same time."""
 
 import concurrent.futures
 from collections.abc import Callable, Iterable, Iterator

@@ -1,4 +1,4 @@
-"""What the file readers share: size limits, silenced libraries, error text and file digests."""
+"""Shared by the file readers: size limits, silenced libraries, error text and content ids."""
 
 import contextlib
 import hashlib
@@ -19,8 +19,8 @@ _quiet_exit = contextlib.ExitStack()
 def quiet() -> Iterator[None]:
     """Suppresses warnings and log lines of pydicom and nibabel while any thread reads.
 
-    `warnings.catch_warnings` alone is not safe in threads (the last to leave wins), so the first
-    reader opens it and the last one closes it.
+    `warnings.catch_warnings` alone is not thread-safe (the last thread to exit wins), so the first
+    reader enters it and the last one exits it.
     """
     global _quiet_readers, _quiet_exit
     loggers = [logging.getLogger(name) for name in ("pydicom", "nibabel.global")]
@@ -44,11 +44,11 @@ def quiet() -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The type and message of an exception in one line of limited length."""
+    """The type and message of an exception on one line of limited length."""
     text = " ".join(str(error).split())[:200]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def content_id(content: bytes) -> str:
-    """An id made from the SHA-256 of some bytes, for files that carry no UID."""
+    """An id computed from the SHA-256 of some bytes, for files without a UID."""
     return "sha256:" + hashlib.sha256(content).hexdigest()[:32]

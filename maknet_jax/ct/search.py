@@ -11,18 +11,18 @@ from maknet_jax.ct.reading import content_id
 from maknet_jax.ct.stacks import order_slices
 from maknet_jax.errors import InputError, Rejected
 
-_BATCH = 4096  # files per batch, so that an archive of any size never queues more
+_BATCH = 4096  # maximum number of queued files, for archives of any size
 
 
 @dataclasses.dataclass(frozen=True)
 class SeriesRef:
-    """Where the files of one series are.
+    """The files of one series.
 
     Attributes:
       kind: "dicom", "nifti" or "png".
       paths: the files, head to feet.
       key: the SeriesInstanceUID, or a name relative to the root.
-      count: slices.
+      count: the number of slices.
       root: the folder that was searched.
     """
 
@@ -64,7 +64,7 @@ def find_series(
     """
     path = pathlib.Path(path)
     if not path.exists():
-        raise InputError(f"{path} does not exist: give a file or a folder of CT")
+        raise InputError(f"{path} does not exist: pass a file or a folder of CT")
     search = _Search(str(path if path.is_dir() else path.parent))
     headers: list[dicom.Header] = []
     pictures = []
@@ -102,7 +102,7 @@ def header_of(path: str) -> dicom.Header | OSError | None:
 def group_by_series(headers: Iterable[dicom.Header]) -> list[list[dicom.Header]]:
     """Groups headers by series; files without a SeriesInstanceUID are grouped by folder.
 
-    Whether such files make one stack is checked by `order_slices`.
+    `order_slices` checks that the files of a group form one stack.
     """
     groups: dict[str | tuple[str], list[dicom.Header]] = {}
     for header in headers:
@@ -112,7 +112,7 @@ def group_by_series(headers: Iterable[dicom.Header]) -> list[list[dicom.Header]]
 
 
 def series_key(group: Sequence[dicom.Header]) -> str:
-    """The SeriesInstanceUID of a group, or an id made from the UIDs of its slices."""
+    """The SeriesInstanceUID of a group, or an id computed from the UIDs of its slices."""
     if group[0].series:
         return group[0].series
     return content_id("\n".join(sorted(header.uid for header in group)).encode())
@@ -165,7 +165,7 @@ def _add_dicom(headers: Sequence[dicom.Header], search: _Search) -> None:
 
 
 def _add_png(paths: Sequence[str], search: _Search) -> None:
-    """Groups PNGs by folder and name; a gap in the indices begins a new series."""
+    """Groups PNGs by folder and name; a gap in the indices starts a new series."""
     numbered: dict[tuple[str, str], list[tuple[int, str]]] = {}
     unnumbered: dict[tuple[str, str], str] = {}
     for path in paths:

@@ -1,4 +1,4 @@
-"""The order of DICOM slices, and whether they make one evenly spaced stack."""
+"""Orders DICOM slices and checks that they form one evenly spaced stack."""
 
 import math
 import pathlib
@@ -11,11 +11,11 @@ from maknet_jax.ct.reading import LARGEST_SERIES
 from maknet_jax.errors import Rejected
 
 SAME_POSITION = 0.01  # mm
-UNEVEN = 1.5  # neighbours this many times closer or farther apart than the median
+UNEVEN = 1.5  # largest ratio of a distance between neighbours to the median, or its inverse
 
 
 def order_slices(headers: Sequence[Header]) -> tuple[list[Header], float]:
-    """Sorts the slices of one series from head to feet and checks that they make a stack.
+    """Sorts the slices of one series from head to feet and checks that they form a stack.
 
     Args:
       headers: at least one.
@@ -35,7 +35,7 @@ def order_slices(headers: Sequence[Header]) -> tuple[list[Header], float]:
     normal = np.cross(first.orientation[:3], first.orientation[3:])
     normal *= -np.sign(normal[2])  # towards the feet
     places = [float(normal @ np.asarray(header.position)) for header in headers]
-    # Paths break ties, so that the message about two slices at one place is always the same.
+    # Paths break ties, so that the message about two slices at one position is deterministic.
     ranks = sorted(range(len(headers)), key=lambda k: (round(places[k], 2), headers[k].path))
     ordered = [headers[k] for k in ranks]
     return ordered, _slice_distance(ordered, [places[k] for k in ranks])

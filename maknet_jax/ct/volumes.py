@@ -20,12 +20,12 @@ class Volume:
     """One CT series in the standard orientation of `geometry`.
 
     Attributes:
-      hu: int16 [Z, Y, X] in HU; padding values are left as they are.
+      hu: int16 [Z, Y, X] in HU; padding values are not changed.
       spacing: mm between neighbours along (z, y, x); nan where unknown.
       series: the SeriesInstanceUID, or the name relative to the root.
       slices: a name for each slice: the file relative to the root; for NIfTI the index along the
-        stored axis that is z.
-      uids: for each slice the SOPInstanceUID, or an id made from the content of the file.
+        stored z axis.
+      uids: for each slice the SOPInstanceUID, or an id computed from the content of the file.
     """
 
     hu: np.ndarray
@@ -52,7 +52,7 @@ def load_series(ref: SeriesRef, *, png_window: tuple[float, float] | None = None
             return _load_png(ref, png_window)
         hu, spacing, stored = nifti.read_nifti(ref.paths[0])
         digest = _file_id(ref.paths[0])
-    except OSError as error:  # the file is gone or not readable
+    except OSError as error:  # the file was removed or is not readable
         raise Rejected(f"cannot be read ({error.strerror or error})") from error
     return Volume(hu, spacing, ref.key, stored, tuple(f"{digest}:{k}" for k in stored))
 
@@ -63,16 +63,17 @@ def load_series_of(
     png_window: tuple[float, float] | None = None,
     around: int = 1,
 ) -> tuple[Volume, int | None]:
-    """Reads the slice or the volume that a path names, for people who list their own slices.
+    """Reads the slice or the volume at a path.
 
     Args:
-      path: a DICOM or PNG file: its slice with its neighbours in the same series and folder, as
-        far as they exist; or a NIfTI file or a folder with exactly one series: the whole volume.
+      path: a DICOM or PNG file, which is read with its existing neighbours in the same series and
+        folder; or a NIfTI file or a folder with exactly one series, of which the whole volume is
+        read.
       png_window: (low, high) in HU of 8-bit PNGs.
       around: neighbours on either side; always one for a PNG.
 
     Returns:
-      (volume, index of the named slice in it; None for a whole volume).
+      (volume, index of the slice at `path`; None for a whole volume).
 
     Raises:
       InputError: the path does not exist, or the folder contains no series or several.
@@ -80,7 +81,7 @@ def load_series_of(
     """
     path = pathlib.Path(path)
     if not path.exists():
-        raise InputError(f"{path} does not exist: give a CT file or the folder of a series")
+        raise InputError(f"{path} does not exist: pass a CT file or the folder of a series")
     name = path.name.lower()
     if path.is_dir() or name.endswith((".nii", ".nii.gz")):
         return load_series(_only_series(path), png_window=png_window), None
@@ -90,7 +91,7 @@ def load_series_of(
 
 
 def slice_of(volume: Volume, name: str | int) -> int:
-    """The index, head to feet, of the slice called `name`: a file, or an index as stored.
+    """The index, head to feet, of the slice `name`: a file, or a stored index.
 
     Raises:
       InputError: the volume has no such slice.
@@ -109,7 +110,7 @@ def _only_series(path: pathlib.Path) -> SeriesRef:
         return series[0]
     if series:
         keys = ", ".join(ref.key for ref in series[:5]) + (", ..." if len(series) > 5 else "")
-        raise InputError(f"{path} contains {len(series)} series ({keys}): name one file or folder")
+        raise InputError(f"{path} contains {len(series)} series ({keys}): pass one file or folder")
     if failures:
         raise Rejected(failures[0][1])
     raise InputError(f"{path} contains no CT: expected DICOM, NIfTI or PNG")
@@ -145,7 +146,7 @@ def _load_dicom(ref: SeriesRef, distance: float | None = None) -> Volume:
 
 @functools.lru_cache(maxsize=2)
 def _folder_headers(folder: str, _mtime_ns: int) -> list[dicom.Header]:
-    """The headers of the DICOM files directly in a folder, for callers that name slice by slice."""
+    """The headers of the DICOM files directly in a folder, cached for reading slice by slice."""
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     paths = [os.path.join(folder, name) for name in names]
     headers = [search.header_of(path) for path in paths if os.path.isfile(path)]
@@ -189,6 +190,6 @@ def _load_png(ref: SeriesRef, window: tuple[float, float] | None) -> Volume:
         except Rejected as error:
             raise Rejected(f"{name}: {error}") from error
         if planes[-1].shape != planes[0].shape:
-            raise Rejected(f"{name} differs in size from the rest of its series")
+            raise Rejected(f"{name} has another size than the other slices of its series")
     uids = tuple(_file_id(path) for path in ref.paths)
     return Volume(np.stack(planes), (math.nan,) * 3, ref.key, names, uids)

@@ -85,7 +85,7 @@ def read_info(path: str | os.PathLike) -> list[Lesion]:
                 raise InputError(f"{path} has no column {missing[0]!r}: is it DL_info.csv?")
             return [_lesion(path, number, row) for number, row in enumerate(reader)]
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist: DL_info.csv comes with DeepLesion") from None
+        raise InputError(f"{path} does not exist: pass the DL_info.csv of DeepLesion") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} is not a CSV table: {error}") from None
 
@@ -221,10 +221,10 @@ def number_lesions(rows: Sequence[Lesion], mined: MinedLabels) -> Numbering:
 
     LesaNet numbers the rows of the full DL_info.csv: from 0 according to its readme, from 1
     according to its files. A wrong base silently moves every label to the next lesion, so the base
-    is inferred from the data. Throughout the file, LesaNet's val and test lesions must lie in the
-    official val and test splits, and no train lesion in the official test split; chests must lie
-    above abdomens and abdomens above pelvises. (A row missing after the last change of split goes
-    undetected; it shifts only the labels that follow it.)
+    is inferred from the data. Throughout the file, LesaNet's val and test lesions must be in the
+    official val and test splits, and no train lesion in the official test split; on average, chest
+    lesions must be above abdominal ones, and those above pelvic ones. (A row missing after the last
+    change of split is not detected; it shifts only the labels that follow it.)
 
     Args:
       rows: see `read_info`, in file order.
@@ -268,7 +268,7 @@ def _misfit(rows: Sequence[Lesion], mined: MinedLabels, base: int) -> str | None
     """None if `base` fits, else the reason why it does not."""
     patients = [row.patient for row in rows]
     if patients != sorted(patients):
-        return "rows are not in the original order (Patient_index goes down)"
+        return "rows are not in the original order (Patient_index decreases)"
     labelled = [(row, mined.split[row.row + base]) for row in rows if row.row + base in mined.split]
     if len(labelled) < 20:
         return f"only {len(labelled)} of these rows have labels, at least 20 are needed"
@@ -303,14 +303,14 @@ def _split_misfit(labelled: Sequence[tuple[Lesion, str]]) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class LabelledLesion:
-    """A lesion with its labels in one split, ancestors not added.
+    """A lesion with its labels in one split, without added ancestors.
 
     Attributes:
       split: one of `SPLITS`, or hand.
       lesion_idx: the lesion number.
       lesion: its row of DL_info.csv.
       names: positive labels.
-      unknown: labels that are masked: neither positive nor negative.
+      unknown: masked labels, neither positive nor negative.
     """
 
     split: str
@@ -341,25 +341,25 @@ def label_lesions(
       hand: see `read_hand_labels`, or None.
       vocabulary: the labels to keep; a lesion with none of them is dropped.
       uncertain_unknown: list uncertain labels as unknown in training, too, so that the caller can
-        leave their ancestors out of the loss (LesaNet marks their direct parents only).
+        mask their ancestors (LesaNet masks only their direct parents).
 
     Returns:
       (lesions, counts): sorted by split and lesion number, and split -> {labelled, without_row,
       noisy, kept}.
     """
     known = set(vocabulary.names)
-    wanted: dict[str, list[tuple[int, tuple[str, ...], tuple[str, ...]]]]
-    wanted = {name: [] for name in (*SPLITS, "hand")}
+    by_split: dict[str, list[tuple[int, tuple[str, ...], tuple[str, ...]]]]
+    by_split = {name: [] for name in (*SPLITS, "hand")}
     for number, split in sorted(mined.split.items()):
         names, unknown = mined.relevant[number], mined.uncertain[number]
         if split == "train":
             names, unknown = names + unknown, unknown if uncertain_unknown else ()
-        wanted[split].append((number, names, unknown))
+        by_split[split].append((number, names, unknown))
     for number, names in sorted((hand or {}).items()):
-        wanted["hand"].append((number, names, ()))
+        by_split["hand"].append((number, names, ()))
     lesions: list[LabelledLesion] = []
     counts = {}
-    for split, entries in wanted.items():
+    for split, entries in by_split.items():
         entries = [entry for entry in entries if known & set(entry[1])]
         present = [entry for entry in entries if entry[0] in numbering.lesions]
         clean = [

@@ -30,7 +30,7 @@ class RecordPlan:
     """One record to make from DeepLesion.
 
     Attributes:
-      split: where the record belongs.
+      split: the split of the record.
       id: the id of the record.
       row: the row of DL_info.csv.
       labels: uint8 [K] as bytes; empty if unlabelled.
@@ -57,7 +57,7 @@ def plan_unlabelled(rows: Iterable[deeplesion.Lesion], *, patches: bool) -> list
 def plan_labelled(
     labelled: Iterable[deeplesion.LabelledLesion], vocabulary: Vocabulary
 ) -> list[RecordPlan]:
-    """One record for each lesion, as the paper counts them: two on one slice make two records."""
+    """One record per lesion, as in the paper's counts: two lesions on one slice are two records."""
     return [
         RecordPlan(
             lesion.split,
@@ -79,11 +79,11 @@ def label_vectors(
     lists contain most of them). Uncertain labels and their ancestors are unknown, except those
     that are also certain and those that a certain label excludes.
 
-    Which labels are unknown differs from LesaNet's dataset_DeepLesion.py, and is our choice:
-    LesaNet adds only the direct parents of an uncertain label, not all ancestors, and applies the
-    exclusions after their closure over parents and children, not as the ontology lists them. So
-    here more labels are unknown, including all that are unknown in LesaNet. On the published label
-    files: 28 instead of 21 in val and 50 instead of 47 in test for the 115 body parts; 831 instead
+    This is our choice and differs from LesaNet's dataset_DeepLesion.py, which adds only the direct
+    parents of an uncertain label, not all ancestors, and applies the closure of the exclusions over
+    parents and children, not the exclusions as the ontology lists them. More labels are therefore
+    unknown here, including all that are unknown in LesaNet. On the published label files: 28
+    instead of 21 in val and 50 instead of 47 in test for the 115 body parts; 831 instead
     of 780 in train, 204 instead of 194 in val and 185 instead of 181 in test for all 171 labels.
 
     Args:

@@ -23,7 +23,7 @@ class Label:
     Attributes:
       name: unique within the vocabulary.
       label_class: bodypart, type, attribute, or "" where there is no ontology.
-      parents: direct ones as `read_ontology` returns them; all ancestors in a `Vocabulary`.
+      parents: direct parents in the result of `read_ontology`; all ancestors in a `Vocabulary`.
       exclusive: labels that the ontology lists as excluded, before the closure.
     """
 
@@ -68,13 +68,13 @@ class Vocabulary:
         return vector
 
     def with_ancestors(self, names: Iterable[str]) -> tuple[str, ...]:
-        """`names`, then the ancestors they imply, each once."""
+        """`names`, then their ancestors, without duplicates."""
         names = tuple(names)
         implied = (self.labels[self.index[name]].parents for name in names if name in self.index)
         return tuple(dict.fromkeys([*names, *itertools.chain.from_iterable(implied)]))
 
     def excludes(self, name: str, others: Iterable[str]) -> bool:
-        """Whether the ontology lists `name` and one of `others` as exclusive, either way round."""
+        """Whether the ontology lists `name` as exclusive with one of `others`, or vice versa."""
         exclusive = self.labels[self.index[name]].exclusive
         return any(
             other in exclusive or name in self.labels[self.index[other]].exclusive
@@ -87,8 +87,9 @@ class Vocabulary:
         """Columns that exclude each other, bool `[K, K]`: LesaNet's closure, made symmetric.
 
         A label inherits the exclusions of its parents and excludes the children of each label that
-        it excludes, repeated until nothing changes: LesaNet's 396 entries become 8,902 directed
-        pairs. The diagonal is False, although one label excludes itself in LesaNet's closure.
+        it excludes. This is repeated until nothing changes: LesaNet's 396 entries become 8,902
+        directed pairs. The diagonal is False, although one label excludes itself in LesaNet's
+        closure.
         """
         size = len(self)
         matrix, parent = np.zeros((2, size, size), bool)
@@ -201,7 +202,8 @@ def ontology_vocabulary(terms: dict[str, Label], names: Sequence[str]) -> Vocabu
 
 
 def _ancestors(terms: dict[str, Label], name: str) -> list[str]:
-    # Also through terms outside the vocabulary: a grandparent counts if the parent is not a label.
+    # Terms outside the vocabulary are followed too: a grandparent is an ancestor even if the parent
+    # is not a label.
     ancestors: list[str] = []
     queue = list(terms[name].parents)
     while queue:

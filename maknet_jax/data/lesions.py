@@ -21,8 +21,8 @@ def three_slices(read: Callable[[int], np.ndarray], interval: float) -> list[np.
     """The slice of a lesion and the slices 2 mm before and after it, linearly interpolated.
 
     Args:
-      read: read(offset) -> int16 `[H, W]` in HU, the slice `offset` positions further on, or the
-        nearest available one.
+      read: read(offset) -> int16 `[H, W]` in HU, the slice at this offset from the middle one, or
+        the nearest available one.
       interval: mm between slices; if unknown (nan, or not above 0) the slice is repeated.
 
     Returns:
@@ -62,7 +62,7 @@ def make_patch(
     """A patch around a lesion at 1 mm per pixel.
 
     LesaNet repeats the border on one side of each axis only and clips the box at 0 only; here both
-    sides are treated alike.
+    sides are treated the same way.
 
     Args:
       slices: three `[H, W]` in HU.

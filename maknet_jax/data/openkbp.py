@@ -3,12 +3,12 @@
 A patient is a folder `pt_N` of CSV files. `ct.csv` has the header `,data` and rows of index and
 value; a structure such as `Brainstem.csv` has the same header and rows of an index and an empty
 cell. An index counts the voxels of a 128 x 128 x 128 array in C order, whose axes run from anterior
-to posterior, from the patient's right to the left, and from head to feet; what is not listed is 0.
+to posterior, from the patient's right to the left, and from head to feet; other voxels are 0.
 `voxel_dimensions.csv` has three lines, mm along these axes. CT values are HU + 1024, at least 0
 (Babier et al., Medical Physics 2021; github.com/ababier/open-kbp).
 
-The release pads scans to 128 slices: leading and trailing slices with less than `MIN_BODY` of body
-are cut off.
+The release pads scans to 128 slices: leading and trailing slices with a body area below `MIN_BODY`
+are removed.
 """
 
 import os
@@ -25,7 +25,7 @@ from maknet_jax.errors import InputError, Rejected
 SHAPE = (128, 128, 128)
 OFFSET = 1024  # HU
 MIN_BODY = 7000.0  # mm2
-# Names of the release -> TotalSegmentator's, where it has the organ. Targets (PTV) are no organs.
+# Names of the release -> TotalSegmentator's name, if it has one. Targets (PTV) are not organs.
 ORGANS = {
     "Brainstem": "brainstem",
     "SpinalCord": "spinal_cord",
@@ -38,7 +38,7 @@ ORGANS = {
 
 
 def find_patients(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
-    """The folders of a release that hold a `ct.csv`, sorted by name.
+    """The folders of a release that contain a `ct.csv`, sorted by name.
 
     Raises:
       InputError: there are none.
@@ -47,7 +47,7 @@ def find_patients(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
     patients = sorted(path.parent for path in root.glob("*/ct.csv"))
     if not patients:
         raise InputError(
-            f"{root} has no pt_N/ct.csv: give a folder of OpenKBP's release such as "
+            f"{root} has no pt_N/ct.csv: pass a folder of OpenKBP's release such as "
             "provided-data/train-pats"
         )
     return patients
@@ -59,7 +59,7 @@ def convert_all(
     """Converts patients into folders of the same names in `out`; calls `advance` after each.
 
     Returns:
-      (patients that were there already, (patient, reason) of each that cannot be read).
+      (number of patients converted before, (patient, reason) of each that cannot be read).
     """
     present, failures = 0, []
     for patient in patients:
@@ -72,10 +72,10 @@ def convert_all(
 
 
 def convert(patient: pathlib.Path, out: pathlib.Path) -> bool:
-    """Writes `out/ct.nii.gz` and `out/segmentations/ORGAN.nii.gz`, whole or not at all.
+    """Writes `out/ct.nii.gz` and `out/segmentations/ORGAN.nii.gz` atomically.
 
-    A structure without voxels becomes an empty mask, as it was contoured by nobody; the release
-    leaves out the files of most such structures.
+    A structure without voxels was not contoured and becomes an empty mask; for most such structures
+    the release has no file.
 
     Args:
       patient: the folder of CSV files.
@@ -85,7 +85,7 @@ def convert(patient: pathlib.Path, out: pathlib.Path) -> bool:
       False if `out` exists already.
 
     Raises:
-      Rejected: a file is missing or invalid, or the scan holds no body.
+      Rejected: a file is missing or invalid, or the scan contains no body.
     """
     import nibabel  # slow to import
 
@@ -99,7 +99,7 @@ def convert(patient: pathlib.Path, out: pathlib.Path) -> bool:
     inside = np.flatnonzero(body >= MIN_BODY)
     if not inside.size:
         raise Rejected(f"no slice has {MIN_BODY / 100:g} cm2 of body")
-    kept = slice(inside[0], inside[-1] + 1)
+    body_slices = slice(inside[0], inside[-1] + 1)
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "segmentations").mkdir(parents=True)
@@ -107,8 +107,8 @@ def convert(patient: pathlib.Path, out: pathlib.Path) -> bool:
     affine[:2, 3] = [(n - 1) / 2 * mm for n, mm in zip(SHAPE, spacing[1::-1], strict=False)]
 
     def write(volume: np.ndarray, name: str) -> None:
-        # [y, x, z] from the head -> [x, y, z] from the feet, as NIfTI stores it.
-        stored = volume[:, :, kept].transpose(1, 0, 2)[:, :, ::-1]
+        # [y, x, z] from the head -> [x, y, z] from the feet, as stored in NIfTI.
+        stored = volume[:, :, body_slices].transpose(1, 0, 2)[:, :, ::-1]
         image = nibabel.Nifti1Image(np.ascontiguousarray(stored), affine)
         image.header.set_xyzt_units("mm")
         image.to_filename(temporary / name)
@@ -152,5 +152,5 @@ def _read_sparse(path: pathlib.Path, *, values: bool) -> tuple[np.ndarray, np.nd
     indices = table[:, 0].astype(np.int64)
     inside = (indices >= 0) & (indices < np.prod(SHAPE))
     if not (inside & (indices == table[:, 0])).all():
-        raise Rejected(f"{path.name}: indices should be whole numbers from 0 to {np.prod(SHAPE)}")
+        raise Rejected(f"{path.name}: indices should be integers from 0 to {np.prod(SHAPE) - 1}")
     return indices, table[:, -1]

@@ -40,8 +40,8 @@ def read_split_table(path: str | os.PathLike[str]) -> SplitTable:
     """Reads a table of splits.
 
     Raises:
-      InputError: it is missing or has no such columns, a split is unknown, or a case is listed
-        twice with different splits.
+      InputError: the table or a column is missing, a split is unknown, or a case is listed twice
+        with different splits.
     """
     path = pathlib.Path(path)
     try:
@@ -89,7 +89,7 @@ def has_splits(path: str | os.PathLike[str]) -> bool:
 
 
 def check_shares(shares: Mapping[str, float]) -> None:
-    """Checks shares of splits.
+    """Checks the shares of the splits.
 
     Raises:
       InputError: an unknown split, a share out of range, or a sum other than 1.
@@ -105,9 +105,9 @@ def check_shares(shares: Mapping[str, float]) -> None:
 
 
 def hashed_split(patient: str, shares: Mapping[str, float], seed: int) -> str:
-    """The split of a patient: a function of the patient and the seed alone.
+    """The split of a patient, which depends only on the patient, the shares and the seed.
 
-    Adding or removing patients moves no other patient. Shares hold on average.
+    Adding or removing patients does not change the split of others. The shares hold on average.
     """
     digest = hashlib.sha256(f"{seed}:{patient}".encode()).digest()
     place = int.from_bytes(digest[:8], "big") / 2**64

@@ -1,9 +1,8 @@
-"""Batches from records (grain). A batch is a function of (seed, step): no position is stored.
+"""Batches from records (grain). A batch is a function of (seed, step): no reader state is stored.
 
-Each epoch is a new permutation of the examples. Batches continue across the end of an epoch, so
-every example is seen once per epoch and no remainder is dropped. Step s of a run reads examples
-s*B to (s+1)*B of that stream, whatever the number of processes: each reads its contiguous part of
-the batch.
+Each epoch is a new permutation of the examples. Batches cross epochs, so every example is used once
+per epoch and no remainder is dropped. Step s of a run reads examples s*B to (s+1)*B of that stream,
+for any number of processes: each reads its contiguous part of the batch.
 """
 
 import math
@@ -18,7 +17,7 @@ from maknet_jax.data.records import Example, ExampleSource
 Batch = dict[str, np.ndarray]
 
 _ENDLESS = 2**30  # epochs; with repeat(None), grain overflows in batches of one
-_STREAM_OFFSET = 2**29  # added to the record numbers of each further stream: no stream is this long
+_STREAM_OFFSET = 2**29  # added to the record numbers of each further stream; exceeds any stream
 
 
 def to_fields(example: Example, index: int) -> dict[str, Any]:
@@ -37,7 +36,7 @@ def to_fields(example: Example, index: int) -> dict[str, Any]:
 
 
 class _Indexed:
-    """A source of batch fields, the record number included."""
+    """A source of batch fields, including the record number."""
 
     def __init__(self, source: ExampleSource) -> None:
         self._source = source
@@ -86,7 +85,7 @@ def train_batches(
       start: the first step.
       process_index: the part of each batch that this process reads.
       process_count: the number of processes.
-      threads: the number of threads that read and decompress.
+      threads: the number of threads for reading and decompressing.
       prefetch: batches read ahead.
 
     Yields:
@@ -121,8 +120,8 @@ def mixed_batches(
 ) -> Iterator[Batch]:
     """Batches mixed from several streams: labelled and pseudo-labelled images (section 4.2).
 
-    Each stream is shuffled separately, and all positions follow from the step. Rows alternate in a
-    fixed pattern, so a row has the same place in the batch for any number of processes.
+    Each stream is shuffled separately, and its position depends only on the step. Rows alternate in
+    a fixed pattern, so a row has the same position in the batch for any number of processes.
 
     Args:
       sources: random-access sources of `records.Example`.
@@ -132,11 +131,11 @@ def mixed_batches(
       start: the first step.
       process_index: the part of each batch that this process reads.
       process_count: the number of processes.
-      threads: the number of threads per source that read and decompress.
+      threads: the number of threads per source for reading and decompressing.
 
     Yields:
-      Batches like those of `train_batches`; `index` is unique across sources, and fields that one
-      source lacks (`box`) are left out.
+      Batches like those of `train_batches`; `index` is unique across sources, and fields missing in
+      one source (`box`) are dropped.
 
     Raises:
       ValueError: a source is empty or the batches cannot be split evenly.
@@ -160,7 +159,7 @@ def mixed_batches(
     for batches in zip(*streams, strict=True):
         for number, batch in enumerate(batches):
             batch["index"] = batch["index"] + np.int32(number * _STREAM_OFFSET)
-        shared = set.intersection(*map(set, batches))  # whole slices have no box
+        shared = set.intersection(*map(set, batches))  # only lesion patches have a box
         yield {name: _alternate([batch[name] for batch in batches], local) for name in shared}
 
 

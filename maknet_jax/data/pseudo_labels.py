@@ -1,11 +1,11 @@
-"""Pseudo-labels of a teacher (paper, section 4.2): the selection rule, label shards, their source.
+"""Pseudo-labels of a teacher (paper, section 4.2): selection rule, label shards, and source.
 
     OUT/pseudo.json                    the teacher, the images, the rule and the counts
     OUT/part-00000-of-00009.npy        one structured row per image with pseudo-labels
 
-Images without any pseudo-label have no row and are dropped (our choice; the paper is silent).
+Images without any pseudo-label have no row and are dropped (our choice; the paper does not say).
 Images are not copied: a row refers to its record by number. The labels of an image depend on that
-image alone, so that shards can be labelled in any order and on any host.
+image alone, so shards can be labelled in any order and on any host.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ from maknet_jax.data import records
 from maknet_jax.errors import InputError
 
 FORMAT = 1
-# Confidences computed on different devices differ by less than this, by the teacher's precision.
-# 1e-5 was measured; 1e-2 is an estimate.
+# Precision of the teacher -> bound on the difference of confidences between devices. 1e-5 was
+# measured; 1e-2 is an estimate.
 CLOSE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
@@ -41,18 +41,19 @@ def select(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Selects the pseudo-labels of images (paper, section 4.2).
 
-    Of the `top` most confident labels, those above `threshold` are considered from the most
-    confident down, and selected unless a selected label excludes them. Ties go to the lower column.
+    Of the `top` most confident labels, those above `threshold` are considered in order of
+    decreasing confidence, and selected unless a selected label excludes them. Ties go to the lower
+    column.
 
     Args:
       confidences: float32 `[N, K]`, the teacher's sigmoids.
       exclusive: bool `[K, K]`, symmetric, see `Vocabulary.exclusive`.
-      top: labels per image at most.
-      threshold: what a confidence must exceed.
+      top: maximum number of labels per image.
+      threshold: a label's confidence must exceed it.
       close: a difference of confidences.
 
     Returns:
-      (columns, close): int16 `[N, min(top, K)]`, the selected columns from the most confident down,
+      (columns, close): int16 `[N, min(top, K)]`, the selected columns by decreasing confidence,
       then -1; bool `[N]`, whether changing confidences by `close` could change the selection.
     """
     count = min(top, confidences.shape[1])
@@ -85,7 +86,7 @@ def rows_of(
       numbers: `[N]`, the record numbers.
       columns: int16 `[N, C]`, from `select`.
       confidences: float32 `[N, K]`.
-      top: places per row.
+      top: number of labels per row.
 
     Returns:
       `row_dtype(top)` `[M]`, in the order of `numbers`.
@@ -137,24 +138,24 @@ class PseudoSource:
         """Opens the output of `maknet pseudo-label`.
 
         Args:
-          path: its folder.
+          path: the output folder.
           size: the edge of the student's images, in pixels.
           names: the student's labels, in column order.
-          balance: 0 takes every image once per epoch; otherwise the number of images per label, the
-            most confident ones, repeated where a label has fewer (noisy student, arXiv:1911.04252,
+          balance: 0 uses every image once per epoch; otherwise the number of images per label: the
+            most confident ones, repeated if a label has fewer (noisy student, arXiv:1911.04252,
             section 3).
           seed: of the order of the balanced images.
 
         Raises:
           InputError: the pseudo-labels are unfinished or damaged, have other labels or another
-            image size, or the images have changed since.
+            image size, or the images have changed since then.
         """
         path = pathlib.Path(path)
         try:
             self.info = files.read_json(path / "pseudo.json")
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(
-                f"{path} holds no finished pseudo-labels (pseudo.json is missing): run `maknet "
+                f"{path} has no finished pseudo-labels (pseudo.json is missing): run `maknet "
                 "pseudo-label`"
             ) from None
         dataset = records.open_dataset(self.info["records"])
@@ -209,7 +210,7 @@ def balanced(rows: np.ndarray, size: int, count: int, seed: int) -> np.ndarray:
     Args:
       rows: the rows of the label shards.
       size: the number of labels K.
-      count: images per label, the most confident ones; repeated where a label has fewer.
+      count: images per label, the most confident ones; repeated if a label has fewer.
       seed: of the order.
 
     Returns:

@@ -24,7 +24,7 @@ from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError
 
 FORMAT = 1
-# What the kinds of data sets are; that of the others is stated when they are prepared.
+# Kind -> source of the data; for other kinds the user states it to `maknet prepare`.
 _SOURCES = {
     "deeplesion": "DeepLesion",
     "lesions": "DeepLesion (lesion patches)",
@@ -147,10 +147,10 @@ class Dataset:
 
     @property
     def origin(self) -> dict[str, str | None]:
-        """What the data are: kind, source, citation and licence; runs trained on them keep it."""
-        about = self.info.get("about", {})
-        kind = "phantom" if about.get("phantom") else self.info.get("kind")
-        named = {name: about.get(name) or None for name in ("source", "citation", "licence")}
+        """Kind, source, citation and licence of the data; runs trained on them record it."""
+        entries = self.info.get("about", {})
+        kind = "phantom" if entries.get("phantom") else self.info.get("kind")
+        named = {name: entries.get(name) or None for name in ("source", "citation", "licence")}
         return {"kind": kind} | named | {"source": named["source"] or _SOURCES.get(kind or "")}
 
     def split(self, name: str) -> dict[str, Any]:
@@ -169,9 +169,9 @@ class Dataset:
         return self.info["splits"][name]
 
     def known_counts(self, name: str) -> np.ndarray:
-        """int64 `[K]`: the records of a split in which each label is known.
+        """int64 `[K]`: the number of records of a split in which each label is known.
 
-        In a data set without these counts, which earlier versions wrote, all labels count as known.
+        Data sets of earlier versions lack these counts; all of their labels count as known.
 
         Raises:
           InputError: see `split`.
@@ -186,7 +186,7 @@ class Dataset:
         return RecordSource(paths)
 
     def sample(self, count: int) -> list[Example]:
-        """At most `count` random examples over all splits; always the same ones."""
+        """At most `count` random examples from all splits, with a fixed seed."""
         splits = self.info["splits"]
         places = [(name, k) for name, split in splits.items() for k in range(split["count"])]
         generator = np.random.default_rng(0)
@@ -207,7 +207,7 @@ def open_dataset(path: str | os.PathLike) -> Dataset:
         info = files.read_json(path / "dataset.json")
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
-            f"{path} holds no finished data set (no dataset.json): run `maknet prepare`"
+            f"{path} has no finished data set (no dataset.json): run `maknet prepare`"
         ) from None
     except ValueError as error:
         raise InputError(f"{path}/dataset.json is damaged: {error}") from None
@@ -228,16 +228,16 @@ def check_size(dataset: Dataset, size: int, name: str = "the network") -> None:
 
     Args:
       dataset: the prepared data set.
-      size: the edge of the images that `name` takes, in pixels.
-      name: what takes them, for the message.
+      size: the edge of the network's images in pixels.
+      name: the network, for the message.
 
     Raises:
       InputError: the sizes differ.
     """
     if dataset.size != size:
         raise InputError(
-            f"{dataset.path} was prepared with --size {dataset.size}, {name} with {size}: prepare "
-            f"it again with --size {size}"
+            f"{dataset.path} was prepared with --size {dataset.size}, but {name} needs {size}: "
+            f"prepare it again with --size {size}"
         )
 
 
@@ -251,7 +251,7 @@ class RecordSource:
           paths: the files in order; an empty list gives an empty source.
 
         Raises:
-          InputError: a shard is damaged. Reading an example may raise it, too.
+          InputError: a shard is damaged. Reading an example can raise it, too.
         """
         self._paths = [str(path) for path in paths]
         try:

@@ -2,12 +2,12 @@
 
     CASE/ct.nii.gz   CASE/segmentations/ORGAN.nii.gz   one mask per organ (TotalSegmentator)
     CASE/ct.nii.gz   CASE/segmentation.nii.gz          one label map whose values have names
-    any tree of DICOM: CT series and the SEG files that reference them (as IDC delivers them)
+    any tree of DICOM: CT series and the SEG files that reference them (as downloaded from IDC)
 
-The values of a label map are named by `CASE/segmentation.json` or `.csv`, else by the same file in
-the folder above the case, else by the label table in the map's header. The JSON is an object of
-value and name, either way round; the CSV has the columns `value` and `name`. `.nii` is read like
-`.nii.gz`. Only headers are read here.
+The names of a label map's values come from `CASE/segmentation.json` or `.csv`, else from the same
+file in the folder above the case, else from the label table in the map's header. The JSON object
+maps values to names or names to values; the CSV has the columns `value` and `name`. `.nii` is read
+like `.nii.gz`. Only headers are read here.
 """
 
 import csv
@@ -30,7 +30,7 @@ _ENDINGS = (".nii.gz", ".nii")
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """Where the mask of one organ is.
+    """The location of the mask of one organ.
 
     Attributes:
       kind: "file" (any value above 0 is the organ), "value" of a label map, or "segment" of a SEG.
@@ -51,7 +51,7 @@ class Case:
       name: the folder relative to the searched one, or the SeriesInstanceUID.
       patient: the PatientID of a DICOM case; else the name.
       ref: the CT.
-      masks: (mask name, where) pairs in alphabetical order.
+      masks: (mask name, location) pairs in alphabetical order.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Cases:
 
     Attributes:
       cases: in alphabetical order of their folders.
-      failures: (path, reason) of what cannot be used.
+      failures: (path, reason) of each file that cannot be used.
       unsegmented: (path, reason) of each CT series without a segmentation.
     """
 
@@ -79,11 +79,11 @@ def find_cases(folder: str | os.PathLike[str], *, workers: int = 1) -> Cases:
     """Finds the cases of a folder tree in any of the layouts.
 
     Args:
-      folder: the tree; NIfTI cases and DICOM may not be mixed in it.
+      folder: the tree; it must not mix NIfTI cases and DICOM.
       workers: threads that read DICOM headers.
 
     Raises:
-      InputError: it is not a folder, holds no case, or holds the OpenKBP release as it comes.
+      InputError: it is not a folder, has no case, or is the unconverted OpenKBP release.
     """
     root = pathlib.Path(folder)
     if not root.is_dir():
@@ -91,7 +91,7 @@ def find_cases(folder: str | os.PathLike[str], *, workers: int = 1) -> Cases:
     result = Cases()
     seg_files: list[str] = []
     released = False
-    visited: set[str] = set()  # links to cases are followed, but never in a circle
+    visited: set[str] = set()  # links to cases are followed, but cycles are not
     for place, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(place)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
@@ -111,11 +111,11 @@ def find_cases(folder: str | os.PathLike[str], *, workers: int = 1) -> Cases:
     if seg_files and not found_nifti:
         _add_dicom_cases(root, seg_files, workers, result)
     elif seg_files:
-        reason = "DICOM SEG beside NIfTI cases is not read: prepare DICOM from a folder of its own"
+        reason = "DICOM SEG beside NIfTI cases is not read: prepare DICOM from a separate folder"
         result.failures += [(path, reason) for path in seg_files]
     if not result.cases and not result.failures:
         convert = " (OpenKBP's release: run `maknet prepare openkbp` first)" if released else ""
-        raise InputError(f"{root} holds no case: expected {LAYOUTS}{convert}")
+        raise InputError(f"{root} has no case: expected {LAYOUTS}{convert}")
     return result
 
 
@@ -139,7 +139,9 @@ def _add_nifti_case(
         count = nifti.check_nifti(ct)
         if masks_folder.is_dir() == (label_map is not None):
             problem = "both" if label_map else "neither"
-            raise Rejected(f"{problem} of segmentations/ and segmentation.nii.gz: expected one")
+            raise Rejected(
+                f"{problem} of segmentations/ and segmentation.nii.gz exist: expected exactly one"
+            )
         masks = _label_map(label_map, root) if label_map else _mask_files(masks_folder)
         ref = search.SeriesRef("nifti", (str(ct),), name, count, str(root))
         result.cases.append(Case(name, name, ref, tuple(sorted(masks.items()))))
@@ -185,7 +187,7 @@ def _read_names(path: pathlib.Path) -> dict[int, str]:
     try:
         if path.suffix == ".json":
             pairs: Iterable[tuple[Any, Any]] = files.read_json(path).items()
-            # {"1": "liver"}, or {"liver": 1} as nnU-Net writes it.
+            # {"1": "liver"}, or {"liver": 1} as in nnU-Net.
             return dict(
                 (int(value), str(key)) if isinstance(value, int) else (int(key), str(value))
                 for key, value in pairs
@@ -203,7 +205,7 @@ def _read_names(path: pathlib.Path) -> dict[int, str]:
 def _add_dicom_cases(
     root: pathlib.Path, seg_files: Sequence[str], workers: int, result: Cases
 ) -> None:
-    dicom_seg.require_highdicom()  # before headers of a whole archive are read
+    dicom_seg.require_highdicom()  # before reading the headers of a whole archive
     series, failures = search.find_series(root, workers=workers)
     segmentations = set(seg_files)
     result.failures += [failure for failure in failures if failure[0] not in segmentations]
@@ -231,15 +233,15 @@ def _add_dicom_cases(
         patient = patients.pop() or ref.key
         result.cases.append(Case(ref.key, patient, ref, tuple(sorted(masks.items()))))
     for key, headers in by_series.items():
-        reason = f"its CT series {key} is not under {root}, or is unreadable"
+        reason = f"its CT series {key} is not under {root} or cannot be read"
         result.failures += [(header.path, reason) for header in headers]
 
 
 def _segments(headers: Iterable[dicom_seg.SegHeader]) -> Iterator[tuple[str, Mask]]:
-    seen: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for header in headers:
         for number, name in header.segments:
-            if name in seen:
-                raise Rejected(f"two segmentations of {name}: {seen[name]} and {header.path}")
-            seen[name] = header.path
+            if name in paths:
+                raise Rejected(f"two segmentations of {name}: {paths[name]} and {header.path}")
+            paths[name] = header.path
             yield name, Mask("segment", header.path, number)

@@ -1,4 +1,4 @@
-"""Which cases become records of which split, for `maknet prepare segmentations`."""
+"""Plans cases, labels and splits for `maknet prepare segmentations`."""
 
 import collections
 import dataclasses
@@ -18,15 +18,15 @@ _META = "meta.csv"
 
 @dataclasses.dataclass(frozen=True)
 class SplitOptions:
-    """How cases are split, by patient. The first of these that applies to a case decides.
+    """How cases are split, by patient. The first of these that applies to a case is used.
 
     1. The folder: `test=openkbp/validation` puts all of its cases into one split.
-    2. `table`, else the folder's own meta.csv if it has a column `split` and no shares are given.
-    3. `shares`: a hash of the patient and the seed; for cases that no table lists, only if given.
+    2. `table`, else the folder's own meta.csv if it has a column `split` and `shares` is None.
+    3. `shares`: a hash of the patient and the seed; for cases that a table lacks, only if set.
 
     Attributes:
-      table: a CSV, see `patient_splits`; None for none.
-      shares: split -> share, sum 1; None means `SHARES` where there is no table.
+      table: a CSV, see `patient_splits`; None without a table.
+      shares: split -> share, sum 1; None means `SHARES` if there is no table.
       seed: of the hash.
     """
 
@@ -37,14 +37,14 @@ class SplitOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is prepared.
+    """The cases and labels of a data set.
 
     Attributes:
-      members: (case, split) of each case that becomes records.
+      members: (case, split) of each case to prepare.
       labels: label -> mask names, in column order.
       about: how they were chosen, for `dataset.json`.
-      failures: (path, reason) of what cannot be used.
-      missing: (case, reason) of what is left out.
+      failures: (path, reason) of each file that cannot be used.
+      missing: (case, reason) of each case that is skipped.
     """
 
     members: list[tuple[Case, str]]
@@ -76,10 +76,10 @@ def plan(
         two splits.
     """
     masks_of = None if label_table is None else segmentations.read_label_table(label_table)
-    given = patient_splits.read_split_table(splits.table) if splits.table else None
+    split_table = patient_splits.read_split_table(splits.table) if splits.table else None
     if splits.shares is not None:
         patient_splits.check_shares(splits.shares)
-    found = Cases()
+    all_cases = Cases()
     members: list[tuple[Case, str]] = []
     missing: list[tuple[str, str]] = []
     how: list[str] = []
@@ -87,11 +87,11 @@ def plan(
     for text in folders:
         fixed, folder = _fixed_split(text)
         cases = segmentation_cases.find_cases(folder, workers=workers)
-        found.cases += cases.cases
-        found.failures += cases.failures
-        found.unsegmented += cases.unsegmented
-        known = given
-        if fixed is None and given is None and splits.shares is None:
+        all_cases.cases += cases.cases
+        all_cases.failures += cases.failures
+        all_cases.unsegmented += cases.unsegmented
+        known = split_table
+        if fixed is None and split_table is None and splits.shares is None:
             meta = folder / _META
             usable = patient_splits.has_splits(meta)
             known = patient_splits.read_split_table(meta) if usable else None
@@ -104,21 +104,21 @@ def plan(
                 continue
             members.append(member)
             how.append(reason)
-    names = collections.Counter(case.name for case in found.cases)
+    names = collections.Counter(case.name for case in all_cases.cases)
     twice = [name for name, count in names.items() if count > 1]
     if twice:
-        raise InputError(f"case {twice[0]} is in two folders: give each case a name of its own")
+        raise InputError(f"case {twice[0]} is in two folders: case names must be unique")
     if not members:
-        detail = f", the first failure: {found.failures[0][1]}" if found.failures else ""
+        detail = f"; the first failure: {all_cases.failures[0][1]}" if all_cases.failures else ""
         raise InputError(f"no usable case: {len(missing)} have no split{detail}")
     patient_splits.check_patients([(case.name, case.patient, split) for case, split in members])
     without_split = len(missing)
-    keys = {key for case in found.cases for key in (case.name, case.patient)}
+    keys = {key for case in all_cases.cases for key in (case.name, case.patient)}
     for known in listed.values():
         reason = f"listed in {known.path}, not found"
         missing += [(name, reason) for name in known.split_of if name not in keys]
     absent_cases = len(missing) - without_split
-    missing += found.unsegmented
+    missing += all_cases.unsegmented
     labels, absent = segmentations.choose_labels((case for case, _ in members), masks_of)
     segmentations.check_rules(rules, labels)
     patients: dict[str, set[str]] = {}
@@ -138,9 +138,9 @@ def plan(
         "splits": dict(collections.Counter(how)),
         "cases_without_split": without_split,
         "cases_not_found": absent_cases,
-        "series_without_segmentation": len(found.unsegmented),
+        "series_without_segmentation": len(all_cases.unsegmented),
     }
-    return Plan(members, labels, about, found.failures, missing)
+    return Plan(members, labels, about, all_cases.failures, missing)
 
 
 def _fixed_split(text: str | os.PathLike[str]) -> tuple[str | None, pathlib.Path]:
@@ -154,7 +154,7 @@ def _fixed_split(text: str | os.PathLike[str]) -> tuple[str | None, pathlib.Path
 def _split(
     case: Case, fixed: str | None, known: SplitTable | None, options: SplitOptions
 ) -> tuple[tuple[Case, str] | None, str]:
-    """((case with its patient, split), how it was decided), or (None, why it is left out)."""
+    """((case with its patient, split), how it was decided), or (None, why it is skipped)."""
     if known is not None and case.name in known.patient_of:
         case = dataclasses.replace(case, patient=known.patient_of[case.name])
     if fixed is not None:

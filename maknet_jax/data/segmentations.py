@@ -1,11 +1,11 @@
 """Organ masks as labels of slices: present, absent or unknown.
 
-The label of a record is that of its middle slice. It is *present* from a stated area on, *absent*
-at no area, and *unknown* in between: a few voxels of an organ are often a matter of the contour.
-It is unknown, too, in the whole case if the organ has no mask file or an empty one (nobody
-contoured it), and, for the labels where this is asked for, below the lowest contoured slice (the
-contour ends, the organ goes on). Unknown labels have a `label_mask` of 0: they count in no loss, no
-class weight, no threshold and no metric.
+The label of a record is that of its middle slice. It is *present* if its area is at least a given
+minimum, *absent* if the area is zero, and *unknown* in between, because a few voxels of an organ
+often depend on how it was contoured. It is also unknown in the whole case if the mask of the organ
+is missing or empty (it was not contoured), and, for chosen labels, below the lowest contoured slice
+(the contour ends before the organ does). Unknown labels have a `label_mask` of 0: the loss, the
+class weights, the thresholds and the metrics ignore them.
 """
 
 import collections
@@ -29,12 +29,12 @@ from maknet_jax.data.triplets import encode_with_labels
 from maknet_jax.errors import InputError, Rejected
 
 LABEL_COLUMNS = ("label", "split", "records", "known", "present", "unknown")
-MIN_AREA = 50.0  # mm2, the area of a disc of 8 mm
-TOTALSEGMENTATOR = "totalsegmentator"  # the name of the table that comes with the package
+MIN_AREA = 50.0  # mm2, the area of a disc of 8 mm diameter
+TOTALSEGMENTATOR = "totalsegmentator"  # the name of the table in the package
 
 
 class State(enum.IntEnum):
-    """What is known of a label in a slice; all but PRESENT and ABSENT are unknown."""
+    """The state of a label in a slice; all except PRESENT and ABSENT are unknown."""
 
     PRESENT = 1
     ABSENT = 0
@@ -57,8 +57,8 @@ class Rules:
     """How masks become labels.
 
     Attributes:
-      min_area: mm2 from which on a label is present; at 0 any voxel is enough.
-      every: distance of the middle slices.
+      min_area: minimum area in mm2 of a label that is present; at 0 any voxel is enough.
+      every: distance between the middle slices of records, in slices.
       missing_is_absent: an organ without a mask, or with an empty one, is absent, not unknown.
       unknown_below: labels that are unknown below their lowest contoured slice.
     """
@@ -91,12 +91,12 @@ class _CaseUnit:
 def read_label_table(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
     """Reads which masks form which label, from a CSV with the columns `mask` and `label`.
 
-    Several masks with one label form their union, and a mask may be part of several labels. Rows
-    with an empty label name masks that are left out.
+    A label with several masks is their union, and a mask may belong to several labels. Masks in
+    rows with an empty label are not used.
 
     Args:
-      path: the file, or `totalsegmentator` for the table from TotalSegmentator's names to
-        DeepLesion's body parts that comes with the package.
+      path: the file, or `totalsegmentator` for the package's table from TotalSegmentator's names to
+        DeepLesion's body parts.
 
     Returns:
       Label -> mask names, both in the order of the file.
@@ -142,11 +142,11 @@ def choose_labels(
 
     Args:
       cases: all cases.
-      table: of `read_label_table`; None makes every mask a label of its own name.
+      table: of `read_label_table`; None makes every mask a label of the same name.
 
     Returns:
-      (label -> mask names, the masks of the table that no case has). Labels none of whose masks
-      exist are left out.
+      (label -> mask names, the masks of the table that no case has). Labels without any existing
+      mask are dropped.
 
     Raises:
       InputError: no mask of the table exists.
@@ -157,11 +157,11 @@ def choose_labels(
     labels = {
         label: tuple(masks) for label, masks in table.items() if not set(existing).isdisjoint(masks)
     }
-    wanted = dict.fromkeys(mask for masks in table.values() for mask in masks)
-    absent = [mask for mask in wanted if mask not in existing]
+    listed = dict.fromkeys(mask for masks in table.values() for mask in masks)
+    absent = [mask for mask in listed if mask not in existing]
     if not labels:
         raise InputError(
-            f"none of the {len(wanted)} masks of --labels exists: the cases have "
+            f"none of the {len(listed)} masks of --labels exists: the cases have "
             f"{', '.join(existing[:10])}{', ...' if len(existing) > 10 else ''}"
         )
     return labels, absent
@@ -171,7 +171,7 @@ def check_rules(rules: Rules, labels: Iterable[str]) -> None:
     """Checks rules against the labels of a data set.
 
     Raises:
-      InputError: a number is out of range, or `unknown_below` names another label.
+      InputError: a number is out of range, or `unknown_below` contains an unknown label.
     """
     if not 0 <= rules.min_area < float("inf"):
         raise InputError(f"--min-area {rules.min_area} should be 0 or above, in mm2")
@@ -188,7 +188,7 @@ def check_rules(rules: Rules, labels: Iterable[str]) -> None:
 def middle_slices(count: int, every: int) -> range:
     """The middle slices of the records of a volume of `count` slices: every `every`-th.
 
-    A volume with fewer slices than the first of them has one record of its own middle slice.
+    A volume that is too short for the first of them has one record, at its own middle slice.
     """
     return range(min(every // 2, count // 2), count, every)
 
@@ -271,9 +271,9 @@ def label_states(
 
     Args:
       areas: float `[Z]`, mm2 of the union of the label's masks, head to feet.
-      complete: ABSENT if slices without the organ are known to be so; else EMPTY or MISSING, the
-        reason why they are unknown: a part of the label has no mask.
-      min_area: mm2 from which on the label is present.
+      complete: ABSENT if the label is known to be absent in slices with zero area; else EMPTY or
+        MISSING, the reason why it is unknown there: a part of the label has no mask.
+      min_area: minimum area in mm2 of a label that is present.
       unknown_below: whether slices below the lowest contoured one are unknown.
 
     Returns:
@@ -327,7 +327,7 @@ def _read_masks(
     """Yields the masks, one at a time: (name, uint8 `[Z, bytes]` with a bit per voxel, or None).
 
     Raises:
-      Rejected: names the mask.
+      Rejected: a mask cannot be used; the message names it.
     """
     ct = unit.ref.paths[0]
     slices: list[dicom.Header] = []
@@ -352,10 +352,10 @@ def _read_masks(
                 inside = segs[path].mask(mask.number)
         except Rejected as error:
             raise Rejected(f"mask {name} ({path}): {error}") from error
-        except OSError as error:  # the file is gone or not readable
+        except OSError as error:  # the file was removed or is not readable
             raise Rejected(f"mask {name} ({path}): {error.strerror or error}") from error
         if inside.shape != shape:
-            raise Rejected(f"mask {name} ({path}): {inside.shape} voxels, the CT has {shape}")
+            raise Rejected(f"mask {name} ({path}): {inside.shape} voxels, but the CT has {shape}")
         yield name, np.packbits(inside.reshape(len(inside), -1), axis=1)
 
 

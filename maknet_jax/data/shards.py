@@ -1,7 +1,7 @@
-"""Writes a prepared data set: the plan first, then shard by shard, `dataset.json` last.
+"""Writes a prepared data set: the plan, then shard by shard, then `dataset.json`.
 
 An interrupted run resumes with the missing shards. Each shard is written atomically, and the data
-set is finished once `dataset.json` exists (see `finish`).
+set is finished when `dataset.json` exists (see `finish`).
 """
 
 import collections
@@ -51,7 +51,7 @@ class Unit(Protocol):
 
     @property
     def count(self) -> int:
-        """The number of records expected of it."""
+        """The expected number of records."""
 
 
 AnyUnit = TypeVar("AnyUnit", bound=Unit)
@@ -95,8 +95,8 @@ def write_shards(
       advance: called with the number of units done.
 
     Raises:
-      InputError: `out` is not empty and does not hold this plan, no unit gave a record, or a worker
-        was killed.
+      InputError: `out` is not empty and has another plan, no unit gave a record, or a worker was
+        killed.
     """
     out = pathlib.Path(out)
     labels = vocabulary.to_json()
@@ -127,7 +127,7 @@ def write_shards(
     if not any(entry["count"] for entry in entries.values()):
         shutil.rmtree(out / ".parts")
         for folder in filter(pathlib.Path.is_dir, map(out.joinpath, splits)):
-            folder.rmdir()  # empty: leaves the folder as it was before
+            folder.rmdir()  # empty: restores the previous state of `out`
         reason = f"the first failure: {failures[0][1]}" if failures else "there is no input"
         raise InputError(f"no record could be made for {out}: {reason}")
     info = {
@@ -142,14 +142,14 @@ def write_shards(
         "about": about,
         "versions": {"maknet-jax": maknet_jax.__version__}
         | {name: importlib.metadata.version(name) for name in ("numpy", "pillow", "pydicom")},
-        # Of the records, not of their paths: moving the inputs does not change it.
+        # Covers the records, not their paths: moving the inputs does not change it.
         "fingerprint": _digest(*made_by, _without_known_counts(entries)),
     }
     return info, failures
 
 
 def _without_known_counts(entries: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    # The digests of the shards cover the masks; earlier versions had no such counts.
+    # Earlier versions had no such counts; the digests of the shards already cover the masks.
     return {
         split: {key: value for key, value in entry.items() if key != "known_counts"}
         for split, entry in entries.items()
@@ -163,9 +163,9 @@ def finish(out: pathlib.Path, info: dict[str, Any]) -> None:
 
 
 def check_unfinished(out: str | os.PathLike[str]) -> None:
-    """Raises InputError where `out` holds a finished data set."""
+    """Raises InputError if `out` contains a finished data set."""
     if (pathlib.Path(out) / "dataset.json").exists():
-        raise InputError(f"{out} already holds a finished data set: choose another --out")
+        raise InputError(f"{out} already contains a finished data set: choose another --out")
 
 
 def _digest(*parts: Any) -> str:
@@ -242,8 +242,8 @@ def _mapper(workers: int) -> Iterator[Callable[..., Iterable[Any]]]:
     )
     signals = {signal.SIGINT, signal.SIGTERM}
     try:
-        # Workers start with the signals blocked: a signal that arrives before a worker ignores it
-        # would kill the worker. The parent receives pending signals after unblocking them.
+        # Workers start with the signals blocked: otherwise a signal that arrives before a worker
+        # ignores it would kill the worker. The parent receives pending signals after unblocking.
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         started = [pool.submit(_ignore_interrupts) for _ in range(workers)]
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
@@ -251,9 +251,9 @@ def _mapper(workers: int) -> Iterator[Callable[..., Iterable[Any]]]:
         yield pool.map
     except concurrent.futures.process.BrokenProcessPool:
         raise InputError(
-            f"one of {workers} worker processes was killed, most likely for lack of memory: repeat "
-            "the command with fewer --workers to resume (a script must guard its calls with `if "
-            "__name__ == '__main__':`, because each worker imports it)"
+            f"one of {workers} worker processes was killed, most likely for lack of memory: run "
+            "the command again with fewer --workers to resume (a script must guard its calls with "
+            "`if __name__ == '__main__':`, because each worker imports it)"
         ) from None
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)

@@ -1,4 +1,4 @@
-"""The CSV table of `maknet prepare table`: labelled slices of any source.
+"""The CSV table of `maknet prepare table`: labelled slices from any source.
 
     path,labels,split,slice,patient
     scans/a.nii.gz,liver|spleen,train,57,p1
@@ -8,8 +8,7 @@
 `path` is a DICOM, NIfTI or PNG file, or a folder with one series, relative to the table. `labels`
 are separated by `|`; an empty cell means that all labels are absent. `slice` selects a slice of a
 volume: in a NIfTI file by its stored index along z, in a folder by file name or by index from the
-head, counted from 0. `patient` is optional, but without it a patient who is in two splits goes
-undetected.
+head, counted from 0. `patient` is optional, but without it a patient in two splits is not detected.
 """
 
 import csv
@@ -73,14 +72,14 @@ def read_table(path: str | os.PathLike) -> tuple[list[Row], labels.Vocabulary]:
     if not names:
         raise InputError(f"{path} contains no label: use `maknet prepare dicom` for unlabelled CT")
     split_of: dict[str, str] = {}
-    seen: dict[tuple[str, str], int] = {}
+    lines: dict[tuple[str, str], int] = {}
     for row in rows:
         if row.patient and split_of.setdefault(row.patient, row.split) != row.split:
             raise InputError(
                 f"{path} line {row.line}: patient {row.patient} is in {split_of[row.patient]} and "
                 f"{row.split}: put each patient into one split"
             )
-        if (first := seen.setdefault((row.path, row.slice), row.line)) != row.line:
+        if (first := lines.setdefault((row.path, row.slice), row.line)) != row.line:
             raise InputError(
                 f"{path} line {row.line} repeats the slice of line {first}: remove one"
             )

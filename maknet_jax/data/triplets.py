@@ -1,4 +1,4 @@
-"""Triplets of CT volumes as records: unlabelled series, and the slices that a table names."""
+"""Triplets of CT volumes as records: unlabelled series, and the slices in a table."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -36,14 +36,14 @@ class _TableVolume:
 def encode_with_labels(
     record_id: str, image: np.ndarray, labels: bytes, label_mask: bytes, meta: dict[str, Any]
 ) -> tuple[bytes, np.ndarray, np.ndarray]:
-    """An encoded record, its labels and its label mask, as `shards.UnitResult` takes them.
+    """An encoded record, its labels and its label mask, for `shards.UnitResult`.
 
     Args:
       record_id: the id of the record.
       image: int16 [S, S, 3] in HU.
       labels: uint8 [K] as bytes.
       label_mask: uint8 [K] as bytes.
-      meta: where the image came from.
+      meta: the source of the image.
     """
     vector = np.frombuffer(labels, np.uint8)
     mask = np.frombuffer(label_mask, np.uint8)
@@ -110,7 +110,7 @@ def plan_table(
 
 
 def make_table_volume(unit: _TableVolume) -> shards.UnitResult:
-    """The triplets around the slices that the rows of one file or folder name."""
+    """The triplets around the slices in the rows of one file or folder."""
     try:
         volume, named = volumes.load_series_of(unit.path, png_window=unit.png_window)
     except (Rejected, InputError) as error:

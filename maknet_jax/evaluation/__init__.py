@@ -1,1 +1,1 @@
-"""Metrics and the protocol behind the tables of the paper."""
+"""Metrics and the evaluation protocol of the paper's tables."""

@@ -1,4 +1,4 @@
-"""Scores of a whole split, each example counted once, and the metrics computed from them."""
+"""Scores a whole split, each example once, and computes metrics from the scores."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ class Scores:
         """Thresholds per label by LesaNet's protocol, `[K]`, chosen on these scores.
 
         By our rules a label that cannot be scored on this split is never predicted. LesaNet always
-        predicts it, but LesaNet's validation set can score every label; a smaller one cannot.
+        predicts it; on LesaNet's own validation set every label can be scored.
         """
         return protocol.choose_thresholds(
             self.scores,
@@ -51,7 +51,7 @@ class Scores:
 
 
 class Evaluator:
-    """Scores a split with any predictor, on any number of processes."""
+    """Scores a split with any prediction function, on any number of processes."""
 
     def __init__(
         self,

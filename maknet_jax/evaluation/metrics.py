@@ -59,8 +59,8 @@ def _auc(scores: np.ndarray, labels: np.ndarray) -> float:
     negatives = labels.size - positives
     if positives == 0 or negatives == 0:
         return float("nan")
-    # Mann-Whitney by counting, exact in integers: per distinct score, the negatives below it and
-    # half of those at it.
+    # Mann-Whitney by counting, exact in integers: per distinct score, the number of negatives below
+    # it plus half of those at it.
     _, place = np.unique(scores, return_inverse=True)
     positives_at = np.bincount(place, weights=labels)
     negatives_at = np.bincount(place, weights=~labels)
@@ -70,7 +70,7 @@ def _auc(scores: np.ndarray, labels: np.ndarray) -> float:
 
 def count(predicted: Values, labels: Values, mask: Values | None = None) -> Counts:
     """Counts of every label, each [K], from `predicted`, `labels` and `mask`, all [N, K]."""
-    # Outside the mask `checked` makes both false, and true negatives are not counted.
+    # Outside the mask `checked` sets both to False, and true negatives are not counted.
     predicted, labels, _ = checked(predicted, labels, mask)
     predicted = predicted.astype(bool)
     return Counts(
@@ -100,7 +100,7 @@ def checked(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns (scores, labels as bool, mask as bool), all of one shape.
 
-    Elements outside the mask may hold anything; their scores come back as 0.
+    Elements outside the mask may have any value; their scores are set to 0.
 
     Raises:
       InputError: see `auc`.
@@ -110,7 +110,7 @@ def checked(
     if not scores.shape == labels.shape == mask.shape:
         raise InputError(
             f"scores {scores.shape}, labels {labels.shape}, mask {mask.shape}: shapes should be "
-            "equal, pass one element of each per example and label"
+            "equal, one element per example and label"
         )
     known = scores[mask]
     broken = np.count_nonzero(~np.isfinite(known))

@@ -1,18 +1,17 @@
 """LesaNet's evaluation (Yan et al. 2019), which the paper's tables follow.
 
-Thresholds per label are chosen on the validation split, the parents of a predicted label are
-predicted too, and means run over the labels that have positives and negatives. Two sets of rules
-differ in details:
+Thresholds per label are chosen on the validation split, the parents of a predicted label are also
+predicted, and means are over the labels that have positives and negatives. There are two sets of
+rules, which differ in details:
 
 - "lesanet" agrees with LesaNet's published evaluate.py to rounding (1e-12).
 - "ours", the default, differs from it in three places:
-  1. A score of exactly 1 is not predicted at threshold 1, which means never. LesaNet's comparison
-     lets it through.
-  2. All ancestors of a predicted label are predicted. LesaNet expands the direct parents in one
-     pass in column order: an ancestor is missed if the column of the label between is lower than
-     the label's own (13 pairs of LesaNet's 115 body parts, 15 of its 171 labels).
-  3. F1 is 2tp / (2tp + fp + fn), so that equal counts tie exactly and the lowest threshold wins.
-     LesaNet computes 2pr / (p + r), whose rounding decides such ties.
+  1. Threshold 1 means never: a score of exactly 1 is not predicted at it. In LesaNet it is.
+  2. All ancestors of a predicted label are predicted. LesaNet adds direct parents in one pass in
+     column order: an ancestor is missed if the column of the intermediate label is lower than the
+     label's own (13 pairs of LesaNet's 115 body parts, 15 of its 171 labels).
+  3. F1 is 2tp / (2tp + fp + fn), so equal counts tie exactly and the lowest threshold wins.
+     LesaNet computes 2pr / (p + r), and rounding breaks such ties.
 
 Together they change LesaNet's macro F1 by up to 0.004.
 """
@@ -35,7 +34,7 @@ RATES = ("precision", "recall", "f1")
 
 @dataclass(frozen=True)
 class Report:
-    """The metrics of a split. Undefined numbers are None, so that JSON can hold them.
+    """The metrics of a split. Undefined numbers are None, because JSON has no nan.
 
     Attributes:
       summary: the means. auc, precision, recall, f1 (macro averages over the labels with positives
@@ -66,7 +65,7 @@ def choose_thresholds(
     predicted. A label without positives or without negatives in the validation split cannot be
     scored and gets `unjudged`. In LesaNet that is 0, the initial value of its array: such a label
     is predicted for every example, with all its parents. (LesaNet's validation split has positives
-    of all 171 labels.) Use `unjudged=NEVER` where predictions are shown to people.
+    of all 171 labels.) Use `unjudged=NEVER` for predictions that are shown to users.
 
     Args:
       val_scores: [N, K] probabilities.
@@ -78,14 +77,14 @@ def choose_thresholds(
       rules: "ours" or "lesanet", see the module.
 
     Raises:
-      InputError: candidates are out of order or range; see `metrics.checked` too.
+      InputError: candidates are out of order or range; see also `metrics.checked`.
     """
     chosen = find_rules(rules)
     candidates = chosen.candidates if candidates is None else candidates
     bounds = [0, *candidates, 1]
     if len(bounds) == 2 or not np.all(np.diff(bounds) > 0):
         raise InputError(
-            f"candidates {list(candidates)} should ascend within (0, 1), for example "
+            f"candidates {list(candidates)} should be ascending and within (0, 1), for example "
             f"{list(CANDIDATES)}"
         )
     scores, labels, mask = metrics.checked(val_scores, val_labels, mask)
@@ -97,9 +96,9 @@ def choose_thresholds(
 
 
 def predict(scores: metrics.Values, thresholds: metrics.Values) -> np.ndarray:
-    """Returns scores >= thresholds, bool `[N, K]`; never true where the threshold is 1.
+    """Returns scores >= thresholds, bool `[N, K]`; always False where the threshold is 1.
 
-    With LesaNet's plain comparison a score that rounds to exactly 1 would be predicted.
+    LesaNet's plain comparison would predict a score that rounds to exactly 1.
     """
     thresholds = np.asarray(thresholds, np.float64)
     return (np.asarray(scores) >= thresholds) & (thresholds < NEVER)
@@ -129,8 +128,8 @@ def _check_parents(predicted: np.ndarray, parents: Sequence[Sequence[int]]) -> N
     beyond = [p for above in parents for p in above if not 0 <= p < labels]
     if len(parents) != labels or beyond:
         raise InputError(
-            f"parents of {len(parents)} labels with invalid indices {beyond[:3]} for predictions "
-            f"of {labels} labels: build both from the same label file"
+            f"parents of {len(parents)} labels (invalid indices {beyond[:3]}) do not match the "
+            f"predictions of {labels} labels: build both from the same label file"
         )
 
 
@@ -191,16 +190,16 @@ def evaluate(
       A `Report`.
 
     Raises:
-      InputError: there is not one threshold per label; see `metrics.checked` and `add_parents`
-        too.
+      InputError: there is not one threshold per label; see also `metrics.checked` and
+        `add_parents`.
     """
     by = find_rules(rules)
     scores, labels, mask = metrics.checked(scores, labels, mask)
     thresholds = np.asarray(thresholds, np.float64)
     if thresholds.shape != scores.shape[1:]:
         raise InputError(
-            f"thresholds {thresholds.shape} for scores {scores.shape}: choose one threshold per "
-            "label, with the same vocabulary"
+            f"thresholds {thresholds.shape} do not match scores {scores.shape}: pass one threshold "
+            "per label of the same vocabulary"
         )
     evaluated = _has_both(labels, mask)
     aucs = metrics.auc_per_label(scores, labels, mask)
@@ -240,7 +239,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Rules:
-    """The details in which the sets of rules differ."""
+    """A set of rules: the details in which they differ."""
 
     candidates: tuple[float, ...]
     predict: Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -259,7 +258,7 @@ def _lesanet_rates(counts: metrics.Counts) -> tuple[np.ndarray, np.ndarray, np.n
 
 RULES = {
     OURS: _Rules(CANDIDATES, predict, add_parents, metrics.rates),
-    # As np.arange rounds them: the fourth is 0.6000000000000001.
+    # Rounded by np.arange as in LesaNet: the fourth is 0.6000000000000001.
     LESANET: _Rules(
         tuple(np.arange(0.3, 1, 0.1).tolist()), np.greater_equal, add_direct_parents, _lesanet_rates
     ),
@@ -267,10 +266,10 @@ RULES = {
 
 
 def find_rules(name: str) -> _Rules:
-    """Returns the rules of a name.
+    """Returns the rules with a name.
 
     Raises:
-      InputError: there are no such rules.
+      InputError: the name is unknown.
     """
     if name not in RULES:
         raise InputError(f"rules {name!r} are unknown: choose one of {', '.join(RULES)}")
@@ -278,7 +277,7 @@ def find_rules(name: str) -> _Rules:
 
 
 def _has_both(labels: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Returns bool `[K]`: the known elements of the label have positives and negatives."""
+    """Returns bool `[K]`: whether the known elements of a label have positives and negatives."""
     return labels.any(axis=0) & (mask & ~labels).any(axis=0)
 
 
@@ -288,7 +287,7 @@ def _mean(values: np.ndarray, evaluated: np.ndarray) -> float:
 
 
 def _plain(value: float | int | bool) -> float | int | bool | None:
-    """Returns a number that JSON can hold: None for nan."""
+    """Returns a number as a JSON value: None for nan."""
     if isinstance(value, float) and math.isnan(value):
         return None
     return value if isinstance(value, bool | float) else int(value)

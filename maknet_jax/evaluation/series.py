@@ -1,4 +1,4 @@
-"""What a network sees in a CT series, slice by slice and as a whole."""
+"""The predictions of a network for a CT series, per slice and for the whole series."""
 
 import dataclasses
 import functools
@@ -15,16 +15,17 @@ from maknet_jax.evaluation import protocol
 
 @dataclasses.dataclass(frozen=True)
 class Cover:
-    """The slices of a series that show a label.
+    """The range of slices in which a label is predicted.
 
     Attributes:
       label: its name.
       first_slice: number of the first slice, counted from the head.
       last_slice: number of the last one; slices in between may lack the label.
-      slices: how many have it.
+      slices: number of slices with the label.
       mean_confidence: over these slices.
-      first_mm: place of the first slice in mm below the first slice of the series; nan if unknown.
-      last_mm: place of the last one.
+      first_mm: position of the first slice, in mm below the first slice of the series; nan if
+        unknown.
+      last_mm: position of the last one.
     """
 
     label: str
@@ -48,9 +49,9 @@ class SeriesResult:
       thresholds: `[K]`.
       confidences: float32 `[Z, K]`.
       predicted: bool `[Z, K]`: labels that reach their threshold, and parents of such labels.
-      features: float32 `[Z, F]`, pooled features; None if they were not asked for.
-      read: read() returns the CT, which it may read again from its files.
-      png_window: (low, high) HU that 0 and 255 of 8-bit PNGs stand for.
+      features: float32 `[Z, F]`, pooled features; None if they were not requested.
+      read: read() returns the CT; it may read the files again.
+      png_window: (low, high), the HU of pixel values 0 and 255 in 8-bit PNGs.
     """
 
     id: str
@@ -104,7 +105,7 @@ class SeriesResult:
 
     @functools.cached_property
     def covers(self) -> list[Cover]:
-        """What the series covers: each predicted label, sorted by its first and last slice."""
+        """The range of each predicted label, sorted by first and last slice."""
         covers = []
         for column, name in enumerate(self.names):
             slices = np.flatnonzero(self.predicted[:, column])

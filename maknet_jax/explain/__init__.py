@@ -1,1 +1,1 @@
-"""Selecting images to explain, and explaining them in batches that resume."""
+"""Selects images and explains them in batches; resumes if interrupted."""

@@ -18,7 +18,7 @@ from maknet_jax.explain.selection import SelectedImage, Selection, digest, sizes
 
 
 def check_masks(masks: pathlib.Path, organs: Sequence[str] | None) -> str:
-    """Checks what would reject every image; returns a digest of the masks.
+    """Checks for errors that would reject every image; returns a digest of the masks.
 
     Args:
       masks: a NIfTI, a PNG or a folder, see `find_regions`.
@@ -28,7 +28,7 @@ def check_masks(masks: pathlib.Path, organs: Sequence[str] | None) -> str:
       InputError: the masks do not exist or cannot be read, or an organ is unknown.
     """
     if not masks.exists():
-        raise InputError(f"--masks {masks} does not exist: give a NIfTI, a PNG or a folder")
+        raise InputError(f"--masks {masks} does not exist: pass a NIfTI, a PNG or a folder")
     for organ in organs or ():
         _value(organ, _organ_values(masks))
     try:
@@ -79,35 +79,35 @@ def find_regions(
       image: the image.
       masks: masks of whole slices: a NIfTI of labels, a PNG, a folder of PNGs named like the
         slices, or a folder of organ maps as written by the phantom. None takes DeepLesion's box.
-      organs: names or values in the masks, each a region of its own; None takes all nonzero pixels
-        as one region.
+      organs: names or values in the masks, each a separate region; None takes all nonzero pixels as
+        one region.
       size: the edge of the image in pixels.
 
     Raises:
-      Rejected: no region lies inside the image, one fills it, or the image has no mask.
+      Rejected: no region is inside the image, one fills it, or the image has no mask.
       InputError: an organ is unknown.
     """
-    crop, box = image.meta.get("crop"), image.meta.get("box")  # of a patch: in its own pixels
+    crop, box = image.meta.get("crop"), image.meta.get("box")  # for a patch, in its own pixels
     if crop is not None:  # DeepLesion counts pixels from 1
         box = [place - 1 for place in image.meta.get("slice_box") or ()]
     if masks is None:
         if not box:
-            raise Rejected("no box (only DeepLesion has boxes): give --masks")
+            raise Rejected("no box (only DeepLesion has boxes): add --masks")
         regions = {"lesion": perturbation.box_region(box, crop or (0, 0, size, size), size)}
     else:
         if crop is None:
             raise Rejected(
-                "a patch around a lesion, but masks are of whole slices: leave out --masks to use "
-                "its box"
+                "a patch around a lesion, but masks are of whole slices: omit --masks to use the "
+                "lesion's box"
             )
         plane, values = _mask_of(image, pathlib.Path(masks))
         shape, (*_, bottom, right) = image.meta.get("shape"), crop
-        # Records store where the crop lies in the slice, but not the size of the slice.
+        # Records store the position of the crop in the slice, but not the size of the slice.
         known = shape is None or tuple(shape[-2:]) == plane.shape
         if not known or bottom > plane.shape[0] or right > plane.shape[1]:
             of = "{1} x {2}".format(*shape) if shape else f"{bottom} x {right} or more"
             raise Rejected(
-                "the mask is {} x {}, the slice {}: give masks of whole slices".format(
+                "the mask is {} x {}, but the slice is {}: pass masks of whole slices".format(
                     *plane.shape, of
                 )
             )
@@ -117,10 +117,10 @@ def find_regions(
             regions = {str(organ): plane == _value(organ, values) for organ in organs}
     regions = {name: region for name, region in regions.items() if region.any()}
     if not regions:
-        raise Rejected("no region lies inside the image")
+        raise Rejected("no region is inside the image")
     for name, region in regions.items():
         if region.all():
-            raise Rejected(f"region {name} fills the whole image: no pixels are left around it")
+            raise Rejected(f"region {name} fills the whole image: there are no pixels around it")
     return regions
 
 
@@ -138,22 +138,20 @@ def _mask_of(
 ) -> tuple[np.ndarray, dict[str, str]]:
     """(mask or label map of the image's slice, organ name -> value)."""
     if "file" not in image.meta:
-        raise Rejected(
-            "the record has no file name by which to find its mask: give the CT files instead"
-        )
+        raise Rejected("the record has no file name to find its mask by: pass the CT files instead")
     name, values = pathlib.Path(image.meta["file"]), _organ_values(masks)
     if _is_nifti(masks):
         if "shape" not in image.meta:
             raise Rejected(
-                f"{masks} is the mask of a volume, the image a slice of a prepared data set: give "
-                "the CT files instead"
+                f"{masks} is the mask of a volume, but the image is a slice of a prepared data "
+                "set: pass the CT files instead"
             )
         like = image.meta["file"] if image.meta["kind"] == "nifti" else None
         volume = _label_map(str(masks), like)
         if len(volume) != image.meta["shape"][0]:
             raise Rejected(
-                f"{masks} has {len(volume)} slices, the series {image.meta['shape'][0]}: give the "
-                "mask of this series"
+                f"{masks} has {len(volume)} slices, but the series has {image.meta['shape'][0]}: "
+                "pass the mask of this series"
             )
         return volume[image.meta["slice"]], values
     series, index = png.split_name(name)
@@ -179,7 +177,7 @@ def _organ_values(masks: pathlib.Path) -> dict[str, str]:
 
 
 def _read_png(file: pathlib.Path) -> np.ndarray:
-    """The stored values: converting palette and 16-bit files to grey would change them."""
+    """The stored values, because converting palette and 16-bit files to grey would change them."""
     try:
         with Image.open(file) as picture:
             if picture.mode not in ("1", "L", "P", "I", "I;16"):

@@ -1,4 +1,4 @@
-"""A trained run as attributions see it: a differentiable function of float32 images."""
+"""A trained run as a differentiable function of float32 images, for attributions."""
 
 import dataclasses
 import pathlib
@@ -21,11 +21,11 @@ from maknet_jax.training import sharding, transfer
 class Network:
     """A trained run on the devices of this process.
 
-    Computes in float32 on every device, matrix products included: sums over a path in bfloat16 are
+    Computes in float32 on every device, including matrix products: sums over a path in bfloat16 are
     not complete.
 
     Attributes:
-      name: the name that results and figures show.
+      name: the name in results and figures.
       run: the opened workdir.
       logit_fn: float32 images `[B, S, S, 3]` in [0, 1] -> logits `[B, K]`.
       to_input: int16 HU -> images for `logit_fn`.
@@ -41,9 +41,9 @@ class Network:
 
     @property
     def identity(self) -> list[str | int]:
-        """What the results depend on: checkpoint, step and digest of the weights.
+        """Checkpoint, step and digest of the weights, on which the results depend.
 
-        The name is not part of it: it changes when the workdir is moved.
+        The name is not part of it, because it changes when the workdir is moved.
         """
         weights = transfer.digest(self.run.variables["params"], self.run.variables["batch_stats"])
         return [self.run.name, self.run.step, weights]
@@ -60,12 +60,12 @@ class Network:
     def attribute(
         self, images: jax.Array, targets: ArrayLike, baseline: jax.Array, path: PathOptions
     ) -> ig.Attribution:
-        """Integrated Gradients in chunks that fit the devices, which are measured once.
+        """Integrated Gradients in chunks that fit the devices; the chunk size is computed once.
 
         Args:
           images: as returned by `put`.
           targets: `[B, T]` columns of labels.
-          baseline: where the path starts, as returned by `put`.
+          baseline: the start of the path, as returned by `put`.
           path: the path.
         """
         key = (images.shape, np.shape(targets)[1], path.output)
@@ -92,7 +92,7 @@ def _confidences(logit_fn: Partial, images: jax.Array) -> jax.Array:
 
 
 def network_name(run: workdir.Run) -> str:
-    """What figures call a network; a folder called round-1 says little without its parent."""
+    """The name of a network in figures, with the parent folder: round-1 alone says little."""
     return f"{run.model_name} ({'/'.join(run.source.resolve().parts[-2:])})"
 
 
@@ -100,17 +100,17 @@ def make_network(run: workdir.Run, name: str) -> Network:
     """The `Network` of an opened run.
 
     Raises:
-      InputError: it takes more than the image.
+      InputError: the network needs more than the image.
     """
     if run.model.takes_box:
         raise InputError(
-            f"{run.source} is a {run.model_name}, which takes a lesion's box beside the image: "
-            "only networks that take the image alone can be explained"
+            f"{run.source} is a {run.model_name}, which needs a lesion's box in addition to the "
+            "image: choose a network that takes only the image"
         )
     model = run.model.clone(dtype=np.float32)
 
     def logits(variables: Any, images: jax.Array) -> jax.Array:
-        # Accelerators would round the factors of products, in the backward pass as well.
+        # Accelerators would otherwise round the factors of products, also in the backward pass.
         with jax.default_matmul_precision("highest"):
             outputs: Any = model.apply(variables, images, train=False)
             return outputs.logits.astype(np.float32)
@@ -134,8 +134,8 @@ def open_networks(
       devices: devices to compute on; None takes those of this process.
 
     Raises:
-      InputError: the second network has other labels or another image size; or a network takes
-        more than the image.
+      InputError: the second network has other labels or another image size; or a network needs more
+        than the image.
     """
     devices = devices or jax.local_devices()
     networks: list[Network] = []

@@ -1,6 +1,6 @@
-"""The options that `attribute` and `perturb` share, with their defaults.
+"""The shared options of `attribute` and `perturb`, with their defaults.
 
-Imports no JAX and no NumPy: the command line takes its defaults and choices from here.
+Imports neither JAX nor NumPy: the command line takes its defaults and choices from here.
 """
 
 import dataclasses
@@ -34,9 +34,9 @@ class SelectionOptions:
     Attributes:
       path: a file or folder of CT; the id of a slice is SERIES:NUMBER, as in `maknet predict`.
       split: a split of `data`.
-      data: a prepared data set; None takes the one that the network was trained on.
+      data: a prepared data set; None takes the training data.
       ids: only these images.
-      labels: explain these labels; of a labelled split, only images that have one of them. None
+      labels: explain these labels; in a labelled split, only images that have any of them. None
         explains the `top` most confident labels of each image.
       top: number of labels per image.
       limit: maximum number of images.
@@ -59,15 +59,15 @@ class SelectionOptions:
 
 @dataclasses.dataclass(frozen=True)
 class PathOptions:
-    """The path that Integrated Gradients follow, see `integrated_gradients`.
+    """The path of Integrated Gradients, see `integrated_gradients`.
 
     Attributes:
       steps: number of steps along the path.
       method: one of `METHODS`.
-      baseline: where the path starts, "black", "blurred" or a number in HU.
+      baseline: the start of the path, "black", "blurred" or a number in HU.
       output: one of `OUTPUTS`.
-      refine: how many times the steps of an image with a flagged map are doubled at most; None
-        takes 4 with the trapezoid and 0 with the others, which cannot.
+      refine: maximum number of times that the steps of an image with a flagged map are doubled;
+        None takes 4 with the trapezoid and 0 with the others, which cannot be refined.
       batch_size: images per step, rounded up to the devices; None takes one per device.
     """
 
@@ -92,7 +92,7 @@ class DisplayOptions:
 
     Attributes:
       window: (low, high) in HU of the pictures; None takes the soft tissue window.
-      most_shown: maximum number of images on the HTML page; the other files hold all.
+      most_shown: maximum number of images on the HTML page; the other files contain all.
     """
 
     window: tuple[float, float] | None = None

@@ -1,4 +1,4 @@
-"""Explaining a selection in batches that resume, and the files of its results."""
+"""Explains a selection in batches, resuming if interrupted, and stores the results."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ def shared_settings(
     path: PathOptions,
     display: DisplayOptions,
 ) -> dict[str, Any]:
-    """The settings that results of `attribute` and `perturb` both depend on, as JSON."""
+    """The settings on which the results of both `attribute` and `perturb` depend, as JSON."""
     return {
         "truth": truth.RULE,
         "steps": path.steps,
@@ -57,14 +57,14 @@ def explain(
 ) -> tuple[dict[int, pathlib.Path], Failures]:
     """Calls `explain_batch` on the images of a selection that have no result yet.
 
-    OUT/cases/00012.npz holds one image's result and is written atomically: an interrupted run
-    neither repeats nor loses one. Several processes share the images.
+    OUT/cases/00012.npz is the result of one image and is written atomically: an interrupted run
+    neither repeats nor loses results. Several processes share the images.
 
     Args:
       title: the verb, for the progress bar and messages.
       out: the output folder.
       selection: the images.
-      settings: JSON of all that the results depend on, stored in OUT/settings.json.
+      settings: everything on which the results depend, as JSON; stored in OUT/settings.json.
       explain_batch: number -> image -> one result per image, in the same order.
       batch_size: images per step.
 
@@ -96,19 +96,19 @@ def explain(
             advance(len(numbers))
     sharding.wait_for_all("explained")
     done = {number: path for number, path in paths.items() if path.exists()}
-    # Whichever process met them: images without a result are read again for their reason.
+    # Images without a result are read again for the reason: another process may have rejected them.
     _, failures = _read(selection, [number for number in paths if number not in done])
     failures = sorted({*selection.failures, *failures})
     if not done:
         if jax.process_index() == 0:
-            # No result: other settings may follow.
+            # Without results, a later run may use other settings.
             (out / "settings.json").unlink(missing_ok=True)
         raise InputError(f"no image could be read: {failures[0][0]}: {failures[0][1]}")
     return done, failures
 
 
 def _without_names(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of an earlier version, whose networks began with a name, as this one writes them."""
+    """Settings in this version's format; those of earlier versions start networks with a name."""
     networks = [identity[-3:] for identity in settings.get("networks", ())]
     return settings | {"networks": networks} if networks else settings
 
@@ -193,7 +193,7 @@ def _read(selection: Selection, numbers: Iterable[int]) -> tuple[Images, Failure
 
 
 def padded(images: Iterable[SelectedImage], batch_size: int) -> np.ndarray:
-    """int16 HU `[batch_size, S, S, 3]`; the last image is repeated where there are fewer."""
+    """int16 HU `[batch_size, S, S, 3]`, padded by repeating the last image."""
     hu = [image.image for image in images]
     return np.stack(hu + hu[-1:] * (batch_size - len(hu)))
 
@@ -210,7 +210,8 @@ def load_metadata(path: str | pathlib.Path, names: Sequence[str] = ()) -> dict[s
 
     Args:
       path: the file.
-      names: of the networks now, in the order of the results; workdirs may have moved since.
+      names: the current names of the networks, in the order of the results; the stored ones are
+        outdated if workdirs have moved.
     """
     with np.load(path) as stored:
         metadata = json.loads(str(stored["about"]))

@@ -1,4 +1,4 @@
-"""Which images are explained: images of a prepared split, or slices of CT files."""
+"""Selects the images to explain: images of a prepared split, or slices of CT files."""
 
 import dataclasses
 import functools
@@ -28,8 +28,8 @@ class SelectedImage:
     Attributes:
       id: id of the record, or SERIES:NUMBER of a slice.
       image: int16 HU `[S, S, 3]`.
-      annotation: its labels; None without any, or with those of another vocabulary.
-      meta: where the image came from, see `records.Example`.
+      annotation: its labels; None without labels, or with labels of another vocabulary.
+      meta: the source of the image, see `records.Example`.
       regions: name -> bool `[S, S]`, see `masks.find_regions`.
     """
 
@@ -98,14 +98,14 @@ def select(run: workdir.Run, options: SelectionOptions) -> Selection:
         readers, known, unlabelled, dataset = _records(run, options.data, split, ids, columns)
         identity = {"fingerprint": dataset.fingerprint, "split": split}
     else:
-        raise InputError("give either a --split of the data or CT files")
+        raise InputError("pass either --split or CT files, not both")
     unknown = sorted((ids or set()) - set(known))
     if unknown:
         raise InputError(f"--ids {unknown[0]!r} is not among the images of {path or split}")
     if unlabelled:
         raise InputError(
-            f"--ids {unlabelled[0]!r} has none of --labels {','.join(labels or ())}, which select "
-            "images as well: leave out one of the two"
+            f"--ids {unlabelled[0]!r} has none of --labels {','.join(labels or ())}, which also "
+            "select images: omit one of the two options"
         )
     if not readers:
         why = f": {failures[0][0]}: {failures[0][1]}" if failures else ": check --ids and --labels"
@@ -120,7 +120,7 @@ def digest(value: Any) -> str:
 
 
 def sizes(paths: Iterable[str | pathlib.Path]) -> list[list[str | int]]:
-    """(name, bytes) of files, which change when a file is replaced."""
+    """(name, bytes) of files, to detect replaced files."""
     return [[path.name, path.stat().st_size] for path in map(pathlib.Path, paths)]
 
 
@@ -144,7 +144,7 @@ def _records(
     ids: set[str] | None,
     columns: list[int],
 ) -> tuple[list[Callable[[], SelectedImage]], list[str], list[str], records.Dataset]:
-    """(readers, ids that were seen, ids without one of the labels, data set)."""
+    """(readers, ids that were read, ids without any of the labels, data set)."""
     dataset = records.open_dataset(data or run.data_path)
     records.check_size(dataset, run.size)
     dataset.split(split)
@@ -154,25 +154,25 @@ def _records(
     def read(number: int) -> SelectedImage:
         example = source[number]
         annotation = None
-        if vocabulary.names == run.vocabulary.names:  # others say nothing about the network's
+        if vocabulary.names == run.vocabulary.names:  # other labels cannot be compared
             annotation = Annotation(example.labels, example.label_mask, complete, vocabulary)
         return SelectedImage(example.id, example.image, annotation, example.meta)
 
     numbers: Sequence[int] = range(len(source))
-    seen, unlabelled = [], []
-    if ids or columns:  # else nothing needs to be read yet
+    read_ids, unlabelled = [], []
+    if ids or columns:  # otherwise nothing needs to be read yet
         chosen = []
         for number in numbers:
             image = read(number)
             if ids and image.id not in ids:
                 continue
-            seen.append(image.id)
+            read_ids.append(image.id)
             if not columns or not image.annotation or np.isin(columns, image.labelled).any():
                 chosen.append(number)
             elif ids:
                 unlabelled.append(image.id)
         numbers = chosen
-    return [functools.partial(read, number) for number in numbers], seen, unlabelled, dataset
+    return [functools.partial(read, number) for number in numbers], read_ids, unlabelled, dataset
 
 
 def _slices(

@@ -1,8 +1,8 @@
-"""What is known about a label of an image, and whether a prediction of it is right (figure 3).
+"""The known truth of a label of an image, and whether a prediction of it is correct (figure 3).
 
-Green in figure 3 is a true positive, red a false positive, and black a label without annotation. A
-label that a report does not mention is not absent: it is absent only if the report names a label
-that excludes it, or if the data set states every label of every image.
+In figure 3, green is a true positive, red a false positive, and black a label without annotation. A
+label that a report does not mention is not necessarily absent: it is absent only if the report
+names a label that excludes it, or if the labels of the data set are complete.
 """
 
 import dataclasses
@@ -13,12 +13,12 @@ import numpy as np
 
 from maknet_jax.data.labels import Vocabulary
 
-# Part of the settings of results: those of another rule are not mixed with these. Rule 1 took every
-# label without an annotation as absent.
+# Stored in the settings of results, so that results of different rules are not mixed. In rule 1
+# every label without an annotation was absent.
 RULE = 2
-# Data sets whose labels are complete, by the kind in dataset.json. Those of `prepare table` list
-# what is on a slice, segmentations mask what was not segmented. DeepLesion's labels are mined from
-# reports (kinds deeplesion and lesions, the phantom's too), which mention what matters.
+# Kinds in dataset.json of data sets with complete labels. A table lists all labels of a slice, and
+# segmentations mask labels that were not segmented. DeepLesion's labels (kinds deeplesion and
+# lesions, and the phantom's) are mined from reports, which are incomplete.
 COMPLETE_KINDS = ("table", "segmentations")
 # Splits whose labels are complete in every data set: LesaNet's hand-labelled lesions.
 COMPLETE_SPLITS = ("hand",)
@@ -39,7 +39,7 @@ def labels_are_complete(info: Mapping[str, Any], split: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """What is known about one label of an image.
+    """The truth of one label of an image.
 
     Attributes:
       value: "true" (present), "false" (absent) or "unknown".
@@ -58,7 +58,7 @@ class Annotation:
       labels: uint8 `[K]`, 1 where a label is annotated.
       label_mask: uint8 `[K]`, 0 where the label is unknown.
       complete: whether labels that are not annotated are absent.
-      vocabulary: the K labels, which say what excludes what.
+      vocabulary: the K labels, with their exclusive relations.
     """
 
     labels: np.ndarray
@@ -82,7 +82,7 @@ class Annotation:
 
 
 def outcome(truth: str, predicted: bool) -> str:
-    """Whether a prediction is right, as "true_positive", "false_negative" etc., or "unknown".
+    """Whether a prediction is correct: "true_positive", "false_negative" etc., or "unknown".
 
     Args:
       truth: the `value` of a `Truth`.

@@ -27,12 +27,12 @@ def write_label_chart(
       predicted: bool `[Z, K]`; only labels predicted in some slice are shown, with a line under the
         cells of those slices.
       names: the K label names.
-      title: above the chart.
-      max_labels: shows at most this many labels, those predicted most often.
+      title: the title of the chart.
+      max_labels: maximum number of labels; the most frequently predicted ones are shown.
     """
     slices = predicted.sum(axis=0)
     shown = [k for k in np.argsort(-slices, kind="stable") if slices[k]][:max_labels]
-    # From head to feet by the mean slice, so that the chart reads as the body does.
+    # From head to feet by the mean slice, in the order of the body.
     shown.sort(key=lambda k: (np.flatnonzero(predicted[:, k]).mean(), k))
     figure = _figure((9, 1.6 + 0.22 * max(1, len(shown))))
     axes = figure.subplots()
@@ -60,8 +60,8 @@ def write_histograms(
     Args:
       path: the PNG.
       counts: (images, label name), the most frequent label first.
-      confidences: pseudo-labels in each of equal bins over [0, 1].
-      max_labels: shows at most this many labels.
+      confidences: number of pseudo-labels in each of equal bins over [0, 1].
+      max_labels: maximum number of labels.
     """
     shown = [row for row in counts if row[0]][:max_labels]
     figure = _figure((10, 2 + 0.17 * max(12, len(shown))))
@@ -91,7 +91,7 @@ def write_rounds(
     Args:
       path: the PNG.
       measured: split -> one dict of metrics per round; None where a metric is undefined.
-      paper: split -> the same from the paper, drawn pale and dashed.
+      paper: split -> the paper's metrics, drawn pale and dashed.
       metrics: the names to draw, one panel each.
     """
     figure = _figure((4.5 * len(metrics), 3.4))
@@ -114,7 +114,7 @@ def write_rounds(
 
 
 def draw_curves(panels: Sequence[Mapping[str, Sequence[tuple[int, float]]]]) -> np.ndarray:
-    """Draws curves over the step in panels side by side.
+    """Draws curves against the step in panels side by side.
 
     Args:
       panels: for each panel its curves, title -> [(step, value), ...].

@@ -1,4 +1,4 @@
-"""Many examples in one picture: a flip, a wrong window or a bad crop shows at a glance."""
+"""Many examples in one picture, which shows a flip, a wrong window or a bad crop at a glance."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ _TILE, _TEXT = 192, 40  # pixels: the edge of a tile, the height of the text bel
 
 
 class Example(Protocol):
-    """What a tile shows; `records.Example` has these fields and more."""
+    """The content of a tile; `records.Example` has these fields and more."""
 
     @property
     def id(self) -> str:
@@ -31,7 +31,7 @@ class Example(Protocol):
 
     @property
     def meta(self) -> Mapping[str, Any]:
-        """With "box" (x0, y0, x1, y1 in pixels of the image), the box is drawn."""
+        """If it has "box" (x0, y0, x1, y1 in pixels of the image), the box is drawn."""
 
 
 def to_grey(hu: np.ndarray, window: tuple[float, float] = SOFT_TISSUE) -> np.ndarray:
@@ -42,7 +42,7 @@ def to_grey(hu: np.ndarray, window: tuple[float, float] = SOFT_TISSUE) -> np.nda
     """
     low, high = window
     if not low < high:
-        raise InputError(f"window {low},{high}: the low end must be below the high end")
+        raise InputError(f"window {low},{high} should be LOW,HIGH in HU, LOW below HIGH")
     return np.clip((hu.astype(np.float32) - low) * (255.0 / (high - low)), 0, 255).astype(np.uint8)
 
 

@@ -7,17 +7,18 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-# Raises and lowers the output: distinct for colour-blind readers too, and visible on grey.
+# Colours of pixels that raise and lower the output: distinct for colour-blind readers, and visible
+# on grey.
 RAISES, LOWERS = (255, 120, 0), (0, 140, 255)
 
 
 def scale_of(attribution: np.ndarray, quantile: float = 0.995) -> float:
-    """The value shown in full colour: a quantile, so that one pixel cannot hide the rest."""
+    """The value with full opacity: a quantile, so that one pixel cannot hide the others."""
     return float(np.quantile(np.abs(attribution), quantile)) or 1.0
 
 
 def smooth(attribution: np.ndarray, sigma: float = 1.0) -> np.ndarray:
-    """A map `[H, W]` blurred for display, where single pixels are noise; the sum is preserved."""
+    """A map `[H, W]` blurred for display, because single pixels are noisy; preserves the sum."""
     return ndimage.gaussian_filter(np.asarray(attribution, np.float32), sigma, mode="constant")
 
 

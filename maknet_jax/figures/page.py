@@ -1,7 +1,7 @@
-"""HTML pages that work offline and on a phone: pictures, styles and script lie inside the file.
+"""HTML pages that work offline and on a phone: pictures, styles and script are in the file itself.
 
-The HTML is in `templates/`; everything inserted there is escaped unless it is `Markup`, which only
-`render` makes.
+The HTML is in `templates/`; all inserted values are escaped unless they are `Markup`, which only
+`render` returns.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ _templates = jinja2.Environment(
 
 
 def render(template: str, **values: object) -> Markup:
-    """Fills in `templates/TEMPLATE.html.j2`; a value that the template needs must be there.
+    """Renders `templates/TEMPLATE.html.j2`; a missing value is an error.
 
     Args:
       template: the name without `.html.j2`.
@@ -32,7 +32,7 @@ def render(template: str, **values: object) -> Markup:
 
 
 def document(title: str, lead: Markup, cards: Iterable[Markup]) -> str:
-    """A whole page: the title, what stands above the cards, and the cards."""
+    """A whole page: the title, the text above the cards, and the cards."""
     return render("document", title=title, lead=lead, cards=cards)
 
 
@@ -93,7 +93,7 @@ def perturbation_card(title: str, models: Sequence[Mapping[str, Any]]) -> Markup
     Args:
       title: the image's id.
       models: dicts of name and columns, each a dict of title, uri and labels (label, outcome,
-        reason, confidence, state). The state is "gone" for a label that left the original's first
-        labels, "new" for one that entered, "" otherwise.
+        reason, confidence, state). The state is "gone" for a label that dropped out of the
+        original's top labels, "new" for one that entered them, "" otherwise.
     """
     return render("perturbation_card", title=title, models=models)

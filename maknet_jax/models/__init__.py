@@ -32,7 +32,7 @@ MODELS: dict[str, type[Network]] = {
     "lesanet": LesaNet,
     "linear": Linear,
 }
-# Forms of MAKConv that were removed, and those of the same values and parameters.
+# Removed forms of MAKConv -> the form with the same values and parameters.
 REMOVED_FORMS = {"wide": "split", "wide_fused": "fused"}
 
 
@@ -42,8 +42,8 @@ def build(name: str, num_classes: int, **options: Any) -> Network:
     Args:
       name: a key of `MODELS`.
       num_classes: labels K.
-      **options: attributes of the module. Lists become tuples, so that networks of equal options
-        are equal, and hash equal.
+      **options: attributes of the module. Lists become tuples, so that networks with equal options
+        are equal and have equal hashes.
 
     Raises:
       InputError: an unknown network or attribute, or a dropout_rate outside [0, 1).

@@ -1,9 +1,9 @@
-"""Convolutions, written so that each platform computes them fast: the same sums, other programs.
+"""Convolutions with a fast implementation per platform; the values are the same.
 
-Images are `[B, H, W, C]`, kernels HWIO with odd edges, padded as torch pads: by half the edge on
+Images are `[B, H, W, C]`, kernels HWIO with odd edges, padded as in torch: by half the edge on
 every side ("SAME" would shift the grid of strided ones). Accelerators run XLA's own convolution.
-On CPU the gradients of XLA's convolutions are slow where matrix products would do, most of all
-those of 1 x 1 kernels (`benchmarks/speed/makconv.py` times both).
+On CPU the gradients of XLA's convolutions are slower than matrix products, especially those of
+1 x 1 kernels (`benchmarks/speed/makconv.py` times both).
 
 The gradients are written by hand, so forward-mode differentiation (`jax.jvp`) raises a TypeError.
 """
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-FEW_CHANNELS = 16  # below, a matrix product per position in the kernel is too thin to pay
+FEW_CHANNELS = 16  # with fewer, one matrix product per kernel position is slower than XLA
 
 
 def convolve(x: jax.Array, kernel: jax.Array, strides: int = 1) -> jax.Array:
@@ -43,7 +43,7 @@ def _convolve(x: jax.Array, kernel: jax.Array, strides: int, precision: str | No
     def on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return x[:, ::strides, ::strides] @ kernel[0, 0]
 
-    # Chosen by the platform that the program is compiled for, not by the one that traces it.
+    # Chosen by the platform for which the program is compiled, not by the one that traces it.
     return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=by_xla)
 
 
@@ -82,7 +82,7 @@ def _backward(
         return jax.linear_transpose(lambda kernel: by_xla(x, kernel), kernel)(cotangent)[0]
 
     def kernel_on_cpu(x: jax.Array, cotangent: jax.Array) -> jax.Array:
-        """For each position in the kernel: the pixels under it times the cotangent."""
+        """For each position in the kernel, the product of the pixels there and the cotangent."""
         if channels < FEW_CHANNELS:
             return kernel_by_xla(x, cotangent)
         height, width = (strides * (edge - 1) + 1 for edge in cotangent.shape[1:3])
@@ -92,7 +92,7 @@ def _backward(
         for row, column in itertools.product(range(rows), range(columns)):
             pixels = x[:, row : row + height : strides, column : column + width : strides]
             pixels = pixels.reshape(-1, channels)
-            # In this order: as `[F, C]`, which autodiff would give, XLA transposes both factors.
+            # In this order: for `[F, C]`, as in autodiff, XLA would transpose both factors.
             products.append(jax.lax.dot_general(pixels, cotangent, (((0,), (0,)), ((), ()))))
         return jnp.stack(products).reshape(kernel.shape)
 
@@ -110,7 +110,7 @@ def convolve_by_matmul(x: jax.Array, kernels: Sequence[jax.Array]) -> jax.Array:
     """Convolutions of one input as one matrix product, whose columns are then shifted and added.
 
     Known as kn2row (Vasudevan et al., arXiv:1704.04428), here for kernels of several shapes at
-    once: the input is read once, and asymmetric kernels cost no more than their own FLOPs. The
+    once: the input is read once, and asymmetric kernels need no more than their own FLOPs. The
     gradients are two matrix products of the same size. In bfloat16 the sum of k x k products is
     rounded more often than in a convolution.
 
@@ -136,7 +136,7 @@ def convolve_by_matmul(x: jax.Array, kernels: Sequence[jax.Array]) -> jax.Array:
 def _add_shifted(
     products: jax.Array, sizes: Sequence[tuple[int, ...]], features: Sequence[int]
 ) -> jax.Array:
-    """`[B, H, W, sum of rows * columns * F]` -> `[B, H, W, sum of F]`, a sum for each kernel."""
+    """`[B, H, W, sum of rows * columns * F]` -> `[B, H, W, sum of F]`, one sum per kernel."""
     widths = [
         count for size, count in zip(sizes, features, strict=True) for _ in range(math.prod(size))
     ]
@@ -152,7 +152,7 @@ def _add_shifted(
 
 
 def _shift(x: jax.Array, down: int, right: int) -> jax.Array:
-    """`[B, H, W, C]` shifted within the image, with zeros where it leaves a gap."""
+    """`[B, H, W, C]` shifted within the image and filled with zeros."""
     edges = ((0, 0, 0), (down, -down, 0), (right, -right, 0), (0, 0, 0))
     return jax.lax.pad(x, jnp.zeros((), x.dtype), edges)
 
@@ -160,7 +160,7 @@ def _shift(x: jax.Array, down: int, right: int) -> jax.Array:
 def fuse(kernels: Sequence[jax.Array], size: int) -> jax.Array:
     """Kernels `[rows, columns, C, F]`, odd and at most `size`, -> `[size, size, C, sum of F]`.
 
-    Each is centred, with zeros around it.
+    Each is centred and padded with zeros.
     """
     margins = [tuple((size - edge) // 2 for edge in kernel.shape[:2]) for kernel in kernels]
     padded = [

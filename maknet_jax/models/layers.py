@@ -18,7 +18,7 @@ he_normal = nn.initializers.he_normal()
 
 
 def score_layer(features: int, **kwargs: Any) -> nn.Dense:
-    """A Dense for scores in full float32; accelerators default to bfloat16 or TF32 products."""
+    """A Dense layer with full float32 products; accelerators default to bfloat16 or TF32."""
     return nn.Dense(features, precision=jax.lax.Precision.HIGHEST, **kwargs)
 
 
@@ -44,7 +44,7 @@ def mish(x: jax.Array) -> jax.Array:
 def _mish_backward(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
     """`cotangent` * (tanh(softplus(x)) + x * 4 q^2 (1 + q) / (1 + 2 q + 2 q^2)^2), q = e^-x.
 
-    Written with q because XLA would reuse, and so save, e^x of the forward pass.
+    Written in terms of q because XLA would otherwise reuse e^x of the forward pass and store it.
     """
     x = jnp.clip(x, -40.0, 40.0)  # beyond, the derivative is 0 or 1 in float32
     q = jnp.exp(-x)
@@ -58,7 +58,7 @@ mish.defvjp(lambda x: (mish(x), x), _mish_backward)
 
 
 class InputNorm(nn.Module):
-    """(images - mean) / std per channel, as the weights expect: 0 and 1 unless imported.
+    """(images - mean) / std per channel; mean 0 and std 1 unless the weights were imported.
 
     Both are `batch_stats`, so that they are saved and restored with the weights.
     """
@@ -75,7 +75,7 @@ class InputNorm(nn.Module):
 
 
 class Kernel(nn.Module):
-    """The kernel of a convolution alone, so that its layer can choose how to apply it."""
+    """The kernel of a convolution without the operation, which its layer chooses."""
 
     shape: tuple[int, ...]
     dtype: DTypeLike = jnp.float32
@@ -106,8 +106,8 @@ class ConvNorm(nn.Module):
 def batch_norm(dtype: DTypeLike, train: bool, **kwargs: Any) -> nn.BatchNorm:
     """BatchNorm with torch's defaults: momentum 0.1 (0.9 as Flax counts it), epsilon 1e-5.
 
-    They are our choice. The running variance is of biased batch variances; torch averages the
-    unbiased ones, n / (n - 1) times as large.
+    They are our choice. The running variance averages biased batch variances; torch averages
+    unbiased ones, which are n / (n - 1) times as large.
     """
     return nn.BatchNorm(
         use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, **kwargs
@@ -118,9 +118,10 @@ FORMS = ("split", "matmul", "fused")
 
 
 def choose_form(form: str) -> str:
-    """The form itself, or for "auto" the fastest here (measured by `benchmarks/speed/makconv.py`).
+    """The form itself, or for "auto" the fastest one (measured by `benchmarks/speed/makconv.py`).
 
-    Here is where this process computes: to compile ahead for another platform, name the form.
+    "auto" refers to the default backend of this process: to compile ahead of time for another
+    platform, pass the form.
 
     Raises:
       InputError: an unknown form.
@@ -133,19 +134,18 @@ def choose_form(form: str) -> str:
 
 
 class MAKConv(nn.Module):
-    """Mixed asymmetric kernels: k x k, 1 x k, k x 1 and 1 x 1 over all input channels each.
+    """Mixed asymmetric kernels: k x k, 1 x k, k x 1 and 1 x 1, each over all input channels.
 
-    Every kernel has a quarter of the output `features`; the first kernels take the remainder of a
-    count that four does not divide (our choice). No bias: BatchNorm follows.
+    Every kernel has a quarter of the output `features`; if four does not divide their number, the
+    first kernels get the remainder (our choice). No bias: BatchNorm follows.
 
-    The form decides how the layer is computed; values and gradients are equal, and so are the
-    parameters:
+    The form decides how the layer is computed; parameters, values and gradients are the same:
       split: four convolutions, the reference. The fewest FLOPs, but the input is read four times.
       matmul: one matrix product whose columns are shifted and added. The FLOPs of "split" and one
-        read of the input, but (k + 1)^2 / 4 times the output is stored in between. Only without
-        strides; with strides it is "split".
+        read of the input, but the intermediate array is (k + 1)^2 / 4 times as large as the output.
+        With strides it is the same as "split".
       fused: one k x k convolution with zeros around the smaller kernels. 2.25 times the FLOPs at
-        k = 3, one read of the input, nothing stored in between.
+        k = 3, one read of the input, no intermediate array.
     """
 
     features: int
@@ -163,7 +163,7 @@ class MAKConv(nn.Module):
         """
         form, k, x = choose_form(self.form), self.kernel_size, x.astype(self.dtype)
         if k % 2 == 0:
-            raise InputError(f"kernel_size {k} is even: MAKConv needs an odd one, to be centred")
+            raise InputError(f"kernel_size {k} is even: MAKConv needs an odd one, which is centred")
         sizes = {"kxk": (k, k), "1xk": (1, k), "kx1": (k, 1), "1x1": (1, 1)}
         kernels = []
         for number, (name, size) in enumerate(sizes.items()):
@@ -182,8 +182,8 @@ class MAKConv(nn.Module):
 class MixPool(nn.Module):
     """a * max pool + (1 - a) * average pool, 2 x 2 with stride 2.
 
-    The paper only says that it combines the two. Our choice: one scalar `a` per layer, learned
-    and starting at 0.5, or with `learned` False fixed at 0.5.
+    The paper only says that it combines the two. Our choice: one scalar `a` per layer, initially
+    0.5 and learned, or fixed at 0.5 if `learned` is False.
     """
 
     learned: bool = True
@@ -204,9 +204,9 @@ def global_concat_pool(x: jax.Array) -> jax.Array:
 class CBAM(nn.Module):
     """Convolutional block attention: over channels, then over positions (Woo, arXiv:1807.06521).
 
-    The ratio of 16 and the 7 x 7 kernel are those of Woo et al. Our choice: the BatchNorm over the
-    spatial attention has the momentum of all others, 0.1 in torch's terms, where the published code
-    has 0.01; and at least one hidden channel.
+    The ratio of 16 and the 7 x 7 kernel are those of Woo et al. Our choices: the BatchNorm of the
+    spatial attention has the same momentum as all others, 0.1 in torch's convention, instead of
+    0.01 in the published code; and there is at least one hidden channel.
     """
 
     ratio: int = 16
@@ -228,9 +228,9 @@ class CBAM(nn.Module):
 
 
 class ScorePropagation(nn.Module):
-    """SPL: a dense layer over the scores that starts as the identity (LesaNet, section 3.3).
+    """SPL: a dense layer over the scores, initialised as the identity (LesaNet, section 3.3).
 
-    Labels that imply each other learn to raise each other's scores.
+    It learns to raise the scores of labels that other labels imply.
     """
 
     @nn.compact

@@ -1,4 +1,4 @@
-"""LesaNet: what a lesion is and where, from a patch and the lesion's box in it.
+"""LesaNet: labels and embeds a lesion from a patch and the lesion's box in it.
 
 Yan et al. 2019, arXiv:1904.04661, section 3; the sizes are those of its published code.
 """
@@ -29,10 +29,10 @@ _BOX_SCALES = 3  # scales pooled over the lesion's box; the other two over the w
 def roi_max_pool(x: jax.Array, box: jax.Array, scale: float, bins: int = _BINS) -> jax.Array:
     """ROI max pooling (Girshick 2015): the maximum of each of `bins` x `bins` parts of a box.
 
-    As in Fast R-CNN: corners are rounded to pixels of the map and both are included, parts overlap
-    by a pixel where `bins` does not divide the box, and parts outside the map are 0. Vectorised: a
-    map is masked by rows, then by columns; equal maxima share the gradient (torch gives it to the
-    first).
+    As in Fast R-CNN, corners are rounded to pixels of the map and both are included, parts overlap
+    by a pixel if `bins` does not divide the box, and parts outside the map are 0. The code is
+    vectorised: a map is masked by rows, then by columns. Equal maxima share the gradient (in torch
+    the first one gets it).
 
     Args:
       x: `[B, H, W, C]`.
@@ -69,7 +69,7 @@ def _parts(first: jax.Array, last: jax.Array, size: int, bins: int) -> jax.Array
 class LesaNet(network.Network):
     """Five scales of a trunk, pooled over the lesion and its surroundings.
 
-    The parameters of the trunk have the same names as in the trunk alone, so that its weights load
+    The parameters of the trunk have the same names as in the trunk alone, so its weights load
     without renaming. Trunks other than VGG16 are our choice.
 
     Attributes:
@@ -122,7 +122,7 @@ class LesaNet(network.Network):
         maps: list[jax.Array] = trunk(images, train, stages=True)
         pooled = []
         for number, x in enumerate(maps):
-            # Trunks halve: a map of 7 pixels is a sixteenth of 120.
+            # Strides are powers of two: a map of 7 pixels has a scale of 1/16 for 120 pixels.
             scale = 0.5 ** round(math.log2(size / x.shape[1]))
             parts = roi_max_pool(x, box if number < _BOX_SCALES else whole, scale)
             scale_units = nn.Dense(self.units, dtype=self.dtype, name=f"roi_{number + 1}")

@@ -1,4 +1,4 @@
-"""A linear model on pixels: what a network must beat before it is worth its FLOPs."""
+"""A linear model on pixels, the baseline that a network must beat to justify its FLOPs."""
 
 import jax
 import jax.numpy as jnp

@@ -12,14 +12,14 @@ from maknet_jax.models import layers, network
 class MAKNet(network.TrunkNetwork):
     """MAKNet for `[B, H, W, 3]` images in [0, 1]: 4.50 M parameters at 115 labels.
 
-    From the paper: the components, "three or six" MAKConv layers per block, the total number of
-    parameters. Our choice: the stem, all channels, which block has three layers and which six,
-    k = 3, the learned share of MixPool and where it stands. They are chosen for the bytes that
-    training moves, which limit its speed on accelerators: few channels where the image is large;
-    most parameters at 8 x 8 and 16 x 16, where they cost few FLOPs (1.3 G forward at 256 x 256);
-    all channels in multiples of 16, which fill the tiles of a TPU. The stem reduces the image to a
-    quarter of its size in one stride, as ConvNeXt's does (arXiv:2201.03545): activations at half
-    the size moved more bytes than all blocks together.
+    From the paper: the components, "three or six" MAKConv layers per block, and the total number of
+    parameters. Our choice: the stem, all channels, which blocks have three layers and which six,
+    k = 3, and the learned share and the position of MixPool. They are chosen to reduce the memory
+    traffic of training, which limits its speed on accelerators: few channels where the image is
+    large; most parameters at 8 x 8 and 16 x 16, where they need few FLOPs (1.3 G forward at
+    256 x 256); all channels in multiples of 16, which fill the tiles of a TPU. The stem reduces the
+    image to a quarter of its size with one stride, as in ConvNeXt (arXiv:2201.03545): activations
+    at half the size would move more bytes than all blocks together.
 
     Attributes:
       stem: channels of the 7 x 7 convolution with stride 4.

@@ -1,4 +1,4 @@
-"""What the networks have in common: their outputs, their attributes and their head."""
+"""Shared by the networks: outputs, attributes and head."""
 
 from typing import ClassVar, NamedTuple
 
@@ -11,7 +11,7 @@ from maknet_jax.models import layers
 
 
 class Outputs(NamedTuple):
-    """What every network returns.
+    """The outputs of every network.
 
     Attributes:
       logits: float32 `[B, K]`; the prediction is their sigmoid.

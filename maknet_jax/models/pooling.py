@@ -1,12 +1,12 @@
 """2 x 2 pooling with stride 2 whose backward pass needs neither the image nor a scatter.
 
-The gradient of XLA's own pooling is select-and-scatter, which is slow and which deterministic GPU
-mode rejects (flax #4233). Here the forward pass saves which of the four pixels is the largest, one
-byte per window (mixed pooling also saves how far it lies above the mean), and the backward pass
-selects by it. Values are equal to XLA's, NaN included. So are gradients: of equal pixels the first
-gets it. Only the gradient of a window with a NaN goes to the NaN, where XLA's goes to another
-pixel. Images are `[B, H, W, C]`; the last row and column of odd sizes are dropped. Forward-mode
-differentiation raises a TypeError.
+The gradient of XLA's own pooling is select-and-scatter, which is slow and is rejected by the
+deterministic GPU mode (flax #4233). Here the forward pass saves the index of the largest of the
+four pixels, one byte per window (mixed pooling also saves its difference from the mean), and the
+backward pass selects by it. Values are equal to XLA's, NaN included. Gradients are also equal: the
+first of equal pixels gets the gradient. The only exception is a window with a NaN: here the NaN
+gets the gradient, in XLA another pixel. Images are `[B, H, W, C]`; the last row and column of odd
+sizes are dropped. Forward-mode differentiation raises a TypeError.
 """
 
 import functools
@@ -45,14 +45,14 @@ def _largest(corners: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
     """The maximum of the four and its index among them, uint8."""
     largest, index = corners[0], jnp.zeros(corners[0].shape, jnp.uint8)
     for number, corner in enumerate(corners[1:], 1):
-        stays = (largest >= corner) | jnp.isnan(largest)
-        largest = jnp.where(stays, largest, corner)
-        index = jnp.where(stays, index, jnp.uint8(number))
+        unchanged = (largest >= corner) | jnp.isnan(largest)
+        largest = jnp.where(unchanged, largest, corner)
+        index = jnp.where(unchanged, index, jnp.uint8(number))
     return largest, index
 
 
 def _spread(index: jax.Array, largest: jax.Array, others: jax.Array) -> jax.Array:
-    """`[B, h, w, C]` each -> `[B, 2h, 2w, C]`: `largest` at `index` of a window, else `others`."""
+    """`[B, h, w, C]` each -> `[B, 2h, 2w, C]`: `largest` at a window's `index`, else `others`."""
     batch, height, width, channels = index.shape
     index, largest, others = (part[:, :, None, :, None] for part in (index, largest, others))
     numbers = jnp.arange(4, dtype=index.dtype).reshape(1, 1, 2, 1, 2, 1)

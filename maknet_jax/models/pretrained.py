@@ -1,7 +1,6 @@
-"""Trunks of torchvision's and timm's VGG16-BN and ResNet18 under this package's names.
+"""Converts trunks of torchvision's and timm's VGG16-BN and ResNet18 to this package's names.
 
-This module translates foreign trunks; `training/transfer.py` places weights in a network and reads
-and writes the package's own files.
+`training/transfer.py` places weights in a network and reads and writes the package's own format.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ Names = dict[str, tuple[str, str]]
 
 
 def _vgg16_layers() -> Names:
-    """torch numbers all layers, the activations and the poolings included."""
+    """The names of VGG16; torch numbers all layers, including activations and poolings."""
     names: Names = {}
     number = 0
     for stage, widths in enumerate(vgg.STAGES):
@@ -61,16 +60,16 @@ def trunk_from_torch(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """Translates the trunk of a torch state dict.
+    """Converts the trunk of a torch state dict.
 
     Kernels are transposed from OIHW to HWIO. The bias of a convolution is folded into the mean of
-    the BatchNorm behind it, which computes the same function (VGG16-BN has biases, `models.VGG16`
+    the BatchNorm after it, which computes the same function (VGG16-BN has biases, `models.VGG16`
     has none).
 
     Args:
       name: "vgg16" or "resnet18".
-      state_dict: torchvision's or timm's names -> arrays. Where all names begin with "module."
-        (torch's DataParallel), the prefix is removed, in errors and `unplaced` too.
+      state_dict: torchvision's or timm's names -> arrays. If all names start with "module."
+        (torch's DataParallel), the prefix is removed, also in errors and `unplaced`.
       mean: three numbers, subtracted from the images in [0, 1] that the weights were trained on.
       std: three numbers, by which the images were then divided.
 
@@ -89,7 +88,7 @@ def trunk_from_torch(
     whole = all(values.shape == (3,) and np.isfinite(values).all() for values in norm.values())
     if not whole or (norm["std"] <= 0).any():
         shown = " and ".join(f"{key} {values.tolist()}" for key, values in norm.items())
-        raise InputError(f"{shown} should be three finite numbers each, std above 0")
+        raise InputError(f"{shown} should each be three finite numbers, std above 0")
     if all(key.startswith("module.") for key in state_dict):  # saved from torch's DataParallel
         state_dict = {key.removeprefix("module."): array for key, array in state_dict.items()}
     model = models.build(name, 1)
@@ -126,7 +125,7 @@ def trunk_from_torch(
         placed.add(f"{bn}.num_batches_tracked")
     unplaced = sorted(set(state_dict) - placed)
     trunk = {key.split(".")[0] for key in placed}
-    for key in unplaced:  # ResNet34 holds all names and shapes of ResNet18, and more
+    for key in unplaced:  # ResNet34 has all names and shapes of ResNet18, and more
         if key.split(".")[0] in trunk:
             raise InputError(f"{key} is not part of {name}: {expected}")
     return params, batch_stats, unplaced

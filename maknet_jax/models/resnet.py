@@ -11,7 +11,7 @@ WIDTHS = (64, 128, 256, 512)
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions and the input added, projected where the shape changes."""
+    """Two 3 x 3 convolutions plus the input, which is projected if the shape changes."""
 
     features: int
     strides: int
@@ -31,8 +31,8 @@ class BasicBlock(nn.Module):
 class ResNet18(network.TrunkNetwork):
     """ResNet18, global average pooling, Dense and SPL: 11.25 M parameters at 115 labels.
 
-    The paper gives only the parameter count, from which score propagation follows: without it
-    the count is 11.24 M.
+    The paper gives only the parameter count, which implies score propagation: without it the count
+    is 11.24 M.
     """
 
     @nn.compact
@@ -49,7 +49,7 @@ class ResNet18(network.TrunkNetwork):
         x = layers.ConvNorm(64, (7, 7), 2, self.dtype, name="stem")(x, learning)
         x = nn.relu(x)
         maps = [x]
-        # Padded by one as torch pads: "SAME" would shift the grid.
+        # Padded by one as in torch: "SAME" would shift the grid.
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for stage, features in enumerate(WIDTHS, 1):
             for number in range(2):

@@ -13,9 +13,9 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 class VGG16(network.TrunkNetwork):
     """VGG16-BN trunk, global average pooling, one Dense: 14.78 M parameters at 115 labels.
 
-    The paper gives only the parameter count, from which the rest follows: the two hidden layers of
-    the original head would make it ten times larger, score propagation 14.79 M, and convolutions
-    with biases instead of BatchNorm 14.77 M.
+    The paper gives only the parameter count, which implies the rest: the two hidden layers of the
+    original head would make it about ten times as large, score propagation would make it 14.79 M,
+    and convolutions with biases instead of BatchNorm 14.77 M.
     """
 
     @nn.compact

@@ -3,7 +3,7 @@
 Coordinates: `z` runs from 0 (top of the neck) to 1 (middle of the thigh). Everything is painted
 in millimetres of the reference adult, x from the patient's right to left, y from front to back,
 with the origin in the middle of the body; the patient's size scales them. The phantom is not a
-medical model: it only has to look like CT and to vary like patients do.
+medical model: it only has to look like CT and to vary like patients.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Anatomy:
     Attributes:
       width, depth, height: size relative to the reference adult.
       fat: thickness of the subcutaneous fat in mm.
-      arms: (right, left): True if the arm lies beside the body, False if it is raised.
+      arms: (right, left): True if the arm is beside the body, False if it is raised.
       absent: removed organs; an absent lung is filled with fluid.
       shift: per organ (dx, dy in mm, dz, size); see `_ORGAN_JITTER`.
       levels: float64 `[2, n]`: the patient's z and the reference z it corresponds to.
@@ -67,7 +67,7 @@ class Table:
     Attributes:
       gap: between the back and the couch, mm.
       half_width: mm.
-      sag: how much deeper the middle lies than the edges, mm.
+      sag: depth of the middle below the edges, mm.
       shell: HU of the shells.
     """
 
@@ -134,7 +134,7 @@ def make_patient(rng: np.random.Generator, absence: float | None = None) -> Anat
     Args:
       rng: a `numpy.random.Generator`.
       absence: the probability that each removable organ is missing (default: 0.15 to 0.25). If the
-        right one of a pair is missing, the left one is kept.
+        right one of a pair is missing, the left one is present.
     """
     knots = np.array([0.0, 0.12, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0])
     moved = knots + rng.normal(0, 0.012, knots.size).clip(-0.025, 0.025)
@@ -143,7 +143,7 @@ def make_patient(rng: np.random.Generator, absence: float | None = None) -> Anat
         name: np.append(rng.normal(0, (8, 6, 0.01)).clip(-16, 16), rng.uniform(0.78, 1.22))
         for name in _ORGAN_JITTER
     }
-    # More often than in any hospital: otherwise z alone would predict nearly every label.
+    # More often than in real patients: otherwise z alone would predict nearly every label.
     risk = {
         "right lung": 0.15,
         "left lung": 0.15,
@@ -196,7 +196,7 @@ def make_patient(rng: np.random.Generator, absence: float | None = None) -> Anat
 def make_scan(rng: np.random.Generator, anatomy: Anatomy) -> Scan:
     """Draws a `Scan` of a patient from a `numpy.random.Generator`."""
     body = 2 * (165 * anatomy.width + anatomy.fat)
-    # Some scans show a part of the body only, like those of the spine or the heart.
+    # Some scans show only a part of the body, like those of the spine or the heart.
     part = rng.random() < 0.25
     scale = rng.uniform(0.6, 0.85) if part else rng.uniform(0.9, 1.28) + 0.15 * any(anatomy.arms)
     spread = (40, 24) if part else (12, 16)

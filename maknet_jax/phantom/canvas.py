@@ -1,4 +1,4 @@
-"""The slice that is being painted: HU, organs, and masks of simple shapes in mm."""
+"""A slice to paint on: HU, organs, and masks of simple shapes in mm."""
 
 import math
 
@@ -45,7 +45,7 @@ class Canvas:
         return np.hypot(self.x - x0 - t * along[0], self.y - y0 - t * along[1]) < radius
 
     def paint(self, mask: np.ndarray, hu: float | np.ndarray, organ: str | None = None) -> None:
-        """Sets HU (a number or an image) and, if named, the organ of all pixels in `mask`."""
+        """Sets the HU (a number or an image) and optionally the organ of all pixels in `mask`."""
         self.hu[mask] = hu[mask] if isinstance(hu, np.ndarray) else hu
         if organ is not None:
             self.organs[mask] = reference.VALUE[organ]

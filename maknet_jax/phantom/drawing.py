@@ -56,7 +56,7 @@ def draw_slice(
     _paint_lesions(canvas, lesions, z * reference.LENGTH * anatomy.height)
     hu = ndimage.gaussian_filter(canvas.hu, 0.55)
     noise = rng.standard_normal((size, size), np.float32)
-    # Shoulders attenuate most: streaks along the rows.
+    # Shoulders attenuate most, which causes streaks along the rows.
     streak = ndimage.uniform_filter1d(noise, 9, axis=1) * (2.0 if 0.09 < level < 0.15 else 0.6)
     hu += scan.noise * (ndimage.gaussian_filter(noise, 0.4) + streak)
     hu = np.maximum(np.rint(hu), -1024).astype(np.int16)
@@ -84,7 +84,7 @@ def _paint_table(
 
 
 def _paint_lesions(canvas: Canvas, lesions: Sequence[Lesion], z: float) -> None:
-    """Paints the sections at z mm below the top of the neck."""
+    """Paints the sections of lesions at z mm below the top of the neck."""
     size = canvas.hu.shape[0]
     rows, columns = np.mgrid[:size, :size].astype(np.float32)
     for lesion in lesions:

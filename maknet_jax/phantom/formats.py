@@ -41,7 +41,7 @@ SYNTAXES = (
 
 
 def write_png(path: pathlib.Path, hu: np.ndarray) -> None:
-    """Writes int16 HU `[rows, columns]` as DeepLesion does: 16 bits, HU + 32768."""
+    """Writes int16 HU `[rows, columns]` as in DeepLesion: 16 bits, HU + 32768."""
     pixels = (hu.astype(np.int32) + 32768).astype(np.uint16)
     Image.fromarray(pixels).save(path, compress_level=3)
 
@@ -63,7 +63,7 @@ def write_info(
         writer = csv.DictWriter(file, INFO_COLUMNS)
         writer.writeheader()
         for position, lesion in enumerate(lesions):
-            # DeepLesion has coarse types in the official val and test splits only.
+            # DeepLesion has coarse types only in the official val and test splits.
             known = {"Coarse_lesion_type": -1} if lesion.split == "train" else {}
             split = phantom_labels.SPLITS.index(lesion.split) + 1
             fields = {"Possibly_noisy": int(position in noisy), "Train_Val_Test": split}

@@ -1,8 +1,8 @@
 """The phantom's vocabulary, and its label files in LesaNet's three formats.
 
-A slice is labelled with its contents (`visible_terms`). The text-mined labels lose about 12 % of
-them, a third of these to the uncertain labels, and gain about 3 % wrong ones; the hand labels are
-complete.
+The true labels of a slice are its contents (`visible_terms`). The text-mined labels lack about 12 %
+of them, a third of which are uncertain labels, and have about 3 % wrong ones in addition; the hand
+labels are complete.
 """
 
 import dataclasses
@@ -45,8 +45,8 @@ class LabelledLesion:
     info: dict[str, str | int]
 
 
-# The words are those of LesaNet's ontology; its parents are
-# kept where they hold for whole slices (ribs also lie beside the liver, so rib is not "chest").
+# The terms are those of LesaNet's ontology. Its parents are used where they are valid for whole
+# slices (there are ribs beside the liver, so "chest" is not a parent of rib).
 # "bone", "airway" and "gastrointestinal" are not labels, like some terms of the real ontology.
 ONTOLOGY: dict[str, Term] = {
     "bone": Term("bodypart", "osseous", ""),
@@ -154,11 +154,11 @@ def write_labels(
     labels["train_irrelevant_labels"] = []  # LesaNet lists them for train only
     hand, detected = [], dict.fromkeys(ONTOLOGY, 0)
     for number, lesion in enumerate(lesions, start=1):
-        split, fate = lesion.split, rng.random()
-        if split == "test" and fate < 0.6:
+        split, draw = lesion.split, rng.random()
+        if split == "test" and draw < 0.6:
             terms = [str(term) for term in rng.permutation(sorted(lesion.terms))]
             hand.append({"text": "; ".join(terms), "lesion_idx": number, "expanded_terms": terms})
-        if 0.96 < fate or split == "test" and fate < 0.3:
+        if 0.96 < draw or split == "test" and draw < 0.3:
             continue  # no sentence was mined for this lesion
         mined = mine_terms(lesion.terms, rng)
         for kind, terms in zip(("relevant", "uncertain", "irrelevant"), mined, strict=True):

@@ -84,8 +84,8 @@ def make_lesion(
         hu=value,
         texture=texture,
     )
-    # Long axis, then short axis, as the radiologist draws them. The box adds a margin of 5 pixels
-    # at 512 x 512.
+    # Long axis, then short axis, as drawn by radiologists. The box adds a margin of 5 pixels at
+    # 512 x 512.
     long = lesion.radius * np.array([math.cos(lesion.angle), math.sin(lesion.angle)])
     short = lesion.ratio * np.array([-long[1], long[0]])
     ends = np.array([lesion.column, lesion.row]) + np.stack([-long, long, -short, short])

@@ -15,10 +15,10 @@ from maknet_jax.phantom.canvas import Canvas
 
 
 def paint_body(canvas: Canvas, anatomy: Anatomy, tissue: dict[str, float], level: float) -> None:
-    """Paints everything of the patient that the slice shows.
+    """Paints the patient in the slice.
 
     Args:
-      canvas: the slice, still empty.
+      canvas: the empty slice.
       anatomy: the patient.
       tissue: HU of every name in `reference.TISSUE_HU`.
       level: 0 to 1 from the neck to the thigh, in the reference adult.

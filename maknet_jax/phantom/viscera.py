@@ -250,5 +250,5 @@ def _bowel(
         canvas.paint(canvas.ellipse(cx, cy, a, b) & below, tissue["wall"], "intestine")
         inner = canvas.ellipse(cx, cy, max(a - 5, 1), max(b - 5, 1)) & below
         canvas.paint(inner, content)
-        if content < -100:  # gas lies in front of the fluid
+        if content < -100:  # gas is in front of the fluid
             canvas.paint(inner & (canvas.y > cy + 0.25 * b), 35)

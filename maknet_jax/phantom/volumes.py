@@ -1,7 +1,7 @@
 """Writes a generated CT data set in the formats of DeepLesion, LesaNet and DICOM.
 
-The demo and the tests process it like real data. Labels follow from the organs in a slice (see
-`phantom.labels`), and the organ maps are stored beside the images.
+The demo and the tests process it like real data. Labels are computed from the organs in a slice
+(see `phantom.labels`), and the organ maps are stored beside the images.
 """
 
 import os
@@ -51,14 +51,14 @@ def write_phantom(
       out: a folder that is empty or does not exist.
       patients: labelled patients, at least 4; about 70 %, 12 % and 18 % in train, val and test.
       unlabelled_volumes: number of DICOM series.
-      seed: determines everything.
+      seed: random seed of the whole phantom.
       size: rows and columns of each slice.
       slices: per DICOM series. The last series has two thirds of them: with the default of 60 the
         rule "more than 50 slices" drops one series.
       lesions_per_patient: on average.
       absent: the probability that a patient lacks the spleen, the stomach, the bladder, a lung or
-        a kidney (of a pair never both); near 0.5 the other organs in a slice predict little about
-        one. Default: 0.15 to 0.25, by organ.
+        a kidney (never both of a pair); near 0.5 an organ can hardly be predicted from the others
+        in a slice. Default: 0.15 to 0.25, by organ.
 
     Returns:
       The paths of its files, and counts.
@@ -141,7 +141,7 @@ def open_phantom(folder: str | os.PathLike, **arguments: Any) -> PhantomPaths:
     for name, value in arguments.items():
         if written.get(name) != value:
             raise InputError(
-                f"{folder} holds a phantom with {name} {written.get(name)}, not {value}: name a "
+                f"{folder} holds a phantom with {name} {written.get(name)}, not {value}: choose a "
                 "new folder"
             )
     return read_phantom(folder)
@@ -229,9 +229,9 @@ def _write_patient(
         keys = rng.integers(1, number + 1, (studies == study).sum())
         again = rng.random(keys.size) < 0.12  # several lesions on one slice
         keys = np.sort(np.where(again, np.roll(keys, 1), keys))
-        wanted = np.unique(np.concatenate([keys - 1, keys, keys + 1]))
-        lost = rng.random(wanted.size) < 0.04  # like the ends of real series
-        wanted = wanted[(wanted >= 1) & (wanted <= number) & ~(lost & ~np.isin(wanted, keys))]
+        stored = np.unique(np.concatenate([keys - 1, keys, keys + 1]))
+        lost = rng.random(stored.size) < 0.04  # like the ends of real series
+        stored = stored[(stored >= 1) & (stored <= number) & ~(lost & ~np.isin(stored, keys))]
         series = f"{patient:06d}_{study:02d}_01"
         blobs = []
         spacing = scan.fov / size
@@ -242,7 +242,7 @@ def _write_patient(
                 rng, hu, organs, spacing, levels[key] * height
             )
             blobs.append(blob)
-            low, high = (key - 1 if key - 1 in wanted else key), key + (key + 1 in wanted)
+            low, high = (key - 1 if key - 1 in stored else key), key + (key + 1 in stored)
             columns |= {
                 "File_name": f"{series}_{key:03d}.png",
                 "Study_index": int(study),
@@ -262,7 +262,7 @@ def _write_patient(
         folder = root / "deeplesion" / "Images_png" / series
         folder.mkdir(parents=True)
         maps = {}
-        for index in wanted.tolist():
+        for index in stored.tolist():
             noise = np.random.default_rng([seed, 3, patient, int(study), index])
             hu, organs = drawing.draw_slice(body, scan, levels[index], size, noise, blobs)
             formats.write_png(folder / f"{index:03d}.png", hu)

@@ -42,7 +42,7 @@ LOSSES: dict[str, Callable[..., losses.LossFn]] = {
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSet:
-    """What the loss and the learning rate depend on beside the config.
+    """Properties of the training data that the loss and the learning rate depend on.
 
     Attributes:
       steps: updates of the whole run.
@@ -132,11 +132,12 @@ def assemble(
       config: a locked config.
       labels: the number of labels K.
       mesh: the devices, see `sharding.data_mesh`; they need not exist on this machine.
-      training: None builds what scoring needs: no loss and no training step.
+      training: the training data; None builds an assembly for scoring, without loss and training
+        step.
       rotation: form of the augmentation, see `augment.make_augment`.
 
     Raises:
-      InputError: a value of the config is out of range or does not fit the others.
+      InputError: a value of the config is out of range or contradicts another.
     """
     model = build_model(config, labels)
     optimizer = build_optimizer(config, training.steps if training else 1)
@@ -176,7 +177,9 @@ def build_model(config: ConfigDict, labels: int) -> nn.Module:
     kinds: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
     kinds["auto"] = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     if config.precision not in kinds:
-        raise InputError(f"precision {config.precision!r} is unknown: {', '.join(kinds)}")
+        raise InputError(
+            f"config precision {config.precision!r} is unknown: choose one of {', '.join(kinds)}"
+        )
     options = config.model.options.to_dict()
     if "trunk_rate" in config.optimizer and config.optimizer.trunk_rate == 0:
         options["frozen"] = True
@@ -185,8 +188,8 @@ def build_model(config: ConfigDict, labels: int) -> nn.Module:
     positive = [f"augment.{name}" for name in moving if config.augment[name] > 0]
     if positive and model.takes_box:
         raise InputError(
-            f"model {config.model.name} takes boxes, which the augmentation does not move: set "
-            f"{' and '.join(positive)} to 0"
+            f"model {config.model.name} takes boxes, which the augmentation does not transform: "
+            f"set {' and '.join(positive)} to 0"
         )
     return model
 
@@ -194,21 +197,21 @@ def build_model(config: ConfigDict, labels: int) -> nn.Module:
 def build_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
     """The optimiser of a config for a run of `steps` updates.
 
-    The learning rate is constant until the share `decay_from` of all steps (1: to the end). From
-    there on it falls to 0 along a half cosine; with SGD it is multiplied by `drop` instead.
+    The learning rate is constant until the share `decay_from` of all steps (1: to the end). Then it
+    decays to 0 along a half cosine; with SGD it is multiplied by `drop` instead.
     """
     options = config.optimizer.to_dict()
     rate, decay_from = options.pop("learning_rate"), options.pop("decay_from")
     if not 0 <= decay_from <= 1:
-        raise InputError(f"config optimizer.decay_from {decay_from} should lie in 0..1")
+        raise InputError(f"config optimizer.decay_from {decay_from} should be in 0..1")
     flat = round(decay_from * steps)
     if "drop" in options:
         rate = optax.piecewise_constant_schedule(rate, {flat: options.pop("drop")})
     elif flat < steps:
-        fall = optax.cosine_decay_schedule(rate, steps - flat)
-        rate = optax.join_schedules([optax.constant_schedule(rate), fall], [flat])
+        decay = optax.cosine_decay_schedule(rate, steps - flat)
+        rate = optax.join_schedules([optax.constant_schedule(rate), decay], [flat])
     else:
-        rate = optax.constant_schedule(rate)  # the same state as with a schedule that falls
+        rate = optax.constant_schedule(rate)  # gives the same state as a schedule that decays
     return _build("optimizer", OPTIMIZERS, learning_rate=rate, **options)
 
 
@@ -218,7 +221,7 @@ def build_loss(
     examples: int,
     exclusive: np.ndarray | None = None,
 ) -> losses.LossFn:
-    """The loss of a config; its class weights follow from the counts of a `TrainingSet`."""
+    """The loss of a config; the class weights are computed from the counts of a `TrainingSet`."""
     options = config.loss.to_dict()
     pos_weight, neg_weight = losses.class_weights(
         np.asarray(label_counts), examples, clamp=options.pop("clamp")
@@ -249,7 +252,7 @@ def build_augment(
 
     Args:
       config: a config.
-      devices: over how many the images are split.
+      devices: number of devices over which the images are split.
       form: of the rotation, see `augment.make_augment`.
     """
     options = config.augment.to_dict() | {"to_input": build_to_input(config)}

@@ -1,17 +1,17 @@
 """Bundles: a trained network in one folder, for this package and for other programs.
 
-    BUNDLE/bundle.json          what the network is, and the size and SHA-256 of the other files
+    BUNDLE/bundle.json          a description, and the size and SHA-256 of the other files
     BUNDLE/model.safetensors    params and batch_stats under their paths: "params/stem/conv/kernel"
     BUNDLE/network.stablehlo    the network for programs without this package, see `stablehlo`
     BUNDLE/README.md            the model card, see `card`
 
-A bundle is this folder, or a .zip of it whose members lie at the top or in one folder.
-`bundle.json` has the fields of `FIELDS`. Its `sha256` is that of its own JSON without this field,
-with sorted keys and without white space.
+A bundle is this folder, or a .zip of it whose members are at the top level or in one folder.
+`bundle.json` has the fields of `FIELDS`. Its `sha256` is the digest of its own JSON without this
+field, with sorted keys and without white space.
 
-Reading executes and unpickles nothing and extracts nothing to disk: it checks names, sizes, digests
-and shapes, and takes the weights from the safetensors. Hidden files in a folder (.DS_Store,
-.gitattributes) are ignored, any other file that does not belong there is refused.
+Reading a bundle does not execute, unpickle or extract anything. It checks names, sizes, digests and
+shapes, and reads the weights from the safetensors. Hidden files in a folder (.DS_Store,
+.gitattributes) are ignored; any other unexpected file is an error.
 """
 
 import dataclasses
@@ -47,31 +47,31 @@ CONTENT = (WEIGHTS, NETWORK, CARD)  # beside INFO
 LARGEST_INFO = 16 << 20  # bytes
 LARGEST_FILE = 8 << 30  # bytes
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}  # safetensors' names
-# Field -> what it holds.
+# Field -> description.
 FIELDS = {
     "format": "`FORMAT`",
     "name": "a title",
     "config": "the training config without its paths; the network is built from it",
     "labels": "name, class, parents and exclusive labels, in column order",
-    "thresholds": "of the confidences, one per label; a label is predicted from there on",
+    "thresholds": "one per label; a label is predicted if its confidence reaches it",
     "preprocessing": "how CT becomes input, see `preprocessing`",
     "checkpoint": "name (best or last), step, and digest of the float32 weights",
     "weights": "dtype of the stored kernels, digest and number of the restored weights",
     "data": "fingerprint, origin (kind, source, citation, licence), images per split, if known",
-    "metrics": "validation and evaluation, as far as measured at this step",
+    "metrics": "of validation and evaluation, if measured at this step",
     "out_of_domain": "optional: statistics of features of the training data, else null; reserved",
     "stablehlo": "platforms, form of MAKConv, inputs and outputs of network.stablehlo",
     "versions": "of the packages that wrote it",
     "files": "name -> size in bytes and SHA-256, of each of `CONTENT`",
-    "sha256": "of this file, see above",
+    "sha256": "digest of this file, see above",
 }
-# These paths name places on the machine that trained the network.
+# Paths on the machine that trained the network.
 _PATHS = (("data", "path"), ("pseudo", "path"), ("init", "path"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """A bundle that was read and checked, except for the shapes of its weights.
+    """A bundle that was read and checked; `variables` checks the shapes of its weights.
 
     Attributes:
       info: `bundle.json`.
@@ -93,7 +93,7 @@ class Bundle:
         """The weights as nested dicts: params and batch_stats.
 
         Args:
-          shapes: the network's variables, arrays or `jax.ShapeDtypeStruct`; None does not compare.
+          shapes: the network's variables, arrays or `jax.ShapeDtypeStruct`; None skips the check.
 
         Raises:
           InputError: the weights are not those of this network.
@@ -101,11 +101,11 @@ class Bundle:
         if shapes is not None:
             expected = {name: leaf.shape for name, leaf in transfer.named(shapes).items()}
             for name in sorted(expected.keys() | self.arrays.keys()):
-                here = self.arrays[name].shape if name in self.arrays else "missing"
-                wanted = expected.get(name, "unknown")
-                if here != wanted:
+                actual = self.arrays[name].shape if name in self.arrays else "missing"
+                shape = expected.get(name, "unknown")
+                if actual != shape:
                     raise damaged(
-                        self.source, f"{name} is {here} in {WEIGHTS}, {wanted} in the network"
+                        self.source, f"{name} is {actual} in {WEIGHTS}, {shape} in the network"
                     )
         try:
             tree = traverse_util.unflatten_dict(self.arrays, sep="/")
@@ -115,7 +115,7 @@ class Bundle:
 
 
 def is_bundle(path: pathlib.Path) -> bool:
-    """Whether a path is meant as a bundle: a folder with `bundle.json`, or a .zip."""
+    """Whether a path looks like a bundle: a folder with `bundle.json`, or a .zip."""
     if path.is_dir():
         return (path / INFO).is_file()
     return path.suffix.lower() == ".zip"
@@ -137,7 +137,7 @@ def preprocessing(config: ConfigDict, *, takes_box: bool) -> dict[str, Any]:
 
     Args:
       config: of the network.
-      takes_box: whether it looks at patches around lesions, like LesaNet.
+      takes_box: whether its input is patches around lesions, as in LesaNet.
     """
     rules: dict[str, Any] = {
         "input": "int16 HU [B, size, size, 3]; the network applies the window itself",
@@ -158,7 +158,7 @@ def preprocessing(config: ConfigDict, *, takes_box: bool) -> dict[str, Any]:
 
 
 def without_paths(config: ConfigDict) -> dict[str, Any]:
-    """A config as JSON without paths of the machine that it was used on."""
+    """A config as JSON without the paths of the training machine."""
     values = configs.to_json(config)
     for group, field in _PATHS:
         values[group][field] = ""
@@ -166,16 +166,16 @@ def without_paths(config: ConfigDict) -> dict[str, Any]:
 
 
 def pack(params: Variables, batch_stats: Variables, dtype: str) -> Variables:
-    """Weights as they are stored.
+    """Weights in the dtypes in which they are stored.
 
     Args:
       params: nested float32 arrays.
       batch_stats: nested float32 arrays.
       dtype: of the kernels (arrays of two axes or more): "float32", "float16" or "bfloat16".
-        Biases, scales and statistics are few and stay float32.
+        Biases, scales and statistics are small and stay float32.
 
     Raises:
-      InputError: the dtype is unknown, or a weight has no value in it.
+      InputError: the dtype is unknown, or a weight overflows it.
     """
     known = {np.dtype(kind).name: kind for kind in DTYPES.values()}
     if dtype not in known:
@@ -198,20 +198,20 @@ def write(
     zipped: bool = False,
     overwrite: bool = False,
 ) -> list[pathlib.Path]:
-    """Writes a bundle, whole or not at all.
+    """Writes a bundle atomically.
 
     Args:
       out: the folder.
-      info: the fields of `bundle.json` but `format`, `files` and `sha256`.
+      info: the fields of `bundle.json` except `format`, `files` and `sha256`.
       content: the bytes of each of `CONTENT`.
       zipped: also write OUT.zip, whose bytes depend on the content alone.
-      overwrite: replace a bundle that lies there; nothing else is ever replaced.
+      overwrite: replace an existing bundle; anything else is never replaced.
 
     Returns:
       The written paths.
 
     Raises:
-      InputError: something lies at `out` or OUT.zip.
+      InputError: `out` or OUT.zip exists.
     """
     out = pathlib.Path(out).absolute()
     archive = out.with_name(f"{out.name}.zip")
@@ -241,10 +241,10 @@ def write(
 def check_free(
     out: str | os.PathLike[str], *, zipped: bool = False, overwrite: bool = False
 ) -> None:
-    """Checks that `write` may write.
+    """Checks that `write` may write to `out`.
 
     Raises:
-      InputError: something lies at `out` or, with `zipped`, at OUT.zip.
+      InputError: `out` or, with `zipped`, OUT.zip exists.
     """
     out = pathlib.Path(out).absolute()
     archive = out.with_name(f"{out.name}.zip")
@@ -264,7 +264,7 @@ def read(path: str | os.PathLike[str]) -> Bundle:
       path: a folder or a .zip.
 
     Raises:
-      InputError: it is damaged, or not a bundle that this version reads.
+      InputError: it is damaged, or not a bundle that this version can read.
     """
     path = pathlib.Path(path)
     with open_members(path) as members:
@@ -275,7 +275,7 @@ def read(path: str | os.PathLike[str]) -> Bundle:
 
 
 def _read_info(path: pathlib.Path, members: Mapping[str, Member]) -> dict[str, Any]:
-    """`bundle.json`, checked against its digest and against the files that are there."""
+    """`bundle.json`, checked against its digest and against the list of files."""
     if INFO not in members:
         raise InputError(f"{path} is not a bundle: it has no {INFO}")
     if members[INFO].size > LARGEST_INFO:
@@ -287,7 +287,10 @@ def _read_info(path: pathlib.Path, members: Mapping[str, Member]) -> dict[str, A
     except (ValueError, KeyError, TypeError, RecursionError):
         raise damaged(path, f"{INFO} is not the JSON of a bundle") from None
     if version != FORMAT:
-        raise InputError(f"{path} has format {version!r}, this version reads {FORMAT!r}")
+        raise InputError(
+            f"{path} has format {version!r}, but this version reads {FORMAT!r}: install the "
+            "version that wrote it"
+        )
     if not intact:
         raise damaged(path, f"{INFO} does not match its digest")
     lacking = sorted(FIELDS.keys() - info.keys())
@@ -300,15 +303,15 @@ def _read_info(path: pathlib.Path, members: Mapping[str, Member]) -> dict[str, A
 
 
 def _self_digest(info: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in info.items() if key != "sha256"}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    content = {key: value for key, value in info.items() if key != "sha256"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _read_checked(
     path: pathlib.Path, members: Mapping[str, Member], info: Mapping[str, Any], name: str
 ) -> bytes:
-    """The bytes of one of `CONTENT`, which match their size and digest."""
+    """The bytes of one of `CONTENT`, checked against their size and digest."""
     try:
         size, digest = info["files"][name]["size"], info["files"][name]["sha256"]
         size = operator.index(size)
@@ -325,7 +328,7 @@ def _read_checked(
 def _described(
     path: pathlib.Path, info: Mapping[str, Any]
 ) -> tuple[ConfigDict, Vocabulary, np.ndarray]:
-    """Config, labels and thresholds, which fit each other and this version."""
+    """Config, labels and thresholds, checked against each other and this version."""
     try:
         config = configs.from_json(info["config"])
         vocabulary = Vocabulary.from_json(info["labels"])
@@ -341,12 +344,12 @@ def _described(
     if thresholds.shape != (len(vocabulary),) or count != len(vocabulary) or not count:
         raise damaged(path, f"{thresholds.shape} thresholds of {len(vocabulary)} labels")
     if not ((thresholds >= 0) & (thresholds <= 1)).all():
-        raise damaged(path, "thresholds should lie in 0..1")
+        raise damaged(path, "thresholds should be in 0..1")
     for name, rule in rules.items():
         if info["preprocessing"].get(name) != rule:
             raise InputError(
-                f"bundle {path} needs {name} {info['preprocessing'].get(name)!r}, this version has "
-                f"{rule!r}: install the version that wrote it ({info['versions']})"
+                f"bundle {path} needs {name} {info['preprocessing'].get(name)!r}, but this version "
+                f"has {rule!r}: install the version that wrote it ({info['versions']})"
             )
     return config, vocabulary, thresholds
 

@@ -1,4 +1,4 @@
-"""The files of a bundle, in a folder or in a .zip, read without trusting them."""
+"""Reads the files of an untrusted bundle, from a folder or a .zip."""
 
 import contextlib
 import dataclasses
@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 from maknet_jax.errors import InputError
 
-LARGEST_RATIO = 100  # of a zip's member to its compressed size
-# What zipfile raises on damaged archives, beside OSError for impossible places in the file.
+LARGEST_RATIO = 100  # of the size of a zip's member to its compressed size
+# Raised by zipfile on damaged archives; OSError is for invalid offsets in the file.
 _BROKEN_ZIP = (
     zipfile.BadZipFile,
     zlib.error,
@@ -28,7 +28,7 @@ _BROKEN_ZIP = (
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """A file of a bundle: its size in bytes, and a function that reads at most so many of them."""
+    """A file of a bundle: its size in bytes, and `read(n)`, which reads at most n bytes."""
 
     size: int
     read: Callable[[int], bytes]
@@ -43,7 +43,7 @@ def damaged(path: pathlib.Path, reason: str) -> InputError:
 def open_members(path: pathlib.Path) -> Iterator[Mapping[str, Member]]:
     """Yields the files of a folder or a .zip by name; nothing is extracted to disk.
 
-    Hidden files of a folder are left out.
+    Hidden files of a folder are skipped.
 
     Raises:
       InputError: it is not a readable zip, or a member has a path, is a link, or is a zip bomb.
@@ -77,14 +77,14 @@ def _folder_members(folder: pathlib.Path) -> dict[str, Member]:
 
 
 def _zip_members(path: pathlib.Path, archive: zipfile.ZipFile) -> dict[str, Member]:
-    """The members by their name without the one folder that they may lie in."""
+    """The members by name, without the folder that may contain all of them."""
     members: dict[str, Member] = {}
     entries = archive.infolist()
     folders = {entry.filename.rpartition("/")[0] for entry in entries if not entry.is_dir()}
     for entry in entries:
         parts = entry.filename.rstrip("/").split("/")
         if {"", ".", ".."} & set(parts) or "\\" in entry.filename or ":" in entry.filename:
-            raise damaged(path, f"{entry.filename!r} is not the name of a file inside it")
+            raise damaged(path, f"{entry.filename!r} is not the name of a file inside the zip")
         if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise damaged(path, f"{entry.filename!r} is a link or a device")
     for entry in entries:

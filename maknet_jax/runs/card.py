@@ -28,7 +28,7 @@ def model_card(info: Mapping[str, Any], license_name: str) -> str:
 
     Args:
       info: the fields of `bundle.json`, see `bundle.FIELDS`.
-      license_name: an identifier of the Hub, as apache-2.0 or cc-by-4.0; "other" if undecided.
+      license_name: an identifier of the Hub, such as apache-2.0 or cc-by-4.0, or "other".
     """
     data, rules = info["data"], info["preprocessing"]
     names = Vocabulary.from_json(info["labels"]).names
@@ -58,12 +58,12 @@ def model_card(info: Mapping[str, Any], license_name: str) -> str:
 
 # {info["name"]}
 
-A {info["config"]["model"]["name"]} network that gives {len(names)} labels to each slice of a CT
-volume. It was exported from the {info["checkpoint"]["name"]} checkpoint of a training with
+A {info["config"]["model"]["name"]} network that predicts {len(names)} labels for each slice of a CT
+volume. It was exported from the {info["checkpoint"]["name"]} checkpoint of a training run of
 maknet-jax at step {info["checkpoint"]["step"]}.
 
-**Research software, not a medical device.** Nothing that it gives is a diagnosis, and it must not
-be used to decide about the care of a patient.
+**Research software, not a medical device.** Its output is not a diagnosis and must not be used to
+decide about the care of a patient.
 
 ## Use
 
@@ -80,9 +80,9 @@ model = maknet_jax.load("THIS_FOLDER")  # or the .zip
 print(model.predict("scans/series"))
 ```
 
-Without it, with JAX, NumPy and safetensors alone, on CPU, GPU or TPU, in batches of any size (each
-new size compiles once). `network.stablehlo` takes the weights, so that one file of weights serves
-both:
+Without maknet-jax, with JAX, NumPy and safetensors alone, on CPU, GPU or TPU, in batches of any
+size (each new size is compiled once). `network.stablehlo` takes the weights as an argument, so both
+ways use the same `model.safetensors`:
 
 ```python
 {snippet}
@@ -90,7 +90,7 @@ both:
 
 ## Input
 
-- {rules["input"]}; here size is {rules["size"]}.
+- {rules["input"]}; size is {rules["size"]}.
 - Three {distance} are the channels; {rules["orientation"]}.
 - Crop: {rules["crop"]}.
 - Window of the network: {rules["window"][0]:g} to {rules["window"][1]:g} HU. {rules["padding"]}.
@@ -111,22 +111,23 @@ both:
 ## Intended use and limits
 
 Sorting, searching and selecting CT for research: which part of the body a series shows, which
-slices to look at, features for small classifiers. It saw only the kind of images named above:
-other scanners, contrast phases, body regions, ages or implants, and anything that is not CT, may
-give confident wrong labels. Confidences are not calibrated probabilities. Labels that are rare in
-the training data are unreliable: `maknet evaluate` gives the scores per label on your own data.
+slices to look at, features for small classifiers. The network was trained only on the images named
+above: other scanners, contrast phases, body regions, ages or implants, and anything that is not CT,
+may get confident wrong labels. Confidences are not calibrated probabilities. Labels that are rare
+in the training data are unreliable: `maknet evaluate` reports the scores per label on your own
+data.
 """
 
 
 def _data(data: Mapping[str, Any]) -> str:
-    """What the network was trained on, as a list."""
+    """The training data, as a Markdown list."""
     origin = data.get("origin") or {}
     kind, fingerprint = origin.get("kind") or "unknown", data.get("fingerprint")
     lines = [f"- Kind: {kind}; fingerprint {fingerprint}"]
     if kind == "phantom":
         lines.append(
-            "- **A generated phantom, not patients**: it shows that the software works and says "
-            "nothing about real CT."
+            "- **A generated phantom, not patients**: the scores show that the software works and "
+            "say nothing about real CT."
         )
     counts = [f"{count:,} {name}" for name, count in data.get("images", {}).items()]
     if counts:
@@ -134,7 +135,7 @@ def _data(data: Mapping[str, Any]) -> str:
     if data.get("pseudo_labels"):
         lines.append("- Images with pseudo-labels of another network were added (noisy student).")
     for field in ("source", "citation", "licence"):
-        value = origin.get(field) or "not recorded: see where the data came from"
+        value = origin.get(field) or "not recorded"
         lines.append(f"- {field.title()}: {value}")
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """Run configurations: loaded by name or path, changed by overrides, stored as JSON.
 
 A config is a Python file with a function `get_config()` that returns a `ConfigDict`. `teacher` and
-`smoke` list every field; the other training configs load one of them and set what differs.
+`smoke` list every field; the other training configs load one of them and change some fields.
 """
 
 import ast
@@ -21,7 +21,7 @@ from maknet_jax.errors import InputError
 
 Value: TypeAlias = "bool | int | float | str | tuple[Value, ...] | Mapping[str, Value]"
 
-# Fields that configs of earlier versions lack -> the value that reproduces such a run.
+# Fields missing in configs of earlier versions -> the value that reproduces such a run.
 ADDED_FIELDS: dict[str, Value] = {
     "pseudo": {"path": "", "batch_size": 64, "balance": 0},  # labelled images only
     "init.shared_labels": False,  # a new head
@@ -45,8 +45,8 @@ def load(name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> ml_coll
     """Loads a config.
 
     Args:
-      name: the name of a config in `folder()`, as `teacher`; the path of a Python file with a
-        function `get_config()`; of a `config.json`; or of a workdir that holds one.
+      name: the name of a config in `folder()`, such as `teacher`; or the path of a Python file with
+        a function `get_config()`, of a `config.json`, or of a workdir.
       overrides: strings such as `optimizer.learning_rate=0.003`.
 
     Returns:
@@ -66,7 +66,7 @@ def load(name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> ml_coll
 
 
 def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The config as plain dicts, lists and values, as `config.json` in a workdir holds it."""
+    """The config as plain dicts, lists and values, as in a workdir's `config.json`."""
     return json.loads(config.to_json())
 
 
@@ -125,7 +125,7 @@ def _find(name: str) -> pathlib.Path:
             return candidate
     known = ", ".join(sorted(file.stem for file in folder().glob("[!_]*.py")))
     raise InputError(
-        f"config {name!r} not found: give a .py file, a config.json, a workdir or one of {known}"
+        f"config {name!r} not found: pass a .py file, a config.json, a workdir or one of {known}"
     )
 
 
@@ -146,7 +146,7 @@ def _run_file(path: pathlib.Path) -> ml_collections.ConfigDict:
     except InputError as error:
         raise InputError(f"config {path}: {error}") from None
     except Exception as error:
-        # A user's file can raise anything; the message must name the file.
+        # A user's file can raise any exception; the message must name the file.
         raise InputError(f"config {path} fails: {type(error).__name__}: {error}") from None
 
 
@@ -181,7 +181,7 @@ def _override(config: ml_collections.ConfigDict, text: str) -> None:
 def _group(
     config: ml_collections.ConfigDict, names: Sequence[str], key: str
 ) -> ml_collections.ConfigDict:
-    """The group of fields that lies at `names`, the first parts of `key`."""
+    """The group of fields at `names`, the first parts of `key`."""
     node = config
     for name in names:
         node = node[_known(node, name, key)]
@@ -193,13 +193,13 @@ def _group(
 def _known(node: ml_collections.ConfigDict, name: str, key: str) -> str:
     if name not in node:
         near = difflib.get_close_matches(name, node.keys(), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(node.keys())}"
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(node.keys())}"
         raise InputError(f"config field {key!r} is unknown: {hint}")
     return name
 
 
 def _convert(value: Any, old: Any, key: str) -> Any:
-    """`value` in the type of `old`, the field's value so far."""
+    """`value` converted to the type of `old`, the field's current value."""
     if isinstance(old, ml_collections.ConfigDict):
         raise InputError(f"config field {key!r} is a group: name one of {', '.join(old.keys())}")
     converted = value
@@ -225,7 +225,7 @@ def _literal(text: str) -> Any:
 
 
 def validate(config: ml_collections.ConfigDict, size: int, devices: int) -> None:
-    """Checks the values of a training config that its types do not.
+    """Checks the values of a training config beyond their types.
 
     Args:
       config: the config of `maknet train`.
@@ -233,7 +233,7 @@ def validate(config: ml_collections.ConfigDict, size: int, devices: int) -> None
       devices: the number of devices to train on.
 
     Raises:
-      InputError: a value is out of range, or does not fit the data or the devices.
+      InputError: a value is out of range, or does not match the data or the devices.
     """
     if size != config.data.size:
         raise InputError(

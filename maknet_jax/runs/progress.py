@@ -1,4 +1,4 @@
-"""What a run tracks beside its arrays: the metadata of its checkpoints."""
+"""The progress of a run, stored as the metadata of its checkpoints."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,16 +9,16 @@ import jax
 
 @dataclasses.dataclass
 class Progress:
-    """The metadata of a run; what it tracks beside the arrays of its state.
+    """Everything that a run tracks in addition to the arrays of its state.
 
     Attributes:
       best: the highest validation AUC so far.
       best_step: its step.
       thresholds: `[K]`, chosen at the last validation.
       metrics: of the last validation.
-      validated_step: its step; None where a checkpoint of an earlier version does not say.
-      init: path, digest and placement of the weights that the run started from; None: random.
-      pending: metrics of the steps that no line of `metrics.jsonl` holds yet.
+      validated_step: its step; None if a checkpoint of an earlier version lacks it.
+      init: path, digest and placement of the initial weights; None if they were random.
+      pending: metrics of the steps that are not yet written to `metrics.jsonl`.
       evaluation_due: a signal interrupted the validation; the next run repeats it.
     """
 
@@ -38,13 +38,13 @@ class Progress:
         return self.best_to_json() | due | {"pending": pending}
 
     def best_to_json(self) -> dict[str, Any]:
-        """The metadata of a best checkpoint: without what only resuming needs."""
+        """The metadata of a best checkpoint: without the fields that only resuming needs."""
         values = dataclasses.asdict(dataclasses.replace(self, pending=[]))
         del values["pending"], values["evaluation_due"]
         return values
 
     @classmethod
     def from_json(cls, metadata: Mapping[str, Any]) -> "Progress":
-        """The inverse of both; fields that older checkpoints lack take their default."""
+        """The inverse of both; fields missing in older checkpoints take their defaults."""
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: metadata[name] for name in names if name in metadata})

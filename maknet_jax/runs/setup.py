@@ -1,4 +1,4 @@
-"""What a training run consists of before its first step: data, network and initial weights."""
+"""The setup of a training run before its first step: data, network and initial weights."""
 
 import dataclasses
 import os
@@ -34,8 +34,9 @@ class Setup:
       epoch_steps: steps per epoch of labelled images.
       total: steps of the whole run.
       assembly: the network and its steps.
-      place: puts the weights of `init.path` in place; None with random weights and on resume.
-      init: what these weights are, or None.
+      place: replaces the random weights by those of `init.path`; None with random weights and on
+        resume.
+      init: a description of these weights, or None.
       initial_weights: digest of the weights of `init.path`, or None.
     """
 
@@ -86,13 +87,15 @@ def set_up(
       devices: the devices to train on; None takes all.
 
     Raises:
-      InputError: the config, the data and the initial weights do not fit each other.
+      InputError: the config, the data and the initial weights do not match.
     """
     folder = pathlib.Path(folder)
     if (folder / "config.json").is_file():
         config, fields = configs.as_stored(config, files.read_json(folder / "config.json"))
         for name, value in fields.items():
-            console.Log().say(f"the run in {folder} predates {name}: it resumes with {value}")
+            console.Log().say(
+                f"the run in {folder} predates config {name}: it resumes with {value}"
+            )
     weights = None
     if config.init.path and not _is_resuming(folder):
         weights = workdir.open_weights(config.init.path)
@@ -102,7 +105,10 @@ def set_up(
     split, vocabulary = dataset.split(config.data.train_split), dataset.vocabulary
     count = split["count"]
     if not count or not len(vocabulary):
-        raise InputError(f"{dataset.path} has no labelled record in {config.data.train_split}")
+        raise InputError(
+            f"{dataset.path} has no labelled record in split {config.data.train_split!r}: set "
+            "data.train_split or prepare labelled data"
+        )
     frequencies = [np.asarray(split["label_counts"]) / count]
     known = [dataset.known_counts(config.data.train_split) / count]
     labelled = dataset.source(config.data.train_split)
@@ -119,8 +125,8 @@ def set_up(
         known.append(np.ones(len(vocabulary)))
     epoch_steps = count / config.data.batch_size
     total = max(1, round(config.epochs * epoch_steps))
-    # A label's weights in the loss follow from its share in the batches, among the images in which
-    # it is known. A label that is never known has no share and no loss.
+    # A label's class weights depend on its share of positives among the images in which it is
+    # known, averaged over the sources of a batch. A label that is never known has no loss.
     present, certain = (
         np.average(values, axis=0, weights=_batch_sizes(config)) for values in (frequencies, known)
     )
@@ -132,7 +138,8 @@ def set_up(
         training=build.TrainingSet(total, share * count, count, vocabulary.exclusive),
     )
     first = (labelled if pseudo is None else pseudo)[0]
-    step.box_kwargs(assembly.model, pipeline.to_fields(first, 0).get("box"))  # may refuse
+    # Raises InputError if the network takes boxes and the data have none.
+    step.box_kwargs(assembly.model, pipeline.to_fields(first, 0).get("box"))
     place, init = _place(config, weights, dataset.vocabulary, assembly.shapes)
     return Setup(
         config=config,
@@ -154,7 +161,7 @@ def _batch_sizes(config: ConfigDict) -> list[int]:
 
 
 def _is_resuming(folder: pathlib.Path) -> bool:
-    """Whether the workdir holds a state from which the run resumes."""
+    """Whether the workdir holds a checkpoint from which the run resumes."""
     steps = (folder / workdir.FOLDERS["last"]).glob("*")
     return (folder / "config.json").is_file() and any(path.name.isdigit() for path in steps)
 
@@ -162,13 +169,13 @@ def _is_resuming(folder: pathlib.Path) -> bool:
 def _with_model(
     config: ConfigDict, folder: pathlib.Path, weights: workdir.Weights | None
 ) -> ConfigDict:
-    """The config with the network of `init.path` where its model is `configs.FROM_INIT`.
+    """The config with the network of `init.path` if its model is `configs.FROM_INIT`.
 
-    Options that the config lists replace those of the weights' network. A run that resumes has its
-    network in its own config.
+    Options in the config override those of the network of the weights. A run that resumes takes
+    the network from its stored config.
 
     Raises:
-      InputError: there are no weights, or they do not say of which network they are.
+      InputError: there are no weights, or they do not name their network.
     """
     if config.model.name != configs.FROM_INIT:
         return config
@@ -182,9 +189,7 @@ def _with_model(
     else:
         model = weights.model
     if not model["name"]:
-        raise InputError(
-            f"{config.init.path} does not say of which network it is: set config model.name"
-        )
+        raise InputError(f"{config.init.path} does not name its network: set config model.name")
     values = configs.to_json(config)
     options = dict(model["options"]) | values["model"]["options"]
     return configs.from_json(values | {"model": {"name": model["name"], "options": options}})
@@ -196,7 +201,7 @@ def _initial_weights(
     """`Setup.initial_weights`; moved weights keep their digest."""
     if not config.init.path:
         return None
-    if weights is None:  # resumes: the weights may be gone by now, and are not needed
+    if weights is None:  # on resume, the weights are not needed and may no longer exist
         stored = configs.from_json(files.read_json(folder / "config.json"))
         if stored.init.path == config.init.path:
             return files.read_json(folder / "dataset.json").get("initial_weights")
@@ -214,24 +219,24 @@ def _place(
     init = config.init
     if init.head and init.shared_labels:
         raise InputError(
-            "config init.head and init.shared_labels are both True: head needs the same labels, "
-            "shared_labels takes those that both have"
+            "config init.head and init.shared_labels are both True: set only head if the labels "
+            "are the same, only shared_labels if some are shared"
         )
     if weights is None:
         return None, None
-    there = weights.vocabulary
-    if init.head and there is not None and there.names != vocabulary.names:
+    source = weights.vocabulary
+    if init.head and source is not None and source.names != vocabulary.names:
         raise InputError(
             f"{init.path} has other labels than the data: set init.head to False, use data with "
             "the same labels, or keep the shared ones with init.shared_labels"
         )
     columns: list[tuple[int, int]] = []
     if init.shared_labels:
-        index = there.index if there is not None else {}
+        index = source.index if source is not None else {}
         columns = [(k, index[name]) for k, name in enumerate(vocabulary.names) if name in index]
         if not columns:
             raise InputError(
-                f"{init.path} has no label of the data: set init.shared_labels to False"
+                f"{init.path} and the data share no label: set init.shared_labels to False"
             )
 
     def place_all(variables: Variables) -> tuple[Variables, list[str], list[str]]:
@@ -241,7 +246,7 @@ def _place(
         head = init.head or bool(columns)
         return transfer.place(variables, params, weights.batch_stats, head=head)
 
-    # Placed into shapes first: weights that do not fit are refused before anything is written.
+    # Placed into shapes first, so that weights of another network are rejected before any write.
     _, placed, fresh = place_all({"params": shapes.params, "batch_stats": shapes.batch_stats})
     metadata = weights.metadata | {
         "placed": len(placed),

@@ -1,7 +1,7 @@
 """A network as StableHLO, for programs that have neither this package nor Flax.
 
-`jax.export` keeps an artifact readable for later versions of JAX (its documentation promises half a
-year). This package never runs it: it builds the network itself.
+Later versions of JAX can read a `jax.export` artifact (its documentation promises half a year).
+This package never runs the artifact: it builds the network itself.
 """
 
 import copy
@@ -20,15 +20,15 @@ from maknet_jax.runs import config as configs
 from maknet_jax.training import step
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-FORM = "fused"  # of MAKConv: "auto" would be the fastest on the machine that exports
+FORM = "fused"  # of MAKConv: "auto" would choose for the exporting machine
 
 
 def export_network(
     config: ConfigDict, labels: int, weights: Mapping[str, np.ndarray]
 ) -> tuple[bytes, dict[str, Any]]:
-    """Exports a network for all `PLATFORMS` with a free batch size.
+    """Exports a network for all `PLATFORMS` with a symbolic batch size.
 
-    The exported function takes (weights, images), of a LesaNet (weights, images, boxes):
+    The exported function takes (weights, images), for a LesaNet (weights, images, boxes):
 
       weights: path ("params/stem/conv/kernel") -> array, as safetensors stores them.
       images: int16 HU `[B, S, S, 3]`.
@@ -43,7 +43,7 @@ def export_network(
       weights: their shapes and dtypes are those of the exported function's arguments.
 
     Returns:
-      (the serialised artifact, what it is as JSON for `bundle.json`).
+      (the serialised artifact, its description as JSON for `bundle.json`).
     """
     config = exported_config(config)
     model, to_input = build.build_model(config, labels), build.build_to_input(config)

@@ -1,7 +1,7 @@
-"""The files of a training run, and how the other verbs open them, or a bundle instead.
+"""The files of a training run, and opening a workdir or a bundle for the other verbs.
 
-WORKDIR/config.json      the whole configuration
-WORKDIR/dataset.json     labels, size, fingerprint and origin of the data that it was trained on
+WORKDIR/config.json      the whole config
+WORKDIR/dataset.json     labels, size, fingerprint and origin of the training data
 WORKDIR/checkpoints/N    the last states; WORKDIR/best/N the state of the best validation AUC
 WORKDIR/metrics.jsonl    training and validation metrics; tensorboard/ the same
 WORKDIR/log.jsonl        log messages; summary.json the final summary
@@ -40,12 +40,12 @@ class Run:
       config: the locked config.
       vocabulary: the labels in column order.
       variables: params and batch_stats, replicated over the mesh.
-      thresholds: float `[K]`, chosen on the validation split; 0.5 where the run had none.
-      step: the number of updates that the weights have seen.
+      thresholds: float `[K]`, chosen on the validation split; 0.5 if the run had none.
+      step: the number of updates.
       name: "best" or "last".
       assembly: the model and its jitted prediction step.
       source: the workdir or the bundle.
-      dataset: the workdir's `dataset.json`, or what a bundle says about its data.
+      dataset: the workdir's `dataset.json`, or the entry `data` of a bundle.
       metadata: the metadata of the checkpoint, or `bundle.json`.
       is_bundle: whether it was opened from a bundle.
     """
@@ -69,23 +69,23 @@ class Run:
 
     @property
     def data_path(self) -> str:
-        """The data set that it was trained on.
+        """The training data set.
 
         Raises:
-          InputError: it is a bundle, which names no data on this machine.
+          InputError: the run is a bundle, which has no path to its data.
         """
         if self.is_bundle:
-            raise InputError(f"{self.source} is a bundle, which holds no data: name it with --data")
+            raise InputError(f"{self.source} is a bundle, which contains no data: add --data")
         return self.dataset["path"]
 
     def output_folder(self, name: str) -> pathlib.Path:
-        """The folder in the workdir where a verb writes if it is not told otherwise.
+        """The folder in the workdir where a verb writes by default.
 
         Raises:
-          InputError: it is a bundle, into which nothing is written.
+          InputError: the run is a bundle, which is read-only.
         """
         if self.is_bundle:
-            raise InputError(f"{self.source} is a bundle, which does not change: add --out")
+            raise InputError(f"{self.source} is a bundle, which is read-only: add --out")
         return self.source / name
 
     @property
@@ -95,7 +95,7 @@ class Run:
 
     @property
     def mesh(self) -> Mesh:
-        """The devices that it scores on."""
+        """The devices used for scoring."""
         return self.assembly.mesh
 
     @property
@@ -115,7 +115,7 @@ class Run:
 
     @property
     def window(self) -> tuple[float, float]:
-        """The HU that the network sees as 0 and 1."""
+        """The HU that are mapped to 0 and 1."""
         low, high = self.config.data.window
         return low, high
 
@@ -126,21 +126,21 @@ class Run:
 
     @property
     def train_split(self) -> str:
-        """The split that it was trained on."""
+        """The training split."""
         return self.config.data.train_split
 
     @property
     def val_split(self) -> str:
-        """The split of the best checkpoint and the thresholds."""
+        """The split that chose the best checkpoint and the thresholds."""
         return self.config.data.val_split
 
     @property
     def threads(self) -> int:
-        """Threads per process that read and decompress images."""
+        """Threads per process for reading and decompressing images."""
         return self.config.data.threads
 
     def score(self, batch: Mapping[str, np.ndarray]) -> jax.Array:
-        """Logits `[B, K]` of a batch, on the devices: nothing waits for them."""
+        """Logits `[B, K]` of a batch, on the devices; does not block."""
         on_mesh = sharding.put_batch(self.mesh, batch)
         return self.assembly.predict_step(self.variables, on_mesh["image"], on_mesh.get("box"))
 
@@ -162,16 +162,16 @@ def open_run(
     checkpoint_name: str = "best",
     devices: Sequence[jax.Device] | None = None,
 ) -> Run:
-    """Opens a trained network for scoring; every verb opens it here.
+    """Opens a trained network for scoring; all verbs use this function.
 
     Args:
-      source: a folder of `maknet train`, a bundle (folder or .zip), or the name of a released one.
-      checkpoint_name: "best" or "last"; without a best checkpoint the last one is taken. A bundle
-        holds one of them.
-      devices: the devices to score on; None takes all of all processes.
+      source: a workdir of `maknet train`, a bundle (folder or .zip), or the name of a released one.
+      checkpoint_name: "best" or "last"; without a best checkpoint the last one is used. A bundle
+        contains one of them.
+      devices: the devices to score on; None takes all devices of all processes.
 
     Raises:
-      InputError: it is neither, or holds no intact checkpoint, or is damaged.
+      InputError: it is neither, has no intact checkpoint, or is damaged.
     """
     path, mesh = find(source), sharding.data_mesh(devices)
     opened = (_open_bundle if bundle.is_bundle(path) else _open)(path, checkpoint_name, mesh)
@@ -195,10 +195,10 @@ def find(source: str | os.PathLike[str], also: str = "") -> pathlib.Path:
 
     Args:
       source: a path or a name.
-      also: what else the caller takes, for the message.
+      also: what else the caller accepts, for the message.
 
     Raises:
-      InputError: there is neither.
+      InputError: no such path or released model exists.
     """
     path, released = pathlib.Path(source), bundle.released()
     if path.exists():
@@ -207,18 +207,18 @@ def find(source: str | os.PathLike[str], also: str = "") -> pathlib.Path:
         return released[str(source)]
     known = ", ".join(released) or "none in this version"
     raise InputError(
-        f"{source} not found: give {also}a workdir of `maknet train`, a bundle (folder or .zip) or "
+        f"{source} not found: pass {also}a workdir of `maknet train`, a bundle (folder or .zip) or "
         f"the name of a released model ({known})"
     )
 
 
 class Weights(NamedTuple):
-    """Weights to start a training from.
+    """Initial weights for training.
 
     Attributes:
       params: NumPy arrays.
       batch_stats: NumPy arrays.
-      metadata: path, digest of the arrays, and what they are.
+      metadata: path, digest of the arrays, and their origin.
       model: name and options of the network, as in a config; the name is "" where unknown.
       vocabulary: the labels of the head; None where there is no head.
     """
@@ -231,11 +231,11 @@ class Weights(NamedTuple):
 
 
 def open_weights(source: str | os.PathLike[str]) -> Weights:
-    """Reads weights to start a training from.
+    """Reads initial weights for training.
 
     Args:
-      source: a file of `maknet import-weights`; a workdir: its best checkpoint, else its last; a
-        bundle; or the name of a released one.
+      source: a file of `maknet import-weights`; a workdir, of which the best checkpoint or else the
+        last is read; a bundle; or the name of a released one.
 
     Raises:
       InputError: it is none of these, or damaged.
@@ -289,9 +289,7 @@ def _open_bundle(path: pathlib.Path, checkpoint_name: str, mesh: Mesh) -> _Opene
     saved = content.info["checkpoint"]
     _check_checkpoint_name(checkpoint_name)
     if checkpoint_name == "last" and saved["name"] != "last":
-        raise InputError(
-            f"{path} is a bundle of the {saved['name']} checkpoint: leave --checkpoint out"
-        )
+        raise InputError(f"{path} is a bundle of the {saved['name']} checkpoint: omit --checkpoint")
     try:
         assembly = build.assemble(content.config, len(content.vocabulary), mesh)
     except (KeyError, AttributeError, TypeError) as error:
@@ -336,10 +334,10 @@ def _open(workdir: pathlib.Path, checkpoint_name: str, mesh: Mesh) -> _Opened:
             except InputError as error:
                 if name == "last":
                     raise
-                console.Log().say(f"{error}; taking the last checkpoint instead")
+                console.Log().say(f"{error}; using the last checkpoint instead")
                 continue
         for number, reason in restored.damaged.items():
-            console.Log().say(f"{folder / str(number)} is damaged and skipped: {reason}")
+            console.Log().say(f"skipping damaged checkpoint {folder / str(number)}: {reason}")
         if restored.state is not None:
             thresholds = Progress.from_json(restored.metadata).thresholds
             return _Opened(
@@ -353,4 +351,4 @@ def _open(workdir: pathlib.Path, checkpoint_name: str, mesh: Mesh) -> _Opened:
                 dataset,
                 restored.metadata,
             )
-    raise InputError(f"{workdir} holds no checkpoint yet: wait for the first one of `maknet train`")
+    raise InputError(f"{workdir} has no checkpoint yet: wait for the first one of `maknet train`")

@@ -1,10 +1,10 @@
 """Windowing and the student's noise, on the device inside the jitted step (paper, section 4.2).
 
-Every random choice of an example is drawn from one key, which the step derives from (seed, step,
-example): the same example at the same step is changed in the same way on any mesh.
+All random numbers of an example are drawn from one key, which the step derives from (seed, step,
+example): the augmentation of an example at a given step is the same on any mesh.
 
-The paper names the kinds of noise only. Our choice: all ranges and probabilities, one stretch for
-the three slices in `auto_contrast`, the middle slice in `grayscale`, air outside the image.
+The paper names only the kinds of noise. Our choices: all ranges and probabilities, a joint stretch
+of the three slices in `auto_contrast`, the middle slice in `grayscale`, air outside the image.
 """
 
 import math
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from maknet_jax.errors import InputError
 
-_STRIDE = 8  # of the coarse part of a shift in pixels: about the root of the longest shift
-_AT_ONCE = 8  # images; on v5e 8 of 256 x 256 fit into the fast memory, 16 do not
+_STRIDE = 8  # pixels, of the coarse part of a shift: about the square root of the longest shift
+_AT_ONCE = 8  # images; on v5e, 8 images of 256 x 256 fit into VMEM, 16 do not
 
 # images [B, S, S, 3] -> float32 images in [0, 1]
 ToInput = Callable[[jax.Array], jax.Array]
@@ -51,20 +51,20 @@ def rotate_and_crop(
 ) -> jax.Array:
     """Rotates, shifts and crops with bilinear interpolation, in one of two forms.
 
-    With `reach` None every pixel is gathered from its four neighbours: one interpolation. TPUs
-    gather slowly: there the rotation is three shears (Paeth 1986), each two sums over shifted
-    copies, and the crop two small matrix products. The results are the same except for the blur of
-    three more interpolations. A shift only moves the sampled rows and columns of the crop: it costs
-    no further interpolation.
+    With `reach` None every pixel is gathered from its four neighbours: one interpolation. Gathers
+    are slow on TPUs; there the rotation is three shears (Paeth 1986), each two sums over shifted
+    copies, and the crop is two small matrix products. The results are the same except for the blur
+    of three more interpolations. A shift only moves the sampled rows and columns of the crop and
+    needs no further interpolation.
 
     Args:
       image: float32 `[S, S, C]`.
       angle: radians, counter-clockwise.
       scale: share of the area that the crop keeps, up to 1.
       aspect: width over height of the crop.
-      centre: `[2]` in [0, 1], the position (row, column) of the crop within the room it has.
-      shift: `[2]`, how far the rotated image moves (down, right), as shares of the edge; what
-        leaves the frame is cut off. None for no shift.
+      centre: `[2]` in [0, 1], the position (row, column) of the crop within its possible range.
+      shift: `[2]`, shift of the rotated image (down, right), as shares of the edge; pixels that
+        leave the frame are cut off. None for no shift.
       reach: the largest angle in radians, a Python float, for the second form.
 
     Returns:
@@ -83,8 +83,8 @@ def rotate_and_crop(
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     source_row = cos * row + sin * column
     source_column = -sin * row + cos * column
-    # The outermost half pixel of the image is not blended with the air outside: a crop at the edge
-    # would have a dark seam.
+    # The outermost half pixel of the image is not blended with the air outside; otherwise a crop at
+    # the edge would have a dark seam.
     inside = jnp.maximum(jnp.abs(source_row), jnp.abs(source_column)) <= 1 + 1e-5
     if shift is not None:
         inside &= jnp.maximum(jnp.abs(row), jnp.abs(column)) <= 1 + 1e-5
@@ -121,24 +121,26 @@ def _shear_thrice(image: jax.Array, angle: jax.Array | float, reach: float) -> j
 
 
 def _shift_rows(image: jax.Array, shift: jax.Array, reach: int) -> jax.Array:
-    """out[r, c] = image[r, c + shift[r]], linearly, `shift` up to `reach`; 0 from outside.
+    """out[r, c] = image[r, c + shift[r]], linearly interpolated; 0 outside the image.
 
-    First each row is shifted by its multiple of 8, then by the rest, as a sum.
+    The absolute `shift` is at most `reach`. Each row is first shifted by a multiple of 8, then by
+    the remainder, as a sum.
     """
     coarse = jnp.round(shift / _STRIDE)
-    fine = shift - coarse * _STRIDE  # at most half a stride, whose neighbours lie one further
-    most, rest = math.ceil(reach / _STRIDE), _STRIDE // 2 + 1
-    width = image.shape[1] + 2 * rest
+    fine = shift - coarse * _STRIDE  # at most half a stride; its second neighbour is one further
+    most, margin = math.ceil(reach / _STRIDE), _STRIDE // 2 + 1
+    width = image.shape[1] + 2 * margin
     first = most * _STRIDE
-    padded = jnp.pad(image, ((0, 0), (first + rest, first + rest), (0, 0)))
+    padded = jnp.pad(image, ((0, 0), (first + margin, first + margin), (0, 0)))
     near = jnp.zeros_like(padded[:, :width])
     for multiple in range(-most, most + 1):
         start = first + multiple * _STRIDE
         selected = (coarse == multiple)[:, None, None]
         near = jnp.where(selected, padded[:, start : start + width], near)
     terms = [
-        _hat(fine - whole)[:, None, None] * near[:, rest + whole : rest + whole + image.shape[1]]
-        for whole in range(-rest + 1, rest)
+        _hat(fine - whole)[:, None, None]
+        * near[:, margin + whole : margin + whole + image.shape[1]]
+        for whole in range(-margin + 1, margin)
     ]
     return jnp.asarray(sum(terms))
 
@@ -171,9 +173,9 @@ def _first_and_share(place: jax.Array, size: int) -> tuple[jax.Array, jax.Array]
     """The first of the two neighbours of a fractional pixel and the share of the second.
 
     At the last pixel the share is 1. Positions are rounded to 1/256 of a pixel, as in texture
-    units: XLA may compute a position more than once, with different last bits, and a whole pixel
-    (without a crop, or with one of full width) would be rounded down for one neighbour and not for
-    another, a shift by a pixel.
+    units. XLA may compute a position more than once, with different last bits: a position at a
+    whole pixel (without a crop, or with one of full width) could then be rounded down for one
+    neighbour and not for the other, which would shift the image by a pixel.
     """
     place = jnp.round(place * 256) / 256
     first = jnp.clip(jnp.floor(place), 0, size - 2)
@@ -181,9 +183,9 @@ def _first_and_share(place: jax.Array, size: int) -> tuple[jax.Array, jax.Array]
 
 
 def auto_contrast(image: jax.Array) -> jax.Array:
-    """Stretches `[S, S, C]` so that its minimum is 0 and its maximum 1; a flat image stays.
+    """Stretches `[S, S, C]` to minimum 0 and maximum 1; a constant image is not changed.
 
-    Over all channels jointly, so that their differences keep their meaning; our choice.
+    All channels are stretched jointly, which preserves the differences between them; our choice.
     """
     low, high = image.min(), image.max()
     span = high - low
@@ -210,11 +212,11 @@ def make_augment(
     to_input: ToInput | None = None,
     devices: int = 1,
 ) -> Augment | None:
-    """Builds the noise as one function; None if all of it is off.
+    """Builds the augmentation as one function; None if every kind of noise is off.
 
-    In the form "shear" it loops over a few images per device at a time: the largest divisor of
-    the device's share that is at most 8. At 256 x 256 and 15 degrees they stay in the fast memory
-    of a TPU v5e, and main memory is read and written once.
+    In the form "shear" it processes a few images per device at a time: the largest divisor of
+    the device's share that is at most 8. At 256 x 256 and 15 degrees they stay in the VMEM of a
+    TPU v5e, and main memory is read and written once.
 
     Args:
       rotation_probability: of a rotation.
@@ -224,11 +226,11 @@ def make_augment(
       crop_aspect: (smallest, largest) width over height; drawn log-uniformly.
       contrast_probability: of `auto_contrast`.
       grayscale_probability: of `grayscale`.
-      translation_probability: of a translation. At 0 the other kinds of noise have the same random
-        numbers as before translation was added.
+      translation_probability: of a translation. At 0 the other kinds of noise use the same random
+        numbers as in versions without translation.
       translation_range: the largest shift in each direction as a share of the edge, below 1.
       form: of the rotation, "gather" or "shear"; "auto" shears on TPUs. See `rotate_and_crop`.
-      to_input: images -> float32 images in [0, 1], applied first; None if they are that already.
+      to_input: images -> float32 images in [0, 1], applied first; None if images are in that form.
       devices: number of devices over which the images are split in equal contiguous parts.
 
     Returns:
@@ -241,13 +243,15 @@ def make_augment(
     for name, (low, high) in {"crop_scale": crop_scale, "crop_aspect": crop_aspect}.items():
         if not 0 < low <= high or (name == "crop_scale" and high > 1):
             rule = "0 < smallest <= largest" + " <= 1" * (name == "crop_scale")
-            raise InputError(f"augment.{name} ({low}, {high}) should obey {rule}")
+            raise InputError(f"augment.{name} ({low}, {high}) should satisfy {rule}")
     if form not in ("auto", "gather", "shear"):
         raise InputError(f"augment form {form!r} should be auto, gather or shear")
     if not 0 <= rotation_degrees <= 180:
-        raise InputError(f"augment.rotation_degrees {rotation_degrees} should lie in 0..180")
+        raise InputError(f"augment.rotation_degrees {rotation_degrees} should be in 0..180")
     if not 0 <= translation_range < 1:
-        raise InputError(f"augment.translation_range {translation_range} should lie in 0..1, not 1")
+        raise InputError(
+            f"augment.translation_range {translation_range} should be at least 0 and below 1"
+        )
     if form == "auto":
         form = "shear" if jax.default_backend() == "tpu" else "gather"
     reach = math.radians(rotation_degrees) if form == "shear" else None
@@ -299,7 +303,7 @@ def make_augment(
             images = to_input(images)
         elif not jnp.issubdtype(images.dtype, jnp.floating):
             raise InputError(
-                f"images to augment are {images.dtype}, not float in [0, 1]: pass to_input"
+                f"images of dtype {images.dtype} should be floats in [0, 1]: pass to_input"
             )
         return jax.vmap(one)(images.astype(jnp.float32), keys)
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a `TrainState` (Orbax), each array with its digest.
+"""Checkpoints of a `TrainState` (Orbax), with a digest of each array.
 
 Orbax silently restores an array with a flipped bit. SHA-256 digests are therefore stored beside the
 arrays and compared on reading; a damaged checkpoint is skipped and the previous one is used.
@@ -40,8 +40,8 @@ class Checkpoints:
         """Opens a folder, or creates it.
 
         Args:
-          folder: where the checkpoints lie.
-          keep: how many of the newest are kept; 2 leaves one to fall back on if one is damaged.
+          folder: the folder of the checkpoints.
+          keep: number of checkpoints to keep; 2 leaves one to fall back on if one is damaged.
         """
         self.folder = pathlib.Path(folder).absolute()
         options = ocp.CheckpointManagerOptions(
@@ -83,7 +83,7 @@ class Checkpoints:
                 state, metadata = self._read(like, candidate)
                 return Restored(state, metadata, damaged)
             except Exception as error:
-                # Orbax raises many types of errors on a damaged file; all mean the same here.
+                # Orbax raises many types of errors on a damaged file; treat them all alike.
                 text = " ".join(str(error).split())[:200]
                 damaged[candidate] = f"{type(error).__name__}: {text}"
         if damaged:
@@ -95,7 +95,7 @@ class Checkpoints:
         return Restored(None, {}, {})
 
     def _read(self, like: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
-        # Restored to NumPy: the caller decides where the arrays live.
+        # Restored as NumPy arrays: the caller decides on which devices to put them.
         as_numpy = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
         restored = self._manager.restore(
             step,
@@ -104,8 +104,8 @@ class Checkpoints:
             ),
         )
         # Orbax silently restores an array whose shape is not the requested one.
-        wanted, _ = jax.tree_util.tree_flatten_with_path(like)
-        for (path, leaf), array in zip(wanted, jax.tree.leaves(restored.state), strict=True):
+        leaves, _ = jax.tree_util.tree_flatten_with_path(like)
+        for (path, leaf), array in zip(leaves, jax.tree.leaves(restored.state), strict=True):
             if array.shape != leaf.shape:
                 name = jax.tree_util.keystr(path)
                 raise ValueError(f"another network: {name} is {array.shape}, not {leaf.shape}")

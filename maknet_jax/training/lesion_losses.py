@@ -70,7 +70,7 @@ def lesion_loss_fn(
         labels, weight = batch["labels"] * batch["label_mask"], batch["weight"]
         before, after = outputs.scores_before_spl, outputs.logits
         assert before is not None  # LesaNet has both heads
-        # Reports leave much out: a label is surely absent only if a positive label excludes it.
+        # Reports are incomplete: a label is certainly absent only if a positive label excludes it.
         sure = (labels > 0) | (labels @ excludes > 0)
         sure = sure * batch["label_mask"] * weight[:, None]
         parts = {

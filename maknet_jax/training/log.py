@@ -23,11 +23,11 @@ class MetricLog:
     def __init__(self, workdir: str | os.PathLike[str] | None, *, step: int = 0) -> None:
         """Opens the log of a run that resumes after `step`; lines of later steps are removed.
 
-        A run that was killed has logged steps that its checkpoint lacks: they are repeated.
+        A killed run may have logged steps after its last checkpoint: they are repeated.
 
         Args:
-          workdir: the folder; None writes nothing (only one of several processes writes).
-          step: the number of updates done.
+          workdir: the folder; None writes nothing (only the first process writes).
+          step: the number of completed updates.
         """
         self._file: TextIO | None = None
         self._board: SummaryWriter | None = None
@@ -66,7 +66,7 @@ def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return math.inf  # a line that was cut off by a kill
+        return math.inf  # a partial line of a killed process
 
 
 def averages(steps: Sequence[Mapping[str, Scalar]]) -> dict[str, float]:

@@ -41,11 +41,11 @@ def class_weights(
 
     The positive weight is min(clamp, N/2n). The negative weight is N/2(N-n), which LesaNet does not
     clamp. If a label has no positives or no negatives, the formula is infinite and the weight is
-    `clamp`: hard labels never use it, soft labels may.
+    `clamp`, which only soft labels can use.
 
     Args:
-      positives: `[K]`, n, training examples with the label.
-      total: N, training examples: a number, or `[K]` if labels are known for some examples only.
+      positives: `[K]`, n: training examples with the label.
+      total: N: training examples, a number, or `[K]` if labels are known for some examples only.
       clamp: largest positive weight.
 
     Returns:
@@ -55,7 +55,7 @@ def class_weights(
       InputError: a count is impossible (n above N or below 0, N below 1) or clamp is not positive.
     """
     if not clamp > 0:
-        raise InputError(f"loss clamp {clamp} should be above 0: it is the largest weight")
+        raise InputError(f"loss clamp {clamp}, the largest weight, should be above 0")
     positives = np.asarray(positives, np.float64)
     total = np.broadcast_to(np.asarray(total, np.float64), positives.shape)
     wrong = np.flatnonzero((positives < 0) | (positives > total) | (total < 1))

@@ -28,7 +28,7 @@ def _step_sizes(b1: float, b2: float, n_sma_threshold: float) -> tuple[np.ndarra
     """Returns the step sizes of updates 1, 2, ..., float32, and the first rectified update.
 
     Computed on the host in float64: N_sma is a small difference of numbers near 2/(1-b2), and in
-    float32 it would be off by 1 % at the first rectified updates. After the last entry the step
+    float32 its error would be 1 % at the first rectified updates. After the last entry the step
     size no longer changes in float32.
     """
     if not (0.0 <= b1 < 1.0 and 0.0 < b2 < 1.0):
@@ -56,9 +56,9 @@ def scale_by_radam_ranger(
 ) -> optax.GradientTransformation:
     """Scales gradients by rectified Adam, as Ranger implements it.
 
-    Liu et al. 2020, arXiv 1908.03265. Unlike `optax.scale_by_radam`, eps is added to the root of
-    the second moment BEFORE the bias correction, as in the published code: for gradients near eps
-    the steps differ by a factor.
+    Liu et al. 2020, arXiv 1908.03265. Unlike in `optax.scale_by_radam`, eps is added to the root of
+    the second moment BEFORE the bias correction, as in the published code. For gradients near eps
+    the steps differ considerably.
 
     Args:
       b1: decay of the first moment.
@@ -105,8 +105,8 @@ def lookahead_slow(k: int = 6, alpha: float = 0.5) -> optax.GradientTransformati
     """Moves the weights to a slow copy at every k-th update (Zhang et al. 2019, arXiv 1907.08610).
 
     It must be the last transformation of a chain: params + updates are the fast weights. The slow
-    weights live in this state, so that params stay a plain tree; the fast weights are evaluated,
-    as in Ranger. After a synchronisation the two agree up to float rounding.
+    weights are stored in this state, so params remain a plain tree. As in Ranger, the fast weights
+    are evaluated. After a synchronisation the two agree up to float rounding.
 
     Args:
       k: updates between two synchronisations.
@@ -122,7 +122,7 @@ def lookahead_slow(k: int = 6, alpha: float = 0.5) -> optax.GradientTransformati
         raise ValueError(f"k={k}, alpha={alpha}: lookahead needs k >= 1 and 0 <= alpha <= 1")
 
     def init(params: optax.Params) -> LookaheadSlowState:
-        # A copy: a buffer that params and slow weights shared could not be donated.
+        # A copy: a buffer shared by params and slow weights could not be donated.
         return LookaheadSlowState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.copy, params))
 
     def update(
@@ -148,9 +148,9 @@ def lookahead_slow(k: int = 6, alpha: float = 0.5) -> optax.GradientTransformati
 def centralize_gradients() -> optax.GradientTransformation:
     """Subtracts from each gradient its mean per output (Yong et al. 2020, arXiv 2004.01461).
 
-    The mean runs over all axes but the last, which holds the outputs in Flax (HWIO, and [in, out]
-    of Dense). `optax.centralize` keeps the first axis instead, which is right for torch's OIHW
-    only. Gradients with one axis (biases, BatchNorm) are not changed.
+    The mean is over all axes but the last, which is the output axis in Flax (HWIO, and [in, out]
+    of Dense). `optax.centralize` keeps the first axis instead, which is correct only for torch's
+    OIHW. Gradients with one axis (biases, BatchNorm) are not changed.
     """
 
     def centred(gradient: jax.Array) -> jax.Array:

@@ -35,7 +35,7 @@ def sgd(
       ValueError: an argument is out of range.
     """
     if not 0 <= trunk_rate <= 1:
-        raise ValueError(f"trunk_rate {trunk_rate} should lie in 0..1")
+        raise ValueError(f"trunk_rate {trunk_rate} should be in 0..1")
     if not clip > 0:
         raise ValueError(f"clip {clip} should be above 0")
 

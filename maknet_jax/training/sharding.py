@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-Tree = TypeVar("Tree")  # a pytree, whose structure is kept
+Tree = TypeVar("Tree")  # a pytree; functions return the same structure
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -55,13 +55,13 @@ def gather(tree: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
 
 
 def wait_for_all(name: str) -> None:
-    """Returns once every process has called it; at once if there is only one."""
+    """Blocks until every process has called it; returns immediately if there is only one."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def any_process(flag: bool) -> bool:
-    """True on every process if it is true on any; a collective if there are several."""
+    """True on every process if `flag` is true on any; a collective if there are several."""
     if jax.process_count() == 1:
         return bool(flag)
     return bool(multihost_utils.process_allgather(np.asarray(flag)).any())

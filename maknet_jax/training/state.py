@@ -1,4 +1,4 @@
-"""What a training run carries from step to step: arrays only."""
+"""The state that training steps update: arrays only."""
 
 import functools
 from collections.abc import Callable
@@ -32,7 +32,7 @@ class TrainState(NamedTuple):
 
     @property
     def variables(self) -> Variables:
-        """What scoring takes: the moving average if there is one, else the weights."""
+        """The variables for scoring: the moving average if there is one, else the weights."""
         return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
 
 
@@ -52,8 +52,8 @@ def create(
       optimizer: an optax transformation.
       size: the edge S of the images in pixels.
       seed: an integer.
-      place: variables -> variables, to start from other weights. The optimiser starts from its
-        result too (Ranger's slow weights are a copy of it).
+      place: variables -> variables, to start from other weights. The optimiser also starts from the
+        result (Ranger's slow weights are a copy of it).
       ema: keep a moving average.
     """
     state = _init(model, optimizer, size, ema)(jax.random.key(seed))
@@ -79,7 +79,8 @@ def _init(
 ) -> Any:  # a jitted function of a key; `jax.stages.Wrapped` has no eval_shape
     options = {}
     if jax.default_backend() == "cpu":
-        # It runs once: optimising its hundred random draws takes a minute, eight times the rest.
+        # It runs once: optimising its hundred random draws takes a minute of compilation, eight
+        # times as long as everything else.
         options["xla_backend_optimization_level"] = 0
 
     @functools.partial(jax.jit, compiler_options=options)

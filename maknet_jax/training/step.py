@@ -29,17 +29,17 @@ def make_train_step(
 
     Args:
       model: `model.apply(variables, images, train)` returns `Outputs`; a network that `takes_box`
-        takes the boxes too.
-      loss_fn: loss_fn(outputs, batch) -> (scalar, metrics); the batch holds a `key` to draw with.
+        also takes the boxes.
+      loss_fn: loss_fn(outputs, batch) -> (scalar, metrics); `batch["key"]` is a random key.
       optimizer: an optax transformation.
       to_input: batch["image"] (int16 HU `[B, S, S, 3]`) -> float32 images in [0, 1].
       augment: augment(batch["image"], keys `[B]`) -> images, replaces `to_input`; or None.
       ema_decay: decay of the moving average of weights and statistics, if the state has one.
 
     Returns:
-      The step. `key` is the run's key, which is folded with the step. Augmentation folds in the
-      record's number `batch["index"]`; dropout draws by the row in the global batch. Neither
-      depends on the mesh or the workers.
+      The step. `key` is the run's key, into which the step number is folded. Augmentation also
+      folds in the record's number `batch["index"]`; dropout depends on the row in the global batch.
+      Neither depends on the mesh or the workers.
     """
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
@@ -113,7 +113,7 @@ def make_features_step(
 
 
 def box_kwargs(model: nn.Module, box: Any) -> dict[str, Any]:
-    """The keyword arguments of a network beside the images: LesaNet takes the lesions' boxes.
+    """Additional keyword arguments of a network: LesaNet takes the lesions' boxes.
 
     Args:
       model: the network.
@@ -126,7 +126,7 @@ def box_kwargs(model: nn.Module, box: Any) -> dict[str, Any]:
         return {}
     if box is None:
         raise InputError(
-            "the network takes a lesion's box and these images have none: use data of `maknet "
+            "the network needs a lesion's box and these images have none: use data of `maknet "
             "prepare deeplesion --lesions`"
         )
     return {"box": box}

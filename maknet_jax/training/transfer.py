@@ -1,6 +1,6 @@
-"""Weights of this package that a training starts from: their files, digests and placement.
+"""Initial weights in the format of this package: files, digests and placement in a network.
 
-Weights of other packages are translated by `models.pretrained`.
+`models.pretrained` converts weights of other packages.
 """
 
 import hashlib
@@ -27,20 +27,20 @@ HEAD = ("classifier", "spl")
 def place(
     variables: Variables, params: Variables, batch_stats: Variables, *, head: bool
 ) -> tuple[Variables, list[str], list[str]]:
-    """Replaces a network's variables by other weights.
+    """Replaces a network's variables with other weights.
 
     Args:
       variables: the network's params and batch_stats, arrays or `jax.ShapeDtypeStruct`.
-      params: nested arrays, each of which must have a place in `variables`.
-      batch_stats: the same of the statistics.
-      head: False leaves out the classifier and the score propagation.
+      params: nested arrays, each of which must have a counterpart in `variables`.
+      batch_stats: nested arrays of the statistics, likewise.
+      head: False omits the classifier and the score propagation.
 
     Returns:
       (variables, placed, fresh): the variables with NumPy arrays where weights were placed, and the
-      sorted paths ("params/stem/conv/kernel") that were placed and that stay as they were.
+      sorted paths ("params/stem/conv/kernel") that were placed and that were not changed.
 
     Raises:
-      InputError: nothing is left to place, or an array has no place or another shape there.
+      InputError: there is nothing to place, or an array has no counterpart or another shape.
     """
     new = named({"params": params, "batch_stats": batch_stats})
     new = {name: leaf for name, leaf in new.items() if head or name.split("/")[1] not in HEAD}
@@ -49,14 +49,15 @@ def place(
     if lacking or not new:
         subject = f"{lacking[0]} of the weights has" if lacking else "the weights have"
         raise InputError(
-            f"{subject} no place in this network: use the config of the network they belong to"
+            f"{subject} no counterpart in this network: use the config of the network of the "
+            "weights"
         )
     for name in new:
         if new[name].shape != old[name].shape:
-            hint = ", or leave the head out (init.head)" if name.split("/")[1] in HEAD else ""
+            hint = ", or set init.head to False" if name.split("/")[1] in HEAD else ""
             raise InputError(
                 f"{name} is {new[name].shape} in the weights, {old[name].shape} in this network: "
-                f"use the config of the network they belong to{hint}"
+                f"use the config of the network of the weights{hint}"
             )
     leaves = [
         np.asarray(new[name], leaf.dtype) if name in new else leaf for name, leaf in old.items()
@@ -74,14 +75,14 @@ def named(tree: Variables) -> dict[str, Any]:
 def share_head(
     variables: Variables, params: Variables, columns: Sequence[tuple[int, int]], labels: int
 ) -> Variables:
-    """Gives labels that two networks share the scores that they have in the other network.
+    """Copies the part of another network's head that belongs to shared labels.
 
-    In the head's arrays (`HEAD`), whose last axes run over the labels, the entries of shared labels
-    (in the score propagation: of pairs of shared labels) are taken from the other network. The
-    others keep their initial values.
+    In the head's arrays (`HEAD`), whose last axis is the labels, the entries of shared labels (in
+    the score propagation: of pairs of shared labels) are taken from the other network. All other
+    entries keep their initial values.
 
     Args:
-      variables: the network's variables, arrays or `jax.ShapeDtypeStruct`, which count as zeros.
+      variables: the network's variables: arrays, or `jax.ShapeDtypeStruct`, treated as zeros.
       params: the other network's.
       columns: (column here, column there) of each shared label.
       labels: the number of labels here.
@@ -99,7 +100,8 @@ def share_head(
         old = named({part: params.get(part, {})})
         if new.keys() != old.keys():
             raise InputError(
-                f"the weights have no {part} like this network's: set init.shared_labels to False"
+                f"the weights have no {part} of the same structure as this network's: set "
+                "init.shared_labels to False"
             )
         tree = {}
         for name, leaf in new.items():
@@ -122,7 +124,7 @@ def share_head(
 
 
 def digest(params: Variables, batch_stats: Variables) -> str:
-    """SHA-256 over names, types, shapes and bytes of the arrays: the same from file or workdir."""
+    """SHA-256 over names, types, shapes and bytes of the arrays; equal for file and workdir."""
     each = checkpoint.digests({"params": params, "batch_stats": batch_stats})
     return hashlib.sha256(json.dumps(each, sort_keys=True).encode()).hexdigest()
 
@@ -133,7 +135,7 @@ def write(
     batch_stats: Variables,
     metadata: Mapping[str, str],
 ) -> dict[str, str]:
-    """Writes weights as safetensors, whole or not at all.
+    """Writes weights as safetensors, atomically.
 
     Returns:
       The metadata as written, with the format and the digest.
@@ -156,7 +158,7 @@ def encode(
     arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     complete = {**metadata, "format": FORMAT, "digest": digest(params, batch_stats)}
     payload = safetensors.numpy.save(arrays)
-    end = 8 + int.from_bytes(payload[:8], "little")  # the header is JSON behind its length
+    end = 8 + int.from_bytes(payload[:8], "little")  # the header is its length, then JSON
     header = {"__metadata__": dict(sorted(complete.items())), **json.loads(payload[8:end])}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # arrays stay aligned
@@ -195,7 +197,7 @@ def read_safetensors(
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise InputError(f"{path} not found: give a .safetensors file")
+        raise InputError(f"{path} not found: pass a .safetensors file")
     with path.open("rb") as file:
         head = file.read(4)
     try:
@@ -205,7 +207,7 @@ def read_safetensors(
         reason = " ".join(str(error).split())
     if head == b"PK\x03\x04" or head[:1] == b"\x80":  # the formats of torch.save, new and old
         raise InputError(
-            f"{path} is a pickle, which can run any code: if you trust it, convert it with "
+            f"{path} is a pickle, which can execute any code: if you trust it, convert it with "
             f"python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('{path}', "
             f"weights_only=True), '{path.with_suffix('.safetensors')}')\""
         )
