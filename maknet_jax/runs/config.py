@@ -84,13 +84,14 @@ def from_json(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
 
 
 def as_stored(
-    config: ml_collections.ConfigDict, stored: Mapping[str, Any]
+    config: ml_collections.ConfigDict, stored: Mapping[str, Any], *, lacking: bool = True
 ) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
     """A config for resuming a run whose stored config lacks some of the `ADDED_FIELDS`.
 
     Args:
       config: the config of the command that resumes the run.
       stored: the content of the run's `config.json`.
+      lacking: take only the fields that `stored` lacks; else all `ADDED_FIELDS`.
 
     Returns:
       (the config, locked, and the fields that it takes from the run instead with their values).
@@ -106,7 +107,7 @@ def as_stored(
         run, command = completed, resumed
         for group in groups:
             before, run, command = before.get(group, {}), run[group], command[group]
-        if field not in before and command[field] != run[field]:
+        if not (lacking and field in before) and command[field] != run[field]:
             command[field] = run[field]
             changed[key] = run[field]
     return resumed.lock(), changed
