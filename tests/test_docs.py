@@ -71,7 +71,8 @@ def refused(words):
         if not source.is_file():
             return f"no file {arguments[0]}"
         code = source.read_text(encoding="utf-8")
-        code += (REPO / "benchmarks" / "harness.py").read_text(encoding="utf-8")
+        for shared in ("harness.py", "experiments/paper_table.py", "speed/torch_worker.py"):
+            code += (REPO / "benchmarks" / shared).read_text(encoding="utf-8")
         unknown = [word for word in arguments if word.startswith("--") and f'"{word}"' not in code]
         return f"unknown {unknown}" if unknown else None
     if arguments == ["VERB"]:
