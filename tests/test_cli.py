@@ -27,6 +27,7 @@ VERBS = (
     ["report"],
     ["models"],
     ["retrieve"],
+    ["export"],
 )
 
 
@@ -154,3 +155,13 @@ def test_a_signal_lost_in_a_finaliser_is_raised_again(capsys, monkeypatch, tmp_p
     monkeypatch.setattr(prepare, "prepare_dicom", lose_sigterm)
     code, _, err = run(capsys, "prepare", "dicom", tmp_path, "--out", tmp_path / "out")
     assert code == 75, err
+
+
+def test_python_without_docstrings_runs_commands():
+    argv = [sys.executable, "-OO", "-m", "maknet_jax", "models", "--help"]
+    result = subprocess.run(argv, capture_output=True, text=True)
+    assert result.returncode == 0 and "--labels" in result.stdout, result.stderr
+
+
+def test_every_verb_is_tested_here():
+    assert {verb for verb, *_ in VERBS} == set(cli._parser()._subparsers._group_actions[0].choices)

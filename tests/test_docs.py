@@ -70,9 +70,9 @@ def refused(words):
         source = REPO / arguments[0]
         if not source.is_file():
             return f"no file {arguments[0]}"
-        code = source.read_text(encoding="utf-8")
-        for shared in ("harness.py", "experiments/paper_table.py", "speed/torch_worker.py"):
-            code += (REPO / "benchmarks" / shared).read_text(encoding="utf-8")
+        shared = ("harness.py", "experiments/paper_table.py", "speed/torch_worker.py")
+        files = [source, *(REPO / "benchmarks" / name for name in shared)]
+        code = "".join(file.read_text(encoding="utf-8") for file in files)
         unknown = [word for word in arguments if word.startswith("--") and f'"{word}"' not in code]
         return f"unknown {unknown}" if unknown else None
     if arguments == ["VERB"]:

@@ -42,10 +42,11 @@ def parser(file: str, description: str | None, *, data_help: str) -> argparse.Ar
     form = result.add_mutually_exclusive_group(required=True)
     form.add_argument("--data", help=data_help)
     for option, text in {
-        "small": "on a generated phantom",
-        "quick": "on a tiny phantom, only to check that everything runs",
+        "--small": "on a generated phantom",
+        "--quick": "on a tiny phantom, only to check that everything runs",
     }.items():
-        form.add_argument(f"--{option}", dest="form", action="store_const", const=option, help=text)
+        const = option.removeprefix("--")
+        form.add_argument(option, dest="form", action="store_const", const=const, help=text)
     result.add_argument(
         "--workdir", help=f"folder of the runs (default: runs/{name}, -small or -quick)"
     )

@@ -73,7 +73,7 @@ def verb(
     text = " ".join(text.split())
     verb = verbs.add_parser(
         name,
-        help=text[0].lower() + text[1:].removesuffix("."),
+        help=text[:1].lower() + text[1:].removesuffix("."),  # python -OO has no docstrings
         description=textwrap.fill(text, 79),
         epilog=f"example:\n{textwrap.indent(textwrap.dedent(example), '  ')}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
