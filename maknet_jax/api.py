@@ -39,7 +39,7 @@ from maknet_jax.training import sharding
 Source: TypeAlias = "str | os.PathLike[str] | np.ndarray"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Prediction:
     """The predictions of a network for one or several series.
 
@@ -92,7 +92,7 @@ class Prediction:
         return console.format_table(header, rows)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Explanation:
     """Integrated Gradients of B images for T labels each.
 

@@ -83,6 +83,10 @@ def noisy_student(config: ml_collections.ConfigDict, folder: pathlib.Path | str)
                     checkpoint=config.checkpoint,
                 )
             log.say(f"round {number} of {config.rounds}: {'student' if number else 'teacher'}")
+            first = folder / "round-1" / "config.json"
+            if number > 1 and first.is_file():
+                # A run of an earlier version: its further students have the recipe of its first.
+                round_config, _ = configs.as_stored(round_config, files.read_json(first))
             train.train(round_config, folder / f"round-{number}")
             rounds.append(evaluate.evaluate(folder / f"round-{number}", splits=config.evaluate))
             if main:

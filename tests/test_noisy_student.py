@@ -246,11 +246,20 @@ def test_rounds_can_be_added_and_a_finished_run_trains_nothing(
     assert read_csv(folder / "table2.csv") == read_csv(whole / "table2.csv")[:3]
     assert command(folder) == 0
     equal_rounds(whole, folder)
-    monkeypatch.setattr(
-        pipeline, "mixed_batches", lambda *_, **__: None
-    )  # training a step would fail
+    monkeypatch.setattr(pipeline, "mixed_batches", lambda *_, **__: None)  # no step can be taken
     assert command(folder) == 0
     equal_rounds(whole, folder)
+
+
+def test_students_added_to_an_older_run_have_its_recipe(command, tmp_path):
+    student = changes(TINY | STUDENT | {"augment.translation_range": 0.2})
+    paths = [tmp_path / "ns" / f"round-{number}" / "config.json" for number in (1, 2)]
+    assert command(tmp_path / "ns", rounds=1, student_changes=student) == 0
+    stored = files.read_json(paths[0])
+    del stored["augment"]["translation_range"]  # as a version that lacks the field writes it
+    files.write_json(paths[0], stored)
+    assert command(tmp_path / "ns", student_changes=student) == 0
+    assert files.read_json(paths[1])["augment"]["translation_range"] == 0.1
 
 
 def test_another_config_in_the_same_folder_is_rejected(command, whole, data, tmp_path, capsys):

@@ -26,6 +26,7 @@ def test_a_deeplesion_volume_is_read_in_order(shared_data):
     assert volume.slices == tuple(f"{k}.png" for k in range(103, 116))
     np.testing.assert_array_equal(volume.hu[6], png.read_png(folder / "109.png"))
     assert np.isnan(volume.spacing).all() and len(set(volume.uids)) == 13
+    assert volume.json_spacing == [None, None, None]
 
 
 def test_a_dicom_file_is_read_with_its_neighbours(tmp_path):

@@ -34,6 +34,11 @@ class Volume:
     slices: tuple[str, ...]
     uids: tuple[str, ...]
 
+    @property
+    def json_spacing(self) -> list[float | None]:
+        """The spacing for JSON: None where it is unknown."""
+        return [None if math.isnan(mm) else float(mm) for mm in self.spacing]
+
 
 def load_series(ref: SeriesRef, *, png_window: tuple[float, float] | None = None) -> Volume:
     """Reads one series.

@@ -253,7 +253,7 @@ def make_case(unit: _CaseUnit) -> shards.UnitResult:
         slices = preprocess.neighbours(volume.hu, centre)
         image, box = preprocess.make_triplet(slices, unit.size)
         meta = {"case": unit.name, "patient": unit.patient, "slice": centre}
-        meta |= {"slices": len(volume.hu), "crop": box, "spacing": volume.spacing}
+        meta |= {"slices": len(volume.hu), "crop": box, "spacing": volume.json_spacing}
         row = states[centre]
         present, known = row == State.PRESENT, row >= State.ABSENT
         name = f"{unit.name}-{centre:04d}"

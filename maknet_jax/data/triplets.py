@@ -71,13 +71,12 @@ def make_series(unit: _Series) -> shards.UnitResult:
     except Rejected as error:
         return shards.UnitResult(failures=((unit.ref.paths[0], str(error)),))
     series = pseudonym.pseudonym(unit.salt, volume.series)
-    spacing = [None if np.isnan(mm) else float(mm) for mm in volume.spacing]
     examples = []
     for centre in preprocess.centres(len(volume.hu), overlap=False):
         slices = preprocess.neighbours(volume.hu, centre)
         image, box = preprocess.make_triplet(slices, unit.size)
         meta = {"series": series, "slice": centre, "slices": len(volume.hu), "crop": box}
-        meta["spacing"] = spacing
+        meta["spacing"] = volume.json_spacing
         name = f"{series}-{pseudonym.pseudonym(unit.salt, volume.uids[centre])}"
         examples.append(encode_with_labels(name, image, b"", b"", meta))
     left_over = len(volume.hu) - 3 * len(examples)

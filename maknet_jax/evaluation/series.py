@@ -37,7 +37,7 @@ class Cover:
     last_mm: float
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class SeriesResult:
     """The labels of one series; slices run from head to feet.
 

@@ -142,7 +142,7 @@ def similarity(labels: jax.Array) -> jax.Array:
     """Similarity of the examples' label sets: number of common labels times Jaccard index.
 
     Args:
-      labels: `[B, K]`, 0 or 1.
+      labels: `[B, K]`, 0 or 1; unknown labels count as absent.
 
     Returns:
       `[B, B]`; 0 for two empty sets.
