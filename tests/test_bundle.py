@@ -207,7 +207,7 @@ def test_weights_other_than_safetensors_are_never_unpickled(copy, capsys):
         ),
         (
             lambda i: {"preprocessing": i["preprocessing"] | {"crop": "none"}},
-            "needs crop 'none', this version has",
+            "needs crop 'none', but this version has",
         ),
         (
             lambda i: {"preprocessing": i["preprocessing"] | {"window": [0, 1]}},

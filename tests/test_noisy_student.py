@@ -311,7 +311,7 @@ def test_invalid_input_is_rejected_before_the_first_round(overrides, data, tmp_p
     shutil.copytree(data[1], large)
     info = files.read_json(large / "dataset.json")
     files.write_json(large / "dataset.json", info | {"size": 64})
-    rejected("large.* 64,.*labelled with 32", unlabelled=large)
+    rejected("large.* 64,.*labelled needs 32", unlabelled=large)
 
 
 def test_from_last_starts_a_student_from_its_teacher(overrides, tmp_path):

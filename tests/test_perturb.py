@@ -192,7 +192,7 @@ def test_all_kinds_of_masks_align_with_their_slice(tmp_path):
         region_of("npz", ["4"])
     with pytest.raises(InputError, match="'spleen'"):
         region_of("npz", ["spleen"])
-    with pytest.raises(Rejected, match="has 3 slices, the series 4:"):
+    with pytest.raises(Rejected, match="has 3 slices, but the series has 4:"):
         region_of("a.nii.gz", ["3"], shape=(4, 40, 60))
     with pytest.raises(Rejected, match="b_001"):
         region_of("npz", None, file="b_001.png")

@@ -276,7 +276,7 @@ def test_invalid_input_is_rejected_before_anything_is_written(teacher, images, t
     info = files.read_json(images / "dataset.json")
     shutil.copytree(images, tmp_path / "large")
     files.write_json(tmp_path / "large" / "dataset.json", info | {"size": 64})
-    rejected("64, the teacher with 32", data=tmp_path / "large")
+    rejected("64, but the teacher needs 32", data=tmp_path / "large")
     info["splits"]["empty"] = {"count": 0, "label_counts": [], "shards": []}
     files.write_json(tmp_path / "large" / "dataset.json", info)
     rejected("'empty'", data=tmp_path / "large", split="empty")

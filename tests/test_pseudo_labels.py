@@ -257,7 +257,7 @@ def test_invalid_input_is_rejected_in_one_line(labelled, tmp_path):
     rejected("nowhere.*pseudo.json", path=tmp_path / "nowhere")
     rejected("a.npy.*pseudo.json", path=labelled / "a.npy")
     rejected("labels", names=toy.VOCABULARY.names[::-1])
-    rejected("32, the student with 64", size=64)
+    rejected("32, but the student needs 64", size=64)
     toy.write_unlabelled(tmp_path / "images", (4, 5), seed=6)
     rejected(str(tmp_path / "images"))
     change(labelled, fingerprint=records.open_dataset(tmp_path / "images").fingerprint)

@@ -209,7 +209,7 @@ def test_unusable_weights_are_refused_before_anything_is_written(teacher, data, 
         assert not (tmp_path / "run").exists()
 
     teacher = str(teacher)
-    refused("nowhere not found: give a .safetensors", data, init__path=str(tmp_path / "nowhere"))
+    refused("nowhere not found: pass a .safetensors", data, init__path=str(tmp_path / "nowhere"))
     refused("has no config.json", data, init__path=str(tmp_path))
     refused("no counterpart in this network", data, "linear", init__path=teacher)
     refused("stem", data, init__path=teacher, model__options__stem=16)

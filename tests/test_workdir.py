@@ -36,7 +36,7 @@ def test_a_folder_of_other_files_is_refused_and_unchanged(data, tmp_path):
     "name, change, message",
     [
         ("linear", {"loss.gamma": -1.0}, "gamma -1.0 "),
-        ("linear", {"loss.clamp": 0.0}, "clamp 0.0 "),
+        ("linear", {"loss.clamp": 0.0}, "clamp 0.0, the largest weight, should"),
         ("smoke", {"model.options.dropout_rate": 7.0}, "dropout_rate 7.0 "),
         ("linear", {"data.window": (5.0, 5.0)}, r"data.window \(5.0, 5.0\) "),
         ("linear", {"seed": -1}, "seed -1 "),

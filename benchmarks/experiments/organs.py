@@ -172,7 +172,7 @@ def measure(
     labels = {
         column: name for column, name in enumerate(net.run.vocabulary.names) if name in organs
     }
-    selection = select(net.run, workdir, SelectionOptions(split=chosen.split, limit=chosen.images))
+    selection = select(net.run, SelectionOptions(split=chosen.split, limit=chosen.images))
     rows: list[Row] = []
     for number, reader in enumerate(selection.readers):
         selected = reader()
