@@ -256,7 +256,7 @@ def test_the_training_data_may_be_missing(evaluated, tmp_path, capsys):
     files.write_json(folder / "dataset.json", info | {"path": str(tmp_path / "gone")})
     export.export(folder, tmp_path / "out")
     stderr = capsys.readouterr().err
-    assert "will not state the number of images" in stderr and "where they came from" not in stderr
+    assert "number of images" in stderr and "origin" not in stderr
     data = info_of(tmp_path / "out")["data"]
     assert "images" not in data and data["origin"]["kind"] == "phantom"  # the run says so
     assert "Kind: phantom" in card_of(tmp_path / "out")
