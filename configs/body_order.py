@@ -26,8 +26,7 @@ def get_config():
     config.loss.gamma = 0.0  # cross entropy: no label is an easy one
     config.optimizer.learning_rate = 0.003
     config.optimizer.decay_from = 0.3  # share of the steps before it decays to 0
-    config.augment.rotation_probability = 0.7
-    config.augment.crop_probability = 0.8
+    config.augment.update(rotation_probability=0.7, crop_probability=0.8)
     config.augment.crop_scale = (0.85, 1.0)  # share of the area
     config.augment.contrast_probability = 0.2
     config.augment.grayscale_probability = 1.0  # single slices have no neighbours

@@ -18,13 +18,11 @@ def get_config():
     """30 epochs; 500 images at batch size 32 are 469 steps."""
     config = load("teacher")
     config.epochs = 30.0
-    config.data.path = "shards/mine"
-    config.data.batch_size = 32
+    config.data.update(path="shards/mine", batch_size=32)
     # The network of init.path; the options listed here override its own.
     config.model = {"name": "from_init", "options": {"dropout_rate": 0.5}}
     config.optimizer = load("lesanet").optimizer  # SGD; lesanet.py explains its fields
     config.optimizer.learning_rate = 0.01  # of the head
     config.optimizer.trunk_rate = 0.1  # factor of the learning rate for the trunk; 0 freezes it
-    config.augment.rotation_probability = 0.5
-    config.augment.crop_probability = 0.5
+    config.augment.update(rotation_probability=0.5, crop_probability=0.5)
     return config

@@ -14,8 +14,7 @@ def get_config():
     """32 labelled and 32 pseudo-labelled images per step."""
     config = load("smoke")
     config.epochs = 40.0
-    config.pseudo.path = "shards/pseudo-1"
-    config.pseudo.batch_size = 32
+    config.pseudo.update(path="shards/pseudo-1", batch_size=32)
     config.model.options.dropout_rate = 0.5
     config.augment = load("student").augment
     return config

@@ -19,9 +19,7 @@ def get_config():
     config.epochs = 100.0
     config.pseudo.path = "shards/pseudo-1"
     config.model.options.dropout_rate = 0.5
-    config.augment.rotation_probability = 0.5
-    config.augment.translation_probability = 0.5
-    config.augment.crop_probability = 0.5
-    config.augment.contrast_probability = 0.2
-    config.augment.grayscale_probability = 0.2
+    for kind in ("rotation", "translation", "crop"):
+        config.augment[f"{kind}_probability"] = 0.5
+    config.augment.update(contrast_probability=0.2, grayscale_probability=0.2)
     return config

@@ -19,6 +19,5 @@ def get_config():
     config.model = load("vgg16").model
     config.epochs = 9.42  # passes over the labelled images
     config.data.batch_size = 8
-    config.pseudo.path = "shards/pseudo-5"
-    config.pseudo.batch_size = 120
+    config.pseudo.update(path="shards/pseudo-5", batch_size=120)
     return config
