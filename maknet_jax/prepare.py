@@ -25,6 +25,7 @@ from maknet_jax.data.segmentations import Rules
 from maknet_jax.errors import InputError
 from maknet_jax.figures import contact_sheet
 
+SIZE, PATCH_SIZE = 256, 120  # pixels (section 4.1); mm, LesaNet's
 _RULES, _SPLITS = Rules(), SplitOptions()
 _SHOWN = 24  # records on the contact sheet
 # Entries of `about` that count skipped inputs.
@@ -47,7 +48,7 @@ def prepare_deeplesion(
     hand_labels: str | os.PathLike[str] | None = None,
     ontology: str | os.PathLike[str] | None = None,
     patches: bool = False,
-    size: int = 256,
+    size: int | None = None,
     workers: int = 1,
 ) -> dict[str, Any]:
     """Prepares DeepLesion's key slices with LesaNet's body-part labels, one record per lesion.
@@ -63,16 +64,16 @@ def prepare_deeplesion(
       ontology: LesaNet's ontology (xlsx).
       patches: write patches around the lesions with all 171 labels, for LesaNet; see
         `data.lesions`.
-      size: the edge S of the images in pixels; of patches in mm.
+      size: the edge S in pixels, of patches in mm; None takes `SIZE` or `PATCH_SIZE`.
       workers: processes.
 
     Returns:
       The summary: counts, the paper's counts, and the paths of the files.
 
     Raises:
-      InputError: an input is missing, lesions cannot be numbered (`deeplesion.number_lesions`), or
-        `out` is in use.
+      InputError: an input is missing, `out` is in use, or see `deeplesion.number_lesions`.
     """
+    size = size or (PATCH_SIZE if patches else SIZE)
     images = pathlib.Path(images)
     _check(out, size, step=8 if patches else 32)
     if not images.is_dir():
@@ -145,7 +146,7 @@ def prepare_dicom(
     *,
     salt_file: str | os.PathLike[str] | None = None,
     min_slices: int = 51,
-    size: int = 256,
+    size: int = SIZE,
     workers: int = 1,
 ) -> dict[str, Any]:
     """Prepares folders of DICOM or NIfTI as unlabelled triplets without overlap (section 4.1).
@@ -203,7 +204,7 @@ def prepare_table(
     out: str | os.PathLike[str],
     *,
     png_window: tuple[float, float] | None = None,
-    size: int = 256,
+    size: int = SIZE,
     workers: int = 1,
 ) -> dict[str, Any]:
     """Prepares your own labelled slices from a CSV of `path, labels, split[, slice, patient]`.
@@ -244,7 +245,7 @@ def prepare_segmentations(
     splits: SplitOptions = _SPLITS,
     origin: Mapping[str, str] | None = None,
     salt_file: str | os.PathLike[str] | None = None,
-    size: int = 256,
+    size: int = SIZE,
     workers: int = 1,
 ) -> dict[str, Any]:
     """Prepares CT with organ masks as labelled slices, see `data.segmentations`.

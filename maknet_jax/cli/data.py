@@ -29,7 +29,6 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
         help="write patches around the lesions with all 171 labels, for LesaNet",
     )
     _add_output_options(verb, size="256; with --lesions 120")
-    verb.set_defaults(size=None)
 
     verb = options.verb(forms, "dicom", _run_dicom)
     verb.add_argument("folder", help="a file or a folder tree of CT")
@@ -123,7 +122,6 @@ def _add_output_options(verb: argparse.ArgumentParser, size: str = "256") -> Non
     verb.add_argument(
         "--size",
         type=options.count,
-        default=256,
         help=f"edge of the images in pixels (default: {size})",
     )
     verb.add_argument(
@@ -141,7 +139,6 @@ def _run_deeplesion(chosen: argparse.Namespace) -> int:
     """
     from maknet_jax import prepare
 
-    chosen.size = chosen.size or (120 if chosen.lesions else 256)
     return _report(
         prepare.prepare_deeplesion(
             chosen.images,
@@ -229,7 +226,8 @@ def _run_openkbp(chosen: argparse.Namespace) -> int:
 
 
 def _output_options(chosen: argparse.Namespace) -> dict[str, Any]:
-    return {"out": chosen.out, "size": chosen.size, "workers": chosen.workers}
+    size = {} if chosen.size is None else {"size": chosen.size}
+    return {"out": chosen.out, "workers": chosen.workers} | size
 
 
 def _report(summary: dict[str, Any]) -> int:
