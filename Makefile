@@ -2,6 +2,8 @@
 # ARGS= goes to the command: make test ARGS=tests/test_layering.py
 ARGS =
 BIN = .venv/bin
+# Two processes, because most tests keep only one core busy; each file stays in one of them.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: help venv demo test test-all lint wheel clean
 
@@ -21,10 +23,10 @@ demo: venv
 	$(BIN)/maknet demo $(ARGS)
 
 test: venv
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: venv
-	$(BIN)/python -m pytest -m "" $(ARGS)
+	$(PYTEST) -m "" $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .
