@@ -28,7 +28,7 @@ from maknet_jax import console, predict
 from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.attribution import perturbation
 from maknet_jax.ct import arrays, search, volumes
-from maknet_jax.errors import InputError, Rejected
+from maknet_jax.errors import InputError
 from maknet_jax.evaluation.series import SeriesResult
 from maknet_jax.explain.network import Network, make_network, network_name
 from maknet_jax.explain.options import PathOptions
@@ -211,13 +211,8 @@ class Model:
         refs, failures = search.find_series(path)
         results = []
         with console.progress("predict", sum(ref.count for ref in refs)) as advance:
-            for ref in refs:
+            for ref, volume in volumes.load_all(refs, failures, png_window=png_window):
                 read = functools.partial(volumes.load_series, ref, png_window=png_window)
-                try:
-                    volume = read()
-                except Rejected as error:
-                    failures.append((ref.paths[0], str(error)))
-                    continue
                 results.append(score(volume, advance=advance, read=read))
         if not results:
             reason = f": {failures[0][0]}: {failures[0][1]}" if failures else ""

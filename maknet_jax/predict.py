@@ -1,6 +1,5 @@
 """`maknet predict`: any folder of CT -> body parts per slice and per series."""
 
-import functools
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,8 +8,7 @@ import numpy as np
 
 from maknet_jax import console, files
 from maknet_jax.ct import preprocess, search, volumes
-from maknet_jax.ct.read_ahead import read_ahead
-from maknet_jax.errors import InputError, Rejected
+from maknet_jax.errors import InputError
 from maknet_jax.evaluation import metrics
 from maknet_jax.evaluation.series import SeriesResult
 from maknet_jax.figures.charts import write_label_chart
@@ -77,14 +75,8 @@ def predict(
     feature_rows: list[np.ndarray] = []
     feature_ids: list[str] = []
     series_count = 0
-    load = functools.partial(volumes.load_series, png_window=png_window)
     with console.progress("predict", sum(ref.count for ref in series)) as advance:
-        for ref, content in read_ahead(load, series):
-            try:
-                volume = content.result()
-            except Rejected as error:
-                failures.append((ref.paths[0], str(error)))
-                continue
+        for _, volume in volumes.load_all(series, failures, png_window=png_window):
             result = predict_volume(
                 run, volume, batch_size, png_window, advance, features=features is not None
             )

@@ -5,10 +5,12 @@ import functools
 import math
 import os
 import pathlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from maknet_jax.ct import dicom, nifti, png, search
+from maknet_jax.ct.read_ahead import read_ahead
 from maknet_jax.ct.reading import content_id
 from maknet_jax.ct.search import SeriesRef
 from maknet_jax.ct.stacks import order_slices
@@ -60,6 +62,29 @@ def load_series(ref: SeriesRef, *, png_window: tuple[float, float] | None = None
     except OSError as error:  # the file was removed or is not readable
         raise Rejected(f"cannot be read ({error.strerror or error})") from error
     return Volume(hu, spacing, ref.key, stored, tuple(f"{digest}:{k}" for k in stored))
+
+
+def load_all(
+    series: Sequence[SeriesRef],
+    failures: list[tuple[str, str]],
+    *,
+    png_window: tuple[float, float] | None = None,
+) -> Iterator[tuple[SeriesRef, Volume]]:
+    """Reads series one after the other; the next one is read while one is in use.
+
+    Args:
+      series: the result of `search.find_series`.
+      failures: rejected series are appended as (first file, reason).
+      png_window: (low, high) in HU of 8-bit PNGs.
+    """
+    load = functools.partial(load_series, png_window=png_window)
+    for ref, content in read_ahead(load, series):
+        try:
+            volume = content.result()
+        except Rejected as error:
+            failures.append((ref.paths[0], str(error)))
+            continue
+        yield ref, volume
 
 
 def load_series_of(
