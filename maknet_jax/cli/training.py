@@ -108,7 +108,9 @@ def _evaluate(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(verbs, "evaluate", _run_evaluate)
     options.model(verb)
     verb.add_argument(
-        "--split", help="comma-separated names (default: those of test and hand that exist)"
+        "--split",
+        type=options.words,
+        help="comma-separated names (default: those of test and hand that exist)",
     )
     verb.add_argument("--data", help="another prepared data set with the same labels")
     verb.add_argument(
@@ -138,7 +140,7 @@ def _run_evaluate(chosen: argparse.Namespace) -> None:
     options.start_jax(chosen.distributed)
     summary = evaluate.evaluate(
         chosen.model,
-        splits=chosen.split.split(",") if chosen.split else None,
+        splits=chosen.split,
         data=chosen.data,
         checkpoint=chosen.checkpoint,
         batch_size=chosen.batch_size,
