@@ -18,7 +18,9 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
 def _import_weights(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(verbs, "import-weights", _run_import_weights)
     verb.add_argument("source", help="the .safetensors file (pickles are not supported)")
-    verb.add_argument("--model", required=True, choices=("vgg16", "resnet18"))
+    verb.add_argument(
+        "--model", required=True, choices=("vgg16", "resnet18"), help="the network of the weights"
+    )
     verb.add_argument("--out", required=True, help="the .safetensors file to write")
     for name in ("mean", "std"):
         verb.add_argument(
@@ -116,7 +118,7 @@ def _evaluate(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument(
         "--out", help="folder to write (default: WORKDIR/evaluation); required for a bundle"
     )
-    verb.add_argument("--checkpoint", default="best", choices=("best", "last"))
+    options.checkpoint(verb)
     verb.add_argument(
         "--rules",
         default="ours",
