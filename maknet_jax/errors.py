@@ -1,6 +1,5 @@
 """Exceptions for bad input and for a run that a signal stops; hints for misspelt names."""
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -32,6 +31,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     >>> did_you_mean("livr", ["liver", "left lung", "spleen", "lumbar spine"])
     "did you mean 'liver', 'lumbar spine' or 'left lung'?"
     """
+    import difflib  # only errors need it
+
     by_lower_case = {each.lower(): each for each in known}
     near = difflib.get_close_matches(name.lower(), by_lower_case, n=3, cutoff=0)
     quoted = [repr(by_lower_case[each]) for each in near] or ["nothing: there are no names"]
