@@ -1,27 +1,30 @@
-"""Shared by the experiments on real patients: data, scores per record, bootstrap over patients.
+"""Shared by the experiments on real patients: data, training runs, scores and tables.
 
 The 170 patients that OpenKBP publishes for training are split by a seeded hash into 140 training
 and 30 tuning patients; its 33 validation patients are scored for the tables only (split "test").
 """
 
+import csv
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
 
+from benchmarks.experiments import patient_metrics as metrics
 from benchmarks.real_data import DATA
-from maknet_jax import evaluate, files, prepare, train
+from maknet_jax import console, evaluate, files, prepare, train
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
-from maknet_jax.evaluation import protocol
+from maknet_jax.model_table import CONFIGS
 from maknet_jax.prepare import Rules, SplitOptions
+from maknet_jax.runs import config as configs
 from maknet_jax.runs import workdir
 
-TRAINING, TUNING, VALIDATION = "train", "val", "test"
+TRAINING, TUNING, VALIDATION, UNLABELLED = "train", "val", "test", "unlabelled"
 SHARES = {TRAINING: 0.82, TUNING: 0.18}
 RULES = Rules(every=3, unknown_below=("spinal_cord", "esophagus"))
 ORIGIN = {
@@ -30,18 +33,28 @@ ORIGIN = {
     "licence": "MIT (ababier/open-kbp); CT from TCIA",
 }
 PATIENTS = DATA / "openkbp"
-ENOUGH = 20  # patients with a usable mask; labels with fewer are listed apart
-DRAWS = 2000  # of the bootstrap
-LEVEL = 0.95
+CHECKPOINT_STEPS = 50
+BATCH = 32  # labelled images per step, and as many pseudo-labelled ones
+QUICK_SHARE = 0.002  # of the epochs
+HEADER = ["network", "seeds", "AUC", "F1"]  # of `table_rows`
 
 
-def prepare_data(patients: str | pathlib.Path, out: str | pathlib.Path, size: int) -> pathlib.Path:
+def prepare_data(
+    patients: str | pathlib.Path,
+    out: str | pathlib.Path,
+    size: int,
+    *,
+    splits: pathlib.Path | None = None,
+    organs: Sequence[str] = (),
+) -> pathlib.Path:
     """Prepares OpenKBP's training and validation patients; returns `out`. Skips a finished one.
 
     Args:
       patients: the folder with `train` and `validation`.
       out: the folder to write.
       size: edge of the images in pixels.
+      splits: CSV with the columns case and split; None takes the fixed split.
+      organs: the labels; all by default.
 
     Raises:
       InputError: `patients` lacks one of the folders.
@@ -49,60 +62,214 @@ def prepare_data(patients: str | pathlib.Path, out: str | pathlib.Path, size: in
     patients, out = pathlib.Path(patients), pathlib.Path(out)
     if (out / "dataset.json").is_file():
         return out
-    folders = [patients / "train", patients / "validation"]
+    training, validation = folders = [patients / "train", patients / "validation"]
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"{folder} is not a folder: data/README.md says how to get OpenKBP")
+    label_table = out.with_name(f"{out.name}-labels.csv") if organs else None
+    if label_table:
+        console.write_table(label_table, ("mask", "label"), [(name, name) for name in organs])
+    unknown_below = tuple(name for name in RULES.unknown_below if name in organs or not organs)
     prepare.prepare_segmentations(
-        [str(folders[0]), f"{VALIDATION}={folders[1]}"],
+        [str(training), str(validation) if splits else f"{VALIDATION}={validation}"],
         out,
-        rules=RULES,
-        splits=SplitOptions(shares=SHARES),
+        label_table=label_table,
+        rules=dataclasses.replace(RULES, unknown_below=unknown_below),
+        splits=SplitOptions(splits) if splits else SplitOptions(shares=SHARES),
         size=size,
         salt_file=out.parent / "salt",
-        **ORIGIN,
+        origin=ORIGIN,
     )
     return out
 
 
-@dataclasses.dataclass(frozen=True)
-class SplitScores:
-    """The scores of a network for the records of a split.
+def case_splits(data: pathlib.Path) -> list[tuple[str, str]]:
+    """(case, split) of all patients of a prepared data set."""
+    with (data / "cases.csv").open(newline="", encoding="utf-8") as file:
+        return [(row["case"], row["split"]) for row in csv.DictReader(file)]
+
+
+def split_patients(
+    names: Sequence[tuple[str, str]], labelled: int, seed: int
+) -> list[tuple[str, str]]:
+    """Draws the labelled patients; the other training patients become unlabelled.
+
+    Args:
+      names: (case, split) of all patients.
+      labelled: number of training patients that keep their labels.
+      seed: of the draw.
+
+    Returns:
+      (case, split) of all patients.
+    """
+    training = sorted(case for case, split in names if split == TRAINING)
+    drawn = set(np.random.default_rng(seed).permutation(training)[:labelled].tolist())
+    return [
+        (case, UNLABELLED if split == TRAINING and case not in drawn else split)
+        for case, split in names
+    ]
+
+
+def step_changes(data: pathlib.Path, steps: int, rate: float) -> tuple[str, ...]:
+    """Changes of the config openkbp that train for a number of steps.
+
+    Args:
+      data: the data set.
+      steps: updates; the network is scored ten times.
+      rate: learning rate.
+    """
+    dataset = records.open_dataset(data)
+    epochs = steps * BATCH / dataset.split(TRAINING)["count"]
+    return (
+        f"optimizer.learning_rate={rate}",
+        f"data.size={dataset.size}",
+        f"data.batch_size={BATCH}",
+        f"pseudo.batch_size={BATCH}",
+        f"epochs={epochs}",
+        f"evaluate_every={epochs / 10}",
+        f"checkpoint_every={CHECKPOINT_STEPS}",
+    )
+
+
+class Recipe(NamedTuple):
+    """What is tuned: the learning rate and the number of epochs."""
+
+    rate: float
+    epochs: float
+
+
+class Runs:
+    """The prepared data and the training runs in a folder.
 
     Attributes:
-      scores: float32 `[N, K]`, sigmoids of the logits.
-      labels: bool `[N, K]`.
-      known: bool `[N, K]`, False where the label is unknown.
-      patients: int `[N]`, numbers of the patients from 0.
-      thresholds: float `[K]`, chosen on the tuning patients.
+      missing: names of the runs that were asked for and are not finished.
     """
 
-    scores: np.ndarray
-    labels: np.ndarray
-    known: np.ndarray
-    patients: np.ndarray
-    thresholds: np.ndarray
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        patients: str | pathlib.Path = PATIENTS,
+        *,
+        train: bool = True,
+        quick: bool = False,
+    ) -> None:
+        """Sets up a folder.
 
-    def patients_by_label(self) -> np.ndarray:
-        """int `[K]`: the number of patients with a positive record of each label."""
-        return np.array(
-            [
-                len(np.unique(self.patients[column & known]))
-                for column, known in zip(self.labels.T, self.known.T, strict=True)
-            ]
-        )
+        Args:
+          folder: of the data and the runs.
+          patients: OpenKBP's folder.
+          train: False only reads finished runs.
+          quick: train a few steps only.
+        """
+        self.folder, self._patients = folder, patients
+        self._train, self._quick = train, quick
+        self.missing: list[str] = []
 
+    def data(self, size: int) -> pathlib.Path:
+        """The prepared data set of an image size."""
+        return prepare_data(self._patients, self.folder / f"shards-{size}", size)
 
-def train_and_score(
-    config: ml_collections.ConfigDict, folder: pathlib.Path, splits: Sequence[str]
-) -> dict[str, SplitScores]:
-    """Trains in `folder` (resumes, skips a finished run) and scores splits with the best weights.
+    def few_labels(
+        self,
+        out: pathlib.Path,
+        labelled: int,
+        *,
+        size: int,
+        seed: int,
+        organs: Sequence[str] = (),
+    ) -> pathlib.Path:
+        """Prepares the patients with the labels of a few; returns `out`.
 
-    The scores are kept in `folder`, so that a table can be made again without scoring.
-    """
-    if not is_finished(folder):
-        train.train(config, folder)
-    return {split: split_scores(folder, split) for split in splits}
+        Args:
+          out: the folder to write; a finished one is kept.
+          labelled: number of training patients that keep their labels.
+          size: edge of the images in pixels.
+          seed: of the draw of these patients.
+          organs: the labels; all by default.
+        """
+        if not (out / "dataset.json").is_file():
+            rows = split_patients(case_splits(self.data(size)), labelled, seed)
+            splits = out.with_name(f"{out.name}-splits.csv")
+            console.write_table(splits, ("case", "split"), rows)
+            prepare_data(self._patients, out, size, splits=splits, organs=organs)
+        return out
+
+    def config(
+        self, network: str, recipe: Recipe, *, size: int, seed: int, **options: Any
+    ) -> ml_collections.ConfigDict:
+        """The config openkbp with another network, recipe and seed.
+
+        Args:
+          network: name of the network.
+          recipe: learning rate and epochs.
+          size: edge of the images in pixels.
+          seed: of the run.
+          **options: of the model.
+        """
+        changes = {
+            "data.path": self.data(size),
+            "data.size": size,
+            "seed": seed,
+            "optimizer.learning_rate": recipe.rate,
+            "epochs": recipe.epochs * (QUICK_SHARE if self._quick else 1),
+            "checkpoint_every": CHECKPOINT_STEPS,
+        }
+        config = configs.load("openkbp", [f"{name}={value}" for name, value in changes.items()])
+        with config.unlocked():
+            if network != config.model.name:
+                config.model = configs.load(CONFIGS.get(network, network)).model
+            config.model.options.update(options)
+        return config
+
+    def scores(
+        self,
+        network: str,
+        recipe: Recipe,
+        *,
+        size: int,
+        seed: int,
+        split: str,
+        title: str = "",
+        **options: Any,
+    ) -> metrics.SplitScores | None:
+        """The scores of a run, which is trained first; None if it is missing.
+
+        Args:
+          network: name of the network.
+          recipe: learning rate and epochs.
+          size: edge of the images in pixels.
+          seed: of the run.
+          split: to score.
+          title: names the run if it has other options than the network's defaults.
+          **options: of the model.
+        """
+        name = f"{title or network}-{size}-lr{recipe.rate:g}-epochs{recipe.epochs:g}-seed{seed}"
+        run = self.folder / "runs" / name
+        if not is_finished(run):
+            if not self._train:
+                self.missing += [name] * (name not in self.missing)
+                return None
+            console.Log().say(name)
+            train.train(self.config(network, recipe, size=size, seed=seed, **options), run)
+        return split_scores(run, split)
+
+    def by_seed(
+        self, network: str, recipe: Recipe, *, size: int, seeds: Sequence[int], **options: Any
+    ) -> dict[int, metrics.SplitScores]:
+        """Seed -> scores of the validation patients, of the runs that are not missing.
+
+        Args:
+          network: name of the network.
+          recipe: learning rate and epochs.
+          size: edge of the images in pixels.
+          seeds: of the runs.
+          **options: see `scores`.
+        """
+        scored = {
+            seed: self.scores(network, recipe, size=size, seed=seed, split=VALIDATION, **options)
+            for seed in seeds
+        }
+        return {seed: scores for seed, scores in scored.items() if scores is not None}
 
 
 def is_finished(folder: pathlib.Path) -> bool:
@@ -110,18 +277,18 @@ def is_finished(folder: pathlib.Path) -> bool:
     return (folder / "summary.json").is_file()
 
 
-def split_scores(folder: pathlib.Path, split: str) -> SplitScores:
+def split_scores(folder: pathlib.Path, split: str) -> metrics.SplitScores:
     """Scores a split with the best weights of a workdir, or reads the scores of an earlier call."""
     path = folder / f"scores-{split}.npz"
     if path.is_file():
         with np.load(path) as arrays:
-            return SplitScores(**arrays)
+            return metrics.SplitScores(**arrays)
     run = workdir.open_run(folder)
     dataset = records.open_dataset(run.data_path)
     scored = evaluate.score_splits(run, dataset, [split], run.batch_size)[split]
     source = dataset.source(split)
     names = [source[index].meta["patient"] for index in range(len(source))]
-    result = SplitScores(
+    result = metrics.SplitScores(
         scored.scores,
         scored.labels > 0,
         scored.label_mask,
@@ -134,95 +301,65 @@ def split_scores(folder: pathlib.Path, split: str) -> SplitScores:
     return result
 
 
-def draw_weights(patients: np.ndarray, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Bootstrap samples of patients as weights of their records.
+def table_rows(results: Mapping[str, Any]) -> list[list[Any]]:
+    """The rows of the table, in the order of `HEADER`."""
+    return [
+        [row["network"], len(row["seeds"]), *map(metrics.format_interval, (row["auc"], row["f1"]))]
+        for row in results["networks"]
+    ]
+
+
+def notes(results: Mapping[str, Any], *, quick: bool) -> list[str]:
+    """A line for each comparison, the missing runs and a warning."""
+    lines = [
+        f"{row['network']} minus {row['control']}, {row['metric']}: "
+        f"{metrics.format_interval(row['difference'], signed=True)}, "
+        f"above in {row['above']} of {len(row['seeds'])} seeds"
+        for row in results["comparisons"]
+    ]
+    lines += [f"missing: {', '.join(results['missing'])}"] * bool(results["missing"])
+    return lines + ["QUICK FORM: a few steps: the numbers are meaningless"] * quick
+
+
+def collect(
+    workdirs: Mapping[int, Mapping[str, pathlib.Path]],
+    folder: pathlib.Path,
+    comparisons: Sequence[tuple[str, str]],
+) -> dict[str, Any]:
+    """Scores the finished runs on the validation patients and compares them.
 
     Args:
-      patients: int `[N]`, the patient of each record, from 0.
-      draws: number of samples.
-      seed: of the samples.
+      workdirs: seed -> network -> workdir.
+      folder: the folder of all runs.
+      comparisons: (network, control) by name.
 
     Returns:
-      float `[1 + draws, N]`: how often each record is drawn; the first row is 1, the sample itself.
+      The entries of the JSON: networks, comparisons and missing.
     """
-    count = int(patients.max()) + 1
-    samples = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), draws)
-    return np.concatenate([np.ones((1, count)), samples])[:, patients]
-
-
-def weighted_auc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """AUC of one label for several weightings of the records; ties count half.
-
-    Args:
-      scores: float `[N]`.
-      labels: bool `[N]`.
-      weights: float `[D, N]`.
-
-    Returns:
-      float `[D]`; nan where the positives or the negatives have no weight.
-    """
-    distinct, place = np.unique(scores, return_inverse=True)
-    by_score = np.zeros((2, len(weights), len(distinct)))
-    for kind, chosen in enumerate((labels, ~labels)):
-        np.add.at(by_score[kind].T, place[chosen], weights[:, chosen].T)
-    positives, negatives = by_score
-    below = np.cumsum(negatives, axis=1) - negatives / 2
-    total = positives.sum(axis=1) * negatives.sum(axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(total > 0, (positives * below).sum(axis=1) / total, np.nan)
-
-
-def metric_draws(scores: SplitScores, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """AUC and F1 of every label for several weightings of the records.
-
-    Args:
-      scores: of the split.
-      weights: float `[D, N]`, see `draw_weights`.
-
-    Returns:
-      {"auc": float `[D, K]`, "f1": float `[D, K]`}; F1 at the thresholds of the tuning patients,
-      nan without positives or negatives.
-    """
-    predicted = protocol.predict(scores.scores, scores.thresholds)
-    auc, f1 = [], []
-    for label in range(scores.scores.shape[1]):
-        known = scores.known[:, label]
-        labels, weighted = scores.labels[known, label], weights[:, known]
-        auc.append(weighted_auc(scores.scores[known, label], labels, weighted))
-        hits = predicted[known, label]
-        tp, wrong = weighted @ (labels & hits), weighted @ (labels ^ hits)
-        with np.errstate(invalid="ignore"):
-            f1.append(np.where(np.isnan(auc[-1]), np.nan, 2 * tp / (2 * tp + wrong)))
-    return {"auc": np.stack(auc, axis=1), "f1": np.stack(f1, axis=1)}
-
-
-def interval(draws: np.ndarray) -> list[float]:
-    """[value, low, high] from `[1 + draws]`: the sample's own value and the percentile interval.
-
-    nan draws (a label without positives or negatives in a resample) are left out.
-    """
-    low, high = np.nanpercentile(draws[1:], [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
-    return [round(float(value), 5) for value in (draws[0], low, high)]
-
-
-def macro(by_label: np.ndarray, chosen: np.ndarray | None = None) -> np.ndarray:
-    """Means over the chosen labels (default: all) that have a value, `[D, K]` -> `[D]`."""
-    return np.nanmean(by_label if chosen is None else by_label[:, chosen], axis=1)
-
-
-def mean_over_seeds(draws: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The mean of `metric_draws` over runs that differ in their seed."""
-    return {name: np.mean([each[name] for each in draws], axis=0) for name in draws[0]}
-
-
-def format_interval(values: Sequence[float], signed: bool = False) -> str:
-    """`0.981 (0.975 to 0.986)`."""
-    sign = "+" if signed else ""
-    value, low, high = (f"{number:{sign}.3f}" for number in values)
-    return f"{value} ({low} to {high})"
-
-
-def summary_of(folder: pathlib.Path) -> dict[str, Any]:
-    """Parameters, step and data fingerprint of a finished run, for the stored results."""
-    summary = files.read_json(folder / "summary.json")
-    return {name: summary[name] for name in ("parameters", "steps") if name in summary}
+    draws: dict[str, dict[int, metrics.Draws]] = {}
+    missing, weights, enough = [], None, None
+    for seed, by_network in workdirs.items():
+        for network, run in by_network.items():
+            if not is_finished(run):
+                missing.append(run.relative_to(folder).as_posix())
+                continue
+            scores = split_scores(run, VALIDATION)
+            if weights is None:
+                weights, enough = metrics.draw_weights(scores.patients), scores.enough()
+            draws.setdefault(network, {})[seed] = metrics.metric_draws(scores, weights)
+    if enough is None:
+        return {"networks": [], "comparisons": [], "missing": missing}
+    return {
+        "networks": [
+            {"network": network, "seeds": list(by_seed)}
+            | metrics.averages(list(by_seed.values()), enough)
+            for network, by_seed in draws.items()
+        ],
+        "comparisons": [
+            row
+            for network, control in comparisons
+            if network in draws and control in draws
+            for row in metrics.compare(draws, network, control, enough)
+        ],
+        "missing": missing,
+    }
