@@ -1,6 +1,7 @@
 """`maknet predict`: any folder of CT -> body parts per slice and per series."""
 
 import functools
+import glob
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -199,7 +200,7 @@ def _check_free(out: pathlib.Path, features: str | pathlib.Path | None) -> None:
     """Checks that no output exists; a log is continued."""
     endings = ("series.csv", "wide.csv", "audit.csv", "json", "summary.json", "failures.csv")
     outputs = [out, *(out.with_suffix(f".{ending}") for ending in endings)]
-    outputs += sorted(out.parent.glob(f"{out.stem}.[0-9][0-9][0-9].png"))
+    outputs += sorted(out.parent.glob(f"{glob.escape(out.stem)}.[0-9][0-9][0-9].png"))
     outputs += [pathlib.Path(features)] if features is not None else []
     for output in outputs:
         if output.exists():
