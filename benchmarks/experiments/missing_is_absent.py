@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _rows(results),
         [
             f"means of {len(chosen.seeds)} seeds, {chosen.size} x {chosen.size}, every "
-            f"{patients.RULES.every}rd slice, {chosen.epochs} epochs; tuning patients, known labels "
-            "only",
+            f"{patients.RULES.every}rd slice, {chosen.epochs} epochs; tuning patients, known "
+            "labels only",
             *(["QUICK FORM: few patients and epochs: the numbers are meaningless"] * chosen.quick),
         ],
         {"results": results},
