@@ -11,6 +11,7 @@ import pytest
 import toy
 from arrays import drawn, redrawn
 
+from benchmarks.experiments import parts
 from maknet_jax import models, train
 from maknet_jax.errors import InputError
 from maknet_jax.models import layers
@@ -120,6 +121,14 @@ def test_plain_pooling_takes_the_maximum_and_plain_global_pooling_the_mean():
         mixed.apply(variables, images, train=False).logits,
         rtol=1e-5,
     )
+
+
+def test_full_kernels_with_fewer_channels_have_as_many_parameters():
+    """The comparison of benchmarks/experiments/parts.py."""
+    _, options = parts.VARIANTS["maknet-full-kernels"]
+    paper, full = (models.build("maknet", 7, **o) for o in ({}, options))
+    counts = [parameters(shapes(model)["params"]) for model in (paper, full)]
+    assert abs(counts[1] - counts[0]) < 0.001 * counts[0]
 
 
 def test_an_unknown_plain_component_is_rejected():
