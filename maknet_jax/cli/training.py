@@ -63,8 +63,9 @@ def _train(verbs: argparse._SubParsersAction) -> None:
         "--config",
         required=True,
         help="teacher, vgg16 or resnet18 (table 1), student (table 2), vgg16_pretrain or lesanet "
-        "(table 3), finetune, body_order, smoke, smoke_student or linear (small); or the path of a "
-        ".py file, of a config.json, or of a workdir, to train with the config of that run",
+        "(table 3), openkbp (real patients), finetune, body_order, smoke, smoke_student or linear "
+        "(small); or the path of a .py file, of a config.json, or of a workdir, to train with the "
+        "config of that run",
     )
     verb.add_argument("--workdir", help="folder of the run; required unless --print-config")
     verb.add_argument(
