@@ -27,7 +27,7 @@ import numpy.typing as npt
 from maknet_jax import console, predict
 from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.attribution import perturbation
-from maknet_jax.ct import arrays, search, volumes
+from maknet_jax.ct import arrays, reading, search, volumes
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation.series import SeriesResult
 from maknet_jax.explain.network import Network, make_network, network_name
@@ -159,6 +159,8 @@ class Model:
         png_window: tuple[float, float] | None = None,
         batch_size: int = 16,
         features: bool = False,
+        assume_hu: bool = False,
+        allow_lossy: bool = False,
     ) -> Prediction:
         """Predicts the labels of every slice.
 
@@ -183,10 +185,13 @@ class Model:
           png_window: (low, high), the HU of pixel values 0 and 255 in 8-bit PNGs.
           batch_size: slices per step.
           features: also return the pooled features.
+          assume_hu: read values as HU even if they do not look like it.
+          allow_lossy: read DICOM with lossy compression.
 
         Raises:
           InputError: an array has no geometry, or nothing can be read.
         """
+        overrides = reading.Overrides(assume_hu, allow_lossy)
         score = functools.partial(
             predict.predict_volume,
             self.run,
@@ -199,20 +204,29 @@ class Model:
                 raise InputError(
                     f"{source} stores its own geometry: omit affine, spacing and orientation"
                 )
-            return self._predict_files(pathlib.Path(source), score, png_window)
+            return self._predict_files(pathlib.Path(source), score, png_window, overrides)
         volume = arrays.volume_of_array(
-            source, affine=affine, spacing=spacing, orientation=orientation
+            source,
+            affine=affine,
+            spacing=spacing,
+            orientation=orientation,
+            overrides=overrides,
         )
         return Prediction((score(volume),))
 
     def _predict_files(
-        self, path: pathlib.Path, score: Any, png_window: tuple[float, float] | None
+        self,
+        path: pathlib.Path,
+        score: Any,
+        png_window: tuple[float, float] | None,
+        overrides: reading.Overrides,
     ) -> Prediction:
-        refs, failures = search.find_series(path)
+        refs, failures = search.find_series(path, overrides=overrides)
+        options: dict[str, Any] = {"png_window": png_window, "overrides": overrides}
         results = []
         with console.progress("predict", sum(ref.count for ref in refs)) as advance:
-            for ref, volume in volumes.load_all(refs, failures, png_window=png_window):
-                read = functools.partial(volumes.load_series, ref, png_window=png_window)
+            for ref, volume in volumes.load_all(refs, failures, **options):
+                read = functools.partial(volumes.load_series, ref, **options)
                 results.append(score(volume, advance=advance, read=read))
         if not results:
             reason = f": {failures[0][0]}: {failures[0][1]}" if failures else ""

@@ -1,12 +1,13 @@
 """`maknet prepare`: CT and labels -> records (paper, sections 2 and 4.1)."""
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from maknet_jax import console, files
-from maknet_jax.ct import pseudonym, search
+from maknet_jax.ct import pseudonym, reading, search
 from maknet_jax.data import (
     deeplesion,
     key_slices,
@@ -50,6 +51,7 @@ def prepare_deeplesion(
     patches: bool = False,
     size: int | None = None,
     workers: int = 1,
+    overrides: reading.Overrides = reading.STRICT,
 ) -> dict[str, Any]:
     """Prepares DeepLesion's key slices with LesaNet's body-part labels, one record per lesion.
 
@@ -66,6 +68,7 @@ def prepare_deeplesion(
         `data.lesions`.
       size: the edge S in pixels, of patches in mm; None takes `SIZE` or `PATCH_SIZE`.
       workers: processes.
+      overrides: whether values that do not look like HU, and lossy DICOM, are read.
 
     Returns:
       The summary: counts, the paper's counts, and the paths of the files.
@@ -88,11 +91,11 @@ def prepare_deeplesion(
     if label_file is None or ontology is None:
         plans = key_slices.plan_unlabelled(rows, patches=patches)
     else:
-        vocabulary, labelled, about = _read_labels(
+        vocabulary, labelled, about = key_slices.read_labels(
             rows, label_file, hand_labels, ontology, patches=patches
         )
         plans = key_slices.plan_labelled(labelled, vocabulary)
-    splits, missing = key_slices.plan_units(plans, images, size)
+    splits, missing = key_slices.plan_units(plans, images, size, overrides)
     if not any(splits.values()):
         raise InputError(f"none of the {len(plans)} images is under {images}: check --images")
     about["images_missing"] = len(missing)
@@ -107,37 +110,9 @@ def prepare_deeplesion(
         vocabulary=vocabulary,
         about=about,
         workers=workers,
+        overrides=overrides,
         missing=missing,
     )
-
-
-def _read_labels(
-    rows: Sequence[deeplesion.Lesion],
-    label_file: str | os.PathLike[str],
-    hand_labels: str | os.PathLike[str] | None,
-    ontology: str | os.PathLike[str],
-    *,
-    patches: bool,
-) -> tuple[labels.Vocabulary, list[deeplesion.LabelledLesion], dict[str, Any]]:
-    """(vocabulary, labelled lesions, what `dataset.json` says about them)."""
-    mined = deeplesion.read_mined_labels(label_file)
-    hand = deeplesion.read_hand_labels(hand_labels) if hand_labels else None
-    terms = labels.read_ontology(ontology)
-    labels.ontology_vocabulary(terms, mined.terms)  # raises if a term is unknown
-    names = [term for term in mined.terms if patches or terms[term].label_class == "bodypart"]
-    vocabulary = labels.ontology_vocabulary(terms, names)
-    numbering = deeplesion.number_lesions(rows, mined)
-    labelled, counts = deeplesion.label_lesions(
-        numbering, mined, hand, vocabulary, uncertain_unknown=patches
-    )
-    about = {"numbering": numbering.reason, "label_counts": counts}
-    about["direct_parents"] = {
-        name: [parent for parent in terms[name].parents if parent in vocabulary.index]
-        for name in vocabulary.names
-    }
-    # The paper counts lesions with a body part only.
-    about["paper_counts"] = dict.fromkeys(counts, "-") if patches else deeplesion.PAPER_COUNTS
-    return vocabulary, labelled, about
 
 
 def prepare_dicom(
@@ -148,6 +123,7 @@ def prepare_dicom(
     min_slices: int = 51,
     size: int = SIZE,
     workers: int = 1,
+    overrides: reading.Overrides = reading.STRICT,
 ) -> dict[str, Any]:
     """Prepares folders of DICOM or NIfTI as unlabelled triplets without overlap (section 4.1).
 
@@ -161,6 +137,7 @@ def prepare_dicom(
         whole series.
       size: the edge S of the images in pixels.
       workers: processes.
+      overrides: whether values that do not look like HU, and lossy DICOM, are read.
 
     Returns:
       The summary.
@@ -169,7 +146,7 @@ def prepare_dicom(
       InputError: `folder` contains no usable series, or `out` is in use.
     """
     _check(out, size)
-    series, failures = search.find_series(folder, workers=workers)
+    series, failures = search.find_series(folder, workers=workers, overrides=overrides)
     small = [ref for ref in series if ref.count < min_slices]
     usable = [ref for ref in series if ref.count >= min_slices]
     if not usable:
@@ -188,13 +165,14 @@ def prepare_dicom(
     ]
     return _write(
         out,
-        {"unlabelled": triplets.plan_series(usable, salt, size)},
+        {"unlabelled": triplets.plan_series(usable, salt, size, overrides)},
         triplets.make_series,
         kind="dicom",
         size=size,
         vocabulary=labels.Vocabulary(()),
         about=about,
         workers=workers,
+        overrides=overrides,
         failures=failures,
     )
 
@@ -206,6 +184,7 @@ def prepare_table(
     png_window: tuple[float, float] | None = None,
     size: int = SIZE,
     workers: int = 1,
+    overrides: reading.Overrides = reading.STRICT,
 ) -> dict[str, Any]:
     """Prepares your own labelled slices from a CSV of `path, labels, split[, slice, patient]`.
 
@@ -215,6 +194,7 @@ def prepare_table(
       png_window: (low, high) in HU of 8-bit PNGs.
       size: the edge S of the images in pixels.
       workers: processes.
+      overrides: whether values that do not look like HU, and lossy DICOM, are read.
 
     Returns:
       The summary.
@@ -226,13 +206,14 @@ def prepare_table(
     rows, vocabulary = table.read_table(csv_file)
     return _write(
         out,
-        triplets.plan_table(rows, vocabulary, png_window, size),
+        triplets.plan_table(rows, vocabulary, png_window, size, overrides),
         triplets.make_table_volume,
         kind="table",
         size=size,
         vocabulary=vocabulary,
         about={"rows": len(rows), "png_window": png_window},
         workers=workers,
+        overrides=overrides,
     )
 
 
@@ -247,6 +228,7 @@ def prepare_segmentations(
     salt_file: str | os.PathLike[str] | None = None,
     size: int = SIZE,
     workers: int = 1,
+    overrides: reading.Overrides = reading.STRICT,
 ) -> dict[str, Any]:
     """Prepares CT with organ masks as labelled slices, see `data.segmentations`.
 
@@ -260,6 +242,7 @@ def prepare_segmentations(
       salt_file: the secret key of the ids of DICOM cases, as in `prepare_dicom`.
       size: the edge S of the images in pixels.
       workers: processes.
+      overrides: whether values that do not look like HU, and lossy DICOM, are read.
 
     Returns:
       The summary; `label_counts` are rows of label, split, records, known, present, unknown.
@@ -269,18 +252,23 @@ def prepare_segmentations(
         `out` is in use.
     """
     _check(out, size)
-    plan = segmentation_plan.plan(folders, label_table, rules=rules, splits=splits, workers=workers)
+    plan = segmentation_plan.plan(
+        folders, label_table, rules=rules, splits=splits, workers=workers, overrides=overrides
+    )
     dicom = any(case.ref.kind == "dicom" for case, _ in plan.members)
     salt = pseudonym.read_salt(salt_file, log=console.Log()) if dicom else ""
     return _write(
         out,
-        segmentations.plan_cases(plan.members, plan.labels, rules=rules, size=size, salt=salt),
+        segmentations.plan_cases(
+            plan.members, plan.labels, rules=rules, size=size, salt=salt, overrides=overrides
+        ),
         segmentations.make_case,
         kind="segmentations",
         size=size,
         vocabulary=labels.Vocabulary.from_names(plan.labels),
         about={**(origin or {}), **plan.about},
         workers=workers,
+        overrides=overrides,
         failures=plan.failures,
         missing=plan.missing,
         cases=[(case.name, case.patient, split) for case, split in plan.members],
@@ -327,12 +315,14 @@ def _write(
     vocabulary: labels.Vocabulary,
     about: dict[str, Any],
     workers: int,
+    overrides: reading.Overrides,
     failures: Sequence[tuple[str, str]] = (),
     missing: Sequence[tuple[str, str]] = (),
     cases: Sequence[tuple[str, str, str]] = (),
 ) -> dict[str, Any]:
     """Writes the shards, the contact sheet and the reports; returns the summary."""
     out = pathlib.Path(out)
+    about = about | dataclasses.asdict(overrides)
     with console.progress(f"prepare {kind}", sum(map(len, splits.values()))) as advance:
         info, rejected = shards.write_shards(
             out,

@@ -62,6 +62,7 @@ def _predict(verbs: argparse._SubParsersAction) -> None:
         "--batch-size", type=options.count, default=16, help="slices per step (default: 16)"
     )
     options.png_window(verb)
+    options.override_options(verb)
 
 
 def _run_predict(chosen: argparse.Namespace) -> int:
@@ -74,7 +75,11 @@ def _run_predict(chosen: argparse.Namespace) -> int:
     options.start_jax()
     names = ("png_window", "checkpoint", "batch_size", "charts", "features", "as_json")
     summary = predict.predict(
-        chosen.model, chosen.path, chosen.out, **options.selected(chosen, *names)
+        chosen.model,
+        chosen.path,
+        chosen.out,
+        overrides=options.overrides(chosen),
+        **options.selected(chosen, *names),
     )
     print(
         f"{summary['slices']} slices of {summary['series']} series labelled by the "

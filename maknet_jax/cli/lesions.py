@@ -32,6 +32,7 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
         "--top", type=options.count, default=11, help="number of lesions to list (default: 11)"
     )
     options.checkpoint(verb)
+    options.override_options(verb)
 
 
 def _numbers(count: int) -> Callable[[str], tuple[float, ...]]:
@@ -68,6 +69,7 @@ def _run_retrieve(chosen: argparse.Namespace) -> None:
         splits=chosen.split.split(",") if chosen.split else None,
         top=chosen.top,
         checkpoint=chosen.checkpoint,
+        overrides=options.overrides(chosen),
     )
     rows = summary["found"]
     print(console.format_table(list(rows[0]), [row.values() for row in rows]))

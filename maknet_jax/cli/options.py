@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from maknet_jax.ct.reading import Overrides
 from maknet_jax.errors import InputError
 
 DONE, BAD_INPUT, SOME_REJECTED, STOPPED = 0, 2, 3, 75
@@ -101,6 +102,27 @@ def png_window(verb: argparse.ArgumentParser) -> None:
         metavar="LOW,HIGH",
         help="HU of pixel values 0 and 255 in 8-bit PNGs, as in --png-window=-175,275",
     )
+
+
+def override_options(verb: argparse.ArgumentParser, *, dicom: bool = True) -> None:
+    """Adds --assume-hu and, where DICOM is read, --allow-lossy."""
+    verb.add_argument(
+        "--assume-hu",
+        action="store_true",
+        help="read values as Hounsfield units even if they do not look like it; recorded",
+    )
+    verb.set_defaults(allow_lossy=False)
+    if dicom:
+        verb.add_argument(
+            "--allow-lossy",
+            action="store_true",
+            help="read DICOM with lossy compression, which does not preserve HU; recorded",
+        )
+
+
+def overrides(chosen: argparse.Namespace) -> Overrides:
+    """The options of `override_options`."""
+    return Overrides(chosen.assume_hu, chosen.allow_lossy)
 
 
 def checkpoint(verb: argparse.ArgumentParser) -> None:
