@@ -32,7 +32,7 @@ def predict(
     as_json: bool = False,
     charts: bool = False,
     features: str | pathlib.Path | None = None,
-    overrides: reading.Overrides = reading.STRICT,
+    **overrides: bool,
 ) -> dict[str, Any]:
     """Predicts the labels of every slice of every CT series under `path`.
 
@@ -53,7 +53,7 @@ def predict(
       charts: draw `STEM.NNN.png` for each series: its labels from head to feet.
       features: an .npz file for the pooled features of all slices: `features` float32 `[N, F]` and
         `ids`, SERIES:SLICE each.
-      overrides: whether values that do not look like HU, and lossy DICOM, are read.
+      **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
       The summary: counts, files, and for each series the range of slices of each label.
@@ -66,7 +66,8 @@ def predict(
         raise InputError(f"--out {out} should be a file whose name ends in .csv")
     if features is not None and pathlib.Path(features).suffix != ".npz":
         raise InputError(f"--features {features} should be a file whose name ends in .npz")
-    series, failures = search.find_series(path, overrides=overrides)
+    read_as = reading.Overrides(**overrides)
+    series, failures = search.find_series(path, overrides=read_as)
     if not series:
         reason = f": {failures[0][0]}: {failures[0][1]}" if failures else ""
         raise InputError(f"{path} holds no readable series of DICOM, NIfTI or PNG{reason}")
@@ -80,7 +81,7 @@ def predict(
     series_count = 0
     with console.progress("predict", sum(ref.count for ref in series)) as advance:
         for _, volume in volumes.load_all(
-            series, failures, png_window=png_window, overrides=overrides
+            series, failures, png_window=png_window, overrides=read_as
         ):
             result = predict_volume(
                 run, volume, batch_size, png_window, advance, features=features is not None
@@ -107,10 +108,11 @@ def predict(
     console.write_table(out, SLICE_COLUMNS, slice_rows)
     console.write_table(out.with_suffix(".series.csv"), SERIES_COLUMNS, series_rows)
     written = [out, out.with_suffix(".series.csv"), *chart_files]
-    read_as = dataclasses.asdict(overrides)
     if as_json:
         labels = {"labels": run.vocabulary.names, "thresholds": run.thresholds.tolist()}
-        files.write_json(out.with_suffix(".json"), labels | read_as | {"series": confidences})
+        files.write_json(
+            out.with_suffix(".json"), labels | dataclasses.asdict(read_as) | {"series": confidences}
+        )
         written.append(out.with_suffix(".json"))
     if features is not None:
         with files.write_whole(features, "wb") as file:
@@ -123,7 +125,7 @@ def predict(
         "checkpoint": run.name,
         "step": run.step,
         "trained_on": run.trained_on,
-        **read_as,
+        **dataclasses.asdict(read_as),
         "series": series_count,
         "slices": len(slice_rows),
         "failures": len(failures),

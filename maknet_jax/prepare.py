@@ -51,7 +51,7 @@ def prepare_deeplesion(
     patches: bool = False,
     size: int | None = None,
     workers: int = 1,
-    overrides: reading.Overrides = reading.STRICT,
+    **overrides: bool,
 ) -> dict[str, Any]:
     """Prepares DeepLesion's key slices with LesaNet's body-part labels, one record per lesion.
 
@@ -68,7 +68,7 @@ def prepare_deeplesion(
         `data.lesions`.
       size: the edge S in pixels, of patches in mm; None takes `SIZE` or `PATCH_SIZE`.
       workers: processes.
-      overrides: whether values that do not look like HU, and lossy DICOM, are read.
+      **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
       The summary: counts, the paper's counts, and the paths of the files.
@@ -78,6 +78,7 @@ def prepare_deeplesion(
     """
     size = size or (PATCH_SIZE if patches else SIZE)
     images = pathlib.Path(images)
+    read_as = reading.Overrides(**overrides)
     _check(out, size, step=8 if patches else 32)
     if not images.is_dir():
         raise InputError(
@@ -95,7 +96,7 @@ def prepare_deeplesion(
             rows, label_file, hand_labels, ontology, patches=patches
         )
         plans = key_slices.plan_labelled(labelled, vocabulary)
-    splits, missing = key_slices.plan_units(plans, images, size, overrides)
+    splits, missing = key_slices.plan_units(plans, images, size, read_as)
     if not any(splits.values()):
         raise InputError(f"none of the {len(plans)} images is under {images}: check --images")
     about["images_missing"] = len(missing)
@@ -110,7 +111,7 @@ def prepare_deeplesion(
         vocabulary=vocabulary,
         about=about,
         workers=workers,
-        overrides=overrides,
+        overrides=read_as,
         missing=missing,
     )
 
@@ -123,7 +124,7 @@ def prepare_dicom(
     min_slices: int = 51,
     size: int = SIZE,
     workers: int = 1,
-    overrides: reading.Overrides = reading.STRICT,
+    **overrides: bool,
 ) -> dict[str, Any]:
     """Prepares folders of DICOM or NIfTI as unlabelled triplets without overlap (section 4.1).
 
@@ -137,7 +138,7 @@ def prepare_dicom(
         whole series.
       size: the edge S of the images in pixels.
       workers: processes.
-      overrides: whether values that do not look like HU, and lossy DICOM, are read.
+      **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
       The summary.
@@ -145,8 +146,9 @@ def prepare_dicom(
     Raises:
       InputError: `folder` contains no usable series, or `out` is in use.
     """
+    read_as = reading.Overrides(**overrides)
     _check(out, size)
-    series, failures = search.find_series(folder, workers=workers, overrides=overrides)
+    series, failures = search.find_series(folder, workers=workers, overrides=read_as)
     small = [ref for ref in series if ref.count < min_slices]
     usable = [ref for ref in series if ref.count >= min_slices]
     if not usable:
@@ -165,14 +167,14 @@ def prepare_dicom(
     ]
     return _write(
         out,
-        {"unlabelled": triplets.plan_series(usable, salt, size, overrides)},
+        {"unlabelled": triplets.plan_series(usable, salt, size, read_as)},
         triplets.make_series,
         kind="dicom",
         size=size,
         vocabulary=labels.Vocabulary(()),
         about=about,
         workers=workers,
-        overrides=overrides,
+        overrides=read_as,
         failures=failures,
     )
 
@@ -184,7 +186,7 @@ def prepare_table(
     png_window: tuple[float, float] | None = None,
     size: int = SIZE,
     workers: int = 1,
-    overrides: reading.Overrides = reading.STRICT,
+    **overrides: bool,
 ) -> dict[str, Any]:
     """Prepares your own labelled slices from a CSV of `path, labels, split[, slice, patient]`.
 
@@ -194,7 +196,7 @@ def prepare_table(
       png_window: (low, high) in HU of 8-bit PNGs.
       size: the edge S of the images in pixels.
       workers: processes.
-      overrides: whether values that do not look like HU, and lossy DICOM, are read.
+      **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
       The summary.
@@ -202,18 +204,19 @@ def prepare_table(
     Raises:
       InputError: the table is invalid, or `out` is in use.
     """
+    read_as = reading.Overrides(**overrides)
     _check(out, size)
     rows, vocabulary = table.read_table(csv_file)
     return _write(
         out,
-        triplets.plan_table(rows, vocabulary, png_window, size, overrides),
+        triplets.plan_table(rows, vocabulary, png_window, size, read_as),
         triplets.make_table_volume,
         kind="table",
         size=size,
         vocabulary=vocabulary,
         about={"rows": len(rows), "png_window": png_window},
         workers=workers,
-        overrides=overrides,
+        overrides=read_as,
     )
 
 
@@ -228,7 +231,7 @@ def prepare_segmentations(
     salt_file: str | os.PathLike[str] | None = None,
     size: int = SIZE,
     workers: int = 1,
-    overrides: reading.Overrides = reading.STRICT,
+    **overrides: bool,
 ) -> dict[str, Any]:
     """Prepares CT with organ masks as labelled slices, see `data.segmentations`.
 
@@ -242,7 +245,7 @@ def prepare_segmentations(
       salt_file: the secret key of the ids of DICOM cases, as in `prepare_dicom`.
       size: the edge S of the images in pixels.
       workers: processes.
-      overrides: whether values that do not look like HU, and lossy DICOM, are read.
+      **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
       The summary; `label_counts` are rows of label, split, records, known, present, unknown.
@@ -251,16 +254,17 @@ def prepare_segmentations(
       InputError: no case can be used, a table or rule is invalid, a patient is in two splits, or
         `out` is in use.
     """
+    read_as = reading.Overrides(**overrides)
     _check(out, size)
     plan = segmentation_plan.plan(
-        folders, label_table, rules=rules, splits=splits, workers=workers, overrides=overrides
+        folders, label_table, rules=rules, splits=splits, workers=workers, overrides=read_as
     )
     dicom = any(case.ref.kind == "dicom" for case, _ in plan.members)
     salt = pseudonym.read_salt(salt_file, log=console.Log()) if dicom else ""
     return _write(
         out,
         segmentations.plan_cases(
-            plan.members, plan.labels, rules=rules, size=size, salt=salt, overrides=overrides
+            plan.members, plan.labels, rules=rules, size=size, salt=salt, overrides=read_as
         ),
         segmentations.make_case,
         kind="segmentations",
@@ -268,7 +272,7 @@ def prepare_segmentations(
         vocabulary=labels.Vocabulary.from_names(plan.labels),
         about={**(origin or {}), **plan.about},
         workers=workers,
-        overrides=overrides,
+        overrides=read_as,
         failures=plan.failures,
         missing=plan.missing,
         cases=[(case.name, case.patient, split) for case, split in plan.members],

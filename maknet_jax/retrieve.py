@@ -33,7 +33,7 @@ def retrieve(
     top: int = 11,
     checkpoint: str = "best",
     batch_size: int = 32,
-    overrides: reading.Overrides = reading.STRICT,
+    **overrides: bool,
 ) -> dict[str, Any]:
     """Writes the most similar lesions as a CSV and, beside it, as a contact sheet.
 
@@ -51,7 +51,7 @@ def retrieve(
       top: number of lesions.
       checkpoint: "best" or "last".
       batch_size: patches per step.
-      overrides: whether values that do not look like HU, and lossy DICOM, are read.
+      **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
       The summary: the rows of the CSV as dicts (`found`), the files and the step of the checkpoint.
@@ -67,7 +67,7 @@ def retrieve(
     if not run.model.takes_box:
         raise InputError(f"{folder} is not a LesaNet run: choose a run of configs/lesanet.py")
     records.check_size(dataset, run.size)
-    query = read_query(image, box, spacing, run.size, overrides)
+    query = read_query(image, box, spacing, run.size, reading.Overrides(**overrides))
     embed = make_embed(run)
     size = sharding.round_up_to_devices(batch_size)
     embedding = np.concatenate(list(_embeddings(embed, [query], size)))[0]

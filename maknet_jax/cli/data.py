@@ -230,8 +230,8 @@ def _run_openkbp(chosen: argparse.Namespace) -> int:
 
 def _output_options(chosen: argparse.Namespace) -> dict[str, Any]:
     size = {} if chosen.size is None else {"size": chosen.size}
-    overrides = options.overrides(chosen)
-    return {"out": chosen.out, "workers": chosen.workers, "overrides": overrides} | size
+    overrides = options.selected(chosen, *options.OVERRIDES)
+    return {"out": chosen.out, "workers": chosen.workers} | overrides | size
 
 
 def _report(summary: dict[str, Any]) -> int:

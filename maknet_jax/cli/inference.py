@@ -78,8 +78,7 @@ def _run_predict(chosen: argparse.Namespace) -> int:
         chosen.model,
         chosen.path,
         chosen.out,
-        overrides=options.overrides(chosen),
-        **options.selected(chosen, *names),
+        **options.selected(chosen, *names, *options.OVERRIDES),
     )
     print(
         f"{summary['slices']} slices of {summary['series']} series labelled by the "

@@ -69,7 +69,7 @@ def _run_retrieve(chosen: argparse.Namespace) -> None:
         splits=chosen.split.split(",") if chosen.split else None,
         top=chosen.top,
         checkpoint=chosen.checkpoint,
-        overrides=options.overrides(chosen),
+        **options.selected(chosen, *options.OVERRIDES),
     )
     rows = summary["found"]
     print(console.format_table(list(rows[0]), [row.values() for row in rows]))

@@ -9,9 +9,9 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from maknet_jax.ct.reading import Overrides
 from maknet_jax.errors import InputError
 
+OVERRIDES = ("assume_hu", "allow_lossy")  # stored by `override_options`
 DONE, BAD_INPUT, SOME_REJECTED, STOPPED = 0, 2, 3, 75
 
 
@@ -118,11 +118,6 @@ def override_options(verb: argparse.ArgumentParser, *, dicom: bool = True) -> No
             action="store_true",
             help="read DICOM with lossy compression, which does not preserve HU; recorded",
         )
-
-
-def overrides(chosen: argparse.Namespace) -> Overrides:
-    """The options of `override_options`."""
-    return Overrides(chosen.assume_hu, chosen.allow_lossy)
 
 
 def checkpoint(verb: argparse.ArgumentParser) -> None:

@@ -198,7 +198,7 @@ def _qform(header: Any) -> np.ndarray | None:
 
     try:
         return header.get_qform()
-    except HeaderDataError:
+    except (HeaderDataError, ValueError):
         if int(header["sform_code"]) > 0:
             return None
         raise

@@ -12,14 +12,15 @@ from maknet_jax.ct.reading import content_id
 from maknet_jax.ct.stacks import order_slices
 from maknet_jax.errors import InputError, Rejected
 
-_PAIR = "a pair of .hdr and .img"
+_NIBABEL = "nibabel.save(nibabel.load(FILE), 'ct.nii.gz')"
+_SIMPLE_ITK = "SimpleITK.WriteImage(SimpleITK.ReadImage(FILE), 'ct.nii.gz')"
 _OTHER_FORMATS = {
-    ".hdr": _PAIR,
-    ".img": _PAIR,
-    ".mha": "MetaImage",
-    ".mhd": "MetaImage",
-    ".nrrd": "NRRD",
-    ".nhdr": "NRRD",
+    ".hdr": ("a pair of .hdr and .img", _NIBABEL),
+    ".img": ("a pair of .hdr and .img", _NIBABEL),
+    ".mha": ("MetaImage", _SIMPLE_ITK),
+    ".mhd": ("MetaImage", _SIMPLE_ITK),
+    ".nrrd": ("NRRD", _SIMPLE_ITK),
+    ".nhdr": ("NRRD", _SIMPLE_ITK),
 }
 _BATCH = 4096  # maximum number of queued files, for archives of any size
 
@@ -110,14 +111,8 @@ def find_series(
 
 def other_format(path: str | os.PathLike[str]) -> str:
     """Why a volume in another format is not read, and how to convert it; "" for other files."""
-    path = pathlib.Path(path)
-    kind = _OTHER_FORMATS.get(path.suffix.lower(), "")
-    if kind == _PAIR and path.suffix.lower() == ".img" and path.with_suffix(".hdr").exists():
-        return ""  # the header is listed
-    convert = "nibabel.save(nibabel.load(FILE), 'ct.nii.gz')"
-    if kind and kind != _PAIR:
-        convert = "SimpleITK.WriteImage(SimpleITK.ReadImage(FILE), 'ct.nii.gz')"
-    return f"{kind} is not supported: convert it to NIfTI, for example {convert}" if kind else ""
+    kind, convert = _OTHER_FORMATS.get(pathlib.Path(path).suffix.lower(), ("", ""))
+    return f"{kind} is not supported: convert it to NIfTI, as in {convert}" if kind else ""
 
 
 def header_of(

@@ -74,7 +74,7 @@ class Values:
         """
         evidence = "" if overrides.assume_hu else self._evidence()
         if evidence:
-            low, high = (f"{value:.10g}" for value in (self._low, self._high))
+            low, high = (f"{value:.6g}" for value in (self._low, self._high))
             raise Rejected(
                 f"values from {low} to {high} are not HU: {evidence}; store Hounsfield units "
                 "(water 0, air -1000), or add --assume-hu (assume_hu=True) if they are"
