@@ -10,7 +10,9 @@ from PIL import Image
 from pydicom.encaps import encapsulate, get_frame
 from test_dicom import only_reason, only_series, write_slice
 
+from maknet_jax import cli, prepare
 from maknet_jax.ct import arrays, dicom, preprocess, reading, search, volumes
+from maknet_jax.data import lesions, records
 from maknet_jax.errors import InputError, Rejected
 
 SHAPE = (3, 48, 48)  # slices, rows, columns
@@ -121,7 +123,7 @@ def read_array(folder, values, **overrides):
 
 def only_volume(folder, overrides):
     overrides = reading.Overrides(**overrides)
-    ((ref,), reasons) = search.find_series(folder, overrides=overrides)
+    (ref,), reasons = search.find_series(folder, overrides=overrides)
     assert reasons == []
     return volumes.load_series(ref, overrides=overrides)
 
@@ -167,7 +169,7 @@ def test_values_that_are_not_finite_are_always_rejected(tmp_path, reader):
 
 def test_eight_bit_pngs_state_their_units_by_the_window(tmp_path):
     Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(tmp_path / "1.png")
-    ((ref,), _) = search.find_series(tmp_path)
+    (ref,), _ = search.find_series(tmp_path)
     assert volumes.load_series(ref, png_window=(0, 400)).hu.max() == 400
 
 
@@ -333,5 +335,56 @@ def test_lossy_compression_needs_an_option(tmp_path, shared_data):
 def test_a_lossy_copy_does_not_reject_the_series(tmp_path):
     write_slice(tmp_path / "a.dcm")
     write_slice(tmp_path / "b.dcm", LossyImageCompression="01")
-    ((ref,), ((path, _),)) = search.find_series(tmp_path)
+    (ref,), ((path, _),) = search.find_series(tmp_path)
     assert ref.count == 1 and path.endswith("b.dcm")
+
+
+def test_prepare_records_the_overrides(tmp_path, capsys):
+    (tmp_path / "ct").mkdir()
+    read_dicom(tmp_path / "ct", REJECTED["offset 1000"], assume_hu=True)
+    (tmp_path / "salt").write_text("a secret of the user, long enough\n")
+    arguments = ["prepare", "dicom", str(tmp_path / "ct"), "--salt-file", str(tmp_path / "salt")]
+    arguments += ["--min-slices", "3", "--size", "32", "--workers", "1", "--out"]
+    assert cli.main([*arguments, str(tmp_path / "a")]) == 2
+    assert "--assume-hu" in capsys.readouterr().err
+    assert cli.main([*arguments, str(tmp_path / "a"), "--assume-hu", "--allow-lossy"]) == 0
+    about = records.open_dataset(tmp_path / "a").info["about"]
+    assert (about["assume_hu"], about["allow_lossy"]) == (True, True)
+
+
+def test_every_way_to_records_checks_the_units(tmp_path):
+    read_nifti(tmp_path, REJECTED["offset 1000"], assume_hu=True)
+    (tmp_path / "segmentations").mkdir()
+    mask = (body() > 200).astype(np.uint8).transpose(2, 1, 0)
+    nibabel.Nifti1Image(mask, RIGHT_TO_LEFT).to_filename(
+        tmp_path / "segmentations" / "spine.nii.gz"
+    )
+    (tmp_path / "table.csv").write_text("path,labels,split,slice\nct.nii.gz,spine,train,1\n")
+    for name, verb, source in (
+        ("table", prepare.prepare_table, tmp_path / "table.csv"),
+        ("organs", prepare.prepare_segmentations, [tmp_path]),
+    ):
+        with pytest.raises(InputError, match="--assume-hu"):
+            verb(source, tmp_path / name, size=32)
+        verb(source, tmp_path / name, size=32, assume_hu=True)
+        about = records.open_dataset(tmp_path / name).info["about"]
+        assert about["assume_hu"] is True and about["allow_lossy"] is False
+    (tmp_path / "png").mkdir()
+    read_png(tmp_path / "png", REJECTED["offset 1000"], assume_hu=True)
+    box, spacing = (20, 20, 25, 25), (1, 1, 2)
+    with pytest.raises(Rejected, match="--assume-hu"):
+        lesions.patch_of_png(tmp_path / "png" / "1.png", box, spacing, 16)
+    accepted = reading.Overrides(assume_hu=True)
+    image, *_ = lesions.patch_of_png(tmp_path / "png" / "1.png", box, spacing, 16, accepted)
+    assert image.mean() > 500
+
+
+def test_masks_in_other_formats_are_named(tmp_path):
+    read_nifti(tmp_path, body())
+    (tmp_path / "segmentations").mkdir()
+    (tmp_path / "segmentations" / "liver.nrrd").write_bytes(b"NRRD0004")
+    with pytest.raises(InputError, match=r"liver\.nrrd: NRRD is not supported"):
+        prepare.prepare_segmentations([tmp_path], tmp_path / "out", size=32)
+    (tmp_path / "ct.nii.gz").rename(tmp_path / "ct.mha")
+    with pytest.raises(InputError, match="MetaImage is not supported"):
+        prepare.prepare_segmentations([tmp_path], tmp_path / "out", size=32)
