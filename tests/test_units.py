@@ -33,6 +33,12 @@ def body(*, noise=1.0):
     return np.rint(hu + noise * spread * drawn).astype(np.int32)
 
 
+def noiseless():
+    """HU of constants that a rule for padding could take for it; no lungs."""
+    hu = body(noise=0)
+    return np.where(hu == -800, 40, hu)
+
+
 def noise(mean, spread):
     return np.rint(np.random.default_rng(1).normal(mean, spread, SHAPE)).astype(np.int32)
 
@@ -79,9 +85,10 @@ REJECTED = {
     "clipped z-scores": np.clip(scores(body()), -3, 3),
     "-1..1": body() / 1500,
     "constant": np.full(SHAPE, -1000),
-    "times 10": body() * 10,
-    "times 10, noiseless": body(noise=0) * 10,
+    "times 10": np.rint(body() * 10.3).astype(np.int32),
+    "times 10, noiseless": noiseless() * 10,
     "stretched": stretched(body()),
+    "labels, no offset": np.where(body() > 400, -32760, -32768),
     "intercept 30000": body() + 30000,
     "intercept -30000": np.maximum(body() - 30000, -32768),
 }
@@ -146,7 +153,7 @@ def test_each_reader_gives_the_same_verdict(tmp_path, case, reader):
 
 
 def test_the_evidence_is_named(tmp_path):
-    with pytest.raises(Rejected, match=r"values from 0 to 255 .*none is below 0"):
+    with pytest.raises(Rejected, match=r"values from 0 to 255 .*none is from -1500 to -1"):
         read_nifti(tmp_path, REJECTED["0..255"])
 
 
@@ -165,6 +172,14 @@ def test_values_that_are_not_finite_are_always_rejected(tmp_path, reader):
     values[1, 2, 3] = np.nan
     with pytest.raises(Rejected, match="finite"):
         READERS[reader](tmp_path, values, assume_hu=True)
+
+
+def test_each_rule_is_needed():
+    """Values that only one of the rules rejects."""
+    fill = corners(body(), 64511)  # unsigned 65535, not declared as padding
+    for values, evidence in ((body() / 30, "fractions"), (fill, "above 32767")):
+        with pytest.raises(Rejected, match=evidence):
+            read_array(None, values)
 
 
 def test_eight_bit_pngs_state_their_units_by_the_window(tmp_path):
@@ -248,7 +263,7 @@ def test_declared_padding_does_not_take_part_in_the_check(tmp_path):
     declared = {"PixelPaddingValue": -2000, "RescaleIntercept": 0}
     window = corners(np.clip(body(), 0, 400), -2000)[0].astype("<i2")
     write_slice(tmp_path / "a.dcm", values=window, **declared)
-    assert "none is below 0" in only_reason(tmp_path)
+    assert "none is from -1500 to -1" in only_reason(tmp_path)
     write_slice(tmp_path / "a.dcm", values=np.full((6, 5), -2000, "<i2"), **declared)
     assert "all pixels are padding" in only_reason(tmp_path)
 

@@ -97,8 +97,6 @@ class Values:
 
     def _scaled(self, total: int) -> str:
         deep = self._between(LOWEST, _FLOOR - 1).copy()
-        if int(deep.sum()) == total:
-            return f"none is above {_FLOOR}, but tissue is above -200"
         border = _SCANNER_PADDING - LOWEST
         for part in (deep[:border], deep[border:]):  # one constant each is padding
             peak = int(np.argmax(part))
@@ -119,7 +117,7 @@ class Values:
     def _shifted(self, total: int) -> str:
         values = self._between(_FLOOR, HIGHEST)
         if not values[:-_FLOOR].any():
-            return "none is below 0, but air and fat are: a shift, a label map or a display image"
+            return f"none is from {_FLOOR} to -1, like air and fat: shifted, labels or a picture"
         gas = self._between(_FLOOR, -501)
         tissue, bone = (int(self._between(*ends).sum()) for ends in ((800, 1200), (250, 650)))
         # One constant may be padding.
