@@ -335,11 +335,11 @@ def read_slice(
     stored = dicom_pixels.significant_bits(stored, header.bits, header.signed)
     slope, intercept = header.slope, header.intercept
     exact = slope.is_integer() and intercept.is_integer() and max(slope, abs(intercept)) < 1 << 32
-    plane = (
-        stored.astype(np.int64) * int(slope) + int(intercept)
-        if exact
-        else stored * slope + intercept
-    )
+    if exact:
+        small = 65536 * slope + abs(intercept) < 1 << 31
+        stored = stored.astype(np.int32 if small else np.int64, copy=False)
+        slope, intercept = int(slope), int(intercept)
+    plane = stored * slope + intercept
     hu = (units.Values() if values is None else values).add(plane, padded)
     return header, np.ascontiguousarray(
         geometry.to_standard(hu[None], stored_axes(header.orientation))[0]

@@ -88,6 +88,8 @@ def significant_bits(values: np.ndarray, bits: int, signed: bool) -> np.ndarray:
       bits: BitsStored.
       signed: whether the values are two's complement; the sign is extended.
     """
+    if bits == 16:
+        return values
     values = values & ((1 << bits) - 1)
     sign = 1 << (bits - 1)
     return (values ^ sign) - sign if signed else values
