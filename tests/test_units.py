@@ -1,6 +1,7 @@
 """Units: the verdicts of docs/ct_input.md, once per reader, and the DICOM pixels before them."""
 
 import re
+import types
 
 import nibabel
 import numpy as np
@@ -14,6 +15,8 @@ from maknet_jax import cli, prepare
 from maknet_jax.ct import arrays, dicom, preprocess, reading, search, volumes
 from maknet_jax.data import lesions, records
 from maknet_jax.errors import InputError, Rejected
+from maknet_jax.explain import results, selection
+from maknet_jax.explain.options import DISPLAY, PATH, SelectionOptions
 
 SHAPE = (3, 48, 48)  # slices, rows, columns
 RIGHT_TO_LEFT = np.diag([-1.0, -1.0, -3.0, 1.0])  # affine to RAS of arrays in standard order
@@ -403,3 +406,19 @@ def test_masks_in_other_formats_are_named(tmp_path):
     (tmp_path / "ct.nii.gz").rename(tmp_path / "ct.mha")
     with pytest.raises(InputError, match="MetaImage is not supported"):
         prepare.prepare_segmentations([tmp_path], tmp_path / "out", size=32)
+
+
+def test_attribute_and_perturb_take_and_record_the_overrides(tmp_path):
+    read_nifti(tmp_path, REJECTED["offset 1000"], assume_hu=True)
+    run = types.SimpleNamespace(size=32, vocabulary=types.SimpleNamespace(index={}))
+    for assume_hu in (False, True):
+        options = SelectionOptions(path=tmp_path, assume_hu=assume_hu)
+        read = selection.select(run, options).readers[0]
+        if assume_hu:
+            assert read().image.shape == (32, 32, 3)
+        else:
+            with pytest.raises(Rejected):
+                read()
+        network = types.SimpleNamespace(run=types.SimpleNamespace(vocabulary=["a"]), identity=[])
+        settings = results.shared_settings([network], options, PATH, DISPLAY)
+        assert settings.get("assume_hu", False) == assume_hu and "allow_lossy" not in settings
