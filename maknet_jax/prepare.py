@@ -1,6 +1,5 @@
 """`maknet prepare`: CT and labels -> records (paper, sections 2 and 4.1)."""
 
-import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -109,9 +108,8 @@ def prepare_deeplesion(
         kind="lesions" if patches else "deeplesion",
         size=size,
         vocabulary=vocabulary,
-        about=about,
+        about=about | read_as.used(),
         workers=workers,
-        overrides=read_as,
         missing=missing,
     )
 
@@ -172,9 +170,8 @@ def prepare_dicom(
         kind="dicom",
         size=size,
         vocabulary=labels.Vocabulary(()),
-        about=about,
+        about=about | read_as.used(),
         workers=workers,
-        overrides=read_as,
         failures=failures,
     )
 
@@ -214,9 +211,8 @@ def prepare_table(
         kind="table",
         size=size,
         vocabulary=vocabulary,
-        about={"rows": len(rows), "png_window": png_window},
+        about={"rows": len(rows), "png_window": png_window} | read_as.used(),
         workers=workers,
-        overrides=read_as,
     )
 
 
@@ -270,9 +266,8 @@ def prepare_segmentations(
         kind="segmentations",
         size=size,
         vocabulary=labels.Vocabulary.from_names(plan.labels),
-        about={**(origin or {}), **plan.about},
+        about={**(origin or {}), **plan.about, **read_as.used()},
         workers=workers,
-        overrides=read_as,
         failures=plan.failures,
         missing=plan.missing,
         cases=[(case.name, case.patient, split) for case, split in plan.members],
@@ -319,14 +314,12 @@ def _write(
     vocabulary: labels.Vocabulary,
     about: dict[str, Any],
     workers: int,
-    overrides: reading.Overrides,
     failures: Sequence[tuple[str, str]] = (),
     missing: Sequence[tuple[str, str]] = (),
     cases: Sequence[tuple[str, str, str]] = (),
 ) -> dict[str, Any]:
     """Writes the shards, the contact sheet and the reports; returns the summary."""
     out = pathlib.Path(out)
-    about = about | dataclasses.asdict(overrides)
     with console.progress(f"prepare {kind}", sum(map(len, splits.values()))) as advance:
         info, rejected = shards.write_shards(
             out,
