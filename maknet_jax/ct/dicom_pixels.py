@@ -182,6 +182,8 @@ def _encoded_frame(pixel_data: bytes, shape: tuple[int, ...], syntax: str) -> by
 
 def _loss(frame: bytes, syntax: str) -> str:
     """How the compression of an image is lossy; "" if it is not."""
+    if syntax in LOSSY_JPEG:
+        return f"lossy JPEG ({syntax})"
     if syntax in _JPEG_2000:
         return "" if _reversible(frame) else f"irreversible JPEG 2000 ({syntax})"
     if syntax in _JPEG_LS:
