@@ -243,7 +243,7 @@ def test_overrides_are_recorded(trained, phantom, tmp_path, capsys):
     for name in ("labels.json", "labels.summary.json"):
         written = json.loads((tmp_path / name).read_text())
         assert (written["assume_hu"], written["allow_lossy"]) == (True, True)
-    summary = predict.predict(trained, series, out)
+    summary = predict.predict(trained, series, tmp_path / "plain.csv")
     assert (summary["assume_hu"], summary["allow_lossy"]) == (False, False)
 
 
