@@ -8,7 +8,7 @@ import numpy as np
 
 from maknet_jax import console, files
 from maknet_jax.ct import preprocess, search, volumes
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, NothingUsable
 from maknet_jax.evaluation import metrics
 from maknet_jax.evaluation.series import SeriesResult
 from maknet_jax.figures.charts import write_label_chart
@@ -63,10 +63,12 @@ def predict(
         raise InputError(f"--out {out} should be a file whose name ends in .csv")
     if features is not None and pathlib.Path(features).suffix != ".npz":
         raise InputError(f"--features {features} should be a file whose name ends in .npz")
+    failures_file = out.with_suffix(".failures.csv")
     series, failures = search.find_series(path)
+    unreadable = f"{path} holds no readable series of DICOM, NIfTI or PNG"
     if not series:
-        reason = f": {failures[0][0]}: {failures[0][1]}" if failures else ""
-        raise InputError(f"{path} holds no readable series of DICOM, NIfTI or PNG{reason}")
+        with console.list_failures(failures_file):
+            raise NothingUsable(unreadable, failures)
     run = workdir.open_run(folder, checkpoint_name=checkpoint)
     slice_rows: list[tuple] = []
     series_rows: list[tuple] = []
@@ -98,7 +100,8 @@ def predict(
                 rounded = np.round(result.confidences, 4).tolist()
                 confidences.append(names | {"confidences": rounded})
     if not slice_rows:
-        raise InputError(f"{path} holds no readable series: {failures[0][0]}: {failures[0][1]}")
+        with console.list_failures(failures_file):
+            raise NothingUsable(unreadable, failures)
     console.write_table(out, SLICE_COLUMNS, slice_rows)
     console.write_table(out.with_suffix(".series.csv"), SERIES_COLUMNS, series_rows)
     written = [out, out.with_suffix(".series.csv"), *chart_files]
@@ -110,7 +113,6 @@ def predict(
         with files.write_whole(features, "wb") as file:
             np.savez(file, features=np.concatenate(feature_rows), ids=np.array(feature_ids))
         written.append(pathlib.Path(features))
-    failures_file = out.with_suffix(".failures.csv")
     console.write_failures(failures_file, failures)
     summary = {
         "workdir": str(folder),

@@ -22,7 +22,7 @@ from maknet_jax.data import (
 )
 from maknet_jax.data.segmentation_plan import SplitOptions
 from maknet_jax.data.segmentations import Rules
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, NothingUsable
 from maknet_jax.figures import contact_sheet
 
 SIZE, PATCH_SIZE = 256, 120  # pixels (section 4.1); mm, LesaNet's
@@ -88,7 +88,7 @@ def prepare_deeplesion(
     if label_file is None or ontology is None:
         plans = key_slices.plan_unlabelled(rows, patches=patches)
     else:
-        vocabulary, labelled, about = _read_labels(
+        vocabulary, labelled, about = key_slices.read_labels(
             rows, label_file, hand_labels, ontology, patches=patches
         )
         plans = key_slices.plan_labelled(labelled, vocabulary)
@@ -109,35 +109,6 @@ def prepare_deeplesion(
         workers=workers,
         missing=missing,
     )
-
-
-def _read_labels(
-    rows: Sequence[deeplesion.Lesion],
-    label_file: str | os.PathLike[str],
-    hand_labels: str | os.PathLike[str] | None,
-    ontology: str | os.PathLike[str],
-    *,
-    patches: bool,
-) -> tuple[labels.Vocabulary, list[deeplesion.LabelledLesion], dict[str, Any]]:
-    """(vocabulary, labelled lesions, what `dataset.json` says about them)."""
-    mined = deeplesion.read_mined_labels(label_file)
-    hand = deeplesion.read_hand_labels(hand_labels) if hand_labels else None
-    terms = labels.read_ontology(ontology)
-    labels.ontology_vocabulary(terms, mined.terms)  # raises if a term is unknown
-    names = [term for term in mined.terms if patches or terms[term].label_class == "bodypart"]
-    vocabulary = labels.ontology_vocabulary(terms, names)
-    numbering = deeplesion.number_lesions(rows, mined)
-    labelled, counts = deeplesion.label_lesions(
-        numbering, mined, hand, vocabulary, uncertain_unknown=patches
-    )
-    about = {"numbering": numbering.reason, "label_counts": counts}
-    about["direct_parents"] = {
-        name: [parent for parent in terms[name].parents if parent in vocabulary.index]
-        for name in vocabulary.names
-    }
-    # The paper counts lesions with a body part only.
-    about["paper_counts"] = dict.fromkeys(counts, "-") if patches else deeplesion.PAPER_COUNTS
-    return vocabulary, labelled, about
 
 
 def prepare_dicom(
@@ -172,11 +143,6 @@ def prepare_dicom(
     series, failures = search.find_series(folder, workers=workers)
     small = [ref for ref in series if ref.count < min_slices]
     usable = [ref for ref in series if ref.count >= min_slices]
-    if not usable:
-        why = f"{len(series)} series found, {len(small)} of fewer than {min_slices} slices, "
-        first = f"; the first: {failures[0][0]}: {failures[0][1]}" if failures else ""
-        raise InputError(f"no usable series in {folder}: {why}{len(failures)} unreadable{first}")
-    salt = pseudonym.read_salt(salt_file, log=console.Log())
     about = {
         "series": len(usable),
         "min_slices": min_slices,
@@ -186,6 +152,14 @@ def prepare_dicom(
     failures += [
         (ref.paths[0], f"{ref.count} slices, fewer than --min-slices {min_slices}") for ref in small
     ]
+    if not usable:
+        why = (
+            f"{len(series)} series found, {len(small)} of fewer than {min_slices} slices "
+            f"(--min-slices), {len(failures) - len(small)} unreadable"
+        )
+        with console.list_failures(pathlib.Path(out) / "failures.csv"):
+            raise NothingUsable(f"no usable series in {folder}: {why}", failures)
+    salt = pseudonym.read_salt(salt_file, log=console.Log())
     return _write(
         out,
         {"unlabelled": triplets.plan_series(usable, salt, size)},
@@ -269,7 +243,10 @@ def prepare_segmentations(
         `out` is in use.
     """
     _check(out, size)
-    plan = segmentation_plan.plan(folders, label_table, rules=rules, splits=splits, workers=workers)
+    with console.list_failures(pathlib.Path(out) / "failures.csv"):
+        plan = segmentation_plan.plan(
+            folders, label_table, rules=rules, splits=splits, workers=workers
+        )
     dicom = any(case.ref.kind == "dicom" for case, _ in plan.members)
     salt = pseudonym.read_salt(salt_file, log=console.Log()) if dicom else ""
     return _write(
@@ -333,8 +310,11 @@ def _write(
 ) -> dict[str, Any]:
     """Writes the shards, the contact sheet and the reports; returns the summary."""
     out = pathlib.Path(out)
-    with console.progress(f"prepare {kind}", sum(map(len, splits.values()))) as advance:
-        info, rejected = shards.write_shards(
+    with (
+        console.list_failures(out / "failures.csv"),
+        console.progress(f"prepare {kind}", sum(map(len, splits.values()))) as advance,
+    ):
+        info, failures = shards.write_shards(
             out,
             splits,
             make,
@@ -344,8 +324,8 @@ def _write(
             about=about,
             workers=workers,
             advance=advance,
+            failures=failures,
         )
-    failures = [*failures, *rejected]
     if kind == "lesions":
         info["crop"] = lesions.RULE
     examples = records.Dataset(out, info).sample(_SHOWN)

@@ -18,6 +18,10 @@ class Unit:
     number: int
     count: int = 2
 
+    @property
+    def source(self):
+        return f"unit {self.number}"
+
 
 def make(unit):
     """`count` records of a unit; multiples of 7 fail."""

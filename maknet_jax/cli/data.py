@@ -216,12 +216,12 @@ def _run_openkbp(chosen: argparse.Namespace) -> int:
     from maknet_jax import prepare
 
     summary = prepare.prepare_openkbp(chosen.folder, chosen.out)
-    print(
+    options.show(
         f"{summary['patients']} patients in {summary['out']}, {summary['present_before']} of them "
         "converted before"
     )
     if summary["failures"]:
-        print(f"rejected: {summary['failures']}, see {summary['out']}/failures.csv")
+        options.show(f"rejected: {summary['failures']}, see {summary['out']}/failures.csv")
     return options.SOME_REJECTED if summary["failures"] else options.DONE
 
 

@@ -76,16 +76,16 @@ def _run_predict(chosen: argparse.Namespace) -> int:
     summary = predict.predict(
         chosen.model, chosen.path, chosen.out, **options.selected(chosen, *names)
     )
-    print(
+    options.show(
         f"{summary['slices']} slices of {summary['series']} series labelled by the "
         f"{summary['checkpoint']} checkpoint (step {summary['step']}):"
     )
     for file in summary["files"]:
-        print(f"  {file}")
+        options.show(f"  {file}")
     if summary["trained_on"]:
-        print(f"trained on {summary['trained_on']}")
+        options.show(f"trained on {summary['trained_on']}")
     if summary["failures"]:
-        print(f"rejected: {summary['failures']}, see {summary['failures_file']}")
+        options.show(f"rejected: {summary['failures']}, see {summary['failures_file']}")
     return options.SOME_REJECTED if summary["failures"] else options.DONE
 
 
@@ -127,14 +127,14 @@ def _run_export(chosen: argparse.Namespace) -> None:
     names = ("checkpoint", "dtype", "name", "license_name", "data", "zipped", "overwrite")
     summary = export.export(chosen.workdir, chosen.out, **options.selected(chosen, *names))
     splits = ", ".join(summary["splits"]) or "none: run `maknet evaluate` before the export"
-    print(
+    options.show(
         f"{summary['labels']} labels, {summary['checkpoint']} checkpoint, step {summary['step']}; "
         f"scores of: {splits}"
     )
     for name, size in summary["bytes"].items():
-        print(f"  {name}  {size:,} bytes")
+        options.show(f"  {name}  {size:,} bytes")
     for file in summary["files"]:
-        print(f"  {file}")
+        options.show(f"  {file}")
 
 
 def _models(verbs: argparse._SubParsersAction) -> None:

@@ -22,6 +22,11 @@ class _Series:
     size: int
     count: int
 
+    @property
+    def source(self) -> str:
+        """The path of its input."""
+        return self.ref.paths[0]
+
 
 @dataclasses.dataclass(frozen=True)
 class _TableVolume:
@@ -31,6 +36,11 @@ class _TableVolume:
     png_window: tuple[float, float] | None
     size: int
     count: int
+
+    @property
+    def source(self) -> str:
+        """The path of its input."""
+        return self.path
 
 
 def encode_with_labels(
