@@ -12,6 +12,8 @@ from typing import IO, Any
 
 from maknet_jax.errors import InputError
 
+PNG_SOFTWARE = "maknet-jax"  # the text chunk "Software" of the PNGs that this package writes
+
 # Bytes of a name that are not UTF-8 (as Python decodes them), control characters, and characters
 # that reverse or break lines.
 _UNPRINTABLE = re.compile(

@@ -317,7 +317,7 @@ def test_broken_headers_and_decompression_bombs_are_rejected(tmp_path, monkeypat
     deep.write_bytes(good[:128] + b"DICM" + b"\x08\x00\x40\x11SQ\0\0\xff\xff\xff\xff" + item * 5000)
     for path in (empty, noise, deep):
         assert re.match("broken DICOM|.*Modality", only_reason(path))
-    monkeypatch.setattr(dicom, "LARGEST_FILE", 1 << 20)
+    monkeypatch.setattr(dicom, "LARGEST_INFLATED", 1 << 20)
     bomb = write_slice(tmp_path / "bomb.dcm", syntax="1.2.840.10008.1.2.1.99").read_bytes()
     start = bomb.index(b"1.2.840.10008.1.2.1.99")
     meta = pydicom.filereader.read_file_meta_info(tmp_path / "bomb.dcm")

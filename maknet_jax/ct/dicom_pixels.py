@@ -1,6 +1,8 @@
 """The stored pixel values of a DICOM slice in all supported transfer syntaxes."""
 
+import io
 import struct
+from typing import BinaryIO, cast
 
 import numpy as np
 import pydicom
@@ -8,6 +10,7 @@ from pydicom import uid as dicom_uid
 from pydicom.encaps import generate_frames
 
 from maknet_jax.ct import decoding
+from maknet_jax.ct.reading import Bounded
 from maknet_jax.errors import Rejected
 
 NATIVE = (
@@ -80,7 +83,8 @@ def _native_values(
 
 def _check_encoded(pixel_data: bytes, shape: tuple[int, ...], syntax: str) -> None:
     """Rejects an encoded image that is truncated or whose decoded size would be too large."""
-    frames = list(generate_frames(pixel_data, number_of_frames=1))
+    buffer = cast("BinaryIO", Bounded(io.BytesIO(pixel_data)))
+    frames = list(generate_frames(buffer, number_of_frames=1))
     if len(frames) != 1:
         raise Rejected(f"{len(frames)} encoded frames, expected 1")
     frame = frames[0]

@@ -1,5 +1,7 @@
 """CT volumes and label maps as NIfTI, converted to the standard orientation by their affine."""
 
+import gzip
+import io
 import itertools
 import os
 import xml.etree.ElementTree as ElementTree
@@ -7,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
-from maknet_jax.ct import geometry
+from maknet_jax.ct import containers, geometry
 from maknet_jax.ct.reading import LARGEST_MATRIX, LARGEST_SERIES, one_line, quiet
 from maknet_jax.errors import Rejected
 
@@ -112,11 +114,9 @@ def read_label_names(path: str | os.PathLike[str]) -> dict[int, str]:
     Raises:
       Rejected: the file or the table cannot be read.
     """
-    import nibabel
-
     try:
         with quiet():
-            image = cast("Nifti1Image", nibabel.load(path))
+            image = _load(path)
             contents = [extension.get_content() for extension in image.header.extensions]
         texts = [bytes(content) for content in contents if isinstance(content, bytes | bytearray)]
         tables = [text for text in texts if b"<LabelTable" in text]
@@ -146,11 +146,9 @@ def _grid_difference(one: _Opened, other: _Opened) -> str:
 
 def _open(path: str | os.PathLike[str]) -> _Opened:
     """Reads and checks the header only."""
-    import nibabel  # slow to import, and most runs read no NIfTI
-
     try:
         with quiet():
-            image = cast("Nifti1Image", nibabel.load(path))
+            image = _load(path)
             shape = tuple(int(n) for n in image.shape)
             dtype = image.get_data_dtype()
             header = image.header
@@ -180,6 +178,22 @@ def _open(path: str | os.PathLike[str]) -> _Opened:
         raise Rejected("sform and qform disagree about the orientation")
     z, y, x = axes
     return _Opened(proxy, affine, axes, shape, (spacing[z.axis], spacing[y.axis], spacing[x.axis]))
+
+
+def _load(path: str | os.PathLike[str]) -> "Nifti1Image":
+    """The image of a file, or of a member of an archive, which is read as a stream."""
+    import nibabel  # slow to import, and most runs read no NIfTI
+
+    if not containers.in_archive(path):
+        return cast("Nifti1Image", nibabel.load(path))
+    file = cast("io.BufferedIOBase", containers.open_file(path))
+    if os.fspath(path).lower().endswith(".gz"):
+        file = gzip.GzipFile(fileobj=file)
+    version = file.read(4)
+    file.seek(0)
+    second = 540 in (int.from_bytes(version, "little"), int.from_bytes(version, "big"))
+    kind = nibabel.Nifti2Image if second else nibabel.Nifti1Image
+    return cast("Nifti1Image", kind.from_stream(file))
 
 
 def geometry_of(

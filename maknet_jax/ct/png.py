@@ -10,6 +10,8 @@ import struct
 import numpy as np
 from PIL import Image
 
+from maknet_jax import files
+from maknet_jax.ct import containers
 from maknet_jax.ct.reading import LARGEST_MATRIX, one_line
 from maknet_jax.errors import InputError, Rejected
 
@@ -19,6 +21,15 @@ LOWEST = -4096  # HU; no scanner pads below this; DeepLesion's padding is -2048 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _END = b"IEND\xaeB`\x82"
 _GREY = 0  # colour type
+
+
+def is_own_output(path: str | os.PathLike[str]) -> bool:
+    """Whether this package wrote a PNG (a chart, a contact sheet), which is not CT."""
+    try:
+        with containers.open_file(path) as file:
+            return b"Software\0" + files.PNG_SOFTWARE.encode() in file.read(1024)
+    except OSError:
+        return False  # read_png() reports it
 
 
 def split_name(path: str | os.PathLike[str]) -> tuple[str, int | None]:
@@ -69,7 +80,7 @@ def read_png(path: str | os.PathLike[str], window: tuple[float, float] | None = 
     if window is not None:
         check_window(window)
     try:
-        content = pathlib.Path(path).read_bytes()
+        content = containers.read_file(path)
     except OSError as error:
         raise Rejected(f"cannot be read ({error.strerror})") from error
     if not content.startswith(_SIGNATURE) or content[12:16] != b"IHDR" or len(content) < 33:

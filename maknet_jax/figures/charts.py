@@ -141,7 +141,7 @@ def _figure(inches: tuple[float, float]) -> Figure:
 
 def _write(figure: Figure, path: str | pathlib.Path) -> None:
     with files.write_whole(path, "wb") as file:
-        figure.savefig(file, format="png")
+        figure.savefig(file, format="png", metadata={"Software": files.PNG_SOFTWARE})
 
 
 def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
