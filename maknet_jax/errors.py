@@ -22,7 +22,11 @@ class NothingUsable(InputError):
         """Args: problem: the first part of the message; most: the number of reasons in it."""
         counts = collections.Counter(reason for _, reason in failures).most_common(most)
         others = len(failures) - sum(count for _, count in counts)
-        reasons = [f"{reason} ({count})" if count > 1 else reason for reason, count in counts]
+        first = {reason: path for path, reason in reversed(failures)}
+        reasons = [
+            f"{reason} ({count} inputs)" if count > 1 else f"{first[reason]}: {reason}"
+            for reason, count in counts
+        ]
         reasons += [f"and {others} others"] if others else []
         super().__init__(problem + (f": {'; '.join(reasons)}" if reasons else ""))
         self.failures = tuple(failures)

@@ -40,7 +40,7 @@ def predict(
 
     Args:
       folder: the workdir of `maknet train`, a bundle or a released name.
-      path: a file or a folder of DICOM, NIfTI or PNG.
+      path: a file or a folder of DICOM, NIfTI or PNG, an archive, or a DICOMDIR.
       out: the CSV of slices. `STEM.series.csv`, `STEM.summary.json` and `STEM.log.jsonl` are
         written beside it, and `STEM.failures.csv` if inputs were rejected. One unreadable slice
         rejects its whole series.

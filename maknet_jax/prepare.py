@@ -123,7 +123,7 @@ def prepare_dicom(
     """Prepares folders of DICOM or NIfTI as unlabelled triplets without overlap (section 4.1).
 
     Args:
-      folder: a file or a folder tree of CT.
+      folder: a file or a folder tree of CT, an archive, or a DICOMDIR.
       out: the folder to write.
       salt_file: the secret key of the ids, created if absent; None means
         `~/.config/maknet/salt`. It is never written into the records.

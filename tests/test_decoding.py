@@ -8,7 +8,6 @@ import time
 import numpy as np
 import pydicom
 import pytest
-from pydicom.encaps import encapsulate
 from test_dicom import only_reason, only_series
 
 from maknet_jax.ct import decoding, dicom, reading
@@ -79,13 +78,15 @@ def test_parsing_is_bounded_in_time(shared_data, tmp_path, monkeypatch):
     empty = b"\x09\x00\x01\x10LO\0\0" * 6000
     meta = b"\x02\0\x10\0UI\x14\x001.2.840.10008.1.2.1\0"
     (tmp_path / "plain.dcm").write_bytes(bytes(128) + b"DICM" + meta + empty)
-    nested = b"\x08\0\x40\x11SQ\0\0\xff\xff\xff\xff" + b"\xfe\xff\0\xe0\0\0\0\0" * 6000
+    item = b"\xfe\xff\0\xe0\x08\0\0\0\x08\0\x60\0CS\0\0"
+    nested = b"\x08\0\x40\x11SQ\0\0\xff\xff\xff\xff" + item * 6000
     (tmp_path / "items.dcm").write_bytes(bytes(128) + b"DICM" + meta + nested)
     for name in ("plain.dcm", "items.dcm"):
         assert "5000 elements" in only_reason(tmp_path / name)
     (path,) = (shared_data / "dicom" / "transfer_syntaxes").glob("*.4.90.dcm")
     data = pydicom.dcmread(path)
-    data.PixelData = encapsulate([b""] * 6000)
+    fragments = b"\xfe\xff\0\xe0\2\0\0\0ab" * 6000
+    data.PixelData = b"\xfe\xff\0\xe0\0\0\0\0" + fragments + b"\xfe\xff\xdd\xe0\0\0\0\0"
     data.save_as(tmp_path / "fragments.dcm")
     assert "5000 elements" in only_reason(tmp_path / "fragments.dcm")
 

@@ -31,7 +31,9 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
     _add_output_options(verb, size="256; with --lesions 120")
 
     verb = options.verb(forms, "dicom", _run_dicom)
-    verb.add_argument("folder", help="a file or a folder tree of CT")
+    verb.add_argument(
+        "folder", help="a file or a folder tree of CT, a zip or tar of one, or a DICOMDIR"
+    )
     _add_salt_option(verb)
     verb.add_argument(
         "--min-slices",

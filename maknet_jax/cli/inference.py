@@ -43,7 +43,9 @@ def _run_demo(chosen: argparse.Namespace) -> None:
 
 def _predict(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(verbs, "predict", _run_predict)
-    verb.add_argument("path", help="file or folder of DICOM, NIfTI or PNG")
+    verb.add_argument(
+        "path", help="file or folder of DICOM, NIfTI or PNG, a zip or tar of one, or a DICOMDIR"
+    )
     options.model(verb)
     verb.add_argument("--out", required=True, help="CSV file to write")
     verb.add_argument(

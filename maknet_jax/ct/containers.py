@@ -41,9 +41,18 @@ _COMPRESSED: dict[str, Callable[..., Any]] = {
 }
 ENDINGS = (".zip", ".tar", *_COMPRESSED)
 _INSIDE = re.compile(rf"(?:{'|'.join(map(re.escape, ENDINGS))})(?=/)", re.IGNORECASE)
-# What zipfile, tarfile and the decompressors raise on damaged files.
-_DAMAGED: tuple[type[Exception], ...] = (zipfile.BadZipFile, tarfile.TarError, zlib.error)
-_DAMAGED += (lzma.LZMAError, EOFError, ValueError, RuntimeError, struct.error)
+# What zipfile, tarfile and the decompressors raise on damaged files; gzip's has no errno.
+DAMAGED: tuple[type[Exception], ...] = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    gzip.BadGzipFile,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    struct.error,
+)
 
 Path = str | os.PathLike[str]
 
@@ -99,7 +108,7 @@ def read_file(path: Path) -> bytes:
     with open_file(path) as file:
         try:
             return file.read()
-        except _DAMAGED as error:
+        except DAMAGED as error:
             raise OSError(errno.EIO, f"damaged archive: {one_line(error)}", str(path)) from None
 
 
@@ -234,7 +243,7 @@ def _open_archive(path: str, _mtime_ns: int, _size: int) -> tuple["_Archive | No
         return (_Zip if path.lower().endswith(".zip") else _Tar)(path), ""
     except Rejected as error:
         return None, f"refused as a whole: {error}"
-    except _DAMAGED as error:
+    except DAMAGED as error:
         return None, f"refused as a whole: damaged archive ({one_line(error)})"
 
 
@@ -318,7 +327,7 @@ class _Zip(_Archive):
     def open(self, name: str) -> IO[bytes]:
         try:
             return self._zip.open(self._member(name))
-        except _DAMAGED as error:
+        except DAMAGED as error:
             text = f"damaged archive: {one_line(error)}"
             raise OSError(errno.EIO, text, f"{self.path}/{name}") from None
 

@@ -21,6 +21,7 @@ LOWEST = -4096  # HU; no scanner pads below this; DeepLesion's padding is -2048 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _END = b"IEND\xaeB`\x82"
 _GREY = 0  # colour type
+_WINDOW_ADVICE = ": add --png-window LOW,HIGH"
 
 
 def is_own_output(path: str | os.PathLike[str]) -> bool:
@@ -100,9 +101,7 @@ def read_png(path: str | os.PathLike[str], window: tuple[float, float] | None = 
     if depth != 8:
         raise Rejected(f"{depth}-bit PNG of colour type {colour}: expected 16-bit grey or 8-bit")
     if window is None:
-        raise Rejected(
-            "8-bit PNG: HU are unknown without the display window: add --png-window LOW,HIGH"
-        )
+        raise Rejected("8-bit PNG: HU are unknown without the display window" + _WINDOW_ADVICE)
     pixels = _pixels(content, None if colour == _GREY else "RGBA")
     if pixels.ndim == 3:
         if (pixels[..., 3] != 255).any():
@@ -112,6 +111,11 @@ def read_png(path: str | os.PathLike[str], window: tuple[float, float] | None = 
         pixels = pixels[..., 0]
     low, high = window
     return np.rint(low + pixels.astype(np.float64) * ((high - low) / 255)).astype(np.int16)
+
+
+def reason_without_window(error: Exception) -> str:
+    """The reason of a rejection, for commands without the option --png-window."""
+    return str(error).removesuffix(_WINDOW_ADVICE)
 
 
 def check_window(window: tuple[float, float]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from maknet_jax import files
 from maknet_jax.ct import containers, dicom, dicomdir, nifti, png
-from maknet_jax.ct.reading import content_id
+from maknet_jax.ct.reading import content_id, one_line
 from maknet_jax.ct.stacks import order_slices
 from maknet_jax.errors import InputError, Rejected
 
@@ -109,8 +109,8 @@ def header_of(path: str) -> dicom.Header | OSError | None:
         return dicom.read_header(path) if dicom.looks_like_dicom(path) else None
     except OSError as error:
         return error
-    except Rejected as error:  # an archive that cannot be read
-        return OSError(errno.EIO, str(error))
+    except containers.DAMAGED as error:  # of an archive
+        return OSError(errno.EIO, f"damaged archive: {one_line(error)}")
 
 
 def group_by_series(headers: Iterable[dicom.Header]) -> list[list[dicom.Header]]:
@@ -128,7 +128,7 @@ def group_by_series(headers: Iterable[dicom.Header]) -> list[list[dicom.Header]]
 def series_key(group: Sequence[dicom.Header]) -> str:
     """The SeriesInstanceUID of a group, or an id computed from the UIDs of its slices."""
     if group[0].series:
-        return group[0].series
+        return files.printable(group[0].series)
     return content_id("\n".join(sorted(header.uid for header in group)).encode())
 
 

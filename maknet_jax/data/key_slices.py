@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from maknet_jax.ct import preprocess, volumes
+from maknet_jax.ct import png, preprocess, volumes
 from maknet_jax.data import deeplesion, lesions, shards
 from maknet_jax.data.labels import Vocabulary, ontology_vocabulary, read_ontology
 from maknet_jax.data.triplets import encode_with_labels
@@ -150,7 +150,7 @@ def make_key_slice(unit: _KeySlice) -> shards.UnitResult:
     try:
         volume, centre = volumes.load_series_of(unit.path)
     except (Rejected, InputError) as error:
-        return shards.UnitResult(failures=((unit.path, str(error)),))
+        return shards.UnitResult(failures=((unit.path, png.reason_without_window(error)),))
     slices = preprocess.neighbours(volume.hu, centre or 0)
     image, box = preprocess.make_triplet(slices, unit.size)
     meta = dict(unit.meta) | {"crop": box}
@@ -167,7 +167,7 @@ def make_lesion(unit: _KeySlice) -> shards.UnitResult:
             unit.path, box, meta["spacing"], unit.size
         )
     except (Rejected, InputError) as error:
-        return shards.UnitResult(failures=((unit.path, str(error)),))
+        return shards.UnitResult(failures=((unit.path, png.reason_without_window(error)),))
     record = encode_with_labels(unit.id, image, unit.labels, unit.label_mask, meta)
     return shards.UnitResult((record,), counters={"neighbours repeated": repeated})
 

@@ -7,7 +7,7 @@
 The names of a label map's values come from `CASE/segmentation.json` or `.csv`, else from the same
 file in the folder above the case, else from the label table in the map's header. The JSON object
 maps values to names or names to values; the CSV has the columns `value` and `name`. `.nii` is read
-like `.nii.gz`. Only headers are read here.
+like `.nii.gz`, and zip and tar archives like folders. Only headers are read here.
 """
 
 import csv

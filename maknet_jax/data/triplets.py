@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from maknet_jax.ct import preprocess, pseudonym, volumes
+from maknet_jax.ct import png, preprocess, pseudonym, volumes
 from maknet_jax.ct.search import SeriesRef
 from maknet_jax.data import records, shards, table
 from maknet_jax.data.labels import Vocabulary
@@ -79,7 +79,8 @@ def make_series(unit: _Series) -> shards.UnitResult:
     try:
         volume = volumes.load_series(unit.ref)
     except Rejected as error:
-        return shards.UnitResult(failures=((unit.ref.paths[0], str(error)),))
+        reason = png.reason_without_window(error)
+        return shards.UnitResult(failures=((unit.ref.paths[0], reason),))
     series = pseudonym.pseudonym(unit.salt, volume.series)
     examples = []
     for centre in preprocess.centres(len(volume.hu), overlap=False):
