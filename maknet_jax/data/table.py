@@ -5,8 +5,7 @@
     scans/series-3,lung,val,IM0042.dcm,p2
     pngs/000001_01_01_109.png,,test,,p3
 
-`path` is a DICOM, NIfTI or PNG file, or a folder with one series, relative to the table; both may be
-in a zip or tar (`scans.zip/s1/IM1.dcm`). `labels`
+`path` is a DICOM, NIfTI or PNG file, or a folder with one series, relative to the table. `labels`
 are separated by `|`; an empty cell means that all labels are absent. `slice` selects a slice of a
 volume: in a NIfTI file by its stored index along z, in a folder by file name or by index from the
 head, counted from 0. `patient` is optional, but without it a patient in two splits is not detected.
