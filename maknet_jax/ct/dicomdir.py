@@ -7,20 +7,19 @@ from typing import BinaryIO, cast
 import pydicom
 from pydicom import uid as dicom_uid
 
-from maknet_jax.ct import containers
+from maknet_jax.ct import containers, dicom
 from maknet_jax.ct.reading import one_line, quiet
 from maknet_jax.errors import InputError
 
 
 def is_dicomdir(path: str) -> bool:
-    """Whether a file is a DICOMDIR: by its name or its file meta information."""
+    """Whether a file is a DICOMDIR, by its file meta information."""
     try:
-        with containers.open_file(path) as file:
-            start = file.read(1024)
-    except OSError:
+        with quiet(), containers.open_file(path) as file:
+            storage = dicom.file_meta(file).get("MediaStorageSOPClassUID")
+    except Exception:  # pydicom raises any exception on broken files
         return False
-    uid = str(dicom_uid.MediaStorageDirectoryStorage).encode() + b"\0"
-    return start[128:132] == b"DICM" and uid in start
+    return storage == dicom_uid.MediaStorageDirectoryStorage
 
 
 def listed_files(path: str, failures: list[tuple[str, str]]) -> Iterator[str]:

@@ -63,14 +63,18 @@ class Workers:
             unit, or raises. `how` is "signal 9" or "exit code 1".
 
         Raises:
-          InputError: a worker died before its first unit.
+          InputError: a worker died before its first unit. An exception of `function` is raised in
+            place of its result.
         """
-        results: dict[int, Result] = {}
+        results: dict[int, tuple[Result, Exception | None]] = {}
         busy: dict[int, int] = {}  # position of a worker -> number of its unit
         sent = yielded = 0
         while yielded < len(units):
             while yielded in results:
-                yield results.pop(yielded)
+                result, error = results.pop(yielded)
+                if error is not None:
+                    raise error
+                yield result
                 yielded += 1
             for place, worker in enumerate(self._workers):
                 ahead = sent - yielded < _AHEAD * len(self._workers)
@@ -96,7 +100,7 @@ class Workers:
                             "calls with `if __name__ == '__main__':`, because each worker imports "
                             "it, or use one worker"
                         ) from None
-                    results[number] = died(units[number], how)
+                    results[number] = died(units[number], how), None
                     self._workers[place] = _Worker(self._context)
 
     def close(self) -> None:
@@ -126,21 +130,18 @@ class _Worker:
             self.pipe.send(call)
 
     def receive(self) -> Any:
-        """The result of the call.
+        """(result, None) or (None, exception) of the call.
 
         Raises:
-          EOFError: the process has died. An exception of the function is raised as well.
+          EOFError: the process has died.
         """
         try:
             if not self.started:
                 self.pipe.recv()
                 self.started = True
-            result, error = self.pipe.recv()
+            return self.pipe.recv()
         except ConnectionResetError:
             raise EOFError from None
-        if error is not None:
-            raise error
-        return result
 
     def kill(self) -> None:
         """Ends the process at once."""
