@@ -28,7 +28,7 @@ from maknet_jax import console, predict
 from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.attribution import perturbation
 from maknet_jax.ct import arrays, reading, search, volumes
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, NothingUsable
 from maknet_jax.evaluation.series import SeriesResult
 from maknet_jax.explain.network import Network, make_network, network_name
 from maknet_jax.explain.options import PathOptions
@@ -229,8 +229,7 @@ class Model:
                 read = functools.partial(volumes.load_series, ref, **options)
                 results.append(score(volume, advance=advance, read=read))
         if not results:
-            reason = f": {failures[0][0]}: {failures[0][1]}" if failures else ""
-            raise InputError(f"{path} holds no readable series of DICOM, NIfTI or PNG{reason}")
+            raise NothingUsable(f"{path} holds no readable series of DICOM, NIfTI or PNG", failures)
         return Prediction(tuple(results), tuple(failures))
 
     def logits(self, images: "np.ndarray | Prediction", *, batch_size: int = 16) -> np.ndarray:

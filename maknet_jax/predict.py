@@ -9,7 +9,7 @@ import numpy as np
 
 from maknet_jax import console, files
 from maknet_jax.ct import preprocess, reading, search, volumes
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, NothingUsable
 from maknet_jax.evaluation import metrics
 from maknet_jax.evaluation.series import SeriesResult
 from maknet_jax.figures.charts import write_label_chart
@@ -42,7 +42,7 @@ def predict(
 
     Args:
       folder: the workdir of `maknet train`, a bundle or a released name.
-      path: a file or a folder of DICOM, NIfTI or PNG.
+      path: a file or a folder of DICOM, NIfTI or PNG, an archive, or a DICOMDIR.
       out: the CSV of slices. `STEM.series.csv`, `STEM.summary.json` and `STEM.log.jsonl` are
         written beside it, and `STEM.failures.csv` if inputs were rejected. One unreadable slice
         rejects its whole series.
@@ -67,10 +67,12 @@ def predict(
     if features is not None and pathlib.Path(features).suffix != ".npz":
         raise InputError(f"--features {features} should be a file whose name ends in .npz")
     read_as = reading.Overrides(**overrides)
+    failures_file = out.with_suffix(".failures.csv")
     series, failures = search.find_series(path, overrides=read_as)
+    unreadable = f"{path} holds no readable series of DICOM, NIfTI or PNG"
     if not series:
-        reason = f": {failures[0][0]}: {failures[0][1]}" if failures else ""
-        raise InputError(f"{path} holds no readable series of DICOM, NIfTI or PNG{reason}")
+        with console.list_failures(failures_file):
+            raise NothingUsable(unreadable, failures)
     run = workdir.open_run(folder, checkpoint_name=checkpoint)
     slice_rows: list[tuple] = []
     series_rows: list[tuple] = []
@@ -104,7 +106,8 @@ def predict(
                 rounded = np.round(result.confidences, 4).tolist()
                 confidences.append(names | {"confidences": rounded})
     if not slice_rows:
-        raise InputError(f"{path} holds no readable series: {failures[0][0]}: {failures[0][1]}")
+        with console.list_failures(failures_file):
+            raise NothingUsable(unreadable, failures)
     console.write_table(out, SLICE_COLUMNS, slice_rows)
     console.write_table(out.with_suffix(".series.csv"), SERIES_COLUMNS, series_rows)
     written = [out, out.with_suffix(".series.csv"), *chart_files]
@@ -118,7 +121,6 @@ def predict(
         with files.write_whole(features, "wb") as file:
             np.savez(file, features=np.concatenate(feature_rows), ids=np.array(feature_ids))
         written.append(pathlib.Path(features))
-    failures_file = out.with_suffix(".failures.csv")
     console.write_failures(failures_file, failures)
     summary = {
         "workdir": str(folder),
