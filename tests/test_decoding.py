@@ -61,6 +61,20 @@ def test_a_decoder_that_takes_too_long_is_stopped(lossless, monkeypatch):
     np.testing.assert_array_equal(dicom.read_slice(lossless)[1], expected)
 
 
+def test_the_child_process_imports_the_package_of_its_parent(lossless, tmp_path, monkeypatch):
+    """Not one in the current folder."""
+    (tmp_path / "maknet_jax").mkdir()
+    (tmp_path / "maknet_jax" / "__init__.py").write_text("raise SystemExit(1)")
+    monkeypatch.chdir(tmp_path)
+    decoding._child.cache_clear()
+    assert dicom.read_slice(lossless)[1].shape == (512, 512)
+    decoding._child.cache_clear()
+    monkeypatch.setattr(decoding, "_START", "raise SystemExit(7)")
+    with pytest.raises(Rejected, match="does not start: exit code 7"):
+        dicom.read_slice(lossless)
+    decoding._child.cache_clear()
+
+
 def test_only_lossless_jpeg_needs_the_child_process(shared_data, monkeypatch):
     monkeypatch.setattr(decoding, "_child", lambda: pytest.fail("started a process"))
     for path in (shared_data / "dicom" / "transfer_syntaxes").glob("*.dcm"):

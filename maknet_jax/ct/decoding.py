@@ -31,7 +31,6 @@ _IMAGE = {
     "bits_stored": "BitsStored",
     "pixel_representation": "PixelRepresentation",
 }
-_READY = "ready"
 _START = "import sys; from maknet_jax.ct import decoding; decoding.serve(int(sys.argv[1]))"
 
 
@@ -78,14 +77,8 @@ class _Child:
         """Decodes one image; one thread at a time."""
         with self._lock:
             try:
-                if self._pipe is None:
-                    self._start()
-                assert self._pipe is not None
-                self._pipe.send(call)
-                if not self._pipe.poll(TIME_LIMIT):
-                    raise Rejected(f"broken pixel data: not decoded within {TIME_LIMIT:g} seconds")
-                values, problem = self._pipe.recv()
-            except (EOFError, OSError):
+                values, problem = self._answer(call)
+            except EOFError:
                 self._stop()
                 raise Rejected("broken pixel data: the decoder aborted") from None
             except BaseException:  # the answer to this call must not be taken for the next one's
@@ -95,21 +88,38 @@ class _Child:
             raise Rejected(problem)
         return values
 
-    def _start(self) -> None:
+    def _answer(self, call: tuple[Any, ...]) -> tuple[np.ndarray, str]:
+        """(values, problem); raises EOFError if the process died."""
+        if self._pipe is None:
+            self._pipe = self._start()
+        try:
+            self._pipe.send(call)
+            if not self._pipe.poll(TIME_LIMIT):
+                raise Rejected(f"broken pixel data: not decoded within {TIME_LIMIT:g} seconds")
+            return self._pipe.recv()
+        except (BrokenPipeError, ConnectionResetError):
+            raise EOFError from None
+
+    def _start(self) -> multiprocessing.connection.Connection:
         ours, theirs = socket.socketpair()
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        pipe = multiprocessing.connection.Connection(ours.detach())
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _START, str(theirs.fileno())],
+                [sys.executable, "-P", "-c", _START, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env=os.environ | {"PYTHONPATH": paths},
             )
-        self._pipe = multiprocessing.connection.Connection(ours.detach())
-        if not self._pipe.poll(TIME_LIMIT) or self._pipe.recv() != _READY:
-            raise Rejected("the process that decodes JPEG does not start")
+        try:
+            pipe.recv()
+        except (EOFError, ConnectionResetError):
+            pipe.close()
+            code = self._process.wait()
+            raise RuntimeError(f"the JPEG decoder does not start: exit code {code}") from None
+        return pipe
 
     def _stop(self) -> None:
         if self._pipe is not None:
@@ -130,7 +140,7 @@ def serve(descriptor: int) -> None:
     pipe = multiprocessing.connection.Connection(descriptor)
     with contextlib.suppress(EOFError, OSError), tempfile.TemporaryFile() as printed, quiet():
         os.dup2(printed.fileno(), 2)
-        pipe.send(_READY)
+        pipe.send("ready")
         while True:
             call = pipe.recv()
             values, problem = None, ""
