@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import shutil
 
+import nibabel
 import numpy as np
 import pydicom
 import pytest
@@ -213,7 +215,31 @@ def test_without_a_readable_series_nothing_is_written(trained, tmp_path):
     out = tmp_path / "out" / "labels.csv"
     with pytest.raises(InputError, match=r"broken\.png"):
         predict.predict(trained, scans, out)
-    assert not out.parent.exists()
+    assert [path.name for path in out.parent.iterdir()] == ["labels.failures.csv"]
+    (failure,) = read(out.with_suffix(".failures.csv"))
+    assert failure["input"].endswith("broken.png")
+
+
+def test_a_file_that_aborts_its_decoder_and_odd_names_leave_the_rest(
+    trained, phantom, shared_data, tmp_path
+):
+    scans = tmp_path / os.fsdecode(b"M\xfcller $x$") / "=1\x1b[2J"
+    series = next(path for path in sorted(phantom["dicom"].iterdir()) if path.is_dir())
+    shutil.copytree(series, scans)
+    shutil.copy(shared_data.parent / "cases" / "jpeg_lossless_abort.dcm", scans)
+    values = np.random.default_rng(0).integers(-1000, 300, (48, 48, 3)).astype(np.int16)
+    nibabel.Nifti1Image(values, np.eye(4)).to_filename(scans / "v.nii")
+    out = tmp_path / "out" / "labels.csv"
+    arguments = ["predict", str(tmp_path), "--model", str(trained), "--out", str(out)]
+    for _ in range(2):
+        assert cli.main([*arguments, "--json", "--charts"]) == 3
+        assert len(read(out)) == len(list(series.iterdir())) + 3
+        for path in out.parent.glob("*.[cj]s*"):
+            content = path.read_text(encoding="utf-8")
+            assert "\x1b" not in content and "\\udcfc" not in content, path
+        assert {row["series"] for row in read(out)} >= {r"M\xfcller $x$/=1\x1b[2J/v.nii"}
+        (failure,) = read(out.with_suffix(".failures.csv"))
+        assert "aborted" in failure["reason"]
 
 
 def test_real_series_in_all_formats(trained, shared_data, tmp_path):
