@@ -1,9 +1,7 @@
 """Exceptions for bad input and for a run that a signal stops; hints for misspelt names."""
 
-from collections.abc import Iterable
-
 import collections
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class InputError(ValueError):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_dicom import stored_values, write_series
 
-from maknet_jax.ct import containers, search, volumes
+from maknet_jax.ct import archives, containers, search, volumes
 from maknet_jax.errors import InputError
 
 ENDINGS = (".zip", ".tar", ".tar.gz", ".tar.bz2", ".tar.xz")
@@ -90,7 +90,7 @@ def test_links_bombs_duplicates_and_damage_refuse_an_archive(tmp_path, monkeypat
     info.external_attr = 0o120777 << 16
     with zipfile.ZipFile(tmp_path / "link.zip", "w") as file:
         file.writestr(info, "/etc/passwd")
-    monkeypatch.setattr(containers, "SMALL", 1 << 20)
+    monkeypatch.setattr(archives, "SMALL", 1 << 20)
     pack(tmp_path / "bomb.zip", {"x.dcm": bytes(8 << 20)})
     pack(tmp_path / "bomb.tar.gz", {"x.dcm": bytes(8 << 20)})
     with pytest.warns(UserWarning, match="Duplicate"):
@@ -117,7 +117,7 @@ def test_links_bombs_duplicates_and_damage_refuse_an_archive(tmp_path, monkeypat
 
 
 def test_an_archive_of_too_many_members_is_refused_before_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(containers, "MOST_MEMBERS", 20)
+    monkeypatch.setattr(archives, "MOST_MEMBERS", 20)
     for ending in (".zip", ".tar"):
         pack(tmp_path / f"a{ending}", {str(k): b"" for k in range(21)})
     # A table of contents that would fill the memory is not read, whatever it says.

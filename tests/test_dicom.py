@@ -246,6 +246,8 @@ def test_unevenly_spaced_slices_are_rejected(tmp_path, places, parts):
         ({"HighBit": 14}, "BitsAllocated 16, BitsStored 16, HighBit 14"),
         ({"BitsStored": 17, "HighBit": 16}, "BitsAllocated 16, BitsStored 17"),
         ({"RescaleSlope": 0}, "RescaleSlope 0"),
+        ({"RescaleSlope": "1e300"}, "RescaleSlope 1e300"),
+        ({"RescaleIntercept": "-1e300"}, "RescaleIntercept -1e300"),
         ({"RescaleType": "MGML"}, "RescaleType MGML"),
         ({"ImageOrientationPatient": [0, 1, 0, 0, 0, -1]}, "only axial slices|90 degrees"),
         ({"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}, "ImageOrientationPatient .*1.0"),

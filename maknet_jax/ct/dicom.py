@@ -276,8 +276,11 @@ def _problem(data: pydicom.Dataset, modality: str, storage: str, syntax: str) ->
         return f"PixelRepresentation {signed}: expected 0 or 1"
     if slope is None or intercept is None:
         return "no RescaleSlope or RescaleIntercept: the values cannot be converted to HU"
-    if not (math.isfinite(slope) and slope > 0 and math.isfinite(intercept)):
-        return f"RescaleSlope {slope} and RescaleIntercept {intercept}: expected finite, slope > 0"
+    if not (0 < slope <= 1e6 and abs(intercept) <= 1e9):  # the rest overflows or is not finite
+        return (
+            f"RescaleSlope {slope} and RescaleIntercept {intercept}: expected a slope above 0 and "
+            "at most 1e6, and an intercept of at most 1e9"
+        )
     letters = "".join(filter(str.isalpha, unit.lower()))
     # GDCM and SimpleITK write US (unspecified), GE "Houndsfield Unit"; HU_MOD is another unit.
     if letters not in ("", "hu", "us", "unspecified") and not letters.startswith("houn"):

@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
 from maknet_jax import files
-from maknet_jax.ct import containers, dicom, dicomdir, nifti, own_outputs, png, reading
+from maknet_jax.ct import archives, containers, dicom, dicomdir, nifti, own_outputs, png, reading
 from maknet_jax.ct.reading import content_id, one_line
 from maknet_jax.ct.stacks import order_slices
 from maknet_jax.errors import InputError, Rejected
@@ -135,7 +135,7 @@ def header_of(
         return dicom.read_header(path, overrides) if dicom.looks_like_dicom(path) else None
     except OSError as error:
         return error
-    except containers.DAMAGED as error:  # of an archive
+    except archives.DAMAGED as error:  # of an archive
         return OSError(errno.EIO, f"damaged archive: {one_line(error)}")
 
 
