@@ -209,8 +209,8 @@ def predict_series(
 
 
 def _check_free(out: pathlib.Path, features: str | pathlib.Path | None) -> None:
-    """Checks that no output exists; a log is continued."""
-    endings = ("series.csv", "wide.csv", "audit.csv", "json", "summary.json", "failures.csv")
+    """Checks that no output exists; a log is continued, a list of failures replaced."""
+    endings = ("series.csv", "wide.csv", "audit.csv", "json", "summary.json")
     outputs = [out, *(out.with_suffix(f".{ending}") for ending in endings)]
     outputs += sorted(out.parent.glob(f"{glob.escape(out.stem)}.[0-9][0-9][0-9].png"))
     outputs += [pathlib.Path(features)] if features is not None else []

@@ -9,8 +9,9 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+from PIL import Image
 
-from maknet_jax import cli, console, evaluate, files, predict
+from maknet_jax import cli, evaluate, files, predict
 from maknet_jax.ct import preprocess, search, volumes
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation import body_parts, series_tables
@@ -164,9 +165,11 @@ def test_outputs_in_the_input_folder_are_not_inputs(trained, phantom, tmp_path):
     files.write_json(scans / "maps" / "settings.json", {"networks": []})
     files.write_json(scans / "shards" / ".parts" / "plan.json", {})
     files.write_json(scans / "mine" / "dataset.json", {"numTraining": 1})  # nnU-Net's
-    console.write_table(scans / "near.csv", ("rank", "similarity", "id", "split", "labels"), [])
-    for name in ("maps/a.png", "shards/a.png", "mine/a.png", "near.png", "picture.000.png"):
-        shutil.copy(scans / "labels.000.png", scans / name)
+    for name in ("maps/a.png", "shards/a.png", "copy.png"):
+        shutil.copy(scans / "labels.000.png", scans / name)  # its metadata name this package
+    for name in ("mine/a.png", "picture.000.png"):
+        with Image.open(scans / "labels.000.png") as picture:
+            picture.save(scans / name)
     found, _ = search.find_series(scans)
     assert sum(ref.count for ref in found if ref.kind == "dicom") == first["slices"]
     pictures = {path for ref in found if ref.kind == "png" for path in ref.paths}
