@@ -18,6 +18,7 @@ features of a head and of its mirror image are alike.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -53,6 +54,17 @@ class Verdict:
     order: float | None
     series_outside: bool
     out_of_order: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers, rounded."""
+        return {
+            "distances": np.round(self.distances, 3).tolist(),
+            "outside": np.flatnonzero(self.outside).tolist(),
+            "distance": round(self.distance, 3),
+            "order": None if self.order is None else round(self.order, 3),
+            "series_outside": self.series_outside,
+            "out_of_order": self.out_of_order,
+        }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,12 +137,18 @@ class Domain:
                     f"out-of-domain statistics are damaged: {name} is {np.shape(array)}, "
                     f"expected {shape} and finite values"
                 )
-        scalars = {name for name in known if name.endswith("threshold")}
+        values = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
+        limits = {name: float(values[name][0]) for name in values if name.endswith("threshold")}
         return cls(
-            **{
-                name: float(array[0]) if name in scalars else np.asarray(array, np.float64)
-                for name, array in arrays.items()
-            }
+            mean=values["mean"],
+            projection=values["projection"],
+            centres=values["centres"],
+            slice_threshold=limits["slice_threshold"],
+            window_threshold=limits["window_threshold"],
+            series_threshold=limits.get("series_threshold"),
+            change=values.get("change"),
+            change_scale=values.get("change_scale"),
+            order_threshold=limits.get("order_threshold"),
         )
 
     def project(self, features: np.ndarray) -> np.ndarray:

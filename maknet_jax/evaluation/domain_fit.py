@@ -2,14 +2,16 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from maknet_jax import console
 from maknet_jax.data.records import Example, ExampleSource
 from maknet_jax.evaluation import domain
 from maknet_jax.evaluation.domain import Domain
+from maknet_jax.evaluation.evaluator import Evaluator
 
 COMPONENTS = 64  # at most
 CENTRES = 64  # at most
@@ -62,8 +64,8 @@ def place(example: Example) -> tuple[str, str, float]:
     series = str(meta.get("case") or meta.get("series") or (scan and scan[1]) or example.id)
     patient = str(meta.get("patient") or (scan and scan[1][:6]) or series)
     number, spacing = meta.get("slice"), (meta.get("spacing") or [None])[0]
-    known = number is not None and spacing is not None and "slices" in meta
-    return patient, f"{patient}/{series}", float(number) * float(spacing) if known else np.nan
+    known = number is not None and spacing is not None
+    return patient, f"{patient}/{series}", number * spacing if known else np.nan
 
 
 class Sample:
@@ -89,6 +91,53 @@ class Sample:
         places = [place(self[number]) for number in range(len(self))]
         patients, series, mm = (np.array(column) for column in zip(*places, strict=True))
         return Slices(features, patients, series, mm.astype(np.float64))
+
+
+def measure(
+    sources: Sequence[ExampleSource],
+    predict: Callable[..., Mapping[str, np.ndarray]],
+    variables: object,
+    *,
+    components: int,
+    check: Callable[[], None] = lambda: None,
+    **reading: int,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    """Computes the features of the training and the tuning slices, and fits the statistics.
+
+    Args:
+      sources: the training examples, and those that chose the thresholds of the labels.
+      predict: see `Evaluator`; its outputs include `features` `[B, F]`.
+      variables: the first argument of `predict`.
+      components: see `fit`.
+      check: called after each batch; may raise.
+      **reading: batch_size, process_index, process_count and threads of `Evaluator`.
+
+    Returns:
+      (`Domain.arrays`, what they were computed from, as JSON); None where `fit` has none.
+    """
+    samples, slices = [Sample(source) for source in sources], []
+    with console.progress("domain", sum(map(len, samples))) as advance:
+
+        def after_batch(count: int) -> None:
+            advance(count)
+            check()
+
+        for sample in samples:
+            evaluator = Evaluator(sample, predict, **reading)
+            outputs = evaluator.outputs(variables, ("features",), after_batch)
+            slices.append(sample.with_features(outputs["features"]))
+    statistics = fit(*slices, components=components)
+    if statistics is None:
+        return None
+    about: dict[str, Any] = {"false_alarms": FALSE_ALARMS}
+    for name, each in zip(("training", "tuning"), slices, strict=True):
+        about[f"{name}_slices"] = len(each.features)
+        about[f"{name}_patients"] = len(set(each.patients.tolist()))
+    about |= {"components": len(statistics.projection), "centres": len(statistics.centres)}
+    about["judges"] = ["slices"]
+    about["judges"] += ["series"] * (statistics.series_threshold is not None)
+    about["judges"] += ["order"] * (statistics.order_threshold is not None)
+    return statistics.arrays(), about
 
 
 def fit(train: Slices, tuning: Slices, *, components: int = COMPONENTS) -> Domain | None:
