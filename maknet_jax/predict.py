@@ -152,7 +152,7 @@ def text(summary: dict[str, Any]) -> str:
         lines.append(f"flag {flag} on {count} of {summary['series']} series: {FLAGS[flag]}")
     if summary["domain"] is None:
         lines.append(
-            "this network has no out-of-domain statistics: nothing marks CT unlike its training data"
+            "the network has no out-of-domain statistics: nothing marks CT unlike its training data"
         )
     if summary["failures"]:
         lines.append(f"rejected: {summary['failures']}, see {summary['failures_file']}")

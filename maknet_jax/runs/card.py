@@ -124,17 +124,21 @@ data.
 def _domain(about: Mapping[str, Any] | None) -> str:
     """What the out-of-domain statistics find, and what is not measured."""
     if not about:
-        return "This bundle has no out-of-domain statistics: nothing marks CT unlike its training data."
+        return (
+            "This bundle has no out-of-domain statistics: nothing marks CT unlike the training CT."
+        )
+    patients = (
+        f"{about['training_slices']:,} training slices of {about['training_patients']} patients"
+    )
+    tuning = f"{about['tuning_slices']:,} slices of {about['tuning_patients']} other patients"
     return f"""`maknet predict` marks slices and series that differ from the training data (flag
 `outside`), and series whose slices do not run from head to feet as there (flag `order`). The rules
 compare {about["components"]} principal components of the pooled features with those of
-{about["training_slices"]:,} training slices of {about["training_patients"]} patients; no features of
-single patients are stored. Thresholds were chosen for {about["false_alarms"]:.0%} false alarms on
-{about["tuning_slices"]:,} slices of {about["tuning_patients"]} other patients. They judge
-{", ".join(about["judges"])}. Images with left and right swapped are not found. False alarms on
-scanners, matrix sizes and patients unlike those of the training data are not measured; a network
-trained on 128 x 128 pixels, such as OpenKBP's, was not tested on native 512 x 512 CT of the same
-region. A slice without a flag can still have wrong labels."""
+{patients}; no features of single patients are stored. The thresholds allow
+{about["false_alarms"]:.0%} false alarms on {tuning}; they judge {", ".join(about["judges"])}.
+Images with left and right swapped are not found. False alarms on CT unlike the training data (other
+scanners, matrix sizes, ages; native 512 x 512 pixels, if the training data had 128 x 128) are not
+measured. A slice without a flag can still have wrong labels."""
 
 
 def _data(data: Mapping[str, Any]) -> str:
