@@ -4,15 +4,15 @@
     python benchmarks/experiments/out_of_domain.py --model runs/openkbp --patients tuning
     python benchmarks/experiments/out_of_domain.py --model runs/openkbp --quick  # two patients
 
-Every change is applied to the CT of each patient, which `maknet predict` then labels. The first rows
-should not be marked: the CT as it is, resampled to 512 x 512 pixels, with noise, with other distances
-between slices. The others should: flipped, turned by 90 degrees, clipped to display windows. Then a
-torso, whose label map tells which slices show abdomen or pelvis, and a series of the liver: regions
-that the network has never seen.
+Every change is applied to the CT of each patient, which `maknet predict` then labels. The first
+rows should not be marked: the CT as it is, resampled to 512 x 512 pixels, with noise, with other
+distances between slices. The others should: flipped, turned by 90 degrees, clipped to display
+windows. Then a torso, whose label map tells which slices show abdomen or pelvis, and a series of
+the liver: regions that the network has never seen.
 
-The score and its thresholds were chosen with changes of the tuning patients, never with the torso or
-the liver. Validation patients (the default) are for the final table only; tuning patients skip the
-torso and the liver. Needs OpenKBP (data/README.md) and a network trained on it.
+The score and its thresholds were chosen with changes of the tuning patients, never with the torso
+or the liver. Validation patients (the default) are for the final table only; tuning patients skip
+the torso and the liver. Needs OpenKBP (data/README.md) and a network trained on it.
 """
 
 import dataclasses
