@@ -186,7 +186,7 @@ class Model:
                     f"{source} stores its own geometry: omit affine, spacing and orientation"
                 )
             series, failures = predict.find_inputs(source)
-            results = predict.predict_series(
+            each = predict.predict_series(
                 self.run,
                 series,
                 failures,
@@ -194,7 +194,7 @@ class Model:
                 png_window=png_window,
                 features=features,
             )
-            return Prediction(tuple(results), tuple(failures))
+            return Prediction(tuple(result for result, _ in each), tuple(failures))
         volume = arrays.volume_of_array(
             source, affine=affine, spacing=spacing, orientation=orientation
         )

@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import glob
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,14 +81,9 @@ def predict(
         _check_free(out, features)
     series, failures = find_inputs(path)
     run = workdir.open_run(folder, checkpoint_name=checkpoint)
-    results = predict_series(
-        run,
-        series,
-        failures,
-        batch_size=batch_size,
-        png_window=png_window,
-        features=features is not None,
-    )
+    scoring: dict[str, Any] = {"batch_size": batch_size, "png_window": png_window}
+    each = predict_series(run, series, failures, **scoring, features=features is not None)
+    results = [result for result, _ in each]
     stale = _written_before(out)
     slice_rows = (row for result in results for row in result.slice_rows())
     cover_rows = [row for result in results for row in result.cover_rows()]
@@ -182,8 +178,8 @@ def predict_series(
     batch_size: int = 16,
     png_window: tuple[float, float] | None = None,
     features: bool = False,
-) -> list[SeriesResult]:
-    """The labels of several series, which are read one after the other and not kept.
+) -> Iterator[tuple[SeriesResult, volumes.Volume]]:
+    """Yields the labels of each series and its volume, which is read again if they need it.
 
     Args:
       run: the trained network.
@@ -196,25 +192,24 @@ def predict_series(
     Raises:
       InputError: none could be read.
     """
-    results = []
+    read_any = False
     with console.progress("predict", sum(ref.count for ref in series)) as advance:
         for ref, volume in volumes.load_all(series, failures, png_window=png_window):
             read = functools.partial(volumes.load_series, ref, png_window=png_window)
-            results.append(
-                predict_volume(
-                    run, volume, batch_size, png_window, advance, features=features, read=read
-                )
+            result = predict_volume(
+                run, volume, batch_size, png_window, advance, features=features, read=read
             )
-    if not results:
+            yield result, volume
+            read_any = True
+    if not read_any:
         raise InputError(f"no series could be read: {failures[0][0]}: {failures[0][1]}")
-    return results
 
 
 def _check_free(out: pathlib.Path, features: str | pathlib.Path | None) -> None:
     """Checks that no output exists; a log is continued."""
     endings = ("series.csv", "wide.csv", "audit.csv", "json", "summary.json", "failures.csv")
     outputs = [out, *(out.with_suffix(f".{ending}") for ending in endings)]
-    outputs += sorted(out.parent.glob(f"{out.stem}.[0-9][0-9][0-9].png"))
+    outputs += sorted(out.parent.glob(f"{glob.escape(out.stem)}.[0-9][0-9][0-9].png"))
     outputs += [pathlib.Path(features)] if features is not None else []
     for output in outputs:
         if output.exists():

@@ -165,9 +165,10 @@ def _models(verbs: argparse._SubParsersAction) -> None:
 
 
 def _run_models(chosen: argparse.Namespace) -> None:
-    """Print parameters, FLOPs and bytes of the networks beside the paper's numbers.
+    """Print parameters, FLOPs and bytes of the networks beside the paper's numbers; name the
+    benchmarks of their speed.
 
-    maknet models maknet vgg16 --size 256
+        maknet models maknet vgg16 --size 256
     """
     from maknet_jax import model_table
 

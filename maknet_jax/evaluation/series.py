@@ -227,7 +227,8 @@ class SeriesResult:
         part = self.body_part
         return {
             "series": self.id,
-            "file": self.slices[0],
+            # The slices of a NIfTI are named by their index, and the series by the file.
+            "file": self.id if self.slices[0].isdigit() else self.slices[0],
             "slices": len(self),
             "mm": _number(self.z_mm[-1], 3),
             "body_part_examined": part.term,
