@@ -361,7 +361,7 @@ class _Loop:
             best = self.best.restore(setup.assembly.shapes).state
             state = state if best is None else sharding.put_state(setup.assembly.mesh, best)
         step, splits = int(state.step), (config.data.train_split, config.data.val_split)
-        if domain_file.read(setup.folder, step) is not None:
+        if not sharding.any_process(domain_file.read(setup.folder, step) is None):
             return
 
         def check_signal() -> None:
