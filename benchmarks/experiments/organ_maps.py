@@ -6,6 +6,7 @@
 
 import argparse
 import dataclasses
+import json
 import pathlib
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,14 +21,14 @@ from benchmarks import harness
 from benchmarks.real_data import DATA
 from maknet_jax import files
 from maknet_jax.attribution import faithfulness as faith
-from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.attribution import perturbation
 from maknet_jax.cli import options
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
+from maknet_jax.explain import results
 from maknet_jax.explain.masks import check_masks, with_regions
 from maknet_jax.explain.network import Network, open_networks
-from maknet_jax.explain.options import SelectionOptions
+from maknet_jax.explain.options import PathOptions, SelectionOptions
 from maknet_jax.explain.selection import SelectedImage, Selection, select
 from maknet_jax.figures import contact_sheet, overlay
 
@@ -45,16 +46,12 @@ class MapOptions:
     """How maps are made and tested.
 
     Attributes:
-      steps: steps of the path.
-      baseline: start of the path, see `perturbation.make_baseline`.
-      refine: see `integrated_gradients`.
+      path: the path of Integrated Gradients.
       smooth: sigma in pixels of the blur of maps before pixels are ranked.
       shares: `[F]`, shares of the pixels that are deleted or inserted, from 0 to 1; None omits it.
     """
 
-    steps: int
-    baseline: str
-    refine: int
+    path: PathOptions
     smooth: float
     shares: np.ndarray | None
 
@@ -88,32 +85,31 @@ def measure(
       deletion and insertion by the map, then by random order; maps are float32 `[T, S, S]`.
     """
     hu = net.put(image.image[None])
-    start = perturbation.make_baseline(image.image, how.baseline)
-    baseline, columns = net.put(start[None]), list(regions)
-    result = ig.integrated_gradients(
-        net.logit_fn, hu, [columns], baseline, steps=how.steps, refine=how.refine
-    )
-    maps = result.maps[0].sum(axis=-1)
-    body = body_of(image.image)
+    start = perturbation.make_baseline(image.image, how.path.baseline)
+    baseline, body = net.put(start[None]), body_of(image.image)
     change = np.abs(np.asarray(hu) - np.asarray(baseline))[0].sum(axis=-1)
-    rows = []
-    for place, (column, region) in enumerate(regions.items()):
+    rows, maps = [], []
+    for column, region in regions.items():
+        # One label per call, so that a single program is compiled for any number of labels.
+        result = net.attribute(hu, [[column]], baseline, how.path)
+        attribution = result.maps[0, 0].sum(axis=-1)
+        maps.append(attribution)
         inside_body = body | region
         row: Row = {
             "patient": image.group,
             "id": image.id,
             "label": net.run.vocabulary.names[column],
-            "confidence": float(result.end[0, place]),
-            "inside": faith.mass_inside(np.where(inside_body, maps[place], 0), region),
+            "confidence": float(result.end[0, 0]),
+            "inside": faith.mass_inside(np.where(inside_body, attribution, 0), region),
             "chance": float(region.sum() / inside_body.sum()),
             "input": faith.mass_inside(np.where(inside_body, change, 0), region),
-            "flagged": bool(result.flagged[0, place]),
-            "relative": float(result.relative[0, place]),
+            "flagged": bool(result.flagged[0, 0]),
+            "relative": float(result.relative[0, 0]),
         }
         if how.shares is not None:
             noise = np.random.default_rng([number, column]).normal(size=body.shape)
             # Both are smoothed, to differ in location only. In random order air comes last.
-            ordered = [overlay.smooth(values, how.smooth) for values in (maps[place], noise)]
+            ordered = [overlay.smooth(values, how.smooth) for values in (attribution, noise)]
             ordered[1] = np.where(inside_body, ordered[1], -np.inf)
             row["areas"] = []
             for values in ordered:
@@ -121,7 +117,7 @@ def measure(
                 curves = faith.curves(net.logit_fn, hu, [column], baseline, order, how.shares)
                 row["areas"] += [float(faith.area(curve, how.shares)[0]) for curve in curves]
         rows.append(row)
-    return rows, maps
+    return rows, np.array(maps)
 
 
 def by_patient(rows: Iterable[Row], value: Callable[[Row], float]) -> dict[str, float]:
@@ -157,6 +153,20 @@ def ratio_interval(
     return float(mean[0] / mean[1]), float(low), float(high)
 
 
+def with_enough_patients(rows: Sequence[Row]) -> set[str]:
+    """The labels with at least 20 patients; all if none has, as in small trials."""
+    patients: dict[str, set[str]] = {}
+    for row in rows:
+        patients.setdefault(row["label"], set()).add(row["patient"])
+    enough = {label for label, members in patients.items() if len(members) >= LEAST_PATIENTS}
+    return enough or set(patients)
+
+
+def signed(values: Sequence[float], digits: int = 3) -> str:
+    """Formats (mean, low, high) of a difference."""
+    return "{:+.{digits}f} ({:+.{digits}f} to {:+.{digits}f})".format(*values, digits=digits)
+
+
 def parser(file: str, description: str | None) -> options.Parser:
     """The options shared by the experiments on real patients, see `harness.parser`."""
     result = harness.parser(file, description)
@@ -166,8 +176,7 @@ def parser(file: str, description: str | None) -> options.Parser:
     result.add_argument("--data", help="prepared data set (default: the one trained on)")
     result.add_argument(
         "--masks",
-        type=pathlib.Path,
-        default=DATA / "openkbp" / "train",
+        default=str(DATA / "openkbp" / "train"),
         help="the cases of the split (default: OpenKBP's training patients)",
     )
     result.add_argument(
@@ -213,7 +222,7 @@ def open_images(
     if parts is None:
         raise InputError(f"{dataset.path} was not made by `maknet prepare segmentations`")
     organs = [name for names in parts.values() for name in names]
-    digest = check_masks(chosen.masks, organs)
+    digest = check_masks(pathlib.Path(chosen.masks), organs)
     selection = select(run, SelectionOptions(split=chosen.split, data=chosen.data))
     patients: dict[str, list[tuple[int, SelectedImage]]] = {}
     for number, reader in enumerate(selection.readers):
@@ -242,6 +251,39 @@ def open_images(
         "parts": parts,
     }
     return networks, selection, settings
+
+
+def explain(
+    file: str,
+    folder: pathlib.Path,
+    selection: Selection,
+    settings: dict[str, Any],
+    explain_image: Callable[[SelectedImage, int], results.Result],
+) -> tuple[list[pathlib.Path], results.Failures]:
+    """Calls `explain_image` on each image without a result; returns (files of results, failures).
+
+    Args:
+      file: the script's `__file__`.
+      folder: of the results.
+      selection: the images.
+      settings: everything on which the results depend.
+      explain_image: image, number -> metadata and arrays.
+    """
+    paths, failures = results.explain(
+        pathlib.Path(file).name,
+        folder,
+        selection,
+        settings,
+        lambda numbered: [explain_image(image, number) for number, image in numbered.items()],
+        batch_size=1,
+        option="--folder",
+    )
+    return list(paths.values()), failures
+
+
+def rounded(document: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON with floats rounded to five decimals."""
+    return json.loads(json.dumps(document), parse_float=lambda text: round(float(text), 5))
 
 
 def label_regions(image: SelectedImage, net: Network, parts: Mapping[str, Sequence[str]]) -> dict:

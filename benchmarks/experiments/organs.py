@@ -32,7 +32,7 @@ from maknet_jax.cli import options
 from maknet_jax.errors import InputError, Rejected
 from maknet_jax.explain.masks import find_regions
 from maknet_jax.explain.network import open_networks
-from maknet_jax.explain.options import SelectionOptions
+from maknet_jax.explain.options import PathOptions, SelectionOptions
 from maknet_jax.explain.selection import select
 from maknet_jax.runs import config as configs
 
@@ -165,7 +165,8 @@ def measure(
         column: name for column, name in enumerate(net.run.vocabulary.names) if name in organs
     }
     selection = select(net.run, SelectionOptions(split=chosen.split, limit=chosen.images))
-    how = organ_maps.MapOptions(chosen.steps, chosen.baseline, 2, chosen.smooth, SHARES)
+    path = PathOptions(steps=chosen.steps, baseline=chosen.baseline, refine=2)
+    how = organ_maps.MapOptions(path, chosen.smooth, SHARES)
     rows: list[Row] = []
     for number, reader in enumerate(selection.readers):
         image = reader()
