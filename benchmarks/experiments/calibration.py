@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from scipy import optimize
 
 from benchmarks import harness
-from benchmarks.experiments.organ_maps import LEAST_PATIENTS
+from benchmarks.experiments.organ_maps import LEAST_PATIENTS, rounded
 from maknet_jax import console, files
 from maknet_jax.cli import options
 from maknet_jax.data import pipeline, records
@@ -356,7 +356,7 @@ def report(
         notes.append(f"{title}: ECE of {text}")
     cells = [[title, *_cells(values["all"])] for title, values in rows.items()]
     content = {"temperatures": temperatures, **rows}
-    harness.report(__file__, argv, chosen, HEADER, cells, notes, content)
+    harness.report(__file__, argv, chosen, HEADER, cells, notes, rounded(content))
 
 
 def _cells(values: Mapping[str, Any]) -> list[Any]:

@@ -80,21 +80,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     networks, selection, settings = organ_maps.open_images(chosen)
     settings |= {"least": chosen.least, "share": chosen.share, "draws": chosen.draws}
 
-    def explain_batch(numbered: results.Images) -> list[results.Result]:
-        return [perturbed(networks, image, number, settings) for number, image in numbered.items()]
-
     with harness.run_folder(chosen.folder, "--folder") as folder:
-        paths, failures = results.explain(
-            "perturbation_organs", folder, selection, settings, explain_batch, batch_size=1
+        paths, failures = organ_maps.explain(
+            __file__,
+            folder,
+            selection,
+            settings,
+            lambda image, number: perturbed(networks, image, number, settings),
         )
-        stored = [results.load_metadata(path)["rows"] for path in paths.values()]
+        stored = [results.load_metadata(path)["rows"] for path in paths]
         rows = [[row for image in stored for row in image[place]] for place in range(len(networks))]
         if not all(rows):
             raise InputError(
                 f"one of {','.join(chosen.workdirs)} predicts no label with confidence "
                 f"{chosen.least} or more: lower --least"
             )
-        draw(folder / "changes.png", list(paths.values()), networks)
+        draw(folder / "changes.png", paths, networks)
     document = summarize(rows, [net.name for net in networks])
     report(argv, chosen, document, len(paths), failures)
 
@@ -246,31 +247,36 @@ def summarize(rows: Sequence[Sequence[Row]], names: Sequence[str]) -> dict[str, 
     Returns:
       `changes`: change -> network -> patients, images and (mean, low, high) of drop, control,
       difference (drop minus control), kept and kept_control; and, for two networks, "first minus
-      second" on the same images. A change is a strategy over all organs with at least 20 patients,
-      or "strategy, organ", or "strategy, organ, own label": the drop of the label of the organ that
-      is changed.
+      second" on the same images. A change is a strategy, over all organs with at least 20 patients;
+      "own label" counts the label of the organ that is changed only, over these organs or one.
     """
     enough = set.intersection(*(_with_enough_patients(part) for part in rows))
     organs = sorted({row["organ"] for row in rows[0]} - {""})
     changes: dict[str, dict[str, Any]] = {}
     for strategy in STRATEGIES:
         of = [[row for row in part if row["strategy"] == strategy] for part in rows]
-        listed = enough if strategy != "attribution" else {""}
-        main = [[row for row in part if row["organ"] in listed] for part in of]
-        changes[strategy] = _by_network(main, names)
-        for organ in organs if strategy != "attribution" else ():
-            part = [[row for row in each if row["organ"] == organ] for each in of]
-            changes[f"{strategy}, {organ}"] = _by_network(part, names)
-            own = [
-                [
-                    row | {"drop": row["own"], "control": row["own_control"]}
-                    for row in each
-                    if row["own"] is not None
-                ]
-                for each in part
+        if strategy == "attribution":
+            changes[strategy] = _by_network(of, names)
+            continue
+        own = [
+            [
+                row | {"drop": row["own"], "control": row["own_control"]}
+                for row in part
+                if row["own"] is not None
             ]
-            changes[f"{strategy}, {organ}, own label"] = _by_network(own, names)
+            for part in of
+        ]
+        changes[strategy] = _by_network(_of_organs(of, enough), names)
+        changes[f"{strategy}, own label"] = _by_network(_of_organs(own, enough), names)
+        for organ in organs:
+            changes[f"{strategy}, own label, {organ}"] = _by_network(
+                _of_organs(own, {organ}), names
+            )
     return {"changes": changes, "apart": sorted(set(organs) - enough)}
+
+
+def _of_organs(rows: Sequence[Sequence[Row]], organs: set[str]) -> list[list[Row]]:
+    return [[row for row in part if row["organ"] in organs] for part in rows]
 
 
 def _with_enough_patients(rows: Sequence[Row]) -> set[str]:
@@ -323,7 +329,10 @@ def draw(path: pathlib.Path, files: Sequence[pathlib.Path], networks: Sequence[N
         nothing = np.zeros(arrays["image"].shape, bool)
         line = [(metadata["id"], organ_maps.draw_map(arrays["image"], None, nothing))]
         drops = list(zip(*metadata["rows"], strict=True))  # by change, then by network
-        for pair, rows in zip(arrays["changes"][:2], drops, strict=False):
+        # The largest organ; each has two changes, and the last change is attribution.
+        areas = [rows[0]["area"] for rows in drops[:-1:2]]
+        largest = slice(2 * int(np.argmax(areas)), 2 * int(np.argmax(areas)) + 2)
+        for pair, rows in zip(arrays["changes"][largest], drops[largest], strict=True):
             title = f"{rows[0]['strategy']} {rows[0]['organ'][:14]}"
             for form, key, kind in zip(pair, ("drop", "control"), ("", "random "), strict=True):
                 values = " ".join(f"{row[key]:+.2f}" for row in rows)
@@ -365,7 +374,7 @@ def report(
         f"random regions per change; attribution deletes {chosen.share:.0%} of the pixels",
         *(f"failed: {name}: {reason}" for name, reason in failures),
     ]
-    harness.report(__file__, argv, chosen, HEADER, cells, notes, dict(document))
+    harness.report(__file__, argv, chosen, HEADER, cells, notes, organ_maps.rounded(document))
 
 
 if __name__ == "__main__":
