@@ -194,7 +194,7 @@ def parser(file: str, description: str | None) -> options.Parser:
 
 
 def open_images(
-    chosen: argparse.Namespace,
+    chosen: argparse.Namespace, *, most: int | None = None
 ) -> tuple[list[Network], Selection, dict[str, Any]]:
     """Opens networks and chooses images, a few per patient and organ.
 
@@ -203,6 +203,7 @@ def open_images(
 
     Args:
       chosen: the options of `parser`.
+      most: maximal number of images per patient.
 
     Returns:
       (networks, selection, settings of `explain.results.explain`). The regions of the images are
@@ -232,11 +233,13 @@ def open_images(
     for patient in sorted(patients)[: chosen.patients]:
         images, counts = patients[patient], np.zeros(len(run.vocabulary), int)
         generator = np.random.default_rng([chosen.seed, zlib.crc32(patient.encode())])
+        taken: list[int] = []
         for place in generator.permutation(len(images)):
             number, image = images[place]
             if (counts[image.labelled] < chosen.per_organ).any():
                 counts[image.labelled] += 1
-                numbers.append(number)
+                taken.append(number)
+        numbers += taken[:most]
     readers = [selection.readers[number] for number in sorted(numbers)]
     if not readers:
         raise InputError(f"split {chosen.split} has no image with a label: choose another split")

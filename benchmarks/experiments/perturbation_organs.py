@@ -148,10 +148,10 @@ def perturbed(
 
     Returns:
       (metadata, arrays): `rows` of each network have patient, id, strategy, organ ("" for
-      attribution), area (share of the body), and the mean over its labels of `drop` (confidence in
-      the original minus that after the change), `kept` (still predicted) and `own` (drop of the
-      organ's own label, None if it is not predicted), each also with the suffix _control, the mean
-      over the random regions; the arrays are the pictures.
+      attribution), area (share of the body), and over its labels the means of `drop` (confidence in
+      the original minus that after the change), `kept` (still predicted), and of the same for the
+      random regions: `control` and `kept_control`; `own` has these four for the organ's own label,
+      None if it is not predicted. The arrays are the pictures.
     """
     hu, body = image.image, organ_maps.body_of(image.image)
     black = np.full_like(hu, perturbation.AIR)
@@ -193,27 +193,34 @@ def perturbed(
         scores = scores.reshape(len(changes), 1 + settings["draws"], -1)
         measured = []
         for (strategy, column, area, *_), after in zip(changes, scores, strict=True):
-            drops = before[top] - after[:, top]
-            kept = (after[:, top] >= settings["least"]).mean(axis=1)
-            own = before[column] - after[:, column] if column in top else None
             row: Row = {
                 "patient": image.group,
                 "id": image.id,
                 "strategy": strategy,
                 "organ": net.run.vocabulary.names[column] if column >= 0 else "",
                 "area": float(area),
-                "drop": float(drops[0].mean()),
-                "control": float(drops[1:].mean()),
-                "kept": float(kept[0]),
-                "kept_control": float(kept[1:].mean()),
-                "own": None if own is None else float(own[0]),
-                "own_control": None if own is None else float(own[1:].mean()),
+                **_changes(before[top], after[:, top], settings["least"]),
+                "own": None,
             }
+            if column in top:
+                after = after[:, [column]]
+                row["own"] = _changes(before[[column]], after, settings["least"])
             measured.append(row)
         rows.append(measured)
         arrays[f"attribution_{place}"] = np.stack([forms[0][..., 1], controls[0][..., 1]])
     arrays["changes"] = np.array([[one[..., 1], many[0][..., 1]] for *_, one, many in common])
     return {"id": image.id, "patient": image.group, "rows": rows}, arrays
+
+
+def _changes(before: np.ndarray, after: np.ndarray, least: float) -> dict[str, float]:
+    """The measures of labels `[T]` before, and `[1 + draws, T]` after a change and its controls."""
+    drops, kept = (before - after).mean(axis=1), (after >= least).mean(axis=1)
+    return {
+        "drop": float(drops[0]),
+        "control": float(drops[1:].mean()),
+        "kept": float(kept[0]),
+        "kept_control": float(kept[1:].mean()),
+    }
 
 
 def _baseline(hu: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
@@ -258,14 +265,7 @@ def summarize(rows: Sequence[Sequence[Row]], names: Sequence[str]) -> dict[str, 
         if strategy == "attribution":
             changes[strategy] = _by_network(of, names)
             continue
-        own = [
-            [
-                row | {"drop": row["own"], "control": row["own_control"]}
-                for row in part
-                if row["own"] is not None
-            ]
-            for part in of
-        ]
+        own = [[row | row["own"] for row in part if row["own"]] for part in of]
         changes[strategy] = _by_network(_of_organs(of, enough), names)
         changes[f"{strategy}, own label"] = _by_network(_of_organs(own, enough), names)
         for organ in organs:
