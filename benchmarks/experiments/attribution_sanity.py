@@ -5,13 +5,14 @@
     python benchmarks/experiments/attribution_sanity.py --workdirs RUN --quick  # about a minute
 
 A map that stays the same when the network is replaced by a random one shows the image, not what the
-network learned. Here weights are randomised from the output to the input in five steps of equally many
-layers: the values of each array are permuted, which keeps their distribution; and (--random-labels EPOCHS) the first network is trained
-again, with its own recipe, on the same images with labels that were permuted among them. For one
-label of one image per patient: the rank correlation (Spearman) of each map with the original one in
-the body, of absolute and of signed values, and the mass inside the organ over its share of the
-body. Integrated Gradients contain the image as a factor, so absolute values of unrelated networks
-correlate, too; signed values should not.
+network learned. Here weights are randomised from the output to the input in five steps of equally
+many layers (the values of each array are permuted, which keeps their distribution); and, with
+--random-labels EPOCHS, the first network is trained again, with its own recipe, on the same images
+with labels that were permuted among them. For one label of one image per patient: the rank
+correlation (Spearman) of each map with the original one in the body, of absolute and of signed
+values, and the mass inside the organ over its share of the body. Integrated Gradients contain the
+image as a factor, so absolute values of unrelated networks correlate, too; signed values should
+not.
 
 Maps are of the logit, because a random network saturates the probability. Means over patients, 95 %
 intervals by resampling patients. FOLDER/sanity.png shows one image per organ. Resumes in --folder,
