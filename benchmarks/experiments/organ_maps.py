@@ -289,7 +289,9 @@ def rounded(document: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(document), parse_float=lambda text: round(float(text), 5))
 
 
-def label_regions(image: SelectedImage, net: Network, parts: Mapping[str, Sequence[str]]) -> dict:
+def label_regions(
+    image: SelectedImage, net: Network, parts: Mapping[str, Sequence[str]]
+) -> dict[int, np.ndarray]:
     """Column -> region bool `[S, S]` of the labels that are present in an image."""
     regions = {}
     for column in image.labelled.tolist():
