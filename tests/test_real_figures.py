@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import organ_cases
 import pytest
+from scipy import ndimage
 
 from benchmarks.experiments import (
     attribution_organs,
@@ -92,6 +93,24 @@ def test_random_regions_have_the_shape_of_the_organ_and_do_not_touch_it():
     body[:, 10:] = body[9:] = False  # the shape fits nowhere, but as many pixels do
     control = perturbation_organs.random_region(region, body, generator)
     assert control.sum() == 16 and not (control & (region | ~body)).any()
+
+
+def test_random_pixels_are_as_clustered_as_those_of_the_map():
+    generator = np.random.default_rng(0)
+    noise = generator.normal(size=(64, 64))
+    smooth = ndimage.gaussian_filter(noise, 3, mode="wrap")
+    body = np.zeros((64, 64), bool)
+    body[8:56, 8:56] = True
+
+    def neighbours(mask):
+        return (mask[1:] & mask[:-1]).sum() / mask.sum()
+
+    shares = []
+    for values in (noise, smooth):
+        mask = perturbation_organs.random_pixels(values, body, 200, generator)
+        assert mask.sum() == 200 and not (mask & ~body).any()
+        shares.append(neighbours(mask))
+    assert shares[0] < 0.2 and shares[1] > 0.7
 
 
 def test_the_fits_recover_a_temperature_a_slope_and_an_offset():

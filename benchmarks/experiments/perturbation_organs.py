@@ -8,8 +8,9 @@ The paper (section 5.2) claims that MAKNet's labels change less than VGG16's whe
 replaced by its neighbourhood (`neighbour`) or covered by a black patch (`patch`), and drop when the
 most influential pixels are deleted (`attribution`). Each change is compared with the same change of
 a random region of equal area in the same body: the organ's shape at another place that does not
-touch it (a compact region of equal area where it does not fit); for `attribution` as many random
-pixels. Changes of up to five labels count, those that the network predicts in the original.
+touch it (a compact region of equal area where it does not fit); for `attribution` as many pixels of
+the body, the largest of a random map with the same spectrum. Changes of up to five labels count,
+those that the network predicts in the original.
 
 Drops of confidence are averaged over the labels of an image, then over the images of a patient;
 intervals resample patients. Networks are compared on the images in which both predict a label. The
@@ -135,6 +136,27 @@ def random_region(
     return result
 
 
+def random_pixels(
+    values: np.ndarray, body: np.ndarray, count: int, generator: np.random.Generator
+) -> np.ndarray:
+    """The largest pixels in the body of a random map with the spectrum of another map.
+
+    They are scattered or clustered like the largest pixels of that map.
+
+    Args:
+      values: the map `[S, S]`.
+      body: bool `[S, S]`; pixels outside come last.
+      count: number of pixels.
+      generator: the source of randomness.
+
+    Returns:
+      bool `[S, S]`.
+    """
+    phases = np.angle(np.fft.fft2(generator.normal(size=values.shape)))
+    surrogate = np.fft.ifft2(np.abs(np.fft.fft2(values)) * np.exp(1j * phases)).real
+    return faithfulness.ranks(np.where(body, surrogate, -np.inf)) < count
+
+
 def perturbed(
     networks: Sequence[Network], image: SelectedImage, number: int, settings: dict[str, Any]
 ) -> results.Result:
@@ -179,16 +201,14 @@ def perturbed(
         if not top.size:
             rows.append([])
             continue
-        mask = _influential(net, hu, top, settings)
-        forms = [perturbation.delete(hu, mask, base) for base in [_baseline(hu, settings)]]
-        ranks = [
-            faithfulness.random_ranks(body, seed)
-            for seed in range(number * settings["draws"], (number + 1) * settings["draws"])
-        ]
-        controls = [
-            perturbation.delete(hu, order < mask.sum(), _baseline(hu, settings)) for order in ranks
-        ]
-        changes = [*common, ("attribution", -1, mask.sum() / body.sum(), forms[0], controls)]
+        base, values = _influential(net, hu, top, settings)
+        mask = perturbation.most_influential(values, settings["share"])
+        masks = [mask]
+        for draw_number in range(settings["draws"]):
+            generator = np.random.default_rng([number, draw_number])
+            masks.append(random_pixels(values, body, int(mask.sum()), generator))
+        deleted, *controls = [perturbation.delete(hu, one, base) for one in masks]
+        changes = [*common, ("attribution", -1, mask.sum() / body.sum(), deleted, controls)]
         scores = _confidences(net, [form for *_, one, many in changes for form in (one, *many)])
         scores = scores.reshape(len(changes), 1 + settings["draws"], -1)
         measured = []
@@ -207,7 +227,7 @@ def perturbed(
                 row["own"] = _changes(before[[column]], after, settings["least"])
             measured.append(row)
         rows.append(measured)
-        arrays[f"attribution_{place}"] = np.stack([forms[0][..., 1], controls[0][..., 1]])
+        arrays[f"attribution_{place}"] = np.stack([deleted[..., 1], controls[0][..., 1]])
     arrays["changes"] = np.array([[one[..., 1], many[0][..., 1]] for *_, one, many in common])
     return {"id": image.id, "patient": image.group, "rows": rows}, arrays
 
@@ -223,18 +243,15 @@ def _changes(before: np.ndarray, after: np.ndarray, least: float) -> dict[str, f
     }
 
 
-def _baseline(hu: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
-    return perturbation.make_baseline(hu, settings["baseline"])
-
-
 def _influential(
     net: Network, hu: np.ndarray, columns: np.ndarray, settings: Mapping[str, Any]
-) -> np.ndarray:
-    """The pixels that raise the confidences of some labels most: bool `[S, S]`."""
-    images, base = net.put(hu[None]), net.put(_baseline(hu, settings)[None])
+) -> tuple[np.ndarray, np.ndarray]:
+    """(baseline in HU, sum of the maps of some labels `[S, S]`)."""
     path = PathOptions(steps=settings["steps"], baseline=settings["baseline"], refine=0)
-    maps = [net.attribute(images, [[column]], base, path).maps[0, 0] for column in columns]
-    return perturbation.most_influential(np.sum(maps, axis=(0, 3)), settings["share"])
+    base = perturbation.make_baseline(hu, path.baseline)
+    images, start = net.put(hu[None]), net.put(base[None])
+    maps = [net.attribute(images, [[column]], start, path).maps[0, 0] for column in columns]
+    return base, np.sum(maps, axis=(0, 3))
 
 
 def _confidences(net: Network, forms: Sequence[np.ndarray]) -> np.ndarray:
