@@ -350,16 +350,15 @@ def draw(path: pathlib.Path, files: Sequence[pathlib.Path], networks: Sequence[N
         areas = [rows[0]["area"] for rows in drops[:-1:2]]
         largest = slice(2 * int(np.argmax(areas)), 2 * int(np.argmax(areas)) + 2)
         for pair, rows in zip(arrays["changes"][largest], drops[largest], strict=True):
-            title = f"{rows[0]['strategy']} {rows[0]['organ'][:14]}"
-            for form, key, kind in zip(pair, ("drop", "control"), ("", "random "), strict=True):
+            titles = f"{rows[0]['strategy']} {rows[0]['organ']}", "random region"
+            for form, key, title in zip(pair, ("drop", "control"), titles, strict=True):
                 values = " ".join(f"{row[key]:+.2f}" for row in rows)
-                picture = organ_maps.draw_map(form, None, nothing)
-                line.append((f"{kind}{title} {values}", picture))
+                line.append((f"{title} {values}", organ_maps.draw_map(form, None, nothing)))
         for place, net in enumerate(networks):
             row = metadata["rows"][place][-1]
             pair = arrays[f"attribution_{place}"]
-            for form, key, kind in zip(pair, ("drop", "control"), ("", "random "), strict=True):
-                caption = f"{kind}attribution {net.run.model_name} {row[key]:+.2f}"
+            for form, key, kind in zip(pair, ("drop", "control"), ("", "random"), strict=True):
+                caption = f"{kind or 'attribution'} {net.run.model_name} {row[key]:+.2f}"
                 line.append((caption, organ_maps.draw_map(form, None, nothing)))
         pictures.append(line)
     if pictures:
