@@ -11,8 +11,8 @@ and an offset per organ (Platt scaling), which also corrects the shift that the 
 loss cause. Both minimise the log loss on the tuning patients (--fit-split). If these patients are
 scored themselves (the default), each fold of patients is scored with the fit to the others.
 
-Intervals resample patients. Organs with fewer than 20 patients are listed apart. Resumes in
---folder if interrupted.
+Intervals resample patients; that adds noise to the bins, so the interval of a small error lies above
+it. Organs with fewer than 20 patients are listed apart. Resumes in --folder if interrupted.
 """
 
 import argparse
@@ -289,14 +289,14 @@ def summarize(scored: Scored, names: Sequence[str], bins: int) -> dict[str, Any]
 
     Returns:
       `all` and each organ with known labels: patients, elements, log_loss, brier, ece (with its
-      interval), bias (mean confidence minus frequency) and curve (elements, mean confidence,
-      frequency per bin); `all` has by_patient, too: ECE, bias and Brier score of each patient.
+      interval) and bias (mean confidence minus frequency); `all` also has curve (elements, mean
+      confidence, frequency per bin) and by_patient (ECE, bias and Brier score of each patient).
     """
     result = {"all": _values(scored, range(len(names)), bins)}
     for column, name in enumerate(names):
         if scored.known[:, column].any():
             result[name] = _values(scored, [column], bins)
-            del result[name]["by_patient"]
+            del result[name]["by_patient"], result[name]["curve"]
     return result
 
 
