@@ -11,8 +11,8 @@ and an offset per organ (Platt scaling), which also corrects the shift that the 
 loss cause. Both minimise the log loss on the tuning patients (--fit-split). If these patients are
 scored themselves (the default), each fold of patients is scored with the fit to the others.
 
-Intervals resample patients; that adds noise to the bins, so the interval of a small error lies above
-it. Organs with fewer than 20 patients are listed apart. Resumes in --folder if interrupted.
+Intervals resample patients; that adds noise to the bins, so the interval of a small error lies
+above it. Organs with fewer than 20 patients are listed apart. Resumes in --folder if interrupted.
 """
 
 import argparse
