@@ -37,7 +37,7 @@ from benchmarks import harness
 from benchmarks.experiments import organ_maps
 from benchmarks.experiments.organ_maps import Row
 from maknet_jax import files, train
-from maknet_jax.attribution import faithfulness, perturbation
+from maknet_jax.attribution import perturbation
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
 from maknet_jax.explain import results
@@ -249,7 +249,7 @@ def compare(
                 "variant": name,
                 "absolute": float(stats.spearmanr(np.abs(one), np.abs(first)).statistic),
                 "signed": float(stats.spearmanr(one, first).statistic),
-                "inside": faithfulness.mass_inside(np.where(body, maps[-1], 0), region),
+                "inside": organ_maps.mass_inside(maps[-1], body, region),
                 "chance": float(region.sum() / body.sum()),
             }
             part.append(row)

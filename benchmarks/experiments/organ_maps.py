@@ -61,6 +61,11 @@ def body_of(hu: np.ndarray) -> np.ndarray:
     return ndimage.binary_fill_holes(hu[..., 1] > BODY_THRESHOLD)
 
 
+def mass_inside(values: np.ndarray, body: np.ndarray, region: np.ndarray) -> float:
+    """The share of a map's positive mass in the body that is in a region; 0 without such mass."""
+    return float(np.nan_to_num(faith.mass_inside(np.where(body, values, 0), region)))
+
+
 def measure(
     net: Network,
     image: SelectedImage,
@@ -100,9 +105,9 @@ def measure(
             "id": image.id,
             "label": net.run.vocabulary.names[column],
             "confidence": float(result.end[0, 0]),
-            "inside": faith.mass_inside(np.where(inside_body, attribution, 0), region),
+            "inside": mass_inside(attribution, inside_body, region),
             "chance": float(region.sum() / inside_body.sum()),
-            "input": faith.mass_inside(np.where(inside_body, change, 0), region),
+            "input": mass_inside(change, inside_body, region),
             "flagged": bool(result.flagged[0, 0]),
             "relative": float(result.relative[0, 0]),
         }
