@@ -15,7 +15,7 @@ from benchmarks.experiments import (
     organ_maps,
     perturbation_organs,
 )
-from maknet_jax import prepare, train
+from maknet_jax import console, prepare, train
 from maknet_jax.attribution import perturbation
 from maknet_jax.data import records
 from maknet_jax.errors import InputError, Rejected
@@ -39,7 +39,9 @@ def cases(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepared(cases, tmp_path_factory):
     out = tmp_path_factory.mktemp("shards") / "cases"
-    splits = prepare.SplitOptions(shares={"train": 0.5, "val": 0.5})
+    rows = [(f"pt_{n}", "val" if n % 2 else "train") for n in range(6)]
+    console.write_table(out.parent / "splits.csv", ("case", "split"), rows)
+    splits = prepare.SplitOptions(out.parent / "splits.csv")
     prepare.prepare_segmentations([cases], out, size=32, splits=splits)
     return records.open_dataset(out)
 

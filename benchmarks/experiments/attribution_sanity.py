@@ -161,6 +161,7 @@ def train_on_random_labels(
     """
     data = shuffle_labels(records.open_dataset(run.data_path), run.train_split, folder, chosen.seed)
     config = configs.from_json(configs.to_json(run.config))
+    config.seed += 1  # equal initial weights would make the maps alike
     # The checkpoint is the one that fits the random labels best.
     config.data.path, config.data.train_split, config.data.val_split = str(data), "train", "train"
     config.epochs, config.evaluate_every = chosen.random_labels, chosen.random_labels / 4

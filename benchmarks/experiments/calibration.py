@@ -208,7 +208,8 @@ def calibrate(
         patients = np.unique(scored.patients)
         if not 2 <= chosen.folds <= len(patients):
             raise InputError(
-                f"--folds {chosen.folds} of {len(patients)} patients: choose 2 to {len(patients)}"
+                f"--folds {chosen.folds} of {len(patients)} patients: at least 2 folds of at least "
+                "one patient each are needed"
             )
         fold = np.random.default_rng(0).permutation(len(patients)) % chosen.folds
         of_image = fold[np.searchsorted(patients, scored.patients)]
