@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from maknet_jax import files
+
+_BLUE, _RED = "#1f5f9e", "#b51218"
 
 
 def write_label_chart(
@@ -113,30 +116,47 @@ def write_rounds(
     _write(figure, path)
 
 
-def draw_curves(panels: Sequence[Mapping[str, Sequence[tuple[int, float]]]]) -> np.ndarray:
-    """Draws curves against the step in panels side by side.
+def draw_curve(
+    title: str, points: Sequence[tuple[int, float]], *, marked: int | None = None
+) -> np.ndarray:
+    """Draws a curve against the step, readable on a phone.
 
     Args:
-      panels: for each panel its curves, title -> [(step, value), ...].
+      title: the title of the chart.
+      points: at least two of (step, value).
+      marked: a step to mark: that of the checkpoint.
 
     Returns:
       The picture, uint8 `[H, W, 3]`.
     """
-    figure = _figure((4.5 * len(panels), 3.2))
-    for axes, curves in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for title, points in curves.items():
-            axes.plot(*zip(*points, strict=True), ".-", label=title)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-        if curves:
-            axes.legend(fontsize=8)
+    figure = _figure((4.0, 2.8))
+    axes = figure.subplots()
+    axes.plot(*zip(*points, strict=True), ".-", color=_BLUE)
+    if marked is not None and points[0][0] <= marked <= points[-1][0]:
+        axes.axvline(marked, color=_RED, linewidth=1, linestyle="--")
+        axes.text(
+            marked,
+            1.01,
+            "checkpoint",
+            color=_RED,
+            ha="center",
+            fontsize=9,
+            transform=axes.get_xaxis_transform(),
+        )
+    axes.set_title(title, fontsize=11, loc="left", pad=16)
+    axes.set_xlabel("step", fontsize=10)
+    axes.tick_params(labelsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def _figure(inches: tuple[float, float]) -> Figure:
-    return Figure(figsize=inches, dpi=130, layout="constrained")
+    return Figure(figsize=inches, dpi=160, layout="constrained")
 
 
 def _write(figure: Figure, path: str | pathlib.Path) -> None:
