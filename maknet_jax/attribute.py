@@ -203,8 +203,8 @@ def _result(
         # Half precision relative to each map's largest value: half the bytes, 3 digits.
         arrays[f"maps_{place}"] = (maps / scale[:, None, None, None]).astype(np.float16)
         arrays[f"scale_{place}"] = scale
-        entries = []
-        for column in dict.fromkeys(targets + best):
+        entries, listed = [], dict.fromkeys(targets + best)
+        for column in listed:
             entry = label_entry(image, batch.network.run, column, scores) | {"map": None}
             if column in targets:
                 at = targets.index(column)
@@ -214,7 +214,7 @@ def _result(
                 entry |= {"relative": float(attribution.relative[row, at])}
                 entry |= {"flagged": bool(attribution.flagged[row, at])}
             entries.append(entry)
-        missed = [[names[k], float(scores[k])] for k in image.labelled if k not in best]
+        missed = [[names[k], float(scores[k])] for k in image.labelled if k not in listed]
         model: dict[str, Any] = {"name": batch.network.name, "labels": entries, "missed": missed}
         if batch.areas is not None:
             model["areas"] = dict(zip(AREAS, batch.areas[row].tolist(), strict=True))

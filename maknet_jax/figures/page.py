@@ -46,11 +46,11 @@ def attribution_lead(summary: Mapping[str, Any], shown: int, slices: int) -> Mar
     """
     areas = summary.get("faithfulness", {})
     share = min(summary["complete"].values())
-    numbers = [(slices, "slice" if slices == 1 else "slices")]
+    numbers: list[tuple[object, str]] = [(slices, "slice" if slices == 1 else "slices")]
     numbers += [(f"{100 * share:.1f} %", "of maps are complete to 1 %")]
     for name, each in areas.items():
         deleted, random = (each[area][0] for area in ("deletion", "random deletion"))
-        text = f"{name}: mean confidence while the map's pixels are deleted; random: {random:.2f}"
+        text = f"{name}: deletion, lower is better; random pixels: {random:.2f}"
         numbers.append((f"{deleted:.2f}", text))
     return render(
         "attribution_lead",

@@ -131,3 +131,18 @@ def of_slice(
     drawn = hu if shape == hu.shape else resample(hu, shape)
     mm = width / shape[1] if spacing else None
     return Picture(to_grey(drawn, window), mm, hu.shape, native=True)
+
+
+def coronal(hu: np.ndarray, columns: int = 256) -> np.ndarray:
+    """The mean of a volume along the rows, which looks like a radiograph: uint8 `[Z, <= columns]`.
+
+    Args:
+      hu: int16 `[Z, Y, X]`.
+      columns: at most so many columns; more are averaged.
+    """
+    factor = -(-hu.shape[2] // columns)
+    width = hu.shape[2] // factor
+    rows = [np.clip(plane, -1000, 1500).mean(axis=0, dtype=np.float32) for plane in hu]
+    mean = np.stack(rows)[:, : width * factor].reshape(len(hu), width, factor).mean(axis=-1)
+    low, high = np.percentile(mean, (1, 99.8))
+    return to_grey(mean, (float(low), max(float(high), float(low) + 1)))
