@@ -149,9 +149,7 @@ def write_overlays(
     """
     drawn = load_picture(metadata, arrays, settings["display"])
     low, high = settings["display"]
-    ct = panels.Panel(
-        "CT", f"{low:g} to {high:g} HU", np.repeat(drawn.grey[..., None], 3, -1), drawn.mm
-    )
+    ct = panels.Panel("CT", f"{low:g} to {high:g} HU", _colourless(drawn.grey))
     rows = []
     for place, model in enumerate(metadata["models"]):
         row = [ct]
@@ -161,21 +159,24 @@ def write_overlays(
             one = smoothed[entry["map"]]
             rgba = overlay.colours(picture.resample(one, drawn.grey.shape), overlay.scale_of(one))
             note = f"confidence {entry['confidence']:.2f}, threshold {entry['threshold']:.2f}"
-            note += ", incomplete map" * entry["flagged"]
-            row.append(panels.Panel(entry["label"], note, overlay.over(drawn.grey, rgba), drawn.mm))
+            title = entry["label"] + ", incomplete map" * entry["flagged"]
+            row.append(panels.Panel(title, note, overlay.over(drawn.grey, rgba)))
         rows.append((model["name"], row))
     caption = [
         ", ".join([metadata["id"], *facts(metadata, drawn, settings["display"])]),
         f"Integrated Gradients of the {settings['output']}, {settings['steps']} steps, "
         f"{settings['method']} rule, baseline {settings['baseline']}",
     ]
-    panels.write_panels(path, rows, caption=caption)
+    right = is_oriented(metadata["meta"])
+    panels.write_panels(path, rows, caption=caption, mm=drawn.mm, right=right)
 
 
 def write_perturbed(
     path: pathlib.Path, metadata: Mapping[str, Any], arrays: Arrays, settings: Mapping[str, Any]
 ) -> None:
-    """Writes a figure: a row per network with each form and the confidence in its top label.
+    """Writes a figure: a row per network with each form and its confidence in one label.
+
+    The label is the original's most confident one.
 
     Args:
       path: the PNG.
@@ -188,11 +189,16 @@ def write_perturbed(
     for place, model in enumerate(metadata["models"]):
         forms = perturbed_pictures(drawn.grey, arrays[f"pictures_{place}"])
         row = []
+        top = model["columns"][0]["labels"][0]["label"]
         for column, form in zip(model["columns"], forms, strict=True):
-            top = column["labels"][0]
-            note = f"{top['label']} {top['confidence']:.2f}, threshold {top['threshold']:.2f}"
-            pixels = np.repeat(form[..., None], 3, axis=-1)
-            row.append(panels.Panel(column["title"], note, pixels, drawn.mm))
+            entry = next(entry for entry in column["labels"] if entry["label"] == top)
+            note = f"{top} {entry['confidence']:.2f}, threshold {entry['threshold']:.2f}"
+            row.append(panels.Panel(column["title"], note, _colourless(form)))
         rows.append((model["name"], row))
     caption = [", ".join([metadata["id"], *facts(metadata, drawn, settings["display"])])]
-    panels.write_panels(path, rows, caption=caption, colour_bar=False)
+    right = is_oriented(metadata["meta"])
+    panels.write_panels(path, rows, caption=caption, mm=drawn.mm, right=right, colour_bar=False)
+
+
+def _colourless(grey: np.ndarray) -> np.ndarray:
+    return np.repeat(grey[..., None], 3, axis=-1)

@@ -24,13 +24,11 @@ class Panel:
       title: above the picture.
       note: below the title.
       pixels: uint8 `[h, w, 3]`.
-      mm: the edge of a pixel, for the scale bar; None draws none.
     """
 
     title: str
     note: str
     pixels: np.ndarray
-    mm: float | None
 
 
 def write_panels(
@@ -38,6 +36,8 @@ def write_panels(
     rows: Sequence[tuple[str, Sequence[Panel]]],
     *,
     caption: Sequence[str] = (),
+    mm: float | None = None,
+    right: bool = False,
     colour_bar: bool = True,
 ) -> None:
     """Writes a PNG of rows of panels, each with a heading.
@@ -46,6 +46,8 @@ def write_panels(
       path: the PNG.
       rows: (heading, panels); a row of more than six panels is wrapped.
       caption: lines below the panels.
+      mm: the edge of a pixel of the panels, for the scale bars; None draws none.
+      right: mark the left edges as the patient's right.
       colour_bar: draw the colours of attribution maps.
     """
     lines: list[tuple[str, Sequence[Panel]]] = []
@@ -66,7 +68,14 @@ def write_panels(
             draw.text((_GAP, top), fitted, fill=_INK, font=text.font(17, bold=True))
         for column, panel in enumerate(panels):
             left = _GAP + column * (_WIDTH + _GAP)
-            _draw_panel(figure, draw, (left, top + _heading(heading)), panel)
+            corner = left, top + _heading(heading) + 2 * _LINE
+            _draw_panel(figure, draw, corner, panel)
+            shape = _WIDTH, _tallest([panel])
+            if right:
+                _draw_white(draw, (corner[0] + 8, corner[1] + shape[1] // 2 - 8), "R")
+            if mm:
+                scale = shape[0] / (panel.pixels.shape[1] * mm)  # pixels per mm
+                _draw_scale_bar(draw, (corner[0] + 10, corner[1] + shape[1] - 10), scale)
         top += line_height
     if colour_bar:
         _draw_colour_bar(figure, draw, (_GAP, top))
@@ -88,17 +97,15 @@ def _tallest(panels: Sequence[Panel]) -> int:
 def _draw_panel(
     figure: Image.Image, draw: ImageDraw.ImageDraw, corner: tuple[int, int], panel: Panel
 ) -> None:
+    """Draws a picture with its top left at `corner`, and its title and note above."""
     left, top = corner
-    title = text.shorten(panel.title, _WIDTH, text.font(15, bold=True))
-    draw.text(corner, title, fill=_INK, font=text.font(15, bold=True))
-    note = text.shorten(panel.note, _WIDTH, text.font(14))
-    draw.text((left, top + _LINE), note, fill=_QUIET, font=text.font(14))
+    bold, face = text.font(15, bold=True), text.font(14)
+    title, note = text.shorten(panel.title, _WIDTH, bold), text.shorten(panel.note, _WIDTH, face)
+    draw.text((left, top - 2 * _LINE), title, fill=_INK, font=bold)
+    draw.text((left, top - _LINE), note, fill=_QUIET, font=face)
+    pixels = Image.fromarray(panel.pixels)
     shape = _WIDTH, _tallest([panel])
-    pixels = Image.fromarray(panel.pixels).resize(shape, Image.Resampling.BICUBIC)
-    figure.paste(pixels, (left, top + 2 * _LINE))
-    if panel.mm:
-        scale = shape[0] / (panel.pixels.shape[1] * panel.mm)  # pixels per mm
-        _draw_scale_bar(draw, (left + 10, top + 2 * _LINE + shape[1] - 10), scale)
+    figure.paste(pixels.resize(shape, Image.Resampling.BICUBIC), corner)
 
 
 def bar_length(width: float) -> int:
@@ -114,14 +121,13 @@ def _draw_scale_bar(draw: ImageDraw.ImageDraw, corner: tuple[int, int], scale: f
     draw.rectangle((left - 1, bottom - 5, right + 1, bottom), fill=(0, 0, 0))
     draw.rectangle((left, bottom - 4, right, bottom - 1), fill=(255, 255, 255))
     label = f"{mm // 10} cm" if mm >= 10 else f"{mm} mm"
-    draw.text(
-        (left, bottom - 23),
-        label,
-        fill=(255, 255, 255),
-        font=text.font(14),
-        stroke_width=2,
-        stroke_fill=(0, 0, 0),
-    )
+    _draw_white(draw, (left, bottom - 23), label)
+
+
+def _draw_white(draw: ImageDraw.ImageDraw, place: tuple[int, int], label: str) -> None:
+    """Writes white text with a black edge, readable on any picture."""
+    white, black = (255, 255, 255), (0, 0, 0)
+    draw.text(place, label, fill=white, font=text.font(14), stroke_width=2, stroke_fill=black)
 
 
 def _draw_colour_bar(
