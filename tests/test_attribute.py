@@ -64,8 +64,12 @@ def test_the_index_lists_the_maps_of_every_image(done, trained, shards):
         for model in (0, 1):
             assert arrays[f"maps_{model}"].shape == (5, 32, 32, 3)
             labels = entry["models"][model]["labels"]
-            assert len(labels) == 5
-            confidences = [label["confidence"] for label in labels]
+            explained = [label["label"] for label in labels if label["map"] is not None]
+            # Both networks are explained for the top labels of the first one.
+            assert explained == [label["label"] for label in entry["models"][0]["labels"]]
+            assert len(explained) == 5 and len(labels) == (5 if model == 0 else len(labels))
+            own = labels if model == 0 else labels[5:]
+            confidences = [label["confidence"] for label in own]
             assert confidences == sorted(confidences, reverse=True)
             for label in labels:
                 column = run.vocabulary.index[label["label"]]
@@ -77,8 +81,15 @@ def test_the_index_lists_the_maps_of_every_image(done, trained, shards):
                 else:  # mined labels
                     assert label["truth"] == ("false" if excluded else "unknown")
                 assert label["predicted"] == (label["confidence"] >= label["threshold"] < 1)
+        meta = entry["meta"]
+        assert meta["split"] == "test"
+        assert entry["picture"]["native"] is False and entry["picture"]["stored"] == [32, 32]
+        top, left, bottom, right = meta["crop"]
+        height, width = arrays["picture"].shape  # spacing is the same along both axes
+        assert width / height == pytest.approx((right - left) / (bottom - top), rel=0.01)
+        assert entry["picture"]["mm"] == pytest.approx(meta["spacing"][0] * (right - left) / width)
         with Image.open(out / entry["overlay"]) as picture:
-            assert picture.size == (3 * 32, 32)
+            assert picture.size[0] == 6 * 354 + 14  # the CT and five maps, in two rows
 
 
 def test_maps_are_complete_and_confidences_match_the_run(done, trained, shards):
@@ -107,6 +118,7 @@ def test_the_table_matches_the_index(done):
         for case in index
         for model in case["models"]
         for label in model["labels"]
+        if label["map"] is not None
     ]
     rows = rows_of(out)
     assert len(rows) == len(entries) == 9 * 2 * 5
@@ -147,7 +159,11 @@ def test_two_networks_are_compared_by_one_label_on_the_same_images(done, linear,
         areas.append([first["areas"], second["areas"]])
     # Recomputed for the second network, on an image where its own first label differs.
     seconds = [case["models"][1] for case in index]
-    number = next(k for k in range(9) if seconds[k]["labels"][0]["label"] != seconds[k]["areas_of"])
+
+    def own_first(model):
+        return max(model["labels"], key=lambda label: label["confidence"])["label"]
+
+    number = next(k for k in range(9) if own_first(seconds[k]) != seconds[k]["areas_of"])
     model = seconds[number]
     column, net = shards.vocabulary.index[model["areas_of"]], open_networks(linear)[0]
     hu = np.repeat(shards.source("test")[number].image[None], 8, axis=0)
@@ -183,11 +199,12 @@ def test_two_networks_are_compared_by_one_label_on_the_same_images(done, linear,
 def test_the_page_shows_everything_and_works_offline(done):
     out, _ = done
     text = (out / "index.html").read_text()
-    # A CT alone and under each of two maps, the maps, and a map for each label to tap.
-    assert check_page(text) == 9 * (1 + 2 * 2 + 2 * 5)
     index = json.loads((out / "index.json").read_text())
+    slices = {case["meta"]["file"]: case["id"] for case in reversed(index)}
+    # A CT alone and under each of two maps, the maps, and a map for each label to tap.
+    assert check_page(text) == len(slices) * (1 + 2 * 2 + 2 * 5)
     for case in index:
-        assert case["id"] in text
+        assert slices[case["meta"]["file"]] in text  # lesions of one slice share a card
         for model in case["models"]:
             assert model["name"] in text
             for label in model["labels"]:

@@ -67,7 +67,9 @@ def write_label_chart(
     if coronal is not None:
         view = grid[0]
         view.imshow(coronal, aspect="auto", cmap="gray", extent=(0, 1, count - 0.5, -0.5))
-        view.set_xticks([0.04, 0.96], ["R", "L"], fontsize=10)
+        # PNGs store neither spacing nor directions.
+        sides = ["R", "L"] if math.isfinite(spacing[1]) else ["", ""]
+        view.set_xticks([0.04, 0.96], sides, fontsize=10)
         view.tick_params(axis="x", length=0)
         if stretch > 1.2:
             view.set_xlabel(f"stretched {stretch:.1f} x along z", fontsize=10)
