@@ -312,7 +312,7 @@ def _write(explained: results.Explained) -> dict[str, Any]:
         more["differences"] = {
             name: faithfulness.bootstrap(values, groups) for name, values in _differences(areas)
         }
-    slices = list(drawing.by_slice(explained.files.values()).values())
+    slices = drawing.by_slice(zip(explained.files.values(), index, strict=True))
     shown = slices[: explained.most_shown]
     with files.write_whole(out / "index.html") as page_file:
         lead = page.attribution_lead(summary | more, len(shown), len(slices))

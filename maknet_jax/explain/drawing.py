@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from maknet_jax.explain import results
 from maknet_jax.explain.selection import SelectedImage
 from maknet_jax.figures import overlay, panels, picture
 
@@ -92,18 +91,23 @@ def perturbed_pictures(grey: np.ndarray, forms: np.ndarray) -> list[np.ndarray]:
     return pictures
 
 
-def by_slice(paths: Iterable[pathlib.Path]) -> dict[str, list[pathlib.Path]]:
-    """Groups results by the slice that they show: DeepLesion's records are lesions, of which a
-    slice can have several.
+def by_slice(
+    explained: Iterable[tuple[pathlib.Path, Mapping[str, Any]]],
+) -> list[list[pathlib.Path]]:
+    """Groups results by the slice that they show.
+
+    DeepLesion's records are lesions, of which a slice can have several.
+
+    Args:
+      explained: (file of a result, its metadata).
     """
     groups: dict[str, list[pathlib.Path]] = {}
-    for path in paths:
-        metadata = results.load_metadata(path)
+    for path, metadata in explained:
         meta = metadata.get("meta", {})
         whole = "slice_box" in meta and "box" not in meta
         key = f"slice {meta['file']}" if whole else f"image {metadata['id']}"
         groups.setdefault(key, []).append(path)
-    return groups
+    return list(groups.values())
 
 
 def merge_truth(metadata: dict[str, Any], others: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
