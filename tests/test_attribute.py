@@ -8,6 +8,7 @@ import shutil
 import types
 
 import jax
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,11 +17,12 @@ from test_page import check_page
 from maknet_jax import attribute, cli, train
 from maknet_jax.attribution import faithfulness, perturbation
 from maknet_jax.attribution import integrated_gradients as ig
-from maknet_jax.ct import search
+from maknet_jax.ct import search, volumes
 from maknet_jax.errors import InputError
 from maknet_jax.explain import results
 from maknet_jax.explain.network import open_networks
 from maknet_jax.explain.options import PathOptions, SelectionOptions
+from maknet_jax.figures import picture
 from maknet_jax.runs import config, workdir
 from maknet_jax.training import augment
 
@@ -84,12 +86,9 @@ def test_the_index_lists_the_maps_of_every_image(done, trained, shards):
         meta = entry["meta"]
         assert meta["split"] == "test"
         assert entry["picture"]["native"] is False and entry["picture"]["stored"] == [32, 32]
-        top, left, bottom, right = meta["crop"]
-        height, width = arrays["picture"].shape  # spacing is the same along both axes
-        assert width / height == pytest.approx((right - left) / (bottom - top), rel=0.01)
-        assert entry["picture"]["mm"] == pytest.approx(meta["spacing"][0] * (right - left) / width)
-        with Image.open(out / entry["overlay"]) as picture:
-            assert picture.size[0] == 6 * 354 + 14  # the CT and five maps, in two rows
+        assert arrays["picture"].shape == picture.of_image(example.image[..., 1], meta).grey.shape
+        with Image.open(out / entry["overlay"]) as figure:
+            assert figure.size[0] == 6 * 354 + 14  # the CT and five maps, in two rows
 
 
 def test_maps_are_complete_and_confidences_match_the_run(done, trained, shards):
@@ -314,6 +313,17 @@ def test_ct_files_are_explained(trained, phantom, tmp_path):
     assert (summary["images"], summary["groups"]) == (2, 1)
     rows = rows_of(out)
     assert {row["id"] for row in rows} == set(ids) and {row["truth"] for row in rows} == {"unknown"}
+    volume = volumes.load_series(series)
+    assert {(entry["series"], entry["label"]) for entry in summary["nifti"]} == {
+        (series.key, row["label"]) for row in rows
+    }
+    for entry in summary["nifti"]:
+        image = nibabel.load(entry["file"])
+        assert image.shape == volume.hu.shape[::-1]
+        np.testing.assert_allclose(image.affine, volume.affine, atol=1e-4)
+        shown = {int(row["id"][-1]) for row in rows if row["label"] == entry["label"]}
+        assert set(np.flatnonzero(np.any(image.dataobj, axis=(0, 1)))) == shown
+        assert entry["slices"] == len(shown)
     # With another number of slices, slice 3 may be another image.
     pathlib.Path(series.paths[-1]).unlink()
     with pytest.raises(InputError, match="selection"):

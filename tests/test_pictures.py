@@ -56,7 +56,8 @@ def test_windows_are_described_as_radiologists_quote_them():
 def test_the_coronal_view_is_a_projection_along_the_rows():
     hu = np.full((5, 40, 600), -1000, np.int16)
     hu[2:, :, 300:] = 1000
-    view = picture.coronal(hu)
+    view, spacing = picture.coronal(hu, (5.0, 0.9, 0.8))
+    assert spacing == (5.0, pytest.approx(2.4))
     assert view.shape == (5, 200) and view.dtype == np.uint8
     assert (view[:2] == 0).all() and (view[2:, 100:] == 255).all() and (view[2:, :100] == 0).all()
 

@@ -65,7 +65,9 @@ def is_oriented(meta: Mapping[str, Any]) -> bool:
 
     It is if the files store directions. PNGs do not, and some of DeepLesion's are mirrored.
     """
-    return meta.get("kind") in _ORIENTED or "case" in meta or "series" in meta
+    if "kind" in meta:
+        return meta["kind"] in _ORIENTED
+    return "case" in meta or "series" in meta
 
 
 def map_layers(arrays: Arrays, place: int) -> Iterator[np.ndarray]:
