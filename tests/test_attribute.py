@@ -69,9 +69,8 @@ def test_the_index_lists_the_maps_of_every_image(done, trained, shards):
             explained = [label["label"] for label in labels if label["map"] is not None]
             # Both networks are explained for the top labels of the first one.
             assert explained == [label["label"] for label in entry["models"][0]["labels"]]
-            assert len(explained) == 5 and len(labels) == (5 if model == 0 else len(labels))
-            own = labels if model == 0 else labels[5:]
-            confidences = [label["confidence"] for label in own]
+            assert len(explained) == 5 and (model or len(labels) == 5)
+            confidences = [label["confidence"] for label in labels[0 if model == 0 else 5 :]]
             assert confidences == sorted(confidences, reverse=True)
             for label in labels:
                 column = run.vocabulary.index[label["label"]]
@@ -159,10 +158,8 @@ def test_two_networks_are_compared_by_one_label_on_the_same_images(done, linear,
     # Recomputed for the second network, on an image where its own first label differs.
     seconds = [case["models"][1] for case in index]
 
-    def own_first(model):
-        return max(model["labels"], key=lambda label: label["confidence"])["label"]
-
-    number = next(k for k in range(9) if own_first(seconds[k]) != seconds[k]["areas_of"])
+    own = [max(model["labels"], key=lambda label: label["confidence"]) for model in seconds]
+    number = next(k for k in range(9) if own[k]["label"] != seconds[k]["areas_of"])
     model = seconds[number]
     column, net = shards.vocabulary.index[model["areas_of"]], open_networks(linear)[0]
     hu = np.repeat(shards.source("test")[number].image[None], 8, axis=0)
@@ -199,11 +196,11 @@ def test_the_page_shows_everything_and_works_offline(done):
     out, _ = done
     text = (out / "index.html").read_text()
     index = json.loads((out / "index.json").read_text())
-    slices = {case["meta"]["file"]: case["id"] for case in reversed(index)}
+    slices = {case["meta"]["file"]: case["id"] for case in reversed(index)}  # lesions share a card
     # A CT alone and under each of two maps, the maps, and a map for each label to tap.
     assert check_page(text) == len(slices) * (1 + 2 * 2 + 2 * 5)
     for case in index:
-        assert slices[case["meta"]["file"]] in text  # lesions of one slice share a card
+        assert slices[case["meta"]["file"]] in text
         for model in case["models"]:
             assert model["name"] in text
             for label in model["labels"]:
