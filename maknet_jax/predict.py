@@ -237,6 +237,8 @@ def _write_charts(
 ) -> list[pathlib.Path]:
     """Draws the labels of each series that is long enough; returns the files."""
     charts = []
+    network = f"{run.source.resolve().name}, step {run.step}"
+    network += f", trained on {run.trained_on}" if run.trained_on else ""
     for number, (result, (view, spacing)) in enumerate(zip(results, views, strict=True)):
         if len(result) >= MIN_CHART_SLICES:
             charts.append(out.with_suffix(f".{number:03d}.png"))
@@ -246,7 +248,7 @@ def _write_charts(
                 result.predicted,
                 result.names,
                 title=f"series {result.id}",
-                note=f"{len(result)} slices, {run.source.resolve().name}, step {run.step}",
+                note=f"{len(result)} slices, {network}",
                 coronal=view,
                 spacing=spacing,
             )
