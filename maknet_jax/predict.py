@@ -242,13 +242,14 @@ def _write_charts(
     for number, (result, (view, spacing)) in enumerate(zip(results, views, strict=True)):
         if len(result) >= MIN_CHART_SLICES:
             charts.append(out.with_suffix(f".{number:03d}.png"))
+            mm, title = len(result) * spacing[0], f"{len(result)} slices from head to feet"
             write_label_chart(
                 charts[-1],
                 result.confidences,
                 result.predicted,
                 result.names,
-                title=f"series {result.id}",
-                note=f"{len(result)} slices, {network}",
+                title=title if np.isnan(mm) else f"{title}, {mm:.0f} mm",
+                notes=[f"series {result.id}", network],
                 coronal=view,
                 spacing=spacing,
             )

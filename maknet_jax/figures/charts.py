@@ -22,7 +22,7 @@ def write_label_chart(
     names: Sequence[str],
     *,
     title: str = "labels along the series",
-    note: str = "",
+    notes: Sequence[str] = (),
     coronal: np.ndarray | None = None,
     spacing: tuple[float, float] = (math.nan, math.nan),
     max_labels: int = 40,
@@ -36,7 +36,7 @@ def write_label_chart(
         the cells of those slices.
       names: the K label names.
       title: the title of the chart; the middle of a long one is left out.
-      note: a line below the title.
+      notes: lines below the title.
       coronal: uint8 `[Z, W]`, see `picture.coronal`; None draws none.
       spacing: mm between slices and between the columns of `coronal`; nan if unknown.
       max_labels: maximum number of labels; the most frequently predicted ones are shown.
@@ -86,8 +86,8 @@ def write_label_chart(
     bar.set_label("confidence; red line: predicted", fontsize=10)
     bar.ax.tick_params(labelsize=10)
     letters = int(11 * (1.3 + sum(widths)))
-    lines = [_shorten(title, letters), *([note[: letters + 10]] if note else [])]
-    figure.suptitle("\n".join(lines), fontsize=10, x=0.02, ha="left")
+    lines = "\n".join(_shorten(line, letters) for line in (title, *notes))
+    figure.suptitle(lines, fontsize=10, x=0.02, ha="left")
     _write(figure, path)
 
 
