@@ -41,7 +41,8 @@ def retrieve(
     Lesions are compared by the cosine of their embeddings, so that a record of the same slice and
     box has similarity 1. By default this record and the other lesions of its patient are left out,
     because they say nothing about how similar lesions of different patients are. The patient is
-    known from the file name, if it is DeepLesion's, and from a record of the same pixels.
+    known from the file name, if it is DeepLesion's, and from a record of the same pixels. A lesion
+    in several splits is listed once, in the first of them.
 
     Args:
       folder: the workdir of a LesaNet run.
@@ -76,6 +77,7 @@ def retrieve(
     size = sharding.round_up_to_devices(batch_size)
     embedding = next(_embedded(embed, [query], size))[1][0]
     lesions_by_patient: dict[str, list[tuple[float, str, int]]] = {}  # (cosine, split, index)
+    seen: set[str] = set()
     own = {_patient_of(png.split_name(image)[0])}
     names = splits or list(dataset.info["splits"])
     total = sum(dataset.split(name)["count"] for name in names)
@@ -87,7 +89,11 @@ def retrieve(
                 middle = batch["image"][: len(cosines), ..., 1]
                 same = (middle == query.image[..., 1]).all(axis=(1, 2))
                 for k, cosine in enumerate(cosines):
-                    patient = _patient_of(str(batch["id"][k]))
+                    record_id = str(batch["id"][k])
+                    if record_id in seen:  # hand-labelled lesions are in the test split, too
+                        continue
+                    seen.add(record_id)
+                    patient = _patient_of(record_id)
                     row = float(cosine), name, int(batch["index"][k])
                     lesions_by_patient.setdefault(patient, []).append(row)
                     if same[k]:
