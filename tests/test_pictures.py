@@ -179,15 +179,15 @@ def test_scale_bars_have_round_lengths(width, length):
 
 
 def test_figures_have_scale_bars_to_scale(tmp_path):
-    """A panel of 340 pixels is drawn pixel by pixel: 100 mm at 2 mm per pixel are 50 pixels."""
-    grey = np.zeros((170, 340, 3), np.uint8)
+    """A panel of 340 pixels is drawn pixel by pixel: 100 mm at 1.5 mm per pixel are 67 pixels."""
+    grey = np.zeros((200, 340, 3), np.uint8)
     path = tmp_path / "figure.png"
     rows = [("network", [panels.Panel(f"label {k}", "0.9", grey) for k in range(8)])]
-    panels.write_panels(path, rows, mm=2.0, right=True, caption=["a caption " * 50])
+    panels.write_panels(path, rows, mm=1.5, right=True, caption=["a caption " * 50])
     with Image.open(path) as opened:
         figure = np.asarray(opened.convert("L"))
     assert figure.shape[1] == 6 * 354 + 14  # eight panels in two rows
     first = figure[:300, 14:354]
     bar = np.flatnonzero((first[:, 30] == 255) & (first[:, 5] == 0))[-1]
     white = np.flatnonzero(first[bar] == 255)
-    assert (white[0], len(white)) == (10, 101)
+    assert (white[0], len(white)) == (10, 68)

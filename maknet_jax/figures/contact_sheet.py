@@ -123,7 +123,8 @@ def _lines(example: Example, names: Sequence[str]) -> list[tuple[str, tuple[int,
     """(text, colour) of the lines below a picture."""
     face = text.font(12)
     labels = [names[column] for column in np.flatnonzero(example.labels).tolist()]
-    lines = text.wrap(", ".join(labels) or "no label", _TILE, face)
+    none = "no label" if len(example.labels) else "not labelled"
+    lines = text.wrap(", ".join(labels) or none, _TILE, face)
     for left_out in range(1, len(labels) + 1):
         if len(lines) <= _MOST_LINES:
             break
