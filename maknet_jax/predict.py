@@ -17,6 +17,7 @@ from maknet_jax.evaluation import metrics, series_tables
 from maknet_jax.evaluation.domain import Domain
 from maknet_jax.evaluation.series import FLAGS, SeriesResult
 from maknet_jax.evaluation.series_tables import SERIES_COLUMNS, SLICE_COLUMNS
+from maknet_jax.figures import picture
 from maknet_jax.figures.charts import write_label_chart
 from maknet_jax.runs import workdir
 from maknet_jax.training import sharding
@@ -83,6 +84,7 @@ def predict(
         _check_free(out, features)
     read_as = reading.Overrides(**overrides)
     failures_file = out.with_suffix(".failures.csv")
+    results, views = [], []
     with console.list_failures(failures_file):
         series, failures = find_inputs(path, read_as)
         run = workdir.open_run(folder, checkpoint_name=checkpoint)
@@ -92,7 +94,10 @@ def predict(
             "overrides": read_as,
         }
         each = predict_series(run, series, failures, **scoring, features=features is not None)
-        results = [result for result, _ in each]
+        for result, volume in each:
+            results.append(result)
+            if charts:
+                views.append(picture.coronal(volume.hu, volume.spacing))
     stale = _written_before(out)
     slice_rows = (row for result in results for row in result.slice_rows())
     cover_rows = [row for result in results for row in result.cover_rows()]
@@ -114,7 +119,7 @@ def predict(
         written.append(pathlib.Path(features))
         _write_features(written[-1], results)
     if charts:
-        written += _write_charts(out, run, results)
+        written += _write_charts(out, run, results, views)
     console.write_failures(failures_file, failures)
     summary = {
         "workdir": str(folder),
@@ -245,16 +250,28 @@ def _write_features(path: pathlib.Path, results: Sequence[SeriesResult]) -> None
 
 
 def _write_charts(
-    out: pathlib.Path, run: workdir.Run, results: Sequence[SeriesResult]
+    out: pathlib.Path,
+    run: workdir.Run,
+    results: Sequence[SeriesResult],
+    views: Sequence[tuple[np.ndarray, tuple[float, float]]],
 ) -> list[pathlib.Path]:
     """Draws the labels of each series that is long enough; returns the files."""
     charts = []
-    for number, result in enumerate(results):
+    network = f"{run.source.resolve().name}, step {run.step}"
+    network += f", trained on {run.trained_on}" if run.trained_on else ""
+    for number, (result, (view, spacing)) in enumerate(zip(results, views, strict=True)):
         if len(result) >= MIN_CHART_SLICES:
             charts.append(out.with_suffix(f".{number:03d}.png"))
-            title = f"{result.id}: {run.source.name}, step {run.step}"
+            mm, title = len(result) * spacing[0], f"{len(result)} slices from head to feet"
             write_label_chart(
-                charts[-1], result.confidences, result.predicted, result.names, title=title
+                charts[-1],
+                result.confidences,
+                result.predicted,
+                result.names,
+                title=title if np.isnan(mm) else f"{title}, {mm:.0f} mm",
+                notes=[f"series {result.id}", network],
+                coronal=view,
+                spacing=spacing,
             )
     return charts
 
