@@ -93,14 +93,14 @@ def _run_idc(chosen: argparse.Namespace) -> None:
     """
     from maknet_jax import select_idc
 
-    names = ("min_slices", "phantoms", "per_patient", "per_collection", "seed")
+    limits = ("min_slices", "phantoms", "per_patient", "per_collection", "seed")
     filters = select_idc.Filters(
         body_parts=tuple(chosen.body_parts),
         collections=tuple(chosen.collections),
         exclude_collections=tuple(chosen.exclude_collections),
         licences=tuple(chosen.licences),
         total=chosen.max,
-        **options.selected(chosen, *names),
+        **options.selected(chosen, *limits),
     )
     names = ("analysis", "index", "seg_index", "overwrite")
     summary = select_idc.select_idc(chosen.out, filters=filters, **options.selected(chosen, *names))

@@ -90,7 +90,8 @@ def find_index(path: str | os.PathLike[str] | None = None) -> tuple[pathlib.Path
         import idc_index_data
     except ModuleNotFoundError:
         raise InputError(f"the index of IDC is not installed: {_INSTALL}") from None
-    return idc_index_data.IDC_INDEX_PARQUET_FILEPATH, f"idc-index-data {idc_index_data.__version__}"
+    version = f"idc-index-data {idc_index_data.__version__}"
+    return pathlib.Path(str(idc_index_data.IDC_INDEX_PARQUET_FILEPATH)), version
 
 
 def read_index(path: str | os.PathLike[str], analysis: str | None = None) -> list[Series]:
@@ -103,14 +104,17 @@ def read_index(path: str | os.PathLike[str], analysis: str | None = None) -> lis
     Raises:
       InputError: the file is not such an index, or has no segmentations of this analysis result.
     """
-    names = ", ".join(_COLUMNS.values())
+    numbers = {"instanceCount", "series_size_MB"}
+    names = ", ".join(
+        f"coalesce({name}, {0 if name in numbers else repr('')})" for name in _COLUMNS.values()
+    )
     rows = _query(
         path,
         f"SELECT {names} FROM read_parquet(?) "
         "WHERE Modality = 'CT' OR (Modality = 'SEG' AND analysis_result_id = ?)",
         analysis or "",
     )
-    series = [Series(*("" if value is None else value for value in row)) for row in rows]
+    series = list(map(Series._make, rows))
     if analysis is not None and not any(row.modality == "SEG" for row in series):
         known = _query(
             path,

@@ -1,4 +1,4 @@
-"""Selects CT series from the index of the Imaging Data Commons (IDC), with segmentations or without.
+"""Selects CT series, alone or with their segmentations, from the index of IDC.
 
 The index does not have a column for the series that a segmentation refers to. But the description
 of TotalSegmentator's results, "Segmentation of Series 2", names the SeriesNumber of a series of the
