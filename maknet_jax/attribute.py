@@ -218,7 +218,7 @@ def _result(
             model["areas"] = dict(zip(AREAS, batch.areas[row].tolist(), strict=True))
             model["areas_of"] = names[batch.first[row]]
         models.append(model)
-    metadata = {"id": image.id, "group": image.group, "meta": image.meta, "models": models}
+    metadata = {"id": image.id, "group": image.group, "meta": image.public_meta, "models": models}
     grey = contact_sheet.to_grey(image.image[..., 1], settings["display"])
     strip = [np.repeat(grey[..., None], 3, axis=-1)]
     for pictures in _pictures(arrays, len(explained)):

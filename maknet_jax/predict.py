@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from maknet_jax import console, files
-from maknet_jax.ct import preprocess, search, volumes
+from maknet_jax.ct import preprocess, pseudonym, search, volumes
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation import metrics
 from maknet_jax.evaluation.series import SeriesResult
@@ -31,6 +31,8 @@ def predict(
     as_json: bool = False,
     charts: bool = False,
     features: str | pathlib.Path | None = None,
+    pseudonyms: bool = False,
+    salt_file: str | pathlib.Path | None = None,
 ) -> dict[str, Any]:
     """Predicts the labels of every slice of every CT series under `path`.
 
@@ -51,6 +53,10 @@ def predict(
       charts: draw `STEM.NNN.png` for each series: its labels from head to feet.
       features: an .npz file for the pooled features of all slices: `features` float32 `[N, F]` and
         `ids`, SERIES:SLICE each.
+      pseudonyms: write pseudonyms instead of the names of series and files, which identify
+        patients; see `ct.pseudonym`.
+      salt_file: the secret key of the pseudonyms, created if absent; None means
+        `~/.config/maknet/salt`.
 
     Returns:
       The summary: counts, files, and for each series the range of slices of each label.
@@ -67,6 +73,7 @@ def predict(
     if not series:
         reason = f": {failures[0][0]}: {failures[0][1]}" if failures else ""
         raise InputError(f"{path} holds no readable series of DICOM, NIfTI or PNG{reason}")
+    hidden = pseudonym.read_pseudonyms(salt_file, log=console.Log()) if pseudonyms else None
     run = workdir.open_run(folder, checkpoint_name=checkpoint)
     slice_rows: list[tuple] = []
     series_rows: list[tuple] = []
@@ -77,6 +84,7 @@ def predict(
     series_count = 0
     with console.progress("predict", sum(ref.count for ref in series)) as advance:
         for _, volume in volumes.load_all(series, failures, png_window=png_window):
+            volume = hidden.volume(volume) if hidden else volume
             result = predict_volume(
                 run, volume, batch_size, png_window, advance, features=features is not None
             )
@@ -110,6 +118,7 @@ def predict(
         with files.write_whole(features, "wb") as file:
             np.savez(file, features=np.concatenate(feature_rows), ids=np.array(feature_ids))
         written.append(pathlib.Path(features))
+    failures = hidden.failures(failures) if hidden else failures
     failures_file = out.with_suffix(".failures.csv")
     console.write_failures(failures_file, failures)
     summary = {

@@ -88,7 +88,7 @@ def prepare_deeplesion(
     if label_file is None or ontology is None:
         plans = key_slices.plan_unlabelled(rows, patches=patches)
     else:
-        vocabulary, labelled, about = _read_labels(
+        vocabulary, labelled, about = key_slices.read_labels(
             rows, label_file, hand_labels, ontology, patches=patches
         )
         plans = key_slices.plan_labelled(labelled, vocabulary)
@@ -111,40 +111,12 @@ def prepare_deeplesion(
     )
 
 
-def _read_labels(
-    rows: Sequence[deeplesion.Lesion],
-    label_file: str | os.PathLike[str],
-    hand_labels: str | os.PathLike[str] | None,
-    ontology: str | os.PathLike[str],
-    *,
-    patches: bool,
-) -> tuple[labels.Vocabulary, list[deeplesion.LabelledLesion], dict[str, Any]]:
-    """(vocabulary, labelled lesions, what `dataset.json` says about them)."""
-    mined = deeplesion.read_mined_labels(label_file)
-    hand = deeplesion.read_hand_labels(hand_labels) if hand_labels else None
-    terms = labels.read_ontology(ontology)
-    labels.ontology_vocabulary(terms, mined.terms)  # raises if a term is unknown
-    names = [term for term in mined.terms if patches or terms[term].label_class == "bodypart"]
-    vocabulary = labels.ontology_vocabulary(terms, names)
-    numbering = deeplesion.number_lesions(rows, mined)
-    labelled, counts = deeplesion.label_lesions(
-        numbering, mined, hand, vocabulary, uncertain_unknown=patches
-    )
-    about = {"numbering": numbering.reason, "label_counts": counts}
-    about["direct_parents"] = {
-        name: [parent for parent in terms[name].parents if parent in vocabulary.index]
-        for name in vocabulary.names
-    }
-    # The paper counts lesions with a body part only.
-    about["paper_counts"] = dict.fromkeys(counts, "-") if patches else deeplesion.PAPER_COUNTS
-    return vocabulary, labelled, about
-
-
 def prepare_dicom(
     folder: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     salt_file: str | os.PathLike[str] | None = None,
+    pseudonyms: bool = False,
     min_slices: int = 51,
     size: int = SIZE,
     workers: int = 1,
@@ -156,6 +128,7 @@ def prepare_dicom(
       out: the folder to write.
       salt_file: the secret key of the ids, created if absent; None means
         `~/.config/maknet/salt`. It is never written into the records.
+      pseudonyms: write them instead of names in `failures.csv`, too.
       min_slices: smaller volumes are dropped, counted and listed in `failures.csv`. The paper
         uses volumes of more than 50 slices. It is our choice that one unreadable slice rejects its
         whole series.
@@ -196,6 +169,7 @@ def prepare_dicom(
         about=about,
         workers=workers,
         failures=failures,
+        hidden=pseudonym.Pseudonyms(salt) if pseudonyms else None,
     )
 
 
@@ -204,6 +178,8 @@ def prepare_table(
     out: str | os.PathLike[str],
     *,
     png_window: tuple[float, float] | None = None,
+    pseudonyms: bool = False,
+    salt_file: str | os.PathLike[str] | None = None,
     size: int = SIZE,
     workers: int = 1,
 ) -> dict[str, Any]:
@@ -213,6 +189,8 @@ def prepare_table(
       csv_file: the table; paths are relative to its folder (see `data.table`).
       out: the folder to write.
       png_window: (low, high) in HU of 8-bit PNGs.
+      pseudonyms: write them instead of names in `failures.csv`.
+      salt_file: the secret key of the pseudonyms, as in `prepare_dicom`.
       size: the edge S of the images in pixels.
       workers: processes.
 
@@ -233,6 +211,7 @@ def prepare_table(
         vocabulary=vocabulary,
         about={"rows": len(rows), "png_window": png_window},
         workers=workers,
+        hidden=pseudonym.read_pseudonyms(salt_file, log=console.Log()) if pseudonyms else None,
     )
 
 
@@ -245,6 +224,7 @@ def prepare_segmentations(
     splits: SplitOptions = _SPLITS,
     origin: Mapping[str, str] | None = None,
     salt_file: str | os.PathLike[str] | None = None,
+    pseudonyms: bool = False,
     size: int = SIZE,
     workers: int = 1,
 ) -> dict[str, Any]:
@@ -258,6 +238,7 @@ def prepare_segmentations(
       splits: how cases are split.
       origin: `source`, `citation` and `licence` of the data; runs that train on them record these.
       salt_file: the secret key of the ids of DICOM cases, as in `prepare_dicom`.
+      pseudonyms: write them instead of all names: in the records, and in all tables.
       size: the edge S of the images in pixels.
       workers: processes.
 
@@ -270,11 +251,13 @@ def prepare_segmentations(
     """
     _check(out, size)
     plan = segmentation_plan.plan(folders, label_table, rules=rules, splits=splits, workers=workers)
-    dicom = any(case.ref.kind == "dicom" for case, _ in plan.members)
-    salt = pseudonym.read_salt(salt_file, log=console.Log()) if dicom else ""
+    secret = pseudonyms or any(case.ref.kind == "dicom" for case, _ in plan.members)
+    salt = pseudonym.read_salt(salt_file, log=console.Log()) if secret else ""
     return _write(
         out,
-        segmentations.plan_cases(plan.members, plan.labels, rules=rules, size=size, salt=salt),
+        segmentations.plan_cases(
+            plan.members, plan.labels, rules=rules, size=size, salt=salt, pseudonyms=pseudonyms
+        ),
         segmentations.make_case,
         kind="segmentations",
         size=size,
@@ -284,6 +267,7 @@ def prepare_segmentations(
         failures=plan.failures,
         missing=plan.missing,
         cases=[(case.name, case.patient, split) for case, split in plan.members],
+        hidden=pseudonym.Pseudonyms(salt) if pseudonyms else None,
     )
 
 
@@ -330,6 +314,7 @@ def _write(
     failures: Sequence[tuple[str, str]] = (),
     missing: Sequence[tuple[str, str]] = (),
     cases: Sequence[tuple[str, str, str]] = (),
+    hidden: pseudonym.Pseudonyms | None = None,
 ) -> dict[str, Any]:
     """Writes the shards, the contact sheet and the reports; returns the summary."""
     out = pathlib.Path(out)
@@ -346,6 +331,9 @@ def _write(
             advance=advance,
         )
     failures = [*failures, *rejected]
+    if hidden:
+        failures, missing = hidden.failures(failures), hidden.failures(missing)
+        cases = [(hidden.name(name), hidden.name(patient), split) for name, patient, split in cases]
     if kind == "lesions":
         info["crop"] = lesions.RULE
     examples = records.Dataset(out, info).sample(_SHOWN)

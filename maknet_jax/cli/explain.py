@@ -109,6 +109,7 @@ def _shared_options(verb: argparse.ArgumentParser) -> None:
         help="maximum number of images on the HTML page (default: %(default)s)",
     )
     options.png_window(verb)
+    options.pseudonyms(verb)
     options.distributed(verb)
     for kind in (SelectionOptions, PathOptions, DisplayOptions):
         verb.set_defaults(**{field.name: field.default for field in dataclasses.fields(kind)})

@@ -62,20 +62,22 @@ def _predict(verbs: argparse._SubParsersAction) -> None:
         "--batch-size", type=options.count, default=16, help="slices per step (default: 16)"
     )
     options.png_window(verb)
+    options.pseudonyms(verb)
 
 
 def _run_predict(chosen: argparse.Namespace) -> int:
-    """Label the body parts in any CT, per slice and per series.
+    """Label the body parts in any CT, per slice and per series. The outputs name series and files,
+    which identify patients, unless --pseudonyms is set.
 
     maknet predict scans/ --model runs/teacher --out labels.csv
     """
     from maknet_jax import predict
 
     options.start_jax()
-    names = ("png_window", "checkpoint", "batch_size", "charts", "features", "as_json")
-    summary = predict.predict(
-        chosen.model, chosen.path, chosen.out, **options.selected(chosen, *names)
-    )
+    scoring = options.selected(chosen, "png_window", "checkpoint", "batch_size")
+    names = ("charts", "features", "as_json", "pseudonyms", "salt_file")
+    outputs = options.selected(chosen, *names)
+    summary = predict.predict(chosen.model, chosen.path, chosen.out, **scoring, **outputs)
     print(
         f"{summary['slices']} slices of {summary['series']} series labelled by the "
         f"{summary['checkpoint']} checkpoint (step {summary['step']}):"

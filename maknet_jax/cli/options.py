@@ -103,6 +103,20 @@ def png_window(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def pseudonyms(verb: argparse.ArgumentParser) -> None:
+    """Adds --pseudonyms and --salt-file."""
+    verb.add_argument(
+        "--pseudonyms",
+        action="store_true",
+        help="write pseudonyms instead of the names of series, files and patients",
+    )
+    verb.add_argument(
+        "--salt-file",
+        help="secret key that turns UIDs into ids, created if absent "
+        "(default: ~/.config/maknet/salt)",
+    )
+
+
 def checkpoint(verb: argparse.ArgumentParser) -> None:
     """Adds --checkpoint."""
     verb.add_argument(

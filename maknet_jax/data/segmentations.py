@@ -200,6 +200,7 @@ def plan_cases(
     rules: Rules,
     size: int,
     salt: str = "",
+    pseudonyms: bool = False,
 ) -> dict[str, list[_CaseUnit]]:
     """The units of `make_case` by split.
 
@@ -209,6 +210,7 @@ def plan_cases(
       rules: how masks become labels.
       size: the edge S of the images.
       salt: the secret of the pseudonyms of DICOM cases.
+      pseudonyms: NIfTI cases have pseudonyms, too.
     """
     splits: dict[str, list[_CaseUnit]] = {}
     for case, split in members:
@@ -218,7 +220,7 @@ def plan_cases(
             for label, names in labels.items()
         )
         name, patient = case.name, case.patient
-        if case.ref.kind == "dicom":
+        if pseudonyms or case.ref.kind == "dicom":
             name, patient = (pseudonym.pseudonym(salt, text) for text in (name, patient))
         count = len(middle_slices(case.ref.count, rules.every))
         unit = _CaseUnit(name, patient, case.ref, parts, rules, size, count)

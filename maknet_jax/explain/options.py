@@ -43,6 +43,8 @@ class SelectionOptions:
       compare: a second workdir, shown beside the first.
       checkpoint: "best" or "last".
       png_window: (low, high) in HU of 8-bit PNGs.
+      pseudonyms: write pseudonyms instead of the names of series and files.
+      salt_file: the secret key of the pseudonyms; None means `~/.config/maknet/salt`.
     """
 
     path: str | pathlib.Path | None = None
@@ -55,6 +57,8 @@ class SelectionOptions:
     compare: str | pathlib.Path | None = None
     checkpoint: str = "best"
     png_window: tuple[float, float] | None = None
+    pseudonyms: bool = False
+    salt_file: str | pathlib.Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)

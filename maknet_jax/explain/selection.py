@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from maknet_jax import console
 from maknet_jax.ct import preprocess, search, volumes
+from maknet_jax.ct.pseudonym import Pseudonyms, read_pseudonyms
 from maknet_jax.data import records
 from maknet_jax.errors import InputError, Rejected
 from maknet_jax.explain.options import SelectionOptions
@@ -31,6 +33,7 @@ class SelectedImage:
       annotation: its labels; None without labels, or with labels of another vocabulary.
       meta: the source of the image, see `records.Example`.
       regions: name -> bool `[S, S]`, see `masks.find_regions`.
+      private: the fields of `meta` that are not written.
     """
 
     id: str
@@ -38,6 +41,12 @@ class SelectedImage:
     annotation: Annotation | None
     meta: dict[str, Any]
     regions: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    private: tuple[str, ...] = ()
+
+    @property
+    def public_meta(self) -> dict[str, Any]:
+        """The fields of `meta` that are written."""
+        return {name: value for name, value in self.meta.items() if name not in self.private}
 
     def truth(self, column: int) -> Truth:
         """What is known about the label of a column."""
@@ -91,8 +100,12 @@ def select(run: workdir.Run, options: SelectionOptions) -> Selection:
     unlabelled: list[str] = []
     identity: dict[str, Any]
     if path is not None and split is None:
-        readers, known, series, failures = _slices(run, path, ids, options.png_window)
-        identity = {"path": str(path), "series": sorted({ref.key for ref in series})}
+        hidden = None
+        if options.pseudonyms:
+            hidden = read_pseudonyms(options.salt_file, log=console.Log())
+        readers, known, series, failures = _slices(run, path, ids, options.png_window, hidden)
+        shown = hidden.name(str(path)) if hidden else str(path)
+        identity = {"path": shown, "series": sorted({ref.key for ref in series})}
         identity["digest"] = digest([[ref.key, ref.count, *sizes(ref.paths)] for ref in series])
     elif split is not None and path is None:
         readers, known, unlabelled, dataset = _records(run, options.data, split, ids, columns)
@@ -180,14 +193,17 @@ def _slices(
     path: str | pathlib.Path,
     ids: set[str] | None,
     png_window: tuple[float, float] | None,
+    hidden: Pseudonyms | None,
 ) -> tuple[
     list[Callable[[], SelectedImage]],
     list[str],
     list[search.SeriesRef],
     list[tuple[str, str]],
 ]:
-    """(readers, their ids, series, failures)."""
+    """(readers, their ids, series, failures); with pseudonyms if `hidden`."""
     series, failures = search.find_series(path)
+    if hidden:
+        series, failures = list(map(hidden.series, series)), hidden.failures(failures)
     size = run.size
 
     @functools.lru_cache(maxsize=1)
@@ -199,13 +215,15 @@ def _slices(
         try:
             volume, threshold = load(ref)
         except Rejected as error:
-            raise Rejected(ref.paths[0], str(error)) from error
+            failure = ref.paths[0], str(error)
+            raise Rejected(*(hidden.failures([failure])[0] if hidden else failure)) from error
         triplet = preprocess.neighbours(volume.hu, number)
         image, crop = preprocess.make_triplet(triplet, size, threshold=threshold)
         file = ref.paths[0] if ref.kind == "nifti" else volume.slices[number]
         meta = {"file": file, "slice": number, "crop": crop, "kind": ref.kind}
         meta["shape"] = volume.hu.shape
-        return SelectedImage(f"{ref.key}:{number}", image, None, meta)
+        private = ("file",) if hidden else ()
+        return SelectedImage(f"{ref.key}:{number}", image, None, meta, private=private)
 
     places = {f"{ref.key}:{number}": (ref, number) for ref in series for number in range(ref.count)}
     selected = [key for key in places if not ids or key in ids]
