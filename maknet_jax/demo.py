@@ -80,7 +80,7 @@ def demo(out: str | pathlib.Path, *, seed: int = 0, workers: int = 1) -> dict[st
     log.say("5/6 predict: the unlabelled DICOM series")
     predicted = predict.predict(student, paths["dicom"], out / "labels.csv", charts=True)
     log.say("6/6 report: curves, scores, and attributions of the best and worst cases")
-    page = report.report(student)
+    page = report.report(student, ct=paths["images"])
     minutes = (time.perf_counter() - started) / 60
     network = configs.load("smoke").model.options
     parameters = files.read_json(student / "summary.json")["parameters"]

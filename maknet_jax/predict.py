@@ -11,6 +11,7 @@ from maknet_jax.ct import preprocess, pseudonym, search, volumes
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation import metrics
 from maknet_jax.evaluation.series import SeriesResult
+from maknet_jax.figures import picture
 from maknet_jax.figures.charts import write_label_chart
 from maknet_jax.runs import workdir
 from maknet_jax.training import sharding
@@ -95,9 +96,17 @@ def predict(
                 feature_ids += [f"{result.id}:{number}" for number in range(len(result))]
             if charts and len(result) >= MIN_CHART_SLICES:
                 chart = out.with_suffix(f".{series_count:03d}.png")
-                title = f"{result.id}: {run.source.name}, step {run.step}"
+                view = picture.coronal(volume.hu)
+                mm = volume.spacing[2] * volume.hu.shape[2] / view.shape[1]
                 write_label_chart(
-                    chart, result.confidences, result.predicted, result.names, title=title
+                    chart,
+                    result.confidences,
+                    result.predicted,
+                    result.names,
+                    title=f"series {result.id}",
+                    note=f"{len(result)} slices, {run.source.resolve().name}, step {run.step}",
+                    coronal=view,
+                    spacing=(volume.spacing[0], mm),
                 )
                 chart_files.append(chart)
             series_count += 1

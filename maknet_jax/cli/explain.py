@@ -55,11 +55,21 @@ def add_verbs(verbs: Any) -> None:
     verb.add_argument("--out", help="folder to write (default: WORKDIR/report)")
     verb.add_argument("--split", help="split of the cases (default: test, otherwise validation)")
     verb.add_argument("--data", help="prepared data set (default: the one trained on)")
+    _ct(verb)
     verb.add_argument(
         "--cases",
         type=options.count,
         default=3,
         help="number of best and of worst cases (default: 3)",
+    )
+
+
+def _ct(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--ct",
+        metavar="FOLDER",
+        help="CT that --data was prepared from (DeepLesion's images, or NIfTI cases): pictures "
+        "then have its resolution instead of the network's",
     )
 
 
@@ -72,6 +82,7 @@ def _shared_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--out", required=True, help="folder to write")
     verb.add_argument("--split", help="split of --data")
     verb.add_argument("--data", help="prepared data set (default: the one trained on)")
+    _ct(verb)
     verb.add_argument(
         "--ids", type=_words, help="only these images, comma-separated; SERIES:SLICE for CT files"
     )
@@ -155,6 +166,8 @@ def _run_attribute(chosen: argparse.Namespace) -> int:
     }
     for name, values in (areas | summary.get("differences", {})).items():
         print(name, console.format_interval(values))
+    if areas:
+        print(console.describe_groups(summary["groups"]))
     return _ended(summary)
 
 
@@ -196,6 +209,11 @@ def _run_report(chosen: argparse.Namespace) -> None:
 
     options.start_jax()
     page = report.report(
-        chosen.model, chosen.out, split=chosen.split, data=chosen.data, count=chosen.cases
+        chosen.model,
+        chosen.out,
+        split=chosen.split,
+        data=chosen.data,
+        count=chosen.cases,
+        ct=chosen.ct,
     )
     print(page)

@@ -31,6 +31,11 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument(
         "--top", type=options.count, default=11, help="number of lesions to list (default: 11)"
     )
+    verb.add_argument(
+        "--include-patient",
+        action="store_true",
+        help="also list the lesion itself and other lesions of its patient",
+    )
     options.checkpoint(verb)
 
 
@@ -68,7 +73,13 @@ def _run_retrieve(chosen: argparse.Namespace) -> None:
         splits=chosen.split.split(",") if chosen.split else None,
         top=chosen.top,
         checkpoint=chosen.checkpoint,
+        include_patient=chosen.include_patient,
     )
     rows = summary["found"]
     print(console.format_table(list(rows[0]), [row.values() for row in rows]))
+    if summary["left_out"]:
+        print(
+            f"{summary['left_out']} lesions of the query's patient are left out: --include-patient "
+            "lists them"
+        )
     print("\n".join(f"  {file}" for file in summary["files"]))

@@ -17,7 +17,7 @@ from maknet_jax.explain import truth
 from maknet_jax.explain.network import Network
 from maknet_jax.explain.options import DisplayOptions, PathOptions, SelectionOptions
 from maknet_jax.explain.selection import SelectedImage, Selection
-from maknet_jax.figures import contact_sheet
+from maknet_jax.figures import picture
 from maknet_jax.runs.claim import claim
 from maknet_jax.training import sharding
 
@@ -41,7 +41,7 @@ def shared_settings(
         "baseline": path.baseline,
         "top": min(selection.top, len(networks[0].run.vocabulary)),
         "networks": [network.identity for network in networks],
-        "display": list(display.window or contact_sheet.SOFT_TISSUE),
+        "display": list(display.window or picture.SOFT_TISSUE),
         "png_window": selection.png_window and list(selection.png_window),
     }
 

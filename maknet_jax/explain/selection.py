@@ -6,7 +6,7 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from maknet_jax.ct import preprocess, search, volumes
 from maknet_jax.ct.pseudonym import Pseudonyms, read_pseudonyms
 from maknet_jax.data import records
 from maknet_jax.errors import InputError, Rejected
+from maknet_jax.explain import source_slices
 from maknet_jax.explain.options import SelectionOptions
 from maknet_jax.explain.truth import Annotation, Truth, labels_are_complete
 from maknet_jax.runs import workdir
@@ -34,6 +35,8 @@ class SelectedImage:
       meta: the source of the image, see `records.Example`.
       regions: name -> bool `[S, S]`, see `masks.find_regions`.
       private: the fields of `meta` that are not written.
+      slice_hu: int16 HU `[H, W]`, the part of the CT slice that the image shows, at the resolution
+        of the CT; None if the CT is not available.
     """
 
     id: str
@@ -42,6 +45,7 @@ class SelectedImage:
     meta: dict[str, Any]
     regions: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     private: tuple[str, ...] = ()
+    slice_hu: np.ndarray | None = None
 
     @property
     def public_meta(self) -> dict[str, Any]:
@@ -62,10 +66,7 @@ class SelectedImage:
     @property
     def group(self) -> str:
         """The patient, else the series: images of one group are not independent."""
-        if patient := re.search(r"(\d{6})_\d\d_\d\d", self.id):  # DeepLesion's file names
-            return patient[1]
-        name = self.meta.get("patient") or self.meta.get("series")
-        return name or self.id.rpartition(":")[0] or self.id
+        return group_of(self.id, self.meta)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +109,9 @@ def select(run: workdir.Run, options: SelectionOptions) -> Selection:
         identity = {"path": shown, "series": sorted({ref.key for ref in series})}
         identity["digest"] = digest([[ref.key, ref.count, *sizes(ref.paths)] for ref in series])
     elif split is not None and path is None:
-        readers, known, unlabelled, dataset = _records(run, options.data, split, ids, columns)
+        readers, known, unlabelled, dataset = _records(run, options, split, ids, columns)
         identity = {"fingerprint": dataset.fingerprint, "split": split}
+        identity |= {"ct": str(options.ct)} if options.ct else {}
     else:
         raise InputError("pass either --split or CT files, not both")
     unknown = sorted((ids or set()) - set(known))
@@ -125,6 +127,14 @@ def select(run: workdir.Run, options: SelectionOptions) -> Selection:
         raise InputError(f"no image of {path or split} is selected{why}")
     identity |= {"ids": sorted(ids or ()), "labels": list(labels or ()), "limit": options.limit}
     return Selection(readers[: options.limit], failures, identity)
+
+
+def group_of(image_id: str, meta: Mapping[str, Any]) -> str:
+    """The patient of a record or slice, else its series, else its id."""
+    if patient := re.search(r"(\d{6})_\d\d_\d\d", image_id):  # DeepLesion's file names
+        return patient[1]
+    name = meta.get("patient") or meta.get("series")
+    return name or image_id.rpartition(":")[0] or image_id
 
 
 def digest(value: Any) -> str:
@@ -152,31 +162,36 @@ def label_columns(run: workdir.Run, labels: Sequence[str] | None) -> list[int]:
 
 def _records(
     run: workdir.Run,
-    data: str | pathlib.Path | None,
+    options: SelectionOptions,
     split: str,
     ids: set[str] | None,
     columns: list[int],
 ) -> tuple[list[Callable[[], SelectedImage]], list[str], list[str], records.Dataset]:
     """(readers, ids that were read, ids without any of the labels, data set)."""
-    dataset = records.open_dataset(data or run.data_path)
+    dataset = records.open_dataset(options.data or run.data_path)
     records.check_size(dataset, run.size)
     dataset.split(split)
     source, vocabulary = dataset.source(split), dataset.vocabulary
     complete = labels_are_complete(dataset.info, split)
+    folder = None if options.ct is None else pathlib.Path(options.ct)
+    if folder is not None:
+        source_slices.check_folder(folder)
 
-    def read(number: int) -> SelectedImage:
+    def read(number: int, folder: pathlib.Path | None = folder) -> SelectedImage:
         example = source[number]
         annotation = None
         if vocabulary.names == run.vocabulary.names:  # other labels cannot be compared
             annotation = Annotation(example.labels, example.label_mask, complete, vocabulary)
-        return SelectedImage(example.id, example.image, annotation, example.meta)
+        drawn = None if folder is None else source_slices.read_slice(example, folder)
+        meta = example.meta | {"split": split}
+        return SelectedImage(example.id, example.image, annotation, meta, slice_hu=drawn)
 
     numbers: Sequence[int] = range(len(source))
     read_ids, unlabelled = [], []
     if ids or columns:  # otherwise nothing needs to be read yet
         chosen = []
         for number in numbers:
-            image = read(number)
+            image = read(number, folder=None)
             if ids and image.id not in ids:
                 continue
             read_ids.append(image.id)
@@ -221,9 +236,12 @@ def _slices(
         image, crop = preprocess.make_triplet(triplet, size, threshold=threshold)
         file = ref.paths[0] if ref.kind == "nifti" else volume.slices[number]
         meta = {"file": file, "slice": number, "crop": crop, "kind": ref.kind}
-        meta["shape"] = volume.hu.shape
+        meta |= {"shape": volume.hu.shape, "slices": len(volume.hu), "spacing": volume.json_spacing}
+        part = source_slices.part(volume.hu[number], crop)
         private = ("file",) if hidden else ()
-        return SelectedImage(f"{ref.key}:{number}", image, None, meta, private=private)
+        return SelectedImage(
+            f"{ref.key}:{number}", image, None, meta, private=private, slice_hu=part
+        )
 
     places = {f"{ref.key}:{number}": (ref, number) for ref in series for number in range(ref.count)}
     selected = [key for key in places if not ids or key in ids]
