@@ -13,6 +13,7 @@ from maknet_jax.data import (
     labels,
     lesions,
     openkbp,
+    overview,
     records,
     segmentation_plan,
     segmentations,
@@ -23,7 +24,7 @@ from maknet_jax.data import (
 from maknet_jax.data.segmentation_plan import SplitOptions
 from maknet_jax.data.segmentations import Rules
 from maknet_jax.errors import InputError
-from maknet_jax.figures import contact_sheet
+from maknet_jax.figures import contact_sheet, dataset_page
 
 SIZE, PATCH_SIZE = 256, 120  # pixels (section 4.1); mm, LesaNet's
 _RULES, _SPLITS = Rules(), SplitOptions()
@@ -331,6 +332,8 @@ def _write(
             advance=advance,
         )
     failures = [*failures, *rejected]
+    info["counters"], info["volumes"] = overview.separate(info["counters"])
+    info["rejected"], info["missing"] = map(overview.by_reason, (failures, missing))
     if hidden:
         failures, missing = hidden.failures(failures), hidden.failures(missing)
         cases = [(hidden.name(name), hidden.name(patient), split) for name, patient, split in cases]
@@ -353,6 +356,12 @@ def _write(
         rows = segmentations.label_rows(vocabulary, info["splits"])
         console.write_table(out / "label_counts.csv", segmentations.LABEL_COLUMNS, rows)
         summary["label_counts"] = rows
+    with files.write_whole(out / "index.html") as page:
+        page.write(
+            dataset_page.render(
+                f"Data set {out.resolve().name}", info, examples, vocabulary.names, _paper(summary)
+            )
+        )
     files.write_json(out / "summary.json", summary)
     with console.Log(out / "log.jsonl") as log:
         log.event(event="prepared", **summary)
@@ -364,16 +373,9 @@ def describe(summary: dict[str, Any]) -> str:
     """Formats the summary as a few lines of text, with the paper's counts if there are any."""
     lines = []
     about = summary["about"]
-    if "numbering" in about:
+    if paper := _paper(summary):
         lines.append(f"lesions are {about['numbering']}")
-        header = ["split", "labelled", "no row", "noisy", "no image", "records", "paper"]
-        rows = []
-        for split, counts in about["label_counts"].items():
-            written = summary["records"].get(split, 0)
-            first = [counts[name] for name in ("labelled", "without_row", "noisy")]
-            absent = counts["kept"] - written
-            rows.append([split, *first, absent, written, about["paper_counts"][split]])
-        lines.append(console.format_table(header, rows))
+        lines.append(console.format_table(*paper))
     else:
         lines += [f"{split}: {count} records" for split, count in summary["records"].items()]
     if "label_counts" in summary:
@@ -384,5 +386,18 @@ def describe(summary: dict[str, Any]) -> str:
     lines += [f"{name}: {count}" for name, count in summary["counters"].items()]
     if summary["failures"]:
         lines.append(f"rejected: {summary['failures']}, see {summary['out']}/failures.csv")
-    lines.append(f"look at {summary['out']}/contact_sheet.png")
+    lines.append(f"look at {summary['out']}/index.html")
     return "\n".join(lines)
+
+
+def _paper(summary: dict[str, Any]) -> tuple[list[str], list[list[Any]]] | None:
+    """(header, rows) of the counts beside the paper's; None for other data."""
+    about, rows = summary["about"], []
+    if "numbering" not in about:
+        return None
+    for split, counts in about["label_counts"].items():
+        written = summary["records"].get(split, 0)
+        first = [counts[name] for name in ("labelled", "without_row", "noisy")]
+        absent = counts["kept"] - written
+        rows.append([split, *first, absent, written, about["paper_counts"][split]])
+    return ["split", "labelled", "no row", "noisy", "no image", "records", "paper"], rows

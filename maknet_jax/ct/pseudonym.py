@@ -8,7 +8,7 @@ import pathlib
 import re
 import secrets
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
@@ -99,7 +99,7 @@ class Pseudonyms:
 
     def _message(self, path: str, message: str) -> str:
         """A message about a file, without file names, UIDs, and words in the file's header."""
-        private = _names_near(path)
+        private = _names_near(path) | set(_paths_in(message))
         folder = pathlib.Path(path).parent
         named = [path, *(str(folder / name) for name in private if name in message)]
         headers = b"".join(map(_header, filter(os.path.isfile, named)))
@@ -108,6 +108,17 @@ class Pseudonyms:
             if name in message and len(name) > 2 and name.lower() not in _TERMS:
                 message = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", self.name(name), message)
         return _UID.sub(lambda match: self.name(match[0]), message)
+
+
+class Redaction(Pseudonyms):
+    """Replaces every name by an ellipsis."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def name(self, text: str) -> str:
+        """An ellipsis."""
+        return "…"
 
 
 def read_pseudonyms(path: str | os.PathLike[str] | None, *, log: console.Log) -> Pseudonyms:
@@ -125,11 +136,24 @@ def _names_near(path: str) -> set[str]:
     """The parts of a path, and the names and stems of the files beside it or in it."""
     place = pathlib.Path(path)
     names = {path, *place.parts}
-    for folder in (place, place.parent):
+    for folder in (place, place.parent) if os.path.lexists(path) else ():
         if folder.is_dir():
             names.update(os.listdir(folder))
     stems = {name.partition(".")[0] for name in names} | {png.split_name(n)[0] for n in names}
     return names | stems
+
+
+def _paths_in(message: str) -> Iterator[str]:
+    """Yields the existing paths that a message names; they may contain spaces."""
+    ends = [match.start() for match in re.finditer(r"(?=[\s:;,)'\"])|$", message)]
+    for token in re.finditer(r"(?<![^\s('\"])[^\s('\"]+", message):
+        # A word without a separator is a path only as a whole.
+        last = message if os.sep in token[0] else token[0]
+        for end in reversed(ends):
+            path = message[token.start() : end]
+            if token.start() < end <= token.start() + len(last) and os.path.lexists(path):
+                yield path
+                break
 
 
 def _header(path: str) -> bytes:

@@ -22,7 +22,7 @@ import numpy as np
 
 from maknet_jax.ct import dicom, dicom_seg, nifti, preprocess, pseudonym, volumes
 from maknet_jax.ct.search import SeriesRef
-from maknet_jax.data import shards
+from maknet_jax.data import overview, shards
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.data.segmentation_cases import Case, Mask
 from maknet_jax.data.triplets import encode_with_labels
@@ -237,6 +237,7 @@ def make_case(unit: _CaseUnit) -> shards.UnitResult:
         areas, complete, counters = _areas(unit, volume)
     except Rejected as error:
         return shards.UnitResult(failures=((unit.ref.paths[0], str(error)),))
+    counters.update(overview.of_volume(volume.spacing, len(volume.hu)))
     rules, centres = unit.rules, middle_slices(len(volume.hu), unit.rules.every)
     states = np.stack(
         [

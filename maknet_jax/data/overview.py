@@ -1,0 +1,62 @@
+"""What a prepared data set contains, in counts without names: spacings, slices, reasons.
+
+Workers count the properties of a volume among the counters of a unit of work, which are summed over
+the run and survive an interruption.
+"""
+
+import collections
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from maknet_jax.ct.pseudonym import Redaction
+
+_PREFIX = "volume: "
+PROPERTIES = ("slices", "mm between slices", "mm per pixel")
+
+
+def of_volume(spacing: Sequence[float | None], slices: int | None = None) -> dict[str, int]:
+    """Counters of one volume.
+
+    Args:
+      spacing: mm along (z, y, x); None or nan where unknown.
+      slices: number of slices; None if the series was not read as a whole.
+    """
+    values = dict(zip(PROPERTIES[1:], map(_rounded, spacing[:2]), strict=True))
+    if slices is not None:
+        values["slices"] = str(slices)
+    return {f"{_PREFIX}{name} {value}": 1 for name, value in values.items()}
+
+
+def _rounded(mm: float | None) -> str:
+    return "unknown" if mm is None or not math.isfinite(mm) else f"{mm:.3g}"
+
+
+def separate(counters: Mapping[str, int]) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    """(the other counters, property -> value -> number of volumes) of the counters of a run."""
+    others = {name: count for name, count in counters.items() if not name.startswith(_PREFIX)}
+    volumes: dict[str, dict[str, int]] = {}
+    for name in PROPERTIES:
+        start = f"{_PREFIX}{name} "
+        values = {
+            key.removeprefix(start): n for key, n in counters.items() if key.startswith(start)
+        }
+        if values:
+            volumes[name] = dict(sorted(values.items(), key=lambda item: _number(item[0])))
+    return others, volumes
+
+
+def _number(text: str) -> float:
+    return math.inf if text == "unknown" else float(text)
+
+
+def by_reason(failures: Iterable[tuple[str, str]]) -> dict[str, int]:
+    """Counts (input, reason) pairs by reason, the most frequent first.
+
+    Names are removed from the reasons, and numbers become N, so that equal reasons agree.
+    """
+    redacted = Redaction().failures(failures)
+    counts = collections.Counter(
+        re.sub(r"\d+(\.\d+)?", "N", re.sub(r"^[…/\\ ]+: ", "", reason)) for _, reason in redacted
+    )
+    return dict(counts.most_common())
