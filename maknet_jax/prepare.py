@@ -339,7 +339,8 @@ def _write(
         cases = [(hidden.name(name), hidden.name(patient), split) for name, patient, split in cases]
     if kind == "lesions":
         info["crop"] = lesions.RULE
-    examples = records.Dataset(out, info).sample(_SHOWN)
+    dataset = records.Dataset(out, info)
+    examples = dataset.sample(_SHOWN)
     contact_sheet.write_contact_sheet(out / "contact_sheet.png", examples, vocabulary.names)
     console.write_failures(out / "failures.csv", failures)
     console.write_failures(out / "missing.csv", missing)
@@ -359,7 +360,11 @@ def _write(
     with files.write_whole(out / "index.html") as page:
         page.write(
             dataset_page.render(
-                f"Data set {out.resolve().name}", info, examples, vocabulary.names, _paper(summary)
+                f"Data set: {dataset.origin['source'] or kind}",
+                info,
+                examples,
+                vocabulary.names,
+                overview.beside_the_paper(summary),
             )
         )
     files.write_json(out / "summary.json", summary)
@@ -373,7 +378,7 @@ def describe(summary: dict[str, Any]) -> str:
     """Formats the summary as a few lines of text, with the paper's counts if there are any."""
     lines = []
     about = summary["about"]
-    if paper := _paper(summary):
+    if paper := overview.beside_the_paper(summary):
         lines.append(f"lesions are {about['numbering']}")
         lines.append(console.format_table(*paper))
     else:
@@ -386,18 +391,5 @@ def describe(summary: dict[str, Any]) -> str:
     lines += [f"{name}: {count}" for name, count in summary["counters"].items()]
     if summary["failures"]:
         lines.append(f"rejected: {summary['failures']}, see {summary['out']}/failures.csv")
-    lines.append(f"look at {summary['out']}/index.html")
+    lines.append(f"look at {summary['out']}/index.html and contact_sheet.png")
     return "\n".join(lines)
-
-
-def _paper(summary: dict[str, Any]) -> tuple[list[str], list[list[Any]]] | None:
-    """(header, rows) of the counts beside the paper's; None for other data."""
-    about, rows = summary["about"], []
-    if "numbering" not in about:
-        return None
-    for split, counts in about["label_counts"].items():
-        written = summary["records"].get(split, 0)
-        first = [counts[name] for name in ("labelled", "without_row", "noisy")]
-        absent = counts["kept"] - written
-        rows.append([split, *first, absent, written, about["paper_counts"][split]])
-    return ["split", "labelled", "no row", "noisy", "no image", "records", "paper"], rows

@@ -76,6 +76,22 @@ def test_labels_are_listed_in_full_or_counted():
     assert 6 < listed < 60 and many.endswith(f"and {60 - listed} more")
 
 
+def test_unknown_labels_are_marked():
+    names = [f"label {k}" for k in range(40)]
+    example = make_example(0, labels=[1, 0] + [0] * 38)
+    example = dataclasses.replace(example, label_mask=np.array([1, 1] + [0] * 38, np.uint8))
+    lines = contact_sheet._lines(example, names)
+    known = [line for line, colour in lines if colour == contact_sheet._LABELS]
+    unknown = " ".join(line for line, colour in lines if colour == contact_sheet._UNKNOWN)
+    assert known == ["label 0"] and unknown.startswith("unknown: label 2, label 3")
+    assert unknown.count("label") + int(unknown.split()[-2]) == 38
+    (tile,) = contact_sheet.make_tiles([example], names)
+    assert tile["labels"] == "label 0" and tile["unknown"].endswith("label 9, and 30 more")
+    bare = dataclasses.replace(example, labels=np.zeros(0), label_mask=np.zeros(0))
+    (tile,) = contact_sheet.make_tiles([bare], [])
+    assert (tile["labels"], tile["unknown"]) == ("", "")
+
+
 def test_long_ids_keep_their_ends():
     face = text.font(12)
     ids = [f"1.2.840.113619.2.55.3.604688119.{k}.{10**30}" for k in (868, 869)]

@@ -20,11 +20,12 @@ from maknet_jax.errors import InputError
 
 _UID = re.compile(r"(?<![\w.])\d+(?:\.\d+){4,}(?![\w.])")
 _WORD = re.compile(r"[^\W\d_][\w.-]*\w|\b\d{6,}\b")
-_HEADER = 1 << 20  # bytes; a header that is longer holds a private picture
+_HEADER = 1 << 17  # bytes; longer headers hold private pictures or curves at their end
 # Names that identify nobody and that messages use as words.
 _TERMS = set(
-    "axial chest data derived dicom files folder image images localizer monochrome1 monochrome2 "
-    "nifti original png primary projection secondary series slice slices the".split()
+    "axial baseline chest data derived dicom files folder image images jpeg localizer lossless "
+    "lossy monochrome1 monochrome2 nifti original png primary process projection secondary series "
+    "slice slices".split()
 )
 
 
@@ -99,15 +100,17 @@ class Pseudonyms:
 
     def _message(self, path: str, message: str) -> str:
         """A message about a file, without file names, UIDs, and words in the file's header."""
+        message = _UID.sub(lambda match: self.name(match[0]), message)
         private = _names_near(path) | set(_paths_in(message))
         folder = pathlib.Path(path).parent
         named = [path, *(str(folder / name) for name in private if name in message)]
         headers = b"".join(map(_header, filter(os.path.isfile, named)))
-        private |= {word for word in _WORD.findall(message) if word.encode() in headers}
+        words = {word for word in _WORD.findall(message) if len(word) > 3 or not word.islower()}
+        private |= {word for word in words if word.encode() in headers}
         for name in sorted(private, key=len, reverse=True):
             if name in message and len(name) > 2 and name.lower() not in _TERMS:
                 message = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", self.name(name), message)
-        return _UID.sub(lambda match: self.name(match[0]), message)
+        return message
 
 
 class Redaction(Pseudonyms):

@@ -8,10 +8,12 @@ import collections
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from maknet_jax.ct.pseudonym import Redaction
 
 _PREFIX = "volume: "
+_NUMBER = re.compile(r"(--[\w-]+ \S+)|(?<![\w-])-?\d+(?:\.\d+)?")  # but not the value of an option
 PROPERTIES = ("slices", "mm between slices", "mm per pixel")
 
 
@@ -55,8 +57,25 @@ def by_reason(failures: Iterable[tuple[str, str]]) -> dict[str, int]:
 
     Names are removed from the reasons, and numbers become N, so that equal reasons agree.
     """
-    redacted = Redaction().failures(failures)
     counts = collections.Counter(
-        re.sub(r"\d+(\.\d+)?", "N", re.sub(r"^[…/\\ ]+: ", "", reason)) for _, reason in redacted
+        _NUMBER.sub(lambda match: match[1] or "N", re.sub(r"^[…/\\ ]+: ", "", reason))
+        for _, reason in Redaction().failures(failures)
     )
     return dict(counts.most_common())
+
+
+def beside_the_paper(summary: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]] | None:
+    """(header, rows) of the counts of DeepLesion beside the paper's; None for other data.
+
+    Args:
+      summary: that of `maknet prepare`.
+    """
+    about, rows = summary["about"], []
+    if "numbering" not in about:
+        return None
+    for split, counts in about["label_counts"].items():
+        written = summary["records"].get(split, 0)
+        first = [counts[name] for name in ("labelled", "without_row", "noisy")]
+        absent = counts["kept"] - written
+        rows.append([split, *first, absent, written, about["paper_counts"][split]])
+    return ["split", "labelled", "no row", "noisy", "no image", "records", "paper"], rows

@@ -128,6 +128,6 @@ def make_table_volume(unit: _TableVolume) -> shards.UnitResult:
         meta = {"line": row.line, "slice": centre, "slices": len(volume.hu), "crop": box}
         mask = b"\1" * len(vector)
         examples.append(encode_with_labels(f"line-{row.line:06d}", image, vector, mask, meta))
-    slices = len(volume.hu) if named is None else None
-    counters = overview.of_volume(volume.spacing, slices)
+    whole = len(volume.hu) if named is None else None
+    counters = overview.of_volume(volume.spacing, whole)
     return shards.UnitResult(tuple(examples), tuple(failures), counters)

@@ -102,15 +102,15 @@ def make_tiles(
         size = len(example.image)
         shape = picture.shape_of(*picture.extent(example.meta, size), 2 * _TILE)
         grey = picture.to_grey(picture.resample(example.image[..., 1], shape), window)
-        labels = ", ".join(names[k] for k in np.flatnonzero(example.labels).tolist())
+        labels = ", ".join(_present(example, names))
         tiles.append(
             {
                 "uri": overlay.to_uri(grey),
-                "alt": f"CT slice {example.id}: {labels or 'no label'}",
+                "alt": f"CT slice {example.id}: {labels}",
                 "aspect": shape[1] / shape[0],
                 "title": example.id,
                 "note": example.meta.get("split", ""),
-                "labels": labels or "no label",
+                "labels": labels,
                 "unknown": _listed(_unknown(example, names), 8),
             }
         )
@@ -128,15 +128,21 @@ def _header(examples: Sequence[Example], window: tuple[float, float]) -> str:
 def _lines(example: Example, names: Sequence[str]) -> list[tuple[str, tuple[int, int, int]]]:
     """(text, colour) of the lines below a picture."""
     face = text.font(12)
-    labels = [names[column] for column in np.flatnonzero(example.labels).tolist()]
+    labels = _present(example, names)
     unknown = _unknown(example, names)
     split = [(str(example.meta["split"]), _QUIET)] if example.meta.get("split") else []
     return [
         (text.shorten(example.id, _TILE, face), _ID),
         *split,
-        *((line, _LABELS) for line in _wrapped("", labels or ["no label"], _MOST_LINES)),
+        *((line, _LABELS) for line in _wrapped("", labels, _MOST_LINES)),
         *((line, _UNKNOWN) for line in _wrapped("unknown: ", unknown, _MOST_UNKNOWN)),
     ]
+
+
+def _present(example: Example, names: Sequence[str]) -> list[str]:
+    """The names of the labels that are present; "no label" if there are labels, but none is."""
+    present = [names[column] for column in np.flatnonzero(example.labels).tolist()]
+    return present or ["no label"] * bool(len(example.labels))
 
 
 def _unknown(example: Example, names: Sequence[str]) -> list[str]:

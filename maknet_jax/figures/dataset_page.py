@@ -31,14 +31,14 @@ def render(
       paper: (header, rows) of a table of counts beside the paper's.
     """
     splits = info["splits"]
-    volumes = info["volumes"]
-    counted = next(iter(volumes.values()), {})
+    volumes: Mapping[str, Mapping[str, int]] = info["volumes"]
+    counted: Mapping[str, int] = next(iter(volumes.values()), {})
     about = info["about"]
     headline = [
-        (f"{sum(split['count'] for split in splits.values()):,}", "images"),
-        (f"{len(names):,}", "labels"),
-        (f"{sum(counted.values()):,}", _unit(info["kind"])),
-        (f"{sum(info['rejected'].values()):,}", "inputs rejected"),
+        (sum(split["count"] for split in splits.values()), "images"),
+        (len(names), "labels"),
+        (sum(counted.values()), _unit(info["kind"])),
+        (sum(info["rejected"].values()), "inputs rejected"),
     ]
     return page.render(
         "dataset",
@@ -46,7 +46,7 @@ def render(
         kind=info["kind"],
         size=info["size"],
         origin=[about[name] for name in ("source", "citation", "licence") if about.get(name)],
-        numbers=headline,
+        numbers=[(f"{number:,}", text) for number, text in headline if number],
         splits=[(name, f"{split['count']:,}") for name, split in splits.items()],
         paper=paper,
         histograms=[(name, _bars(values)) for name, values in volumes.items()],
