@@ -1,7 +1,7 @@
 """`maknet perturb`: how labels change when parts of the image are changed (paper, 5.2)."""
 
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -232,8 +232,8 @@ def _write(explained: results.Explained) -> dict[str, Any]:
     drops: dict[tuple[str, str], list[float]] = {}
     stays: dict[tuple[str, str], list[float]] = {}
     groups: dict[tuple[str, str], list[str]] = {}
-    for path in explained.files.values():
-        metadata = results.load_metadata(path, names)
+    loaded = [(path, results.load_metadata(path, names)) for path in explained.files.values()]
+    for _, metadata in loaded:
         for model in metadata["models"]:
             original, *columns = model["columns"]
             before = {entry["label"]: entry for entry in original["labels"]}
@@ -280,7 +280,10 @@ def _write(explained: results.Explained) -> dict[str, Any]:
         }
         for key, values in drops.items()
     ]
-    shown = _distinct(explained.files.values(), summary)[: explained.most_shown]
+    slices = [[path] for path, _ in loaded]
+    if not {"neighbour", "patch"} & set(summary["strategies"]):
+        slices = drawing.by_slice(loaded)  # without regions, lesions of a slice look the same
+    shown = [group[0] for group in slices[: explained.most_shown]]
     with files.write_whole(out / "index.html") as file:
         lead = page.perturbation_lead(
             summary | {"results": by_network}, *table(by_network), len(shown)
@@ -318,13 +321,6 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
         "share still in top",
     ]
     return header, cells
-
-
-def _distinct(paths: Iterable[pathlib.Path], settings: dict[str, Any]) -> list[pathlib.Path]:
-    """The results whose pictures differ: without regions, two lesions of a slice look the same."""
-    if {"neighbour", "patch"} & set(settings["strategies"]):
-        return list(paths)
-    return [group[0] for group in drawing.by_slice(paths).values()]
 
 
 def _card(path: pathlib.Path, display: Sequence[float], names: Sequence[str]) -> Markup:

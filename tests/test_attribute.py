@@ -8,6 +8,7 @@ import shutil
 import types
 
 import jax
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,11 +17,12 @@ from test_page import check_page
 from maknet_jax import attribute, cli, train
 from maknet_jax.attribution import faithfulness, perturbation
 from maknet_jax.attribution import integrated_gradients as ig
-from maknet_jax.ct import search
+from maknet_jax.ct import search, volumes
 from maknet_jax.errors import InputError
 from maknet_jax.explain import results
 from maknet_jax.explain.network import open_networks
 from maknet_jax.explain.options import PathOptions, SelectionOptions
+from maknet_jax.figures import picture
 from maknet_jax.runs import config, workdir
 from maknet_jax.training import augment
 
@@ -64,8 +66,11 @@ def test_the_index_lists_the_maps_of_every_image(done, trained, shards):
         for model in (0, 1):
             assert arrays[f"maps_{model}"].shape == (5, 32, 32, 3)
             labels = entry["models"][model]["labels"]
-            assert len(labels) == 5
-            confidences = [label["confidence"] for label in labels]
+            explained = [label["label"] for label in labels if label["map"] is not None]
+            # Both networks are explained for the top labels of the first one.
+            assert explained == [label["label"] for label in entry["models"][0]["labels"]]
+            assert len(explained) == 5 and (model or len(labels) == 5)
+            confidences = [label["confidence"] for label in labels[0 if model == 0 else 5 :]]
             assert confidences == sorted(confidences, reverse=True)
             for label in labels:
                 column = run.vocabulary.index[label["label"]]
@@ -77,8 +82,12 @@ def test_the_index_lists_the_maps_of_every_image(done, trained, shards):
                 else:  # mined labels
                     assert label["truth"] == ("false" if excluded else "unknown")
                 assert label["predicted"] == (label["confidence"] >= label["threshold"] < 1)
-        with Image.open(out / entry["overlay"]) as picture:
-            assert picture.size == (3 * 32, 32)
+        meta = entry["meta"]
+        assert meta["split"] == "test"
+        assert entry["picture"]["native"] is False and entry["picture"]["stored"] == [32, 32]
+        assert arrays["picture"].shape == picture.of_image(example.image[..., 1], meta).grey.shape
+        with Image.open(out / entry["overlay"]) as figure:
+            assert figure.size[0] == 6 * 354 + 14  # the CT and five maps, in two rows
 
 
 def test_maps_are_complete_and_confidences_match_the_run(done, trained, shards):
@@ -107,6 +116,7 @@ def test_the_table_matches_the_index(done):
         for case in index
         for model in case["models"]
         for label in model["labels"]
+        if label["map"] is not None
     ]
     rows = rows_of(out)
     assert len(rows) == len(entries) == 9 * 2 * 5
@@ -147,7 +157,9 @@ def test_two_networks_are_compared_by_one_label_on_the_same_images(done, linear,
         areas.append([first["areas"], second["areas"]])
     # Recomputed for the second network, on an image where its own first label differs.
     seconds = [case["models"][1] for case in index]
-    number = next(k for k in range(9) if seconds[k]["labels"][0]["label"] != seconds[k]["areas_of"])
+
+    own = [max(model["labels"], key=lambda label: label["confidence"]) for model in seconds]
+    number = next(k for k in range(9) if own[k]["label"] != seconds[k]["areas_of"])
     model = seconds[number]
     column, net = shards.vocabulary.index[model["areas_of"]], open_networks(linear)[0]
     hu = np.repeat(shards.source("test")[number].image[None], 8, axis=0)
@@ -183,11 +195,12 @@ def test_two_networks_are_compared_by_one_label_on_the_same_images(done, linear,
 def test_the_page_shows_everything_and_works_offline(done):
     out, _ = done
     text = (out / "index.html").read_text()
-    # A CT alone and under each of two maps, the maps, and a map for each label to tap.
-    assert check_page(text) == 9 * (1 + 2 * 2 + 2 * 5)
     index = json.loads((out / "index.json").read_text())
+    slices = {case["meta"]["file"]: case["id"] for case in reversed(index)}  # lesions share a card
+    # A CT alone and under each of two maps, the maps, and a map for each label to tap.
+    assert check_page(text) == len(slices) * (1 + 2 * 2 + 2 * 5)
     for case in index:
-        assert case["id"] in text
+        assert slices[case["meta"]["file"]] in text
         for model in case["models"]:
             assert model["name"] in text
             for label in model["labels"]:
@@ -297,6 +310,17 @@ def test_ct_files_are_explained(trained, phantom, tmp_path):
     assert (summary["images"], summary["groups"]) == (2, 1)
     rows = rows_of(out)
     assert {row["id"] for row in rows} == set(ids) and {row["truth"] for row in rows} == {"unknown"}
+    volume = volumes.load_series(series)
+    assert {(entry["series"], entry["label"]) for entry in summary["nifti"]} == {
+        (series.key, row["label"]) for row in rows
+    }
+    for entry in summary["nifti"]:
+        image = nibabel.load(entry["file"])
+        assert image.shape == volume.hu.shape[::-1]
+        np.testing.assert_allclose(image.affine, volume.affine, atol=1e-4)
+        shown = {int(row["id"][-1]) for row in rows if row["label"] == entry["label"]}
+        assert set(np.flatnonzero(np.any(image.dataobj, axis=(0, 1)))) == shown
+        assert entry["slices"] == len(shown)
     # With another number of slices, slice 3 may be another image.
     pathlib.Path(series.paths[-1]).unlink()
     with pytest.raises(InputError, match="selection"):

@@ -147,7 +147,7 @@ def test_predict_with_pseudonyms(scans, salt, tmp_path, trained, monkeypatch):
     monkeypatch.setattr(
         predict, "write_label_chart", lambda *a, **k: (titles.append(k["title"]), chart(*a, **k))
     )
-    outputs = {"as_json": True, "charts": True}
+    outputs = {"as_json": True, "charts": True, "wide": True, "audit": True}
     for name, more in (("named", {}), ("hidden", {"pseudonyms": True, "salt_file": salt})):
         out = tmp_path / name / "labels.csv"
         features = tmp_path / name / "features.npz"

@@ -21,6 +21,11 @@ from maknet_jax.errors import InputError
 _UID = re.compile(r"(?<![\w.])\d+(?:\.\d+){4,}(?![\w.])")
 _WORD = re.compile(r"[^\W\d_][\w.-]*\w|\b\d{6,}\b")
 _HEADER = 1 << 17  # bytes; longer headers hold private pictures or curves at their end
+_BODY_PART = re.compile(
+    r"((ABD(OMEN)?|BRAIN|CHEST|EXTREMITY|HEAD|HEART|KIDNEY|LEG|LIVER|LUNG|NECK|PELV(IS)?|"
+    r"([CLT]|LOW)?SPINE|THORAX|WHOLE|BODY|AND)[\W_]*)*",
+    re.IGNORECASE,
+)
 # Names that identify nobody and that messages use as words.
 _TERMS = set(
     "axial baseline chest data derived dicom files folder image images jpeg localizer lossless "
@@ -81,13 +86,20 @@ class Pseudonyms:
         return dataclasses.replace(ref, key=self.name(ref.key))
 
     def volume(self, volume: Volume) -> Volume:
-        """The volume with pseudonyms of its series and slices; stored indices stay."""
+        """The volume with pseudonyms of its series and slices.
+
+        Stored indices stay, and so does BodyPartExamined if it consists of names of body parts.
+        """
         uids = tuple(map(self.name, volume.uids))
         slices = tuple(
             name if name.isdecimal() else uid for name, uid in zip(volume.slices, uids, strict=True)
         )
         return dataclasses.replace(
-            volume, series=self.name(volume.series), slices=slices, uids=uids
+            volume,
+            series=self.name(volume.series),
+            slices=slices,
+            uids=uids,
+            body_part=volume.body_part if _BODY_PART.fullmatch(volume.body_part) else "",
         )
 
     def failures(self, failures: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -28,6 +28,8 @@ class Volume:
       slices: a name for each slice: the file relative to the root; for NIfTI the index along the
         stored z axis.
       uids: for each slice the SOPInstanceUID, or an id computed from the content of the file.
+      affine: `[4, 4]`, indices (x, y, z) of `hu` to RAS in mm; None where unknown.
+      body_part: the tag BodyPartExamined of the first slice; "" without it.
     """
 
     hu: np.ndarray
@@ -35,6 +37,8 @@ class Volume:
     series: str
     slices: tuple[str, ...]
     uids: tuple[str, ...]
+    affine: np.ndarray | None = None
+    body_part: str = ""
 
     @property
     def json_spacing(self) -> list[float | None]:
@@ -58,10 +62,12 @@ def load_series(ref: SeriesRef, *, png_window: tuple[float, float] | None = None
         if ref.kind == "png":
             return _load_png(ref, png_window)
         hu, spacing, stored = nifti.read_nifti(ref.paths[0])
+        affine = nifti.read_affine(ref.paths[0])
         digest = _file_id(ref.paths[0])
     except OSError as error:  # the file was removed or is not readable
         raise Rejected(f"cannot be read ({error.strerror or error})") from error
-    return Volume(hu, spacing, ref.key, stored, tuple(f"{digest}:{k}" for k in stored))
+    uids = tuple(f"{digest}:{k}" for k in stored)
+    return Volume(hu, spacing, ref.key, stored, uids, affine)
 
 
 def load_all(
@@ -171,6 +177,8 @@ def _load_dicom(ref: SeriesRef, distance: float | None = None) -> Volume:
         ref.key,
         tuple(search.relative_name(header.path, ref.root) for header in ordered),
         tuple(header.uid for header in ordered),
+        dicom.stack_affine(ordered),
+        ordered[0].body_part,
     )
 
 

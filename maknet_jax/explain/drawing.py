@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from maknet_jax.explain import results
 from maknet_jax.explain.selection import SelectedImage
 from maknet_jax.figures import overlay, panels, picture
 
@@ -66,7 +65,9 @@ def is_oriented(meta: Mapping[str, Any]) -> bool:
 
     It is if the files store directions. PNGs do not, and some of DeepLesion's are mirrored.
     """
-    return meta.get("kind") in _ORIENTED or "case" in meta or "series" in meta
+    if "kind" in meta:
+        return meta["kind"] in _ORIENTED
+    return "case" in meta or "series" in meta
 
 
 def map_layers(arrays: Arrays, place: int) -> Iterator[np.ndarray]:
@@ -92,18 +93,23 @@ def perturbed_pictures(grey: np.ndarray, forms: np.ndarray) -> list[np.ndarray]:
     return pictures
 
 
-def by_slice(paths: Iterable[pathlib.Path]) -> dict[str, list[pathlib.Path]]:
-    """Groups results by the slice that they show: DeepLesion's records are lesions, of which a
-    slice can have several.
+def by_slice(
+    explained: Iterable[tuple[pathlib.Path, Mapping[str, Any]]],
+) -> list[list[pathlib.Path]]:
+    """Groups results by the slice that they show.
+
+    DeepLesion's records are lesions, of which a slice can have several.
+
+    Args:
+      explained: (file of a result, its metadata).
     """
     groups: dict[str, list[pathlib.Path]] = {}
-    for path in paths:
-        metadata = results.load_metadata(path)
+    for path, metadata in explained:
         meta = metadata.get("meta", {})
         whole = "slice_box" in meta and "box" not in meta
         key = f"slice {meta['file']}" if whole else f"image {metadata['id']}"
         groups.setdefault(key, []).append(path)
-    return groups
+    return list(groups.values())
 
 
 def merge_truth(metadata: dict[str, Any], others: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

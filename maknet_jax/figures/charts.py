@@ -67,7 +67,9 @@ def write_label_chart(
     if coronal is not None:
         view = grid[0]
         view.imshow(coronal, aspect="auto", cmap="gray", extent=(0, 1, count - 0.5, -0.5))
-        view.set_xticks([0.04, 0.96], ["R", "L"], fontsize=10)
+        # PNGs store neither spacing nor directions.
+        sides = ["R", "L"] if math.isfinite(spacing[1]) else ["", ""]
+        view.set_xticks([0.04, 0.96], sides, fontsize=10)
         view.tick_params(axis="x", length=0)
         if stretch > 1.2:
             view.set_xlabel(f"stretched {stretch:.1f} x along z", fontsize=10)
@@ -124,10 +126,10 @@ def write_histograms(
       max_labels: maximum number of labels.
     """
     shown = [row for row in counts if row[0]][:max_labels]
-    figure = _figure((10, 2 + 0.17 * max(12, len(shown))))
+    figure = _figure((8, 2 + 0.2 * max(12, len(shown))))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     left.barh(range(len(shown)), [count for count, _ in shown], color="#47a")
-    left.set_yticks(range(len(shown)), [name for _, name in shown], fontsize=7)
+    left.set_yticks(range(len(shown)), [name for _, name in shown], fontsize=9)
     left.invert_yaxis()
     left.set_xlabel("images with the label")
     unused = len(counts) - sum(1 for count, _ in counts if count)
@@ -154,7 +156,7 @@ def write_rounds(
       paper: split -> the paper's metrics, drawn pale and dashed.
       metrics: the names to draw, one panel each.
     """
-    figure = _figure((4.5 * len(metrics), 3.4))
+    figure = _figure((3.8 * len(metrics), 3.2))
     for axes, metric in zip(
         figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True
     ):

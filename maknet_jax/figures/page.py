@@ -132,7 +132,7 @@ def perturbation_lead(
         numbers=[
             (
                 f"{-row['fall'][0]:+.2f}".replace("-", "\N{MINUS SIGN}"),
-                f"mean confidence in the top labels of {row['model']}: {row['strategy']}",
+                f"{row['strategy']}: change of the confidence in the top labels",
             )
             for row in first
         ],

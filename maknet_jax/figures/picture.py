@@ -133,16 +133,23 @@ def of_slice(
     return Picture(to_grey(drawn, window), mm, hu.shape, native=True)
 
 
-def coronal(hu: np.ndarray, columns: int = 256) -> np.ndarray:
-    """The mean of a volume along the rows, which looks like a radiograph: uint8 `[Z, <= columns]`.
+def coronal(
+    hu: np.ndarray, spacing: Sequence[float], columns: int = 256
+) -> tuple[np.ndarray, tuple[float, float]]:
+    """The mean of a volume along the rows, which looks like a radiograph.
 
     Args:
       hu: int16 `[Z, Y, X]`.
+      spacing: mm along (z, y, x); nan if unknown.
       columns: at most so many columns; more are averaged.
+
+    Returns:
+      (view, spacing): uint8 `[Z, <= columns]`, and its mm between rows and between columns.
     """
     factor = -(-hu.shape[2] // columns)
     width = hu.shape[2] // factor
     rows = [np.clip(plane, -1000, 1500).mean(axis=0, dtype=np.float32) for plane in hu]
     mean = np.stack(rows)[:, : width * factor].reshape(len(hu), width, factor).mean(axis=-1)
     low, high = np.percentile(mean, (1, 99.8))
-    return to_grey(mean, (float(low), max(float(high), float(low) + 1)))
+    view = to_grey(mean, (float(low), max(float(high), float(low) + 1)))
+    return view, (spacing[0], spacing[2] * factor)
