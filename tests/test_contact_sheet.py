@@ -16,7 +16,7 @@ def make_example(value, labels=(1, 0), name="a slice"):
     image[..., 1] = value
     image[:8, :8, 1] = 3000  # top left is bright: a flip would show
     labels = np.array(labels, np.uint8)
-    return records.Example(name, image, labels, labels, {})
+    return records.Example(name, image, labels, np.ones_like(labels), {})
 
 
 def read(path):
