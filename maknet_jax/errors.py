@@ -29,7 +29,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint for an error: the three known names that are nearest to `name`.
 
     >>> did_you_mean("livr", ["liver", "left lung", "spleen", "lumbar spine"])
-    "did you mean 'liver', 'lumbar spine' or 'left lung'?"
+    "did you mean 'liver', 'lumbar spine' or 'spleen'?"
     """
     import difflib  # only errors need it
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from maknet_jax import console, files
-from maknet_jax.ct import pseudonym, search
+from maknet_jax.ct import pseudonym, reading, search
 from maknet_jax.data import (
     deeplesion,
     key_slices,
@@ -29,15 +29,6 @@ from maknet_jax.figures import contact_sheet, dataset_page
 SIZE, PATCH_SIZE = 256, 120  # pixels (section 4.1); mm, LesaNet's
 _RULES, _SPLITS = Rules(), SplitOptions()
 _SHOWN = 24  # records on the contact sheet
-# Entries of `about` that count skipped inputs.
-_COUNTED = (
-    "series_too_small",
-    "series_unreadable",
-    "images_missing",
-    "cases_without_split",
-    "cases_not_found",
-    "series_without_segmentation",
-)
 
 
 def prepare_deeplesion(
@@ -51,6 +42,7 @@ def prepare_deeplesion(
     patches: bool = False,
     size: int | None = None,
     workers: int = 1,
+    **overrides: bool,
 ) -> dict[str, Any]:
     """Prepares DeepLesion's key slices with LesaNet's body-part labels, one record per lesion.
 
@@ -67,6 +59,7 @@ def prepare_deeplesion(
         `data.lesions`.
       size: the edge S in pixels, of patches in mm; None takes `SIZE` or `PATCH_SIZE`.
       workers: processes.
+      **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
       The summary: counts, the paper's counts, and the paths of the files.
@@ -76,6 +69,7 @@ def prepare_deeplesion(
     """
     size = size or (PATCH_SIZE if patches else SIZE)
     images = pathlib.Path(images)
+    read_as = reading.Overrides(**overrides)
     _check(out, size, step=8 if patches else 32)
     if not images.is_dir():
         raise InputError(
@@ -93,7 +87,7 @@ def prepare_deeplesion(
             rows, label_file, hand_labels, ontology, patches=patches
         )
         plans = key_slices.plan_labelled(labelled, vocabulary)
-    splits, missing = key_slices.plan_units(plans, images, size)
+    splits, missing = key_slices.plan_units(plans, images, size, read_as)
     if not any(splits.values()):
         raise InputError(f"none of the {len(plans)} images is under {images}: check --images")
     about["images_missing"] = len(missing)
@@ -106,7 +100,7 @@ def prepare_deeplesion(
         kind="lesions" if patches else "deeplesion",
         size=size,
         vocabulary=vocabulary,
-        about=about,
+        about=about | read_as.used(),
         workers=workers,
         missing=missing,
     )
@@ -121,6 +115,7 @@ def prepare_dicom(
     min_slices: int = 51,
     size: int = SIZE,
     workers: int = 1,
+    **overrides: bool,
 ) -> dict[str, Any]:
     """Prepares folders of DICOM or NIfTI as unlabelled triplets without overlap (section 4.1).
 
@@ -135,6 +130,7 @@ def prepare_dicom(
         whole series.
       size: the edge S of the images in pixels.
       workers: processes.
+      **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
       The summary.
@@ -142,8 +138,9 @@ def prepare_dicom(
     Raises:
       InputError: `folder` contains no usable series, or `out` is in use.
     """
+    read_as = reading.Overrides(**overrides)
     _check(out, size)
-    series, failures = search.find_series(folder, workers=workers)
+    series, failures = search.find_series(folder, workers=workers, overrides=read_as)
     small = [ref for ref in series if ref.count < min_slices]
     usable = [ref for ref in series if ref.count >= min_slices]
     if not usable:
@@ -162,12 +159,12 @@ def prepare_dicom(
     ]
     return _write(
         out,
-        {"unlabelled": triplets.plan_series(usable, salt, size)},
+        {"unlabelled": triplets.plan_series(usable, salt, size, read_as)},
         triplets.make_series,
         kind="dicom",
         size=size,
         vocabulary=labels.Vocabulary(()),
-        about=about,
+        about=about | read_as.used(),
         workers=workers,
         failures=failures,
         hidden=pseudonym.Pseudonyms(salt) if pseudonyms else None,
@@ -183,6 +180,7 @@ def prepare_table(
     salt_file: str | os.PathLike[str] | None = None,
     size: int = SIZE,
     workers: int = 1,
+    **overrides: bool,
 ) -> dict[str, Any]:
     """Prepares your own labelled slices from a CSV of `path, labels, split[, slice, patient]`.
 
@@ -194,6 +192,7 @@ def prepare_table(
       salt_file: the secret key of the pseudonyms, as in `prepare_dicom`.
       size: the edge S of the images in pixels.
       workers: processes.
+      **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
       The summary.
@@ -201,16 +200,17 @@ def prepare_table(
     Raises:
       InputError: the table is invalid, or `out` is in use.
     """
+    read_as = reading.Overrides(**overrides)
     _check(out, size)
     rows, vocabulary = table.read_table(csv_file)
     return _write(
         out,
-        triplets.plan_table(rows, vocabulary, png_window, size),
+        triplets.plan_table(rows, vocabulary, png_window, size, read_as),
         triplets.make_table_volume,
         kind="table",
         size=size,
         vocabulary=vocabulary,
-        about={"rows": len(rows), "png_window": png_window},
+        about={"rows": len(rows), "png_window": png_window} | read_as.used(),
         workers=workers,
         hidden=pseudonym.read_pseudonyms(salt_file, log=console.Log()) if pseudonyms else None,
     )
@@ -228,6 +228,7 @@ def prepare_segmentations(
     pseudonyms: bool = False,
     size: int = SIZE,
     workers: int = 1,
+    **overrides: bool,
 ) -> dict[str, Any]:
     """Prepares CT with organ masks as labelled slices, see `data.segmentations`.
 
@@ -242,6 +243,7 @@ def prepare_segmentations(
       pseudonyms: write them instead of all names: in the records, and in all tables.
       size: the edge S of the images in pixels.
       workers: processes.
+      **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
       The summary; `label_counts` are rows of label, split, records, known, present, unknown.
@@ -250,20 +252,29 @@ def prepare_segmentations(
       InputError: no case can be used, a table or rule is invalid, a patient is in two splits, or
         `out` is in use.
     """
+    read_as = reading.Overrides(**overrides)
     _check(out, size)
-    plan = segmentation_plan.plan(folders, label_table, rules=rules, splits=splits, workers=workers)
+    plan = segmentation_plan.plan(
+        folders, label_table, rules=rules, splits=splits, workers=workers, overrides=read_as
+    )
     secret = pseudonyms or any(case.ref.kind == "dicom" for case, _ in plan.members)
     salt = pseudonym.read_salt(salt_file, log=console.Log()) if secret else ""
     return _write(
         out,
         segmentations.plan_cases(
-            plan.members, plan.labels, rules=rules, size=size, salt=salt, pseudonyms=pseudonyms
+            plan.members,
+            plan.labels,
+            rules=rules,
+            size=size,
+            salt=salt,
+            pseudonyms=pseudonyms,
+            overrides=read_as,
         ),
         segmentations.make_case,
         kind="segmentations",
         size=size,
         vocabulary=labels.Vocabulary.from_names(plan.labels),
-        about={**(origin or {}), **plan.about},
+        about={**(origin or {}), **plan.about, **read_as.used()},
         workers=workers,
         failures=plan.failures,
         missing=plan.missing,
@@ -355,7 +366,7 @@ def _write(
     if cases:
         console.write_table(out / "cases.csv", ("case", "patient", "split"), cases)
         rows = segmentations.label_rows(vocabulary, info["splits"])
-        console.write_table(out / "label_counts.csv", segmentations.LABEL_COLUMNS, rows)
+        console.write_table(out / "label_counts.csv", overview.LABEL_COLUMNS, rows)
         summary["label_counts"] = rows
     with files.write_whole(out / "index.html") as page:
         page.write(
@@ -374,22 +385,4 @@ def _write(
     return summary
 
 
-def describe(summary: dict[str, Any]) -> str:
-    """Formats the summary as a few lines of text, with the paper's counts if there are any."""
-    lines = []
-    about = summary["about"]
-    if paper := overview.beside_the_paper(summary):
-        lines.append(f"lesions are {about['numbering']}")
-        lines.append(console.format_table(*paper))
-    else:
-        lines += [f"{split}: {count} records" for split, count in summary["records"].items()]
-    if "label_counts" in summary:
-        lines.append(console.format_table(segmentations.LABEL_COLUMNS, summary["label_counts"]))
-    for name in _COUNTED:
-        if about.get(name):
-            lines.append(f"{name.replace('_', ' ')}: {about[name]}")
-    lines += [f"{name}: {count}" for name, count in summary["counters"].items()]
-    if summary["failures"]:
-        lines.append(f"rejected: {summary['failures']}, see {summary['out']}/failures.csv")
-    lines.append(f"look at {summary['out']}/index.html and contact_sheet.png")
-    return "\n".join(lines)
+describe = overview.describe  # the summary as text, for the command line

@@ -173,6 +173,7 @@ def _shared_options(
     )
     options.png_window(verb)
     options.pseudonyms(verb)
+    options.override_options(verb)
     options.distributed(verb)
     for kind in (SelectionOptions, PathOptions, DisplayOptions):
         verb.set_defaults(**{field.name: field.default for field in dataclasses.fields(kind)})

@@ -83,6 +83,7 @@ def _predict(verbs: argparse._SubParsersAction) -> None:
     )
     options.png_window(verb)
     options.pseudonyms(verb)
+    options.override_options(verb)
 
 
 def _run_predict(chosen: argparse.Namespace) -> int:
@@ -95,7 +96,7 @@ def _run_predict(chosen: argparse.Namespace) -> int:
     from maknet_jax import predict
 
     options.start_jax()
-    scoring = options.selected(chosen, "png_window", "checkpoint", "batch_size")
+    scoring = options.selected(chosen, "png_window", "checkpoint", "batch_size", *options.OVERRIDES)
     names = ("as_json", "wide", "audit", "charts", "features", "overwrite")
     outputs = options.selected(chosen, *names, "pseudonyms", "salt_file")
     summary = predict.predict(chosen.model, chosen.path, chosen.out, **scoring, **outputs)

@@ -39,6 +39,7 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
         help="also list the lesion itself and other lesions of its patient",
     )
     options.checkpoint(verb)
+    options.override_options(verb)
 
 
 def _numbers(count: int) -> Callable[[str], tuple[float, ...]]:
@@ -76,6 +77,7 @@ def _run_retrieve(chosen: argparse.Namespace) -> None:
         top=chosen.top,
         checkpoint=chosen.checkpoint,
         include_patient=chosen.include_patient,
+        **options.selected(chosen, *options.OVERRIDES),
     )
     rows = summary["found"]
     print(console.format_table(list(rows[0]), [row.values() for row in rows]))

@@ -13,7 +13,7 @@ import numpy as np
 import pydicom
 from pydicom import uid as dicom_uid
 
-from maknet_jax.ct import dicom_pixels, geometry
+from maknet_jax.ct import dicom_pixels, geometry, reading, units
 from maknet_jax.ct.reading import LARGEST_MATRIX, content_id, one_line, quiet
 from maknet_jax.errors import Rejected
 
@@ -25,7 +25,8 @@ _TAGS = (
     "SOPClassUID SOPInstanceUID SeriesInstanceUID FrameOfReferenceUID Modality ImageType "
     "ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns SamplesPerPixel "
     "BodyPartExamined PhotometricInterpretation NumberOfFrames BitsAllocated BitsStored HighBit "
-    "PixelRepresentation RescaleSlope RescaleIntercept RescaleType"
+    "PixelRepresentation RescaleSlope RescaleIntercept RescaleType PixelPaddingValue "
+    "PixelPaddingRangeLimit LossyImageCompression"
 ).split()
 
 
@@ -49,6 +50,8 @@ class Header:
       bits: BitsStored.
       signed: whether stored values are two's complement.
       syntax: UID of the transfer syntax.
+      padding: PixelPaddingValue and PixelPaddingRangeLimit, equal without the latter; None if
+        absent.
       body_part: BodyPartExamined, or "".
     """
 
@@ -66,6 +69,7 @@ class Header:
     bits: int = 16
     signed: bool = False
     syntax: str = ""
+    padding: tuple[int, int] | None = None
     body_part: str = ""
 
     @property
@@ -123,8 +127,14 @@ def _read(path: str, *, pixels: bool) -> pydicom.Dataset:
     )
 
 
-def read_header(path: str | os.PathLike[str]) -> Header | None:
+def read_header(
+    path: str | os.PathLike[str], overrides: reading.Overrides = reading.STRICT
+) -> Header | None:
     """Reads the header of a DICOM file; a broken file raises nothing.
+
+    Args:
+      path: the file.
+      overrides: whether lossy compression is allowed.
 
     Returns:
       A Header, whose `problem` says what is wrong with the file; None for a file that is not an
@@ -133,14 +143,14 @@ def read_header(path: str | os.PathLike[str]) -> Header | None:
     path = str(path)
     try:
         with quiet():
-            return _header(_read(path, pixels=False), path)
+            return _header(_read(path, pixels=False), path, overrides)
     except Rejected as error:
         return Header(path, "", "", str(error))
     except Exception as error:  # pydicom raises any exception on broken files, even RecursionError
         return Header(path, "", "", f"broken DICOM file ({one_line(error)})")
 
 
-def _header(data: pydicom.Dataset, path: str) -> Header | None:
+def _header(data: pydicom.Dataset, path: str, overrides: reading.Overrides) -> Header | None:
     meta = data.file_meta if hasattr(data, "file_meta") else pydicom.dataset.FileMetaDataset()
     storage = data.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID") or ""
     modality = data.get("Modality") or ""
@@ -160,6 +170,8 @@ def _header(data: pydicom.Dataset, path: str) -> Header | None:
         syntax = dicom_uid.ImplicitVRLittleEndian if little else dicom_uid.ExplicitVRBigEndian
     try:
         problem = _problem(data, modality, storage, syntax)
+        if not problem and not overrides.allow_lossy:
+            problem = _lossy(data, syntax)
         if problem:
             return dataclasses.replace(header, problem=problem)
         orientation = _numbers(data, "ImageOrientationPatient", 6)
@@ -180,6 +192,7 @@ def _header(data: pydicom.Dataset, path: str) -> Header | None:
             bits=data.BitsStored,
             signed=data.PixelRepresentation == 1,
             syntax=str(syntax),
+            padding=_padding(data),
             body_part=str(data.get("BodyPartExamined") or "").strip(),
         )
     except Exception as error:
@@ -197,6 +210,20 @@ def _numbers(data: pydicom.Dataset, name: str, count: int) -> tuple[float, ...] 
     return numbers
 
 
+def _padding(data: pydicom.Dataset) -> tuple[int, int] | None:
+    """PixelPaddingValue and PixelPaddingRangeLimit as integers, whatever their VR."""
+    little = data.original_encoding[1] is not False
+    ends: list[int] = []
+    for name in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
+        value = data.get(name)
+        if isinstance(value, bytes) and len(value) >= 2:  # the VR is ambiguous: US or SS
+            value = int.from_bytes(value[:2], "little" if little else "big")
+        if not isinstance(value, int):
+            break
+        ends.append(value)
+    return (ends[0], ends[-1]) if ends else None
+
+
 def _problem(data: pydicom.Dataset, modality: str, storage: str, syntax: str) -> str:
     """The first reason why the pixels of a file cannot be converted to Hounsfield units, or ""."""
     name = dicom_uid.UID(storage).name
@@ -205,7 +232,7 @@ def _problem(data: pydicom.Dataset, modality: str, storage: str, syntax: str) ->
     signed = data.get("PixelRepresentation")
     shape = (data.get("Rows"), data.get("Columns"))
     slope, intercept = data.get("RescaleSlope"), data.get("RescaleIntercept")
-    units = str(data.get("RescaleType") or "").strip()
+    unit = str(data.get("RescaleType") or "").strip()
     grey = (data.get("SamplesPerPixel"), data.get("PhotometricInterpretation"))
     transfer = dicom_uid.UID(syntax)
     if modality != "CT":
@@ -218,13 +245,12 @@ def _problem(data: pydicom.Dataset, modality: str, storage: str, syntax: str) ->
         return f"ImageType {sorted(types & _NOT_A_SLICE)[0]}: not an axial slice"
     if grey != (1, "MONOCHROME2"):
         return f"{grey[0]} samples per pixel, {grey[1]}: only 1 sample of MONOCHROME2 is supported"
-    if syntax in dicom_pixels.LOSSY_JPEG:
-        return f"{transfer.name} ({syntax}): lossy JPEG does not preserve HU"
     if syntax not in dicom_pixels.NATIVE and syntax not in dicom_pixels.DECODERS:
         return f"transfer syntax {transfer.name} ({syntax}) is not supported"
     if not all(isinstance(n, int) and 1 <= n <= LARGEST_MATRIX for n in shape):
         return f"matrix of {shape[0]} x {shape[1]} pixels: expected 1 to {LARGEST_MATRIX} each"
-    if bits[0] != 16 or not 10 <= (bits[1] or 0) <= 16 or bits[2] != bits[1] - 1:
+    eight = bits == [8, 8, 7] and syntax in dicom_pixels.LOSSY_JPEG
+    if not eight and (bits[0] != 16 or not 10 <= (bits[1] or 0) <= 16 or bits[2] != bits[1] - 1):
         names = "BitsAllocated {}, BitsStored {}, HighBit {}".format(*bits)
         return f"{names}: expected 16, 10 to 16, BitsStored - 1"
     if signed not in (0, 1):
@@ -233,8 +259,19 @@ def _problem(data: pydicom.Dataset, modality: str, storage: str, syntax: str) ->
         return "no RescaleSlope or RescaleIntercept: the values cannot be converted to HU"
     if not (math.isfinite(slope) and slope > 0 and math.isfinite(intercept)):
         return f"RescaleSlope {slope} and RescaleIntercept {intercept}: expected finite, slope > 0"
-    if units not in ("", "HU"):
-        return f"RescaleType {units}: expected HU"
+    letters = "".join(filter(str.isalpha, unit.lower()))
+    # GDCM and SimpleITK write US (unspecified), GE "Houndsfield Unit"; HU_MOD is another unit.
+    if letters not in ("", "hu", "us", "unspecified") and not letters.startswith("houn"):
+        return f"RescaleType {unit}: expected HU"
+    return ""
+
+
+def _lossy(data: pydicom.Dataset, syntax: str) -> str:
+    """Why the header declares lossy compression, or ""."""
+    if syntax in dicom_pixels.LOSSY_JPEG:
+        return f"{dicom_uid.UID(syntax).name} ({syntax}): {dicom_pixels.LOSSY}"
+    if str(data.get("LossyImageCompression") or "").strip() == "01":
+        return f"LossyImageCompression 01 ({syntax}): {dicom_pixels.LOSSY}"
     return ""
 
 
@@ -276,11 +313,20 @@ def stack_affine(headers: Sequence[Header]) -> np.ndarray | None:
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine if np.isfinite(affine).all() else None
 
 
-def read_slice(path: str | os.PathLike[str]) -> tuple[Header, np.ndarray]:
+def read_slice(
+    path: str | os.PathLike[str],
+    values: units.Values | None = None,
+    overrides: reading.Overrides = reading.STRICT,
+) -> tuple[Header, np.ndarray]:
     """Reads one file.
 
     HU = stored value x slope + intercept, exact where both are integers, else rounded to the
-    nearest (halves to even), and clipped to int16. Padding values are not changed.
+    nearest (halves to even), and clipped to int16. Declared padding becomes air.
+
+    Args:
+      path: the file.
+      values: counts the HU, for the unit check of the series.
+      overrides: whether lossy compression is allowed.
 
     Returns:
       (header, hu): hu is int16 [rows, columns] in the standard orientation.
@@ -292,7 +338,7 @@ def read_slice(path: str | os.PathLike[str]) -> tuple[Header, np.ndarray]:
     try:
         with quiet():
             data = _read(path, pixels=True)
-            header = _header(data, path)
+            header = _header(data, path, overrides)
             if header is None:
                 raise Rejected("not a CT image")
             if header.problem:
@@ -300,19 +346,24 @@ def read_slice(path: str | os.PathLike[str]) -> tuple[Header, np.ndarray]:
             stored = dicom_pixels.stored_values(
                 data,
                 shape=header.shape,
-                bits=header.bits,
                 signed=header.signed,
                 syntax=header.syntax,
+                lossy=overrides.allow_lossy,
             )
     except Rejected:
         raise
     except Exception as error:
         raise Rejected(f"broken DICOM pixel data ({one_line(error)})") from error
-    if header.slope.is_integer() and header.intercept.is_integer():
-        hu = stored.astype(np.int64) * int(header.slope) + int(header.intercept)
-    else:
-        hu = np.rint(stored * header.slope + header.intercept)
-    hu = np.clip(hu, -32768, 32767).astype(np.int16)
+    padded = dicom_pixels.padded_pixels(stored, header.padding, header.bits, header.signed)
+    stored = dicom_pixels.significant_bits(stored, header.bits, header.signed)
+    slope, intercept = header.slope, header.intercept
+    exact = slope.is_integer() and intercept.is_integer() and max(slope, abs(intercept)) < 1 << 32
+    if exact:
+        small = 65536 * slope + abs(intercept) < 1 << 31
+        stored = stored.astype(np.int32 if small else np.int64, copy=False)
+        slope, intercept = int(slope), int(intercept)
+    plane = stored * slope + intercept
+    hu = (units.Values() if values is None else values).add(plane, padded)
     return header, np.ascontiguousarray(
         geometry.to_standard(hu[None], stored_axes(header.orientation))[0]
     )

@@ -122,7 +122,7 @@ def select(
 
 def _technical_rules(filters: Filters) -> list[_Rule]:
     """(reason to leave a series out, whether it is kept) for series that cannot be prepared."""
-    lossy = dicom_pixels.LOSSY_JPEG
+    lossy = set(map(str, dicom_pixels.LOSSY_JPEG))
     return [
         ("not CT Image Storage", lambda row: row.sop_class == _CT_IMAGE_STORAGE),
         ("lossy JPEG", lambda row: lossy.isdisjoint(row.transfer_syntax.split(","))),

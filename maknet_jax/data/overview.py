@@ -10,10 +10,21 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from maknet_jax import console
 from maknet_jax.ct.pseudonym import Redaction
 
+LABEL_COLUMNS = ("label", "split", "records", "known", "present", "unknown")
 _PREFIX = "volume: "
 _NUMBER = re.compile(r"(--[\w-]+ \S+)|(?<![\w-])-?\d+(?:\.\d+)?")  # but not the value of an option
+# Entries of `about` that count skipped inputs.
+_COUNTED = (
+    "series_too_small",
+    "series_unreadable",
+    "images_missing",
+    "cases_without_split",
+    "cases_not_found",
+    "series_without_segmentation",
+)
 PROPERTIES = ("slices", "mm between slices", "mm per pixel")
 
 
@@ -79,3 +90,24 @@ def beside_the_paper(summary: Mapping[str, Any]) -> tuple[list[str], list[list[A
         absent = counts["kept"] - written
         rows.append([split, *first, absent, written, about["paper_counts"][split]])
     return ["split", "labelled", "no row", "noisy", "no image", "records", "paper"], rows
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """Formats the summary as a few lines of text, with the paper's counts if there are any."""
+    lines = []
+    about = summary["about"]
+    if paper := beside_the_paper(summary):
+        lines.append(f"lesions are {about['numbering']}")
+        lines.append(console.format_table(*paper))
+    else:
+        lines += [f"{split}: {count} records" for split, count in summary["records"].items()]
+    if "label_counts" in summary:
+        lines.append(console.format_table(LABEL_COLUMNS, summary["label_counts"]))
+    for name in _COUNTED:
+        if about.get(name):
+            lines.append(f"{name.replace('_', ' ')}: {about[name]}")
+    lines += [f"{name}: {count}" for name, count in summary["counters"].items()]
+    if summary["failures"]:
+        lines.append(f"rejected: {summary['failures']}, see {summary['out']}/failures.csv")
+    lines.append(f"look at {summary['out']}/index.html and contact_sheet.png")
+    return "\n".join(lines)

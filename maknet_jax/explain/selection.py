@@ -104,7 +104,7 @@ def select(run: workdir.Run, options: SelectionOptions) -> Selection:
         hidden = None
         if options.pseudonyms:
             hidden = read_pseudonyms(options.salt_file, log=console.Log())
-        readers, known, series, failures = _slices(run, path, ids, options.png_window, hidden)
+        readers, known, series, failures = _slices(run, path, ids, options, hidden)
         shown = hidden.name(str(path)) if hidden else str(path)
         identity = {"path": shown, "series": sorted({ref.key for ref in series})}
         identity["digest"] = digest([[ref.key, ref.count, *sizes(ref.paths)] for ref in series])
@@ -238,7 +238,7 @@ def _slices(
     run: workdir.Run,
     path: str | pathlib.Path,
     ids: set[str] | None,
-    png_window: tuple[float, float] | None,
+    options: SelectionOptions,
     hidden: Pseudonyms | None,
 ) -> tuple[
     list[Callable[[], SelectedImage]],
@@ -247,15 +247,16 @@ def _slices(
     list[tuple[str, str]],
 ]:
     """(readers, their ids, series, failures); with pseudonyms if `hidden`."""
-    series, failures = search.find_series(path)
+    series, failures = search.find_series(path, overrides=options.overrides)
     if hidden:
         series, failures = list(map(hidden.series, series)), hidden.failures(failures)
     size = run.size
 
     @functools.lru_cache(maxsize=1)
     def load(ref: search.SeriesRef) -> tuple[volumes.Volume, float]:
-        volume = volumes.load_series(ref, png_window=png_window)
-        return volume, preprocess.body_threshold(volume.hu, png_window)
+        window = options.png_window
+        volume = volumes.load_series(ref, png_window=window, overrides=options.overrides)
+        return volume, preprocess.body_threshold(volume.hu, window)
 
     def read(ref: search.SeriesRef, number: int) -> SelectedImage:
         try:

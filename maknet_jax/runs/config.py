@@ -6,6 +6,7 @@ A config is a Python file with a function `get_config()` that returns a `ConfigD
 
 import ast
 import copy
+import difflib
 import importlib.util
 import json
 import os
@@ -16,7 +17,7 @@ from typing import Any, TypeAlias
 import ml_collections
 
 from maknet_jax import files
-from maknet_jax.errors import InputError, did_you_mean
+from maknet_jax.errors import InputError
 
 Value: TypeAlias = "bool | int | float | str | tuple[Value, ...] | Mapping[str, Value]"
 
@@ -192,7 +193,9 @@ def _group(
 
 def _known(node: ml_collections.ConfigDict, name: str, key: str) -> str:
     if name not in node:
-        raise InputError(f"config field {key!r} is unknown: {did_you_mean(name, node.keys())}")
+        near = difflib.get_close_matches(name, node.keys(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(node.keys())}"
+        raise InputError(f"config field {key!r} is unknown: {hint}")
     return name
 
 
