@@ -82,7 +82,7 @@ def scans(phantom, tmp_path_factory):
     image.header["descrip"], image.header["aux_file"] = MARKER, MARKER
     image.header.set_xyzt_units("mm")
     nibabel.save(image, root / f"{MARKER}.nii.gz")
-    hu = (image.get_fdata() - 1024).astype(np.int16)
+    hu = (image.get_fdata() + float(others[0].RescaleIntercept)).astype(np.int16)
     case = root.parent / "cases" / MARKER
     (case / "segmentations").mkdir(parents=True)
     for path, data in (("ct", hu), ("segmentations/liver", (hu > 0).astype(np.uint8))):
