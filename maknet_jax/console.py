@@ -110,13 +110,22 @@ def write_failures(path: pathlib.Path, failures: Sequence[tuple[str, str]]) -> N
 
 
 @contextlib.contextmanager
-def list_failures(path: pathlib.Path) -> Iterator[None]:
-    """If the block can use no input, lists the reasons in `path` and names it in the error."""
+def list_failures(
+    path: pathlib.Path,
+    hide: Callable[[Sequence[tuple[str, str]]], Sequence[tuple[str, str]]] = list,
+) -> Iterator[None]:
+    """If the block can use no input, lists the reasons in `path` and names it in the error.
+
+    Args:
+      path: the CSV to write.
+      hide: replaces names in the failures.
+    """
     try:
         yield
     except NothingUsable as error:
         if not error.failures:
             raise
+        error = NothingUsable(error.problem, hide(error.failures))
         write_failures(path, error.failures)
         raise InputError(f"{error}; see {path}") from None
 
