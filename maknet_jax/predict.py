@@ -90,9 +90,9 @@ def predict(
         _check_free(out, features)
     read_as = reading.Overrides(**overrides)
     failures_file = out.with_suffix(".failures.csv")
-    hidden = pseudonym.read_pseudonyms(salt_file, log=console.Log()) if pseudonyms else None
+    hidden = pseudonym.read_pseudonyms(pseudonyms, salt_file)
     results, views = [], []
-    with console.list_failures(failures_file, hidden.failures if hidden else list):
+    with console.list_failures(failures_file, hidden):
         series, failures = find_inputs(path, read_as)
         run = workdir.open_run(folder, checkpoint_name=checkpoint)
         scoring: dict[str, Any] = {"batch_size": batch_size, "png_window": png_window}

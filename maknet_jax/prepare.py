@@ -1,6 +1,5 @@
 """`maknet prepare`: CT and labels -> records (paper, sections 2 and 4.1)."""
 
-import contextlib
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -141,7 +140,7 @@ def prepare_dicom(
     """
     read_as = reading.Overrides(**overrides)
     _check(out, size)
-    hidden = _hidden(pseudonyms, salt_file)
+    hidden = pseudonym.read_pseudonyms(pseudonyms, salt_file)
     series, failures = search.find_series(folder, workers=workers, overrides=read_as)
     small = [ref for ref in series if ref.count < min_slices]
     usable = [ref for ref in series if ref.count >= min_slices]
@@ -159,7 +158,7 @@ def prepare_dicom(
             f"{len(series)} series found, {len(small)} of fewer than {min_slices} slices "
             f"(--min-slices), {len(failures) - len(small)} unreadable"
         )
-        with _list_failures(out, hidden):
+        with console.list_failures(pathlib.Path(out) / "failures.csv", hidden):
             raise NothingUsable(f"no usable series in {folder}: {why}", failures)
     salt = pseudonym.read_salt(salt_file, log=console.Log())
     return _write(
@@ -217,7 +216,7 @@ def prepare_table(
         vocabulary=vocabulary,
         about={"rows": len(rows), "png_window": png_window} | read_as.used(),
         workers=workers,
-        hidden=_hidden(pseudonyms, salt_file),
+        hidden=pseudonym.read_pseudonyms(pseudonyms, salt_file),
     )
 
 
@@ -259,8 +258,8 @@ def prepare_segmentations(
     """
     read_as = reading.Overrides(**overrides)
     _check(out, size)
-    hidden = _hidden(pseudonyms, salt_file)
-    with _list_failures(out, hidden):
+    hidden = pseudonym.read_pseudonyms(pseudonyms, salt_file)
+    with console.list_failures(pathlib.Path(out) / "failures.csv", hidden):
         plan = segmentation_plan.plan(
             folders, label_table, rules=rules, splits=splits, workers=workers, overrides=read_as
         )
@@ -320,19 +319,6 @@ def _check(out: str | os.PathLike[str], size: int, step: int = 32) -> None:
     shards.check_unfinished(out)
 
 
-def _hidden(
-    pseudonyms: bool, salt_file: str | os.PathLike[str] | None
-) -> pseudonym.Pseudonyms | None:
-    return pseudonym.read_pseudonyms(salt_file, log=console.Log()) if pseudonyms else None
-
-
-def _list_failures(
-    out: str | os.PathLike[str], hidden: pseudonym.Pseudonyms | None
-) -> contextlib.AbstractContextManager[None]:
-    hide = hidden.failures if hidden else list
-    return console.list_failures(pathlib.Path(out) / "failures.csv", hide)
-
-
 def _write(
     out: str | os.PathLike[str],
     splits: Mapping[str, Sequence[shards.AnyUnit]],
@@ -351,7 +337,7 @@ def _write(
     """Writes the shards, the contact sheet and the reports; returns the summary."""
     out = pathlib.Path(out)
     with (
-        _list_failures(out, hidden),
+        console.list_failures(pathlib.Path(out) / "failures.csv", hidden),
         console.progress(f"prepare {kind}", sum(map(len, splits.values()))) as advance,
     ):
         info, failures = shards.write_shards(

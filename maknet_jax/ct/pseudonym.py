@@ -148,9 +148,11 @@ class Redaction(Pseudonyms):
         return "…"
 
 
-def read_pseudonyms(path: str | os.PathLike[str] | None, *, log: console.Log) -> Pseudonyms:
-    """The pseudonyms of a salt file, see `read_salt`."""
-    return Pseudonyms(read_salt(path, log=log))
+def read_pseudonyms(
+    wanted: bool, path: str | os.PathLike[str] | None, log: console.Log | None = None
+) -> Pseudonyms | None:
+    """The pseudonyms of a salt file, see `read_salt`; None unless they are wanted."""
+    return Pseudonyms(read_salt(path, log=log or console.Log())) if wanted else None
 
 
 def _split_line(text: str) -> tuple[str, str]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from maknet_jax import console
 from maknet_jax.ct import preprocess, search, volumes
 from maknet_jax.ct.pseudonym import Pseudonyms, read_pseudonyms
 from maknet_jax.data import records
@@ -101,9 +100,7 @@ def select(run: workdir.Run, options: SelectionOptions) -> Selection:
     unlabelled: list[str] = []
     identity: dict[str, Any]
     if path is not None and split is None:
-        hidden = None
-        if options.pseudonyms:
-            hidden = read_pseudonyms(options.salt_file, log=console.Log())
+        hidden = read_pseudonyms(options.pseudonyms, options.salt_file)
         readers, known, series, failures = _slices(run, path, ids, options, hidden)
         shown = hidden.name(str(path)) if hidden else str(path)
         identity = {"path": shown, "series": sorted({ref.key for ref in series})}
