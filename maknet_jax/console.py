@@ -112,7 +112,8 @@ def write_failures(path: pathlib.Path, failures: Sequence[tuple[str, str]]) -> N
 class Pseudonymizer(Protocol):
     """`ct.pseudonym.Pseudonyms`."""
 
-    def failures(self, failures: Iterable[tuple[str, str]]) -> list[tuple[str, str]]: ...
+    def failures(self, failures: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """(input, reason) pairs without names."""
 
 
 @contextlib.contextmanager

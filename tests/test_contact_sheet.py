@@ -89,7 +89,7 @@ def test_unknown_labels_are_marked():
     assert tile["labels"] == "label 0" and tile["unknown"].endswith("label 9, and 30 more")
     bare = dataclasses.replace(example, labels=np.zeros(0), label_mask=np.zeros(0))
     (tile,) = contact_sheet.make_tiles([bare], [])
-    assert (tile["labels"], tile["unknown"]) == ("", "")
+    assert (tile["labels"], tile["unknown"]) == ("not labelled", "")
 
 
 def test_long_ids_keep_their_ends():

@@ -145,7 +145,9 @@ def test_predict_with_pseudonyms(scans, salt, tmp_path, trained, monkeypatch):
     titles = []
     chart = predict.write_label_chart
     monkeypatch.setattr(
-        predict, "write_label_chart", lambda *a, **k: (titles.append(k["title"]), chart(*a, **k))
+        predict,
+        "write_label_chart",
+        lambda *a, **k: (titles.append(f"{k['title']} {k['notes']}"), chart(*a, **k)),
     )
     outputs = {"as_json": True, "charts": True, "wide": True, "audit": True}
     for name, more in (("named", {}), ("hidden", {"pseudonyms": True, "salt_file": salt})):
