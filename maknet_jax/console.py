@@ -8,7 +8,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Self
+from typing import Protocol, Self
 
 from rich import box
 from rich.console import Console
@@ -22,10 +22,13 @@ from rich.progress import (
 from rich.table import Table
 
 from maknet_jax import files
+from maknet_jax.errors import InputError, NothingUsable
 
 _WIDE = 10_000  # columns of output that is not a terminal, so that nothing wraps
 # Of the eight lines of a rich box, only the rule under the header; ASCII works in every encoding.
 _RULE = box.Box("    \n    \n -  \n    \n    \n    \n    \n    \n", ascii=True)
+
+_FORMULA = ("=", "+", "-", "@")  # first characters of a formula
 
 _console = Console(stderr=True, highlight=False)
 
@@ -42,7 +45,7 @@ class Log:
 
     def say(self, text: str, **event: object) -> None:
         """Prints one line and appends it to the JSONL file, with the fields of `event`."""
-        _console.print(text, markup=False, soft_wrap=True)
+        _console.print(files.printable(text), markup=False, soft_wrap=True)
         self.event(message=text, **event)
 
     def event(self, **event: object) -> None:
@@ -69,7 +72,7 @@ def say_from_signal(text: str) -> None:
     """Prints one line from a signal handler, which may have interrupted rich itself."""
     clear = "\r\x1b[2K" if _console.is_terminal else ""  # erases a progress bar
     with contextlib.suppress(OSError):
-        os.write(2, f"{clear}{text}\n".encode())
+        os.write(2, f"{clear}{files.printable(text)}\n".encode())
 
 
 @contextlib.contextmanager
@@ -106,14 +109,59 @@ def write_failures(path: pathlib.Path, failures: Sequence[tuple[str, str]]) -> N
     write_table(path, ("input", "reason"), failures)
 
 
+class Pseudonymizer(Protocol):
+    """`ct.pseudonym.Pseudonyms`."""
+
+    def failures(self, failures: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """(input, reason) pairs without names."""
+
+
+@contextlib.contextmanager
+def list_failures(path: pathlib.Path, hidden: Pseudonymizer | None = None) -> Iterator[None]:
+    """If the block can use no input, lists the reasons in `path` and names it in the error.
+
+    Args:
+      path: the CSV to write.
+      hidden: replaces the names in the failures.
+    """
+    try:
+        yield
+    except NothingUsable as error:
+        if not error.failures:
+            raise
+        if hidden:
+            error = NothingUsable(error.problem, hidden.failures(error.failures))
+        write_failures(path, error.failures)
+        raise InputError(f"{error}; see {path}") from None
+
+
 def write_table(
     path: pathlib.Path, header: Sequence[str], rows: Iterable[Iterable[object]]
 ) -> None:
-    """Writes a CSV atomically."""
+    """Writes a CSV atomically.
+
+    Control characters in text are escaped (`files.printable`), and text that a spreadsheet would
+    take for a formula begins with an apostrophe.
+    """
     with files.write_whole(path) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
-        writer.writerows(rows)
+        writer.writerows([_cell(value) for value in row] for row in rows)
+
+
+def _cell(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    text = files.printable(value)
+    return f"'{text}" if text[:1] in _FORMULA and len(text) > 1 and not _is_number(text) else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def format_table(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
@@ -134,16 +182,23 @@ def format_table(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str
     for number, name in enumerate(header):
         table.add_column(name, justify="right" if number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(files.printable(str(cell)) for cell in row))
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def format_interval(values: Sequence[float], digits: int = 3) -> str:
-    """Formats (mean, low, high); low equals high where there is no interval."""
+    """Formats (mean, low, high); the mean alone where low equals high: there is no interval."""
     mean, low, high = (f"{value:.{digits}f}" for value in values)
-    return f"{mean} ({low} to {high})" if values[1] < values[2] else f"{mean} (no interval)"
+    return f"{mean} ({low} to {high})" if values[1] < values[2] else mean
+
+
+def describe_groups(groups: int) -> str:
+    """Says what intervals over `groups` patients or series mean."""
+    if groups > 1:
+        return f"Intervals are 95 %, by resampling the {groups} patients or series."
+    return "No intervals: all images are of one patient or series."
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:

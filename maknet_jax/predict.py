@@ -1,5 +1,6 @@
 """`maknet predict`: any folder of CT -> body parts per slice and per series."""
 
+import dataclasses
 import functools
 import glob
 import os
@@ -10,11 +11,13 @@ from typing import Any
 import numpy as np
 
 from maknet_jax import console, files
-from maknet_jax.ct import preprocess, search, volumes
-from maknet_jax.errors import InputError
+from maknet_jax.ct import preprocess, pseudonym, reading, search, volumes
+from maknet_jax.errors import InputError, NothingUsable
 from maknet_jax.evaluation import metrics, series_tables
+from maknet_jax.evaluation.domain import Domain
 from maknet_jax.evaluation.series import FLAGS, SeriesResult
 from maknet_jax.evaluation.series_tables import SERIES_COLUMNS, SLICE_COLUMNS
+from maknet_jax.figures import picture
 from maknet_jax.figures.charts import write_label_chart
 from maknet_jax.runs import workdir
 from maknet_jax.training import sharding
@@ -36,16 +39,21 @@ def predict(
     charts: bool = False,
     features: str | pathlib.Path | None = None,
     overwrite: bool = False,
+    pseudonyms: bool = False,
+    salt_file: str | pathlib.Path | None = None,
+    **overrides: bool,
 ) -> dict[str, Any]:
     """Predicts the labels of every slice of every CT series under `path`.
 
     Each slice is the middle of a triplet with its neighbours; at the ends the edge slice is
     repeated. A label is predicted if its confidence reaches its threshold (chosen in training) or
-    if it is a parent of a predicted label. Labels are listed by decreasing confidence.
+    if it is a parent of a predicted label. Labels are listed by decreasing confidence. Slices and
+    series that differ from the training data have the flag `outside` or `order`, see
+    `evaluation.domain`.
 
     Args:
       folder: the workdir of `maknet train`, a bundle or a released name.
-      path: a file or a folder of DICOM, NIfTI or PNG.
+      path: a file or a folder of DICOM, NIfTI or PNG, an archive, or a DICOMDIR.
       out: the CSV of slices, with one row per slice and predicted label. `STEM.series.csv`,
         `STEM.summary.json` and `STEM.log.jsonl` are written beside it, and `STEM.failures.csv` if
         inputs were rejected. One unreadable slice rejects its whole series. None of these files is
@@ -60,6 +68,11 @@ def predict(
       features: an .npz file for the pooled features of all slices: `features` float32 `[N, F]` and
         `ids`, SERIES:SLICE each.
       overwrite: replace existing outputs.
+      pseudonyms: write pseudonyms instead of the names of series and files, which identify
+        patients; see `ct.pseudonym`.
+      salt_file: the secret key of the pseudonyms, created if absent; None means
+        `~/.config/maknet/salt`.
+      **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
       The summary: counts, files, what each series shows (`overview`), and the range of slices of
@@ -75,11 +88,19 @@ def predict(
         raise InputError(f"--features {features} should be a file whose name ends in .npz")
     if not overwrite:
         _check_free(out, features)
-    series, failures = find_inputs(path)
-    run = workdir.open_run(folder, checkpoint_name=checkpoint)
-    scoring: dict[str, Any] = {"batch_size": batch_size, "png_window": png_window}
-    each = predict_series(run, series, failures, **scoring, features=features is not None)
-    results = [result for result, _ in each]
+    read_as = reading.Overrides(**overrides)
+    failures_file = out.with_suffix(".failures.csv")
+    hidden = pseudonym.read_pseudonyms(pseudonyms, salt_file)
+    results, views = [], []
+    with console.list_failures(failures_file, hidden):
+        series, failures = find_inputs(path, read_as)
+        run = workdir.open_run(folder, checkpoint_name=checkpoint)
+        scoring: dict[str, Any] = {"batch_size": batch_size, "png_window": png_window}
+        scoring |= {"features": features is not None, "hidden": hidden, "overrides": read_as}
+        for result, volume in predict_series(run, series, failures, **scoring):
+            results.append(result)
+            if charts:
+                views.append(picture.coronal(volume.hu, volume.spacing))
     stale = _written_before(out)
     slice_rows = (row for result in results for row in result.slice_rows())
     cover_rows = [row for result in results for row in result.cover_rows()]
@@ -96,19 +117,20 @@ def predict(
     if as_json:
         written.append(out.with_suffix(".json"))
         document = series_tables.document(results, run.vocabulary.names, run.thresholds)
-        files.write_json(written[-1], document)
+        files.write_json(written[-1], document | dataclasses.asdict(read_as))
     if features is not None:
         written.append(pathlib.Path(features))
         _write_features(written[-1], results)
     if charts:
-        written += _write_charts(out, run, results)
-    failures_file = out.with_suffix(".failures.csv")
+        written += _write_charts(out, run, results, views)
+    failures = hidden.failures(failures) if hidden else failures
     console.write_failures(failures_file, failures)
     summary = {
         "workdir": str(folder),
         "checkpoint": run.name,
         "step": run.step,
         "trained_on": run.trained_on,
+        **dataclasses.asdict(read_as),
         "series": len(results),
         "slices": sum(map(len, results)),
         "failures": len(failures),
@@ -118,6 +140,7 @@ def predict(
             for name in FLAGS
             if (count := sum(name in row["flags"] for row in overview))
         },
+        "domain": run.domain.about if run.domain else None,
         "files": [str(file) for file in written],
     }
     tables = {"overview": overview, "covers": [row for row in cover_rows if row["label"]]}
@@ -141,23 +164,26 @@ def text(summary: dict[str, Any]) -> str:
         lines.append(f"trained on {summary['trained_on']}")
     for flag, count in summary["flags"].items():
         lines.append(f"flag {flag} on {count} of {summary['series']} series: {FLAGS[flag]}")
+    if summary["domain"] is None:
+        lines.append(
+            "the network has no out-of-domain statistics: nothing marks CT unlike its training data"
+        )
     if summary["failures"]:
         lines.append(f"rejected: {summary['failures']}, see {summary['failures_file']}")
     return "\n".join(lines)
 
 
 def find_inputs(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str], overrides: reading.Overrides = reading.STRICT
 ) -> tuple[list[search.SeriesRef], list[tuple[str, str]]]:
     """The CT series under a path, and (input, reason) of what cannot be used.
 
     Raises:
-      InputError: there is no series.
+      NothingUsable: there is no series.
     """
-    series, failures = search.find_series(path)
+    series, failures = search.find_series(path, overrides=overrides)
     if not series:
-        reason = f": {failures[0][0]}: {failures[0][1]}" if failures else ""
-        raise InputError(f"{path} holds no readable series of DICOM, NIfTI or PNG{reason}")
+        raise NothingUsable(f"{path} holds no readable series of DICOM, NIfTI or PNG", failures)
     return series, failures
 
 
@@ -169,6 +195,8 @@ def predict_series(
     batch_size: int = 16,
     png_window: tuple[float, float] | None = None,
     features: bool = False,
+    hidden: pseudonym.Pseudonyms | None = None,
+    overrides: reading.Overrides = reading.STRICT,
 ) -> Iterator[tuple[SeriesResult, volumes.Volume]]:
     """Yields the labels of each series and its volume, which is read again if they need it.
 
@@ -179,26 +207,30 @@ def predict_series(
       batch_size: slices per step.
       png_window: (low, high), the HU of pixel values 0 and 255 in 8-bit PNGs.
       features: also return the pooled features.
+      hidden: replaces the names of series and slices; None keeps them.
+      overrides: what is read although it would be rejected.
 
     Raises:
-      InputError: none could be read.
+      NothingUsable: none could be read.
     """
     read_any = False
     with console.progress("predict", sum(ref.count for ref in series)) as advance:
-        for ref, volume in volumes.load_all(series, failures, png_window=png_window):
-            read = functools.partial(volumes.load_series, ref, png_window=png_window)
+        options: dict[str, Any] = {"png_window": png_window, "overrides": overrides}
+        for ref, volume in volumes.load_all(series, failures, **options):
+            read = functools.partial(volumes.load_series, ref, **options)
+            volume = hidden.volume(volume) if hidden else volume
             result = predict_volume(
                 run, volume, batch_size, png_window, advance, features=features, read=read
             )
             yield result, volume
             read_any = True
     if not read_any:
-        raise InputError(f"no series could be read: {failures[0][0]}: {failures[0][1]}")
+        raise NothingUsable(f"none of the {len(series)} series can be read", failures)
 
 
 def _check_free(out: pathlib.Path, features: str | pathlib.Path | None) -> None:
-    """Checks that no output exists; a log is continued."""
-    endings = ("series.csv", "wide.csv", "audit.csv", "json", "summary.json", "failures.csv")
+    """Checks that no output exists; a log is continued, a list of failures replaced."""
+    endings = ("series.csv", "wide.csv", "audit.csv", "json", "summary.json")
     outputs = [out, *(out.with_suffix(f".{ending}") for ending in endings)]
     outputs += sorted(out.parent.glob(f"{glob.escape(out.stem)}.[0-9][0-9][0-9].png"))
     outputs += [pathlib.Path(features)] if features is not None else []
@@ -225,16 +257,28 @@ def _write_features(path: pathlib.Path, results: Sequence[SeriesResult]) -> None
 
 
 def _write_charts(
-    out: pathlib.Path, run: workdir.Run, results: Sequence[SeriesResult]
+    out: pathlib.Path,
+    run: workdir.Run,
+    results: Sequence[SeriesResult],
+    views: Sequence[tuple[np.ndarray, tuple[float, float]]],
 ) -> list[pathlib.Path]:
     """Draws the labels of each series that is long enough; returns the files."""
     charts = []
-    for number, result in enumerate(results):
+    network = f"{run.source.resolve().name}, step {run.step}"
+    network += f", trained on {run.trained_on}" if run.trained_on else ""
+    for number, (result, (view, spacing)) in enumerate(zip(results, views, strict=True)):
         if len(result) >= MIN_CHART_SLICES:
             charts.append(out.with_suffix(f".{number:03d}.png"))
-            title = f"{result.id}: {run.source.name}, step {run.step}"
+            mm, title = len(result) * spacing[0], f"{len(result)} slices from head to feet"
             write_label_chart(
-                charts[-1], result.confidences, result.predicted, result.names, title=title
+                charts[-1],
+                result.confidences,
+                result.predicted,
+                result.names,
+                title=title if np.isnan(mm) else f"{title}, {mm:.0f} mm",
+                notes=[f"series {result.id}", network],
+                coronal=view,
+                spacing=spacing,
             )
     return charts
 
@@ -265,17 +309,22 @@ def predict_volume(
       features: also return the pooled features.
       read: reads the volume again, so that the result need not keep it; if None, it keeps it.
     """
-    confidences, pooled = _score(run, volume, batch_size, png_window, advance, features=features)
-    return SeriesResult.of_scores(
+    needed = features or run.domain is not None
+    confidences, pooled = _score(run, volume, batch_size, png_window, advance, features=needed)
+    result = SeriesResult.of_scores(
         volume,
         run.vocabulary,
         run.thresholds,
         confidences,
-        features=pooled,
+        features=pooled if features else None,
         read=read or (lambda: volume),
         png_window=png_window,
         run_flags=network_flags(run),
     )
+    if run.domain is None or pooled is None:
+        return result
+    statistics = Domain.from_arrays(run.domain.arrays, pooled.shape[1])
+    return dataclasses.replace(result, verdict=statistics.judge(pooled, result.z_mm))
 
 
 def score_volume(

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from maknet_jax import console, files
-from maknet_jax.ct import pseudonym, search
+from maknet_jax.ct import pseudonym, reading, search
 from maknet_jax.data import (
     deeplesion,
     key_slices,
     labels,
     lesions,
     openkbp,
+    overview,
     records,
     segmentation_plan,
     segmentations,
@@ -22,21 +23,12 @@ from maknet_jax.data import (
 )
 from maknet_jax.data.segmentation_plan import SplitOptions
 from maknet_jax.data.segmentations import Rules
-from maknet_jax.errors import InputError
-from maknet_jax.figures import contact_sheet
+from maknet_jax.errors import InputError, NothingUsable
+from maknet_jax.figures import contact_sheet, dataset_page
 
 SIZE, PATCH_SIZE = 256, 120  # pixels (section 4.1); mm, LesaNet's
 _RULES, _SPLITS = Rules(), SplitOptions()
 _SHOWN = 24  # records on the contact sheet
-# Entries of `about` that count skipped inputs.
-_COUNTED = (
-    "series_too_small",
-    "series_unreadable",
-    "images_missing",
-    "cases_without_split",
-    "cases_not_found",
-    "series_without_segmentation",
-)
 
 
 def prepare_deeplesion(
@@ -50,6 +42,7 @@ def prepare_deeplesion(
     patches: bool = False,
     size: int | None = None,
     workers: int = 1,
+    **overrides: bool,
 ) -> dict[str, Any]:
     """Prepares DeepLesion's key slices with LesaNet's body-part labels, one record per lesion.
 
@@ -66,6 +59,7 @@ def prepare_deeplesion(
         `data.lesions`.
       size: the edge S in pixels, of patches in mm; None takes `SIZE` or `PATCH_SIZE`.
       workers: processes.
+      **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
       The summary: counts, the paper's counts, and the paths of the files.
@@ -75,6 +69,7 @@ def prepare_deeplesion(
     """
     size = size or (PATCH_SIZE if patches else SIZE)
     images = pathlib.Path(images)
+    read_as = reading.Overrides(**overrides)
     _check(out, size, step=8 if patches else 32)
     if not images.is_dir():
         raise InputError(
@@ -88,11 +83,11 @@ def prepare_deeplesion(
     if label_file is None or ontology is None:
         plans = key_slices.plan_unlabelled(rows, patches=patches)
     else:
-        vocabulary, labelled, about = _read_labels(
+        vocabulary, labelled, about = key_slices.read_labels(
             rows, label_file, hand_labels, ontology, patches=patches
         )
         plans = key_slices.plan_labelled(labelled, vocabulary)
-    splits, missing = key_slices.plan_units(plans, images, size)
+    splits, missing = key_slices.plan_units(plans, images, size, read_as)
     if not any(splits.values()):
         raise InputError(f"none of the {len(plans)} images is under {images}: check --images")
     about["images_missing"] = len(missing)
@@ -105,39 +100,10 @@ def prepare_deeplesion(
         kind="lesions" if patches else "deeplesion",
         size=size,
         vocabulary=vocabulary,
-        about=about,
+        about=about | read_as.used(),
         workers=workers,
         missing=missing,
     )
-
-
-def _read_labels(
-    rows: Sequence[deeplesion.Lesion],
-    label_file: str | os.PathLike[str],
-    hand_labels: str | os.PathLike[str] | None,
-    ontology: str | os.PathLike[str],
-    *,
-    patches: bool,
-) -> tuple[labels.Vocabulary, list[deeplesion.LabelledLesion], dict[str, Any]]:
-    """(vocabulary, labelled lesions, what `dataset.json` says about them)."""
-    mined = deeplesion.read_mined_labels(label_file)
-    hand = deeplesion.read_hand_labels(hand_labels) if hand_labels else None
-    terms = labels.read_ontology(ontology)
-    labels.ontology_vocabulary(terms, mined.terms)  # raises if a term is unknown
-    names = [term for term in mined.terms if patches or terms[term].label_class == "bodypart"]
-    vocabulary = labels.ontology_vocabulary(terms, names)
-    numbering = deeplesion.number_lesions(rows, mined)
-    labelled, counts = deeplesion.label_lesions(
-        numbering, mined, hand, vocabulary, uncertain_unknown=patches
-    )
-    about = {"numbering": numbering.reason, "label_counts": counts}
-    about["direct_parents"] = {
-        name: [parent for parent in terms[name].parents if parent in vocabulary.index]
-        for name in vocabulary.names
-    }
-    # The paper counts lesions with a body part only.
-    about["paper_counts"] = dict.fromkeys(counts, "-") if patches else deeplesion.PAPER_COUNTS
-    return vocabulary, labelled, about
 
 
 def prepare_dicom(
@@ -145,22 +111,26 @@ def prepare_dicom(
     out: str | os.PathLike[str],
     *,
     salt_file: str | os.PathLike[str] | None = None,
+    pseudonyms: bool = False,
     min_slices: int = 51,
     size: int = SIZE,
     workers: int = 1,
+    **overrides: bool,
 ) -> dict[str, Any]:
     """Prepares folders of DICOM or NIfTI as unlabelled triplets without overlap (section 4.1).
 
     Args:
-      folder: a file or a folder tree of CT.
+      folder: a file or a folder tree of CT, an archive, or a DICOMDIR.
       out: the folder to write.
       salt_file: the secret key of the ids, created if absent; None means
         `~/.config/maknet/salt`. It is never written into the records.
+      pseudonyms: write them instead of names in `failures.csv`, too.
       min_slices: smaller volumes are dropped, counted and listed in `failures.csv`. The paper
         uses volumes of more than 50 slices. It is our choice that one unreadable slice rejects its
         whole series.
       size: the edge S of the images in pixels.
       workers: processes.
+      **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
       The summary.
@@ -168,15 +138,12 @@ def prepare_dicom(
     Raises:
       InputError: `folder` contains no usable series, or `out` is in use.
     """
+    read_as = reading.Overrides(**overrides)
     _check(out, size)
-    series, failures = search.find_series(folder, workers=workers)
+    hidden = pseudonym.read_pseudonyms(pseudonyms, salt_file)
+    series, failures = search.find_series(folder, workers=workers, overrides=read_as)
     small = [ref for ref in series if ref.count < min_slices]
     usable = [ref for ref in series if ref.count >= min_slices]
-    if not usable:
-        why = f"{len(series)} series found, {len(small)} of fewer than {min_slices} slices, "
-        first = f"; the first: {failures[0][0]}: {failures[0][1]}" if failures else ""
-        raise InputError(f"no usable series in {folder}: {why}{len(failures)} unreadable{first}")
-    salt = pseudonym.read_salt(salt_file, log=console.Log())
     about = {
         "series": len(usable),
         "min_slices": min_slices,
@@ -186,16 +153,25 @@ def prepare_dicom(
     failures += [
         (ref.paths[0], f"{ref.count} slices, fewer than --min-slices {min_slices}") for ref in small
     ]
+    if not usable:
+        why = (
+            f"{len(series)} series found, {len(small)} of fewer than {min_slices} slices "
+            f"(--min-slices), {len(failures) - len(small)} unreadable"
+        )
+        with console.list_failures(pathlib.Path(out) / "failures.csv", hidden):
+            raise NothingUsable(f"no usable series in {folder}: {why}", failures)
+    salt = pseudonym.read_salt(salt_file, log=console.Log())
     return _write(
         out,
-        {"unlabelled": triplets.plan_series(usable, salt, size)},
+        {"unlabelled": triplets.plan_series(usable, salt, size, read_as)},
         triplets.make_series,
         kind="dicom",
         size=size,
         vocabulary=labels.Vocabulary(()),
-        about=about,
+        about=about | read_as.used(),
         workers=workers,
         failures=failures,
+        hidden=hidden,
     )
 
 
@@ -204,8 +180,11 @@ def prepare_table(
     out: str | os.PathLike[str],
     *,
     png_window: tuple[float, float] | None = None,
+    pseudonyms: bool = False,
+    salt_file: str | os.PathLike[str] | None = None,
     size: int = SIZE,
     workers: int = 1,
+    **overrides: bool,
 ) -> dict[str, Any]:
     """Prepares your own labelled slices from a CSV of `path, labels, split[, slice, patient]`.
 
@@ -213,8 +192,11 @@ def prepare_table(
       csv_file: the table; paths are relative to its folder (see `data.table`).
       out: the folder to write.
       png_window: (low, high) in HU of 8-bit PNGs.
+      pseudonyms: write them instead of names in `failures.csv`.
+      salt_file: the secret key of the pseudonyms, as in `prepare_dicom`.
       size: the edge S of the images in pixels.
       workers: processes.
+      **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
       The summary.
@@ -222,17 +204,19 @@ def prepare_table(
     Raises:
       InputError: the table is invalid, or `out` is in use.
     """
+    read_as = reading.Overrides(**overrides)
     _check(out, size)
     rows, vocabulary = table.read_table(csv_file)
     return _write(
         out,
-        triplets.plan_table(rows, vocabulary, png_window, size),
+        triplets.plan_table(rows, vocabulary, png_window, size, read_as),
         triplets.make_table_volume,
         kind="table",
         size=size,
         vocabulary=vocabulary,
-        about={"rows": len(rows), "png_window": png_window},
+        about={"rows": len(rows), "png_window": png_window} | read_as.used(),
         workers=workers,
+        hidden=pseudonym.read_pseudonyms(pseudonyms, salt_file),
     )
 
 
@@ -245,8 +229,10 @@ def prepare_segmentations(
     splits: SplitOptions = _SPLITS,
     origin: Mapping[str, str] | None = None,
     salt_file: str | os.PathLike[str] | None = None,
+    pseudonyms: bool = False,
     size: int = SIZE,
     workers: int = 1,
+    **overrides: bool,
 ) -> dict[str, Any]:
     """Prepares CT with organ masks as labelled slices, see `data.segmentations`.
 
@@ -258,8 +244,10 @@ def prepare_segmentations(
       splits: how cases are split.
       origin: `source`, `citation` and `licence` of the data; runs that train on them record these.
       salt_file: the secret key of the ids of DICOM cases, as in `prepare_dicom`.
+      pseudonyms: write them instead of all names: in the records, and in all tables.
       size: the edge S of the images in pixels.
       workers: processes.
+      **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
       The summary; `label_counts` are rows of label, split, records, known, present, unknown.
@@ -268,22 +256,36 @@ def prepare_segmentations(
       InputError: no case can be used, a table or rule is invalid, a patient is in two splits, or
         `out` is in use.
     """
+    read_as = reading.Overrides(**overrides)
     _check(out, size)
-    plan = segmentation_plan.plan(folders, label_table, rules=rules, splits=splits, workers=workers)
-    dicom = any(case.ref.kind == "dicom" for case, _ in plan.members)
-    salt = pseudonym.read_salt(salt_file, log=console.Log()) if dicom else ""
+    hidden = pseudonym.read_pseudonyms(pseudonyms, salt_file)
+    with console.list_failures(pathlib.Path(out) / "failures.csv", hidden):
+        plan = segmentation_plan.plan(
+            folders, label_table, rules=rules, splits=splits, workers=workers, overrides=read_as
+        )
+    secret = pseudonyms or any(case.ref.kind == "dicom" for case, _ in plan.members)
+    salt = pseudonym.read_salt(salt_file, log=console.Log()) if secret else ""
     return _write(
         out,
-        segmentations.plan_cases(plan.members, plan.labels, rules=rules, size=size, salt=salt),
+        segmentations.plan_cases(
+            plan.members,
+            plan.labels,
+            rules=rules,
+            size=size,
+            salt=salt,
+            pseudonyms=pseudonyms,
+            overrides=read_as,
+        ),
         segmentations.make_case,
         kind="segmentations",
         size=size,
         vocabulary=labels.Vocabulary.from_names(plan.labels),
-        about={**(origin or {}), **plan.about},
+        about={**(origin or {}), **plan.about, **read_as.used()},
         workers=workers,
         failures=plan.failures,
         missing=plan.missing,
         cases=[(case.name, case.patient, split) for case, split in plan.members],
+        hidden=hidden,
     )
 
 
@@ -330,11 +332,15 @@ def _write(
     failures: Sequence[tuple[str, str]] = (),
     missing: Sequence[tuple[str, str]] = (),
     cases: Sequence[tuple[str, str, str]] = (),
+    hidden: pseudonym.Pseudonyms | None = None,
 ) -> dict[str, Any]:
     """Writes the shards, the contact sheet and the reports; returns the summary."""
     out = pathlib.Path(out)
-    with console.progress(f"prepare {kind}", sum(map(len, splits.values()))) as advance:
-        info, rejected = shards.write_shards(
+    with (
+        console.list_failures(pathlib.Path(out) / "failures.csv", hidden),
+        console.progress(f"prepare {kind}", sum(map(len, splits.values()))) as advance,
+    ):
+        info, failures = shards.write_shards(
             out,
             splits,
             make,
@@ -344,11 +350,17 @@ def _write(
             about=about,
             workers=workers,
             advance=advance,
+            failures=failures,
         )
-    failures = [*failures, *rejected]
+    info["counters"], info["volumes"] = overview.separate(info["counters"])
+    info["rejected"], info["missing"] = map(overview.by_reason, (failures, missing))
+    if hidden:
+        failures, missing = hidden.failures(failures), hidden.failures(missing)
+        cases = [(hidden.name(name), hidden.name(patient), split) for name, patient, split in cases]
     if kind == "lesions":
         info["crop"] = lesions.RULE
-    examples = records.Dataset(out, info).sample(_SHOWN)
+    dataset = records.Dataset(out, info)
+    examples = dataset.sample(_SHOWN)
     contact_sheet.write_contact_sheet(out / "contact_sheet.png", examples, vocabulary.names)
     console.write_failures(out / "failures.csv", failures)
     console.write_failures(out / "missing.csv", missing)
@@ -363,8 +375,18 @@ def _write(
     if cases:
         console.write_table(out / "cases.csv", ("case", "patient", "split"), cases)
         rows = segmentations.label_rows(vocabulary, info["splits"])
-        console.write_table(out / "label_counts.csv", segmentations.LABEL_COLUMNS, rows)
+        console.write_table(out / "label_counts.csv", overview.LABEL_COLUMNS, rows)
         summary["label_counts"] = rows
+    with files.write_whole(out / "index.html") as page:
+        page.write(
+            dataset_page.render(
+                f"Data set: {dataset.origin['source'] or kind}",
+                info,
+                examples,
+                vocabulary.names,
+                overview.beside_the_paper(summary),
+            )
+        )
     files.write_json(out / "summary.json", summary)
     with console.Log(out / "log.jsonl") as log:
         log.event(event="prepared", **summary)
@@ -372,29 +394,4 @@ def _write(
     return summary
 
 
-def describe(summary: dict[str, Any]) -> str:
-    """Formats the summary as a few lines of text, with the paper's counts if there are any."""
-    lines = []
-    about = summary["about"]
-    if "numbering" in about:
-        lines.append(f"lesions are {about['numbering']}")
-        header = ["split", "labelled", "no row", "noisy", "no image", "records", "paper"]
-        rows = []
-        for split, counts in about["label_counts"].items():
-            written = summary["records"].get(split, 0)
-            first = [counts[name] for name in ("labelled", "without_row", "noisy")]
-            absent = counts["kept"] - written
-            rows.append([split, *first, absent, written, about["paper_counts"][split]])
-        lines.append(console.format_table(header, rows))
-    else:
-        lines += [f"{split}: {count} records" for split, count in summary["records"].items()]
-    if "label_counts" in summary:
-        lines.append(console.format_table(segmentations.LABEL_COLUMNS, summary["label_counts"]))
-    for name in _COUNTED:
-        if about.get(name):
-            lines.append(f"{name.replace('_', ' ')}: {about[name]}")
-    lines += [f"{name}: {count}" for name, count in summary["counters"].items()]
-    if summary["failures"]:
-        lines.append(f"rejected: {summary['failures']}, see {summary['out']}/failures.csv")
-    lines.append(f"look at {summary['out']}/contact_sheet.png")
-    return "\n".join(lines)
+describe = overview.describe  # the summary as text, for the command line

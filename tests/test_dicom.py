@@ -9,7 +9,8 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.encaps import encapsulate, get_frame
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from pydicom.pixels import get_decoder
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEG2000Lossless
 
 from maknet_jax.ct import dicom, reading, search, volumes
 from maknet_jax.errors import Rejected
@@ -62,18 +63,20 @@ def write_series(folder, places, **changes):
     ]
 
 
-def only_series(path):
-    series, reasons = search.find_series(path)
+def only_series(path, **overrides):
+    overrides = reading.Overrides(**overrides)
+    series, reasons = search.find_series(path, overrides=overrides)
     assert reasons == []
     assert len(series) == 1
-    return volumes.load_series(series[0])
+    return volumes.load_series(series[0], overrides=overrides)
 
 
-def only_reason(path):
-    series, reasons = search.find_series(path)
+def only_reason(path, **overrides):
+    overrides = reading.Overrides(**overrides)
+    series, reasons = search.find_series(path, overrides=overrides)
     if series:
         with pytest.raises(Rejected) as caught:
-            volumes.load_series(series[0])
+            volumes.load_series(series[0], overrides=overrides)
         return str(caught.value)
     assert len(reasons) == 1
     return reasons[0][1]
@@ -82,7 +85,7 @@ def only_reason(path):
 def test_hu_are_slope_times_value_plus_intercept(tmp_path):
     values = stored_values()
     values[0, 0] = -2000
-    path = write_slice(tmp_path / "a.dcm", values=values, RescaleSlope=2, PixelPaddingValue=-2000)
+    path = write_slice(tmp_path / "a.dcm", values=values, RescaleSlope=2)
     header, hu = dicom.read_slice(path)
     assert hu.dtype == np.int16
     np.testing.assert_array_equal(hu, values.astype(int) * 2 - 1024)
@@ -111,10 +114,6 @@ def test_unsigned_and_twelve_bits(tmp_path):
     kind = {"PixelRepresentation": 0, "BitsStored": 12, "HighBit": 11}
     hu = dicom.read_slice(write_slice(tmp_path / "a.dcm", values=values, **kind))[1]
     np.testing.assert_array_equal(hu, values.astype(int) - 1024)
-    values[2, 2] = 4096
-    path = write_slice(tmp_path / "b.dcm", values=values, **kind)
-    with pytest.raises(Rejected, match="4096 .*BitsStored 12"):
-        dicom.read_slice(path)
 
 
 def test_encodings_of_one_slice_have_equal_hu(shared_data):
@@ -127,7 +126,7 @@ def test_encodings_of_one_slice_have_equal_hu(shared_data):
         np.testing.assert_array_equal(only_series(path).hu[0], expected, err_msg=path.name)
     for ending, bound in (("4.91.dcm", 5), ("4.81.dcm", 1)):  # both are near-lossless
         (path,) = folder.glob(f"*{ending}")
-        assert np.abs(only_series(path).hu[0] - expected).max() <= bound
+        assert np.abs(only_series(path, allow_lossy=True).hu[0] - expected).max() <= bound
 
 
 @pytest.mark.parametrize("number", [50, 51, 53, 55])
@@ -136,8 +135,8 @@ def test_lossy_jpeg_is_rejected_with_its_transfer_syntax(shared_data, number):
     assert f"1.2.840.10008.1.2.4.{number}" in only_reason(path)
 
 
-def test_jpeg_2000_series_against_openjpeg(shared_data):
-    openjpeg = pytest.importorskip("openjpeg")  # an independent decoder
+def test_jpeg_2000_series_against_gdcm(shared_data):
+    """GDCM is an independent decoder; it is not used, because it aborts on damaged streams."""
     volume = only_series(shared_data / "dicom" / "liver_j2k_20")
     assert volume.hu.shape == (20, 512, 512)
     assert volume.spacing == (2.0, 0.9765625, 0.9765625)
@@ -146,7 +145,7 @@ def test_jpeg_2000_series_against_openjpeg(shared_data):
     assert numbers == sorted(numbers)  # this scan ran from head to feet
     for k in (0, 19):
         data = pydicom.dcmread(shared_data / "dicom" / "liver_j2k_20" / volume.slices[k])
-        values = openjpeg.decode(get_frame(data.PixelData, 0, number_of_frames=1))
+        values, _ = get_decoder(JPEG2000Lossless).as_array(data, decoding_plugin="gdcm")
         np.testing.assert_array_equal(volume.hu[k], values.astype(int) - 1024)
 
 
@@ -247,6 +246,8 @@ def test_unevenly_spaced_slices_are_rejected(tmp_path, places, parts):
         ({"HighBit": 14}, "BitsAllocated 16, BitsStored 16, HighBit 14"),
         ({"BitsStored": 17, "HighBit": 16}, "BitsAllocated 16, BitsStored 17"),
         ({"RescaleSlope": 0}, "RescaleSlope 0"),
+        ({"RescaleSlope": "1e300"}, "RescaleSlope 1e300"),
+        ({"RescaleIntercept": "-1e300"}, "RescaleIntercept -1e300"),
         ({"RescaleType": "MGML"}, "RescaleType MGML"),
         ({"ImageOrientationPatient": [0, 1, 0, 0, 0, -1]}, "only axial slices|90 degrees"),
         ({"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}, "ImageOrientationPatient .*1.0"),
@@ -316,7 +317,7 @@ def test_broken_headers_and_decompression_bombs_are_rejected(tmp_path, monkeypat
     deep.write_bytes(good[:128] + b"DICM" + b"\x08\x00\x40\x11SQ\0\0\xff\xff\xff\xff" + item * 5000)
     for path in (empty, noise, deep):
         assert re.match("broken DICOM|.*Modality", only_reason(path))
-    monkeypatch.setattr(dicom, "LARGEST_FILE", 1 << 20)
+    monkeypatch.setattr(dicom, "LARGEST_INFLATED", 1 << 20)
     bomb = write_slice(tmp_path / "bomb.dcm", syntax="1.2.840.10008.1.2.1.99").read_bytes()
     start = bomb.index(b"1.2.840.10008.1.2.1.99")
     meta = pydicom.filereader.read_file_meta_info(tmp_path / "bomb.dcm")
@@ -335,7 +336,8 @@ def test_an_encoded_image_of_another_size_is_never_decoded(tmp_path, shared_data
         data = pydicom.dcmread(path)
         data.Rows = 256
         data.save_as(tmp_path / "a.dcm")
-        assert re.search(r"encoded .*\(512, 512\).*\(256, 512\)", only_reason(tmp_path / "a.dcm"))
+        reason = only_reason(tmp_path / "a.dcm", allow_lossy=True)
+        assert re.search(r"encoded .*\(512, 512\).*\(256, 512\)", reason)
     syntax = "1.2.840.10008.1.2.4.90"
     write_slice(tmp_path / "b.dcm", syntax=syntax, PixelData=encapsulate([b"nonsense\xff\xd9"]))
     assert re.search(r"encoded .*None.*\(6, 5\)", only_reason(tmp_path / "b.dcm"))

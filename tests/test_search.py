@@ -3,18 +3,21 @@
 import os
 
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
-from test_dicom import write_slice
+from test_dicom import write_series, write_slice
 
-from maknet_jax.ct import search
-from maknet_jax.errors import InputError
+from maknet_jax.ct import reading, search, volumes
+from maknet_jax.errors import InputError, Rejected
+from maknet_jax.figures import charts, contact_sheet
 
 
 def write_pngs(folder, names):
     folder.mkdir(exist_ok=True, parents=True)
     for k, name in enumerate(names):
-        Image.fromarray(np.full((3, 3), 32768 + k, np.uint16)).save(folder / name)
+        values = 32768 + k - 100 * np.arange(9).reshape(3, 3)
+        Image.fromarray(values.astype(np.uint16)).save(folder / name)
 
 
 def test_all_real_series_are_listed_in_a_fixed_order(shared_data):
@@ -31,7 +34,7 @@ def test_all_real_series_are_listed_in_a_fixed_order(shared_data):
     assert len({ref.key for ref in series}) == len(series)
     assert [ref.key for ref in series if ref.count == 16] == ["Images_png/000001_02_01:8-23"]
     names = [path.rsplit("/", 1)[1] for path, _ in reasons]
-    assert names[0] == "CT2.dcm" and len(names) == 6  # duplicates twice, and four lossy JPEGs
+    assert names[0] == "CT2.dcm" and len(names) == 8  # duplicates twice, and six lossy files
 
 
 def test_files_that_are_not_images_are_skipped_silently(tmp_path):
@@ -54,6 +57,61 @@ def test_files_that_are_not_images_are_skipped_silently(tmp_path):
     ]
     with pytest.raises(InputError, match="nowhere"):
         search.find_series(tmp_path / "nowhere")
+
+
+def test_other_volume_formats_are_rejected_by_name(tmp_path):
+    names = ("a.hdr", "a.img", "b.img", "c.mha", "d.MHD", "e.nrrd", "f.nhdr")
+    for name in names:
+        (tmp_path / name).write_bytes(b"some volume")
+    write_slice(tmp_path / "slice.img")  # DICOM is recognised by its content
+    series, reasons = search.find_series(tmp_path)
+    assert [ref.count for ref in series] == [1]
+    listed = {os.path.basename(path): reason for path, reason in reasons}
+    assert sorted(listed) == sorted(names)
+    assert "nibabel" in listed["a.hdr"] and "NRRD" in listed["e.nrrd"]
+    for name in names:
+        with pytest.raises(Rejected, match="convert"):
+            volumes.load_series_of(tmp_path / name)
+
+
+def write_dicomdir(path, names):
+    """Writes a DICOMDIR that lists images by their ReferencedFileID."""
+    records = [{"DirectoryRecordType": "PATIENT"}]
+    records += [{"DirectoryRecordType": "IMAGE", "ReferencedFileID": name} for name in names]
+    sequence = [pydicom.Dataset() for _ in records]
+    for item, record in zip(sequence, records, strict=True):
+        for key, value in record.items():
+            setattr(item, key, value)
+    directory = {"SOPClassUID": "1.2.840.10008.1.3.10", "DirectoryRecordSequence": sequence}
+    return write_slice(path, **directory, drop=["Modality", "Rows", "PixelData"])
+
+
+def test_a_dicomdir_is_read_as_the_files_that_it_lists(tmp_path):
+    write_series(tmp_path / "st1", [0, 5, 10, 15])
+    for k in range(4):
+        (tmp_path / "st1" / f"{k:03d}.dcm").rename(tmp_path / "st1" / f"im{k}")
+    listed = [["ST1", "IM0"], ["ST1", "IM1"], ["ST1", "IM2"], ["ST1", "IM9"], ["..", "x"]]
+    write_dicomdir(tmp_path / "DICOMDIR", listed[:-1])
+    series, failures = search.find_series(tmp_path / "DICOMDIR")
+    assert [(ref.key, ref.count) for ref in series] == [("1.2.3", 3)]
+    ((path, reason),) = failures
+    assert path == str(tmp_path / "ST1" / "IM9") and "not found" in reason
+    volume, index = volumes.load_series_of(tmp_path / "DICOMDIR")
+    assert index is None and volume.slices == ("st1/im2", "st1/im1", "st1/im0")
+    (tmp_path / "x").write_bytes((tmp_path / "st1" / "im3").read_bytes())
+    with reading.quiet():  # pydicom warns about such names
+        write_dicomdir(tmp_path / "st1" / "DICOMDIR", listed[-1:])
+    series, failures = search.find_series(tmp_path / "st1" / "DICOMDIR")
+    assert series == [] and len(failures) == 1, "files outside of its folder are not read"
+
+
+def test_pictures_that_we_wrote_are_not_taken_for_ct(tmp_path):
+    contact_sheet.write_contact_sheet(tmp_path / "contact_sheet.png", [], [])
+    scores = np.zeros((3, 1))
+    charts.write_label_chart(tmp_path / "labels.000.png", scores, scores > 1, ["liver"])
+    write_pngs(tmp_path, ["1.png", "2.png"])
+    series, failures = search.find_series(tmp_path)
+    assert [ref.count for ref in series] == [2] and failures == []
 
 
 def test_dicom_is_detected_by_content_and_grouped_by_uid(tmp_path):

@@ -4,7 +4,9 @@ Exit codes: 0 done; 2 bad arguments or input, with one line that says which; 3 d
 were rejected (`failures.csv`); 75 stopped by a signal, and the same command resumes.
 """
 
+import io
 import os
+import sys
 from collections.abc import Sequence
 
 import maknet_jax
@@ -15,6 +17,7 @@ from maknet_jax.cli import (
     inference,
     lesions,
     options,
+    select,
     students,
     training,
 )
@@ -37,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     level = "2" if getattr(chosen, "distributed", False) else "3"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", level)
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name may not fit the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     return exit_codes.exit_code("maknet", lambda: chosen.run(chosen))
 
 
@@ -49,6 +54,6 @@ def _parser() -> options.Parser:
     )
     parser.add_argument("--version", action="version", version=maknet_jax.__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for stage in (data, training, students, inference, explain, lesions):
+    for stage in (select, data, training, students, inference, explain, lesions):
         stage.add_verbs(verbs)
     return parser

@@ -28,11 +28,13 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
         action="store_true",
         help="write patches around the lesions with all 171 labels, for LesaNet",
     )
-    _add_output_options(verb, size="256; with --lesions 120")
+    _add_output_options(verb, size="256; with --lesions 120", dicom=False)
 
     verb = options.verb(forms, "dicom", _run_dicom)
-    verb.add_argument("folder", help="a file or a folder tree of CT")
-    _add_salt_option(verb)
+    verb.add_argument(
+        "folder", help="a file or a folder tree of CT, a zip or tar of one, or a DICOMDIR"
+    )
+    options.pseudonyms(verb)
     verb.add_argument(
         "--min-slices",
         type=options.count,
@@ -44,6 +46,7 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(forms, "table", _run_table)
     verb.add_argument("table", help="the CSV; labels are separated by |")
     options.png_window(verb)
+    options.pseudonyms(verb)
     _add_output_options(verb)
     _add_segmentations(forms)
 
@@ -105,19 +108,14 @@ def _add_segmentations(forms: argparse._SubParsersAction) -> None:
     )
     verb.add_argument("--citation", default="", help="citation of the data")
     verb.add_argument("--licence", default="", help="licence of the data")
-    _add_salt_option(verb)
+    options.pseudonyms(verb)
     _add_output_options(verb)
 
 
-def _add_salt_option(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--salt-file",
-        help="secret key that turns UIDs into ids, created if absent "
-        "(default: ~/.config/maknet/salt)",
-    )
-
-
-def _add_output_options(verb: argparse.ArgumentParser, size: str = "256") -> None:
+def _add_output_options(
+    verb: argparse.ArgumentParser, size: str = "256", *, dicom: bool = True
+) -> None:
+    options.override_options(verb, dicom=dicom)
     verb.add_argument("--out", required=True, help="folder to write")
     verb.add_argument(
         "--size",
@@ -161,7 +159,7 @@ def _run_dicom(chosen: argparse.Namespace) -> int:
     return _report(
         prepare.prepare_dicom(
             chosen.folder,
-            salt_file=chosen.salt_file,
+            **options.selected(chosen, "salt_file", "pseudonyms"),
             min_slices=chosen.min_slices,
             **_output_options(chosen),
         )
@@ -176,7 +174,11 @@ def _run_table(chosen: argparse.Namespace) -> int:
     from maknet_jax import prepare
 
     return _report(
-        prepare.prepare_table(chosen.table, png_window=chosen.png_window, **_output_options(chosen))
+        prepare.prepare_table(
+            chosen.table,
+            **options.selected(chosen, "png_window", "salt_file", "pseudonyms"),
+            **_output_options(chosen),
+        )
     )
 
 
@@ -202,7 +204,7 @@ def _run_segmentations(chosen: argparse.Namespace) -> int:
             rules=rules,
             splits=prepare.SplitOptions(chosen.splits, chosen.shares, chosen.seed),
             origin={name: getattr(chosen, name) for name in ("source", "citation", "licence")},
-            salt_file=chosen.salt_file,
+            **options.selected(chosen, "salt_file", "pseudonyms"),
             **_output_options(chosen),
         )
     )
@@ -216,18 +218,19 @@ def _run_openkbp(chosen: argparse.Namespace) -> int:
     from maknet_jax import prepare
 
     summary = prepare.prepare_openkbp(chosen.folder, chosen.out)
-    print(
+    options.show(
         f"{summary['patients']} patients in {summary['out']}, {summary['present_before']} of them "
         "converted before"
     )
     if summary["failures"]:
-        print(f"rejected: {summary['failures']}, see {summary['out']}/failures.csv")
+        options.show(f"rejected: {summary['failures']}, see {summary['out']}/failures.csv")
     return options.SOME_REJECTED if summary["failures"] else options.DONE
 
 
 def _output_options(chosen: argparse.Namespace) -> dict[str, Any]:
     size = {} if chosen.size is None else {"size": chosen.size}
-    return {"out": chosen.out, "workers": chosen.workers} | size
+    overrides = options.selected(chosen, *options.OVERRIDES)
+    return {"out": chosen.out, "workers": chosen.workers} | overrides | size
 
 
 def _report(summary: dict[str, Any]) -> int:

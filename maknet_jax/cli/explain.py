@@ -57,7 +57,9 @@ def add_verbs(verbs: Any) -> None:
         help="comma-separated, from neighbour, patch, attribution and random (default: all)",
     )
     verb.add_argument(
-        "--masks", help="masks of the regions: NIfTI, PNG or a folder (default: DeepLesion's boxes)"
+        "--masks",
+        help="masks of the regions: NIfTI, PNG, a folder of PNGs, or the cases of `maknet prepare "
+        "segmentations` (default: DeepLesion's boxes)",
     )
     verb.add_argument(
         "--organs", type=options.words, help="names or values in the masks, comma-separated"
@@ -73,12 +75,22 @@ def add_verbs(verbs: Any) -> None:
     verb.add_argument("--out", help="folder to write (default: WORKDIR/report)")
     verb.add_argument("--split", help="split of the cases (default: test, otherwise validation)")
     verb.add_argument("--data", help="prepared data set (default: the one trained on)")
+    _ct(verb)
     verb.add_argument(
         "--cases",
         type=options.count,
         default=3,
         metavar="N",
         help="explain the N best and the N worst cases (default: 3)",
+    )
+
+
+def _ct(verb: argparse._ActionsContainer) -> None:
+    verb.add_argument(
+        "--ct",
+        metavar="FOLDER",
+        help="CT that --data was prepared from (DeepLesion's images, or NIfTI cases): pictures "
+        "then have its resolution instead of the network's",
     )
 
 
@@ -103,6 +115,7 @@ def _shared_options(
     )
     which.add_argument("--split", help="split of --data")
     which.add_argument("--data", help="prepared data set (default: the one trained on)")
+    _ct(which)
     which.add_argument(
         "--ids",
         type=options.words,
@@ -161,6 +174,8 @@ def _shared_options(
         help="show at most N images on the HTML page; the tables hold all (default: %(default)s)",
     )
     options.png_window(verb)
+    options.pseudonyms(verb)
+    options.override_options(verb)
     options.distributed(verb)
     for kind in (SelectionOptions, PathOptions, DisplayOptions):
         verb.set_defaults(**{field.name: field.default for field in dataclasses.fields(kind)})
@@ -194,7 +209,7 @@ def _run_attribute(chosen: argparse.Namespace) -> int:
     )
     for name, share in summary.get("complete", {}).items():
         flagged = summary["flagged"][name]
-        print(
+        options.show(
             f"{name}: {summary['images']} images, {share:.1%} of maps complete to 1 %, {flagged} "
             "flagged"
         )
@@ -204,7 +219,9 @@ def _run_attribute(chosen: argparse.Namespace) -> int:
         for area, values in each.items()
     }
     for name, values in (areas | summary.get("differences", {})).items():
-        print(name, console.format_interval(values))
+        options.show(f"{name} {console.format_interval(values)}")
+    if areas:
+        options.show(console.describe_groups(summary["groups"]))
     return _ended(summary)
 
 
@@ -231,9 +248,9 @@ def _run_perturb(chosen: argparse.Namespace) -> int:
 
 def _ended(summary: dict[str, Any]) -> int:
     for file in summary.get("files", ()):
-        print(f"  {file}")
+        options.show(f"  {file}")
     if summary["failures"]:
-        print(f"rejected: {summary['failures']}, see {summary.get('failures_file')}")
+        options.show(f"rejected: {summary['failures']}, see {summary.get('failures_file')}")
     return options.SOME_REJECTED if summary["failures"] else options.DONE
 
 
@@ -246,6 +263,11 @@ def _run_report(chosen: argparse.Namespace) -> None:
 
     options.start_jax()
     page = report.report(
-        chosen.model, chosen.out, split=chosen.split, data=chosen.data, count=chosen.cases
+        chosen.model,
+        chosen.out,
+        split=chosen.split,
+        data=chosen.data,
+        count=chosen.cases,
+        ct=chosen.ct,
     )
-    print(page)
+    options.show(str(page))

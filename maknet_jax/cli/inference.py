@@ -43,7 +43,9 @@ def _run_demo(chosen: argparse.Namespace) -> None:
 
 def _predict(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(verbs, "predict", _run_predict)
-    verb.add_argument("path", help="file or folder of DICOM, NIfTI or PNG")
+    verb.add_argument(
+        "path", help="file or folder of DICOM, NIfTI or PNG, a zip or tar of one, or a DICOMDIR"
+    )
     options.model(verb)
     verb.add_argument(
         "--out",
@@ -82,10 +84,13 @@ def _predict(verbs: argparse._SubParsersAction) -> None:
         "--batch-size", type=options.count, default=16, help="slices per step (default: 16)"
     )
     options.png_window(verb)
+    options.pseudonyms(verb)
+    options.override_options(verb)
 
 
 def _run_predict(chosen: argparse.Namespace) -> int:
-    """Label the body parts in any CT, per slice and per series.
+    """Label the body parts in any CT, per slice and per series. The outputs name series and files,
+    which identify patients, unless --pseudonyms is set.
 
     maknet predict scans/ --model runs/teacher --out labels.csv
     maknet predict archive/ --model runs/teacher --out labels.csv --audit --overwrite
@@ -93,11 +98,11 @@ def _run_predict(chosen: argparse.Namespace) -> int:
     from maknet_jax import predict
 
     options.start_jax()
-    scoring = options.selected(chosen, "png_window", "checkpoint", "batch_size")
+    scoring = options.selected(chosen, "png_window", "checkpoint", "batch_size", *options.OVERRIDES)
     names = ("as_json", "wide", "audit", "charts", "features", "overwrite")
-    outputs = options.selected(chosen, *names)
+    outputs = options.selected(chosen, *names, "pseudonyms", "salt_file")
     summary = predict.predict(chosen.model, chosen.path, chosen.out, **scoring, **outputs)
-    print(predict.text(summary))
+    options.show(predict.text(summary))
     return options.SOME_REJECTED if summary["failures"] else options.DONE
 
 
@@ -139,14 +144,14 @@ def _run_export(chosen: argparse.Namespace) -> None:
     names = ("checkpoint", "dtype", "name", "license_name", "data", "zipped", "overwrite")
     summary = export.export(chosen.workdir, chosen.out, **options.selected(chosen, *names))
     splits = ", ".join(summary["splits"]) or "none: run `maknet evaluate` before the export"
-    print(
+    options.show(
         f"{summary['labels']} labels, {summary['checkpoint']} checkpoint, step {summary['step']}; "
         f"scores of: {splits}"
     )
     for name, size in summary["bytes"].items():
-        print(f"  {name}  {size:,} bytes")
+        options.show(f"  {name}  {size:,} bytes")
     for file in summary["files"]:
-        print(f"  {file}")
+        options.show(f"  {file}")
 
 
 def _models(verbs: argparse._SubParsersAction) -> None:

@@ -1,17 +1,21 @@
 """Shared by the commands: exit codes, the parser, common options and the start of JAX."""
 
 import argparse
+import contextlib
 import csv
 import inspect
 import math
 import os
 import pathlib
+import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from maknet_jax import files
 from maknet_jax.errors import InputError, did_you_mean
 
+OVERRIDES = ("assume_hu", "allow_lossy")  # stored by `override_options`
 DONE, BAD_INPUT, SOME_REJECTED, STOPPED = 0, 2, 3, 75
 
 
@@ -35,6 +39,12 @@ class Parser(argparse.ArgumentParser):
 def selected(chosen: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Some of the parsed options by name, as keyword arguments of a verb."""
     return {name: getattr(chosen, name) for name in names}
+
+
+def show(text: str, *, error: bool = False) -> None:
+    """Prints text on standard output or error; names in it cannot send control characters."""
+    lines = map(files.printable, text.split("\n"))
+    print("\n".join(lines), file=sys.stderr if error else sys.stdout)
 
 
 def config_changes(
@@ -108,6 +118,36 @@ def png_window(verb: argparse.ArgumentParser) -> None:
         metavar="LOW,HIGH",
         help="HU of pixel values 0 and 255 in 8-bit PNGs, as in --png-window=-175,275",
     )
+
+
+def pseudonyms(verb: argparse.ArgumentParser) -> None:
+    """Adds --pseudonyms and --salt-file."""
+    verb.add_argument(
+        "--pseudonyms",
+        action="store_true",
+        help="write pseudonyms instead of the names of series, files and patients",
+    )
+    verb.add_argument(
+        "--salt-file",
+        help="secret key that turns UIDs into ids, created if absent "
+        "(default: ~/.config/maknet/salt)",
+    )
+
+
+def override_options(verb: argparse.ArgumentParser, *, dicom: bool = True) -> None:
+    """Adds --assume-hu and, where DICOM is read, --allow-lossy."""
+    verb.add_argument(
+        "--assume-hu",
+        action="store_true",
+        help="read values as Hounsfield units even if they do not look like it; recorded",
+    )
+    verb.set_defaults(allow_lossy=False)
+    if dicom:
+        verb.add_argument(
+            "--allow-lossy",
+            action="store_true",
+            help="read DICOM with lossy compression, which does not preserve HU; recorded",
+        )
 
 
 def checkpoint(verb: argparse.ArgumentParser) -> None:
@@ -196,7 +236,8 @@ def start_jax(distributed: bool = False) -> None:
             ) from None
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "maknet" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache.expanduser()))
+        with contextlib.suppress(RuntimeError):  # no home folder: programs are compiled each time
+            jax.config.update("jax_compilation_cache_dir", str(cache.expanduser()))
 
 
 def _integer_variable(name: str) -> int | None:

@@ -8,16 +8,18 @@ import pathlib
 import struct
 import zlib
 from collections.abc import Sequence
+from typing import IO, BinaryIO, cast
 
 import numpy as np
 import pydicom
 from pydicom import uid as dicom_uid
 
-from maknet_jax.ct import dicom_pixels, geometry
+from maknet_jax.ct import containers, dicom_pixels, geometry, reading, units
 from maknet_jax.ct.reading import LARGEST_MATRIX, content_id, one_line, quiet
 from maknet_jax.errors import Rejected
 
-LARGEST_FILE = 256 << 20  # bytes, as stored and inflated: a slice of 4096 x 4096 takes 32 MiB
+LARGEST_FILE = 256 << 20  # bytes
+LARGEST_INFLATED = 64 << 20  # bytes of a deflated file: a slice of 4096 x 4096 takes 32 MiB
 
 _NAMES = (".dcm", ".ima", ".dicom")
 _NOT_A_SLICE = {"LOCALIZER", "SCREEN SAVE", "MIP", "PROJECTION IMAGE"}
@@ -25,7 +27,8 @@ _TAGS = (
     "SOPClassUID SOPInstanceUID SeriesInstanceUID FrameOfReferenceUID Modality ImageType "
     "ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns SamplesPerPixel "
     "BodyPartExamined PhotometricInterpretation NumberOfFrames BitsAllocated BitsStored HighBit "
-    "PixelRepresentation RescaleSlope RescaleIntercept RescaleType"
+    "PixelRepresentation RescaleSlope RescaleIntercept RescaleType PixelPaddingValue "
+    "PixelPaddingRangeLimit LossyImageCompression"
 ).split()
 
 
@@ -49,6 +52,8 @@ class Header:
       bits: BitsStored.
       signed: whether stored values are two's complement.
       syntax: UID of the transfer syntax.
+      padding: PixelPaddingValue and PixelPaddingRangeLimit, equal without the latter; None if
+        absent.
       body_part: BodyPartExamined, or "".
     """
 
@@ -66,6 +71,7 @@ class Header:
     bits: int = 16
     signed: bool = False
     syntax: str = ""
+    padding: tuple[int, int] | None = None
     body_part: str = ""
 
     @property
@@ -78,7 +84,7 @@ class Header:
 
 def looks_like_dicom(path: str | os.PathLike[str]) -> bool:
     """Whether a file claims to be DICOM: by its content, or by a name such as `.dcm`."""
-    with open(path, "rb") as file:
+    with containers.open_file(path) as file:
         start = file.read(132)
     if start[128:] == b"DICM":
         return True
@@ -87,44 +93,67 @@ def looks_like_dicom(path: str | os.PathLike[str]) -> bool:
     return begins or pathlib.Path(path).suffix.lower() in _NAMES
 
 
-def _inflated(path: str) -> io.BytesIO | None:
+def file_meta(file: IO[bytes]) -> pydicom.Dataset:
+    """The file meta information, empty without a preamble; leaves the file at the data set."""
+    bounded = cast("BinaryIO", reading.Bounded(file))
+    bounded.seek(128)
+    if bounded.read(4) != b"DICM":
+        return pydicom.Dataset()
+    return pydicom.filereader.read_dataset(
+        bounded,
+        is_implicit_VR=False,
+        is_little_endian=True,
+        stop_when=lambda tag, vr, length: tag.group != 2,
+    )
+
+
+def _inflated(file: IO[bytes]) -> io.BytesIO | None:
     """The content of a deflated file as explicit little endian, or None for any other file."""
-    with open(path, "rb") as file:
-        start = file.read(4096)
-        if str(dicom_uid.DeflatedExplicitVRLittleEndian).encode() not in start:
-            return None
-        meta = pydicom.filereader.read_file_meta_info(path)
-        if meta.get("TransferSyntaxUID") != dicom_uid.DeflatedExplicitVRLittleEndian:
-            return None
-        # Skips the preamble, "DICM", the group length element, and the group of that length.
-        file.seek(132 + 12 + meta.FileMetaInformationGroupLength)
-        stream = zlib.decompressobj(-zlib.MAX_WBITS)
-        content = stream.decompress(file.read(), LARGEST_FILE)
+    syntax = file_meta(file).get("TransferSyntaxUID")
+    if syntax != dicom_uid.DeflatedExplicitVRLittleEndian:
+        return None
+    stream = zlib.decompressobj(-zlib.MAX_WBITS)
+    uid = str(dicom_uid.ExplicitVRLittleEndian).encode() + b"\0"
+    element = b"\x02\x00\x10\x00UI" + struct.pack("<H", len(uid)) + uid
+    content = io.BytesIO()
+    content.write(bytes(128) + b"DICM" + element)
+    while not stream.eof and (packed := stream.unconsumed_tail or file.read(1 << 20)):
+        content.write(stream.decompress(packed, 1 << 20))
+        if content.tell() > LARGEST_INFLATED:
+            raise Rejected(f"the deflated file inflates to more than {LARGEST_INFLATED >> 20} MiB")
     if not stream.eof:
-        if len(content) >= LARGEST_FILE:
-            raise Rejected(f"the deflated file inflates to more than {LARGEST_FILE >> 20} MiB")
         raise Rejected("truncated: the deflated data end early")
-    syntax = str(dicom_uid.ExplicitVRLittleEndian).encode() + b"\0"
-    element = b"\x02\x00\x10\x00UI" + struct.pack("<H", len(syntax)) + syntax
-    return io.BytesIO(bytes(128) + b"DICM" + element + content)
+    content.seek(0)
+    return content
 
 
 def _read(path: str, *, pixels: bool) -> pydicom.Dataset:
     """The data set of a file: the elements in _TAGS, and the pixel data if `pixels`."""
-    if os.path.getsize(path) > LARGEST_FILE:
+    if containers.size(path) > LARGEST_FILE:
         raise Rejected(
             f"the file is larger than {LARGEST_FILE >> 20} MiB, the limit for a CT slice"
         )
-    return pydicom.dcmread(
-        _inflated(path) or path,
-        force=True,
-        stop_before_pixels=not pixels,
-        specific_tags=[*_TAGS, "PixelData"] if pixels else list(_TAGS),
-    )
+    with containers.open_file(path) as file:
+        content = _inflated(file)
+        file.seek(0)
+        if content is None and pixels and not isinstance(file, io.BufferedReader):
+            content = io.BytesIO(file.read())  # verifies the checksum of a member of a zip
+        return pydicom.dcmread(
+            cast("BinaryIO", reading.Bounded(content or file)),
+            force=True,
+            stop_before_pixels=not pixels,
+            specific_tags=[*_TAGS, "PixelData"] if pixels else list(_TAGS),
+        )
 
 
-def read_header(path: str | os.PathLike[str]) -> Header | None:
+def read_header(
+    path: str | os.PathLike[str], overrides: reading.Overrides = reading.STRICT
+) -> Header | None:
     """Reads the header of a DICOM file; a broken file raises nothing.
+
+    Args:
+      path: the file.
+      overrides: whether lossy compression is allowed.
 
     Returns:
       A Header, whose `problem` says what is wrong with the file; None for a file that is not an
@@ -133,14 +162,14 @@ def read_header(path: str | os.PathLike[str]) -> Header | None:
     path = str(path)
     try:
         with quiet():
-            return _header(_read(path, pixels=False), path)
+            return _header(_read(path, pixels=False), path, overrides)
     except Rejected as error:
         return Header(path, "", "", str(error))
     except Exception as error:  # pydicom raises any exception on broken files, even RecursionError
         return Header(path, "", "", f"broken DICOM file ({one_line(error)})")
 
 
-def _header(data: pydicom.Dataset, path: str) -> Header | None:
+def _header(data: pydicom.Dataset, path: str, overrides: reading.Overrides) -> Header | None:
     meta = data.file_meta if hasattr(data, "file_meta") else pydicom.dataset.FileMetaDataset()
     storage = data.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID") or ""
     modality = data.get("Modality") or ""
@@ -151,7 +180,7 @@ def _header(data: pydicom.Dataset, path: str) -> Header | None:
         return None
     uid = data.get("SOPInstanceUID") or meta.get("MediaStorageSOPInstanceUID")
     if not uid:
-        uid = content_id(pathlib.Path(path).read_bytes())
+        uid = content_id(containers.read_file(path))
     header = Header(path, str(data.get("SeriesInstanceUID") or ""), str(uid))
     # Without file meta information pydicom detects the encoding.
     syntax = meta.get("TransferSyntaxUID")
@@ -160,6 +189,8 @@ def _header(data: pydicom.Dataset, path: str) -> Header | None:
         syntax = dicom_uid.ImplicitVRLittleEndian if little else dicom_uid.ExplicitVRBigEndian
     try:
         problem = _problem(data, modality, storage, syntax)
+        if not problem and not overrides.allow_lossy:
+            problem = _lossy(data, syntax)
         if problem:
             return dataclasses.replace(header, problem=problem)
         orientation = _numbers(data, "ImageOrientationPatient", 6)
@@ -180,6 +211,7 @@ def _header(data: pydicom.Dataset, path: str) -> Header | None:
             bits=data.BitsStored,
             signed=data.PixelRepresentation == 1,
             syntax=str(syntax),
+            padding=_padding(data),
             body_part=str(data.get("BodyPartExamined") or "").strip(),
         )
     except Exception as error:
@@ -197,6 +229,20 @@ def _numbers(data: pydicom.Dataset, name: str, count: int) -> tuple[float, ...] 
     return numbers
 
 
+def _padding(data: pydicom.Dataset) -> tuple[int, int] | None:
+    """PixelPaddingValue and PixelPaddingRangeLimit as integers, whatever their VR."""
+    little = data.original_encoding[1] is not False
+    ends: list[int] = []
+    for name in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
+        value = data.get(name)
+        if isinstance(value, bytes) and len(value) >= 2:  # the VR is ambiguous: US or SS
+            value = int.from_bytes(value[:2], "little" if little else "big")
+        if not isinstance(value, int):
+            break
+        ends.append(value)
+    return (ends[0], ends[-1]) if ends else None
+
+
 def _problem(data: pydicom.Dataset, modality: str, storage: str, syntax: str) -> str:
     """The first reason why the pixels of a file cannot be converted to Hounsfield units, or ""."""
     name = dicom_uid.UID(storage).name
@@ -205,7 +251,7 @@ def _problem(data: pydicom.Dataset, modality: str, storage: str, syntax: str) ->
     signed = data.get("PixelRepresentation")
     shape = (data.get("Rows"), data.get("Columns"))
     slope, intercept = data.get("RescaleSlope"), data.get("RescaleIntercept")
-    units = str(data.get("RescaleType") or "").strip()
+    unit = str(data.get("RescaleType") or "").strip()
     grey = (data.get("SamplesPerPixel"), data.get("PhotometricInterpretation"))
     transfer = dicom_uid.UID(syntax)
     if modality != "CT":
@@ -218,23 +264,36 @@ def _problem(data: pydicom.Dataset, modality: str, storage: str, syntax: str) ->
         return f"ImageType {sorted(types & _NOT_A_SLICE)[0]}: not an axial slice"
     if grey != (1, "MONOCHROME2"):
         return f"{grey[0]} samples per pixel, {grey[1]}: only 1 sample of MONOCHROME2 is supported"
-    if syntax in dicom_pixels.LOSSY_JPEG:
-        return f"{transfer.name} ({syntax}): lossy JPEG does not preserve HU"
     if syntax not in dicom_pixels.NATIVE and syntax not in dicom_pixels.DECODERS:
         return f"transfer syntax {transfer.name} ({syntax}) is not supported"
     if not all(isinstance(n, int) and 1 <= n <= LARGEST_MATRIX for n in shape):
         return f"matrix of {shape[0]} x {shape[1]} pixels: expected 1 to {LARGEST_MATRIX} each"
-    if bits[0] != 16 or not 10 <= (bits[1] or 0) <= 16 or bits[2] != bits[1] - 1:
+    eight = bits == [8, 8, 7] and syntax in dicom_pixels.LOSSY_JPEG
+    if not eight and (bits[0] != 16 or not 10 <= (bits[1] or 0) <= 16 or bits[2] != bits[1] - 1):
         names = "BitsAllocated {}, BitsStored {}, HighBit {}".format(*bits)
         return f"{names}: expected 16, 10 to 16, BitsStored - 1"
     if signed not in (0, 1):
         return f"PixelRepresentation {signed}: expected 0 or 1"
     if slope is None or intercept is None:
         return "no RescaleSlope or RescaleIntercept: the values cannot be converted to HU"
-    if not (math.isfinite(slope) and slope > 0 and math.isfinite(intercept)):
-        return f"RescaleSlope {slope} and RescaleIntercept {intercept}: expected finite, slope > 0"
-    if units not in ("", "HU"):
-        return f"RescaleType {units}: expected HU"
+    if not (0 < slope <= 1e6 and abs(intercept) <= 1e9):  # the rest overflows or is not finite
+        return (
+            f"RescaleSlope {slope} and RescaleIntercept {intercept}: expected a slope above 0 and "
+            "at most 1e6, and an intercept of at most 1e9"
+        )
+    letters = "".join(filter(str.isalpha, unit.lower()))
+    # GDCM and SimpleITK write US (unspecified), GE "Houndsfield Unit"; HU_MOD is another unit.
+    if letters not in ("", "hu", "us", "unspecified") and not letters.startswith("houn"):
+        return f"RescaleType {unit}: expected HU"
+    return ""
+
+
+def _lossy(data: pydicom.Dataset, syntax: str) -> str:
+    """Why the header declares lossy compression, or ""."""
+    if syntax in dicom_pixels.LOSSY_JPEG:
+        return f"{dicom_uid.UID(syntax).name} ({syntax}): {dicom_pixels.LOSSY}"
+    if str(data.get("LossyImageCompression") or "").strip() == "01":
+        return f"LossyImageCompression 01 ({syntax}): {dicom_pixels.LOSSY}"
     return ""
 
 
@@ -276,11 +335,20 @@ def stack_affine(headers: Sequence[Header]) -> np.ndarray | None:
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine if np.isfinite(affine).all() else None
 
 
-def read_slice(path: str | os.PathLike[str]) -> tuple[Header, np.ndarray]:
+def read_slice(
+    path: str | os.PathLike[str],
+    values: units.Values | None = None,
+    overrides: reading.Overrides = reading.STRICT,
+) -> tuple[Header, np.ndarray]:
     """Reads one file.
 
     HU = stored value x slope + intercept, exact where both are integers, else rounded to the
-    nearest (halves to even), and clipped to int16. Padding values are not changed.
+    nearest (halves to even), and clipped to int16. Declared padding becomes air.
+
+    Args:
+      path: the file.
+      values: counts the HU, for the unit check of the series.
+      overrides: whether lossy compression is allowed.
 
     Returns:
       (header, hu): hu is int16 [rows, columns] in the standard orientation.
@@ -292,7 +360,7 @@ def read_slice(path: str | os.PathLike[str]) -> tuple[Header, np.ndarray]:
     try:
         with quiet():
             data = _read(path, pixels=True)
-            header = _header(data, path)
+            header = _header(data, path, overrides)
             if header is None:
                 raise Rejected("not a CT image")
             if header.problem:
@@ -300,19 +368,24 @@ def read_slice(path: str | os.PathLike[str]) -> tuple[Header, np.ndarray]:
             stored = dicom_pixels.stored_values(
                 data,
                 shape=header.shape,
-                bits=header.bits,
                 signed=header.signed,
                 syntax=header.syntax,
+                lossy=overrides.allow_lossy,
             )
     except Rejected:
         raise
     except Exception as error:
         raise Rejected(f"broken DICOM pixel data ({one_line(error)})") from error
-    if header.slope.is_integer() and header.intercept.is_integer():
-        hu = stored.astype(np.int64) * int(header.slope) + int(header.intercept)
-    else:
-        hu = np.rint(stored * header.slope + header.intercept)
-    hu = np.clip(hu, -32768, 32767).astype(np.int16)
+    padded = dicom_pixels.padded_pixels(stored, header.padding, header.bits, header.signed)
+    stored = dicom_pixels.significant_bits(stored, header.bits, header.signed)
+    slope, intercept = header.slope, header.intercept
+    exact = slope.is_integer() and intercept.is_integer() and max(slope, abs(intercept)) < 1 << 32
+    if exact:
+        small = 65536 * slope + abs(intercept) < 1 << 31
+        stored = stored.astype(np.int32 if small else np.int64, copy=False)
+        slope, intercept = int(slope), int(intercept)
+    plane = stored * slope + intercept
+    hu = (units.Values() if values is None else values).add(plane, padded)
     return header, np.ascontiguousarray(
         geometry.to_standard(hu[None], stored_axes(header.orientation))[0]
     )

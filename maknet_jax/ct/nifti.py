@@ -1,13 +1,15 @@
 """CT volumes and label maps as NIfTI, converted to the standard orientation by their affine."""
 
+import gzip
+import io
 import itertools
 import os
 import xml.etree.ElementTree as ElementTree
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from maknet_jax.ct import geometry
+from maknet_jax.ct import containers, geometry, reading, units
 from maknet_jax.ct.reading import LARGEST_MATRIX, LARGEST_SERIES, one_line, quiet
 from maknet_jax.errors import Rejected
 
@@ -23,6 +25,7 @@ _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
 class _Opened(NamedTuple):
     """A NIfTI file with a checked header; proxy, affine and shape are those of the stored array."""
 
+    path: str
     proxy: "ArrayProxy"
     affine: np.ndarray
     axes: tuple[geometry.StoredAxis, geometry.StoredAxis, geometry.StoredAxis]
@@ -41,9 +44,13 @@ def check_nifti(path: str | os.PathLike[str]) -> int:
 
 
 def read_nifti(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str], overrides: reading.Overrides = reading.STRICT
 ) -> tuple[np.ndarray, tuple[float, float, float], tuple[str, ...]]:
     """Reads a CT volume.
+
+    Args:
+      path: the file.
+      overrides: whether values that do not look like HU are accepted.
 
     Returns:
       hu: int16 [Z, Y, X], head to feet; exact for integers without a slope, else rounded to the
@@ -57,14 +64,10 @@ def read_nifti(
     opened = _open(path)
     values = _values(opened)
     hu = np.empty(values.shape, np.int16)
-    low, high = np.inf, -np.inf
+    counted = units.Values()
     for k, plane in enumerate(values):
-        plane = _scaled(opened, plane)
-        if not np.isfinite(plane).all():
-            raise Rejected("some values are not finite")
-        low, high = min(low, plane.min()), max(high, plane.max())
-        hu[k] = np.clip(np.rint(plane), -32768, 32767)
-    check_hu(low, high)
+        hu[k] = counted.add(_scaled(opened, plane))
+    counted.check(overrides)
     stored = [str(k) for k in range(len(hu))]
     return hu, opened.spacing, tuple(stored[::-1] if opened.axes[0].flip else stored)
 
@@ -122,11 +125,9 @@ def read_label_names(path: str | os.PathLike[str]) -> dict[int, str]:
     Raises:
       Rejected: the file or the table cannot be read.
     """
-    import nibabel
-
     try:
         with quiet():
-            image = cast("Nifti1Image", nibabel.load(path))
+            image = _load(path)
             contents = [extension.get_content() for extension in image.header.extensions]
         texts = [bytes(content) for content in contents if isinstance(content, bytes | bytearray)]
         tables = [text for text in texts if b"<LabelTable" in text]
@@ -156,21 +157,25 @@ def _grid_difference(one: _Opened, other: _Opened) -> str:
 
 def _open(path: str | os.PathLike[str]) -> _Opened:
     """Reads and checks the header only."""
-    import nibabel  # slow to import, and most runs read no NIfTI
-
     try:
         with quiet():
-            image = cast("Nifti1Image", nibabel.load(path))
+            image = _load(path)
             shape = tuple(int(n) for n in image.shape)
             dtype = image.get_data_dtype()
             header = image.header
             forms = int(header["sform_code"]), int(header["qform_code"])
-            qform = header.get_qform() if forms[1] > 0 else None
+            qform = _qform(header) if forms[1] > 0 else None
             unit = header.get_xyzt_units()[0]
             affine = np.asarray(image.affine)
             proxy = cast("ArrayProxy", image.dataobj)
+            header_size = int(header.single_vox_offset)
     except Exception as error:  # nibabel raises any exception on broken files
         raise Rejected(f"broken NIfTI file ({one_line(error)})") from error
+    if proxy.offset < header_size:
+        raise Rejected(
+            f"vox_offset {proxy.offset} lies within the header: expected {header_size} or more; "
+            "write the file again"
+        )
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) != 3:
@@ -189,7 +194,37 @@ def _open(path: str | os.PathLike[str]) -> _Opened:
     if forms[0] > 0 and qform is not None and geometry_of(qform)[0] != axes:
         raise Rejected("sform and qform disagree about the orientation")
     z, y, x = axes
-    return _Opened(proxy, affine, axes, shape, (spacing[z.axis], spacing[y.axis], spacing[x.axis]))
+    return _Opened(
+        str(path), proxy, affine, axes, shape, (spacing[z.axis], spacing[y.axis], spacing[x.axis])
+    )
+
+
+def _qform(header: Any) -> np.ndarray | None:
+    """The affine of the qform, or None if its quaternion is invalid and there is a sform."""
+    from nibabel.spatialimages import HeaderDataError
+
+    try:
+        return header.get_qform()
+    except (HeaderDataError, ValueError):
+        if int(header["sform_code"]) > 0:
+            return None
+        raise
+
+
+def _load(path: str | os.PathLike[str]) -> "Nifti1Image":
+    """The image of a file, or of a member of an archive, which is read as a stream."""
+    import nibabel  # slow to import, and most runs read no NIfTI
+
+    if not containers.in_archive(path):
+        return cast("Nifti1Image", nibabel.load(path))
+    file = cast("io.BufferedIOBase", containers.open_file(path))
+    if os.fspath(path).lower().endswith(".gz"):
+        file = gzip.GzipFile(fileobj=file)
+    version = file.read(4)
+    file.seek(0)
+    second = 540 in (int.from_bytes(version, "little"), int.from_bytes(version, "big"))
+    kind = nibabel.Nifti2Image if second else nibabel.Nifti1Image
+    return cast("Nifti1Image", kind.from_stream(file))
 
 
 def geometry_of(
@@ -216,10 +251,31 @@ def _values(opened: _Opened) -> np.ndarray:
     """The stored values as a view [Z, Y, X] in the standard orientation, not yet scaled."""
     try:
         with quiet():
-            values = np.asanyarray(opened.proxy.get_unscaled()).reshape(opened.shape)
+            if opened.path.lower().endswith(".gz"):
+                values = _gzip_values(opened).reshape(opened.shape)
+            else:
+                values = np.asanyarray(opened.proxy.get_unscaled()).reshape(opened.shape)
     except Exception as error:
         raise Rejected(f"broken or truncated NIfTI data ({one_line(error)})") from error
     return geometry.to_standard(values, opened.axes)
+
+
+def _gzip_values(opened: _Opened) -> np.ndarray:
+    """The stored values, in a file that is read to its end.
+
+    The checksum is in the last bytes; nibabel stops before them.
+    """
+    proxy = opened.proxy
+    dtype, shape = np.dtype(proxy.dtype), proxy.shape
+    size = int(np.prod(shape)) * dtype.itemsize
+    with containers.open_file(opened.path) as packed, gzip.GzipFile(fileobj=packed) as file:
+        file.seek(proxy.offset)
+        content = file.read(size)
+        while rest := file.read(1 << 20):
+            size += len(rest)
+            if size > 2 * len(content) + (1 << 24):
+                raise ValueError("more bytes after the voxels than voxels")
+    return np.frombuffer(content, dtype).reshape(shape, order="F")
 
 
 def _scaled(opened: _Opened, plane: np.ndarray) -> np.ndarray:
@@ -227,25 +283,3 @@ def _scaled(opened: _Opened, plane: np.ndarray) -> np.ndarray:
     if (slope, intercept) == (1.0, 0.0):
         return plane
     return plane * slope + intercept
-
-
-def check_hu(low: float, high: float) -> None:
-    """Rejects values that cannot be HU: CT contains air, so HU are negative and span a wide range.
-
-    Args:
-      low: the smallest value of a volume.
-      high: the largest.
-
-    Raises:
-      Rejected: they are not HU.
-    """
-    values = f"values from {low:g} to {high:g}"
-    if low >= 0:
-        raise Rejected(
-            f"{values}: not HU (a label map, a display image or shifted values); "
-            "store Hounsfield units, in which water is 0 and air -1000"
-        )
-    if high - low <= 2:
-        raise Rejected(f"{values}: not HU (normalised or constant); store Hounsfield units")
-    if low < -32768 or high > 32767:
-        raise Rejected(f"{values}: not HU (outside the range of int16)")

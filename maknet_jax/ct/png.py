@@ -6,19 +6,30 @@ import os
 import pathlib
 import re
 import struct
+import zlib
 
 import numpy as np
 from PIL import Image
 
+from maknet_jax import files
+from maknet_jax.ct import containers, units
 from maknet_jax.ct.reading import LARGEST_MATRIX, one_line
 from maknet_jax.errors import InputError, Rejected
 
 OFFSET = 32768  # DeepLesion stores HU + 32768
-LOWEST = -4096  # HU; no scanner pads below this; DeepLesion's padding is -2048 or -3024
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_END = b"IEND\xaeB`\x82"
 _GREY = 0  # colour type
+_WINDOW_ADVICE = ": add --png-window LOW,HIGH"
+
+
+def is_own_output(path: str | os.PathLike[str]) -> bool:
+    """Whether this package wrote a PNG (a chart, a contact sheet), which is not CT."""
+    try:
+        with containers.open_file(path) as file:
+            return b"Software\0" + files.PNG_SOFTWARE.encode() in file.read(1024)
+    except OSError:
+        return False  # read_png() reports it
 
 
 def split_name(path: str | os.PathLike[str]) -> tuple[str, int | None]:
@@ -49,7 +60,11 @@ def neighbour_path(path: str | os.PathLike[str], offset: int) -> pathlib.Path:
     return path.with_name(f"{match[1]}{number}{match[3]}{path.suffix}")
 
 
-def read_png(path: str | os.PathLike[str], window: tuple[float, float] | None = None) -> np.ndarray:
+def read_png(
+    path: str | os.PathLike[str],
+    window: tuple[float, float] | None = None,
+    values: units.Values | None = None,
+) -> np.ndarray:
     """Reads one slice.
 
     16-bit files: HU = value - 32768, exactly. 8-bit files (grey, or RGB with three equal
@@ -58,6 +73,7 @@ def read_png(path: str | os.PathLike[str], window: tuple[float, float] | None = 
     Args:
       path: the file.
       window: (low, high) in HU of the display window of 8-bit files.
+      values: counts the HU of 16-bit files, for the unit check of the series.
 
     Returns:
       int16 [rows, columns] in HU.
@@ -69,7 +85,7 @@ def read_png(path: str | os.PathLike[str], window: tuple[float, float] | None = 
     if window is not None:
         check_window(window)
     try:
-        content = pathlib.Path(path).read_bytes()
+        content = containers.read_file(path)
     except OSError as error:
         raise Rejected(f"cannot be read ({error.strerror})") from error
     if not content.startswith(_SIGNATURE) or content[12:16] != b"IHDR" or len(content) < 33:
@@ -78,20 +94,12 @@ def read_png(path: str | os.PathLike[str], window: tuple[float, float] | None = 
     if not (1 <= rows <= LARGEST_MATRIX and 1 <= columns <= LARGEST_MATRIX):
         raise Rejected(f"PNG of {rows} x {columns} pixels: expected 1 to {LARGEST_MATRIX} each")
     if depth == 16 and colour == _GREY:
-        pixels = _pixels(content)
-        hu = pixels.astype(np.int32) - OFFSET
-        if np.max(hu) < LOWEST:
-            raise Rejected(
-                f"16-bit values from {pixels.min()} to {pixels.max()}: not HU + {OFFSET} as in "
-                "DeepLesion"
-            )
-        return hu.astype(np.int16)
+        hu = _pixels(content).astype(np.int32) - OFFSET
+        return (units.Values() if values is None else values).add(hu)
     if depth != 8:
         raise Rejected(f"{depth}-bit PNG of colour type {colour}: expected 16-bit grey or 8-bit")
     if window is None:
-        raise Rejected(
-            "8-bit PNG: HU are unknown without the display window: add --png-window LOW,HIGH"
-        )
+        raise Rejected("8-bit PNG: HU are unknown without the display window" + _WINDOW_ADVICE)
     pixels = _pixels(content, None if colour == _GREY else "RGBA")
     if pixels.ndim == 3:
         if (pixels[..., 3] != 255).any():
@@ -101,6 +109,11 @@ def read_png(path: str | os.PathLike[str], window: tuple[float, float] | None = 
         pixels = pixels[..., 0]
     low, high = window
     return np.rint(low + pixels.astype(np.float64) * ((high - low) / 255)).astype(np.int16)
+
+
+def reason_without_window(error: Exception) -> str:
+    """The reason of a rejection, for commands without the option --png-window."""
+    return str(error).removesuffix(_WINDOW_ADVICE)
 
 
 def check_window(window: tuple[float, float]) -> None:
@@ -114,11 +127,24 @@ def check_window(window: tuple[float, float]) -> None:
 
 def _pixels(content: bytes, mode: str | None = None) -> np.ndarray:
     try:
-        if _END not in content:  # Pillow accepts a file without it
-            raise ValueError("no end marker")
+        _check_chunks(content)
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             if getattr(image, "n_frames", 1) != 1:
                 raise ValueError("animated")
             return np.asarray(image if mode is None else image.convert(mode))
     except Exception as error:  # Pillow raises OSError, SyntaxError, zlib.error, ...
         raise Rejected(f"broken or truncated PNG ({one_line(error)})") from error
+
+
+def _check_chunks(content: bytes) -> None:
+    """Checks the checksum of every chunk; Pillow skips those of the pixels."""
+    place, kind = len(_SIGNATURE), b""
+    while kind != b"IEND":
+        head = content[place : place + 8]
+        if len(head) < 8:
+            raise ValueError("no end marker")
+        size, kind = int.from_bytes(head[:4], "big"), head[4:]
+        end = place + 8 + size
+        if zlib.crc32(content[place + 4 : end]) != int.from_bytes(content[end : end + 4], "big"):
+            raise ValueError(f"wrong checksum of chunk {kind.decode('latin-1')}")
+        place = end + 4

@@ -1,14 +1,43 @@
-"""Shared by the file readers: size limits, silenced libraries, error text and content ids."""
+"""Shared by the file readers: size limits, overrides, silenced libraries, error text, content ids.
+
+Imports no NumPy: the command line uses it.
+"""
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import threading
 import warnings
 from collections.abc import Iterator
+from typing import IO
+
+from maknet_jax.errors import Rejected
 
 LARGEST_MATRIX = 4096  # rows or columns of a slice
 LARGEST_SERIES = 8 << 30  # bytes of int16
+MOST_READS = 500_000  # of one DICOM file: two seconds; a header has some hundred elements
+
+
+@dataclasses.dataclass(frozen=True)
+class Overrides:
+    """What is read although it would be rejected.
+
+    Attributes:
+      assume_hu: series whose values do not look like HU.
+      allow_lossy: DICOM files with lossy compression.
+    """
+
+    assume_hu: bool = False
+    allow_lossy: bool = False
+
+    def used(self) -> dict[str, bool]:
+        """The fields that are set, for records and settings; earlier versions have none."""
+        return {name: True for name, value in dataclasses.asdict(self).items() if value}
+
+
+STRICT = Overrides()
+
 
 _quiet_lock = threading.Lock()
 _quiet_readers = 0
@@ -52,3 +81,25 @@ def one_line(error: BaseException) -> str:
 def content_id(content: bytes) -> str:
     """An id computed from the SHA-256 of some bytes, for files without a UID."""
     return "sha256:" + hashlib.sha256(content).hexdigest()[:32]
+
+
+class Bounded:
+    """A binary file that is read in a limited number of pieces, which bounds the time to parse it.
+
+    A parser needs a read for every element, so a file of many empty elements takes minutes.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._read, self.seek, self.tell = file.read, file.seek, file.tell
+        self._left = MOST_READS
+
+    def read(self, size: int = -1) -> bytes:
+        """Reads `size` bytes, or all.
+
+        Raises:
+          Rejected: after `MOST_READS` calls.
+        """
+        self._left -= 1
+        if self._left < 0:
+            raise Rejected(f"more than {MOST_READS} elements: not a CT slice")
+        return self._read(size)

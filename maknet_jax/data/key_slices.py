@@ -1,13 +1,14 @@
 """DeepLesion's key slices and lesion patches as records (paper, sections 2 and 4.1)."""
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from maknet_jax.ct import preprocess, volumes
-from maknet_jax.data import deeplesion, lesions, shards
-from maknet_jax.data.labels import Vocabulary
+from maknet_jax.ct import png, preprocess, reading, volumes
+from maknet_jax.data import deeplesion, lesions, overview, shards
+from maknet_jax.data.labels import Vocabulary, ontology_vocabulary, read_ontology
 from maknet_jax.data.triplets import encode_with_labels
 from maknet_jax.errors import InputError, Rejected
 
@@ -22,7 +23,13 @@ class _KeySlice:
     label_mask: bytes
     meta: tuple[tuple[str, Any], ...]
     size: int
+    overrides: reading.Overrides
     count: int = 1
+
+    @property
+    def source(self) -> str:
+        """The path of its input."""
+        return self.path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +113,10 @@ def label_vectors(
 
 
 def plan_units(
-    plans: Iterable[RecordPlan], images: pathlib.Path, size: int
+    plans: Iterable[RecordPlan],
+    images: pathlib.Path,
+    size: int,
+    overrides: reading.Overrides = reading.STRICT,
 ) -> tuple[dict[str, list[_KeySlice]], list[tuple[str, str]]]:
     """The units of `make_key_slice` or `make_lesion`.
 
@@ -114,6 +124,7 @@ def plan_units(
       plans: the records to make.
       images: the folder of PNGs.
       size: the edge S of the images.
+      overrides: what is read although it would be rejected.
 
     Returns:
       (split -> units, (file name, reason) of each record whose image is missing).
@@ -131,7 +142,7 @@ def plan_units(
         if plan.lesion_idx is not None:
             meta["lesion_idx"] = plan.lesion_idx
         vectors = plan.labels, plan.label_mask
-        units.append(_KeySlice(plan.id, str(path), *vectors, tuple(meta.items()), size))
+        units.append(_KeySlice(plan.id, str(path), *vectors, tuple(meta.items()), size, overrides))
     return splits, missing
 
 
@@ -142,14 +153,16 @@ def make_key_slice(unit: _KeySlice) -> shards.UnitResult:
     slices 2 mm apart); a missing neighbour is replaced by the slice itself and counted.
     """
     try:
-        volume, centre = volumes.load_series_of(unit.path)
+        volume, centre = volumes.load_series_of(unit.path, overrides=unit.overrides)
     except (Rejected, InputError) as error:
-        return shards.UnitResult(failures=((unit.path, str(error)),))
+        return shards.UnitResult(failures=((unit.path, png.reason_without_window(error)),))
     slices = preprocess.neighbours(volume.hu, centre or 0)
     image, box = preprocess.make_triplet(slices, unit.size)
     meta = dict(unit.meta) | {"crop": box}
     record = encode_with_labels(unit.id, image, unit.labels, unit.label_mask, meta)
-    return shards.UnitResult((record,), counters={"neighbours repeated": 3 - len(volume.hu)})
+    counters = overview.of_volume(meta["spacing"][::-1])
+    counters["neighbours repeated"] = 3 - len(volume.hu)
+    return shards.UnitResult((record,), counters=counters)
 
 
 def make_lesion(unit: _KeySlice) -> shards.UnitResult:
@@ -158,9 +171,53 @@ def make_lesion(unit: _KeySlice) -> shards.UnitResult:
     box = [place - 1 for place in meta["slice_box"]]  # DL_info counts pixels from 1
     try:
         image, meta["box"], repeated = lesions.patch_of_png(
-            unit.path, box, meta["spacing"], unit.size
+            unit.path, box, meta["spacing"], unit.size, unit.overrides
         )
     except (Rejected, InputError) as error:
-        return shards.UnitResult(failures=((unit.path, str(error)),))
+        return shards.UnitResult(failures=((unit.path, png.reason_without_window(error)),))
     record = encode_with_labels(unit.id, image, unit.labels, unit.label_mask, meta)
-    return shards.UnitResult((record,), counters={"neighbours repeated": repeated})
+    counters = overview.of_volume(meta["spacing"][::-1]) | {"neighbours repeated": repeated}
+    return shards.UnitResult((record,), counters=counters)
+
+
+def read_labels(
+    rows: Sequence[deeplesion.Lesion],
+    label_file: str | os.PathLike[str],
+    hand_labels: str | os.PathLike[str] | None,
+    ontology: str | os.PathLike[str],
+    *,
+    patches: bool,
+) -> tuple[Vocabulary, list[deeplesion.LabelledLesion], dict[str, Any]]:
+    """Reads LesaNet's labels of the rows of `DL_info.csv`.
+
+    Args:
+      rows: of `deeplesion.read_info`.
+      label_file: text-mined labels and split (JSON).
+      hand_labels: hand-labelled test set (JSON), or None.
+      ontology: the ontology (xlsx).
+      patches: use all labels instead of the body parts, and treat uncertain ones as unknown.
+
+    Returns:
+      (vocabulary, labelled lesions, counts and the base of the lesion numbers for `dataset.json`).
+
+    Raises:
+      InputError: see `deeplesion.number_lesions`, or a term is not in the ontology.
+    """
+    mined = deeplesion.read_mined_labels(label_file)
+    hand = deeplesion.read_hand_labels(hand_labels) if hand_labels else None
+    terms = read_ontology(ontology)
+    ontology_vocabulary(terms, mined.terms)  # raises if a term is unknown
+    names = [term for term in mined.terms if patches or terms[term].label_class == "bodypart"]
+    vocabulary = ontology_vocabulary(terms, names)
+    numbering = deeplesion.number_lesions(rows, mined)
+    labelled, counts = deeplesion.label_lesions(
+        numbering, mined, hand, vocabulary, uncertain_unknown=patches
+    )
+    about = {"numbering": numbering.reason, "label_counts": counts}
+    about["direct_parents"] = {
+        name: [parent for parent in terms[name].parents if parent in vocabulary.index]
+        for name in vocabulary.names
+    }
+    # The paper counts lesions with a body part only.
+    about["paper_counts"] = dict.fromkeys(counts, "-") if patches else deeplesion.PAPER_COUNTS
+    return vocabulary, labelled, about

@@ -8,11 +8,13 @@ and `meta` (a dict: the source of the image). ArrayRecord checks every chunk: a 
 truncated file raises when it is read.
 """
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import msgpack
@@ -100,27 +102,46 @@ def decode(payload: bytes) -> Example:
 
 
 def write_shard(path: str | os.PathLike, payloads: Iterable[bytes]) -> tuple[int, str]:
-    """Writes one shard atomically; returns (count, SHA-256 over the payloads in order)."""
+    """Writes one shard atomically; returns (count, SHA-256 over the payloads in order).
+
+    Raises:
+      OSError: it cannot be written, for example because the disk is full.
+    """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     digest, count = hashlib.sha256(), 0
-    writer = array_record_module.ArrayRecordWriter(str(temporary), _OPTIONS)
+    with _os_errors(path):
+        writer = array_record_module.ArrayRecordWriter(str(temporary), _OPTIONS)
     try:
         for payload in payloads:
-            writer.write(payload)
+            with _os_errors(path):
+                writer.write(payload)
             digest.update(hashlib.sha256(payload).digest())
             count += 1
-        writer.close()
+        with _os_errors(path):
+            writer.close()
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        if writer.is_open():
-            writer.close()
+        with contextlib.suppress(OSError), _os_errors(path):
+            if writer.is_open():
+                writer.close()
         temporary.unlink(missing_ok=True)
         raise
     return count, digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _os_errors(path: pathlib.Path) -> Iterator[None]:
+    """ArrayRecord reports errors of the system as RuntimeError or ValueError."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        text = " ".join(str(error).split()).partition("failed: ")[2].partition(";")[0]
+        code = next((code for code in errno.errorcode if os.strerror(code) == text), errno.EIO)
+        raise OSError(code, text or str(error)[:200], str(path)) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,13 +209,17 @@ class Dataset:
         return RecordSource(paths)
 
     def sample(self, count: int) -> list[Example]:
-        """At most `count` random examples from all splits, with a fixed seed."""
+        """At most `count` random examples of all splits, which `meta` names; the seed is fixed."""
         splits = self.info["splits"]
         places = [(name, k) for name, split in splits.items() for k in range(split["count"])]
         generator = np.random.default_rng(0)
         chosen = sorted(generator.choice(len(places), min(count, len(places)), replace=False))
         sources = {name: self.source(name) for name in splits}
-        return [sources[places[k][0]][places[k][1]] for k in chosen]
+        examples = []
+        for name, number in (places[k] for k in chosen):
+            example = sources[name][number]
+            examples.append(dataclasses.replace(example, meta=example.meta | {"split": name}))
+        return examples
 
 
 def open_dataset(path: str | os.PathLike) -> Dataset:

@@ -20,15 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from maknet_jax.ct import dicom, dicom_seg, nifti, preprocess, pseudonym, volumes
+from maknet_jax.ct import dicom, dicom_seg, nifti, preprocess, pseudonym, reading, volumes
 from maknet_jax.ct.search import SeriesRef
-from maknet_jax.data import shards
+from maknet_jax.data import overview, shards
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.data.segmentation_cases import Case, Mask
 from maknet_jax.data.triplets import encode_with_labels
 from maknet_jax.errors import InputError, Rejected, did_you_mean
 
-LABEL_COLUMNS = ("label", "split", "records", "known", "present", "unknown")
 MIN_AREA = 50.0  # mm2, the area of a disc of 8 mm diameter
 TOTALSEGMENTATOR = "totalsegmentator"  # the name of the table in the package
 
@@ -86,6 +85,12 @@ class _CaseUnit:
     rules: Rules
     size: int
     count: int
+    overrides: reading.Overrides
+
+    @property
+    def source(self) -> str:
+        """The path of its input."""
+        return self.ref.paths[0]
 
 
 def read_label_table(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
@@ -198,6 +203,8 @@ def plan_cases(
     rules: Rules,
     size: int,
     salt: str = "",
+    pseudonyms: bool = False,
+    overrides: reading.Overrides = reading.STRICT,
 ) -> dict[str, list[_CaseUnit]]:
     """The units of `make_case` by split.
 
@@ -207,6 +214,8 @@ def plan_cases(
       rules: how masks become labels.
       size: the edge S of the images.
       salt: the secret of the pseudonyms of DICOM cases.
+      pseudonyms: NIfTI cases have pseudonyms, too.
+      overrides: what is read although it would be rejected.
     """
     splits: dict[str, list[_CaseUnit]] = {}
     for case, split in members:
@@ -216,10 +225,10 @@ def plan_cases(
             for label, names in labels.items()
         )
         name, patient = case.name, case.patient
-        if case.ref.kind == "dicom":
+        if pseudonyms or case.ref.kind == "dicom":
             name, patient = (pseudonym.pseudonym(salt, text) for text in (name, patient))
         count = len(middle_slices(case.ref.count, rules.every))
-        unit = _CaseUnit(name, patient, case.ref, parts, rules, size, count)
+        unit = _CaseUnit(name, patient, case.ref, parts, rules, size, count, overrides)
         splits.setdefault(split, []).append(unit)
     return splits
 
@@ -227,12 +236,13 @@ def plan_cases(
 def make_case(unit: _CaseUnit) -> shards.UnitResult:
     """The records of a case. A mask that cannot be used rejects the whole case."""
     try:
-        volume = volumes.load_series(unit.ref)
+        volume = volumes.load_series(unit.ref, overrides=unit.overrides)
         if not np.isfinite(volume.spacing[1:]).all():
             raise Rejected("no PixelSpacing: areas are unknown")
         areas, complete, counters = _areas(unit, volume)
     except Rejected as error:
         return shards.UnitResult(failures=((unit.ref.paths[0], str(error)),))
+    counters.update(overview.of_volume(volume.spacing, len(volume.hu)))
     rules, centres = unit.rules, middle_slices(len(volume.hu), unit.rules.every)
     states = np.stack(
         [
@@ -344,7 +354,8 @@ def _read_masks(
                     maps[path] = nifti.load_label_map(path, ct)
                 inside = np.equal(maps[path], mask.number)
             else:
-                slices = slices or list(filter(None, map(dicom.read_header, unit.ref.paths)))
+                headers = (dicom.read_header(path, unit.overrides) for path in unit.ref.paths)
+                slices = slices or list(filter(None, headers))
                 if path not in segs:
                     segs[path] = dicom_seg.Segmentation(path, slices)
                 inside = segs[path].mask(mask.number)
@@ -360,7 +371,7 @@ def _read_masks(
 def label_rows(
     vocabulary: Vocabulary, splits: Mapping[str, Mapping[str, Any]]
 ) -> list[list[str | int]]:
-    """Rows of `LABEL_COLUMNS` from the splits of a `dataset.json`."""
+    """Rows of `overview.LABEL_COLUMNS` from the splits of a `dataset.json`."""
     rows = []
     for column, name in enumerate(vocabulary.names):
         for split, entry in splits.items():

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from maknet_jax.ct import preprocess, pseudonym, volumes
+from maknet_jax.ct import png, preprocess, pseudonym, reading, volumes
 from maknet_jax.ct.search import SeriesRef
-from maknet_jax.data import records, shards, table
+from maknet_jax.data import overview, records, shards, table
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError, Rejected
 
@@ -21,6 +21,12 @@ class _Series:
     salt: str
     size: int
     count: int
+    overrides: reading.Overrides
+
+    @property
+    def source(self) -> str:
+        """The path of its input."""
+        return self.ref.paths[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +37,12 @@ class _TableVolume:
     png_window: tuple[float, float] | None
     size: int
     count: int
+    overrides: reading.Overrides
+
+    @property
+    def source(self) -> str:
+        """The path of its input."""
+        return self.path
 
 
 def encode_with_labels(
@@ -50,16 +62,19 @@ def encode_with_labels(
     return records.encode(records.Example(record_id, image, vector, mask, meta)), vector, mask
 
 
-def plan_series(series: Iterable[SeriesRef], salt: str, size: int) -> list[_Series]:
+def plan_series(
+    series: Iterable[SeriesRef], salt: str, size: int, overrides: reading.Overrides = reading.STRICT
+) -> list[_Series]:
     """The units of `make_series`.
 
     Args:
       series: the series to cut.
       salt: the secret of the pseudonyms.
       size: the edge S of the images.
+      overrides: what is read although it would be rejected.
     """
     return [
-        _Series(ref, salt, size, len(preprocess.centres(ref.count, overlap=False)))
+        _Series(ref, salt, size, len(preprocess.centres(ref.count, overlap=False)), overrides)
         for ref in series
     ]
 
@@ -67,9 +82,10 @@ def plan_series(series: Iterable[SeriesRef], salt: str, size: int) -> list[_Seri
 def make_series(unit: _Series) -> shards.UnitResult:
     """All triplets of an unlabelled volume, without overlap."""
     try:
-        volume = volumes.load_series(unit.ref)
+        volume = volumes.load_series(unit.ref, overrides=unit.overrides)
     except Rejected as error:
-        return shards.UnitResult(failures=((unit.ref.paths[0], str(error)),))
+        reason = png.reason_without_window(error)
+        return shards.UnitResult(failures=((unit.ref.paths[0], reason),))
     series = pseudonym.pseudonym(unit.salt, volume.series)
     examples = []
     for centre in preprocess.centres(len(volume.hu), overlap=False):
@@ -80,7 +96,8 @@ def make_series(unit: _Series) -> shards.UnitResult:
         name = f"{series}-{pseudonym.pseudonym(unit.salt, volume.uids[centre])}"
         examples.append(encode_with_labels(name, image, b"", b"", meta))
     left_over = len(volume.hu) - 3 * len(examples)
-    return shards.UnitResult(tuple(examples), counters={"slices left over": left_over})
+    counters = overview.of_volume(volume.spacing, len(volume.hu))
+    return shards.UnitResult(tuple(examples), counters=counters | {"slices left over": left_over})
 
 
 def plan_table(
@@ -88,6 +105,7 @@ def plan_table(
     vocabulary: Vocabulary,
     png_window: tuple[float, float] | None,
     size: int,
+    overrides: reading.Overrides = reading.STRICT,
 ) -> dict[str, list[_TableVolume]]:
     """The units of `make_table_volume` by split: rows that share a file or folder make one unit.
 
@@ -96,6 +114,7 @@ def plan_table(
       vocabulary: the labels in column order.
       png_window: (low, high) in HU of 8-bit PNGs.
       size: the edge S of the images.
+      overrides: what is read although it would be rejected.
     """
     groups: dict[tuple[str, str], list[table.Row]] = {}
     for row in rows:
@@ -103,7 +122,9 @@ def plan_table(
     splits: dict[str, list[_TableVolume]] = {}
     for (split, path), members in groups.items():
         vectors = tuple(vocabulary.vector(row.labels).tobytes() for row in members)
-        unit = _TableVolume(path, tuple(members), vectors, png_window, size, len(members))
+        unit = _TableVolume(
+            path, tuple(members), vectors, png_window, size, len(members), overrides
+        )
         splits.setdefault(split, []).append(unit)
     return splits
 
@@ -111,7 +132,9 @@ def plan_table(
 def make_table_volume(unit: _TableVolume) -> shards.UnitResult:
     """The triplets around the slices in the rows of one file or folder."""
     try:
-        volume, named = volumes.load_series_of(unit.path, png_window=unit.png_window)
+        volume, named = volumes.load_series_of(
+            unit.path, png_window=unit.png_window, overrides=unit.overrides
+        )
     except (Rejected, InputError) as error:
         return shards.UnitResult(failures=tuple((row.where, str(error)) for row in unit.rows))
     threshold = preprocess.body_threshold(volume.hu, unit.png_window)
@@ -127,4 +150,6 @@ def make_table_volume(unit: _TableVolume) -> shards.UnitResult:
         meta = {"line": row.line, "slice": centre, "slices": len(volume.hu), "crop": box}
         mask = b"\1" * len(vector)
         examples.append(encode_with_labels(f"line-{row.line:06d}", image, vector, mask, meta))
-    return shards.UnitResult(tuple(examples), tuple(failures))
+    whole = len(volume.hu) if named is None else None
+    counters = overview.of_volume(volume.spacing, whole)
+    return shards.UnitResult(tuple(examples), tuple(failures), counters)

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Sequence
 
 from maknet_jax.attribution import METHODS, OUTPUTS
+from maknet_jax.ct.reading import Overrides
 
 __all__ = [
     "DISPLAY",
@@ -43,6 +44,13 @@ class SelectionOptions:
       compare: a second workdir, shown beside the first.
       checkpoint: "best" or "last".
       png_window: (low, high) in HU of 8-bit PNGs.
+      pseudonyms: write pseudonyms instead of the names of series and files.
+      salt_file: the secret key of the pseudonyms; None means `~/.config/maknet/salt`.
+      ct: the folder of CT that `data` was prepared from, so that pictures show its slices at their
+        own resolution: DeepLesion's images, or segmentation cases in NIfTI. None enlarges the
+        images of the records.
+      assume_hu: read CT files even if their values do not look like HU.
+      allow_lossy: read DICOM with lossy compression.
     """
 
     path: str | pathlib.Path | None = None
@@ -55,6 +63,16 @@ class SelectionOptions:
     compare: str | pathlib.Path | None = None
     checkpoint: str = "best"
     png_window: tuple[float, float] | None = None
+    pseudonyms: bool = False
+    salt_file: str | pathlib.Path | None = None
+    ct: str | pathlib.Path | None = None
+    assume_hu: bool = False
+    allow_lossy: bool = False
+
+    @property
+    def overrides(self) -> Overrides:
+        """`assume_hu` and `allow_lossy`, as the readers take them."""
+        return Overrides(self.assume_hu, self.allow_lossy)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,14 +6,16 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from maknet_jax.ct import preprocess, search, volumes
+from maknet_jax.ct.pseudonym import Pseudonyms, read_pseudonyms
 from maknet_jax.data import records
 from maknet_jax.errors import InputError, Rejected, did_you_mean
+from maknet_jax.explain import source_slices
 from maknet_jax.explain.options import SelectionOptions
 from maknet_jax.explain.truth import Annotation, Truth, labels_are_complete
 from maknet_jax.runs import workdir
@@ -31,6 +33,9 @@ class SelectedImage:
       annotation: its labels; None without labels, or with labels of another vocabulary.
       meta: the source of the image, see `records.Example`.
       regions: name -> bool `[S, S]`, see `masks.find_regions`.
+      private: the fields of `meta` that are not written.
+      slice_hu: int16 HU `[H, W]`, the part of the CT slice that the image shows, at the resolution
+        of the CT; None if the CT is not available.
     """
 
     id: str
@@ -38,6 +43,13 @@ class SelectedImage:
     annotation: Annotation | None
     meta: dict[str, Any]
     regions: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    private: tuple[str, ...] = ()
+    slice_hu: np.ndarray | None = None
+
+    @property
+    def public_meta(self) -> dict[str, Any]:
+        """The fields of `meta` that are written."""
+        return {name: value for name, value in self.meta.items() if name not in self.private}
 
     def truth(self, column: int) -> Truth:
         """What is known about the label of a column."""
@@ -53,10 +65,7 @@ class SelectedImage:
     @property
     def group(self) -> str:
         """The patient, else the series: images of one group are not independent."""
-        if patient := re.search(r"(\d{6})_\d\d_\d\d", self.id):  # DeepLesion's file names
-            return patient[1]
-        name = self.meta.get("patient") or self.meta.get("series")
-        return name or self.id.rpartition(":")[0] or self.id
+        return group_of(self.id, self.meta)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +100,15 @@ def select(run: workdir.Run, options: SelectionOptions) -> Selection:
     unlabelled: list[str] = []
     identity: dict[str, Any]
     if path is not None and split is None:
-        readers, known, series, failures = _slices(run, path, ids, options.png_window)
-        identity = {"path": str(path), "series": sorted({ref.key for ref in series})}
+        hidden = read_pseudonyms(options.pseudonyms, options.salt_file)
+        readers, known, series, failures = _slices(run, path, ids, options, hidden)
+        shown = hidden.name(str(path)) if hidden else str(path)
+        identity = {"path": shown, "series": sorted({ref.key for ref in series})}
         identity["digest"] = digest([[ref.key, ref.count, *sizes(ref.paths)] for ref in series])
     elif split is not None and path is None:
-        readers, known, unlabelled, dataset = _records(run, options.data, split, ids, columns)
+        readers, known, unlabelled, dataset = _records(run, options, split, ids, columns)
         identity = {"fingerprint": dataset.fingerprint, "split": split}
+        identity |= {"ct": str(options.ct)} if options.ct else {}
     else:
         raise InputError("pass either --split or CT files, not both")
     unknown = sorted((ids or set()) - set(known))
@@ -112,6 +124,14 @@ def select(run: workdir.Run, options: SelectionOptions) -> Selection:
         raise InputError(f"no image of {path or split} is selected{why}")
     identity |= {"ids": sorted(ids or ()), "labels": list(labels or ()), "limit": options.limit}
     return Selection(readers[: options.limit], failures, identity)
+
+
+def group_of(image_id: str, meta: Mapping[str, Any]) -> str:
+    """The patient of a record or slice, else its series, else its id."""
+    if patient := re.search(r"(\d{6})_\d\d_\d\d", image_id):  # DeepLesion's file names
+        return patient[1]
+    name = meta.get("patient") or meta.get("series")
+    return name or image_id.rpartition(":")[0] or image_id
 
 
 def digest(value: Any) -> str:
@@ -170,31 +190,36 @@ def join_labels(words: Sequence[str], known: Collection[str]) -> list[str]:
 
 def _records(
     run: workdir.Run,
-    data: str | pathlib.Path | None,
+    options: SelectionOptions,
     split: str,
     ids: set[str] | None,
     columns: list[int],
 ) -> tuple[list[Callable[[], SelectedImage]], list[str], list[str], records.Dataset]:
     """(readers, ids that were read, ids without any of the labels, data set)."""
-    dataset = records.open_dataset(data or run.data_path)
+    dataset = records.open_dataset(options.data or run.data_path)
     records.check_size(dataset, run.size)
     dataset.split(split)
     source, vocabulary = dataset.source(split), dataset.vocabulary
     complete = labels_are_complete(dataset.info, split)
+    folder = None if options.ct is None else pathlib.Path(options.ct)
+    if folder is not None:
+        source_slices.check_folder(folder)
 
-    def read(number: int) -> SelectedImage:
+    def read(number: int, folder: pathlib.Path | None = folder) -> SelectedImage:
         example = source[number]
         annotation = None
         if vocabulary.names == run.vocabulary.names:  # other labels cannot be compared
             annotation = Annotation(example.labels, example.label_mask, complete, vocabulary)
-        return SelectedImage(example.id, example.image, annotation, example.meta)
+        drawn = None if folder is None else source_slices.read_slice(example, folder)
+        meta = example.meta | {"split": split}
+        return SelectedImage(example.id, example.image, annotation, meta, slice_hu=drawn)
 
     numbers: Sequence[int] = range(len(source))
     read_ids, unlabelled = [], []
     if ids or columns:  # otherwise nothing needs to be read yet
         chosen = []
         for number in numbers:
-            image = read(number)
+            image = read(number, folder=None)
             if ids and image.id not in ids:
                 continue
             read_ids.append(image.id)
@@ -210,35 +235,45 @@ def _slices(
     run: workdir.Run,
     path: str | pathlib.Path,
     ids: set[str] | None,
-    png_window: tuple[float, float] | None,
+    options: SelectionOptions,
+    hidden: Pseudonyms | None,
 ) -> tuple[
     list[Callable[[], SelectedImage]],
     list[str],
     list[search.SeriesRef],
     list[tuple[str, str]],
 ]:
-    """(readers, their ids, series, failures)."""
-    series, failures = search.find_series(path)
+    """(readers, their ids, series, failures); with pseudonyms if `hidden`."""
+    series, failures = search.find_series(path, overrides=options.overrides)
+    if hidden:
+        series, failures = list(map(hidden.series, series)), hidden.failures(failures)
     size = run.size
 
     @functools.lru_cache(maxsize=1)
     def load(ref: search.SeriesRef) -> tuple[volumes.Volume, float]:
-        volume = volumes.load_series(ref, png_window=png_window)
-        return volume, preprocess.body_threshold(volume.hu, png_window)
+        window = options.png_window
+        volume = volumes.load_series(ref, png_window=window, overrides=options.overrides)
+        return volume, preprocess.body_threshold(volume.hu, window)
 
     def read(ref: search.SeriesRef, number: int) -> SelectedImage:
         try:
             volume, threshold = load(ref)
         except Rejected as error:
-            raise Rejected(ref.paths[0], str(error)) from error
+            failure = ref.paths[0], str(error)
+            raise Rejected(*(hidden.failures([failure])[0] if hidden else failure)) from error
         triplet = preprocess.neighbours(volume.hu, number)
         image, crop = preprocess.make_triplet(triplet, size, threshold=threshold)
         file = ref.paths[0] if ref.kind == "nifti" else volume.slices[number]
         meta = {"file": file, "slice": number, "crop": crop, "kind": ref.kind}
         meta |= {"series": ref.key, "shape": volume.hu.shape, "size": size}
+        meta |= {"slices": len(volume.hu), "spacing": volume.json_spacing}
         if volume.affine is not None:
             meta["affine"] = volume.affine.tolist()
-        return SelectedImage(f"{ref.key}:{number}", image, None, meta)
+        part = source_slices.part(volume.hu[number], crop)
+        private = ("file",) if hidden else ()
+        return SelectedImage(
+            f"{ref.key}:{number}", image, None, meta, private=private, slice_hu=part
+        )
 
     places = {f"{ref.key}:{number}": (ref, number) for ref in series for number in range(ref.count)}
     selected = [key for key in places if not ids or key in ids]
