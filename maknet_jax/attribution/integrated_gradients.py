@@ -365,7 +365,7 @@ def replace(images: Array, baseline: Array, mask: Array) -> jax.Array:
       mask: float32 `[H, W]` or `[B, H, W]`, 0 or 1.
     """
     mask = mask[..., None]
-    return images * (1 - mask) + baseline * mask
+    return jnp.asarray(images * (1 - mask) + baseline * mask)
 
 
 @functools.partial(jax.jit, static_argnames="output")
