@@ -192,7 +192,7 @@ def _score(
         centres = range(start, min(start + batch_size, len(volume.hu)))
         images = np.zeros((batch_size, size, size, 3), np.int16)
         for row, centre in enumerate(centres):
-            around = preprocess.neighbours(volume.hu, centre)
+            around = volume.neighbours(centre)
             images[row], _ = preprocess.make_triplet(around, size, threshold=threshold)
         if features:
             both = run.score_with_features({"image": images})

@@ -1,31 +1,37 @@
 """DICOM CT slices in Hounsfield units and the standard orientation of `geometry`."""
 
 import dataclasses
-import io
+import itertools
 import math
+import operator
 import os
 import pathlib
-import struct
-import zlib
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pydicom
 from pydicom import uid as dicom_uid
 
-from maknet_jax.ct import dicom_pixels, geometry
-from maknet_jax.ct.reading import LARGEST_MATRIX, content_id, one_line, quiet
+from maknet_jax.ct import acquisition, dicom_frames, dicom_pixels, geometry, transfer_syntax
+from maknet_jax.ct.reading import (
+    LARGEST_MATRIX,
+    LARGEST_SERIES,
+    content_id,
+    one_line,
+    quiet,
+)
 from maknet_jax.errors import Rejected
 
 LARGEST_FILE = 256 << 20  # bytes, as stored and inflated: a slice of 4096 x 4096 takes 32 MiB
 
 _NAMES = (".dcm", ".ima", ".dicom")
-_NOT_A_SLICE = {"LOCALIZER", "SCREEN SAVE", "MIP", "PROJECTION IMAGE"}
 _TAGS = (
     "SOPClassUID SOPInstanceUID SeriesInstanceUID FrameOfReferenceUID Modality ImageType "
     "ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns SamplesPerPixel "
     "PhotometricInterpretation NumberOfFrames BitsAllocated BitsStored HighBit "
     "PixelRepresentation RescaleSlope RescaleIntercept RescaleType"
 ).split()
+_TAGS += [tag for tag in (*acquisition.TAGS, *dicom_frames.TAGS) if tag not in _TAGS]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Header:
     """The header of one DICOM slice.
 
     Attributes:
-      path: the file.
+      path: the file; for a frame of an enhanced file its `dicom_frames.frame_path`.
       series: SeriesInstanceUID, or "".
       uid: SOPInstanceUID, or an id computed from the content.
       problem: why the file cannot be used; "" if it can.
@@ -48,6 +54,9 @@ class Header:
       bits: BitsStored.
       signed: whether stored values are two's complement.
       syntax: UID of the transfer syntax.
+      person: the values of `acquisition.PERSON`.
+      marks: the values of `acquisition.MARKS`.
+      times: the values of `acquisition.TIMES`.
     """
 
     path: str
@@ -64,6 +73,9 @@ class Header:
     bits: int = 16
     signed: bool = False
     syntax: str = ""
+    person: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ()
+    times: tuple[str, ...] = ()
 
     @property
     def standard_spacing(self) -> tuple[float, float]:
@@ -84,57 +96,78 @@ def looks_like_dicom(path: str | os.PathLike[str]) -> bool:
     return begins or pathlib.Path(path).suffix.lower() in _NAMES
 
 
-def _inflated(path: str) -> io.BytesIO | None:
-    """The content of a deflated file as explicit little endian, or None for any other file."""
-    with open(path, "rb") as file:
-        start = file.read(4096)
-        if str(dicom_uid.DeflatedExplicitVRLittleEndian).encode() not in start:
-            return None
-        meta = pydicom.filereader.read_file_meta_info(path)
-        if meta.get("TransferSyntaxUID") != dicom_uid.DeflatedExplicitVRLittleEndian:
-            return None
-        # Skips the preamble, "DICM", the group length element, and the group of that length.
-        file.seek(132 + 12 + meta.FileMetaInformationGroupLength)
-        stream = zlib.decompressobj(-zlib.MAX_WBITS)
-        content = stream.decompress(file.read(), LARGEST_FILE)
-    if not stream.eof:
-        if len(content) >= LARGEST_FILE:
-            raise Rejected(f"the deflated file inflates to more than {LARGEST_FILE >> 20} MiB")
-        raise Rejected("truncated: the deflated data end early")
-    syntax = str(dicom_uid.ExplicitVRLittleEndian).encode() + b"\0"
-    element = b"\x02\x00\x10\x00UI" + struct.pack("<H", len(syntax)) + syntax
-    return io.BytesIO(bytes(128) + b"DICM" + element + content)
-
-
 def _read(path: str, *, pixels: bool) -> pydicom.Dataset:
     """The data set of a file: the elements in _TAGS, and the pixel data if `pixels`."""
-    if os.path.getsize(path) > LARGEST_FILE:
-        raise Rejected(
-            f"the file is larger than {LARGEST_FILE >> 20} MiB, the limit for a CT slice"
-        )
+    limit, what = LARGEST_FILE, "a CT slice"
+    if os.path.getsize(path) > limit:
+        meta = pydicom.filereader.read_file_meta_info(path)
+        if meta.get("MediaStorageSOPClassUID") in dicom_frames.ENHANCED:
+            limit, what = LARGEST_SERIES, "a multi-frame CT"
+    if os.path.getsize(path) > limit:
+        raise Rejected(f"the file is larger than {limit >> 20} MiB, the limit for {what}")
     return pydicom.dcmread(
-        _inflated(path) or path,
+        transfer_syntax.open_as_encoded(path, LARGEST_FILE),
         force=True,
         stop_before_pixels=not pixels,
         specific_tags=[*_TAGS, "PixelData"] if pixels else list(_TAGS),
     )
 
 
-def read_header(path: str | os.PathLike[str]) -> Header | None:
-    """Reads the header of a DICOM file; a broken file raises nothing.
+def _slices(
+    path: str, only: Sequence[int] = (), *, pixels: bool
+) -> Iterator[tuple[str, pydicom.Dataset]]:
+    """Yields (name, data set) of the slices in a file: one, or the frames of an enhanced file.
+
+    Args:
+      path: the file.
+      only: the numbers of the wanted frames; empty for all.
+      pixels: whether to read the pixel data.
+    """
+    data = _read(path, pixels=pixels)
+    if not dicom_frames.is_enhanced(data):
+        yield path, data
+        return
+    native = _syntax(data) in dicom_pixels.NATIVE
+    for number, frame in dicom_frames.flatten(data, native=native, only=only):
+        yield dicom_frames.frame_path(path, number), frame
+
+
+def _syntax(data: pydicom.Dataset) -> str:
+    """The UID of the transfer syntax; without file meta information pydicom detects it."""
+    meta = data.file_meta if hasattr(data, "file_meta") else pydicom.dataset.FileMetaDataset()
+    if (syntax := meta.get("TransferSyntaxUID")) is not None:
+        return str(syntax)
+    _, little = data.original_encoding
+    little = little is not False
+    return dicom_uid.ImplicitVRLittleEndian if little else dicom_uid.ExplicitVRBigEndian
+
+
+def read_headers(path: str | os.PathLike[str]) -> list[Header]:
+    """Reads the headers of the slices in a DICOM file; a broken file raises nothing.
+
+    Args:
+      path: a file, or the `dicom_frames.frame_path` of one frame.
 
     Returns:
-      A Header, whose `problem` says what is wrong with the file; None for a file that is not an
-      image (a DICOMDIR, a report, a structure set) or that only looks like DICOM.
+      One Header per slice, whose `problem` says what is wrong with it: one for a single slice, one
+      per frame for enhanced multi-frame CT, none for a file that is not an image (a DICOMDIR, a
+      report, a structure set) or that only looks like DICOM.
     """
-    path = str(path)
+    file, frame = dicom_frames.split_path(str(path))
     try:
         with quiet():
-            return _header(_read(path, pixels=False), path)
+            slices = _slices(file, (frame,) if frame else (), pixels=False)
+            return [header for name, data in slices if (header := _header(data, name))]
     except Rejected as error:
-        return Header(path, "", "", str(error))
+        return [Header(file, "", "", str(error))]
     except Exception as error:  # pydicom raises any exception on broken files, even RecursionError
-        return Header(path, "", "", f"broken DICOM file ({one_line(error)})")
+        return [Header(file, "", "", f"broken DICOM file ({one_line(error)})")]
+
+
+def read_header(path: str | os.PathLike[str]) -> Header | None:
+    """The only header of `read_headers`, or None for a file that is not an image."""
+    headers = read_headers(path)
+    return headers[0] if headers else None
 
 
 def _header(data: pydicom.Dataset, path: str) -> Header | None:
@@ -150,11 +183,9 @@ def _header(data: pydicom.Dataset, path: str) -> Header | None:
     if not uid:
         uid = content_id(pathlib.Path(path).read_bytes())
     header = Header(path, str(data.get("SeriesInstanceUID") or ""), str(uid))
-    # Without file meta information pydicom detects the encoding.
-    syntax = meta.get("TransferSyntaxUID")
-    if syntax is None:
-        _, little = data.original_encoding
-        syntax = dicom_uid.ImplicitVRLittleEndian if little else dicom_uid.ExplicitVRBigEndian
+    syntax = _syntax(data)
+    if not modality and storage == dicom_uid.CTImageStorage and "Rows" in data:
+        modality = "CT"
     try:
         problem = _problem(data, modality, storage, syntax)
         if problem:
@@ -176,7 +207,10 @@ def _header(data: pydicom.Dataset, path: str) -> Header | None:
             intercept=float(data.RescaleIntercept),
             bits=data.BitsStored,
             signed=data.PixelRepresentation == 1,
-            syntax=str(syntax),
+            syntax=syntax,
+            person=acquisition.marks(data, acquisition.PERSON),
+            marks=acquisition.marks(data, acquisition.MARKS),
+            times=acquisition.marks(data, acquisition.TIMES),
         )
     except Exception as error:
         return dataclasses.replace(header, problem=f"broken DICOM header ({one_line(error)})")
@@ -196,7 +230,7 @@ def _numbers(data: pydicom.Dataset, name: str, count: int) -> tuple[float, ...] 
 def _problem(data: pydicom.Dataset, modality: str, storage: str, syntax: str) -> str:
     """The first reason why the pixels of a file cannot be converted to Hounsfield units, or ""."""
     name = dicom_uid.UID(storage).name
-    types = {str(item).strip().upper() for item in np.atleast_1d(data.get("ImageType") or [])}
+    not_hu = acquisition.not_hu(np.atleast_1d(data.get("ImageType") or []))
     bits = [data.get(key) for key in ("BitsAllocated", "BitsStored", "HighBit")]
     signed = data.get("PixelRepresentation")
     shape = (data.get("Rows"), data.get("Columns"))
@@ -207,11 +241,11 @@ def _problem(data: pydicom.Dataset, modality: str, storage: str, syntax: str) ->
     if modality != "CT":
         return f"modality {modality}, not CT" if modality else "no Modality in the header"
     if storage and storage != dicom_uid.CTImageStorage:
-        return f"{name}: only single-slice CT Image Storage is supported"
+        return f"{name}: only CT Image Storage and Enhanced CT are supported"
     if int(data.get("NumberOfFrames") or 1) != 1:
         return f"{data.NumberOfFrames} frames in one file: only single slices are supported"
-    if types & _NOT_A_SLICE:
-        return f"ImageType {sorted(types & _NOT_A_SLICE)[0]}: not an axial slice"
+    if not_hu:
+        return f"ImageType {not_hu}: not an axial slice of HU"
     if grey != (1, "MONOCHROME2"):
         return f"{grey[0]} samples per pixel, {grey[1]}: only 1 sample of MONOCHROME2 is supported"
     if syntax in dicom_pixels.LOSSY_JPEG:
@@ -254,37 +288,60 @@ def stored_axes(orientation: tuple[float, ...]) -> tuple[geometry.StoredAxis, ..
 
 
 def read_slice(path: str | os.PathLike[str]) -> tuple[Header, np.ndarray]:
-    """Reads one file.
+    """The only slice of `read_slices`."""
+    ((_, content),) = read_slices([path])
+    return content
+
+
+def read_slices(
+    paths: Iterable[str | os.PathLike[str]],
+) -> Iterator[tuple[str, tuple[Header, np.ndarray]]]:
+    """Reads slices; the frames of one file that follow each other are read at once.
 
     HU = stored value x slope + intercept, exact where both are integers, else rounded to the
     nearest (halves to even), and clipped to int16. Padding values are not changed.
 
-    Returns:
-      (header, hu): hu is int16 [rows, columns] in the standard orientation.
+    Args:
+      paths: files, or `dicom_frames.frame_path` of frames.
+
+    Yields:
+      (path, (header, hu)): hu is int16 [rows, columns] in the standard orientation.
 
     Raises:
-      Rejected: the file cannot be used; the message is the reason.
+      Rejected: a file cannot be used; the message is the reason.
     """
-    path = str(path)
-    try:
-        with quiet():
-            data = _read(path, pixels=True)
-            header = _header(data, path)
-            if header is None:
-                raise Rejected("not a CT image")
-            if header.problem:
-                raise Rejected(header.problem)
-            stored = dicom_pixels.stored_values(
-                data,
-                shape=header.shape,
-                bits=header.bits,
-                signed=header.signed,
-                syntax=header.syntax,
-            )
-    except Rejected:
-        raise
-    except Exception as error:
-        raise Rejected(f"broken DICOM pixel data ({one_line(error)})") from error
+    names = (dicom_frames.split_path(str(path)) for path in paths)
+    for file, group in itertools.groupby(names, key=operator.itemgetter(0)):
+        wanted = [frame for _, frame in group]
+        only = [frame for frame in wanted if frame is not None]
+        try:
+            with quiet():
+                found = dict(_slices(file, only, pixels=True))
+            for frame in wanted:
+                name = file if frame is None else dicom_frames.frame_path(file, frame)
+                if name not in found:
+                    raise Rejected(f"{len(found)} frames in one file: expected a single slice")
+                yield name, _read_slice(found.pop(name), name)
+        except Rejected:
+            raise
+        except Exception as error:
+            raise Rejected(f"broken DICOM pixel data ({one_line(error)})") from error
+
+
+def _read_slice(data: pydicom.Dataset, path: str) -> tuple[Header, np.ndarray]:
+    with quiet():
+        header = _header(data, path)
+        if header is None:
+            raise Rejected("not a CT image")
+        if header.problem:
+            raise Rejected(header.problem)
+        stored = dicom_pixels.stored_values(
+            data,
+            shape=header.shape,
+            bits=header.bits,
+            signed=header.signed,
+            syntax=transfer_syntax.correct(data, header.syntax),
+        )
     if header.slope.is_integer() and header.intercept.is_integer():
         hu = stored.astype(np.int64) * int(header.slope) + int(header.intercept)
     else:

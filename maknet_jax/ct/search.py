@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from maknet_jax.ct import dicom, nifti, png
 from maknet_jax.ct.reading import content_id
-from maknet_jax.ct.stacks import order_slices
+from maknet_jax.ct.stacks import find_stacks
 from maknet_jax.errors import InputError, Rejected
 
 _BATCH = 4096  # maximum number of queued files, for archives of any size
@@ -24,6 +24,7 @@ class SeriesRef:
       key: the SeriesInstanceUID, or a name relative to the root.
       count: the number of slices.
       root: the folder that was searched.
+      copies: the number of dropped copies of slices; they do not change the records.
     """
 
     kind: str
@@ -31,6 +32,7 @@ class SeriesRef:
     key: str
     count: int
     root: str
+    copies: int = dataclasses.field(default=0, repr=False)
 
 
 @dataclasses.dataclass
@@ -41,8 +43,8 @@ class _Search:
     series: list[SeriesRef] = dataclasses.field(default_factory=list)
     failures: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
-    def add(self, kind: str, paths: tuple[str, ...], key: str, count: int) -> None:
-        self.series.append(SeriesRef(kind, paths, key, count, self.root))
+    def add(self, kind: str, paths: tuple[str, ...], key: str, count: int, copies: int = 0) -> None:
+        self.series.append(SeriesRef(kind, paths, key, count, self.root, copies))
 
 
 def find_series(
@@ -80,21 +82,21 @@ def find_series(
                     pictures.append(file)
                 else:
                     others.append(file)
-            for file, header in zip(others, pool.map(header_of, others), strict=True):
-                if isinstance(header, OSError):
-                    search.failures.append((file, f"cannot be read ({header.strerror})"))
-                elif header is not None:
-                    headers.append(header)
+            for file, found in zip(others, pool.map(headers_of, others), strict=True):
+                if isinstance(found, OSError):
+                    search.failures.append((file, f"cannot be read ({found.strerror})"))
+                else:
+                    headers += found
     _add_dicom(headers, search)
     _add_png(pictures, search)
     ordered = sorted(search.series, key=lambda ref: (ref.paths[0], ref.key))
     return ordered, sorted(search.failures)
 
 
-def header_of(path: str) -> dicom.Header | OSError | None:
-    """The header of a DICOM file, None for any other file, or the error that reading raised."""
+def headers_of(path: str) -> list[dicom.Header] | OSError:
+    """The headers of a DICOM file, none for any other file, or the error that reading raised."""
     try:
-        return dicom.read_header(path) if dicom.looks_like_dicom(path) else None
+        return dicom.read_headers(path) if dicom.looks_like_dicom(path) else []
     except OSError as error:
         return error
 
@@ -102,7 +104,7 @@ def header_of(path: str) -> dicom.Header | OSError | None:
 def group_by_series(headers: Iterable[dicom.Header]) -> list[list[dicom.Header]]:
     """Groups headers by series; files without a SeriesInstanceUID are grouped by folder.
 
-    `order_slices` checks that the files of a group form one stack.
+    `find_stacks` divides a group into stacks.
     """
     groups: dict[str | tuple[str], list[dicom.Header]] = {}
     for header in headers:
@@ -156,12 +158,12 @@ def _add_dicom(headers: Sequence[dicom.Header], search: _Search) -> None:
         search.failures.append((paths[0], problem + more))
     for group in group_by_series(header for header in headers if not header.problem):
         key = series_key(group)
-        try:
-            ordered, _ = order_slices(group)
-        except Rejected as error:
-            search.failures.append((group[0].path, f"series {key}: {error}"))
-        else:
-            search.add("dicom", tuple(header.path for header in ordered), key, len(ordered))
+        stacks, failures = find_stacks(group)
+        search.failures += [(path, f"series {key}: {reason}") for path, reason in failures]
+        for number, stack in enumerate(stacks, start=1):
+            ordered = tuple(header.path for header in stack.headers)
+            name = f"{key}:{number}" if len(stacks) > 1 else key
+            search.add("dicom", ordered, name, len(ordered), len(stack.copies))
 
 
 def _add_png(paths: Sequence[str], search: _Search) -> None:

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from maknet_jax.ct import dicom, nifti, png, search
+from maknet_jax.ct import dicom, dicom_frames, nifti, png, preprocess, search
+from maknet_jax.ct.blocks import Block, segment
 from maknet_jax.ct.read_ahead import read_ahead
 from maknet_jax.ct.reading import content_id
 from maknet_jax.ct.search import SeriesRef
-from maknet_jax.ct.stacks import order_slices
+from maknet_jax.ct.stacks import Stack, find_stacks, order_slices
 from maknet_jax.errors import InputError, Rejected
 
 
@@ -23,11 +24,15 @@ class Volume:
 
     Attributes:
       hu: int16 [Z, Y, X] in HU; padding values are not changed.
-      spacing: mm between neighbours along (z, y, x); nan where unknown.
+      spacing: mm between neighbours along (z, y, x); nan where unknown, and along z where the
+        distance of slices changes.
       series: the SeriesInstanceUID, or the name relative to the root.
       slices: a name for each slice: the file relative to the root; for NIfTI the index along the
         stored z axis.
       uids: for each slice the SOPInstanceUID, or an id computed from the content of the file.
+      blocks: the division into evenly spaced blocks; empty if there is one block.
+      context: the slices in the folder before the first and after the last one, which are its
+        neighbours but not part of the volume; None where there is none.
     """
 
     hu: np.ndarray
@@ -35,18 +40,62 @@ class Volume:
     series: str
     slices: tuple[str, ...]
     uids: tuple[str, ...]
+    blocks: tuple[Block, ...] = ()
+    context: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
+
+    def neighbours(self, centre: int) -> list[np.ndarray]:
+        """The slice before, the slice, and the slice after it.
+
+        At the ends, beside missing slices and at lateral jumps the slice itself is repeated.
+        """
+        first, stop = segment(self.blocks, centre, len(self.hu))
+        around = preprocess.neighbours(self.hu[first:stop], centre - first)
+        before, after = self.context
+        if centre == 0 and before is not None:
+            around[0] = before
+        if centre == len(self.hu) - 1 and after is not None:
+            around[2] = after
+        return around
+
+    def triplets(self) -> list[tuple[int, float]]:
+        """(middle slice, mm between its slices) of triplets without overlap within blocks."""
+        blocks = self.blocks or (Block(0, len(self.hu), self.spacing[0], 0.0, False),)
+        return [
+            (block.start + centre, block.distance if len(blocks) > 1 else self.spacing[0])
+            for block in blocks
+            for centre in preprocess.centres(block.stop - block.start, overlap=False)
+        ]
+
+    @property
+    def z_mm(self) -> np.ndarray:
+        """Float `[Z]`: mm of each slice below the first one; nan where the spacing is unknown."""
+        if len(self.blocks) < 2:
+            return np.arange(len(self.hu)) * self.spacing[0]
+        return np.concatenate(
+            [
+                block.offset
+                + np.concatenate([[0.0], np.arange(1, block.stop - block.start) * block.distance])
+                for block in self.blocks
+            ]
+        )
 
     @property
     def json_spacing(self) -> list[float | None]:
         """The spacing for JSON: None where it is unknown."""
-        return [None if math.isnan(mm) else float(mm) for mm in self.spacing]
+        return spacing_json(self.spacing)
+
+
+def spacing_json(spacing: Sequence[float]) -> list[float | None]:
+    """Mm for JSON: None where unknown."""
+    return [None if math.isnan(mm) else float(mm) for mm in spacing]
 
 
 def load_series(ref: SeriesRef, *, png_window: tuple[float, float] | None = None) -> Volume:
     """Reads one series.
 
     Args:
-      ref: one of the series of `search.find_series`.
+      ref: one of the series of `search.find_series`. A single DICOM or PNG file is read with its
+        neighbours in the folder as context.
       png_window: (low, high) in HU of 8-bit PNGs.
 
     Raises:
@@ -54,9 +103,12 @@ def load_series(ref: SeriesRef, *, png_window: tuple[float, float] | None = None
     """
     try:
         if ref.kind == "dicom":
-            return _load_dicom(ref)
+            return _load_dicom(ref) if len(ref.paths) > 1 else _load_dicom_slice(ref)
         if ref.kind == "png":
-            return _load_png(ref, png_window)
+            if len(ref.paths) > 1:
+                return _load_png(ref, png_window)
+            around = _load_png_neighbours(pathlib.Path(ref.paths[0]), png_window)
+            return _only_slice(*around, ref)
         hu, spacing, stored = nifti.read_nifti(ref.paths[0])
         digest = _file_id(ref.paths[0])
     except OSError as error:  # the file was removed or is not readable
@@ -97,8 +149,8 @@ def load_series_of(
 
     Args:
       path: a DICOM or PNG file, which is read with its existing neighbours in the same series and
-        folder; or a NIfTI file or a folder with exactly one series, of which the whole volume is
-        read.
+        folder; or a NIfTI file, a multi-frame DICOM file or a folder with exactly one series, of
+        which the whole volume is read.
       png_window: (low, high) in HU of 8-bit PNGs.
       around: neighbours on either side; always one for a PNG.
 
@@ -117,6 +169,9 @@ def load_series_of(
         return load_series(_only_series(path), png_window=png_window), None
     if name.endswith(".png"):
         return _load_png_neighbours(path, png_window)
+    headers = search.headers_of(str(path))
+    if isinstance(headers, list) and len(headers) > 1:
+        return load_series(_only_series(path), png_window=png_window), None
     return _load_dicom_neighbours(path, around)
 
 
@@ -158,19 +213,44 @@ def _load_dicom(ref: SeriesRef, distance: float | None = None) -> Volume:
       distance: mm between slices, if `ref` is a part of a series that was already checked.
     """
     headers, planes = [], {}
+    slices = dicom.read_slices(ref.paths)
     for path in ref.paths:
         try:
-            header, planes[path] = dicom.read_slice(path)
+            _, (header, planes[path]) = next(slices)
         except Rejected as error:
             raise Rejected(f"{search.relative_name(path, ref.root)}: {error}") from error
         headers.append(header)
-    ordered, gap = order_slices(headers)
+    stack = order_slices(headers)
     return Volume(
-        np.stack([planes.pop(header.path) for header in ordered]),
-        (gap if distance is None else distance, *ordered[0].standard_spacing),
+        np.stack([planes.pop(header.path) for header in stack.headers]),
+        (stack.distance if distance is None else distance, *stack.headers[0].standard_spacing),
         ref.key,
-        tuple(search.relative_name(header.path, ref.root) for header in ordered),
-        tuple(header.uid for header in ordered),
+        tuple(search.relative_name(header.path, ref.root) for header in stack.headers),
+        tuple(header.uid for header in stack.headers),
+        stack.blocks if len(stack.blocks) > 1 else (),
+    )
+
+
+def _load_dicom_slice(ref: SeriesRef) -> Volume:
+    """The slice of a series of one file, with its neighbours in the folder as context."""
+    if dicom_frames.split_path(ref.paths[0])[1] is not None:
+        return _load_dicom(ref)
+    volume, index = _load_dicom_neighbours(pathlib.Path(ref.paths[0]), 1)
+    return _only_slice(volume, index, ref)
+
+
+def _only_slice(volume: Volume, index: int, ref: SeriesRef) -> Volume:
+    """One slice of a volume, with its neighbours as context."""
+    before, _, after = volume.neighbours(index)
+    here = slice(index, index + 1)
+    return dataclasses.replace(
+        volume,
+        hu=volume.hu[here],
+        series=ref.key,
+        slices=(search.relative_name(ref.paths[0], ref.root),),
+        uids=volume.uids[here],
+        blocks=(),
+        context=(before, after),
     )
 
 
@@ -179,8 +259,8 @@ def _folder_headers(folder: str, _mtime_ns: int) -> list[dicom.Header]:
     """The headers of the DICOM files directly in a folder, cached for reading slice by slice."""
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     paths = [os.path.join(folder, name) for name in names]
-    headers = [search.header_of(path) for path in paths if os.path.isfile(path)]
-    return [header for header in headers if isinstance(header, dicom.Header)]
+    read = [search.headers_of(path) for path in paths if os.path.isfile(path)]
+    return [header for headers in read if isinstance(headers, list) for header in headers]
 
 
 def _load_dicom_neighbours(path: pathlib.Path, around: int) -> tuple[Volume, int]:
@@ -192,12 +272,30 @@ def _load_dicom_neighbours(path: pathlib.Path, around: int) -> tuple[Volume, int
         raise Rejected(centre.problem)
     usable = [header for header in headers if not header.problem]
     group = next(group for group in search.group_by_series(usable) if centre in group)
-    ordered, distance = order_slices(group)
-    index = ordered.index(centre)
-    first = max(0, index - around)
-    paths = tuple(header.path for header in ordered[first : index + around + 1])
+    try:
+        stack, index = _place_of(centre, *find_stacks(group))
+    except Rejected:  # perhaps for other images at this position, which do not matter here
+        others = [header for header in group if header.position != centre.position]
+        stack, index = _place_of(centre, *find_stacks([*others, centre]))
+    first, stop = segment(stack.blocks, index, len(stack.headers))
+    first, stop = max(first, index - around), min(stop, index + around + 1)
+    paths = tuple(header.path for header in stack.headers[first:stop])
     ref = SeriesRef("dicom", paths, search.series_key(group), len(paths), str(path.parent))
-    return _load_dicom(ref, distance), index - first
+    return _load_dicom(ref, stack.distance), index - first
+
+
+def _place_of(
+    centre: dicom.Header, stacks: Sequence[Stack], failures: Sequence[tuple[str, str]]
+) -> tuple[Stack, int]:
+    """The stack of a slice, and its index there or that of the slice that it repeats."""
+    originals = dict(pair for stack in stacks for pair in stack.copies)
+    wanted = originals.get(centre.path, centre.path)
+    for stack in stacks:
+        for index, header in enumerate(stack.headers):
+            if header.path == wanted:
+                return stack, index
+    reasons = [reason for path, reason in failures if path == centre.path]
+    raise Rejected((reasons or [reason for _, reason in failures])[0])
 
 
 def _load_png_neighbours(
@@ -208,7 +306,7 @@ def _load_png_neighbours(
     paths = tuple(p for p in (before, centre, after) if p == centre or os.path.exists(p))
     series, _ = png.split_name(path)
     ref = SeriesRef("png", paths, series, len(paths), str(path.parent))
-    return load_series(ref, png_window=window), paths.index(centre)
+    return _load_png(ref, window), paths.index(centre)
 
 
 def _load_png(ref: SeriesRef, window: tuple[float, float] | None) -> Volume:

@@ -145,7 +145,7 @@ def make_key_slice(unit: _KeySlice) -> shards.UnitResult:
         volume, centre = volumes.load_series_of(unit.path)
     except (Rejected, InputError) as error:
         return shards.UnitResult(failures=((unit.path, str(error)),))
-    slices = preprocess.neighbours(volume.hu, centre or 0)
+    slices = volume.neighbours(centre or 0)
     image, box = preprocess.make_triplet(slices, unit.size)
     meta = dict(unit.meta) | {"crop": box}
     record = encode_with_labels(unit.id, image, unit.labels, unit.label_mask, meta)

@@ -72,11 +72,10 @@ def make_series(unit: _Series) -> shards.UnitResult:
         return shards.UnitResult(failures=((unit.ref.paths[0], str(error)),))
     series = pseudonym.pseudonym(unit.salt, volume.series)
     examples = []
-    for centre in preprocess.centres(len(volume.hu), overlap=False):
-        slices = preprocess.neighbours(volume.hu, centre)
-        image, box = preprocess.make_triplet(slices, unit.size)
+    for centre, distance in volume.triplets():
+        image, box = preprocess.make_triplet(volume.neighbours(centre), unit.size)
         meta = {"series": series, "slice": centre, "slices": len(volume.hu), "crop": box}
-        meta["spacing"] = volume.json_spacing
+        meta["spacing"] = volumes.spacing_json((distance, *volume.spacing[1:]))
         name = f"{series}-{pseudonym.pseudonym(unit.salt, volume.uids[centre])}"
         examples.append(encode_with_labels(name, image, b"", b"", meta))
     left_over = len(volume.hu) - 3 * len(examples)
@@ -122,8 +121,9 @@ def make_table_volume(unit: _TableVolume) -> shards.UnitResult:
         except InputError as error:
             failures.append((row.where, str(error)))
             continue
-        slices = preprocess.neighbours(volume.hu, centre)
-        image, box = preprocess.make_triplet(slices, unit.size, threshold=threshold)
+        image, box = preprocess.make_triplet(
+            volume.neighbours(centre), unit.size, threshold=threshold
+        )
         meta = {"line": row.line, "slice": centre, "slices": len(volume.hu), "crop": box}
         mask = b"\1" * len(vector)
         examples.append(encode_with_labels(f"line-{row.line:06d}", image, vector, mask, meta))

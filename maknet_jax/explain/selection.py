@@ -200,7 +200,7 @@ def _slices(
             volume, threshold = load(ref)
         except Rejected as error:
             raise Rejected(ref.paths[0], str(error)) from error
-        triplet = preprocess.neighbours(volume.hu, number)
+        triplet = volume.neighbours(number)
         image, crop = preprocess.make_triplet(triplet, size, threshold=threshold)
         file = ref.paths[0] if ref.kind == "nifti" else volume.slices[number]
         meta = {"file": file, "slice": number, "crop": crop, "kind": ref.kind}
