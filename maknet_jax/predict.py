@@ -119,6 +119,7 @@ def predict(
         "trained_on": run.trained_on,
         "series": series_count,
         "slices": len(slice_rows),
+        "copies": sum(ref.copies for ref in series),
         "failures": len(failures),
         "failures_file": str(failures_file) if failures else None,
         "files": [str(file) for file in written],

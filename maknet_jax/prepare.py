@@ -12,7 +12,6 @@ from maknet_jax.data import (
     key_slices,
     labels,
     lesions,
-    openkbp,
     records,
     segmentation_plan,
     segmentations,
@@ -20,6 +19,7 @@ from maknet_jax.data import (
     table,
     triplets,
 )
+from maknet_jax.data.openkbp import prepare_openkbp as prepare_openkbp
 from maknet_jax.data.segmentation_plan import SplitOptions
 from maknet_jax.data.segmentations import Rules
 from maknet_jax.errors import InputError
@@ -32,6 +32,7 @@ _SHOWN = 24  # records on the contact sheet
 _COUNTED = (
     "series_too_small",
     "series_unreadable",
+    "copies_of_slices",
     "images_missing",
     "cases_without_split",
     "cases_not_found",
@@ -182,6 +183,7 @@ def prepare_dicom(
         "min_slices": min_slices,
         "series_too_small": len(small),
         "series_unreadable": len(failures),
+        "copies_of_slices": sum(ref.copies for ref in series),
     }
     failures += [
         (ref.paths[0], f"{ref.count} slices, fewer than --min-slices {min_slices}") for ref in small
@@ -207,7 +209,9 @@ def prepare_table(
     size: int = SIZE,
     workers: int = 1,
 ) -> dict[str, Any]:
-    """Prepares your own labelled slices from a CSV of `path, labels, split[, slice, patient]`.
+    """Prepares your own labelled slices from a CSV of path, labels, split and optional columns.
+
+    `slice`, `patient` and `unknown` are optional.
 
     Args:
       csv_file: the table; paths are relative to its folder (see `data.table`).
@@ -223,7 +227,10 @@ def prepare_table(
       InputError: the table is invalid, or `out` is in use.
     """
     _check(out, size)
-    rows, vocabulary = table.read_table(csv_file)
+    warnings: list[str] = []
+    rows, vocabulary = table.read_table(csv_file, warnings.append)
+    for text in warnings:
+        console.Log().say(f"warning: {text}")
     return _write(
         out,
         triplets.plan_table(rows, vocabulary, png_window, size),
@@ -231,7 +238,7 @@ def prepare_table(
         kind="table",
         size=size,
         vocabulary=vocabulary,
-        about={"rows": len(rows), "png_window": png_window},
+        about={"rows": len(rows), "png_window": png_window, "warnings": warnings},
         workers=workers,
     )
 
@@ -287,28 +294,6 @@ def prepare_segmentations(
     )
 
 
-def prepare_openkbp(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[str, Any]:
-    """Converts patients of the OpenKBP release to NIfTI for `prepare_segmentations`.
-
-    Args:
-      folder: a folder of `pt_N/*.csv`, such as `provided-data/train-pats`.
-      out: the folder to write, in TotalSegmentator's layout; finished patients are skipped.
-
-    Returns:
-      The summary: patients, patients converted by an earlier call, and failures.
-
-    Raises:
-      InputError: `folder` has no such patients.
-    """
-    out = pathlib.Path(out)
-    patients = openkbp.find_patients(folder)
-    with console.progress("prepare openkbp", len(patients)) as advance:
-        present, failures = openkbp.convert_all(patients, out, advance)
-    console.write_failures(out / "failures.csv", failures)
-    counts = {"patients": len(patients) - len(failures), "present_before": present}
-    return {"out": str(out), **counts, "failures": len(failures)}
-
-
 def _check(out: str | os.PathLike[str], size: int, step: int = 32) -> None:
     # Called before anything is read, because searching a tree of CT can take a long time.
     if size % step:
@@ -362,6 +347,7 @@ def _write(
     }
     if cases:
         console.write_table(out / "cases.csv", ("case", "patient", "split"), cases)
+    if kind in ("segmentations", "table"):
         rows = segmentations.label_rows(vocabulary, info["splits"])
         console.write_table(out / "label_counts.csv", segmentations.LABEL_COLUMNS, rows)
         summary["label_counts"] = rows

@@ -76,6 +76,7 @@ def test_small_volumes_are_dropped_and_counted(phantom, salt, tmp_path):
         "min_slices": 9,
         "series_too_small": 1,
         "series_unreadable": 0,
+        "copies_of_slices": 0,
     }
     (failure,) = read_csv(tmp_path / "out" / "failures.csv")
     assert re.search(r"\b8 slices.*--min-slices.*\b9\b", failure["reason"])

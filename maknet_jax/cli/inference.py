@@ -43,7 +43,11 @@ def _run_demo(chosen: argparse.Namespace) -> None:
 
 def _predict(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(verbs, "predict", _run_predict)
-    verb.add_argument("path", help="file or folder of DICOM, NIfTI or PNG")
+    verb.add_argument(
+        "path",
+        help="file or folder of DICOM, NIfTI or PNG; one slice is "
+        "read with its neighbours in the folder",
+    )
     options.model(verb)
     verb.add_argument("--out", required=True, help="CSV file to write")
     verb.add_argument(
@@ -84,6 +88,8 @@ def _run_predict(chosen: argparse.Namespace) -> int:
         print(f"  {file}")
     if summary["trained_on"]:
         print(f"trained on {summary['trained_on']}")
+    if summary["copies"]:
+        print(f"copies of slices, taken once: {summary['copies']}")
     if summary["failures"]:
         print(f"rejected: {summary['failures']}, see {summary['failures_file']}")
     return options.SOME_REJECTED if summary["failures"] else options.DONE

@@ -28,6 +28,7 @@ class _TableVolume:
     path: str
     rows: tuple[table.Row, ...]
     labels: tuple[bytes, ...]
+    label_masks: tuple[bytes, ...]
     png_window: tuple[float, float] | None
     size: int
     count: int
@@ -102,7 +103,8 @@ def plan_table(
     splits: dict[str, list[_TableVolume]] = {}
     for (split, path), members in groups.items():
         vectors = tuple(vocabulary.vector(row.labels).tobytes() for row in members)
-        unit = _TableVolume(path, tuple(members), vectors, png_window, size, len(members))
+        masks = tuple((1 - vocabulary.vector(row.unknown)).tobytes() for row in members)
+        unit = _TableVolume(path, tuple(members), vectors, masks, png_window, size, len(members))
         splits.setdefault(split, []).append(unit)
     return splits
 
@@ -115,7 +117,7 @@ def make_table_volume(unit: _TableVolume) -> shards.UnitResult:
         return shards.UnitResult(failures=tuple((row.where, str(error)) for row in unit.rows))
     threshold = preprocess.body_threshold(volume.hu, unit.png_window)
     examples, failures = [], []
-    for row, vector in zip(unit.rows, unit.labels, strict=True):
+    for row, vector, mask in zip(unit.rows, unit.labels, unit.label_masks, strict=True):
         try:
             centre = table.slice_index(row, volume, named)
         except InputError as error:
@@ -125,6 +127,5 @@ def make_table_volume(unit: _TableVolume) -> shards.UnitResult:
             volume.neighbours(centre), unit.size, threshold=threshold
         )
         meta = {"line": row.line, "slice": centre, "slices": len(volume.hu), "crop": box}
-        mask = b"\1" * len(vector)
         examples.append(encode_with_labels(f"line-{row.line:06d}", image, vector, mask, meta))
     return shards.UnitResult(tuple(examples), tuple(failures))
