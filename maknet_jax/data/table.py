@@ -14,40 +14,19 @@ assessed: they count neither in the loss nor in a metric.
 """
 
 import csv
-import dataclasses
 import os
 import pathlib
 import re
 from collections.abc import Callable
 
 from maknet_jax.ct import volumes
-from maknet_jax.data import labels, table_checks
+from maknet_jax.data import labels, table_rows
+from maknet_jax.data.table_rows import Row
 from maknet_jax.errors import InputError
 
 SPLITS = ("train", "val", "test", "hand", "unlabelled")
 
 _COLUMNS = ("path", "labels", "split")
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One row of the table; `line` is its line number in the file, the header being line 1.
-
-    `unknown` are the labels that were not assessed.
-    """
-
-    line: int
-    path: str
-    labels: tuple[str, ...]
-    split: str
-    slice: str
-    patient: str
-    unknown: tuple[str, ...] = ()
-
-    @property
-    def where(self) -> str:
-        """The name of this row in `failures.csv`."""
-        return f"line {self.line}: {self.path}" + (f" slice {self.slice}" if self.slice else "")
 
 
 def read_table(
@@ -57,7 +36,7 @@ def read_table(
 
     Args:
       path: the CSV file.
-      warn: called with a line for each doubt about the rows, see `table_checks.warnings`.
+      warn: called with a line for each doubt about the rows, see `table_rows.warnings`.
 
     Returns:
       (rows, vocabulary): the labels in alphabetical order.
@@ -106,13 +85,13 @@ def read_table(
             if name in row.labels or name not in names:
                 wrong = "is also in labels" if name in row.labels else "is a label of no row"
                 raise InputError(f"{path} line {row.line}: the unknown label {name!r} {wrong}")
-    if twice := table_checks.volume_in_two_splits(rows):
+    if twice := table_rows.volume_in_two_splits(rows):
         one, other = twice
         raise InputError(
             f"{path} lines {one.line} and {other.line} put one volume into {one.split} and "
             f"{other.split}: put each volume into one split, or add a column patient"
         )
-    for text in table_checks.warnings(rows):
+    for text in table_rows.warnings(rows):
         warn(f"{path}: {text}")
     return rows, labels.Vocabulary.from_names(names)
 

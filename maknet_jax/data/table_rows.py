@@ -1,15 +1,15 @@
-"""Checks of a table of labelled slices: volumes in two splits, and labels that look like typos."""
+"""The rows of a table of labelled slices, and checks across them.
+
+They find volumes in two splits, and labels that look like typos.
+"""
 
 import collections
+import dataclasses
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from maknet_jax.ct import png, search
-
-if TYPE_CHECKING:
-    from maknet_jax.data.table import Row
 
 _SEPARATORS = ";,"
 _LINES = 5  # line numbers named in a warning
@@ -17,7 +17,28 @@ _SHORTEST = 4  # letters of a label that may be a misspelling of another one
 _RARE = 0.1  # of the rows of the other label
 
 
-def volume_in_two_splits(rows: Sequence["Row"]) -> tuple["Row", "Row"] | None:
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of the table; `line` is its line number in the file, the header being line 1.
+
+    `unknown` are the labels that were not assessed.
+    """
+
+    line: int
+    path: str
+    labels: tuple[str, ...]
+    split: str
+    slice: str
+    patient: str
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> str:
+        """The name of this row in `failures.csv`."""
+        return f"line {self.line}: {self.path}" + (f" slice {self.slice}" if self.slice else "")
+
+
+def volume_in_two_splits(rows: Sequence[Row]) -> tuple[Row, Row] | None:
     """Two rows without a patient that put one volume into two splits; None if there are none."""
     rows = [row for row in rows if not row.patient]
     if len({row.split for row in rows}) < 2:
@@ -66,7 +87,7 @@ def _series(path: str) -> str:
     return headers[0].series or os.path.realpath(os.path.dirname(path))
 
 
-def warnings(rows: Sequence["Row"]) -> Iterator[str]:
+def warnings(rows: Sequence[Row]) -> Iterator[str]:
     """Yields one line for each doubt about the labels, with the number of rows."""
     counts = collections.Counter(name for row in rows for name in row.labels)
     yield from _joined(counts)
