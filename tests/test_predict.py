@@ -93,6 +93,29 @@ def test_the_edge_slice_repeats_and_channels_run_head_to_feet(trained, phantom):
     np.testing.assert_allclose(scores[0], 1 / (1 + np.exp(-logits)), atol=1e-5)
 
 
+def test_one_slice_has_its_neighbours_as_channels_and_copies_count_once(
+    trained, phantom, tmp_path, capsys
+):
+    series = sorted(path for path in phantom["dicom"].iterdir() if path.is_dir())[0]
+    shutil.copytree(series, tmp_path / "scans" / "one")
+    shutil.copytree(series, tmp_path / "scans" / "again")
+    out = tmp_path / "all.csv"
+    summary = predict.predict(trained, tmp_path / "scans", out, as_json=True)
+    count = len(list(series.iterdir()))
+    assert (summary["slices"], summary["copies"], summary["failures"]) == (count, count, 0)
+    rows = read(out)
+    for k in (0, count // 2):
+        file = tmp_path / "scans" / rows[k]["file"]
+        predict.predict(trained, file, tmp_path / "one.csv", as_json=True)
+        (row,) = read(tmp_path / "one.csv")
+        assert row["labels"] == rows[k]["labels"] and row["series"] == rows[k]["series"]
+        one, all_slices = (
+            json.loads((tmp_path / name).read_text())["series"][0]["confidences"]
+            for name in ("one.json", "all.json")
+        )
+        np.testing.assert_allclose(one[0], all_slices[k], atol=1e-4)
+
+
 def test_unreadable_files_are_listed_and_the_others_labelled(trained, phantom, tmp_path, capsys):
     scans = tmp_path / "scans"
     series = sorted(phantom["dicom"].iterdir())[0]

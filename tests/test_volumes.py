@@ -67,6 +67,24 @@ def test_a_png_is_read_with_its_neighbours_and_a_nifti_as_a_volume(tmp_path, sha
         volumes.load_series_of(tmp_path / "empty")
 
 
+def test_a_series_of_one_file_has_its_neighbours_as_context(tmp_path):
+    paths = write_series(tmp_path / "dicom", [0, -5, -10])
+    write_pngs(tmp_path / "png", ["img9.png", "img10.png", "img11.png", "other10.png"])
+    whole = volumes.load_series(search.find_series(tmp_path / "dicom")[0][0])
+    for k in range(3):
+        ((ref,), _) = search.find_series(paths[k])
+        volume = volumes.load_series(ref)
+        assert volume.slices == (paths[k].name,) and volume.hu.shape == (1, 6, 5)
+        for plane, expected in zip(volume.neighbours(0), whole.neighbours(k), strict=True):
+            np.testing.assert_array_equal(plane, expected)
+    values = []
+    for name in ("img9.png", "img10.png", "img11.png"):
+        ((ref,), _) = search.find_series(tmp_path / "png" / name)
+        around = volumes.load_series(ref).neighbours(0)
+        values.append([int(plane[0, 0]) for plane in around])
+    assert values == [[0, 0, 1], [0, 1, 2], [1, 2, 2]]  # by number, not by text
+
+
 def test_many_threads_read_at_once(shared_data):
     """Silencing pydicom is safe in threads; JPEG lossless readers redirect stderr in turn."""
     folder = shared_data / "dicom" / "transfer_syntaxes"

@@ -125,7 +125,7 @@ def _changes(gaps: np.ndarray, names: Sequence[str]) -> dict[int, bool]:
             raise _uneven(gaps, names, start, stop, min(others, default=median))
         if before:
             starts[start + 1] = True
-    if sum(missing) > 1 + len(gaps) // 10:
+    if sum(missing) > 1 + len(gaps) // 5:
         start = runs[missing.index(True)][0]
         raise _uneven(gaps, names, start, start + 1, median)
     return starts

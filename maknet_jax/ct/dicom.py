@@ -182,6 +182,8 @@ def _header(data: pydicom.Dataset, path: str) -> Header | None:
     uid = data.get("SOPInstanceUID") or meta.get("MediaStorageSOPInstanceUID")
     if not uid:
         uid = content_id(pathlib.Path(path).read_bytes())
+    if frame := dicom_frames.split_path(path)[1]:
+        uid = f"{uid}:{frame}"
     header = Header(path, str(data.get("SeriesInstanceUID") or ""), str(uid))
     syntax = _syntax(data)
     if not modality and storage == dicom_uid.CTImageStorage and "Rows" in data:

@@ -7,9 +7,11 @@ the same checks as a single slice and is decoded by the same code.
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pydicom
 from pydicom import uid as dicom_uid
+from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.encaps import encapsulate, generate_frames
 
 from maknet_jax.errors import Rejected
@@ -62,7 +64,7 @@ def flatten(
     for element in data:
         if element.keyword not in (*TAGS, "PixelData", "NumberOfFrames"):
             common.add(element)
-    common.SOPClassUID = dicom_uid.CTImageStorage
+    _set(common, "SOPClassUID", dicom_uid.CTImageStorage)
     for item in data.get("SharedFunctionalGroupsSequence") or []:
         _add_group(common, item)
     frames = _pixels(data, count, native)
@@ -75,9 +77,7 @@ def flatten(
         frame.update(common)
         frame.file_meta = getattr(data, "file_meta", pydicom.dataset.FileMetaDataset())
         _add_group(frame, item)
-        frame.InstanceNumber = number
-        if data.get("SOPInstanceUID"):
-            frame.SOPInstanceUID = f"{data.SOPInstanceUID}:{number}"
+        _set(frame, "InstanceNumber", number)
         if pixels is not None:
             frame.add_new("PixelData", "OB" if not native else "OW", pixels)
             frame["PixelData"].is_undefined_length = not native
@@ -91,7 +91,14 @@ def _add_group(frame: pydicom.Dataset, groups: pydicom.Dataset) -> None:
             continue
         for element in group.value[0]:
             if element.VR != "SQ" and element.keyword:
-                setattr(frame, _NAMES.get(element.keyword, element.keyword), element.value)
+                _set(frame, _NAMES.get(element.keyword, element.keyword), element.value)
+
+
+def _set(frame: pydicom.Dataset, keyword: str, value: Any) -> None:
+    # Assigning an attribute would change the element that the frames share.
+    tag = tag_for_keyword(keyword)
+    if tag is not None:
+        frame.add(pydicom.DataElement(tag, dictionary_VR(tag), value))
 
 
 def _pixels(data: pydicom.Dataset, count: int, native: bool) -> list[bytes] | list[None]:

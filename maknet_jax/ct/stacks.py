@@ -65,7 +65,7 @@ def find_stacks(headers: Sequence[Header]) -> tuple[list[Stack], list[tuple[str,
       headers: at least one, without problems.
 
     Returns:
-      (stacks, (path, reason) of the slices that belong to none of them).
+      (stacks by the path of their first slice, (path, reason) of slices that belong to none).
     """
     failures: list[tuple[str, str]] = []
     parts = _alike(headers)
@@ -81,7 +81,7 @@ def find_stacks(headers: Sequence[Header]) -> tuple[list[Stack], list[tuple[str,
             stacks += _stacks_of(part, failures)
         except Rejected as error:
             failures.append((part[0].path, str(error)))
-    return stacks, failures
+    return sorted(stacks, key=lambda stack: stack.headers[0].path), failures
 
 
 def order_slices(headers: Sequence[Header]) -> Stack:
