@@ -1,6 +1,7 @@
 """Series in folders: detected by content, grouped, and listed in a fixed order."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -83,3 +84,10 @@ def test_runs_of_png_become_series(tmp_path):
         ("flat/liver", 1),
     ]
     assert "index 1" in reasons[0][1]
+
+
+def test_a_copy_of_a_png_under_the_same_number_is_taken_once(tmp_path):
+    write_pngs(tmp_path, ["1.png", "2.png", "7.png"])
+    shutil.copy(tmp_path / "2.png", tmp_path / "02.png")
+    series, reasons = search.find_series(tmp_path)
+    assert reasons == [] and [(ref.count, ref.copies) for ref in series] == [(2, 1), (1, 0)]

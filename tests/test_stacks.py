@@ -212,7 +212,7 @@ def test_a_change_of_spacing_joins_blocks(tmp_path, steps):
 def test_a_lateral_jump_divides_a_series_and_a_tilted_gantry_does_not(tmp_path):
     for k in range(8):
         jumped, tilted = {"ImagePositionPatient": [-10 + 80 * (k > 3), -20, -5 * k]}, {}
-        tilted = {"ImagePositionPatient": [-10, -20, -5 * k], "ImageOrientationPatient": TILTED}
+        tilted = {"ImagePositionPatient": [-10, -20, -20 * k], "ImageOrientationPatient": TILTED}
         for name, changes in (("jump", jumped), ("tilt", tilted)):
             (tmp_path / name).mkdir(exist_ok=True)
             write_slice(tmp_path / name / f"{k}.dcm", values=stored_values(k), **changes)

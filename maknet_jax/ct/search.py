@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import filecmp
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -181,7 +182,7 @@ def _add_png(paths: Sequence[str], search: _Search) -> None:
         search.add("png", (path,), _png_key(folder, series, search.root), 1)
     for (folder, series), items in numbered.items():
         base = _png_key(folder, series, search.root)
-        items.sort()
+        items, copies = _without_copies(sorted(items))
         indices = [index for index, _ in items]
         if len(set(indices)) < len(indices):
             double = next(a for a, b in zip(indices, indices[1:], strict=False) if a == b)
@@ -192,7 +193,17 @@ def _add_png(paths: Sequence[str], search: _Search) -> None:
         starts = [k for k, index in enumerate(indices) if k == 0 or index != indices[k - 1] + 1]
         for start, end in zip(starts, [*starts[1:], len(items)], strict=True):
             run = tuple(path for _, path in items[start:end])
-            search.add("png", run, f"{base}:{indices[start]}-{indices[end - 1]}", len(run))
+            key = f"{base}:{indices[start]}-{indices[end - 1]}"
+            search.add("png", run, key, len(run), copies if start == 0 else 0)
+
+
+def _without_copies(items: Sequence[tuple[int, str]]) -> tuple[list[tuple[int, str]], int]:
+    """(sorted (index, path) pairs without copies of a file at the same index, their number)."""
+    kept: list[tuple[int, str]] = []
+    for index, path in items:
+        if not (kept and kept[-1][0] == index and filecmp.cmp(kept[-1][1], path, shallow=False)):
+            kept.append((index, path))
+    return kept, len(items) - len(kept)
 
 
 def _png_key(folder: str, series: str, root: str) -> str:
