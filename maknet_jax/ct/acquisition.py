@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable
 
 import pydicom
+from pydicom.tag import Tag
 
 # Elements that tell acquisitions or reconstructions in one series apart. If they alternate from
 # slice to slice, two are mixed.
@@ -35,6 +36,7 @@ MARKS = (
 TIMES = ("AcquisitionDateTime", "AcquisitionTime", "ContentTime", "InstanceNumber")
 PERSON = ("PatientID", "StudyInstanceUID")
 TAGS = (*MARKS, *TIMES, *PERSON)
+_NUMBERS = {name: Tag(name) for name in TAGS}
 
 # Words of ImageType (with spaces for underscores) that say that an image is not a slice of HU:
 # DICOM's terms (PS3.3, C.8.2.1.1.1 and C.8.16.1), and those that vendors write.
@@ -79,16 +81,17 @@ _NOT_HU = (
 
 
 def marks(data: pydicom.Dataset, names: Iterable[str]) -> tuple[str, ...]:
-    """The values of some elements as text; "" where one is absent or invalid."""
+    """The values of some elements as text, to be compared; "" where one is absent."""
     return tuple(sys.intern(_text(data, name)) for name in names)
 
 
 def _text(data: pydicom.Dataset, name: str) -> str:
-    try:
-        value = data.get(name)
-    except Exception:  # pydicom raises any exception on invalid values
-        return ""
-    return "" if value is None else str(value).strip()
+    # As stored: the conversion of values takes a fifth of the time to read a header.
+    element = data.get_item(_NUMBERS[name])
+    value = None if element is None else element.value
+    if isinstance(value, bytes):
+        value = value.decode("latin-1")
+    return "" if value is None else str(value).strip("\0 ")
 
 
 def not_hu(image_type: Iterable[str]) -> str:
