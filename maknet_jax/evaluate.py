@@ -73,7 +73,7 @@ def evaluate(
     val = None if other else run.val_split
     chosen_on = val if val and dataset.info["splits"].get(val, {}).get("count") else None
     names = list(dict.fromkeys([*([chosen_on] if chosen_on else []), *requested]))
-    scores = _score(run, dataset, names, batch_size or run.batch_size)
+    scores = score_splits(run, dataset, names, batch_size or run.batch_size)
     thresholds = scores[chosen_on].thresholds(rules) if chosen_on else run.thresholds
     out = out / (f"on-{dataset.path.resolve().name}" if other else "")
     out = out / ("" if rules == protocol.OURS else rules)
@@ -136,10 +136,20 @@ def direct_parents(dataset: records.Dataset) -> list[list[int]]:
     ]
 
 
-def _score(
+def score_splits(
     run: workdir.Run, dataset: records.Dataset, names: Sequence[str], batch_size: int
 ) -> dict[str, Scores]:
-    """The scores of each split, on all processes."""
+    """Scores splits of a data set.
+
+    Args:
+      run: the network.
+      dataset: data with the labels and the image size of the network.
+      names: splits.
+      batch_size: images per step, rounded up to a multiple of the devices.
+
+    Returns:
+      Split -> scores, on all processes.
+    """
     scores = {}
     total = sum(dataset.split(name)["count"] for name in names)
     with console.progress("evaluate", total) as advance:

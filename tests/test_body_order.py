@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from benchmarks.experiments import body_order, ranked_slices
-from maknet_jax.data import table
+from maknet_jax import files
+from maknet_jax.data import records, table
 from maknet_jax.errors import InputError
 
 TINY = {
@@ -27,6 +28,8 @@ TINY = {
         "optimizer.learning_rate=0.02",
     ),
 }
+
+WITHOUT_PATIENTS = ("random", "phantom", "student")
 
 
 def draw(folder, ranks, *, first=1, name="{:03d}_score_{:.5f}_{:06d}_01_2_33.png"):
@@ -175,14 +178,50 @@ def test_slices_of_another_folder_are_placed(tmp_path, monkeypatch):
     assert failure["input"].endswith("broken.png")
 
 
+def test_the_interval_contains_the_correlation_and_shrinks_with_more_slices():
+    rng = np.random.default_rng(0)
+    widths = []
+    for count in (20, 200):
+        ranks = np.arange(count)
+        positions = ranks + rng.normal(size=count) * count / 3
+        low, high = ranked_slices.correlation_interval(positions, ranks, draws=300)
+        assert low < ranked_slices.correlation(positions, ranks) < high <= 1
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 2
+
+
+@pytest.mark.slow  # pre-training on few steps, and four tiny trainings
+def test_networks_pretrained_on_patients_place_every_slice(shared_data, tmp_path):
+    slices = ranked_slices.read_slices(draw(tmp_path / "slices", range(0, 100, 5)))
+    folds, positions_by_network = body_order.cross_validate(
+        slices,
+        [],
+        tmp_path,
+        seed=0,
+        settings=TINY | {"openkbp": ("epochs=0.05",)},
+        networks=body_order.PRETRAINED_ON_OPENKBP,
+        openkbp=shared_data / "openkbp",
+    )
+    for positions in positions_by_network.values():
+        assert np.isfinite(positions).all()
+    config = files.read_json(tmp_path / "fold-0" / "openkbp" / "config.json")
+    assert config["init"] == {"path": str(tmp_path / "openkbp" / "run")} | {
+        "head": False,
+        "shared_labels": False,
+    }
+    student = files.read_json(tmp_path / "fold-1" / "openkbp-student" / "run" / "config.json")
+    pseudo = records.open_dataset(student["pseudo"]["path"])
+    assert 3000 < sum(split["count"] for split in pseudo.info["splits"].values()) <= 4054
+
+
 @pytest.mark.slow  # eight tiny trainings
 def test_every_slice_is_placed_in_cross_validation(tmp_path):
     slices = ranked_slices.read_slices(draw(tmp_path / "slices", range(0, 100, 5)))
     unlabelled = ranked_slices.unlabelled_rows([draw(tmp_path / "ct", range(0, 60, 3))], set())
     folds, positions_by_network = body_order.cross_validate(
-        slices, unlabelled, tmp_path, seed=0, settings=TINY
+        slices, unlabelled, tmp_path, seed=0, settings=TINY, networks=WITHOUT_PATIENTS
     )
-    assert set(folds) == {0, 1} and set(positions_by_network) == set(body_order.TITLES)
+    assert set(folds) == {0, 1} and set(positions_by_network) == set(WITHOUT_PATIENTS)
     for positions in positions_by_network.values():
         assert np.isfinite(positions).all()
     assert ranked_slices.correlation(positions_by_network["random"], range(20)) > 0.8

@@ -47,6 +47,23 @@ def test_value_and_gradients_are_those_of_xla(size, channels, strides):
     np.testing.assert_allclose(pull(cotangent)[1], by_hand, rtol=1e-4, atol=1e-4)
 
 
+# Up to outputs of 2 x 2 the CPU program is im2col; 4 x 3 with a stride of 2 is the largest here.
+@pytest.mark.parametrize("size", [(3, 3), (1, 3), (7, 7)])
+@pytest.mark.parametrize(
+    "shape, strides", [((2, 2, 2, 16), 1), ((2, 4, 3, 17), 2), ((2, 1, 5, 3), 2)]
+)
+def test_small_images(shape, strides, size):
+    x, kernel = drawn(*shape), drawn(*size, shape[-1], 5, seed=1)
+    ours, pull = jax.vjp(functools.partial(convolution.convolve, strides=strides), x, kernel)
+    expected, expected_pull = jax.vjp(lambda *both: xla(*both, strides), x, kernel)
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+    cotangent = drawn(*ours.shape, seed=2)
+    for a, b in zip(pull(cotangent), expected_pull(cotangent), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    compiled = jax.jit(convolution.convolve, static_argnums=2).lower(x, kernel, strides).compile()
+    assert " convolution(" not in compiled.as_text()
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 2, 16), (1, 3, 2, 3), (0, 4, 4, 16)])
 def test_kernels_may_be_larger_than_images_and_batches_empty(shape):
     x, kernel = drawn(*shape), drawn(7, 7, shape[-1], 4, seed=1)

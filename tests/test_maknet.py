@@ -1,5 +1,6 @@
 """MAKNet: its size, its layers and their order, its types, its dropout, its removed forms."""
 
+import functools
 import json
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 import toy
 from arrays import drawn, redrawn
 
+from benchmarks.experiments import parts
 from maknet_jax import models, train
 from maknet_jax.errors import InputError
 from maknet_jax.models import layers
@@ -64,6 +66,74 @@ def test_channels_fill_the_tiles_of_an_accelerator(full):
             # The channels of a MAKConv come in quarters, one per kernel.
             whole = {"transition": 64}.get(names[1], 4 if "makconv" in names[1] else 16)
             assert leaf.shape[3] % whole == 0, names
+
+
+# What a plain component takes away from the parameters, and what it adds.
+PLAIN = {
+    "mixpool": ({"mixpool_1"}, set()),
+    "cbam": ({"block_0/cbam", "block_1/cbam"}, set()),
+    "spl": ({"spl"}, set()),
+    "gcp": (set(), set()),
+    "makconv": ({"block_0/makconv_0", "block_1/makconv_0"}, {"block_0/conv_0", "block_1/conv_0"}),
+}
+
+
+def modules(params):
+    """The names of the parts of a network and, in its blocks, of their layers."""
+    names = {name for name in params if not name.startswith("block")}
+    return names | {
+        f"{name}/{inner}" for name in params if name[:5] == "block" for inner in params[name]
+    }
+
+
+@pytest.mark.parametrize("component", PLAIN)
+def test_plain_components_replace_only_themselves(component):
+    paper = shapes(models.build("maknet", 5, **TINY), 32)["params"]
+    model = models.build("maknet", 5, **TINY, plain=[component])
+    plain = shapes(model, 32)["params"]
+    gone, new = PLAIN[component]
+    assert modules(plain) == (modules(paper) - gone) | new
+    features = 16 if component == "gcp" else 32  # means only, or maxima and means
+    assert plain["classifier"]["kernel"].shape == (features, 5)
+    outputs = jax.eval_shape(
+        functools.partial(model.apply, train=False), shapes(model, 32), jnp.zeros((2, 32, 32, 3))
+    )
+    assert (outputs.scores_before_spl is None) == (component == "spl")
+
+
+def test_plain_pooling_takes_the_maximum_and_plain_global_pooling_the_mean():
+    one = {"stem": 8, "blocks": (1,), "growth_rates": (8,), "widths": (16,)}
+    images = drawn(2, 32, 32, 3)
+    paper, plain = (models.build("maknet", 5, **one, plain=p) for p in ((), ("gcp",)))
+    variables = redrawn(paper.init(jax.random.key(0), images, train=False))
+    head = variables["params"]["classifier"]
+    params = variables["params"] | {"classifier": head | {"kernel": head["kernel"][16:]}}
+    means = plain.apply(variables | {"params": params}, images, train=False).features
+    both = paper.apply(variables, images, train=False).features
+    np.testing.assert_allclose(means, both[:, 16:], rtol=1e-6)
+    mixed = models.build("maknet", 5, **TINY)
+    variables = redrawn(mixed.init(jax.random.key(0), images, train=False))
+    variables["params"]["mixpool_1"]["share"] = jnp.float32(1.0)  # the maximum only
+    maxima = models.build("maknet", 5, **TINY, plain=("mixpool",))
+    params = {name: part for name, part in variables["params"].items() if name != "mixpool_1"}
+    np.testing.assert_allclose(
+        maxima.apply(variables | {"params": params}, images, train=False).logits,
+        mixed.apply(variables, images, train=False).logits,
+        rtol=1e-5,
+    )
+
+
+def test_full_kernels_with_fewer_channels_have_as_many_parameters():
+    """The comparison of benchmarks/experiments/parts.py."""
+    _, options = parts.VARIANTS["maknet-full-kernels"]
+    paper, full = (models.build("maknet", 7, **o) for o in ({}, options))
+    counts = [parameters(shapes(model)["params"]) for model in (paper, full)]
+    assert abs(counts[1] - counts[0]) < 0.001 * counts[0]
+
+
+def test_an_unknown_plain_component_is_rejected():
+    with pytest.raises(InputError, match="mixpol"):
+        shapes(models.build("maknet", 5, **TINY, plain=("mixpol",)), 32)
 
 
 def test_no_convolution_has_a_bias(full):

@@ -1,6 +1,6 @@
 """Learns the position of a slice in the body from real slices whose order is known.
 
-    python benchmarks/experiments/body_order.py          # five folds, three networks
+    python benchmarks/experiments/body_order.py          # five folds, five networks
     python benchmarks/experiments/body_order.py --quick  # two folds, few epochs, only to see it run
     python benchmarks/experiments/body_order.py --table FOLDER slices.csv  # for `prepare table`
     python benchmarks/experiments/body_order.py --train FOLDER --predict OTHER --out positions.csv
@@ -8,13 +8,13 @@
 Slices are 8-bit PNGs named RANK_score_SCORE_PATIENT_STUDY_SERIES_SLICE.png, with ranks from neck to
 thigh. Label k means that a slice lies beyond threshold k of the body; the mean confidence is its
 position, from 0 to 1. The first form compares training from random weights, from weights
-pre-trained on a phantom, and as a noisy student, by Spearman correlation in folds by patient. The
-last form trains on one folder and writes the positions of the slices of another. The recipe is
-configs/body_order.py.
+pre-trained on a phantom or on the organs of OpenKBP's patients, and as noisy students of these two,
+by Spearman correlation in folds by patient; the interval of all held-out slices is a bootstrap over
+slices. The last form trains on one folder and writes the positions of the slices of another. The
+recipe is configs/body_order.py.
 
-Expect a mean correlation of about 0.9 for all three, so no gain from pre-training
-(benchmarks/RESULTS.md). The full form pre-trains once and trains 15 networks; the duration was not
-recorded. It needs the real data (data/README.md) and resumes in --workdir if interrupted.
+For results see benchmarks/RESULTS.md. The full form pre-trains twice and trains 25 networks. It
+needs the real data (data/README.md) and resumes in --workdir if interrupted.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import ml_collections
 import numpy as np
 
 from benchmarks import harness
+from benchmarks.experiments import patients
 from benchmarks.experiments.ranked_slices import (
     COLUMNS,
     NAME,
@@ -35,6 +36,7 @@ from benchmarks.experiments.ranked_slices import (
     Row,
     Slice,
     correlation,
+    correlation_interval,
     cumulative_labels,
     labelled_rows,
     make_folds,
@@ -57,19 +59,30 @@ UNLABELLED = ("nifti/torso_112/example_ct.nii.gz", "dicom/liver_j2k_20", "deeple
 # all of them, unlike in real ones.
 PHANTOM = {"patients": 200, "unlabelled_volumes": 0}
 HEIGHTS = (0.25 + 0.7 * 0.08, 0.25 + 0.7 * 0.92)  # of the phantom, shoulders to thighs
+OPENKBP = ("epochs=12.0", "data.batch_size=32", "evaluate_every=2.0")
 PRETRAINING = ("epochs=16.0", "data.batch_size=32", "augment.contrast_probability=0.5")
-FULL: dict[str, Any] = {"folds": 5, "phantom": PHANTOM, "pretraining": PRETRAINING, "changes": ()}
+FULL: dict[str, Any] = {
+    "folds": 5,
+    "phantom": PHANTOM,
+    "pretraining": PRETRAINING,
+    "openkbp": OPENKBP,
+    "changes": (),
+}
 QUICK: dict[str, Any] = {
     "folds": 2,
     "phantom": PHANTOM | {"patients": 20},
     "pretraining": (*PRETRAINING, "epochs=4.0"),
+    "openkbp": (*OPENKBP, "epochs=0.1"),
     "changes": ("epochs=10.0",),
 }
 TITLES = {
     "random": "random weights",
     "phantom": "pre-trained on the phantom",
     "student": "noisy student of the pre-trained network",
+    "openkbp": "pre-trained on OpenKBP's organs",
+    "openkbp-student": "noisy student of that network, OpenKBP's slices unlabelled",
 }
+PRETRAINED_ON_OPENKBP = ("openkbp", "openkbp-student")
 
 
 def _prepare(rows: Sequence[Row], folder: pathlib.Path, config: ml_collections.ConfigDict) -> str:
@@ -106,13 +119,40 @@ def pretrain(folder: pathlib.Path, *, seed: int, settings: dict[str, Any]) -> pa
     return folder / "run"
 
 
+def pretrain_on_organs(
+    folder: pathlib.Path, *, seed: int, settings: dict[str, Any], openkbp: str | pathlib.Path
+) -> tuple[pathlib.Path, pathlib.Path]:
+    """Trains on the organs of OpenKBP's patients; returns (workdir, prepared data)."""
+    config = configs.load(CONFIG, settings["changes"])
+    data = patients.prepare_data(openkbp, folder / "shards", config.data.size)
+    changes = (*settings["changes"], *settings["openkbp"], f"seed={seed}", f"data.path={data}")
+    train.train(configs.load(CONFIG, changes), folder / "run")
+    return folder / "run", data
+
+
 def train_student(
-    changes: Sequence[str], folder: pathlib.Path, teacher: pathlib.Path
+    changes: Sequence[str],
+    folder: pathlib.Path,
+    teacher: pathlib.Path,
+    unlabelled: pathlib.Path | None = None,
 ) -> pathlib.Path:
-    """Trains a student in `folder` on pseudo-labels of `teacher`; returns the workdir."""
+    """Trains a student in `folder` on pseudo-labels of `teacher`; returns the workdir.
+
+    Args:
+      changes: of the config.
+      folder: of the pseudo-labels and the run.
+      teacher: its workdir.
+      unlabelled: a data set whose split `train` is labelled; None takes the split `unlabelled` of
+        the student's own data.
+    """
     config = configs.load(CONFIG, changes)
     pseudo_label.pseudo_label(
-        teacher, config.data.path, folder / "pseudo", top=THRESHOLDS, checkpoint="last"
+        teacher,
+        unlabelled or config.data.path,
+        folder / "pseudo",
+        split="train" if unlabelled else "unlabelled",
+        top=THRESHOLDS,
+        checkpoint="last",
     )
     student_changes = (*changes, f"pseudo.path={folder / 'pseudo'}")
     train.train(configs.load(CONFIG, student_changes), folder / "run")
@@ -154,6 +194,7 @@ def cross_validate(
     seed: int,
     settings: dict[str, Any],
     networks: Sequence[str] = tuple(TITLES),
+    openkbp: str | pathlib.Path = patients.PATIENTS,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Positions of slices by networks trained on other patients; skips finished runs.
 
@@ -164,6 +205,7 @@ def cross_validate(
       seed: of the folds, the phantom and all runs.
       settings: `FULL`, `QUICK` or a variant.
       networks: names in `TITLES`.
+      openkbp: OpenKBP's folder.
 
     Returns:
       (folds `[N]`, network -> positions `[N]`).
@@ -171,8 +213,13 @@ def cross_validate(
     folds = make_folds(slices, settings["folds"], seed)
     positions = {name: np.full(len(slices), np.nan) for name in networks}
     pretrained = None
-    if set(networks) - {"random"}:
+    if set(networks) & {"phantom", "student"}:
         pretrained = pretrain(folder / "phantom", seed=seed, settings=settings)
+    on_organs = neck = None
+    if set(networks) & set(PRETRAINED_ON_OPENKBP):
+        on_organs, neck = pretrain_on_organs(
+            folder / "openkbp", seed=seed, settings=settings, openkbp=openkbp
+        )
     for fold in range(settings["folds"]):
         held_out = [one for one, number in zip(slices, folds, strict=True) if number == fold]
         training = [one for one, number in zip(slices, folds, strict=True) if number != fold]
@@ -183,11 +230,15 @@ def cross_validate(
         )
         for name in networks:
             run, network_changes = part / name, (*changes, data)
-            if name != "random":
+            if name in ("phantom", "student"):
                 init = (f"init.path={pretrained}", "init.head=True")
                 network_changes = (*network_changes, *init)
+            if name in PRETRAINED_ON_OPENKBP:
+                network_changes = (*network_changes, f"init.path={on_organs}")
             if name == "student":
                 run = train_student(network_changes, run, part / "phantom")
+            elif name == "openkbp-student":
+                run = train_student(network_changes, run, part / "openkbp", neck)
             else:
                 train.train(configs.load(CONFIG, network_changes), run)
             placed, _ = place_slices(run, [one.path for one in held_out])
@@ -203,20 +254,30 @@ def benchmark(chosen: argparse.Namespace, argv: Sequence[str] | None) -> None:
     ranks = np.array([one.rank for one in slices])
     with harness.run_folder(chosen.workdir) as folder:
         folds, positions_by_network = cross_validate(
-            slices, unlabelled, folder, seed=chosen.seed, settings=settings
+            slices,
+            unlabelled,
+            folder,
+            seed=chosen.seed,
+            settings=settings,
+            networks=chosen.networks,
+            openkbp=chosen.patients,
         )
-    rows, results = [], {}
+    rows: list[list[str]] = []
+    results: dict[str, dict[str, Any]] = {}
     for name, positions in positions_by_network.items():
         by_fold = [correlation(positions[folds == k], ranks[folds == k]) for k in set(folds)]
         defined = [value for value in by_fold if value is not None]
         results[name] = {
             "pooled": correlation(positions, ranks),
+            "interval": correlation_interval(positions, ranks),
             "folds": by_fold,
             "positions": [round(float(value), 4) for value in positions],
         }
         pooled = results[name]["pooled"]
         mean = f"{statistics.mean(defined):.3f} ({min(defined):.3f} to {max(defined):.3f})"
-        rows.append([TITLES[name], "-" if pooled is None else f"{pooled:.3f}", mean])
+        low, high = results[name]["interval"]
+        all_slices = "-" if pooled is None else f"{pooled:.3f} ({low:.3f} to {high:.3f})"
+        rows.append([TITLES[name], all_slices, mean])
     harness.report(
         __file__,
         argv,
@@ -283,6 +344,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--table", nargs=2, metavar=("FOLDER", "CSV"), help="only write the CSV for `prepare table`"
     )
+    parser.add_argument(
+        "--networks",
+        type=harness.words,
+        help=f"any of {','.join(TITLES)} (default: all)",
+    )
+    parser.add_argument("--patients", default=str(patients.PATIENTS), help="OpenKBP's folder")
     parser.add_argument("--train", metavar="FOLDER", help="ranked slices to train on")
     parser.add_argument("--predict", metavar="FOLDER", help="slices to place after --train")
     parser.add_argument("--out", help="JSON of the folds, or CSV of the positions")
@@ -290,7 +357,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seed", type=int, default=5, help="default: 5; the recipe was chosen on 0 to 4"
     )
-    chosen = harness.parse(parser, argv, full={}, quick={})
+    chosen = harness.parse(parser, argv, full={"networks": list(TITLES)}, quick={})
+    for name in chosen.networks:
+        if name not in TITLES:
+            parser.error(f"network {name!r} is unknown: choose from {', '.join(TITLES)}")
     if chosen.seed < 0:
         parser.error(f"--seed {chosen.seed} should be 0 or above")
     if bool(chosen.train) != bool(chosen.predict) or (chosen.train and not chosen.out):

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.real_data import DATA
+from benchmarks.experiments import patients
 from maknet_jax import console, evaluate, prepare, train
 from maknet_jax.errors import InputError
 from maknet_jax.prepare import Rules, SplitOptions
@@ -28,13 +28,10 @@ from maknet_jax.runs import config as configs
 
 FULL: dict[str, Any] = {"size": 64, "seeds": [0, 1, 2], "networks": ["linear"], "epochs": 40}
 QUICK = {"size": 32, "seeds": [0], "epochs": 2}
-EVERY = 3  # slices
-UNKNOWN_BELOW = ("spinal_cord", "esophagus")
 FORMS = {
-    "unknown": Rules(every=EVERY, unknown_below=UNKNOWN_BELOW),
-    "absent": Rules(every=EVERY, missing_is_absent=True),
+    "unknown": patients.RULES,
+    "absent": Rules(every=patients.RULES.every, missing_is_absent=True),
 }
-SHARES = {"train": 0.82, "val": 0.18}
 QUICK_CASES = 16
 METRICS = ("auc", "f1_at_0.5", "precision_at_0.5", "recall_at_0.5")
 
@@ -43,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prepares, trains and scores, prints the table and writes the JSON."""
     parser = harness.parser(__file__, __doc__)
     parser.add_argument(
-        "--patients", default=str(DATA / "openkbp" / "train"), help="patients of OpenKBP"
+        "--patients", default=str(patients.PATIENTS / "train"), help="patients of OpenKBP"
     )
     parser.add_argument("--folder", help="folder for data and runs (default: temporary)")
     parser.add_argument("--networks", type=harness.words, help="configs (default: linear)")
@@ -66,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _rows(results),
         [
             f"means of {len(chosen.seeds)} seeds, {chosen.size} x {chosen.size}, every "
-            f"{EVERY}rd slice, {chosen.epochs} epochs; tuning patients, known labels only",
+            f"{patients.RULES.every}rd slice, {chosen.epochs} epochs; tuning patients, known "
+            "labels only",
             *(["QUICK FORM: few patients and epochs: the numbers are meaningless"] * chosen.quick),
         ],
         {"results": results},
@@ -75,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _prepare(chosen: argparse.Namespace, folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """Prepares the patients in both forms; returns the data sets by form."""
-    splits = SplitOptions(shares=SHARES)
+    splits = SplitOptions(shares=patients.SHARES)
     if chosen.quick:
         cases = sorted(path.name for path in pathlib.Path(chosen.patients).iterdir())[:QUICK_CASES]
         rows = [(name, "train" if number % 4 else "val") for number, name in enumerate(cases)]

@@ -122,3 +122,16 @@ def correlation(
     """Spearman's rank correlation; None if it is undefined."""
     value = stats.spearmanr(positions, ranks).statistic if len(set(positions)) > 1 else np.nan
     return None if np.isnan(value) else float(value)
+
+
+def correlation_interval(
+    positions: np.ndarray, ranks: np.ndarray, *, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % interval of `correlation` by a bootstrap over slices."""
+    rng = np.random.default_rng(seed)
+    values = []
+    for _ in range(draws):
+        drawn = rng.integers(len(ranks), size=len(ranks))
+        values.append(correlation(positions[drawn], ranks[drawn]))
+    low, high = np.percentile([value for value in values if value is not None], [2.5, 97.5])
+    return float(low), float(high)

@@ -3,7 +3,8 @@
 Images are `[B, H, W, C]`, kernels HWIO with odd edges, padded as in torch: by half the edge on
 every side ("SAME" would shift the grid of strided ones). Accelerators run XLA's own convolution.
 On CPU the gradients of XLA's convolutions are slower than matrix products, especially those of
-1 x 1 kernels (`benchmarks/speed/makconv.py` times both).
+1 x 1 kernels (`benchmarks/speed/makconv.py` times both), and its convolutions of images of 2 x 2
+are over a hundred times slower (ResNet18's last stage at 64 x 64).
 
 The gradients are written by hand, so forward-mode differentiation (`jax.jvp`) raises a TypeError.
 """
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 FEW_CHANNELS = 16  # with fewer, one matrix product per kernel position is slower than XLA
+SMALL_EDGE = 2  # pixels; outputs up to this height or width are computed by im2col
 
 
 def convolve(x: jax.Array, kernel: jax.Array, strides: int = 1) -> jax.Array:
@@ -37,14 +39,35 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: int = 1) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve(x: jax.Array, kernel: jax.Array, strides: int, precision: str | None) -> jax.Array:
     by_xla = functools.partial(_convolve_by_xla, strides=strides)
-    if kernel.shape[:2] != (1, 1):
+    if kernel.shape[:2] != (1, 1) and not _is_small(x.shape, strides):
         return by_xla(x, kernel)
 
     def on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return x[:, ::strides, ::strides] @ kernel[0, 0]
+        return _im2col(x, kernel.shape, strides) @ kernel.reshape(-1, kernel.shape[3])
 
     # Chosen by the platform for which the program is compiled, not by the one that traces it.
     return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=by_xla)
+
+
+def _is_small(shape: Sequence[int], strides: int) -> bool:
+    """True if the output for an input of `shape` is too small for XLA's convolution on CPU."""
+    return min(-(-edge // strides) for edge in shape[1:3]) <= SMALL_EDGE
+
+
+def _pixels_by_position(x: jax.Array, kernel_shape: Sequence[int], strides: int) -> list[jax.Array]:
+    """The input of each position in the kernel: `[B, ceil(H / strides), ceil(W / strides), C]`."""
+    rows, columns = kernel_shape[:2]
+    height, width = ((edge - 1) // strides * strides + 1 for edge in x.shape[1:3])
+    x = jnp.pad(x, ((0, 0), (rows // 2,) * 2, (columns // 2,) * 2, (0, 0)))
+    return [
+        x[:, row : row + height : strides, column : column + width : strides]
+        for row, column in itertools.product(range(rows), range(columns))
+    ]
+
+
+def _im2col(x: jax.Array, kernel_shape: Sequence[int], strides: int) -> jax.Array:
+    """`_pixels_by_position`, concatenated along the channels."""
+    return jnp.concatenate(_pixels_by_position(x, kernel_shape, strides), axis=-1)
 
 
 def _convolve_by_xla(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
@@ -76,7 +99,11 @@ def _backward(
     def input_on_cpu(kernel: jax.Array, cotangent: jax.Array) -> jax.Array:
         if (rows, columns, strides) == (1, 1, 1):
             return cotangent @ kernel[0, 0].T
-        return input_by_xla(kernel, cotangent)
+        if not _is_small(x.shape, strides):
+            return input_by_xla(kernel, cotangent)
+        pixels = cotangent @ kernel.reshape(-1, kernel.shape[3]).T
+        im2col = functools.partial(_im2col, kernel_shape=kernel.shape, strides=strides)
+        return jax.linear_transpose(im2col, x)(pixels)[0]
 
     def kernel_by_xla(x: jax.Array, cotangent: jax.Array) -> jax.Array:
         return jax.linear_transpose(lambda kernel: by_xla(x, kernel), kernel)(cotangent)[0]
@@ -85,12 +112,9 @@ def _backward(
         """For each position in the kernel, the product of the pixels there and the cotangent."""
         if channels < FEW_CHANNELS:
             return kernel_by_xla(x, cotangent)
-        height, width = (strides * (edge - 1) + 1 for edge in cotangent.shape[1:3])
-        x = jnp.pad(x, ((0, 0), (rows // 2,) * 2, (columns // 2,) * 2, (0, 0)))
         cotangent = cotangent.reshape(-1, cotangent.shape[-1])
         products = []
-        for row, column in itertools.product(range(rows), range(columns)):
-            pixels = x[:, row : row + height : strides, column : column + width : strides]
+        for pixels in _pixels_by_position(x, kernel.shape, strides):
             pixels = pixels.reshape(-1, channels)
             # In this order: for `[F, C]`, as in autodiff, XLA would transpose both factors.
             products.append(jax.lax.dot_general(pixels, cotangent, (((0,), (0,)), ((), ()))))

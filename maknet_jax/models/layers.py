@@ -249,7 +249,8 @@ class DenseBlock(nn.Module):
     """Densely connected MAKConv layers, then a standard 1 x 1 convolution and CBAM (figure 1).
 
     Every MAKConv reads the block's input and the outputs of all layers before it. The kernel of
-    the standard convolution, 1 x 1, is our choice.
+    the standard convolution, 1 x 1, is our choice. Without `mixed` the layers are plain k x k
+    convolutions; without `attention` there is no CBAM.
     """
 
     layers: int
@@ -257,6 +258,8 @@ class DenseBlock(nn.Module):
     features: int
     kernel_size: int = 3
     form: str = "auto"
+    mixed: bool = True
+    attention: bool = True
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -264,15 +267,23 @@ class DenseBlock(nn.Module):
         """`[B, H, W, C]` -> `[B, H, W, features]`."""
         outputs = [x.astype(self.dtype)]
         for number in range(self.layers):
-            new = MAKConv(
-                self.growth_rate,
-                self.kernel_size,
-                form=self.form,
-                dtype=self.dtype,
-                name=f"makconv_{number}",
-            )(jnp.concatenate(outputs, axis=-1))
+            x = jnp.concatenate(outputs, axis=-1)
+            if self.mixed:
+                conv = MAKConv(
+                    self.growth_rate,
+                    self.kernel_size,
+                    form=self.form,
+                    dtype=self.dtype,
+                    name=f"makconv_{number}",
+                )
+                new = conv(x)
+            else:
+                shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.growth_rate)
+                kernel = Kernel(shape, self.dtype, name=f"conv_{number}")()
+                new = convolution.convolve(x, kernel)
             new = batch_norm(self.dtype, train, name=f"norm_{number}")(new)
             outputs.append(mish(new))
         x = jnp.concatenate(outputs, axis=-1)
         x = ConvNorm(self.features, (1, 1), dtype=self.dtype, name="transition")(x, train)
-        return CBAM(dtype=self.dtype, name="cbam")(mish(x), train)
+        x = mish(x)
+        return CBAM(dtype=self.dtype, name="cbam")(x, train) if self.attention else x

@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from maknet_jax.errors import InputError
-from maknet_jax.models import layers, network
+from maknet_jax.models import layers, network, pooling
+
+COMPONENTS = ("mixpool", "gcp", "cbam", "spl", "makconv")
 
 
 class MAKNet(network.TrunkNetwork):
@@ -29,6 +32,9 @@ class MAKNet(network.TrunkNetwork):
       kernel_size: k of the MAKConv layers.
       form: of the MAKConv layers, see `layers.MAKConv`; the parameters are the same in all.
       mixpool_learned: False fixes MixPool's share at 0.5.
+      plain: the components of the paper that are replaced by their plain counterparts, to measure
+        what each is worth: "mixpool" (maximum pooling), "gcp" (global average pooling), "cbam" (no
+        attention), "spl" (no score propagation), "makconv" (k x k convolutions).
     """
 
     stem: int = 32
@@ -38,6 +44,7 @@ class MAKNet(network.TrunkNetwork):
     kernel_size: int = 3
     form: str = "auto"
     mixpool_learned: bool = True
+    plain: Sequence[str] = ()
 
     @nn.compact
     def __call__(
@@ -48,9 +55,14 @@ class MAKNet(network.TrunkNetwork):
         With `stages`: the maps of the stem, `[B, H/4, W/4, stem]`, and of each block.
 
         Raises:
-          InputError: `blocks`, `growth_rates` and `widths` differ in length, the form is unknown
-            or the images are too small.
+          InputError: `blocks`, `growth_rates` and `widths` differ in length, the form or a plain
+            component is unknown, or the images are too small.
         """
+        for name in self.plain:
+            if name not in COMPONENTS:
+                raise InputError(
+                    f"plain component {name!r} is unknown: choose from {', '.join(COMPONENTS)}"
+                )
         if not len(self.blocks) == len(self.growth_rates) == len(self.widths):
             raise InputError(
                 f"blocks {self.blocks}, growth_rates {self.growth_rates} and widths {self.widths} "
@@ -63,19 +75,23 @@ class MAKNet(network.TrunkNetwork):
         maps = [x]
         shapes = zip(self.blocks, self.growth_rates, self.widths, strict=True)
         for number, (count, growth_rate, features) in enumerate(shapes):
-            if number:
+            if number and "mixpool" in self.plain:
+                x = pooling.max_pool(x)
+            elif number:
                 x = layers.MixPool(self.mixpool_learned, name=f"mixpool_{number}")(x)
-                if not min(x.shape[1:3]):
-                    raise InputError(
-                        f"images of {images.shape[1]} x {images.shape[2]} are too small for "
-                        f"{len(self.blocks)} blocks: use larger images or fewer blocks"
-                    )
+            if not min(x.shape[1:3]):
+                raise InputError(
+                    f"images of {images.shape[1]} x {images.shape[2]} are too small for "
+                    f"{len(self.blocks)} blocks: use larger images or fewer blocks"
+                )
             x = layers.DenseBlock(
                 count,
                 growth_rate,
                 features,
                 self.kernel_size,
                 form=self.form,
+                mixed="makconv" not in self.plain,
+                attention="cbam" not in self.plain,
                 dtype=self.dtype,
                 name=f"block_{number}",
             )(x, learning)
@@ -84,4 +100,8 @@ class MAKNet(network.TrunkNetwork):
             x, maps = jax.lax.stop_gradient((x, maps))
         if stages:
             return maps
-        return self.head(layers.global_concat_pool(x), train)
+        if "gcp" in self.plain:
+            features = x.mean(axis=(1, 2), dtype=jnp.float32)
+        else:
+            features = layers.global_concat_pool(x)
+        return self.head(features, train, propagate="spl" not in self.plain)

@@ -1,0 +1,113 @@
+"""What each part of MAKNet is worth: its components replaced by their plain counterparts.
+
+    python benchmarks/experiments/parts.py --folder runs/patients --rate 0.003 --epochs 12
+    python benchmarks/experiments/parts.py --folder runs/patients --report  # finished runs only
+    python benchmarks/experiments/parts.py --quick  # a few steps, only to see it run
+
+One at a time: MixPool by maximum pooling, global concatenate pooling by global average pooling,
+CBAM and the score propagation layer by nothing, and MAKConv by full 3 x 3 convolutions with fewer
+channels, so that the parameters are equal to 0.1 %. Data, splits and intervals are those of
+table1_patients.py, whose run of MAKNet is the reference; the recipe is the one chosen there.
+
+Resumes in --folder. For results see benchmarks/RESULTS.md. Needs OpenKBP (data/README.md).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks import harness
+from benchmarks.experiments import patient_metrics as metrics
+from benchmarks.experiments import patients
+from maknet_jax.data import records
+
+REFERENCE = "maknet"
+# Title of the run -> (description, options of the model).
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    REFERENCE: ("MAKNet", {}),
+    "maknet-no-mixpool": ("maximum pooling for MixPool", {"plain": ("mixpool",)}),
+    "maknet-no-gcp": ("average for concatenate pooling", {"plain": ("gcp",)}),
+    "maknet-no-cbam": ("without CBAM", {"plain": ("cbam",)}),
+    "maknet-no-spl": ("without score propagation", {"plain": ("spl",)}),
+    "maknet-full-kernels": (
+        "3 x 3 convolutions for MAKConv",
+        {"plain": ("makconv",), "growth_rates": (9, 18, 68, 100)},
+    ),
+}
+FULL: dict[str, Any] = {"size": 64, "seeds": [0, 1], "rate": 0.003, "epochs": 12.0}
+QUICK: dict[str, Any] = {"seeds": [0]}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains what is missing, prints the table and writes the JSON."""
+    parser = harness.parser(__file__, __doc__)
+    parser.add_argument("--patients", default=str(patients.PATIENTS), help="OpenKBP's folder")
+    parser.add_argument("--folder", help="folder of data and runs (default: temporary)")
+    parser.add_argument("--seeds", type=harness.seeds, help="default: 0,1")
+    parser.add_argument("--rate", type=float, help="learning rate (default: 0.003)")
+    parser.add_argument("--epochs", type=float, help="default: 12")
+    parser.add_argument("--report", action="store_true", help="train nothing, read finished runs")
+    chosen = harness.parse(parser, argv, full=FULL, quick=QUICK)
+    recipe = patients.Recipe(chosen.rate, chosen.epochs)
+    with harness.run_folder(chosen.folder, "--folder") as folder:
+        runs = patients.Runs(folder, chosen.patients, train=not chosen.report, quick=chosen.quick)
+        results = measure(runs, recipe, chosen.seeds, chosen.size)
+    rows = [
+        [
+            VARIANTS[row["variant"]][0],
+            len(row["seeds"]),
+            metrics.format_interval(row["auc"]),
+            metrics.format_interval(row["f1"]),
+            *(
+                metrics.format_interval(row[f"{metric}_difference"], signed=True)
+                if f"{metric}_difference" in row
+                else ""
+                for metric in ("auc", "f1")
+            ),
+        ]
+        for row in results["variants"]
+    ]
+    notes = [
+        f"{chosen.size} x {chosen.size} pixels, seeds {', '.join(map(str, chosen.seeds))}, "
+        f"learning rate {recipe.rate:g}, {recipe.epochs:g} epochs; averages over the organs that "
+        f"at least {metrics.ENOUGH} validation patients have; differences: MAKNet minus variant",
+        *([f"missing runs: {', '.join(runs.missing)}"] * bool(runs.missing)),
+        *(["QUICK FORM: a few steps: the numbers are meaningless"] * chosen.quick),
+    ]
+    header = ["network", "seeds", "AUC", "F1", "MAKNet is better by (AUC)", "(F1)"]
+    harness.report(__file__, argv, chosen, header, rows, notes, results)
+
+
+def measure(
+    runs: patients.Runs, recipe: patients.Recipe, seeds: Sequence[int], size: int
+) -> dict[str, Any]:
+    """Trains and scores the variants.
+
+    Returns:
+      The entries of the JSON: labels, recipe, variants and missing.
+    """
+    draws: dict[str, dict[int, metrics.Draws]] = {}
+    rows: list[dict[str, Any]] = []
+    for variant, (_, options) in VARIANTS.items():
+        scores = runs.by_seed(REFERENCE, recipe, size=size, seeds=seeds, title=variant, **options)
+        if not scores:
+            continue
+        first = next(iter(scores.values()))
+        weights, enough = metrics.draw_weights(first.patients), first.enough()
+        draws[variant] = {
+            seed: metrics.metric_draws(scored, weights) for seed, scored in scores.items()
+        }
+        row = {"variant": variant, "seeds": list(scores)}
+        row |= metrics.averages(list(draws[variant].values()), enough)
+        if variant != REFERENCE and REFERENCE in draws:
+            row |= {
+                f"{gain['metric']}_difference": gain["difference"]
+                for gain in metrics.differences(draws[REFERENCE], draws[variant], enough)
+                if gain["organs"] == metrics.ENOUGH_TITLE
+            }
+        rows.append(row)
+    labels = records.open_dataset(runs.data(size)).vocabulary.names
+    return {"labels": labels, "recipe": recipe, "variants": rows, "missing": runs.missing}
+
+
+if __name__ == "__main__":
+    harness.run(main)
