@@ -77,6 +77,16 @@ def test_enhanced_ct_is_read_by_its_functional_groups(tmp_path):
     assert dicom.read_header(f"{path}#frame=3").position == (0, 0, 0)
 
 
+def test_an_enhanced_ct_may_be_larger_than_a_slice(tmp_path, monkeypatch):
+    path = write_enhanced(tmp_path / "e.dcm", [0, 5, 10])
+    monkeypatch.setattr(dicom, "LARGEST_FILE", 1000)
+    assert only_series(path).hu.shape == (3, 6, 5)
+    monkeypatch.setattr(dicom, "LARGEST_SERIES", 2 << 10)
+    assert "multi-frame" in only_reason(path)
+    write_slice(tmp_path / "a.dcm", values=stored_values(shape=(30, 30)))
+    assert "limit for a CT slice" in only_reason(tmp_path / "a.dcm")
+
+
 def test_phases_of_an_enhanced_ct_are_divided(tmp_path):
     write_enhanced(tmp_path / "e.dcm", [0, 5, 10], phases=2)
     series, reasons = search.find_series(tmp_path)

@@ -100,8 +100,9 @@ def _read(path: str, *, pixels: bool) -> pydicom.Dataset:
     """The data set of a file: the elements in _TAGS, and the pixel data if `pixels`."""
     limit, what = LARGEST_FILE, "a CT slice"
     if os.path.getsize(path) > limit:
-        meta = pydicom.filereader.read_file_meta_info(path)
-        if meta.get("MediaStorageSOPClassUID") in dicom_frames.ENHANCED:
+        with open(path, "rb") as file:
+            start = file.read(4096)
+        if any(uid.encode() in start for uid in dicom_frames.ENHANCED):
             limit, what = LARGEST_SERIES, "a multi-frame CT"
     if os.path.getsize(path) > limit:
         raise Rejected(f"the file is larger than {limit >> 20} MiB, the limit for {what}")
