@@ -169,6 +169,10 @@ def test_a_slice_of_another_matrix_is_listed_alone(tmp_path):
     ((ref,), (reason,)) = search.find_series(tmp_path)
     assert ref.count == 3 and reason[0] == str(sheet)
     assert "matrix" in reason[1] and "dose.dcm" in reason[1]
+    sheet.unlink()
+    write_slice(sheet, drop=["ImagePositionPatient"])
+    ((ref,), (reason,)) = search.find_series(tmp_path)
+    assert ref.count == 3 and "ImagePositionPatient" in reason[1]
     # Another reconstruction of several slices is a series of its own.
     for k in range(2):
         write_slice(tmp_path / f"fov{k}.dcm", z=5 * k, PixelSpacing=[0.3, 0.3])

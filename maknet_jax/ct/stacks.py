@@ -124,6 +124,8 @@ def _difference(first: Header, header: Header) -> str:
     """Why two slices of a series cannot be in one stack; "" if they can."""
     if header.shape != first.shape:
         what = "the matrix differs"
+    elif (header.position is None) != (first.position is None):
+        what = "ImagePositionPatient is missing"
     elif header.frame_of_reference != first.frame_of_reference:
         what = "FrameOfReferenceUID differs"
     elif header.person != first.person:
