@@ -33,7 +33,8 @@ from maknet_jax.training import sharding, state
 LABELS = 115  # body parts in LesaNet's vocabulary
 EXAMPLES = 17_697  # training lesions of the paper
 BENCHMARKS = pathlib.Path(__file__).resolve().parent
-RESULTS = BENCHMARKS / "results"
+RESULTS = BENCHMARKS / "results"  # in git: the results that RESULTS.md quotes
+OUT = BENCHMARKS / "out"  # ignored by git
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -65,12 +66,23 @@ def parser(file: str, description: str | None) -> options.Parser:
     """Returns a parser with the options common to the benchmarks, see `command_parser`."""
     result = command_parser(file, description)
     result.add_argument("--quick", action="store_true", help="small sizes, about a minute")
-    result.add_argument(
-        "--out", type=pathlib.Path, help="JSON file to write (default: benchmarks/results/...)"
-    )
+    add_output_options(result)
     result.add_argument("--size", type=options.count, help="pixels per side of the images")
     result.add_argument("--repeats", type=options.count, help="repetitions; medians are reported")
     return result
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --out and --record, which `report` reads."""
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument(
+        "--out",
+        type=pathlib.Path,
+        help="JSON file to write (default: a file in benchmarks/out, which git ignores)",
+    )
+    place.add_argument(
+        "--record", action="store_true", help="write to benchmarks/results, which is in git"
+    )
 
 
 def parse(
@@ -314,7 +326,7 @@ def report(
       notes: lines to print below the table.
       results: entries of the JSON besides provenance, command and settings.
     """
-    settings = {key: value for key, value in vars(chosen).items() if key != "out"}
+    settings = {key: value for key, value in vars(chosen).items() if key not in ("out", "record")}
     other_work = _share_of_other_work(settings.pop("cpu_seconds_at_start"))
     name, measured_on = pathlib.Path(file).stem, device() | {"share_of_other_work": other_work}
     command = ["python", _repository_path(file), *(sys.argv[1:] if argv is None else argv)]
@@ -327,7 +339,7 @@ def report(
     slug = re.sub(r"[^a-z0-9]+", "-", measured_on["name"].lower()).strip("-")
     # Quick and partial results never overwrite full ones.
     extent = "" if chosen.extent == "full" else f"-{chosen.extent}"
-    path = chosen.out or RESULTS / f"{name}{extent}-{slug}.json"
+    path = chosen.out or (RESULTS if chosen.record else OUT) / f"{name}{extent}-{slug}.json"
     document = provenance(name) | {"device": measured_on, "command": shlex.join(command)}
     with files.write_whole(path) as output:
         output.write(compact(document | {"settings": settings} | dict(results)))

@@ -6,7 +6,7 @@ The examples in this module run as tests, in a folder with a run and a CT series
 >>> model = maknet_jax.load("runs/teacher")
 >>> result = model.predict("scans/series")
 >>> print(result)
-series ...
+1...: 12 slices, ... mm; shows ...
 >>> maps = model.attribute(result, labels=[model.labels[0]])
 >>> maps.maps.shape == (1, 1, model.size, model.size, 3)
 True
@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import itertools
 import os
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -24,11 +23,12 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from maknet_jax import console, predict
+from maknet_jax import predict
 from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.attribution import perturbation
-from maknet_jax.ct import arrays, search, volumes
+from maknet_jax.ct import arrays
 from maknet_jax.errors import InputError
+from maknet_jax.evaluation import series_tables
 from maknet_jax.evaluation.series import SeriesResult
 from maknet_jax.explain.network import Network, make_network, network_name
 from maknet_jax.explain.options import PathOptions
@@ -44,8 +44,8 @@ class Prediction:
     """The predictions of a network for one or several series.
 
     Attributes:
-      series: one result per series: `labels` and `confidences` by slice, and the range of each
-        label (`covers`).
+      series: one result per series: `labels` and `confidences` by slice, what it shows
+        (`body_part`), the range of each label in slices and mm (`covers`), and `flags`.
       failures: (input, reason) for each input that could not be read.
     """
 
@@ -73,23 +73,16 @@ class Prediction:
         return np.concatenate(pooled) if pooled else None
 
     def table(self) -> list[dict[str, Any]]:
-        """One dict per slice, for `pandas.DataFrame`: series, slice, file, z_mm, labels, ..."""
+        """One dict per slice, for `pandas.DataFrame`: series, slice, z_mm, labels, flags, ..."""
         return [row for series in self.series for row in series.table()]
 
     def __str__(self) -> str:
-        header = ("series", "label", "slices", "mm", "confidence")
-        rows = [
-            (
-                series.id,
-                cover.label,
-                f"{cover.first_slice}-{cover.last_slice}",
-                "?" if np.isnan(cover.first_mm) else f"{cover.first_mm:.0f}-{cover.last_mm:.0f}",
-                f"{cover.mean_confidence:.2f}",
+        return "\n".join(
+            series_tables.describe(
+                series.overview(), [row for row in series.cover_rows() if row["label"]]
             )
             for series in self.series
-            for cover in series.covers
-        ]
-        return console.format_table(header, rows)
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -187,37 +180,26 @@ class Model:
         Raises:
           InputError: an array has no geometry, or nothing can be read.
         """
-        score = functools.partial(
-            predict.predict_volume,
-            self.run,
-            batch_size=batch_size,
-            png_window=png_window,
-            features=features,
-        )
         if isinstance(source, (str, os.PathLike)):
             if affine is not None or spacing is not None or orientation is not None:
                 raise InputError(
                     f"{source} stores its own geometry: omit affine, spacing and orientation"
                 )
-            return self._predict_files(pathlib.Path(source), score, png_window)
+            series, failures = predict.find_inputs(source)
+            each = predict.predict_series(
+                self.run,
+                series,
+                failures,
+                batch_size=batch_size,
+                png_window=png_window,
+                features=features,
+            )
+            return Prediction(tuple(result for result, _ in each), tuple(failures))
         volume = arrays.volume_of_array(
             source, affine=affine, spacing=spacing, orientation=orientation
         )
-        return Prediction((score(volume),))
-
-    def _predict_files(
-        self, path: pathlib.Path, score: Any, png_window: tuple[float, float] | None
-    ) -> Prediction:
-        refs, failures = search.find_series(path)
-        results = []
-        with console.progress("predict", sum(ref.count for ref in refs)) as advance:
-            for ref, volume in volumes.load_all(refs, failures, png_window=png_window):
-                read = functools.partial(volumes.load_series, ref, png_window=png_window)
-                results.append(score(volume, advance=advance, read=read))
-        if not results:
-            reason = f": {failures[0][0]}: {failures[0][1]}" if failures else ""
-            raise InputError(f"{path} holds no readable series of DICOM, NIfTI or PNG{reason}")
-        return Prediction(tuple(results), tuple(failures))
+        result = predict.predict_volume(self.run, volume, batch_size, features=features)
+        return Prediction((result,))
 
     def logits(self, images: "np.ndarray | Prediction", *, batch_size: int = 16) -> np.ndarray:
         """Logits float32 `[N, K]`; the confidences are their sigmoid.

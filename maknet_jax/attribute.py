@@ -1,6 +1,7 @@
 """`maknet attribute`: Integrated Gradients of labels for any number of images (paper, 5.1)."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.evaluation import protocol
 from maknet_jax.explain import results
 from maknet_jax.explain.network import Network, open_networks
+from maknet_jax.explain.nifti_maps import write_maps
 from maknet_jax.explain.options import DISPLAY, PATH, DisplayOptions, PathOptions, SelectionOptions
 from maknet_jax.explain.selection import SelectedImage, label_columns, select
 from maknet_jax.explain.truth import outcome
@@ -71,18 +73,21 @@ def attribute(
     display: DisplayOptions = DISPLAY,
     *,
     faithful: bool = False,
+    nifti: bool = True,
 ) -> dict[str, Any]:
     """Integrated Gradients of a selection of images; resumes if interrupted.
 
     Args:
       folder: the workdir of `maknet train`, a bundle or a released name.
       out: the folder to write: cases/*.npz (maps), overlays/*.png, index.json, attributions.csv,
-        index.html (works offline), summary.json, failures.csv.
+        index.html (works offline), summary.json, failures.csv; of CT files also
+        nifti/SERIES/LABEL.nii.gz, the maps in the space of the CT.
       selection: which images, labels and networks.
       path: the path of Integrated Gradients.
       display: how results are shown.
       faithful: also measure deletion and insertion for each image's first label (that of the first
         network for both) against random pixels; 84 more forward passes per image.
+      nifti: write the maps of CT files as NIfTI, too.
 
     Returns:
       The summary.
@@ -130,7 +135,8 @@ def attribute(
         ]
 
     job = results.Job("attribute", out, folder, networks, selected, settings)
-    return job.run(explain_batch, _write, batch_size=batch_size, most_shown=display.most_shown)
+    write = functools.partial(_write, nifti=nifti)
+    return job.run(explain_batch, write, batch_size=batch_size, most_shown=display.most_shown)
 
 
 def _random_order(hu: np.ndarray, base: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
@@ -265,7 +271,7 @@ def _differences(areas: dict[str, dict[str, np.ndarray]]) -> Iterator[tuple[str,
             yield f"{area}, {one} minus {two}", areas[one][area] - areas[two][area]
 
 
-def _write(explained: results.Explained) -> dict[str, Any]:
+def _write(explained: results.Explained, *, nifti: bool) -> dict[str, Any]:
     """Writes all files except the results themselves; returns new entries of the summary."""
     out, summary, names = explained.out, explained.summary, explained.names
     index, rows, groups = [], [], []
@@ -311,7 +317,10 @@ def _write(explained: results.Explained) -> dict[str, Any]:
         lead = page.attribution_lead(summary | more, len(shown))
         drawn = cards(shown, summary["display"], names)
         page_file.write(page.document("Attributions", lead, drawn))
-    written = ("index.html", "attributions.csv", "index.json", "cases", "overlays")
+    written = ["index.html", "attributions.csv", "index.json", "cases", "overlays"]
+    if nifti:
+        more["nifti"], more["without_geometry"] = write_maps(out / "nifti", explained.files, names)
+        written += ["nifti"] if more["nifti"] else []
     more["files"] = [str(out / name) for name in written]
     more["failures_file"] = str(out / "failures.csv") if explained.failures else None
     files.write_json(out / "summary.json", summary | more)

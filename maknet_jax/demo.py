@@ -78,7 +78,9 @@ def demo(out: str | pathlib.Path, *, seed: int = 0, workers: int = 1) -> dict[st
         "linear": evaluate.evaluate(out / "linear"),
     }
     log.say("5/6 predict: the unlabelled DICOM series")
-    predicted = predict.predict(student, paths["dicom"], out / "labels.csv", charts=True)
+    predicted = predict.predict(
+        student, paths["dicom"], out / "labels.csv", charts=True, overwrite=True
+    )
     log.say("6/6 report: curves, scores, and attributions of the best and worst cases")
     page = report.report(student)
     minutes = (time.perf_counter() - started) / 60

@@ -1,4 +1,6 @@
-"""Exceptions for bad input and for a run that a signal stops."""
+"""Exceptions for bad input and for a run that a signal stops; hints for misspelt names."""
+
+from collections.abc import Iterable
 
 
 class InputError(ValueError):
@@ -21,3 +23,18 @@ class Stopped(BaseException):
     Derives from BaseException, like KeyboardInterrupt: readers turn any Exception into a rejected
     file, and a signal that arrives while they read must not be reported as a rejected file.
     """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint for an error: the three known names that are nearest to `name`.
+
+    >>> did_you_mean("livr", ["liver", "left lung", "spleen", "lumbar spine"])
+    "did you mean 'liver', 'lumbar spine' or 'spleen'?"
+    """
+    import difflib  # only errors need it
+
+    by_lower_case = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(name.lower(), by_lower_case, n=3, cutoff=0)
+    quoted = [repr(by_lower_case[each]) for each in near] or ["nothing: there are no names"]
+    *first, last = quoted
+    return f"did you mean {', '.join(first)}{' or ' if first else ''}{last}?"

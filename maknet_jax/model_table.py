@@ -15,6 +15,10 @@ from maknet_jax.models.layers import ConvNorm, MAKConv
 from maknet_jax.runs import config as configs
 
 CONFIGS = {"maknet": "teacher", "vgg16": "vgg16", "resnet18": "resnet18"}
+SPEED = (
+    "speed: benchmarks/speed/networks.py (images per second), makconv.py (forms of MAKConv), "
+    "against_pytorch.py and tpu_aot.py of a clone of the repository; results: benchmarks/RESULTS.md"
+)
 PAPER_MILLIONS = {"maknet": 4.50, "vgg16": 14.78, "resnet18": 11.25}  # table 1
 
 
@@ -124,6 +128,7 @@ def model_table(
     header = ["", "parameters", "paper", "GFLOP forward", "MB moved at least"]
     lines.append(console.format_table(header, totals))
     lines.append(f"\n{num_classes} labels, one image of {size} x {size}, float32")
+    lines.append(SPEED)
     if out is not None:
         files.write_json(out, {"num_classes": num_classes, "size": size, "networks": costs})
     return "\n".join(lines), costs

@@ -1,7 +1,10 @@
 """`maknet predict`: any folder of CT -> body parts per slice and per series."""
 
+import functools
+import glob
+import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,14 +12,13 @@ import numpy as np
 from maknet_jax import console, files
 from maknet_jax.ct import preprocess, search, volumes
 from maknet_jax.errors import InputError
-from maknet_jax.evaluation import metrics
-from maknet_jax.evaluation.series import SeriesResult
+from maknet_jax.evaluation import metrics, series_tables
+from maknet_jax.evaluation.series import FLAGS, SeriesResult
+from maknet_jax.evaluation.series_tables import SERIES_COLUMNS, SLICE_COLUMNS
 from maknet_jax.figures.charts import write_label_chart
 from maknet_jax.runs import workdir
 from maknet_jax.training import sharding
 
-SLICE_COLUMNS = ("series", "slice", "file", "labels", "confidences", "thresholds")
-SERIES_COLUMNS = ("series", "label", "first_slice", "last_slice", "slices", "mean_confidence")
 MIN_CHART_SLICES = 3  # a chart of a shorter series shows nothing
 
 
@@ -29,8 +31,11 @@ def predict(
     checkpoint: str = "best",
     batch_size: int = 16,
     as_json: bool = False,
+    wide: bool = False,
+    audit: bool = False,
     charts: bool = False,
     features: str | pathlib.Path | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Predicts the labels of every slice of every CT series under `path`.
 
@@ -41,75 +46,62 @@ def predict(
     Args:
       folder: the workdir of `maknet train`, a bundle or a released name.
       path: a file or a folder of DICOM, NIfTI or PNG.
-      out: the CSV of slices. `STEM.series.csv`, `STEM.summary.json` and `STEM.log.jsonl` are
-        written beside it, and `STEM.failures.csv` if inputs were rejected. One unreadable slice
-        rejects its whole series.
+      out: the CSV of slices, with one row per slice and predicted label. `STEM.series.csv`,
+        `STEM.summary.json` and `STEM.log.jsonl` are written beside it, and `STEM.failures.csv` if
+        inputs were rejected. One unreadable slice rejects its whole series. None of these files is
+        an input, even if it lies under `path`.
       png_window: (low, high), the HU of pixel values 0 and 255 in 8-bit PNGs.
       checkpoint: "best" or "last".
       batch_size: slices per step.
-      as_json: also write `STEM.json` with all confidences.
+      as_json: also write `STEM.json`: the content of the tables, and all confidences.
+      wide: also write `STEM.wide.csv`: one row per slice, the confidence of each label in a column.
+      audit: also write `STEM.audit.csv`: whether BodyPartExamined agrees with what is seen.
       charts: draw `STEM.NNN.png` for each series: its labels from head to feet.
       features: an .npz file for the pooled features of all slices: `features` float32 `[N, F]` and
         `ids`, SERIES:SLICE each.
+      overwrite: replace existing outputs.
 
     Returns:
-      The summary: counts, files, and for each series the range of slices of each label.
+      The summary: counts, files, what each series shows (`overview`), and the range of slices of
+      each label (`covers`).
 
     Raises:
-      InputError: `out` is not a CSV file, or no series could be read.
+      InputError: `out` is not a CSV file, an output exists, or no series could be read.
     """
     out = pathlib.Path(out)
     if out.suffix != ".csv" or out.is_dir():
         raise InputError(f"--out {out} should be a file whose name ends in .csv")
     if features is not None and pathlib.Path(features).suffix != ".npz":
         raise InputError(f"--features {features} should be a file whose name ends in .npz")
-    series, failures = search.find_series(path)
-    if not series:
-        reason = f": {failures[0][0]}: {failures[0][1]}" if failures else ""
-        raise InputError(f"{path} holds no readable series of DICOM, NIfTI or PNG{reason}")
+    if not overwrite:
+        _check_free(out, features)
+    series, failures = find_inputs(path)
     run = workdir.open_run(folder, checkpoint_name=checkpoint)
-    slice_rows: list[tuple] = []
-    series_rows: list[tuple] = []
-    confidences: list[dict[str, Any]] = []
-    chart_files: list[pathlib.Path] = []
-    feature_rows: list[np.ndarray] = []
-    feature_ids: list[str] = []
-    series_count = 0
-    with console.progress("predict", sum(ref.count for ref in series)) as advance:
-        for _, volume in volumes.load_all(series, failures, png_window=png_window):
-            result = predict_volume(
-                run, volume, batch_size, png_window, advance, features=features is not None
-            )
-            slice_rows += _slice_rows(result)
-            series_rows += _series_rows(result)
-            if result.features is not None:
-                feature_rows.append(result.features)
-                feature_ids += [f"{result.id}:{number}" for number in range(len(result))]
-            if charts and len(result) >= MIN_CHART_SLICES:
-                chart = out.with_suffix(f".{series_count:03d}.png")
-                title = f"{result.id}: {run.source.name}, step {run.step}"
-                write_label_chart(
-                    chart, result.confidences, result.predicted, result.names, title=title
-                )
-                chart_files.append(chart)
-            series_count += 1
-            if as_json:
-                names = {"series": result.id, "slices": list(result.slices)}
-                rounded = np.round(result.confidences, 4).tolist()
-                confidences.append(names | {"confidences": rounded})
-    if not slice_rows:
-        raise InputError(f"{path} holds no readable series: {failures[0][0]}: {failures[0][1]}")
-    console.write_table(out, SLICE_COLUMNS, slice_rows)
-    console.write_table(out.with_suffix(".series.csv"), SERIES_COLUMNS, series_rows)
-    written = [out, out.with_suffix(".series.csv"), *chart_files]
+    scoring: dict[str, Any] = {"batch_size": batch_size, "png_window": png_window}
+    each = predict_series(run, series, failures, **scoring, features=features is not None)
+    results = [result for result, _ in each]
+    stale = _written_before(out)
+    slice_rows = (row for result in results for row in result.slice_rows())
+    cover_rows = [row for result in results for row in result.cover_rows()]
+    overview = [result.overview() for result in results]
+    written = [out, out.with_suffix(".series.csv")]
+    series_tables.write_rows(out, SLICE_COLUMNS, slice_rows)
+    series_tables.write_rows(written[1], SERIES_COLUMNS, cover_rows)
+    if wide:
+        written.append(out.with_suffix(".wide.csv"))
+        console.write_table(written[-1], *series_tables.wide(results))
+    if audit:
+        written.append(out.with_suffix(".audit.csv"))
+        series_tables.write_rows(written[-1], series_tables.AUDIT_COLUMNS, overview)
     if as_json:
-        labels = {"labels": run.vocabulary.names, "thresholds": run.thresholds.tolist()}
-        files.write_json(out.with_suffix(".json"), labels | {"series": confidences})
         written.append(out.with_suffix(".json"))
+        document = series_tables.document(results, run.vocabulary.names, run.thresholds)
+        files.write_json(written[-1], document)
     if features is not None:
-        with files.write_whole(features, "wb") as file:
-            np.savez(file, features=np.concatenate(feature_rows), ids=np.array(feature_ids))
         written.append(pathlib.Path(features))
+        _write_features(written[-1], results)
+    if charts:
+        written += _write_charts(out, run, results)
     failures_file = out.with_suffix(".failures.csv")
     console.write_failures(failures_file, failures)
     summary = {
@@ -117,18 +109,142 @@ def predict(
         "checkpoint": run.name,
         "step": run.step,
         "trained_on": run.trained_on,
-        "series": series_count,
-        "slices": len(slice_rows),
+        "series": len(results),
+        "slices": sum(map(len, results)),
         "copies": sum(ref.copies for ref in series),
         "failures": len(failures),
         "failures_file": str(failures_file) if failures else None,
+        "flags": {
+            name: count
+            for name in FLAGS
+            if (count := sum(name in row["flags"] for row in overview))
+        },
         "files": [str(file) for file in written],
-        "covers": [dict(zip(SERIES_COLUMNS, row, strict=True)) for row in series_rows],
     }
-    files.write_json(out.with_suffix(".summary.json"), summary)
+    tables = {"overview": overview, "covers": [row for row in cover_rows if row["label"]]}
+    files.write_json(out.with_suffix(".summary.json"), summary | tables)
+    for file in stale - {file.absolute() for file in written}:
+        file.unlink(missing_ok=True)
     with console.Log(out.with_suffix(".log.jsonl")) as log:
-        log.event(event="predicted", **{k: v for k, v in summary.items() if k != "covers"})
-    return summary
+        log.event(event="predicted", **summary)
+    return summary | tables
+
+
+def text(summary: dict[str, Any]) -> str:
+    """The result of `predict` as text for standard output: what each series covers."""
+    lines = [series_tables.describe_all(summary["overview"], summary["covers"])]
+    lines.append(
+        f"\n{summary['slices']} slices of {summary['series']} series labelled by the "
+        f"{summary['checkpoint']} checkpoint (step {summary['step']}):"
+    )
+    lines += [f"  {file}" for file in summary["files"]]
+    if summary["trained_on"]:
+        lines.append(f"trained on {summary['trained_on']}")
+    for flag, count in summary["flags"].items():
+        lines.append(f"flag {flag} on {count} of {summary['series']} series: {FLAGS[flag]}")
+    if summary["copies"]:
+        lines.append(f"copies of slices, taken once: {summary['copies']}")
+    if summary["failures"]:
+        lines.append(f"rejected: {summary['failures']}, see {summary['failures_file']}")
+    return "\n".join(lines)
+
+
+def find_inputs(
+    path: str | os.PathLike[str],
+) -> tuple[list[search.SeriesRef], list[tuple[str, str]]]:
+    """The CT series under a path, and (input, reason) of what cannot be used.
+
+    Raises:
+      InputError: there is no series.
+    """
+    series, failures = search.find_series(path)
+    if not series:
+        reason = f": {failures[0][0]}: {failures[0][1]}" if failures else ""
+        raise InputError(f"{path} holds no readable series of DICOM, NIfTI or PNG{reason}")
+    return series, failures
+
+
+def predict_series(
+    run: workdir.Run,
+    series: Sequence[search.SeriesRef],
+    failures: list[tuple[str, str]],
+    *,
+    batch_size: int = 16,
+    png_window: tuple[float, float] | None = None,
+    features: bool = False,
+) -> Iterator[tuple[SeriesResult, volumes.Volume]]:
+    """Yields the labels of each series and its volume, which is read again if they need it.
+
+    Args:
+      run: the trained network.
+      series: see `find_inputs`.
+      failures: rejected series are appended as (first file, reason).
+      batch_size: slices per step.
+      png_window: (low, high), the HU of pixel values 0 and 255 in 8-bit PNGs.
+      features: also return the pooled features.
+
+    Raises:
+      InputError: none could be read.
+    """
+    read_any = False
+    with console.progress("predict", sum(ref.count for ref in series)) as advance:
+        for ref, volume in volumes.load_all(series, failures, png_window=png_window):
+            read = functools.partial(volumes.load_series, ref, png_window=png_window)
+            result = predict_volume(
+                run, volume, batch_size, png_window, advance, features=features, read=read
+            )
+            yield result, volume
+            read_any = True
+    if not read_any:
+        raise InputError(f"no series could be read: {failures[0][0]}: {failures[0][1]}")
+
+
+def _check_free(out: pathlib.Path, features: str | pathlib.Path | None) -> None:
+    """Checks that no output exists; a log is continued."""
+    endings = ("series.csv", "wide.csv", "audit.csv", "json", "summary.json", "failures.csv")
+    outputs = [out, *(out.with_suffix(f".{ending}") for ending in endings)]
+    outputs += sorted(out.parent.glob(f"{glob.escape(out.stem)}.[0-9][0-9][0-9].png"))
+    outputs += [pathlib.Path(features)] if features is not None else []
+    for output in outputs:
+        if output.exists():
+            raise InputError(f"{output} exists: choose another name or add --overwrite")
+
+
+def _written_before(out: pathlib.Path) -> set[pathlib.Path]:
+    """The outputs of an earlier run with the same `out`, from its summary."""
+    try:
+        listed = files.read_json(out.with_suffix(".summary.json"))["files"]
+        paths = {(out.parent / pathlib.Path(file).name).absolute() for file in listed}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return set()
+    return {path for path in paths if path.name.startswith(f"{out.stem}.")}
+
+
+def _write_features(path: pathlib.Path, results: Sequence[SeriesResult]) -> None:
+    pooled = [result.features for result in results if result.features is not None]
+    ids = [f"{result.id}:{number}" for result in results for number in range(len(result))]
+    with files.write_whole(path, "wb") as file:
+        np.savez(file, features=np.concatenate(pooled), ids=np.array(ids))
+
+
+def _write_charts(
+    out: pathlib.Path, run: workdir.Run, results: Sequence[SeriesResult]
+) -> list[pathlib.Path]:
+    """Draws the labels of each series that is long enough; returns the files."""
+    charts = []
+    for number, result in enumerate(results):
+        if len(result) >= MIN_CHART_SLICES:
+            charts.append(out.with_suffix(f".{number:03d}.png"))
+            title = f"{result.id}: {run.source.name}, step {run.step}"
+            write_label_chart(
+                charts[-1], result.confidences, result.predicted, result.names, title=title
+            )
+    return charts
+
+
+def network_flags(run: workdir.Run) -> tuple[str, ...]:
+    """The names of `series.FLAGS` that hold for every series because of the network."""
+    return ("phantom",) if run.data_kind == "phantom" else ()
 
 
 def predict_volume(
@@ -161,6 +277,7 @@ def predict_volume(
         features=pooled,
         read=read or (lambda: volume),
         png_window=png_window,
+        run_flags=network_flags(run),
     )
 
 
@@ -204,32 +321,3 @@ def _score(
         scores.append(metrics.sigmoid(logits))
         advance(len(centres))
     return np.concatenate(scores), np.concatenate(pooled) if features else None
-
-
-def _slice_rows(result: SeriesResult) -> Iterator[tuple]:
-    """Yields the `SLICE_COLUMNS` of each slice."""
-    for number, name in enumerate(result.slices):
-        columns = result.columns(number)
-        yield (
-            result.id,
-            number,
-            name,
-            "|".join(result.labels[number]),
-            "|".join(f"{result.confidences[number, k]:.3f}" for k in columns),
-            "|".join(f"{result.thresholds[k]:.1f}" for k in columns),
-        )
-
-
-def _series_rows(result: SeriesResult) -> list[tuple]:
-    """The `SERIES_COLUMNS` of each predicted label, sorted by its first slice."""
-    return [
-        (
-            result.id,
-            cover.label,
-            cover.first_slice,
-            cover.last_slice,
-            cover.slices,
-            round(cover.mean_confidence, 4),
-        )
-        for cover in result.covers
-    ]

@@ -8,6 +8,7 @@ import shutil
 import types
 
 import jax
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,7 +17,7 @@ from test_page import check_page
 from maknet_jax import attribute, cli, train
 from maknet_jax.attribution import faithfulness, perturbation
 from maknet_jax.attribution import integrated_gradients as ig
-from maknet_jax.ct import search
+from maknet_jax.ct import search, volumes
 from maknet_jax.errors import InputError
 from maknet_jax.explain import results
 from maknet_jax.explain.network import open_networks
@@ -297,6 +298,17 @@ def test_ct_files_are_explained(trained, phantom, tmp_path):
     assert (summary["images"], summary["groups"]) == (2, 1)
     rows = rows_of(out)
     assert {row["id"] for row in rows} == set(ids) and {row["truth"] for row in rows} == {"unknown"}
+    volume = volumes.load_series(series)
+    assert {(entry["series"], entry["label"]) for entry in summary["nifti"]} == {
+        (series.key, row["label"]) for row in rows
+    }
+    for entry in summary["nifti"]:
+        image = nibabel.load(entry["file"])
+        assert image.shape == volume.hu.shape[::-1]
+        np.testing.assert_allclose(image.affine, volume.affine, atol=1e-4)
+        shown = {int(row["id"][-1]) for row in rows if row["label"] == entry["label"]}
+        assert set(np.flatnonzero(np.any(image.dataobj, axis=(0, 1)))) == shown
+        assert entry["slices"] == len(shown)
     # With another number of slices, slice 3 may be another image.
     pathlib.Path(series.paths[-1]).unlink()
     with pytest.raises(InputError, match="selection"):

@@ -154,26 +154,6 @@ def test_the_matmul_peak_is_that_of_all_devices(config, tmp_path, monkeypatch):
     assert 8 * 1e9 / 0.1 < written["matmul_flops_per_second"]["float32"] <= 8 * 1e9 / 0.02
 
 
-@pytest.mark.parametrize(
-    "argv, extent, file",
-    [
-        ([], "full", "some-here.json"),
-        (["--size", "256"], "full", "some-here.json"),
-        (["--size", "128"], "partial", "some-partial-here.json"),
-        (["--quick", "--size", "64"], "quick", "some-quick-here.json"),
-    ],
-)
-def test_quick_and_partial_results_have_separate_file_names(
-    argv, extent, file, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    monkeypatch.setattr(harness, "device", lambda: {"name": "Here"})
-    parser = harness.parser("some.py", "")
-    chosen = harness.parse(parser, argv, full={"size": 256, "repeats": 1}, quick={"size": 32})
-    harness.report("some.py", argv, chosen, ["a"], [["b"]], [], {})
-    assert json.loads((tmp_path / file).read_text())["settings"]["extent"] == extent
-
-
 def test_the_timed_step_trains_with_a_donated_state(config, network):
     def kernel():
         return network.state.params["stem"]["conv"]["kernel"]

@@ -1,5 +1,6 @@
 """The command line: exit codes, errors of one line, help with an example."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 from maknet_jax import cli
+from maknet_jax.errors import InputError
 from maknet_jax.runs import config
 
 VERBS = (
@@ -52,6 +54,9 @@ def test_help_shows_an_example(capsys, verb):
     "argv, part",
     [
         (["fly"], "fly"),
+        (["predikt"], "'predict'"),
+        (["prepare", "dcom"], "'dicom'"),
+        (["report", "runs/a", "--cases", "0"], "'0'"),
         (["train", "--workdir", "x"], "--config"),
         (["train", "--config", "teecher", "--workdir", "x"], "teacher"),
         (["train", "--config", "teacher", "--workdir", "x", "--config.epoch=3"], "'epochs'"),
@@ -161,6 +166,42 @@ def test_python_without_docstrings_runs_commands():
     argv = [sys.executable, "-OO", "-m", "maknet_jax", "models", "--help"]
     result = subprocess.run(argv, capture_output=True, text=True)
     assert result.returncode == 0 and "--labels" in result.stdout, result.stderr
+
+
+def test_every_option_is_explained():
+    def parsers(parser):
+        yield parser
+        for action in parser._actions:
+            if action.nargs == "A...":  # subcommands
+                for child in action.choices.values():
+                    yield from parsers(child)
+
+    unexplained = [
+        (parser.prog, action.dest)
+        for parser in parsers(cli._parser())
+        for action in parser._actions
+        if not action.help and action.nargs != "A..."
+    ]
+    assert unexplained == []
+
+
+@pytest.mark.parametrize("argv, level", [([], "3"), (["--distributed"], "2")])
+def test_messages_of_xla_are_hidden_unless_they_concern_the_connection(
+    argv, level, monkeypatch, tmp_path
+):
+    from maknet_jax import train
+
+    seen = []
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
+    monkeypatch.setattr("maknet_jax.cli.options.start_jax", lambda *_: None)
+
+    def stop(*_):
+        seen.append(os.environ["TF_CPP_MIN_LOG_LEVEL"])
+        raise InputError("enough")
+
+    monkeypatch.setattr(train, "train", stop)
+    assert cli.main(["train", "--config", "smoke", "--workdir", str(tmp_path / "run"), *argv]) == 2
+    assert seen == [level]
 
 
 def test_every_verb_is_tested_here():

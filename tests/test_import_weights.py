@@ -1,6 +1,7 @@
 """`maknet import-weights`: translates a torch file, and a run starts from the result."""
 
 import hashlib
+import json
 import pathlib
 import pickle
 import zipfile
@@ -14,6 +15,7 @@ import toy
 from network_weights import golden
 
 from maknet_jax import cli, import_weights, train
+from maknet_jax.errors import InputError
 from maknet_jax.models import pretrained
 from maknet_jax.runs import config, setup, workdir
 from maknet_jax.training import transfer
@@ -163,3 +165,18 @@ def test_a_step_at_rate_zero_keeps_the_trunk_and_its_normalisation(imported, tmp
     head = {part: params[part] for part in transfer.HEAD}
     assert transfer.digest(params, {}) == transfer.digest(trunk | head, {})
     assert transfer.digest({}, batch_stats["input"]) == transfer.digest({}, statistics["input"])
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F8_E8M0", "C64"])
+def test_weights_in_a_dtype_without_a_numpy_type_are_rejected(dtype, tmp_path, capsys):
+    size = 8 if dtype == "C64" else 1
+    header = {"conv1.weight": {"dtype": dtype, "shape": [4], "data_offsets": [0, 4 * size]}}
+    text = json.dumps(header).encode()
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4 * size))
+    argv = ["import-weights", str(path), "--model", "resnet18", "--out", str(tmp_path / "out")]
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"conv1.weight has dtype {dtype}" in err
+    with pytest.raises(InputError, match=dtype):
+        workdir.open_weights(path)

@@ -1,6 +1,8 @@
 """`maknet models`: known sizes and FLOPs of published networks, and the command."""
 
 import json
+import pathlib
+import re
 
 import pytest
 
@@ -64,3 +66,10 @@ def test_the_command_prints_the_paper_column_and_writes_json(capsys, tmp_path):
     assert rows[-1]["parameters"] == 4_501_398 == sum(row["parameters"] for row in rows[:-1])
     with pytest.raises(InputError, match="'alexnet'.* maknet, vgg16, resnet18"):
         model_table.measure("alexnet")
+
+
+def test_the_speed_benchmarks_that_the_table_names_exist():
+    speed = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "speed"
+    names = re.findall(r"(\w+\.py)", model_table.SPEED)
+    assert len(names) == 4 and all((speed / name).is_file() for name in names)
+    assert model_table.model_table(["resnet18"], size=32)[0].endswith(model_table.SPEED)

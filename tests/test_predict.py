@@ -7,9 +7,10 @@ import shutil
 import numpy as np
 import pytest
 
-from maknet_jax import cli, evaluate, predict
+from maknet_jax import cli, console, evaluate, files, predict
 from maknet_jax.ct import preprocess, search, volumes
 from maknet_jax.errors import InputError
+from maknet_jax.evaluation import body_parts, series_tables
 from maknet_jax.runs import workdir
 
 
@@ -18,33 +19,50 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def test_every_slice_has_a_row_in_order(trained, phantom, tmp_path):
-    out = tmp_path / "labels.csv"
-    summary = predict.predict(trained, phantom["dicom"], out, as_json=True)
-    rows = read(out)
+@pytest.fixture(scope="module")
+def written(trained, phantom, tmp_path_factory):
+    """(CSV, summary) of all series of the phantom, with all tables."""
+    out = tmp_path_factory.mktemp("predict") / "labels.csv"
+    return out, predict.predict(trained, phantom["dicom"], out, as_json=True, wide=True, audit=True)
+
+
+def test_every_slice_has_rows_in_order_with_its_place_and_uid(written, phantom):
+    out, summary = written
+    rows, full = read(out), json.loads(out.with_suffix(".json").read_text())
+    assert tuple(rows[0]) == predict.SLICE_COLUMNS
     series, failures = search.find_series(phantom["dicom"])
     assert not failures
-    assert summary["series"] == len(series)
-    assert len(rows) == summary["slices"] == sum(ref.count for ref in series)
-    for ref in series:
-        numbers = [int(row["slice"]) for row in rows if row["series"] == ref.key]
-        assert numbers == list(range(ref.count))
-    full = json.loads(out.with_suffix(".json").read_text())
-    assert np.shape(full["series"][0]["confidences"]) == (series[0].count, len(full["labels"]))
+    assert (summary["series"], summary["slices"]) == (len(series), sum(r.count for r in series))
+    for ref, stored in zip(series, full["series"], strict=True):
+        volume = volumes.load_series(ref)
+        mine = [row for row in rows if row["series"] == ref.key]
+        assert list(dict.fromkeys(int(row["slice"]) for row in mine)) == list(range(ref.count))
+        for row in mine:
+            number = int(row["slice"])
+            assert float(row["z_mm"]) == pytest.approx(number * volume.spacing[0], abs=1e-3)
+            assert row["sop_instance_uid"] == volume.uids[number] == stored["uids"][number]
+            assert row["file"] == volume.slices[number] == stored["slices"][number]
+        assert np.shape(stored["confidences"]) == (ref.count, len(full["labels"]))
+        np.testing.assert_allclose(stored["z_mm"], np.arange(ref.count) * volume.spacing[0])
 
 
-def test_labels_follow_from_confidences_thresholds_and_parents(trained, phantom, tmp_path):
-    out = tmp_path / "labels.csv"
-    predict.predict(trained, phantom["dicom"], out, as_json=True)
+def test_labels_follow_from_confidences_thresholds_and_parents(written, trained):
+    out, _ = written
     run = workdir.open_run(trained)
-    full = json.loads(out.with_suffix(".json").read_text())
-    rows = iter(read(out))
+    full, rows = json.loads(out.with_suffix(".json").read_text()), read(out)
     index = run.vocabulary.index
     predicted = 0
     for series in full["series"]:
-        for confidences in np.asarray(series["confidences"]):
-            row = next(rows)
-            labels = set(filter(None, row["labels"].split("|")))
+        for number, confidences in enumerate(np.asarray(series["confidences"])):
+            mine = [r for r in rows if (r["series"], r["slice"]) == (series["series"], str(number))]
+            labels = [row["label"] for row in mine if row["label"]]
+            assert labels == series["labels"][number] and len(mine) == max(1, len(labels))
+            for row in mine[: len(labels)]:
+                column = index[row["label"]]
+                assert float(row["confidence"]) == confidences[column]
+                assert float(row["threshold"]) == run.thresholds[column]
+            ordered = [float(row["confidence"]) for row in mine[: len(labels)]]
+            assert ordered == sorted(ordered, reverse=True)
             # JSON rounds to four digits, so that labels at the threshold are ambiguous.
             clear = np.abs(confidences - run.thresholds) > 1e-4
             above = (confidences >= run.thresholds) & (run.thresholds < 1)
@@ -54,23 +72,103 @@ def test_labels_follow_from_confidences_thresholds_and_parents(trained, phantom,
                     assert (name in labels) == above[column]
             for name in labels:
                 parents = {run.vocabulary.names[p] for p in run.vocabulary.parents[index[name]]}
-                assert parents <= labels
+                assert parents <= set(labels)
             predicted += len(labels)
     assert predicted > 0
 
 
-def test_the_series_table_has_the_range_of_slices_of_each_label(trained, phantom, tmp_path):
-    out = tmp_path / "labels.csv"
-    predict.predict(trained, phantom["dicom"], out)
-    slices = read(out)
-    for row in read(tmp_path / "labels.series.csv"):
-        numbers = [
-            int(line["slice"])
-            for line in slices
-            if line["series"] == row["series"] and row["label"] in line["labels"].split("|")
-        ]
-        assert [int(row["first_slice"]), int(row["last_slice"])] == [min(numbers), max(numbers)]
-        assert int(row["slices"]) == len(numbers)
+def test_the_series_table_has_the_range_of_slices_of_each_label_and_its_code(written):
+    out, summary = written
+    slices, rows = read(out), read(out.with_suffix(".series.csv"))
+    assert {row["series"] for row in rows} == {row["series"] for row in slices}
+    for row in rows:
+        mine = [r for r in slices if (r["series"], r["label"]) == (row["series"], row["label"])]
+        assert (int(row["first_slice"]), int(row["last_slice"])) == (
+            int(mine[0]["slice"]),
+            int(mine[-1]["slice"]),
+        )
+        assert (row["first_mm"], row["last_mm"]) == (mine[0]["z_mm"], mine[-1]["z_mm"])
+        assert int(row["slices"]) == len(mine)
+        part = body_parts.of_label(row["label"])
+        assert (row["body_part_examined"], row["sct_code"]) == (part.term, part.code)
+        assert row["flags"] == "phantom"
+    codes = {row["label"]: row["sct_code"] for row in rows}
+    assert codes["liver"] == "10200004" and "no code" in codes.values()
+    assert summary["flags"] == {"phantom": summary["series"]}
+
+
+def test_the_wide_table_has_one_row_per_slice(written):
+    out, summary = written
+    rows = read(out.with_suffix(".wide.csv"))
+    full = json.loads(out.with_suffix(".json").read_text())
+    confidences = [[float(row[name]) for name in full["labels"]] for row in rows]
+    expected = np.concatenate([series["confidences"] for series in full["series"]])
+    np.testing.assert_array_equal(confidences, expected)
+    assert [row["labels"].split("|") for row in rows] == [
+        labels or [""] for series in full["series"] for labels in series["labels"]
+    ]
+    assert len(rows) == summary["slices"]
+
+
+def test_standard_output_says_what_each_series_covers(written):
+    out, summary = written
+    text = predict.text(summary)
+    first = summary["overview"][0]
+    assert f"{first['series']}: {first['slices']} slices, {first['mm']:.0f} mm; shows " in text
+    assert "flag phantom on" in text and str(out) in text
+    counts = {row["series"]: 0 for row in summary["overview"]}
+    for row in summary["covers"]:
+        counts[row["series"]] += 1
+    more = sum(max(0, count - series_tables.MOST_LABELS) > 0 for count in counts.values())
+    assert text.count("more labels") == more > 0
+    row = max(
+        (row for row in summary["covers"] if row["series"] == first["series"]),
+        key=lambda row: row["slices"],
+    )
+    cells = (row["first_slice"], row["last_slice"], f"{row['first_mm']:.0f}")
+    assert any(
+        line.split()[-6:-3] == [str(cell) for cell in cells]
+        for line in text.splitlines()
+        if line.strip().startswith(row["label"])
+    )
+
+
+def test_outputs_are_never_overwritten_unless_told(trained, phantom, tmp_path, capsys):
+    scans, out = sorted(phantom["dicom"].iterdir())[0], tmp_path / "labels.csv"
+    argv = ["predict", str(scans), "--model", str(trained), "--out", str(out)]
+    (tmp_path / "labels.json").write_text("mine")
+    assert cli.main(argv) == 2 and (tmp_path / "labels.json").read_text() == "mine"
+    assert "labels.json exists" in capsys.readouterr().err
+    (tmp_path / "labels.json").unlink()
+    assert cli.main([*argv, "--charts", "--wide"]) == 0
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert {"labels.000.png", "labels.wide.csv", "labels.summary.json"} <= set(before)
+    assert cli.main([*argv, "--charts", "--wide"]) == 2
+    assert before == {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    features = ["--features", str(tmp_path / "features.npz")]
+    assert cli.main([*argv, "--overwrite", *features]) == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == before.keys() - {"labels.000.png", "labels.wide.csv"} | {"features.npz"}
+    again = ["predict", str(scans), "--model", str(trained), "--out", str(tmp_path / "b.csv")]
+    assert cli.main([*again, *features]) == 2
+
+
+def test_outputs_in_the_input_folder_are_not_inputs(trained, phantom, tmp_path):
+    scans = tmp_path / "scans"
+    shutil.copytree(sorted(phantom["dicom"].iterdir())[0], scans / "series")
+    first = predict.predict(trained, scans, scans / "labels.csv", charts=True, as_json=True)
+    assert (scans / "labels.000.png").exists()
+    files.write_json(scans / "maps" / "settings.json", {"networks": []})
+    files.write_json(scans / "shards" / ".parts" / "plan.json", {})
+    files.write_json(scans / "mine" / "dataset.json", {"numTraining": 1})  # nnU-Net's
+    console.write_table(scans / "near.csv", ("rank", "similarity", "id", "split", "labels"), [])
+    for name in ("maps/a.png", "shards/a.png", "mine/a.png", "near.png", "picture.000.png"):
+        shutil.copy(scans / "labels.000.png", scans / name)
+    found, _ = search.find_series(scans)
+    assert sum(ref.count for ref in found if ref.kind == "dicom") == first["slices"]
+    pictures = {path for ref in found if ref.kind == "png" for path in ref.paths}
+    # Pictures of somebody else are inputs, and rejected when they are read.
+    assert pictures == {str(scans / "mine" / "a.png"), str(scans / "picture.000.png")}
 
 
 def test_the_batch_size_does_not_matter(trained, phantom):
@@ -97,23 +195,24 @@ def test_one_slice_has_its_neighbours_as_channels_and_copies_count_once(
     trained, phantom, tmp_path, capsys
 ):
     series = sorted(path for path in phantom["dicom"].iterdir() if path.is_dir())[0]
-    shutil.copytree(series, tmp_path / "scans" / "one")
-    shutil.copytree(series, tmp_path / "scans" / "again")
-    out = tmp_path / "all.csv"
-    summary = predict.predict(trained, tmp_path / "scans", out, as_json=True)
+    scans = tmp_path / "scans"
+    shutil.copytree(series, scans / "one")
+    shutil.copytree(series, scans / "again")
     count = len(list(series.iterdir()))
+    arguments = ["--workdir", str(trained), "--out", str(tmp_path / "all.csv")]
+    assert cli.main(["predict", str(scans), *arguments]) == 0
+    assert f"copies of slices, taken once: {count}" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "all.summary.json").read_text())
     assert (summary["slices"], summary["copies"], summary["failures"]) == (count, count, 0)
-    rows = read(out)
+    run = workdir.open_run(trained)
+    volume = volumes.load_series(search.find_series(scans)[0][0])
+    expected = predict.score_volume(run, volume)
     for k in (0, count // 2):
-        file = tmp_path / "scans" / rows[k]["file"]
-        predict.predict(trained, file, tmp_path / "one.csv", as_json=True)
-        (row,) = read(tmp_path / "one.csv")
-        assert row["labels"] == rows[k]["labels"] and row["series"] == rows[k]["series"]
-        one, all_slices = (
-            json.loads((tmp_path / name).read_text())["series"][0]["confidences"]
-            for name in ("one.json", "all.json")
-        )
-        np.testing.assert_allclose(one[0], all_slices[k], atol=1e-4)
+        ((ref,), _) = search.find_series(scans / volume.slices[k])
+        alone = predict.score_volume(run, volumes.load_series(ref))
+        np.testing.assert_allclose(alone, expected[k : k + 1], atol=1e-4)
+    summary = predict.predict(trained, scans / volume.slices[0], tmp_path / "one.csv")
+    assert (summary["series"], summary["slices"]) == (1, 1)
 
 
 def test_unreadable_files_are_listed_and_the_others_labelled(trained, phantom, tmp_path, capsys):
@@ -127,7 +226,7 @@ def test_unreadable_files_are_listed_and_the_others_labelled(trained, phantom, t
     assert code == 3
     failures = read(tmp_path / "labels.failures.csv")
     assert [row["input"].endswith("broken.png") for row in failures] == [True]
-    assert len(read(out)) == len(list(series.iterdir()))
+    assert len({row["slice"] for row in read(out)}) == len(list(series.iterdir()))
 
 
 def test_without_a_readable_series_nothing_is_written(trained, tmp_path):

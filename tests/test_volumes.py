@@ -2,12 +2,13 @@
 
 import concurrent.futures
 
+import nibabel
 import numpy as np
 import pytest
 from test_dicom import stored_values, write_series, write_slice
 from test_search import write_pngs
 
-from maknet_jax.ct import png, search, volumes
+from maknet_jax.ct import arrays, png, search, volumes
 from maknet_jax.errors import InputError, Rejected
 
 
@@ -95,3 +96,49 @@ def test_many_threads_read_at_once(shared_data):
         planes = [volume.hu for volume in pool.map(volumes.load_series, refs)]
     for plane in planes:
         np.testing.assert_array_equal(plane, planes[0])
+
+
+@pytest.mark.parametrize(
+    "orientation",
+    [(1, 0, 0, 0, 1, 0), (-1, 0, 0, 0, 1, 0), (0, 1, 0, -1, 0, 0), (1, 0, 0, 0, 0.96, -0.28)],
+    ids=["standard", "mirrored", "turned", "tilted"],
+)
+def test_the_affine_places_every_voxel_of_a_dicom_series(tmp_path, orientation):
+    shape, (row, column), z = stored_values().shape, (3, 2), (0.0, 4.0, 8.0)
+    for k, place in enumerate(z):
+        values = np.zeros(shape, np.int16)
+        values[row, column] = 3000 if k == 2 else 0
+        write_slice(
+            tmp_path / f"{k}.dcm",
+            z=place,
+            values=values,
+            ImageOrientationPatient=list(orientation),
+            BodyPartExamined="CHEST",
+        )
+    volume = volumes.load_series(search.find_series(tmp_path)[0][0])
+    assert volume.body_part == "CHEST"
+    index = np.unravel_index(volume.hu.argmax(), volume.hu.shape)
+    along_columns, along_rows = np.reshape(orientation, (2, 3))
+    left, posterior, superior = (
+        np.array([-10, -20, z[2]]) + 0.75 * column * along_columns + 0.5 * row * along_rows
+    )
+    world = volume.affine @ [*index[::-1], 1]
+    np.testing.assert_allclose(world[:3], [-left, -posterior, superior], atol=1e-6)
+    assert volume.affine[2, 2] == pytest.approx(-4)  # towards the feet
+
+
+def test_the_affine_places_every_voxel_of_a_nifti_and_an_array(tmp_path):
+    stored = np.random.default_rng(0).integers(-1000, 500, (5, 6, 7)).astype(np.int16)
+    stored[1, 4, 2] = 3000
+    affine = np.array([[0, 0, -2, 9], [0.5, 0, 0, 8], [0, -3, 0, 7], [0, 0, 0, 1.0]])
+    nibabel.save(nibabel.Nifti1Image(stored, affine), tmp_path / "ct.nii.gz")
+    (ref,), _ = search.find_series(tmp_path)
+    centred = affine * [1, 1, 1, 0] + np.diag([0, 0, 0, 1])
+    for volume, expected in (
+        (volumes.load_series(ref), affine),
+        (arrays.volume_of_array(stored, affine=affine), affine),
+        (arrays.volume_of_array(stored, spacing=(0.5, 3, 2), orientation="AIL"), centred),
+    ):
+        index = np.unravel_index(volume.hu.argmax(), volume.hu.shape)
+        world = volume.affine @ [*index[::-1], 1]
+        np.testing.assert_allclose(world, expected @ [1, 4, 2, 1], atol=1e-6)

@@ -351,8 +351,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--patients", default=str(patients.PATIENTS), help="OpenKBP's folder")
     parser.add_argument("--train", metavar="FOLDER", help="ranked slices to train on")
-    parser.add_argument("--predict", metavar="FOLDER", help="slices to place after --train")
-    parser.add_argument("--out", help="JSON of the folds, or CSV of the positions")
+    parser.add_argument(
+        "--predict", metavar="FOLDER", help="slices to place after --train; --out is their CSV"
+    )
+    harness.add_output_options(parser)
     parser.add_argument("--workdir", help="keep the runs and resume there (default: temporary)")
     parser.add_argument(
         "--seed", type=int, default=5, help="default: 5; the recipe was chosen on 0 to 4"
@@ -370,7 +372,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif chosen.train:
         return train_and_predict(chosen)
     else:
-        chosen.out = pathlib.Path(chosen.out) if chosen.out else None
         benchmark(chosen, argv)
     return options.DONE
 

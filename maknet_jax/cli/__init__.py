@@ -31,8 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unparsed and not chosen.takes_config:
         parser.error(f"unknown argument {unparsed[0]!r}")
     chosen.overrides = options.config_changes(parser, unparsed)
-    # XLA and grain log through absl and C++, which would bury our own lines.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # XLA and grain log through absl and C++, which would bury our own lines. Level 3 also hides
+    # "Very slow compile?", which XLA logs as an error; with several processes, errors of the
+    # connection matter more.
+    level = "2" if getattr(chosen, "distributed", False) else "3"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", level)
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     return exit_codes.exit_code("maknet", lambda: chosen.run(chosen))
 

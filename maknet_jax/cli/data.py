@@ -84,7 +84,7 @@ def _add_segmentations(forms: argparse._SubParsersAction) -> None:
     verb.add_argument(
         "--unknown-below",
         metavar="LABELS",
-        default="",
+        type=options.words,
         help="labels, separated by commas, that are unknown below their lowest contoured slice",
     )
     verb.add_argument(
@@ -193,7 +193,7 @@ def _run_segmentations(chosen: argparse.Namespace) -> int:
         min_area=prepare.Rules.min_area if chosen.min_area is None else chosen.min_area,
         every=chosen.every,
         missing_is_absent=chosen.missing_is_absent,
-        unknown_below=tuple(filter(None, map(str.strip, chosen.unknown_below.split(",")))),
+        unknown_below=tuple(chosen.unknown_below or ()),
     )
     return _report(
         prepare.prepare_segmentations(

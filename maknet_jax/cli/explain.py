@@ -19,7 +19,11 @@ from maknet_jax.explain.options import (
 def add_verbs(verbs: Any) -> None:
     """Adds `attribute`, `perturb` and `report`."""
     verb = options.verb(verbs, "attribute", _run_attribute)
-    _shared_options(verb)
+    _shared_options(
+        verb,
+        labels="explain these labels; selects the images of the split that have any of them",
+        top="without --labels, explain the N most confident labels of each image",
+    )
     verb.add_argument(
         "--output", choices=OUTPUTS, help="output to attribute (default: %(default)s)"
     )
@@ -33,17 +37,31 @@ def add_verbs(verbs: Any) -> None:
         action="store_true",
         help="measure deletion and insertion, compared with random pixels",
     )
+    verb.add_argument(
+        "--no-nifti",
+        dest="nifti",
+        action="store_false",
+        help="do not write the maps of CT files as NIfTI",
+    )
     verb = options.verb(verbs, "perturb", _run_perturb)
-    _shared_options(verb)
+    _shared_options(
+        verb,
+        labels="only images of the split that have any of these labels",
+        top="compare the N most confident labels of each image",
+        path_note="For --strategy attribution, which deletes the pixels that matter most. "
+        "--baseline\nis also what attribution and random put in place of deleted pixels.",
+    )
     verb.add_argument(
         "--strategy",
-        type=_words,
+        type=options.words,
         help="comma-separated, from neighbour, patch, attribution and random (default: all)",
     )
     verb.add_argument(
         "--masks", help="masks of the regions: NIfTI, PNG or a folder (default: DeepLesion's boxes)"
     )
-    verb.add_argument("--organs", type=_words, help="names or values in the masks, comma-separated")
+    verb.add_argument(
+        "--organs", type=options.words, help="names or values in the masks, comma-separated"
+    )
     verb.add_argument(
         "--share",
         type=float,
@@ -59,54 +77,88 @@ def add_verbs(verbs: Any) -> None:
         "--cases",
         type=options.count,
         default=3,
-        help="number of best and of worst cases (default: 3)",
+        metavar="N",
+        help="explain the N best and the N worst cases (default: 3)",
     )
 
 
-def _shared_options(verb: argparse.ArgumentParser) -> None:
-    """Adds the fields of the three dataclasses of options, with their defaults."""
+def _shared_options(
+    verb: argparse.ArgumentParser, *, labels: str, top: str, path_note: str | None = None
+) -> None:
+    """Adds the fields of the three dataclasses of options, with their defaults.
+
+    Args:
+      verb: the parser.
+      labels: the help of --labels.
+      top: the help of --top.
+      path_note: when the options of Integrated Gradients matter.
+    """
     verb.add_argument(
         "path", nargs="?", help="CT files to explain instead of a split: DICOM, NIfTI or PNG"
     )
     options.model(verb)
     verb.add_argument("--out", required=True, help="folder to write")
-    verb.add_argument("--split", help="split of --data")
-    verb.add_argument("--data", help="prepared data set (default: the one trained on)")
-    verb.add_argument(
-        "--ids", type=_words, help="only these images, comma-separated; SERIES:SLICE for CT files"
+    which = verb.add_argument_group(
+        "which images and labels", "Give CT files, or --split of a prepared data set."
     )
-    verb.add_argument(
+    which.add_argument("--split", help="split of --data")
+    which.add_argument("--data", help="prepared data set (default: the one trained on)")
+    which.add_argument(
+        "--ids",
+        type=options.words,
+        help="only these images, comma-separated; SERIES:SLICE for CT files",
+    )
+    which.add_argument(
         "--labels",
-        type=_words,
-        help="explain these labels, comma-separated; selects images that have any of them",
+        type=options.words,
+        help=f"{labels}, comma-separated; quote a label that contains a comma",
     )
-    verb.add_argument("--limit", type=options.count, help="maximum number of images")
-    verb.add_argument("--compare", metavar="MODEL", help="a second network, shown beside the first")
-    verb.add_argument(
-        "--top", type=options.count, help="number of labels per image (default: %(default)s)"
+    which.add_argument(
+        "--limit",
+        metavar="N",
+        type=options.count,
+        help="take at most N images, the first ones in the order of the split or, of CT files, "
+        "from head to feet (default: all)",
     )
-    verb.add_argument(
-        "--steps", type=options.count, help="steps of the path (default: %(default)s)"
+    which.add_argument(
+        "--compare", metavar="MODEL", help="a second network, shown beside the first"
     )
-    verb.add_argument("--method", choices=METHODS, help="integration rule (default: %(default)s)")
-    verb.add_argument(
-        "--baseline", help="black (-1024 HU), blurred or a number in HU (default: %(default)s)"
+    which.add_argument(
+        "--top",
+        metavar="N",
+        type=options.count,
+        help=f"{top} (default: %(default)s)",
     )
-    verb.add_argument("--checkpoint", choices=("best", "last"), help="default: %(default)s")
-    verb.add_argument(
-        "--batch-size", type=options.count, help="images per step (default: one per device)"
+    which.add_argument("--checkpoint", choices=("best", "last"), help="default: %(default)s")
+    path = verb.add_argument_group("path of Integrated Gradients", path_note)
+    path.add_argument(
+        "--steps", metavar="N", type=options.count, help="steps of the path (default: %(default)s)"
     )
-    verb.add_argument(
+    path.add_argument("--method", choices=METHODS, help="integration rule (default: %(default)s)")
+    path.add_argument(
+        "--baseline",
+        help="start of the path: black (-1024 HU), blurred or a number in HU "
+        "(default: %(default)s)",
+    )
+    path.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=options.count,
+        help="images per step; changes speed and memory only (default: one per device)",
+    )
+    shown = verb.add_argument_group("pictures and page")
+    shown.add_argument(
         "--display",
         dest="window",
         type=options.window,
         metavar="LOW,HIGH",
         help="window of the pictures in HU, as in --display=-160,240",
     )
-    verb.add_argument(
+    shown.add_argument(
         "--most-shown",
+        metavar="N",
         type=options.count,
-        help="maximum number of images on the HTML page (default: %(default)s)",
+        help="show at most N images on the HTML page; the tables hold all (default: %(default)s)",
     )
     options.png_window(verb)
     options.distributed(verb)
@@ -126,11 +178,6 @@ def _chosen(
     return SelectionOptions(**selection), PathOptions(**path), DisplayOptions(**display)
 
 
-def _words(text: str) -> list[str] | None:
-    """The type of WORD,WORD..."""
-    return [word.strip() for word in text.split(",")] if text else None
-
-
 def _run_attribute(chosen: argparse.Namespace) -> int:
     """Map the pixels that support each label (Integrated Gradients); resumes if interrupted.
 
@@ -139,7 +186,11 @@ def _run_attribute(chosen: argparse.Namespace) -> int:
     from maknet_jax import attribute, console
 
     summary = attribute.attribute(
-        chosen.model, chosen.out, *_chosen(chosen), faithful=chosen.faithfulness
+        chosen.model,
+        chosen.out,
+        *_chosen(chosen),
+        faithful=chosen.faithfulness,
+        nifti=chosen.nifti,
     )
     for name, share in summary.get("complete", {}).items():
         flagged = summary["flagged"][name]

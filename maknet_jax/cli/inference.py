@@ -49,9 +49,29 @@ def _predict(verbs: argparse._SubParsersAction) -> None:
         "read with its neighbours in the folder",
     )
     options.model(verb)
-    verb.add_argument("--out", required=True, help="CSV file to write")
     verb.add_argument(
-        "--json", dest="as_json", action="store_true", help="also write all confidences as JSON"
+        "--out",
+        required=True,
+        help="CSV file to write: one row per slice and predicted label; STEM.series.csv, with one "
+        "row per series and label, and others are written beside it",
+    )
+    verb.add_argument("--overwrite", action="store_true", help="replace existing outputs")
+    verb.add_argument(
+        "--json",
+        dest="as_json",
+        action="store_true",
+        help="also write STEM.json: the tables and all confidences",
+    )
+    verb.add_argument(
+        "--wide",
+        action="store_true",
+        help="also write STEM.wide.csv: one row per slice, one column per label",
+    )
+    verb.add_argument(
+        "--audit",
+        action="store_true",
+        help="also write STEM.audit.csv: series whose tag BodyPartExamined agrees with what is "
+        "seen, contradicts it, or cannot be compared",
     )
     verb.add_argument(
         "--charts", action="store_true", help="also draw the labels of each series, head to feet"
@@ -72,26 +92,16 @@ def _run_predict(chosen: argparse.Namespace) -> int:
     """Label the body parts in any CT, per slice and per series.
 
     maknet predict scans/ --model runs/teacher --out labels.csv
+    maknet predict archive/ --model runs/teacher --out labels.csv --audit --overwrite
     """
     from maknet_jax import predict
 
     options.start_jax()
-    names = ("png_window", "checkpoint", "batch_size", "charts", "features", "as_json")
-    summary = predict.predict(
-        chosen.model, chosen.path, chosen.out, **options.selected(chosen, *names)
-    )
-    print(
-        f"{summary['slices']} slices of {summary['series']} series labelled by the "
-        f"{summary['checkpoint']} checkpoint (step {summary['step']}):"
-    )
-    for file in summary["files"]:
-        print(f"  {file}")
-    if summary["trained_on"]:
-        print(f"trained on {summary['trained_on']}")
-    if summary["copies"]:
-        print(f"copies of slices, taken once: {summary['copies']}")
-    if summary["failures"]:
-        print(f"rejected: {summary['failures']}, see {summary['failures_file']}")
+    scoring = options.selected(chosen, "png_window", "checkpoint", "batch_size")
+    names = ("as_json", "wide", "audit", "charts", "features", "overwrite")
+    outputs = options.selected(chosen, *names)
+    summary = predict.predict(chosen.model, chosen.path, chosen.out, **scoring, **outputs)
+    print(predict.text(summary))
     return options.SOME_REJECTED if summary["failures"] else options.DONE
 
 
@@ -159,9 +169,10 @@ def _models(verbs: argparse._SubParsersAction) -> None:
 
 
 def _run_models(chosen: argparse.Namespace) -> None:
-    """Print parameters, FLOPs and bytes of the networks beside the paper's numbers.
+    """Print parameters, FLOPs and bytes of the networks beside the paper's numbers; name the
+    benchmarks of their speed.
 
-    maknet models maknet vgg16 --size 256
+        maknet models maknet vgg16 --size 256
     """
     from maknet_jax import model_table
 

@@ -27,7 +27,9 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument(
         "--spacing", type=_numbers(3), metavar="X,Y,Z", help="in mm; required for PNGs"
     )
-    verb.add_argument("--split", help="splits to search, separated by commas (default: all)")
+    verb.add_argument(
+        "--split", type=options.words, help="splits to search, separated by commas (default: all)"
+    )
     verb.add_argument(
         "--top", type=options.count, default=11, help="number of lesions to list (default: 11)"
     )
@@ -65,7 +67,7 @@ def _run_retrieve(chosen: argparse.Namespace) -> None:
         chosen.data,
         chosen.out,
         spacing=chosen.spacing,
-        splits=chosen.split.split(",") if chosen.split else None,
+        splits=chosen.split,
         top=chosen.top,
         checkpoint=chosen.checkpoint,
     )

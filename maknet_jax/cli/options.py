@@ -1,6 +1,7 @@
 """Shared by the commands: exit codes, the parser, common options and the start of JAX."""
 
 import argparse
+import csv
 import inspect
 import math
 import os
@@ -9,7 +10,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, did_you_mean
 
 DONE, BAD_INPUT, SOME_REJECTED, STOPPED = 0, 2, 3, 75
 
@@ -19,6 +20,12 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, **kwargs)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Names the choices that are nearest to an unknown value; argparse calls it."""
+        if action.choices is not None and value not in action.choices:
+            hint = did_you_mean(str(value), map(str, action.choices))
+            raise argparse.ArgumentError(action, f"{value!r} is unknown: {hint}")
 
     def error(self, message: str) -> NoReturn:
         """Prints the message in one line and exits."""
@@ -111,6 +118,12 @@ def checkpoint(verb: argparse.ArgumentParser) -> None:
         choices=("best", "last"),
         help="the best one by validation AUC, or the last one (default: best)",
     )
+
+
+def words(text: str) -> list[str] | None:
+    """The type of WORD,WORD,...; None for an empty text. A word with a comma may be quoted."""
+    rows = list(csv.reader([text], skipinitialspace=True))
+    return [word.strip() for word in rows[0]] if rows and rows[0] else None
 
 
 def window(text: str) -> tuple[float, float]:

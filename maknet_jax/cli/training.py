@@ -18,7 +18,9 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
 def _import_weights(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(verbs, "import-weights", _run_import_weights)
     verb.add_argument("source", help="the .safetensors file (pickles are not supported)")
-    verb.add_argument("--model", required=True, choices=("vgg16", "resnet18"))
+    verb.add_argument(
+        "--model", required=True, choices=("vgg16", "resnet18"), help="the network of the weights"
+    )
     verb.add_argument("--out", required=True, help="the .safetensors file to write")
     for name in ("mean", "std"):
         verb.add_argument(
@@ -61,8 +63,9 @@ def _train(verbs: argparse._SubParsersAction) -> None:
         "--config",
         required=True,
         help="teacher, vgg16 or resnet18 (table 1), student (table 2), vgg16_pretrain or lesanet "
-        "(table 3), finetune, body_order, smoke, smoke_student or linear (small); or the path of a "
-        ".py file, of a config.json, or of a workdir, to train with the config of that run",
+        "(table 3), openkbp (real patients), finetune, body_order, smoke, smoke_student or linear "
+        "(small); or the path of a .py file, of a config.json, or of a workdir, to train with the "
+        "config of that run",
     )
     verb.add_argument("--workdir", help="folder of the run; required unless --print-config")
     verb.add_argument(
@@ -108,13 +111,15 @@ def _evaluate(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(verbs, "evaluate", _run_evaluate)
     options.model(verb)
     verb.add_argument(
-        "--split", help="comma-separated names (default: those of test and hand that exist)"
+        "--split",
+        type=options.words,
+        help="comma-separated names (default: those of test and hand that exist)",
     )
     verb.add_argument("--data", help="another prepared data set with the same labels")
     verb.add_argument(
         "--out", help="folder to write (default: WORKDIR/evaluation); required for a bundle"
     )
-    verb.add_argument("--checkpoint", default="best", choices=("best", "last"))
+    options.checkpoint(verb)
     verb.add_argument(
         "--rules",
         default="ours",
@@ -138,7 +143,7 @@ def _run_evaluate(chosen: argparse.Namespace) -> None:
     options.start_jax(chosen.distributed)
     summary = evaluate.evaluate(
         chosen.model,
-        splits=chosen.split.split(",") if chosen.split else None,
+        splits=chosen.split,
         data=chosen.data,
         checkpoint=chosen.checkpoint,
         batch_size=chosen.batch_size,

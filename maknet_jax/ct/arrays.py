@@ -68,9 +68,9 @@ def volume_of_array(
             matrix = np.asarray(affine, float)
             if matrix.shape != (4, 4):
                 raise InputError(f"affine of shape {matrix.shape}: {_EXPECTED}")
-            axes, steps = nifti.geometry_of(matrix)
         else:
-            axes, steps = nifti.geometry_of(_affine(spacing or (), orientation or ""))
+            matrix = _affine(spacing or (), orientation or "")
+        axes, steps = nifti.geometry_of(matrix)
         values = geometry.to_standard(hu, axes)
         volume = np.empty(values.shape, np.int16)
         low, high = np.inf, -np.inf
@@ -86,7 +86,8 @@ def volume_of_array(
     names = [str(k) for k in range(len(volume))]
     slices = tuple(names[::-1] if axes[0].flip else names)
     uids = tuple(f"{name}:{k}" for k in slices)
-    return Volume(volume, (steps[z], steps[y], steps[x]), name, slices, uids)
+    standard = geometry.standard_affine(matrix, axes, hu.shape)
+    return Volume(volume, (steps[z], steps[y], steps[x]), name, slices, uids, standard)
 
 
 def _affine(spacing: Sequence[float], orientation: str) -> np.ndarray:

@@ -28,7 +28,7 @@ _NAMES = (".dcm", ".ima", ".dicom")
 _TAGS = (
     "SOPClassUID SOPInstanceUID SeriesInstanceUID FrameOfReferenceUID Modality ImageType "
     "ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns SamplesPerPixel "
-    "PhotometricInterpretation NumberOfFrames BitsAllocated BitsStored HighBit "
+    "BodyPartExamined PhotometricInterpretation NumberOfFrames BitsAllocated BitsStored HighBit "
     "PixelRepresentation RescaleSlope RescaleIntercept RescaleType"
 ).split()
 _TAGS += [tag for tag in (*acquisition.TAGS, *dicom_frames.TAGS) if tag not in _TAGS]
@@ -57,6 +57,7 @@ class Header:
       person: the values of `acquisition.PERSON`.
       marks: the values of `acquisition.MARKS`.
       times: the values of `acquisition.TIMES`.
+      body_part: BodyPartExamined, or "".
     """
 
     path: str
@@ -76,6 +77,7 @@ class Header:
     person: tuple[str, ...] = ()
     marks: tuple[str, ...] = ()
     times: tuple[str, ...] = ()
+    body_part: str = ""
 
     @property
     def standard_spacing(self) -> tuple[float, float]:
@@ -214,6 +216,7 @@ def _header(data: pydicom.Dataset, path: str) -> Header | None:
             person=acquisition.marks(data, acquisition.PERSON),
             marks=acquisition.marks(data, acquisition.MARKS),
             times=acquisition.marks(data, acquisition.TIMES),
+            body_part=str(data.get("BodyPartExamined") or "").strip(),
         )
     except Exception as error:
         return dataclasses.replace(header, problem=f"broken DICOM header ({one_line(error)})")
@@ -288,6 +291,25 @@ def stored_axes(orientation: tuple[float, ...]) -> tuple[geometry.StoredAxis, ..
     along_columns, along_rows = np.reshape(orientation, (2, 3))
     normal = np.cross(along_columns, along_rows)
     return geometry.standard_axes([normal, along_rows, along_columns])
+
+
+def stack_affine(headers: Sequence[Header]) -> np.ndarray | None:
+    """The affine of a stack of slices, head to feet: indices (x, y, z) to RAS in mm.
+
+    The step from slice to slice is that of the positions, so that a tilted gantry gives a sheared
+    affine. None for a single slice, or where spacing or positions are unknown.
+    """
+    first, last = headers[0], headers[-1]
+    if len(headers) < 2 or first.position is None or last.position is None:
+        return None
+    along_columns, along_rows = np.reshape(first.orientation, (2, 3))
+    stored = np.eye(4)  # indices (slice, row, column) to LPS
+    stored[:3, 1] = along_rows * first.spacing[0]
+    stored[:3, 2] = along_columns * first.spacing[1]
+    stored[:3, 3] = first.position
+    affine = geometry.standard_affine(stored, stored_axes(first.orientation), (1, *first.shape))
+    affine[:3, 2] = np.subtract(last.position, first.position) / (len(headers) - 1)
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine if np.isfinite(affine).all() else None
 
 
 def read_slice(path: str | os.PathLike[str]) -> tuple[Header, np.ndarray]:

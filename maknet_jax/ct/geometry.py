@@ -48,6 +48,29 @@ def standard_axes(directions: npt.ArrayLike) -> tuple[StoredAxis, StoredAxis, St
     return z, y, x
 
 
+def standard_affine(
+    affine: np.ndarray, axes: tuple[StoredAxis, ...], shape: tuple[int, ...]
+) -> np.ndarray:
+    """The affine of an array after `to_standard`.
+
+    Args:
+      affine: `[4, 4]`, indices of the stored array to any space in mm.
+      axes: the result of `standard_axes`.
+      shape: of the stored array.
+
+    Returns:
+      `[4, 4]`: indices (x, y, z) of the standard array `[Z, Y, X]` to the same space.
+    """
+    standard = np.eye(4)
+    standard[:3, 3] = affine[:3, 3]
+    for column, stored in enumerate(reversed(axes)):
+        step = affine[:3, stored.axis]
+        if stored.flip:
+            standard[:3, 3] += step * (shape[stored.axis] - 1)
+        standard[:3, column] = -step if stored.flip else step
+    return standard
+
+
 def to_standard(values: np.ndarray, axes: tuple[StoredAxis, ...]) -> np.ndarray:
     """A view of a stored 3-D array as [Z, Y, X] in the standard orientation.
 

@@ -69,6 +69,16 @@ def read_nifti(
     return hu, opened.spacing, tuple(stored[::-1] if opened.axes[0].flip else stored)
 
 
+def read_affine(path: str | os.PathLike[str]) -> np.ndarray:
+    """`[4, 4]`: indices (x, y, z) of the volume that `read_nifti` returns, to RAS in mm.
+
+    Raises:
+      Rejected: as in `check_nifti`.
+    """
+    opened = _open(path)
+    return geometry.standard_affine(opened.affine, opened.axes, opened.shape)
+
+
 def load_label_map(
     path: str | os.PathLike[str], like: str | os.PathLike[str] | None = None
 ) -> np.ndarray:

@@ -7,7 +7,7 @@ import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
-from maknet_jax.ct import dicom, nifti, png
+from maknet_jax.ct import dicom, nifti, own_outputs, png
 from maknet_jax.ct.reading import content_id
 from maknet_jax.ct.stacks import find_stacks
 from maknet_jax.errors import InputError, Rejected
@@ -127,13 +127,16 @@ def relative_name(path: str, root: str) -> str:
 
 
 def _walk(path: pathlib.Path) -> Iterator[str]:
-    """Yields the files of a tree in sorted order, without hidden ones."""
+    """Yields the files of a tree in sorted order, without hidden ones and our own outputs."""
     if not path.is_dir():
         yield str(path)
         return
     for folder, folders, names in os.walk(path):
+        if folder != str(path) and own_outputs.is_output_folder(folder, names):
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
+        for name in sorted(set(names) - own_outputs.output_files(folder, names)):
             full = os.path.join(folder, name)
             if not name.startswith(".") and os.path.isfile(full):
                 yield full

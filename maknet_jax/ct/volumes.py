@@ -30,6 +30,8 @@ class Volume:
       slices: a name for each slice: the file relative to the root; for NIfTI the index along the
         stored z axis.
       uids: for each slice the SOPInstanceUID, or an id computed from the content of the file.
+      affine: `[4, 4]`, indices (x, y, z) of `hu` to RAS in mm; None where unknown.
+      body_part: the tag BodyPartExamined of the first slice; "" without it.
       blocks: the division into evenly spaced blocks; empty if there is one block.
       context: the slices in the folder before the first and after the last one, which are its
         neighbours but not part of the volume; None where there is none.
@@ -40,6 +42,8 @@ class Volume:
     series: str
     slices: tuple[str, ...]
     uids: tuple[str, ...]
+    affine: np.ndarray | None = None
+    body_part: str = ""
     blocks: tuple[Block, ...] = ()
     context: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
 
@@ -69,6 +73,8 @@ class Volume:
     @property
     def z_mm(self) -> np.ndarray:
         """Float `[Z]`: mm of each slice below the first one; nan where the spacing is unknown."""
+        if len(self.hu) == 1:
+            return np.zeros(1)
         if len(self.blocks) < 2:
             return np.arange(len(self.hu)) * self.spacing[0]
         return np.concatenate(
@@ -110,10 +116,12 @@ def load_series(ref: SeriesRef, *, png_window: tuple[float, float] | None = None
             around = _load_png_neighbours(pathlib.Path(ref.paths[0]), png_window)
             return _only_slice(*around, ref)
         hu, spacing, stored = nifti.read_nifti(ref.paths[0])
+        affine = nifti.read_affine(ref.paths[0])
         digest = _file_id(ref.paths[0])
     except OSError as error:  # the file was removed or is not readable
         raise Rejected(f"cannot be read ({error.strerror or error})") from error
-    return Volume(hu, spacing, ref.key, stored, tuple(f"{digest}:{k}" for k in stored))
+    uids = tuple(f"{digest}:{k}" for k in stored)
+    return Volume(hu, spacing, ref.key, stored, uids, affine)
 
 
 def load_all(
@@ -227,6 +235,8 @@ def _load_dicom(ref: SeriesRef, distance: float | None = None) -> Volume:
         ref.key,
         tuple(search.relative_name(header.path, ref.root) for header in stack.headers),
         tuple(header.uid for header in stack.headers),
+        dicom.stack_affine(stack.headers) if len(stack.blocks) == 1 else None,
+        stack.headers[0].body_part,
         stack.blocks if len(stack.blocks) > 1 else (),
     )
 
@@ -249,6 +259,7 @@ def _only_slice(volume: Volume, index: int, ref: SeriesRef) -> Volume:
         series=ref.key,
         slices=(search.relative_name(ref.paths[0], ref.root),),
         uids=volume.uids[here],
+        affine=None,
         blocks=(),
         context=(before, after),
     )

@@ -21,7 +21,7 @@ from array_record.python import array_record_data_source, array_record_module
 
 from maknet_jax import files
 from maknet_jax.data.labels import Vocabulary
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, did_you_mean
 
 FORMAT = 1
 # Kind -> source of the data; for other kinds the user states it to `maknet prepare`.
@@ -163,8 +163,10 @@ class Dataset:
           InputError: the data set has no such split.
         """
         if name not in self.info["splits"]:
+            splits = self.info["splits"]
             raise InputError(
-                f"split {name!r} is not in {self.path}: it has {', '.join(self.info['splits'])}"
+                f"split {name!r} is not in {self.path}: {did_you_mean(name, splits)} It has "
+                f"{', '.join(splits)}"
             )
         return self.info["splits"][name]
 

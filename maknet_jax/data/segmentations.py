@@ -26,7 +26,7 @@ from maknet_jax.data import shards
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.data.segmentation_cases import Case, Mask
 from maknet_jax.data.triplets import encode_with_labels
-from maknet_jax.errors import InputError, Rejected
+from maknet_jax.errors import InputError, Rejected, did_you_mean
 
 LABEL_COLUMNS = ("label", "split", "records", "known", "present", "unknown")
 MIN_AREA = 50.0  # mm2, the area of a disc of 8 mm diameter
@@ -180,9 +180,7 @@ def check_rules(rules: Rules, labels: Iterable[str]) -> None:
     labels = list(labels)
     for name in rules.unknown_below:
         if name not in labels:
-            raise InputError(
-                f"--unknown-below {name} is not a label: the labels are {', '.join(labels)}"
-            )
+            raise InputError(f"--unknown-below {name} is not a label: {did_you_mean(name, labels)}")
 
 
 def middle_slices(count: int, every: int) -> range:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,14 @@ import numpy as np
 from maknet_jax.ct import preprocess
 from maknet_jax.ct.volumes import Volume
 from maknet_jax.data.labels import Vocabulary
-from maknet_jax.evaluation import protocol
+from maknet_jax.evaluation import body_parts, protocol
+
+# Flags of a series or a slice, as in the tables -> their meaning.
+FLAGS = {
+    "phantom": "the network was trained on a generated phantom, not on patients",
+    "tag": "the tag BodyPartExamined contradicts what is seen",
+}
+SEEN = 0.05  # share of the slices in which the labels of a region make it a part of the series
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +44,11 @@ class Cover:
     first_mm: float
     last_mm: float
 
+    @property
+    def body_part(self) -> body_parts.BodyPart:
+        """The label in DICOM's terms."""
+        return body_parts.of_label(self.label)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SeriesResult:
@@ -44,26 +57,34 @@ class SeriesResult:
     Attributes:
       id: of the series.
       slices: the name of each slice, see `Volume.slices`.
+      uids: the SOPInstanceUID of each slice, see `Volume.uids`.
       z_mm: `[Z]`, mm below the first slice; nan where the spacing is unknown.
       names: the K label names.
       thresholds: `[K]`.
       confidences: float32 `[Z, K]`.
       predicted: bool `[Z, K]`: labels that reach their threshold, and parents of such labels.
+      tag: BodyPartExamined of the file; "" without it.
       features: float32 `[Z, F]`, pooled features; None if they were not requested.
       read: read() returns the CT; it may read the files again.
       png_window: (low, high), the HU of pixel values 0 and 255 in 8-bit PNGs.
+      run_flags: names of `FLAGS` that hold for the whole series because of its network.
+      slice_flags: slice number -> names of `FLAGS` that hold for this slice.
     """
 
     id: str
     slices: tuple[str, ...]
+    uids: tuple[str, ...]
     z_mm: np.ndarray
     names: tuple[str, ...]
     thresholds: np.ndarray
     confidences: np.ndarray
     predicted: np.ndarray
+    tag: str
     features: np.ndarray | None
     read: Callable[[], Volume] = dataclasses.field(repr=False)
     png_window: tuple[float, float] | None = None
+    run_flags: tuple[str, ...] = ()
+    slice_flags: Mapping[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of_scores(
@@ -81,11 +102,13 @@ class SeriesResult:
         return cls(
             id=volume.series,
             slices=volume.slices,
+            uids=volume.uids,
             z_mm=volume.z_mm,
             names=vocabulary.names,
             thresholds=thresholds,
             confidences=confidences,
             predicted=predicted,
+            tag=volume.body_part,
             **more,
         )
 
@@ -115,16 +138,115 @@ class SeriesResult:
                 covers.append(Cover(name, first, last, len(slices), mean, *place))
         return sorted(covers, key=lambda cover: (cover.first_slice, cover.last_slice))
 
+    @functools.cached_property
+    def body_part(self) -> body_parts.BodyPart:
+        """The regions of the body that the series shows, in DICOM's terms.
+
+        A region is seen if labels of organs that lie in it alone are predicted in at least `SEEN`
+        of the slices.
+        """
+        shows = {region: np.zeros(len(self), bool) for region in body_parts.REGIONS}
+        for column, name in enumerate(self.names):
+            for region in body_parts.of_label(name).regions:
+                shows[region] |= self.predicted[:, column]
+        return body_parts.of_regions(
+            region for region, rows in shows.items() if rows.any() and rows.mean() >= SEEN
+        )
+
+    @functools.cached_property
+    def audit(self) -> str:
+        """How the tag agrees with `body_part`, see `body_parts.audit`."""
+        known = {region for name in self.names for region in body_parts.of_label(name).regions}
+        return body_parts.audit(self.tag, frozenset(self.body_part.regions), frozenset(known))
+
+    @functools.cached_property
+    def flags(self) -> tuple[str, ...]:
+        """Names of `FLAGS` that hold for the series."""
+        return (*self.run_flags, *(("tag",) if self.audit == "contradicts" else ()))
+
+    def slice_rows(self) -> Iterator[dict[str, Any]]:
+        """Yields one dict per slice and predicted label, by decreasing confidence in each slice.
+
+        A slice without a predicted label has one row with the label "".
+        """
+        for number, name in enumerate(self.slices):
+            place = {"series": self.id, "slice": number, "z_mm": _number(self.z_mm[number], 3)}
+            source: dict[str, Any] = {"file": name, "sop_instance_uid": self.uids[number]}
+            source["flags"] = list(self.slice_flags.get(number, ()))
+            for k in self.columns(number):
+                scores = {
+                    "label": self.names[k],
+                    "confidence": _number(self.confidences[number, k]),
+                    "threshold": float(self.thresholds[k]),
+                }
+                yield place | scores | source
+            if not self.predicted[number].any():
+                yield place | {"label": "", "confidence": None, "threshold": None} | source
+
+    def cover_rows(self) -> Iterator[dict[str, Any]]:
+        """Yields one dict per predicted label of the series; one with the label "" without any."""
+        last = len(self) - 1
+        empty = Cover("", 0, last, 0, math.nan, float(self.z_mm[0]), float(self.z_mm[last]))
+        for cover in self.covers or [empty]:
+            part = cover.body_part
+            yield {
+                "series": self.id,
+                "label": cover.label,
+                "first_slice": cover.first_slice,
+                "last_slice": cover.last_slice,
+                "first_mm": _number(cover.first_mm, 3),
+                "last_mm": _number(cover.last_mm, 3),
+                "slices": cover.slices,
+                "mean_confidence": _number(cover.mean_confidence),
+                "body_part_examined": part.term,
+                "laterality": part.laterality,
+                "sct_code": part.code,
+                "sct_meaning": part.meaning,
+                "flags": list(self.flags),
+            }
+
+    def overview(self) -> dict[str, Any]:
+        """What the series is and shows, for tables and JSON."""
+        part = self.body_part
+        return {
+            "series": self.id,
+            # The slices of a NIfTI are named by their index, and the series by the file.
+            "file": self.id if self.slices[0].isdigit() else self.slices[0],
+            "slices": len(self),
+            "mm": _number(self.z_mm[-1], 3),
+            "body_part_examined": part.term,
+            "sct_code": part.code,
+            "sct_meaning": part.meaning,
+            "tag": self.tag,
+            "audit": self.audit,
+            "flags": list(self.flags),
+            "flagged_slices": len(self.slice_flags),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that the tables hold, and all confidences, for JSON."""
+        return self.overview() | {
+            "slices": list(self.slices),
+            "uids": list(self.uids),
+            "z_mm": [_number(mm, 3) for mm in self.z_mm],
+            "labels": [list(labels) for labels in self.labels],
+            "confidences": np.round(self.confidences.astype(float), 4).tolist(),
+            "covers": [row for row in self.cover_rows() if row["label"]],
+            "slice_flags": {str(number): list(flags) for number, flags in self.slice_flags.items()},
+        }
+
     def table(self) -> list[dict[str, Any]]:
-        """One dict per slice: series, slice, file, z_mm, labels, confidences."""
+        """One dict per slice: series, slice, file, uid, z_mm, labels, confidences, flags."""
         return [
             {
                 "series": self.id,
                 "slice": number,
                 "file": name,
+                "uid": self.uids[number],
                 "z_mm": float(self.z_mm[number]),
                 "labels": self.labels[number],
                 "confidences": self.confidences[number, self.columns(number)].tolist(),
+                "flags": (*self.flags, *self.slice_flags.get(number, ())),
             }
             for number, name in enumerate(self.slices)
         ]
@@ -139,3 +261,8 @@ class SeriesResult:
         for number in numbers:
             around = volume.neighbours(number)
             yield preprocess.make_triplet(around, size, threshold=threshold)[0]
+
+
+def _number(value: float, digits: int = 4) -> float | None:
+    """A number for JSON: rounded, None for nan."""
+    return None if math.isnan(value) else round(float(value), digits)

@@ -13,7 +13,7 @@ from maknet_jax import files
 from maknet_jax.attribution import perturbation
 from maknet_jax.ct import nifti, png
 from maknet_jax.data import records
-from maknet_jax.errors import InputError, Rejected
+from maknet_jax.errors import InputError, Rejected, did_you_mean
 from maknet_jax.explain.selection import SelectedImage, Selection, digest, sizes
 
 
@@ -129,8 +129,8 @@ def _value(organ: str, values: dict[str, str]) -> int:
     try:
         return int(value)
     except ValueError:
-        known = ", ".join(values) or "numbers only"
-        raise InputError(f"--organs {organ!r} is unknown: the masks have {known}") from None
+        hint = did_you_mean(organ, values) if values else "the masks have numbers only"
+        raise InputError(f"--organs {organ!r} is unknown: {hint}") from None
 
 
 def _mask_of(

@@ -6,14 +6,14 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from maknet_jax.ct import preprocess, search, volumes
 from maknet_jax.data import records
-from maknet_jax.errors import InputError, Rejected
+from maknet_jax.errors import InputError, Rejected, did_you_mean
 from maknet_jax.explain.options import SelectionOptions
 from maknet_jax.explain.truth import Annotation, Truth, labels_are_complete
 from maknet_jax.runs import workdir
@@ -131,10 +131,41 @@ def label_columns(run: workdir.Run, labels: Sequence[str] | None) -> list[int]:
       InputError: a name is unknown.
     """
     index = run.vocabulary.index
-    for name in labels or ():
+    labels = [labels] if isinstance(labels, str) else list(labels or ())
+    for name in (labels := join_labels(labels, index)):
         if name not in index:
-            raise InputError(f"label {name!r} is unknown: the network has {', '.join(index)}")
-    return [index[name] for name in labels or ()]
+            raise InputError(
+                f"label {name!r} is unknown: {did_you_mean(name, index)} The network has "
+                f"{len(index)} labels"
+            )
+    return [index[name] for name in labels]
+
+
+def join_labels(words: Sequence[str], known: Collection[str]) -> list[str]:
+    """Joins words that a comma inside a label has separated.
+
+    >>> join_labels(["liver", "fat", "left side"], ["liver", "fat, left side"])
+    ['liver', 'fat, left side']
+
+    Args:
+      words: the comma-separated parts of a list of labels.
+      known: the labels; words that are labels themselves stay as they are.
+    """
+    parts = {tuple(part.strip() for part in name.split(",")): name for name in known}
+    joined: list[str] = []
+    position = 0
+    while position < len(words):
+        ends = range(len(words), position + 1, -1)  # the longest label first
+        if words[position] in known:
+            ends = range(0)
+        for end in ends:
+            if name := parts.get(tuple(words[position:end])):
+                break
+        else:
+            name, end = words[position], position + 1
+        joined.append(name)
+        position = end
+    return joined
 
 
 def _records(
@@ -204,7 +235,9 @@ def _slices(
         image, crop = preprocess.make_triplet(triplet, size, threshold=threshold)
         file = ref.paths[0] if ref.kind == "nifti" else volume.slices[number]
         meta = {"file": file, "slice": number, "crop": crop, "kind": ref.kind}
-        meta["shape"] = volume.hu.shape
+        meta |= {"series": ref.key, "shape": volume.hu.shape, "size": size}
+        if volume.affine is not None:
+            meta["affine"] = volume.affine.tolist()
         return SelectedImage(f"{ref.key}:{number}", image, None, meta)
 
     places = {f"{ref.key}:{number}": (ref, number) for ref in series for number in range(ref.count)}

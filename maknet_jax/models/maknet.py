@@ -101,7 +101,7 @@ class MAKNet(network.TrunkNetwork):
         if stages:
             return maps
         if "gcp" in self.plain:
-            features = x.mean(axis=(1, 2), dtype=jnp.float32)
+            pooled = x.mean(axis=(1, 2), dtype=jnp.float32)
         else:
-            features = layers.global_concat_pool(x)
-        return self.head(features, train, propagate="spl" not in self.plain)
+            pooled = layers.global_concat_pool(x)
+        return self.head(pooled, train, propagate="spl" not in self.plain)

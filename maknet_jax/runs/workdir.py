@@ -68,6 +68,11 @@ class Run:
         return (self.dataset.get("origin") or {}).get("source")
 
     @property
+    def data_kind(self) -> str | None:
+        """The kind of the training data: deeplesion, phantom, table, ...; None if not recorded."""
+        return (self.dataset.get("origin") or {}).get("kind")
+
+    @property
     def data_path(self) -> str:
         """The training data set.
 

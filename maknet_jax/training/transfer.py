@@ -22,6 +22,8 @@ from maknet_jax.training.state import Variables
 
 FORMAT = "maknet-jax weights 1"
 HEAD = ("classifier", "spl")
+# Of weights; integers occur as counters, such as BatchNorm's num_batches_tracked.
+DTYPES = ("F32", "F16", "BF16", "F64", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 
 
 def place(
@@ -193,7 +195,8 @@ def read_safetensors(
     """Reads any safetensors file: (name -> NumPy array, metadata).
 
     Raises:
-      InputError: the file is damaged or of another format; a pickle of torch is never opened.
+      InputError: the file is damaged or of another format, or has a dtype without a NumPy type,
+        such as 8-bit floats; a pickle of torch is never opened.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -202,6 +205,13 @@ def read_safetensors(
         head = file.read(4)
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
+            for name in file.keys():
+                dtype = file.get_slice(name).get_dtype()
+                if dtype not in DTYPES:
+                    raise InputError(
+                        f"{path}: {name} has dtype {dtype}, expected {', '.join(DTYPES[:4])}: "
+                        "convert the weights to one of these first"
+                    )
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (safetensors.SafetensorError, TypeError) as error:
         reason = " ".join(str(error).split())

@@ -1,0 +1,132 @@
+"""The tables that `maknet predict` writes and prints."""
+
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from maknet_jax import console
+from maknet_jax.evaluation import body_parts
+from maknet_jax.evaluation.series import FLAGS, SeriesResult
+
+SLICE_COLUMNS = (
+    "series",
+    "slice",
+    "z_mm",
+    "label",
+    "confidence",
+    "threshold",
+    "flags",
+    "file",
+    "sop_instance_uid",
+)
+SERIES_COLUMNS = (
+    "series",
+    "label",
+    "first_slice",
+    "last_slice",
+    "first_mm",
+    "last_mm",
+    "slices",
+    "mean_confidence",
+    "body_part_examined",
+    "laterality",
+    "sct_code",
+    "sct_meaning",
+    "flags",
+)
+AUDIT_COLUMNS = ("series", "file", "tag", "body_part_examined", "sct_code", "audit")
+MOST_SERIES, MOST_LABELS = 20, 8  # printed; the tables hold all
+
+Row = Mapping[str, Any]
+
+
+def write_rows(path: pathlib.Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
+    """Writes the columns of rows as a CSV; lists are joined by |, and None is an empty cell."""
+
+    def cell(value: Any) -> Any:
+        return "|".join(value) if isinstance(value, list) else value
+
+    console.write_table(path, columns, ([cell(row[name]) for name in columns] for row in rows))
+
+
+def wide(results: Sequence[SeriesResult]) -> tuple[list[str], Iterator[list[Any]]]:
+    """(header, rows) of the wide table: one row per slice, one column per label."""
+    header = ["series", "slice", "z_mm", "labels", "file", "sop_instance_uid", *results[0].names]
+    rows = (
+        [
+            *(result.id, number, "" if np.isnan(z_mm) else round(float(z_mm), 3)),
+            *("|".join(result.labels[number]), result.slices[number], result.uids[number]),
+            *np.round(result.confidences[number].astype(float), 4).tolist(),
+        ]
+        for result in results
+        for number, z_mm in enumerate(result.z_mm)
+    )
+    return header, rows
+
+
+def document(
+    results: Sequence[SeriesResult], names: Sequence[str], thresholds: np.ndarray
+) -> dict[str, Any]:
+    """The content of all tables as one JSON object, with all confidences."""
+    terms = [body_parts.of_label(name) for name in names]
+    return {
+        "labels": list(names),
+        "thresholds": thresholds.tolist(),
+        "body_part_examined": [part.term for part in terms],
+        "laterality": [part.laterality for part in terms],
+        "sct_codes": [part.code for part in terms],
+        "flags": FLAGS,
+        "series": [result.to_json() for result in results],
+    }
+
+
+def describe(overview: Row, covers: Sequence[Row], most: int | None = None) -> str:
+    """What a series shows and covers, as text.
+
+    Args:
+      overview: see `SeriesResult.overview`.
+      covers: the rows of its predicted labels, see `SeriesResult.cover_rows`.
+      most: maximum number of labels, those in the most slices; None shows all.
+    """
+    span = "" if overview["mm"] is None else f", {overview['mm']:.0f} mm"
+    shown = overview["body_part_examined"].replace("|", " and ") or "no region"
+    tag = f" (tag {overview['tag']})" if overview["tag"] else ""
+    lines = [f"{overview['series']}: {overview['slices']} slices{span}; shows {shown}{tag}"]
+    lines += [f"  {flag}: {FLAGS[flag]}" for flag in overview["flags"]]
+    if overview["flagged_slices"]:
+        lines.append(f"  slices with flags: {overview['flagged_slices']}")
+    if not covers:
+        return "\n".join([*lines, "  no label reaches its threshold"])
+    largest = sorted(range(len(covers)), key=lambda k: -covers[k]["slices"])[:most]
+    rows = [
+        (
+            row["label"],
+            row["first_slice"],
+            row["last_slice"],
+            *("?" if mm is None else f"{mm:.0f}" for mm in (row["first_mm"], row["last_mm"])),
+            row["slices"],
+            f"{row['mean_confidence']:.2f}",
+        )
+        for row in (covers[k] for k in sorted(largest))
+    ]
+    header = ("label", "from slice", "to", "from mm", "to mm", "in slices", "confidence")
+    lines += [f"  {line}" for line in console.format_table(header, rows).splitlines()]
+    if len(rows) < len(covers):
+        lines.append(f"  ... and {len(covers) - len(rows)} more labels")
+    return "\n".join(lines)
+
+
+def describe_all(overviews: Sequence[Row], covers: Iterable[Row]) -> str:
+    """What several series show and cover: at most `MOST_SERIES`, and `MOST_LABELS` of each."""
+    by_series: dict[str, list[Row]] = {}
+    for row in covers:
+        by_series.setdefault(row["series"], []).append(row)
+    lines = [
+        describe(overview, by_series.get(overview["series"], []), MOST_LABELS)
+        for overview in overviews[:MOST_SERIES]
+    ]
+    if len(overviews) > MOST_SERIES:
+        lines.append(f"... and {len(overviews) - MOST_SERIES} more series")
+    return "\n".join(lines)

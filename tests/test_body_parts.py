@@ -1,0 +1,134 @@
+"""Labels and series in DICOM's terms, checked against pydicom's CID 4, and the audit of tags."""
+
+import doctest
+
+import numpy as np
+import pytest
+from pydicom.sr._concepts_dict import concepts
+
+from maknet_jax.ct.volumes import Volume
+from maknet_jax.data import labels
+from maknet_jax.evaluation import body_parts
+from maknet_jax.evaluation.series import SeriesResult
+
+KNOWN = frozenset({"CHEST", "ABDOMEN", "PELVIS"})
+
+
+def test_codes_and_meanings_are_those_of_cid_4():
+    # A code can have several keywords in pydicom; its meaning may be listed under another one.
+    meanings, in_cid_4 = {}, set()
+    for entries in concepts["SCT"].values():
+        for code, (meaning, contexts) in entries.items():
+            meanings.setdefault(code, set()).add(meaning)
+            in_cid_4 |= {code} if 4 in contexts else set()
+    coded = [part[1:3] for part in body_parts._rows().values() if part.code != body_parts.NO_CODE]
+    coded += [part[1:] for part in body_parts._COMBINED.values()]
+    assert len(coded) > 70
+    for code, meaning in coded:
+        assert code in in_cid_4 and meaning in meanings[code], (code, meaning)
+
+
+def test_body_parts_of_lesanet_lie_in_regions(shared_data):
+    (path,) = (shared_data / "lesanet").glob("*.xlsx")
+    terms = labels.read_ontology(path)
+    parts = [name for name, term in terms.items() if term.label_class == "bodypart"]
+    listed = [name for name in parts if body_parts.of_label(name).regions]
+    assert {"left kidney", "right upper lobe", "pelvic bone", "lung"} <= set(listed)
+    assert body_parts.of_label("porta Hepatis").regions == ("ABDOMEN",)
+
+
+@pytest.mark.parametrize(
+    "label, term, code, laterality",
+    [
+        ("liver", "LIVER", "10200004", ""),
+        ("right kidney", "KIDNEY", "64033007", "R"),
+        ("parotid_gland_left", "PAROTID", "45289007", "L"),
+        ("right lung", "LUNG", "39607008", "R"),
+        ("right upper lobe", "", "no code", "R"),
+        ("lymph node", "", "no code", ""),
+        ("top left", "", "no code", ""),
+        ("", "", "no code", ""),
+    ],
+)
+def test_labels_are_coded(label, term, code, laterality):
+    part = body_parts.of_label(label)
+    assert (part.term, part.code, part.laterality) == (term, code, laterality)
+    assert bool(part.meaning) == (code != "no code")
+
+
+@pytest.mark.parametrize(
+    "tag, regions",
+    [
+        ("CHEST", {"CHEST"}),
+        ("CHESTABDPELVIS", {"CHEST", "ABDOMEN", "PELVIS"}),
+        ("NECKCHESTABDPELV", {"NECK", "CHEST", "ABDOMEN", "PELVIS"}),
+        ("CHEST_TO_PELVIS", {"CHEST", "PELVIS"}),
+        ("Thorax", {"CHEST"}),
+        ("HEAD-NECK", {"HEAD", "NECK"}),
+        ("LIVER", {"ABDOMEN"}),
+        ("WHOLEBODY", set(body_parts.REGIONS)),
+        ("AORTA", set()),
+        ("123", set()),
+        ("", set()),
+    ],
+)
+def test_tags_name_regions(tag, regions):
+    assert body_parts.regions_of_tag(tag) == regions
+
+
+@pytest.mark.parametrize(
+    "tag, seen, verdict",
+    [
+        ("", {"CHEST"}, "no tag"),
+        ("AORTA", {"CHEST"}, "tag names no region"),
+        ("CHEST", set(), "nothing seen"),
+        ("CHEST", {"CHEST", "ABDOMEN"}, "agrees"),
+        ("ABDOMENPELVIS", {"CHEST", "PELVIS"}, "agrees"),
+        ("PELVIS", {"CHEST"}, "contradicts"),
+        ("HEAD", {"CHEST"}, "no label for the tag"),
+    ],
+)
+def test_the_audit_compares_the_tag_with_what_is_seen(tag, seen, verdict):
+    assert body_parts.audit(tag, frozenset(seen), KNOWN) == verdict
+
+
+def series(tag, **rows):
+    """A series of 40 slices, 2.5 mm apart; `rows` are the slices in which each label is seen."""
+    names = ("liver", "urinary bladder", "hilum", "right_kidney", "muscle")
+    confidences = np.full((40, len(names)), 0.1, np.float32)
+    for name, slices in rows.items():
+        confidences[slices, names.index(name.replace("_", " ") if name[0] == "u" else name)] = 0.9
+    slices = tuple(f"{k}.dcm" for k in range(40))
+    spacing, uids = (2.5, 1.0, 1.0), tuple(f"1.2.{k}" for k in range(40))
+    volume = Volume(np.zeros((40, 2, 2), np.int16), spacing, "1.2", slices, uids, None, tag)
+    vocabulary, thresholds = labels.Vocabulary.from_names(names), np.full(len(names), 0.5)
+    more = {"features": None, "read": lambda: volume}
+    return SeriesResult.of_scores(volume, vocabulary, thresholds, confidences, **more)
+
+
+def test_a_series_shows_the_regions_of_enough_slices():
+    both = series("CHEST", liver=slice(5, 30), urinary_bladder=slice(35, 40))
+    assert both.body_part[:3] == ("ABDOMENPELVIS", "818982008", "Abdomen and Pelvis")
+    assert both.audit == "contradicts" and both.flags == ("tag",)
+    once = series("CHEST", liver=slice(5, 30), hilum=slice(0, 1))  # one slice of 40: below 5 %
+    assert once.body_part.term == "ABDOMEN" and once.audit == "contradicts"
+    twice = series("CHEST", liver=slice(5, 30), hilum=slice(0, 2))
+    assert twice.body_part.term == "CHESTABDOMEN" and twice.flags == ()
+    vague = series("CHEST", muscle=slice(0, 40))
+    assert vague.body_part.term == "" and vague.audit == "nothing seen"
+
+
+def test_rows_say_from_where_to_where():
+    result = series("", right_kidney=slice(10, 20))
+    (row,) = result.cover_rows()
+    assert (row["first_mm"], row["last_mm"], row["slices"]) == (25.0, 47.5, 10)
+    assert (row["body_part_examined"], row["laterality"]) == ("KIDNEY", "R")
+    rows = list(result.slice_rows())
+    assert [row["label"] for row in rows] == [""] * 10 + ["right_kidney"] * 10 + [""] * 20
+    assert rows[10]["z_mm"] == 25.0 and rows[10]["sop_instance_uid"] == "1.2.10"
+    (empty,) = series("").cover_rows()
+    assert (empty["label"], empty["slices"], empty["sct_code"]) == ("", 0, "no code")
+
+
+def test_the_examples_of_the_docstrings_run():
+    assert doctest.testmod(body_parts).failed == 0 < doctest.testmod(body_parts).attempted
