@@ -26,7 +26,7 @@ import numpy.typing as npt
 from maknet_jax import predict
 from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.attribution import perturbation
-from maknet_jax.ct import arrays
+from maknet_jax.ct import arrays, reading
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation import series_tables
 from maknet_jax.evaluation.series import SeriesResult
@@ -152,6 +152,8 @@ class Model:
         png_window: tuple[float, float] | None = None,
         batch_size: int = 16,
         features: bool = False,
+        assume_hu: bool = False,
+        allow_lossy: bool = False,
     ) -> Prediction:
         """Predicts the labels of every slice.
 
@@ -176,16 +178,19 @@ class Model:
           png_window: (low, high), the HU of pixel values 0 and 255 in 8-bit PNGs.
           batch_size: slices per step.
           features: also return the pooled features.
+          assume_hu: read values as HU even if they do not look like it.
+          allow_lossy: read DICOM with lossy compression.
 
         Raises:
           InputError: an array has no geometry, or nothing can be read.
         """
+        overrides = reading.Overrides(assume_hu, allow_lossy)
         if isinstance(source, (str, os.PathLike)):
             if affine is not None or spacing is not None or orientation is not None:
                 raise InputError(
                     f"{source} stores its own geometry: omit affine, spacing and orientation"
                 )
-            series, failures = predict.find_inputs(source)
+            series, failures = predict.find_inputs(source, overrides)
             each = predict.predict_series(
                 self.run,
                 series,
@@ -193,10 +198,15 @@ class Model:
                 batch_size=batch_size,
                 png_window=png_window,
                 features=features,
+                overrides=overrides,
             )
             return Prediction(tuple(result for result, _ in each), tuple(failures))
         volume = arrays.volume_of_array(
-            source, affine=affine, spacing=spacing, orientation=orientation
+            source,
+            affine=affine,
+            spacing=spacing,
+            orientation=orientation,
+            overrides=overrides,
         )
         result = predict.predict_volume(self.run, volume, batch_size, features=features)
         return Prediction((result,))

@@ -1,5 +1,6 @@
 """`maknet predict`: any folder of CT -> body parts per slice and per series."""
 
+import dataclasses
 import functools
 import glob
 import os
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from maknet_jax import console, files
-from maknet_jax.ct import preprocess, search, volumes
+from maknet_jax.ct import preprocess, reading, search, volumes
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation import metrics, series_tables
 from maknet_jax.evaluation.series import FLAGS, SeriesResult
@@ -36,6 +37,7 @@ def predict(
     charts: bool = False,
     features: str | pathlib.Path | None = None,
     overwrite: bool = False,
+    **overrides: bool,
 ) -> dict[str, Any]:
     """Predicts the labels of every slice of every CT series under `path`.
 
@@ -60,6 +62,7 @@ def predict(
       features: an .npz file for the pooled features of all slices: `features` float32 `[N, F]` and
         `ids`, SERIES:SLICE each.
       overwrite: replace existing outputs.
+      **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
       The summary: counts, files, what each series shows (`overview`), and the range of slices of
@@ -75,9 +78,14 @@ def predict(
         raise InputError(f"--features {features} should be a file whose name ends in .npz")
     if not overwrite:
         _check_free(out, features)
-    series, failures = find_inputs(path)
+    read_as = reading.Overrides(**overrides)
+    series, failures = find_inputs(path, read_as)
     run = workdir.open_run(folder, checkpoint_name=checkpoint)
-    scoring: dict[str, Any] = {"batch_size": batch_size, "png_window": png_window}
+    scoring: dict[str, Any] = {
+        "batch_size": batch_size,
+        "png_window": png_window,
+        "overrides": read_as,
+    }
     each = predict_series(run, series, failures, **scoring, features=features is not None)
     results = [result for result, _ in each]
     stale = _written_before(out)
@@ -96,7 +104,7 @@ def predict(
     if as_json:
         written.append(out.with_suffix(".json"))
         document = series_tables.document(results, run.vocabulary.names, run.thresholds)
-        files.write_json(written[-1], document)
+        files.write_json(written[-1], document | dataclasses.asdict(read_as))
     if features is not None:
         written.append(pathlib.Path(features))
         _write_features(written[-1], results)
@@ -109,6 +117,7 @@ def predict(
         "checkpoint": run.name,
         "step": run.step,
         "trained_on": run.trained_on,
+        **dataclasses.asdict(read_as),
         "series": len(results),
         "slices": sum(map(len, results)),
         "copies": sum(ref.copies for ref in series),
@@ -150,14 +159,14 @@ def text(summary: dict[str, Any]) -> str:
 
 
 def find_inputs(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str], overrides: reading.Overrides = reading.STRICT
 ) -> tuple[list[search.SeriesRef], list[tuple[str, str]]]:
     """The CT series under a path, and (input, reason) of what cannot be used.
 
     Raises:
       InputError: there is no series.
     """
-    series, failures = search.find_series(path)
+    series, failures = search.find_series(path, overrides=overrides)
     if not series:
         reason = f": {failures[0][0]}: {failures[0][1]}" if failures else ""
         raise InputError(f"{path} holds no readable series of DICOM, NIfTI or PNG{reason}")
@@ -172,6 +181,7 @@ def predict_series(
     batch_size: int = 16,
     png_window: tuple[float, float] | None = None,
     features: bool = False,
+    overrides: reading.Overrides = reading.STRICT,
 ) -> Iterator[tuple[SeriesResult, volumes.Volume]]:
     """Yields the labels of each series and its volume, which is read again if they need it.
 
@@ -182,14 +192,16 @@ def predict_series(
       batch_size: slices per step.
       png_window: (low, high), the HU of pixel values 0 and 255 in 8-bit PNGs.
       features: also return the pooled features.
+      overrides: what is read although it would be rejected.
 
     Raises:
       InputError: none could be read.
     """
     read_any = False
     with console.progress("predict", sum(ref.count for ref in series)) as advance:
-        for ref, volume in volumes.load_all(series, failures, png_window=png_window):
-            read = functools.partial(volumes.load_series, ref, png_window=png_window)
+        options: dict[str, Any] = {"png_window": png_window, "overrides": overrides}
+        for ref, volume in volumes.load_all(series, failures, **options):
+            read = functools.partial(volumes.load_series, ref, **options)
             result = predict_volume(
                 run, volume, batch_size, png_window, advance, features=features, read=read
             )

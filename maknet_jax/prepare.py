@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from maknet_jax import console, files
-from maknet_jax.ct import pseudonym, search
+from maknet_jax.ct import pseudonym, reading, search
 from maknet_jax.data import (
     deeplesion,
     key_slices,
@@ -51,6 +51,7 @@ def prepare_deeplesion(
     patches: bool = False,
     size: int | None = None,
     workers: int = 1,
+    **overrides: bool,
 ) -> dict[str, Any]:
     """Prepares DeepLesion's key slices with LesaNet's body-part labels, one record per lesion.
 
@@ -67,6 +68,7 @@ def prepare_deeplesion(
         `data.lesions`.
       size: the edge S in pixels, of patches in mm; None takes `SIZE` or `PATCH_SIZE`.
       workers: processes.
+      **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
       The summary: counts, the paper's counts, and the paths of the files.
@@ -76,6 +78,7 @@ def prepare_deeplesion(
     """
     size = size or (PATCH_SIZE if patches else SIZE)
     images = pathlib.Path(images)
+    read_as = reading.Overrides(**overrides)
     _check(out, size, step=8 if patches else 32)
     if not images.is_dir():
         raise InputError(
@@ -89,11 +92,11 @@ def prepare_deeplesion(
     if label_file is None or ontology is None:
         plans = key_slices.plan_unlabelled(rows, patches=patches)
     else:
-        vocabulary, labelled, about = _read_labels(
+        vocabulary, labelled, about = key_slices.read_labels(
             rows, label_file, hand_labels, ontology, patches=patches
         )
         plans = key_slices.plan_labelled(labelled, vocabulary)
-    splits, missing = key_slices.plan_units(plans, images, size)
+    splits, missing = key_slices.plan_units(plans, images, size, read_as)
     if not any(splits.values()):
         raise InputError(f"none of the {len(plans)} images is under {images}: check --images")
     about["images_missing"] = len(missing)
@@ -106,39 +109,10 @@ def prepare_deeplesion(
         kind="lesions" if patches else "deeplesion",
         size=size,
         vocabulary=vocabulary,
-        about=about,
+        about=about | read_as.used(),
         workers=workers,
         missing=missing,
     )
-
-
-def _read_labels(
-    rows: Sequence[deeplesion.Lesion],
-    label_file: str | os.PathLike[str],
-    hand_labels: str | os.PathLike[str] | None,
-    ontology: str | os.PathLike[str],
-    *,
-    patches: bool,
-) -> tuple[labels.Vocabulary, list[deeplesion.LabelledLesion], dict[str, Any]]:
-    """(vocabulary, labelled lesions, what `dataset.json` says about them)."""
-    mined = deeplesion.read_mined_labels(label_file)
-    hand = deeplesion.read_hand_labels(hand_labels) if hand_labels else None
-    terms = labels.read_ontology(ontology)
-    labels.ontology_vocabulary(terms, mined.terms)  # raises if a term is unknown
-    names = [term for term in mined.terms if patches or terms[term].label_class == "bodypart"]
-    vocabulary = labels.ontology_vocabulary(terms, names)
-    numbering = deeplesion.number_lesions(rows, mined)
-    labelled, counts = deeplesion.label_lesions(
-        numbering, mined, hand, vocabulary, uncertain_unknown=patches
-    )
-    about = {"numbering": numbering.reason, "label_counts": counts}
-    about["direct_parents"] = {
-        name: [parent for parent in terms[name].parents if parent in vocabulary.index]
-        for name in vocabulary.names
-    }
-    # The paper counts lesions with a body part only.
-    about["paper_counts"] = dict.fromkeys(counts, "-") if patches else deeplesion.PAPER_COUNTS
-    return vocabulary, labelled, about
 
 
 def prepare_dicom(
@@ -149,6 +123,7 @@ def prepare_dicom(
     min_slices: int = 51,
     size: int = SIZE,
     workers: int = 1,
+    **overrides: bool,
 ) -> dict[str, Any]:
     """Prepares folders of DICOM or NIfTI as unlabelled triplets without overlap (section 4.1).
 
@@ -162,6 +137,7 @@ def prepare_dicom(
         whole series.
       size: the edge S of the images in pixels.
       workers: processes.
+      **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
       The summary.
@@ -169,8 +145,9 @@ def prepare_dicom(
     Raises:
       InputError: `folder` contains no usable series, or `out` is in use.
     """
+    read_as = reading.Overrides(**overrides)
     _check(out, size)
-    series, failures = search.find_series(folder, workers=workers)
+    series, failures = search.find_series(folder, workers=workers, overrides=read_as)
     small = [ref for ref in series if ref.count < min_slices]
     usable = [ref for ref in series if ref.count >= min_slices]
     if not usable:
@@ -190,12 +167,12 @@ def prepare_dicom(
     ]
     return _write(
         out,
-        {"unlabelled": triplets.plan_series(usable, salt, size)},
+        {"unlabelled": triplets.plan_series(usable, salt, size, read_as)},
         triplets.make_series,
         kind="dicom",
         size=size,
         vocabulary=labels.Vocabulary(()),
-        about=about,
+        about=about | read_as.used(),
         workers=workers,
         failures=failures,
     )
@@ -208,6 +185,7 @@ def prepare_table(
     png_window: tuple[float, float] | None = None,
     size: int = SIZE,
     workers: int = 1,
+    **overrides: bool,
 ) -> dict[str, Any]:
     """Prepares your own labelled slices from a CSV of path, labels, split and optional columns.
 
@@ -219,6 +197,7 @@ def prepare_table(
       png_window: (low, high) in HU of 8-bit PNGs.
       size: the edge S of the images in pixels.
       workers: processes.
+      **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
       The summary.
@@ -226,6 +205,7 @@ def prepare_table(
     Raises:
       InputError: the table is invalid, or `out` is in use.
     """
+    read_as = reading.Overrides(**overrides)
     _check(out, size)
     warnings: list[str] = []
     rows, vocabulary = table.read_table(csv_file, warnings.append)
@@ -233,12 +213,12 @@ def prepare_table(
         console.Log().say(f"warning: {text}")
     return _write(
         out,
-        triplets.plan_table(rows, vocabulary, png_window, size),
+        triplets.plan_table(rows, vocabulary, png_window, size, read_as),
         triplets.make_table_volume,
         kind="table",
         size=size,
         vocabulary=vocabulary,
-        about={"rows": len(rows), "png_window": png_window, "warnings": warnings},
+        about={"rows": len(rows), "png_window": png_window, "warnings": warnings} | read_as.used(),
         workers=workers,
     )
 
@@ -254,6 +234,7 @@ def prepare_segmentations(
     salt_file: str | os.PathLike[str] | None = None,
     size: int = SIZE,
     workers: int = 1,
+    **overrides: bool,
 ) -> dict[str, Any]:
     """Prepares CT with organ masks as labelled slices, see `data.segmentations`.
 
@@ -267,6 +248,7 @@ def prepare_segmentations(
       salt_file: the secret key of the ids of DICOM cases, as in `prepare_dicom`.
       size: the edge S of the images in pixels.
       workers: processes.
+      **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
       The summary; `label_counts` are rows of label, split, records, known, present, unknown.
@@ -275,18 +257,23 @@ def prepare_segmentations(
       InputError: no case can be used, a table or rule is invalid, a patient is in two splits, or
         `out` is in use.
     """
+    read_as = reading.Overrides(**overrides)
     _check(out, size)
-    plan = segmentation_plan.plan(folders, label_table, rules=rules, splits=splits, workers=workers)
+    plan = segmentation_plan.plan(
+        folders, label_table, rules=rules, splits=splits, workers=workers, overrides=read_as
+    )
     dicom = any(case.ref.kind == "dicom" for case, _ in plan.members)
     salt = pseudonym.read_salt(salt_file, log=console.Log()) if dicom else ""
     return _write(
         out,
-        segmentations.plan_cases(plan.members, plan.labels, rules=rules, size=size, salt=salt),
+        segmentations.plan_cases(
+            plan.members, plan.labels, rules=rules, size=size, salt=salt, overrides=read_as
+        ),
         segmentations.make_case,
         kind="segmentations",
         size=size,
         vocabulary=labels.Vocabulary.from_names(plan.labels),
-        about={**(origin or {}), **plan.about},
+        about={**(origin or {}), **plan.about, **read_as.used()},
         workers=workers,
         failures=plan.failures,
         missing=plan.missing,

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from maknet_jax import console
-from maknet_jax.ct import volumes
+from maknet_jax.ct import reading, volumes
 from maknet_jax.data import lesions, pipeline, records
 from maknet_jax.errors import InputError, Rejected
 from maknet_jax.figures import contact_sheet
@@ -33,6 +33,7 @@ def retrieve(
     top: int = 11,
     checkpoint: str = "best",
     batch_size: int = 32,
+    **overrides: bool,
 ) -> dict[str, Any]:
     """Writes the most similar lesions as a CSV and, beside it, as a contact sheet.
 
@@ -50,6 +51,7 @@ def retrieve(
       top: number of lesions.
       checkpoint: "best" or "last".
       batch_size: patches per step.
+      **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
       The summary: the rows of the CSV as dicts (`found`), the files and the step of the checkpoint.
@@ -65,7 +67,7 @@ def retrieve(
     if not run.model.takes_box:
         raise InputError(f"{folder} is not a LesaNet run: choose a run of configs/lesanet.py")
     records.check_size(dataset, run.size)
-    query = read_query(image, box, spacing, run.size)
+    query = read_query(image, box, spacing, run.size, reading.Overrides(**overrides))
     embed = make_embed(run)
     size = sharding.round_up_to_devices(batch_size)
     embedding = np.concatenate(list(_embeddings(embed, [query], size)))[0]
@@ -109,6 +111,7 @@ def read_query(
     box: Sequence[float],
     spacing: Sequence[float] | None,
     size: int,
+    overrides: reading.Overrides = reading.STRICT,
 ) -> records.Example:
     """The patch of a lesion in a file, as an example without labels.
 
@@ -117,6 +120,7 @@ def read_query(
       box: see `retrieve`.
       spacing: see `retrieve`.
       size: the edge of the patch in pixels.
+      overrides: see `retrieve`.
 
     Raises:
       InputError: the image cannot be read, its spacing is unknown, or the box is invalid.
@@ -126,9 +130,9 @@ def read_query(
         if path.suffix.lower() == ".png":
             if spacing is None:
                 raise InputError(_NO_SPACING.format(path))
-            patch, inside, _ = lesions.patch_of_png(path, box, spacing, size)
+            patch, inside, _ = lesions.patch_of_png(path, box, spacing, size, overrides)
         else:
-            volume, centre = volumes.load_series_of(path, around=NEIGHBOURS)
+            volume, centre = volumes.load_series_of(path, overrides=overrides, around=NEIGHBOURS)
             if centre is None and len(volume.hu) > 1:
                 raise InputError(
                     f"{path} has {len(volume.hu)} slices: pass the file of one slice, PNG or DICOM"

@@ -229,6 +229,13 @@ def test_an_array_without_a_usable_geometry_is_refused(array, geometry, message)
         arrays.volume_of_array(array, **geometry)
 
 
+def test_values_that_do_not_look_like_hu_are_read_on_demand(model):
+    geometry = {"affine": np.diag([1.0, 1, 2, 1])}
+    with pytest.raises(InputError, match="assume_hu=True"):
+        model.predict(HU + 1000, **geometry)
+    assert len(model.predict(HU + 1000, assume_hu=True, **geometry)) == 20
+
+
 def test_files_contain_their_geometry(model, series):
     with pytest.raises(InputError, match="stores its own geometry"):
         model.predict(series, affine=np.eye(4))

@@ -62,18 +62,20 @@ def write_series(folder, places, **changes):
     ]
 
 
-def only_series(path):
-    series, reasons = search.find_series(path)
+def only_series(path, **overrides):
+    overrides = reading.Overrides(**overrides)
+    series, reasons = search.find_series(path, overrides=overrides)
     assert reasons == []
     assert len(series) == 1
-    return volumes.load_series(series[0])
+    return volumes.load_series(series[0], overrides=overrides)
 
 
-def only_reason(path):
-    series, reasons = search.find_series(path)
+def only_reason(path, **overrides):
+    overrides = reading.Overrides(**overrides)
+    series, reasons = search.find_series(path, overrides=overrides)
     if series:
         with pytest.raises(Rejected) as caught:
-            volumes.load_series(series[0])
+            volumes.load_series(series[0], overrides=overrides)
         return str(caught.value)
     assert len(reasons) == 1
     return reasons[0][1]
@@ -82,7 +84,7 @@ def only_reason(path):
 def test_hu_are_slope_times_value_plus_intercept(tmp_path):
     values = stored_values()
     values[0, 0] = -2000
-    path = write_slice(tmp_path / "a.dcm", values=values, RescaleSlope=2, PixelPaddingValue=-2000)
+    path = write_slice(tmp_path / "a.dcm", values=values, RescaleSlope=2)
     header, hu = dicom.read_slice(path)
     assert hu.dtype == np.int16
     np.testing.assert_array_equal(hu, values.astype(int) * 2 - 1024)
@@ -111,10 +113,6 @@ def test_unsigned_and_twelve_bits(tmp_path):
     kind = {"PixelRepresentation": 0, "BitsStored": 12, "HighBit": 11}
     hu = dicom.read_slice(write_slice(tmp_path / "a.dcm", values=values, **kind))[1]
     np.testing.assert_array_equal(hu, values.astype(int) - 1024)
-    values[2, 2] = 4096
-    path = write_slice(tmp_path / "b.dcm", values=values, **kind)
-    with pytest.raises(Rejected, match="4096 .*BitsStored 12"):
-        dicom.read_slice(path)
 
 
 def test_encodings_of_one_slice_have_equal_hu(shared_data):
@@ -127,7 +125,7 @@ def test_encodings_of_one_slice_have_equal_hu(shared_data):
         np.testing.assert_array_equal(only_series(path).hu[0], expected, err_msg=path.name)
     for ending, bound in (("4.91.dcm", 5), ("4.81.dcm", 1)):  # both are near-lossless
         (path,) = folder.glob(f"*{ending}")
-        assert np.abs(only_series(path).hu[0] - expected).max() <= bound
+        assert np.abs(only_series(path, allow_lossy=True).hu[0] - expected).max() <= bound
 
 
 @pytest.mark.parametrize("number", [50, 51, 53, 55])
@@ -335,7 +333,8 @@ def test_an_encoded_image_of_another_size_is_never_decoded(tmp_path, shared_data
         data = pydicom.dcmread(path)
         data.Rows = 256
         data.save_as(tmp_path / "a.dcm")
-        assert re.search(r"encoded .*\(512, 512\).*\(256, 512\)", only_reason(tmp_path / "a.dcm"))
+        reason = only_reason(tmp_path / "a.dcm", allow_lossy=True)
+        assert re.search(r"encoded .*\(512, 512\).*\(256, 512\)", reason)
     syntax = "1.2.840.10008.1.2.4.90"
     write_slice(tmp_path / "b.dcm", syntax=syntax, PixelData=encapsulate([b"nonsense\xff\xd9"]))
     assert re.search(r"encoded .*None.*\(6, 5\)", only_reason(tmp_path / "b.dcm"))

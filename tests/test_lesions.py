@@ -10,6 +10,7 @@ from prepared import examples
 from scipy import ndimage
 
 from maknet_jax import prepare
+from maknet_jax.ct import reading
 from maknet_jax.data import lesions, pipeline, records
 from maknet_jax.errors import InputError, Rejected
 
@@ -79,6 +80,9 @@ def test_invalid_boxes_and_spacings_are_rejected(box, spacing, field):
         lesions.make_patch(FLAT, box, spacing)
 
 
+NOT_CT = reading.Overrides(assume_hu=True)  # slices of one value each
+
+
 def test_missing_slices_are_replaced_by_the_nearest(tmp_path):
     for number in (7, 8, 9, 11):
         pixels = np.full((30, 30), 32768 + 100 * number, np.uint16)
@@ -86,7 +90,7 @@ def test_missing_slices_are_replaced_by_the_nearest(tmp_path):
 
     def values(number, interval):
         path, box = tmp_path / f"{number:03d}.png", (10, 10, 20, 20)
-        image, _, repeated = lesions.patch_of_png(path, box, (1, 1, interval), 24)
+        image, _, repeated = lesions.patch_of_png(path, box, (1, 1, interval), 24, NOT_CT)
         assert (image == image[0, 0]).all()
         return *image[0, 0].tolist(), repeated
 

@@ -1,5 +1,6 @@
 """NIfTI: every stored orientation gives the same volume; values that are not HU are rejected."""
 
+import gzip
 import itertools
 
 import nibabel
@@ -149,6 +150,62 @@ def test_broken_files_are_rejected(tmp_path, capfd):
             with pytest.raises(Rejected):
                 nifti.read_nifti(tmp_path / name)
     assert capfd.readouterr() == ("", "")
+
+
+def flipped(content, places):
+    """Yields copies of `content` with one bit flipped."""
+    for place in places:
+        copy = bytearray(content)
+        copy[place] ^= 1 << (place % 8)
+        yield bytes(copy)
+
+
+def test_a_flipped_bit_in_gzip_is_rejected(tmp_path):
+    # Shorter files are read to their end by chance.
+    values = np.random.default_rng(0).integers(-1000, 1000, (40, 40, 50)).astype(np.int16)
+    path = write(tmp_path / "a.nii.gz", values)
+    content = path.read_bytes()
+    expected, *_ = nifti.read_nifti(path)
+    start = content.index(b"\0", 10) + 1 if content[3] & 8 else 10  # after the name of the file
+    places = [*np.linspace(start, len(content) - 9, 30).astype(int), *range(-8, 0)]
+    for copy in flipped(content, places):
+        path.write_bytes(copy)
+        with pytest.raises(Rejected):
+            nifti.read_nifti(path)
+    path.write_bytes(content + bytes(64))  # padding after the stream
+    np.testing.assert_array_equal(nifti.read_nifti(path)[0], expected)
+
+
+def test_bytes_after_the_voxels_are_bounded(tmp_path):
+    path = write(tmp_path / "a.nii", block())
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(path.read_bytes() + bytes(18 << 20)))
+    with pytest.raises(Rejected, match="after the voxels"):
+        nifti.read_nifti(tmp_path / "a.nii.gz")
+
+
+def test_voxels_inside_the_header_are_rejected(tmp_path):
+    path = write(tmp_path / "a.nii", block())
+    content = bytearray(path.read_bytes())
+    content[108:112] = np.float32(0).tobytes()  # vox_offset
+    path.write_bytes(content)
+    with pytest.raises(Rejected, match="vox_offset 0 .*352"):
+        nifti.check_nifti(path)
+
+
+def test_an_invalid_qform_beside_a_sform_is_ignored(tmp_path):
+    image = nibabel.Nifti1Image(block(), np.diag([2.0, 3, 4, 1]))
+    image.header.set_qform(np.diag([2.0, 3, 4, 1]), 1)
+    image.header["quatern_b"] = 1.0001
+    image.to_filename(tmp_path / "a.nii")
+    expected, spacing, _ = nifti.read_nifti(write(tmp_path / "b.nii", block()))
+    hu, same, _ = nifti.read_nifti(tmp_path / "a.nii")
+    np.testing.assert_array_equal(hu, expected)
+    assert same == spacing
+    content = bytearray((tmp_path / "a.nii").read_bytes())
+    content[254:256] = bytes(2)  # sform_code
+    (tmp_path / "a.nii").write_bytes(content)
+    with pytest.raises(Rejected, match="broken NIfTI"):
+        nifti.check_nifti(tmp_path / "a.nii")
 
 
 def test_label_maps_contain_whole_numbers_only(tmp_path):

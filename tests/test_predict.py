@@ -5,6 +5,7 @@ import json
 import shutil
 
 import numpy as np
+import pydicom
 import pytest
 
 from maknet_jax import cli, console, evaluate, files, predict
@@ -247,6 +248,27 @@ def test_real_series_in_all_formats(trained, shared_data, tmp_path):
     ):
         summary = predict.predict(trained, path, tmp_path / f"{name}.csv")
         assert (summary["series"], summary["slices"], summary["failures"]) == (1, count, 0)
+
+
+def test_overrides_are_recorded(trained, phantom, tmp_path, capsys):
+    series = sorted(phantom["dicom"].iterdir())[0]
+    (tmp_path / "scans").mkdir()
+    for path in series.iterdir():
+        data = pydicom.dcmread(path)
+        data.RescaleIntercept += 1024
+        data.LossyImageCompression = "01"
+        data.save_as(tmp_path / "scans" / path.name)
+    out = tmp_path / "labels.csv"
+    command = ["predict", str(tmp_path / "scans"), "--model", str(trained), "--out", str(out)]
+    for options, named in (([], "--allow-lossy"), (["--allow-lossy"], "--assume-hu")):
+        assert cli.main([*command, *options]) == 2
+        assert named in capsys.readouterr().err
+    assert cli.main([*command, "--allow-lossy", "--assume-hu", "--json"]) == 0
+    for name in ("labels.json", "labels.summary.json"):
+        written = json.loads((tmp_path / name).read_text())
+        assert (written["assume_hu"], written["allow_lossy"]) == (True, True)
+    summary = predict.predict(trained, series, tmp_path / "plain.csv")
+    assert (summary["assume_hu"], summary["allow_lossy"]) == (False, False)
 
 
 def test_8_bit_pngs_need_a_window(trained, shared_data, tmp_path):

@@ -8,14 +8,15 @@ import pytest
 from PIL import Image
 from test_dicom import write_slice
 
-from maknet_jax.ct import search
-from maknet_jax.errors import InputError
+from maknet_jax.ct import search, volumes
+from maknet_jax.errors import InputError, Rejected
 
 
 def write_pngs(folder, names):
     folder.mkdir(exist_ok=True, parents=True)
     for k, name in enumerate(names):
-        Image.fromarray(np.full((3, 3), 32768 + k, np.uint16)).save(folder / name)
+        values = 32768 + k - 100 * np.arange(9).reshape(3, 3)
+        Image.fromarray(values.astype(np.uint16)).save(folder / name)
 
 
 def test_all_real_series_are_listed_in_a_fixed_order(shared_data):
@@ -28,11 +29,11 @@ def test_all_real_series_are_listed_in_a_fixed_order(shared_data):
         series += listed[0]
         reasons += listed[1]
     counts = {kind: sum(ref.kind == kind for ref in series) for kind in ("dicom", "nifti", "png")}
-    assert counts == {"dicom": 1, "nifti": 2, "png": 77}
+    assert counts == {"dicom": 2, "nifti": 2, "png": 77}
     assert len({ref.key for ref in series}) == len(series)
     assert [ref.key for ref in series if ref.count == 16] == ["Images_png/000001_02_01:8-23"]
     names = [path.rsplit("/", 1)[1] for path, _ in reasons]
-    assert names[0] == "CT2.dcm" and len(names) == 6  # duplicates twice, and four lossy JPEGs
+    assert names[0] == "CT2.dcm" and len(names) == 7  # sparse slices, and six lossy files
 
 
 def test_files_that_are_not_images_are_skipped_silently(tmp_path):
@@ -55,6 +56,21 @@ def test_files_that_are_not_images_are_skipped_silently(tmp_path):
     ]
     with pytest.raises(InputError, match="nowhere"):
         search.find_series(tmp_path / "nowhere")
+
+
+def test_other_volume_formats_are_rejected_by_name(tmp_path):
+    names = ("a.hdr", "a.img", "b.img", "c.mha", "d.MHD", "e.nrrd", "f.nhdr")
+    for name in names:
+        (tmp_path / name).write_bytes(b"some volume")
+    write_slice(tmp_path / "slice.img")  # DICOM is recognised by its content
+    series, reasons = search.find_series(tmp_path)
+    assert [ref.count for ref in series] == [1]
+    listed = {os.path.basename(path): reason for path, reason in reasons}
+    assert sorted(listed) == sorted(names)
+    assert "nibabel" in listed["a.hdr"] and "NRRD" in listed["e.nrrd"]
+    for name in names:
+        with pytest.raises(Rejected, match="convert"):
+            volumes.load_series_of(tmp_path / name)
 
 
 def test_dicom_is_detected_by_content_and_grouped_by_uid(tmp_path):

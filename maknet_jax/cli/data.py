@@ -28,7 +28,7 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
         action="store_true",
         help="write patches around the lesions with all 171 labels, for LesaNet",
     )
-    _add_output_options(verb, size="256; with --lesions 120")
+    _add_output_options(verb, size="256; with --lesions 120", dicom=False)
 
     verb = options.verb(forms, "dicom", _run_dicom)
     verb.add_argument("folder", help="a file or a folder tree of CT")
@@ -117,7 +117,10 @@ def _add_salt_option(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_output_options(verb: argparse.ArgumentParser, size: str = "256") -> None:
+def _add_output_options(
+    verb: argparse.ArgumentParser, size: str = "256", *, dicom: bool = True
+) -> None:
+    options.override_options(verb, dicom=dicom)
     verb.add_argument("--out", required=True, help="folder to write")
     verb.add_argument(
         "--size",
@@ -227,7 +230,8 @@ def _run_openkbp(chosen: argparse.Namespace) -> int:
 
 def _output_options(chosen: argparse.Namespace) -> dict[str, Any]:
     size = {} if chosen.size is None else {"size": chosen.size}
-    return {"out": chosen.out, "workers": chosen.workers} | size
+    overrides = options.selected(chosen, *options.OVERRIDES)
+    return {"out": chosen.out, "workers": chosen.workers} | overrides | size
 
 
 def _report(summary: dict[str, Any]) -> int:

@@ -86,6 +86,7 @@ def _predict(verbs: argparse._SubParsersAction) -> None:
         "--batch-size", type=options.count, default=16, help="slices per step (default: 16)"
     )
     options.png_window(verb)
+    options.override_options(verb)
 
 
 def _run_predict(chosen: argparse.Namespace) -> int:
@@ -97,7 +98,7 @@ def _run_predict(chosen: argparse.Namespace) -> int:
     from maknet_jax import predict
 
     options.start_jax()
-    scoring = options.selected(chosen, "png_window", "checkpoint", "batch_size")
+    scoring = options.selected(chosen, "png_window", "checkpoint", "batch_size", *options.OVERRIDES)
     names = ("as_json", "wide", "audit", "charts", "features", "overwrite")
     outputs = options.selected(chosen, *names)
     summary = predict.predict(chosen.model, chosen.path, chosen.out, **scoring, **outputs)

@@ -34,6 +34,7 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
         "--top", type=options.count, default=11, help="number of lesions to list (default: 11)"
     )
     options.checkpoint(verb)
+    options.override_options(verb)
 
 
 def _numbers(count: int) -> Callable[[str], tuple[float, ...]]:
@@ -70,6 +71,7 @@ def _run_retrieve(chosen: argparse.Namespace) -> None:
         splits=chosen.split,
         top=chosen.top,
         checkpoint=chosen.checkpoint,
+        **options.selected(chosen, *options.OVERRIDES),
     )
     rows = summary["found"]
     print(console.format_table(list(rows[0]), [row.values() for row in rows]))

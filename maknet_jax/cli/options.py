@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from maknet_jax.errors import InputError, did_you_mean
 
+OVERRIDES = ("assume_hu", "allow_lossy")  # stored by `override_options`
 DONE, BAD_INPUT, SOME_REJECTED, STOPPED = 0, 2, 3, 75
 
 
@@ -108,6 +109,22 @@ def png_window(verb: argparse.ArgumentParser) -> None:
         metavar="LOW,HIGH",
         help="HU of pixel values 0 and 255 in 8-bit PNGs, as in --png-window=-175,275",
     )
+
+
+def override_options(verb: argparse.ArgumentParser, *, dicom: bool = True) -> None:
+    """Adds --assume-hu and, where DICOM is read, --allow-lossy."""
+    verb.add_argument(
+        "--assume-hu",
+        action="store_true",
+        help="read values as Hounsfield units even if they do not look like it; recorded",
+    )
+    verb.set_defaults(allow_lossy=False)
+    if dicom:
+        verb.add_argument(
+            "--allow-lossy",
+            action="store_true",
+            help="read DICOM with lossy compression, which does not preserve HU; recorded",
+        )
 
 
 def checkpoint(verb: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from maknet_jax.ct import geometry, nifti
+from maknet_jax.ct import geometry, nifti, reading, units
 from maknet_jax.ct.reading import LARGEST_MATRIX
 from maknet_jax.ct.volumes import Volume
 from maknet_jax.errors import InputError, Rejected
@@ -33,6 +33,7 @@ def volume_of_array(
     spacing: Sequence[float] | None = None,
     orientation: str | None = None,
     name: str = "array",
+    overrides: reading.Overrides = reading.STRICT,
 ) -> Volume:
     """Makes a volume from an array of HU and its geometry.
 
@@ -43,6 +44,7 @@ def volume_of_array(
       orientation: three letters, the direction in which each axis increases: "LPS" axes run to the
         left, to posterior and to superior.
       name: the name of the series.
+      overrides: whether values that do not look like HU are accepted.
 
     Returns:
       The volume, head to feet; its slices are named by their index along the array's z axis.
@@ -73,13 +75,10 @@ def volume_of_array(
         axes, steps = nifti.geometry_of(matrix)
         values = geometry.to_standard(hu, axes)
         volume = np.empty(values.shape, np.int16)
-        low, high = np.inf, -np.inf
+        counted = units.Values()
         for k, plane in enumerate(values):
-            if not np.isfinite(plane).all():
-                raise Rejected("some values are not finite")
-            low, high = min(low, plane.min()), max(high, plane.max())
-            volume[k] = np.clip(np.rint(plane), -32768, 32767)
-        nifti.check_hu(low, high)
+            volume[k] = counted.add(plane)
+        counted.check(overrides)
     except Rejected as error:
         raise InputError(f"the array of shape {hu.shape} cannot be used: {error}") from None
     z, y, x = (stored.axis for stored in axes)

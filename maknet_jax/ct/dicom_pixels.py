@@ -16,6 +16,7 @@ from pydicom.pixels import get_decoder
 
 from maknet_jax.errors import Rejected
 
+LOSSY_JPEG = (dicom_uid.JPEGBaseline8Bit, dicom_uid.JPEGExtended12Bit)
 NATIVE = (
     dicom_uid.ImplicitVRLittleEndian,
     dicom_uid.ExplicitVRLittleEndian,
@@ -31,53 +32,95 @@ DECODERS: dict[str, str] = {
     dicom_uid.JPEGLSNearLossless: "gdcm",
     dicom_uid.JPEGLossless: "gdcm",
     dicom_uid.JPEGLosslessSV1: "gdcm",
+    **dict.fromkeys(LOSSY_JPEG, "gdcm"),
 }
-LOSSY_JPEG = {f"1.2.840.10008.1.2.4.{k}" for k in (50, 51, 53, 55)}
 
-_JPEG_LOSSLESS = (dicom_uid.JPEGLossless, dicom_uid.JPEGLosslessSV1)
+_JPEG_2000 = (dicom_uid.JPEG2000Lossless, dicom_uid.JPEG2000)
+_JPEG_LS = (dicom_uid.JPEGLSLossless, dicom_uid.JPEGLSNearLossless)
+_LIBJPEG = (dicom_uid.JPEGLossless, dicom_uid.JPEGLosslessSV1, *LOSSY_JPEG)
 # As a dict, because pydicom annotates the options without `Unpack`.
 _DECODE_OPTIONS: dict[str, Any] = {"correct_unused_bits": False}
 _stderr_lock = threading.Lock()
+LOSSY = "lossy compression does not preserve HU; add --allow-lossy (allow_lossy=True) to read it"
 
 
 def stored_values(
-    data: pydicom.Dataset, *, shape: tuple[int, ...], bits: int, signed: bool, syntax: str
+    data: pydicom.Dataset, *, shape: tuple[int, ...], signed: bool, syntax: str, lossy: bool
 ) -> np.ndarray:
     """Decodes the pixels of a slice.
 
     Args:
       data: the data set with its pixel data.
       shape: (rows, columns) of the header.
-      bits: BitsStored.
       signed: whether the values are two's complement.
       syntax: the UID of the transfer syntax, one of NATIVE or DECODERS.
+      lossy: whether lossy compression is allowed.
 
     Returns:
-      int32 [rows, columns], before slope and intercept.
+      int32 [rows, columns], before slope and intercept, with the bits above BitsStored.
 
     Raises:
-      Rejected: the data are missing, truncated, of another size or damaged, or exceed `bits`.
+      Rejected: the data are missing, truncated, of another size, damaged, or lossy.
     """
     if "PixelData" not in data:
         raise Rejected("no pixel data")
     if syntax in NATIVE:
         values = _native_values(data.PixelData, shape, signed, syntax)
     else:
-        _check_encoded(data.PixelData, shape, syntax)
-        jpeg_lossless = syntax in _JPEG_LOSSLESS
-        with _reject_on_libjpeg_warning() if jpeg_lossless else contextlib.nullcontext():
+        frame = _encoded_frame(data.PixelData, shape, syntax)
+        loss = "" if lossy else _loss(frame, syntax)
+        if loss:
+            raise Rejected(f"{loss}: {LOSSY}")
+        with _reject_on_libjpeg_warning() if syntax in _LIBJPEG else contextlib.nullcontext():
             values, _ = get_decoder(syntax).as_array(
                 data, decoding_plugin=DECODERS[syntax], **_DECODE_OPTIONS
             )
         if values.shape != shape:
             raise Rejected(f"the decoded matrix is {values.shape}, expected {shape}")
-    values = values.astype(np.int32)
-    low = -(1 << (bits - 1)) if signed else 0
-    if values.min() < low or values.max() >= low + (1 << bits):
-        raise Rejected(
-            f"stored values from {values.min()} to {values.max()} do not fit into BitsStored {bits}"
-        )
-    return values
+    return values.astype(np.int32)
+
+
+def significant_bits(values: np.ndarray, bits: int, signed: bool) -> np.ndarray:
+    """Drops the bits above BitsStored, which may hold anything (PS3.5, 8.1.1).
+
+    Args:
+      values: int32 from `stored_values`.
+      bits: BitsStored.
+      signed: whether the values are two's complement; the sign is extended.
+    """
+    if bits == 16:
+        return values
+    values = values & ((1 << bits) - 1)
+    sign = 1 << (bits - 1)
+    return (values ^ sign) - sign if signed else values
+
+
+def padded_pixels(
+    stored: np.ndarray, padding: tuple[int, int] | None, bits: int, signed: bool
+) -> np.ndarray | None:
+    """The pixels that PixelPaddingValue and PixelPaddingRangeLimit declare as padding.
+
+    Args:
+      stored: int32 from `stored_values`.
+      padding: the two elements (PS3.3, C.7.5.1.1.2) as written; equal for a single value.
+      bits: BitsStored.
+      signed: whether the values are two's complement. Writers disagree on the sign of padding, so
+        the elements are compared as 16-bit patterns of this kind.
+
+    Returns:
+      bool, of the shape of `stored`; None if there is no such pixel.
+    """
+    if padding is None:
+        return None
+    low, high = sorted(
+        (value + 32768) % 65536 - 32768 if signed else value % 65536 for value in padding
+    )
+    inside = (stored >= low) & (stored <= high)
+    lowest = -(1 << (bits - 1)) if signed else 0
+    if bits < 16 and low >= lowest and high < lowest + (1 << bits):  # may be stored in `bits` only
+        values = significant_bits(stored, bits, signed)
+        inside |= (values >= low) & (values <= high)
+    return inside if inside.any() else None
 
 
 def _native_values(
@@ -85,11 +128,14 @@ def _native_values(
 ) -> np.ndarray:
     rows, columns = shape
     size = rows * columns * 2
-    if len(pixel_data) != size:
+    rest = pixel_data[size:]
+    padding = len(rest) < size and rest[:1] in b"\0\xff" and not rest.strip(rest[:1])
+    if len(pixel_data) < size or not padding:
         state = "truncated" if len(pixel_data) < size else "oversized"
         raise Rejected(f"{state} pixel data: {len(pixel_data)} bytes, expected {size}")
     byte_order = ">" if syntax == dicom_uid.ExplicitVRBigEndian else "<"
-    return np.frombuffer(pixel_data, f"{byte_order}{'i' if signed else 'u'}2").reshape(shape)
+    kind = f"{byte_order}{'i' if signed else 'u'}2"
+    return np.frombuffer(pixel_data, kind, count=rows * columns).reshape(shape)
 
 
 @contextlib.contextmanager
@@ -116,8 +162,8 @@ def _reject_on_libjpeg_warning() -> Iterator[None]:
             raise Rejected(f"broken pixel data: {line.decode(errors='replace').strip()}")
 
 
-def _check_encoded(pixel_data: bytes, shape: tuple[int, ...], syntax: str) -> None:
-    """Rejects an encoded image that is truncated or whose decoded size would be too large."""
+def _encoded_frame(pixel_data: bytes, shape: tuple[int, ...], syntax: str) -> bytes:
+    """The encoded image; rejects one that is truncated or whose decoded size would be too large."""
     frames = list(generate_frames(pixel_data, number_of_frames=1))
     if len(frames) != 1:
         raise Rejected(f"{len(frames)} encoded frames, expected 1")
@@ -126,11 +172,37 @@ def _check_encoded(pixel_data: bytes, shape: tuple[int, ...], syntax: str) -> No
     if len(frame) > 4 * rows * columns + 4096:
         raise Rejected("the encoded image is larger than the decoded one")
     if syntax == dicom_uid.RLELossless:
-        return
-    if frame.rstrip(b"\0")[-2:] != b"\xff\xd9":
+        return frame
+    if frame.rstrip(b"\0\xff")[-2:] != b"\xff\xd9":
         raise Rejected("truncated pixel data: the encoded image has no end marker")
     if _encoded_shape(frame) != shape:
         raise Rejected(f"the encoded matrix is {_encoded_shape(frame)}, expected {shape}")
+    return frame
+
+
+def _loss(frame: bytes, syntax: str) -> str:
+    """How the compression of an image is lossy; "" if it is not."""
+    if syntax in LOSSY_JPEG:
+        return f"lossy JPEG ({syntax})"
+    if syntax in _JPEG_2000:
+        return "" if _reversible(frame) else f"irreversible JPEG 2000 ({syntax})"
+    if syntax in _JPEG_LS:
+        # NEAR follows the component selectors of SOS (ISO 14495-1, C.2.3).
+        start = frame.find(b"\xff\xda")
+        near = frame[start + 5 + 2 * frame[start + 4]]
+        return f"JPEG-LS with an error of up to {near} ({syntax})" if near else ""
+    return ""
+
+
+def _reversible(frame: bytes) -> bool:
+    """Whether a JPEG 2000 stream uses the reversible wavelet (ISO 15444-1, A.6.1 and A.6.2)."""
+    offset = frame.index(b"\xff\x4f\xff\x51") + 2
+    wavelets = []
+    while frame[offset + 1] != 0x90:  # the first tile part ends the main header
+        if frame[offset + 1] in (0x52, 0x53):  # COD, COC
+            wavelets.append(frame[offset + (13 if frame[offset + 1] == 0x52 else 10)])
+        offset += 2 + int.from_bytes(frame[offset + 2 : offset + 4], "big")
+    return all(wavelet == 1 for wavelet in wavelets)
 
 
 def _encoded_shape(frame: bytes) -> tuple[int, int] | None:

@@ -1,13 +1,14 @@
 """CT volumes and label maps as NIfTI, converted to the standard orientation by their affine."""
 
+import gzip
 import itertools
 import os
 import xml.etree.ElementTree as ElementTree
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from maknet_jax.ct import geometry
+from maknet_jax.ct import geometry, reading, units
 from maknet_jax.ct.reading import LARGEST_MATRIX, LARGEST_SERIES, one_line, quiet
 from maknet_jax.errors import Rejected
 
@@ -23,6 +24,7 @@ _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
 class _Opened(NamedTuple):
     """A NIfTI file with a checked header; proxy, affine and shape are those of the stored array."""
 
+    path: str
     proxy: "ArrayProxy"
     affine: np.ndarray
     axes: tuple[geometry.StoredAxis, geometry.StoredAxis, geometry.StoredAxis]
@@ -41,9 +43,13 @@ def check_nifti(path: str | os.PathLike[str]) -> int:
 
 
 def read_nifti(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str], overrides: reading.Overrides = reading.STRICT
 ) -> tuple[np.ndarray, tuple[float, float, float], tuple[str, ...]]:
     """Reads a CT volume.
+
+    Args:
+      path: the file.
+      overrides: whether values that do not look like HU are accepted.
 
     Returns:
       hu: int16 [Z, Y, X], head to feet; exact for integers without a slope, else rounded to the
@@ -57,14 +63,10 @@ def read_nifti(
     opened = _open(path)
     values = _values(opened)
     hu = np.empty(values.shape, np.int16)
-    low, high = np.inf, -np.inf
+    counted = units.Values()
     for k, plane in enumerate(values):
-        plane = _scaled(opened, plane)
-        if not np.isfinite(plane).all():
-            raise Rejected("some values are not finite")
-        low, high = min(low, plane.min()), max(high, plane.max())
-        hu[k] = np.clip(np.rint(plane), -32768, 32767)
-    check_hu(low, high)
+        hu[k] = counted.add(_scaled(opened, plane))
+    counted.check(overrides)
     stored = [str(k) for k in range(len(hu))]
     return hu, opened.spacing, tuple(stored[::-1] if opened.axes[0].flip else stored)
 
@@ -165,12 +167,18 @@ def _open(path: str | os.PathLike[str]) -> _Opened:
             dtype = image.get_data_dtype()
             header = image.header
             forms = int(header["sform_code"]), int(header["qform_code"])
-            qform = header.get_qform() if forms[1] > 0 else None
+            qform = _qform(header) if forms[1] > 0 else None
             unit = header.get_xyzt_units()[0]
             affine = np.asarray(image.affine)
             proxy = cast("ArrayProxy", image.dataobj)
+            header_size = int(header.single_vox_offset)
     except Exception as error:  # nibabel raises any exception on broken files
         raise Rejected(f"broken NIfTI file ({one_line(error)})") from error
+    if proxy.offset < header_size:
+        raise Rejected(
+            f"vox_offset {proxy.offset} lies within the header: expected {header_size} or more; "
+            "write the file again"
+        )
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) != 3:
@@ -189,7 +197,21 @@ def _open(path: str | os.PathLike[str]) -> _Opened:
     if forms[0] > 0 and qform is not None and geometry_of(qform)[0] != axes:
         raise Rejected("sform and qform disagree about the orientation")
     z, y, x = axes
-    return _Opened(proxy, affine, axes, shape, (spacing[z.axis], spacing[y.axis], spacing[x.axis]))
+    return _Opened(
+        str(path), proxy, affine, axes, shape, (spacing[z.axis], spacing[y.axis], spacing[x.axis])
+    )
+
+
+def _qform(header: Any) -> np.ndarray | None:
+    """The affine of the qform, or None if its quaternion is invalid and there is a sform."""
+    from nibabel.spatialimages import HeaderDataError
+
+    try:
+        return header.get_qform()
+    except (HeaderDataError, ValueError):
+        if int(header["sform_code"]) > 0:
+            return None
+        raise
 
 
 def geometry_of(
@@ -216,10 +238,31 @@ def _values(opened: _Opened) -> np.ndarray:
     """The stored values as a view [Z, Y, X] in the standard orientation, not yet scaled."""
     try:
         with quiet():
-            values = np.asanyarray(opened.proxy.get_unscaled()).reshape(opened.shape)
+            if opened.path.lower().endswith(".gz"):
+                values = _gzip_values(opened).reshape(opened.shape)
+            else:
+                values = np.asanyarray(opened.proxy.get_unscaled()).reshape(opened.shape)
     except Exception as error:
         raise Rejected(f"broken or truncated NIfTI data ({one_line(error)})") from error
     return geometry.to_standard(values, opened.axes)
+
+
+def _gzip_values(opened: _Opened) -> np.ndarray:
+    """The stored values, in a file that is read to its end.
+
+    The checksum is in the last bytes; nibabel stops before them.
+    """
+    proxy = opened.proxy
+    dtype, shape = np.dtype(proxy.dtype), proxy.shape
+    size = int(np.prod(shape)) * dtype.itemsize
+    with gzip.open(opened.path) as file:
+        file.seek(proxy.offset)
+        content = file.read(size)
+        while rest := file.read(1 << 20):
+            size += len(rest)
+            if size > 2 * len(content) + (1 << 24):
+                raise ValueError("more bytes after the voxels than voxels")
+    return np.frombuffer(content, dtype).reshape(shape, order="F")
 
 
 def _scaled(opened: _Opened, plane: np.ndarray) -> np.ndarray:
@@ -227,25 +270,3 @@ def _scaled(opened: _Opened, plane: np.ndarray) -> np.ndarray:
     if (slope, intercept) == (1.0, 0.0):
         return plane
     return plane * slope + intercept
-
-
-def check_hu(low: float, high: float) -> None:
-    """Rejects values that cannot be HU: CT contains air, so HU are negative and span a wide range.
-
-    Args:
-      low: the smallest value of a volume.
-      high: the largest.
-
-    Raises:
-      Rejected: they are not HU.
-    """
-    values = f"values from {low:g} to {high:g}"
-    if low >= 0:
-        raise Rejected(
-            f"{values}: not HU (a label map, a display image or shifted values); "
-            "store Hounsfield units, in which water is 0 and air -1000"
-        )
-    if high - low <= 2:
-        raise Rejected(f"{values}: not HU (normalised or constant); store Hounsfield units")
-    if low < -32768 or high > 32767:
-        raise Rejected(f"{values}: not HU (outside the range of int16)")

@@ -6,18 +6,18 @@ import os
 import pathlib
 import re
 import struct
+import zlib
 
 import numpy as np
 from PIL import Image
 
+from maknet_jax.ct import units
 from maknet_jax.ct.reading import LARGEST_MATRIX, one_line
 from maknet_jax.errors import InputError, Rejected
 
 OFFSET = 32768  # DeepLesion stores HU + 32768
-LOWEST = -4096  # HU; no scanner pads below this; DeepLesion's padding is -2048 or -3024
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_END = b"IEND\xaeB`\x82"
 _GREY = 0  # colour type
 
 
@@ -54,7 +54,11 @@ def neighbour_path(path: str | os.PathLike[str], offset: int) -> pathlib.Path:
     return plain if not padded.exists() and plain.exists() else padded
 
 
-def read_png(path: str | os.PathLike[str], window: tuple[float, float] | None = None) -> np.ndarray:
+def read_png(
+    path: str | os.PathLike[str],
+    window: tuple[float, float] | None = None,
+    values: units.Values | None = None,
+) -> np.ndarray:
     """Reads one slice.
 
     16-bit files: HU = value - 32768, exactly. 8-bit files (grey, or RGB with three equal
@@ -63,6 +67,7 @@ def read_png(path: str | os.PathLike[str], window: tuple[float, float] | None = 
     Args:
       path: the file.
       window: (low, high) in HU of the display window of 8-bit files.
+      values: counts the HU of 16-bit files, for the unit check of the series.
 
     Returns:
       int16 [rows, columns] in HU.
@@ -83,14 +88,8 @@ def read_png(path: str | os.PathLike[str], window: tuple[float, float] | None = 
     if not (1 <= rows <= LARGEST_MATRIX and 1 <= columns <= LARGEST_MATRIX):
         raise Rejected(f"PNG of {rows} x {columns} pixels: expected 1 to {LARGEST_MATRIX} each")
     if depth == 16 and colour == _GREY:
-        pixels = _pixels(content)
-        hu = pixels.astype(np.int32) - OFFSET
-        if np.max(hu) < LOWEST:
-            raise Rejected(
-                f"16-bit values from {pixels.min()} to {pixels.max()}: not HU + {OFFSET} as in "
-                "DeepLesion"
-            )
-        return hu.astype(np.int16)
+        hu = _pixels(content).astype(np.int32) - OFFSET
+        return (units.Values() if values is None else values).add(hu)
     if depth != 8:
         raise Rejected(f"{depth}-bit PNG of colour type {colour}: expected 16-bit grey or 8-bit")
     if window is None:
@@ -119,11 +118,24 @@ def check_window(window: tuple[float, float]) -> None:
 
 def _pixels(content: bytes, mode: str | None = None) -> np.ndarray:
     try:
-        if _END not in content:  # Pillow accepts a file without it
-            raise ValueError("no end marker")
+        _check_chunks(content)
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             if getattr(image, "n_frames", 1) != 1:
                 raise ValueError("animated")
             return np.asarray(image if mode is None else image.convert(mode))
     except Exception as error:  # Pillow raises OSError, SyntaxError, zlib.error, ...
         raise Rejected(f"broken or truncated PNG ({one_line(error)})") from error
+
+
+def _check_chunks(content: bytes) -> None:
+    """Checks the checksum of every chunk; Pillow skips those of the pixels."""
+    place, kind = len(_SIGNATURE), b""
+    while kind != b"IEND":
+        head = content[place : place + 8]
+        if len(head) < 8:
+            raise ValueError("no end marker")
+        size, kind = int.from_bytes(head[:4], "big"), head[4:]
+        end = place + 8 + size
+        if zlib.crc32(content[place + 4 : end]) != int.from_bytes(content[end : end + 4], "big"):
+            raise ValueError(f"wrong checksum of chunk {kind.decode('latin-1')}")
+        place = end + 4

@@ -15,9 +15,11 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from maknet_jax.ct import units
+
 Box = tuple[int, int, int, int]  # top, left, bottom, right in pixels, half open
 
-AIR = -1024
+AIR = units.AIR
 PADDING = -2000  # HU; scanners pad pixels outside their field of view with this or less
 CROP_RULE = "body mask > -500 HU, opening 7x7 at 512, components >= 5 % of the largest, margin 1 %"
 

@@ -1,6 +1,10 @@
-"""Shared by the file readers: size limits, silenced libraries, error text and content ids."""
+"""Shared by the file readers: size limits, overrides, silenced libraries, error text, content ids.
+
+Imports no NumPy: the command line uses it.
+"""
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import threading
@@ -9,6 +13,27 @@ from collections.abc import Iterator
 
 LARGEST_MATRIX = 4096  # rows or columns of a slice
 LARGEST_SERIES = 8 << 30  # bytes of int16
+
+
+@dataclasses.dataclass(frozen=True)
+class Overrides:
+    """What is read although it would be rejected.
+
+    Attributes:
+      assume_hu: series whose values do not look like HU.
+      allow_lossy: DICOM files with lossy compression.
+    """
+
+    assume_hu: bool = False
+    allow_lossy: bool = False
+
+    def used(self) -> dict[str, bool]:
+        """The fields that are set, for records and settings; earlier versions have none."""
+        return {name: True for name, value in dataclasses.asdict(self).items() if value}
+
+
+STRICT = Overrides()
+
 
 _quiet_lock = threading.Lock()
 _quiet_readers = 0

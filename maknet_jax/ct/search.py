@@ -3,15 +3,26 @@
 import concurrent.futures
 import dataclasses
 import filecmp
+import functools
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
-from maknet_jax.ct import dicom, nifti, own_outputs, png
+from maknet_jax.ct import dicom, nifti, own_outputs, png, reading
 from maknet_jax.ct.reading import content_id
 from maknet_jax.ct.stacks import find_stacks
 from maknet_jax.errors import InputError, Rejected
 
+_NIBABEL = "nibabel.save(nibabel.load(FILE), 'ct.nii.gz')"
+_SIMPLE_ITK = "SimpleITK.WriteImage(SimpleITK.ReadImage(FILE), 'ct.nii.gz')"
+_OTHER_FORMATS = {
+    ".hdr": ("a pair of .hdr and .img", _NIBABEL),
+    ".img": ("a pair of .hdr and .img", _NIBABEL),
+    ".mha": ("MetaImage", _SIMPLE_ITK),
+    ".mhd": ("MetaImage", _SIMPLE_ITK),
+    ".nrrd": ("NRRD", _SIMPLE_ITK),
+    ".nhdr": ("NRRD", _SIMPLE_ITK),
+}
 _BATCH = 4096  # maximum number of queued files, for archives of any size
 
 
@@ -49,13 +60,17 @@ class _Search:
 
 
 def find_series(
-    path: str | os.PathLike[str], *, workers: int = 1
+    path: str | os.PathLike[str],
+    *,
+    workers: int = 1,
+    overrides: reading.Overrides = reading.STRICT,
 ) -> tuple[list[SeriesRef], list[tuple[str, str]]]:
     """Finds all CT series in a file or a folder tree; only headers are read.
 
     Args:
       path: a file or a folder.
       workers: threads that read DICOM headers.
+      overrides: what is read although it would be rejected.
 
     Returns:
       (series in a fixed order, (path, reason) of each image that cannot be used). Files that do
@@ -71,6 +86,7 @@ def find_series(
     search = _Search(str(path if path.is_dir() else path.parent))
     headers: list[dicom.Header] = []
     pictures = []
+    read = functools.partial(headers_of, overrides=overrides)
     with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
         files = _walk(path)
         while batch := [file for file, _ in zip(files, range(_BATCH), strict=False)]:
@@ -83,9 +99,11 @@ def find_series(
                     pictures.append(file)
                 else:
                     others.append(file)
-            for file, found in zip(others, pool.map(headers_of, others), strict=True):
+            for file, found in zip(others, pool.map(read, others), strict=True):
                 if isinstance(found, OSError):
                     search.failures.append((file, f"cannot be read ({found.strerror})"))
+                elif not found and (reason := other_format(file)):
+                    search.failures.append((file, reason))
                 else:
                     headers += found
     _add_dicom(headers, search)
@@ -94,10 +112,18 @@ def find_series(
     return ordered, sorted(search.failures)
 
 
-def headers_of(path: str) -> list[dicom.Header] | OSError:
+def other_format(path: str | os.PathLike[str]) -> str:
+    """Why a volume in another format is not read, and how to convert it; "" for other files."""
+    kind, convert = _OTHER_FORMATS.get(pathlib.Path(path).suffix.lower(), ("", ""))
+    return f"{kind} is not supported: convert it to NIfTI, as in {convert}" if kind else ""
+
+
+def headers_of(
+    path: str, overrides: reading.Overrides = reading.STRICT
+) -> list[dicom.Header] | OSError:
     """The headers of a DICOM file, none for any other file, or the error that reading raised."""
     try:
-        return dicom.read_headers(path) if dicom.looks_like_dicom(path) else []
+        return dicom.read_headers(path, overrides) if dicom.looks_like_dicom(path) else []
     except OSError as error:
         return error
 

@@ -18,10 +18,11 @@ import numpy as np
 from maknet_jax.ct import acquisition, dicom, dicom_frames
 from maknet_jax.ct.blocks import LATERAL, Block, find_blocks
 from maknet_jax.ct.dicom import Header
-from maknet_jax.ct.reading import LARGEST_SERIES
+from maknet_jax.ct.reading import LARGEST_SERIES, Overrides
 from maknet_jax.errors import Rejected
 
 SAME_POSITION = 0.01  # mm
+_ANY = Overrides(assume_hu=True, allow_lossy=True)  # checked elsewhere
 _WEAK = 3  # fewest slices of a stack that is told apart by folder or time alone
 
 
@@ -232,7 +233,7 @@ def _image_digest(header: Header) -> object:
     if dicom_frames.split_path(header.path)[1] is not None:
         return header
     try:
-        _, hu = dicom.read_slice(header.path)
+        _, hu = dicom.read_slice(header.path, _ANY)
     except Rejected as error:
         return error
     return _rounded(header), hashlib.sha256(hu.tobytes()).digest()

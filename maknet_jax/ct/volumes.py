@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from maknet_jax.ct import dicom, dicom_frames, nifti, png, preprocess, search
+from maknet_jax.ct import dicom, dicom_frames, nifti, png, preprocess, reading, search, units
 from maknet_jax.ct.blocks import Block, segment
 from maknet_jax.ct.read_ahead import read_ahead
 from maknet_jax.ct.reading import content_id
@@ -96,26 +96,34 @@ def spacing_json(spacing: Sequence[float]) -> list[float | None]:
     return [None if math.isnan(mm) else float(mm) for mm in spacing]
 
 
-def load_series(ref: SeriesRef, *, png_window: tuple[float, float] | None = None) -> Volume:
+def load_series(
+    ref: SeriesRef,
+    *,
+    png_window: tuple[float, float] | None = None,
+    overrides: reading.Overrides = reading.STRICT,
+) -> Volume:
     """Reads one series.
 
     Args:
       ref: one of the series of `search.find_series`. A single DICOM or PNG file is read with its
         neighbours in the folder as context.
       png_window: (low, high) in HU of 8-bit PNGs.
+      overrides: what is read although it would be rejected.
 
     Raises:
-      Rejected: a file of the series cannot be used.
+      Rejected: a file of the series cannot be used, or the values are not HU.
     """
     try:
         if ref.kind == "dicom":
-            return _load_dicom(ref) if len(ref.paths) > 1 else _load_dicom_slice(ref)
+            if len(ref.paths) > 1:
+                return _load_dicom(ref, overrides)
+            return _load_dicom_slice(ref, overrides)
         if ref.kind == "png":
             if len(ref.paths) > 1:
-                return _load_png(ref, png_window)
-            around = _load_png_neighbours(pathlib.Path(ref.paths[0]), png_window)
+                return _load_png(ref, png_window, overrides)
+            around = _load_png_neighbours(pathlib.Path(ref.paths[0]), png_window, overrides)
             return _only_slice(*around, ref)
-        hu, spacing, stored = nifti.read_nifti(ref.paths[0])
+        hu, spacing, stored = nifti.read_nifti(ref.paths[0], overrides)
         affine = nifti.read_affine(ref.paths[0])
         digest = _file_id(ref.paths[0])
     except OSError as error:  # the file was removed or is not readable
@@ -129,6 +137,7 @@ def load_all(
     failures: list[tuple[str, str]],
     *,
     png_window: tuple[float, float] | None = None,
+    overrides: reading.Overrides = reading.STRICT,
 ) -> Iterator[tuple[SeriesRef, Volume]]:
     """Reads series one after the other; the next one is read while one is in use.
 
@@ -136,8 +145,9 @@ def load_all(
       series: the result of `search.find_series`.
       failures: rejected series are appended as (first file, reason).
       png_window: (low, high) in HU of 8-bit PNGs.
+      overrides: what is read although it would be rejected.
     """
-    load = functools.partial(load_series, png_window=png_window)
+    load = functools.partial(load_series, png_window=png_window, overrides=overrides)
     for ref, content in read_ahead(load, series):
         try:
             volume = content.result()
@@ -151,6 +161,7 @@ def load_series_of(
     path: str | os.PathLike[str],
     *,
     png_window: tuple[float, float] | None = None,
+    overrides: reading.Overrides = reading.STRICT,
     around: int = 1,
 ) -> tuple[Volume, int | None]:
     """Reads the slice or the volume at a path.
@@ -160,6 +171,7 @@ def load_series_of(
         folder; or a NIfTI file, a multi-frame DICOM file or a folder with exactly one series, of
         which the whole volume is read.
       png_window: (low, high) in HU of 8-bit PNGs.
+      overrides: what is read although it would be rejected.
       around: neighbours on either side; always one for a PNG.
 
     Returns:
@@ -174,13 +186,14 @@ def load_series_of(
         raise InputError(f"{path} does not exist: pass a CT file or the folder of a series")
     name = path.name.lower()
     if path.is_dir() or name.endswith((".nii", ".nii.gz")):
-        return load_series(_only_series(path), png_window=png_window), None
+        ref = _only_series(path, overrides)
+        return load_series(ref, png_window=png_window, overrides=overrides), None
     if name.endswith(".png"):
-        return _load_png_neighbours(path, png_window)
-    headers = search.headers_of(str(path))
+        return _load_png_neighbours(path, png_window, overrides)
+    headers = search.headers_of(str(path), overrides)
     if isinstance(headers, list) and len(headers) > 1:
-        return load_series(_only_series(path), png_window=png_window), None
-    return _load_dicom_neighbours(path, around)
+        return load_series(_only_series(path, overrides), overrides=overrides), None
+    return _load_dicom_neighbours(path, around, overrides)
 
 
 def slice_of(volume: Volume, name: str | int) -> int:
@@ -197,8 +210,8 @@ def slice_of(volume: Volume, name: str | int) -> int:
         ) from None
 
 
-def _only_series(path: pathlib.Path) -> SeriesRef:
-    series, failures = search.find_series(path)
+def _only_series(path: pathlib.Path, overrides: reading.Overrides) -> SeriesRef:
+    series, failures = search.find_series(path, overrides=overrides)
     if len(series) == 1:
         return series[0]
     if series:
@@ -213,21 +226,25 @@ def _file_id(path: str) -> str:
     return content_id(pathlib.Path(path).read_bytes())
 
 
-def _load_dicom(ref: SeriesRef, distance: float | None = None) -> Volume:
+def _load_dicom(
+    ref: SeriesRef, overrides: reading.Overrides, distance: float | None = None
+) -> Volume:
     """Reads the files of `ref`.
 
     Args:
       ref: a DICOM series, or a part of one.
+      overrides: what is read although it would be rejected.
       distance: mm between slices, if `ref` is a part of a series that was already checked.
     """
-    headers, planes = [], {}
-    slices = dicom.read_slices(ref.paths)
+    headers, planes, values = [], {}, units.Values()
+    slices = dicom.read_slices(ref.paths, values, overrides)
     for path in ref.paths:
         try:
             _, (header, planes[path]) = next(slices)
         except Rejected as error:
             raise Rejected(f"{search.relative_name(path, ref.root)}: {error}") from error
         headers.append(header)
+    values.check(overrides)
     stack = order_slices(headers)
     return Volume(
         np.stack([planes.pop(header.path) for header in stack.headers]),
@@ -241,11 +258,11 @@ def _load_dicom(ref: SeriesRef, distance: float | None = None) -> Volume:
     )
 
 
-def _load_dicom_slice(ref: SeriesRef) -> Volume:
+def _load_dicom_slice(ref: SeriesRef, overrides: reading.Overrides) -> Volume:
     """The slice of a series of one file, with its neighbours in the folder as context."""
     if dicom_frames.split_path(ref.paths[0])[1] is not None:
-        return _load_dicom(ref)
-    volume, index = _load_dicom_neighbours(pathlib.Path(ref.paths[0]), 1)
+        return _load_dicom(ref, overrides)
+    volume, index = _load_dicom_neighbours(pathlib.Path(ref.paths[0]), 1, overrides)
     return _only_slice(volume, index, ref)
 
 
@@ -266,19 +283,24 @@ def _only_slice(volume: Volume, index: int, ref: SeriesRef) -> Volume:
 
 
 @functools.lru_cache(maxsize=2)
-def _folder_headers(folder: str, _mtime_ns: int) -> list[dicom.Header]:
+def _folder_headers(
+    folder: str, _mtime_ns: int, overrides: reading.Overrides
+) -> list[dicom.Header]:
     """The headers of the DICOM files directly in a folder, cached for reading slice by slice."""
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     paths = [os.path.join(folder, name) for name in names]
-    read = [search.headers_of(path) for path in paths if os.path.isfile(path)]
+    read = [search.headers_of(path, overrides) for path in paths if os.path.isfile(path)]
     return [header for headers in read if isinstance(headers, list) for header in headers]
 
 
-def _load_dicom_neighbours(path: pathlib.Path, around: int) -> tuple[Volume, int]:
-    headers = _folder_headers(str(path.parent), os.stat(path.parent).st_mtime_ns)
+def _load_dicom_neighbours(
+    path: pathlib.Path, around: int, overrides: reading.Overrides
+) -> tuple[Volume, int]:
+    headers = _folder_headers(str(path.parent), os.stat(path.parent).st_mtime_ns, overrides)
     centre = next((header for header in headers if header.path == str(path)), None)
     if centre is None:
-        raise Rejected("not a CT image: expected DICOM, NIfTI or PNG")
+        reason = search.other_format(path)
+        raise Rejected(reason or "not a CT image: expected DICOM, NIfTI or PNG")
     if centre.problem:
         raise Rejected(centre.problem)
     usable = [header for header in headers if not header.problem]
@@ -292,7 +314,7 @@ def _load_dicom_neighbours(path: pathlib.Path, around: int) -> tuple[Volume, int
     first, stop = max(first, index - around), min(stop, index + around + 1)
     paths = tuple(header.path for header in stack.headers[first:stop])
     ref = SeriesRef("dicom", paths, search.series_key(group), len(paths), str(path.parent))
-    return _load_dicom(ref, stack.distance), index - first
+    return _load_dicom(ref, overrides, stack.distance), index - first
 
 
 def _place_of(
@@ -310,25 +332,30 @@ def _place_of(
 
 
 def _load_png_neighbours(
-    path: pathlib.Path, window: tuple[float, float] | None
+    path: pathlib.Path, window: tuple[float, float] | None, overrides: reading.Overrides
 ) -> tuple[Volume, int]:
     before, after = (str(png.neighbour_path(path, offset)) for offset in (-1, 1))
     centre = str(path)
     paths = tuple(p for p in (before, centre, after) if p == centre or os.path.exists(p))
     series, _ = png.split_name(path)
     ref = SeriesRef("png", paths, series, len(paths), str(path.parent))
-    return _load_png(ref, window), paths.index(centre)
+    return _load_png(ref, window, overrides), paths.index(centre)
 
 
-def _load_png(ref: SeriesRef, window: tuple[float, float] | None) -> Volume:
+def _load_png(
+    ref: SeriesRef, window: tuple[float, float] | None, overrides: reading.Overrides
+) -> Volume:
     planes: list[np.ndarray] = []
+    values = units.Values()
     names = tuple(search.relative_name(path, ref.root) for path in ref.paths)
     for path, name in zip(ref.paths, names, strict=True):
         try:
-            planes.append(png.read_png(path, window))
+            planes.append(png.read_png(path, window, values))
         except Rejected as error:
             raise Rejected(f"{name}: {error}") from error
         if planes[-1].shape != planes[0].shape:
             raise Rejected(f"{name} has another size than the other slices of its series")
+    if len(values):  # the window states the HU of 8-bit files
+        values.check(overrides)
     uids = tuple(_file_id(path) for path in ref.paths)
     return Volume(np.stack(planes), (math.nan,) * 3, ref.key, names, uids)

@@ -1,12 +1,13 @@
 """DeepLesion's key slices and lesion patches as records (paper, sections 2 and 4.1)."""
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from maknet_jax.ct import preprocess, volumes
-from maknet_jax.data import deeplesion, lesions, shards
+from maknet_jax.ct import preprocess, reading, volumes
+from maknet_jax.data import deeplesion, labels, lesions, shards
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.data.triplets import encode_with_labels
 from maknet_jax.errors import InputError, Rejected
@@ -22,6 +23,7 @@ class _KeySlice:
     label_mask: bytes
     meta: tuple[tuple[str, Any], ...]
     size: int
+    overrides: reading.Overrides
     count: int = 1
 
 
@@ -44,6 +46,46 @@ class RecordPlan:
     labels: bytes = b""
     label_mask: bytes = b""
     lesion_idx: int | None = None
+
+
+def read_labels(
+    rows: Sequence[deeplesion.Lesion],
+    label_file: str | os.PathLike[str],
+    hand_labels: str | os.PathLike[str] | None,
+    ontology: str | os.PathLike[str],
+    *,
+    patches: bool,
+) -> tuple[Vocabulary, list[deeplesion.LabelledLesion], dict[str, Any]]:
+    """Reads LesaNet's label files.
+
+    Args:
+      rows: the rows of DL_info.csv.
+      label_file: the text-mined labels and split (JSON).
+      hand_labels: the hand-labelled test set (JSON).
+      ontology: the ontology (xlsx).
+      patches: all 171 labels, not only the body parts.
+
+    Returns:
+      (vocabulary, labelled lesions, what `dataset.json` says about them).
+    """
+    mined = deeplesion.read_mined_labels(label_file)
+    hand = deeplesion.read_hand_labels(hand_labels) if hand_labels else None
+    terms = labels.read_ontology(ontology)
+    labels.ontology_vocabulary(terms, mined.terms)  # raises if a term is unknown
+    names = [term for term in mined.terms if patches or terms[term].label_class == "bodypart"]
+    vocabulary = labels.ontology_vocabulary(terms, names)
+    numbering = deeplesion.number_lesions(rows, mined)
+    labelled, counts = deeplesion.label_lesions(
+        numbering, mined, hand, vocabulary, uncertain_unknown=patches
+    )
+    about = {"numbering": numbering.reason, "label_counts": counts}
+    about["direct_parents"] = {
+        name: [parent for parent in terms[name].parents if parent in vocabulary.index]
+        for name in vocabulary.names
+    }
+    # The paper counts lesions with a body part only.
+    about["paper_counts"] = dict.fromkeys(counts, "-") if patches else deeplesion.PAPER_COUNTS
+    return vocabulary, labelled, about
 
 
 def plan_unlabelled(rows: Iterable[deeplesion.Lesion], *, patches: bool) -> list[RecordPlan]:
@@ -106,7 +148,10 @@ def label_vectors(
 
 
 def plan_units(
-    plans: Iterable[RecordPlan], images: pathlib.Path, size: int
+    plans: Iterable[RecordPlan],
+    images: pathlib.Path,
+    size: int,
+    overrides: reading.Overrides = reading.STRICT,
 ) -> tuple[dict[str, list[_KeySlice]], list[tuple[str, str]]]:
     """The units of `make_key_slice` or `make_lesion`.
 
@@ -114,6 +159,7 @@ def plan_units(
       plans: the records to make.
       images: the folder of PNGs.
       size: the edge S of the images.
+      overrides: what is read although it would be rejected.
 
     Returns:
       (split -> units, (file name, reason) of each record whose image is missing).
@@ -131,7 +177,7 @@ def plan_units(
         if plan.lesion_idx is not None:
             meta["lesion_idx"] = plan.lesion_idx
         vectors = plan.labels, plan.label_mask
-        units.append(_KeySlice(plan.id, str(path), *vectors, tuple(meta.items()), size))
+        units.append(_KeySlice(plan.id, str(path), *vectors, tuple(meta.items()), size, overrides))
     return splits, missing
 
 
@@ -142,7 +188,7 @@ def make_key_slice(unit: _KeySlice) -> shards.UnitResult:
     slices 2 mm apart); a missing neighbour is replaced by the slice itself and counted.
     """
     try:
-        volume, centre = volumes.load_series_of(unit.path)
+        volume, centre = volumes.load_series_of(unit.path, overrides=unit.overrides)
     except (Rejected, InputError) as error:
         return shards.UnitResult(failures=((unit.path, str(error)),))
     slices = volume.neighbours(centre or 0)
@@ -158,7 +204,7 @@ def make_lesion(unit: _KeySlice) -> shards.UnitResult:
     box = [place - 1 for place in meta["slice_box"]]  # DL_info counts pixels from 1
     try:
         image, meta["box"], repeated = lesions.patch_of_png(
-            unit.path, box, meta["spacing"], unit.size
+            unit.path, box, meta["spacing"], unit.size, unit.overrides
         )
     except (Rejected, InputError) as error:
         return shards.UnitResult(failures=((unit.path, str(error)),))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy import ndimage
 
-from maknet_jax.ct import png, preprocess
+from maknet_jax.ct import png, preprocess, reading, units
 from maknet_jax.errors import Rejected
 
 SIZE = 120  # edge of a patch: pixels, each 1 mm wide
@@ -97,7 +97,11 @@ def make_patch(
 
 
 def patch_of_png(
-    path: str | os.PathLike, box: Sequence[float], spacing: Sequence[float], size: int = SIZE
+    path: str | os.PathLike,
+    box: Sequence[float],
+    spacing: Sequence[float],
+    size: int = SIZE,
+    overrides: reading.Overrides = reading.STRICT,
 ) -> tuple[np.ndarray, tuple[float, ...], int]:
     """`make_patch` of a PNG slice and its neighbours, found by file name.
 
@@ -106,6 +110,7 @@ def patch_of_png(
       box: (x0, y0, x1, y1) in pixels of the slice, counted from 0.
       spacing: (x, y, z) in mm.
       size: edge of the patch in mm.
+      overrides: what is read although it would be rejected.
 
     Returns:
       (image, box, repeated): see `make_patch`, and the number of missing slices.
@@ -114,6 +119,7 @@ def patch_of_png(
       Rejected: a slice cannot be read, or the box or the spacing is invalid.
     """
     path, repeated = pathlib.Path(path), 0
+    values = units.Values()
 
     def read(offset: int) -> np.ndarray:
         nonlocal repeated
@@ -121,6 +127,8 @@ def patch_of_png(
         while nearest and not png.neighbour_path(path, nearest).is_file():
             nearest -= int(math.copysign(1, nearest))
         repeated += nearest != offset
-        return png.read_png(png.neighbour_path(path, nearest) if nearest else path)
+        return png.read_png(png.neighbour_path(path, nearest) if nearest else path, values=values)
 
-    return *make_patch(three_slices(read, spacing[2]), box, spacing, size), repeated
+    slices = three_slices(read, spacing[2])
+    values.check(overrides)
+    return *make_patch(slices, box, spacing, size), repeated

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from maknet_jax import files
-from maknet_jax.ct import dicom_seg, nifti, search
+from maknet_jax.ct import dicom_seg, nifti, reading, search
 from maknet_jax.errors import InputError, Rejected
 
 LAYOUTS = (
@@ -75,12 +75,18 @@ class Cases:
     unsegmented: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
 
-def find_cases(folder: str | os.PathLike[str], *, workers: int = 1) -> Cases:
+def find_cases(
+    folder: str | os.PathLike[str],
+    *,
+    workers: int = 1,
+    overrides: reading.Overrides = reading.STRICT,
+) -> Cases:
     """Finds the cases of a folder tree in any of the layouts.
 
     Args:
       folder: the tree; it must not mix NIfTI cases and DICOM.
       workers: threads that read DICOM headers.
+      overrides: what is read although it would be rejected.
 
     Raises:
       InputError: it is not a folder, has no case, or is the unconverted OpenKBP release.
@@ -105,11 +111,16 @@ def find_cases(folder: str | os.PathLike[str], *, workers: int = 1) -> Cases:
             subfolders.clear()
             _add_nifti_case(root, pathlib.Path(place), ct, result)
             continue
+        result.failures += [
+            (os.path.join(place, name), reason)
+            for name in names
+            if name.startswith("ct.") and (reason := search.other_format(name))
+        ]
         paths = (os.path.join(place, name) for name in sorted(names) if not name.startswith("."))
         seg_files += [path for path in paths if os.path.isfile(path) and _is_seg(path)]
     found_nifti = bool(result.cases or result.failures)
     if seg_files and not found_nifti:
-        _add_dicom_cases(root, seg_files, workers, result)
+        _add_dicom_cases(root, seg_files, workers, overrides, result)
     elif seg_files:
         reason = "DICOM SEG beside NIfTI cases is not read: prepare DICOM from a separate folder"
         result.failures += [(path, reason) for path in seg_files]
@@ -152,6 +163,8 @@ def _add_nifti_case(
 def _mask_files(folder: pathlib.Path) -> dict[str, Mask]:
     masks: dict[str, Mask] = {}
     for path in sorted(folder.iterdir()):
+        if reason := search.other_format(path):
+            raise Rejected(f"mask {path.name}: {reason}")
         end = next((end for end in _ENDINGS if path.name.endswith(end)), None)
         if end is None or path.name.startswith("."):
             continue
@@ -203,10 +216,14 @@ def _read_names(path: pathlib.Path) -> dict[int, str]:
 
 
 def _add_dicom_cases(
-    root: pathlib.Path, seg_files: Sequence[str], workers: int, result: Cases
+    root: pathlib.Path,
+    seg_files: Sequence[str],
+    workers: int,
+    overrides: reading.Overrides,
+    result: Cases,
 ) -> None:
     dicom_seg.require_highdicom()  # before reading the headers of a whole archive
-    series, failures = search.find_series(root, workers=workers)
+    series, failures = search.find_series(root, workers=workers, overrides=overrides)
     segmentations = set(seg_files)
     result.failures += [failure for failure in failures if failure[0] not in segmentations]
     by_series: dict[str, list[dicom_seg.SegHeader]] = {}

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from maknet_jax.ct import reading
 from maknet_jax.data import patient_splits, segmentation_cases, segmentations, table
 from maknet_jax.data.patient_splits import SplitTable
 from maknet_jax.data.segmentation_cases import Case, Cases
@@ -61,6 +62,7 @@ def plan(
     rules: segmentations.Rules,
     splits: SplitOptions,
     workers: int = 1,
+    overrides: reading.Overrides = reading.STRICT,
 ) -> Plan:
     """Finds the cases of all folders, their labels and their splits; reads headers only.
 
@@ -70,6 +72,7 @@ def plan(
       rules: how masks become labels.
       splits: how cases are split.
       workers: threads that read DICOM headers.
+      overrides: what is read although it would be rejected.
 
     Raises:
       InputError: no case, an invalid table or rule, one case name in two folders, or a patient in
@@ -86,7 +89,7 @@ def plan(
     listed: dict[str, SplitTable] = {}
     for text in folders:
         fixed, folder = _fixed_split(text)
-        cases = segmentation_cases.find_cases(folder, workers=workers)
+        cases = segmentation_cases.find_cases(folder, workers=workers, overrides=overrides)
         all_cases.cases += cases.cases
         all_cases.failures += cases.failures
         all_cases.unsegmented += cases.unsegmented

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from maknet_jax.ct import dicom, dicom_seg, nifti, preprocess, pseudonym, volumes
+from maknet_jax.ct import dicom, dicom_seg, nifti, preprocess, pseudonym, reading, volumes
 from maknet_jax.ct.search import SeriesRef
 from maknet_jax.data import shards
 from maknet_jax.data.labels import Vocabulary
@@ -86,6 +86,7 @@ class _CaseUnit:
     rules: Rules
     size: int
     count: int
+    overrides: reading.Overrides
 
 
 def read_label_table(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
@@ -198,6 +199,7 @@ def plan_cases(
     rules: Rules,
     size: int,
     salt: str = "",
+    overrides: reading.Overrides = reading.STRICT,
 ) -> dict[str, list[_CaseUnit]]:
     """The units of `make_case` by split.
 
@@ -207,6 +209,7 @@ def plan_cases(
       rules: how masks become labels.
       size: the edge S of the images.
       salt: the secret of the pseudonyms of DICOM cases.
+      overrides: what is read although it would be rejected.
     """
     splits: dict[str, list[_CaseUnit]] = {}
     for case, split in members:
@@ -219,7 +222,7 @@ def plan_cases(
         if case.ref.kind == "dicom":
             name, patient = (pseudonym.pseudonym(salt, text) for text in (name, patient))
         count = len(middle_slices(case.ref.count, rules.every))
-        unit = _CaseUnit(name, patient, case.ref, parts, rules, size, count)
+        unit = _CaseUnit(name, patient, case.ref, parts, rules, size, count, overrides)
         splits.setdefault(split, []).append(unit)
     return splits
 
@@ -227,7 +230,7 @@ def plan_cases(
 def make_case(unit: _CaseUnit) -> shards.UnitResult:
     """The records of a case. A mask that cannot be used rejects the whole case."""
     try:
-        volume = volumes.load_series(unit.ref)
+        volume = volumes.load_series(unit.ref, overrides=unit.overrides)
         if not np.isfinite(volume.spacing[1:]).all():
             raise Rejected("no PixelSpacing: areas are unknown")
         areas, complete, counters = _areas(unit, volume)
@@ -344,7 +347,8 @@ def _read_masks(
                     maps[path] = nifti.load_label_map(path, ct)
                 inside = np.equal(maps[path], mask.number)
             else:
-                slices = slices or list(filter(None, map(dicom.read_header, unit.ref.paths)))
+                headers = (dicom.read_header(path, unit.overrides) for path in unit.ref.paths)
+                slices = slices or list(filter(None, headers))
                 if path not in segs:
                     segs[path] = dicom_seg.Segmentation(path, slices)
                 inside = segs[path].mask(mask.number)

@@ -82,7 +82,9 @@ def _series(path: str) -> str:
     if not os.path.isfile(path) or path.lower().endswith((".nii", ".nii.gz")):
         return ""
     headers = search.headers_of(path)
-    if not isinstance(headers, list) or not headers or headers[0].problem:
+    if not isinstance(headers, list) or not headers:
+        return ""
+    if headers[0].problem and not headers[0].series:
         return ""
     return headers[0].series or os.path.realpath(os.path.dirname(path))
 

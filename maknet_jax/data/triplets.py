@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from maknet_jax.ct import preprocess, pseudonym, volumes
+from maknet_jax.ct import preprocess, pseudonym, reading, volumes
 from maknet_jax.ct.search import SeriesRef
 from maknet_jax.data import records, shards, table
 from maknet_jax.data.labels import Vocabulary
@@ -21,6 +21,7 @@ class _Series:
     salt: str
     size: int
     count: int
+    overrides: reading.Overrides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class _TableVolume:
     png_window: tuple[float, float] | None
     size: int
     count: int
+    overrides: reading.Overrides
 
 
 def encode_with_labels(
@@ -51,16 +53,19 @@ def encode_with_labels(
     return records.encode(records.Example(record_id, image, vector, mask, meta)), vector, mask
 
 
-def plan_series(series: Iterable[SeriesRef], salt: str, size: int) -> list[_Series]:
+def plan_series(
+    series: Iterable[SeriesRef], salt: str, size: int, overrides: reading.Overrides = reading.STRICT
+) -> list[_Series]:
     """The units of `make_series`.
 
     Args:
       series: the series to cut.
       salt: the secret of the pseudonyms.
       size: the edge S of the images.
+      overrides: what is read although it would be rejected.
     """
     return [
-        _Series(ref, salt, size, len(preprocess.centres(ref.count, overlap=False)))
+        _Series(ref, salt, size, len(preprocess.centres(ref.count, overlap=False)), overrides)
         for ref in series
     ]
 
@@ -68,7 +73,7 @@ def plan_series(series: Iterable[SeriesRef], salt: str, size: int) -> list[_Seri
 def make_series(unit: _Series) -> shards.UnitResult:
     """All triplets of an unlabelled volume, without overlap."""
     try:
-        volume = volumes.load_series(unit.ref)
+        volume = volumes.load_series(unit.ref, overrides=unit.overrides)
     except Rejected as error:
         return shards.UnitResult(failures=((unit.ref.paths[0], str(error)),))
     series = pseudonym.pseudonym(unit.salt, volume.series)
@@ -88,6 +93,7 @@ def plan_table(
     vocabulary: Vocabulary,
     png_window: tuple[float, float] | None,
     size: int,
+    overrides: reading.Overrides = reading.STRICT,
 ) -> dict[str, list[_TableVolume]]:
     """The units of `make_table_volume` by split: rows that share a file or folder make one unit.
 
@@ -96,6 +102,7 @@ def plan_table(
       vocabulary: the labels in column order.
       png_window: (low, high) in HU of 8-bit PNGs.
       size: the edge S of the images.
+      overrides: what is read although it would be rejected.
     """
     groups: dict[tuple[str, str], list[table.Row]] = {}
     for row in rows:
@@ -104,7 +111,9 @@ def plan_table(
     for (split, path), members in groups.items():
         vectors = tuple(vocabulary.vector(row.labels).tobytes() for row in members)
         masks = tuple((1 - vocabulary.vector(row.unknown)).tobytes() for row in members)
-        unit = _TableVolume(path, tuple(members), vectors, masks, png_window, size, len(members))
+        unit = _TableVolume(
+            path, tuple(members), vectors, masks, png_window, size, len(members), overrides
+        )
         splits.setdefault(split, []).append(unit)
     return splits
 
@@ -112,7 +121,9 @@ def plan_table(
 def make_table_volume(unit: _TableVolume) -> shards.UnitResult:
     """The triplets around the slices in the rows of one file or folder."""
     try:
-        volume, named = volumes.load_series_of(unit.path, png_window=unit.png_window)
+        volume, named = volumes.load_series_of(
+            unit.path, png_window=unit.png_window, overrides=unit.overrides
+        )
     except (Rejected, InputError) as error:
         return shards.UnitResult(failures=tuple((row.where, str(error)) for row in unit.rows))
     threshold = preprocess.body_threshold(volume.hu, unit.png_window)

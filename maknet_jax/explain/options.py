@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Sequence
 
 from maknet_jax.attribution import METHODS, OUTPUTS
+from maknet_jax.ct.reading import Overrides
 
 __all__ = [
     "DISPLAY",
@@ -43,6 +44,8 @@ class SelectionOptions:
       compare: a second workdir, shown beside the first.
       checkpoint: "best" or "last".
       png_window: (low, high) in HU of 8-bit PNGs.
+      assume_hu: read CT files even if their values do not look like HU.
+      allow_lossy: read DICOM with lossy compression.
     """
 
     path: str | pathlib.Path | None = None
@@ -55,6 +58,13 @@ class SelectionOptions:
     compare: str | pathlib.Path | None = None
     checkpoint: str = "best"
     png_window: tuple[float, float] | None = None
+    assume_hu: bool = False
+    allow_lossy: bool = False
+
+    @property
+    def overrides(self) -> Overrides:
+        """`assume_hu` and `allow_lossy`, as the readers take them."""
+        return Overrides(self.assume_hu, self.allow_lossy)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,6 +43,7 @@ def shared_settings(
         "networks": [network.identity for network in networks],
         "display": list(display.window or contact_sheet.SOFT_TISSUE),
         "png_window": selection.png_window and list(selection.png_window),
+        **selection.overrides.used(),
     }
 
 

@@ -91,7 +91,7 @@ def select(run: workdir.Run, options: SelectionOptions) -> Selection:
     unlabelled: list[str] = []
     identity: dict[str, Any]
     if path is not None and split is None:
-        readers, known, series, failures = _slices(run, path, ids, options.png_window)
+        readers, known, series, failures = _slices(run, path, ids, options)
         identity = {"path": str(path), "series": sorted({ref.key for ref in series})}
         identity["digest"] = digest([[ref.key, ref.count, *sizes(ref.paths)] for ref in series])
     elif split is not None and path is None:
@@ -210,7 +210,7 @@ def _slices(
     run: workdir.Run,
     path: str | pathlib.Path,
     ids: set[str] | None,
-    png_window: tuple[float, float] | None,
+    options: SelectionOptions,
 ) -> tuple[
     list[Callable[[], SelectedImage]],
     list[str],
@@ -218,13 +218,14 @@ def _slices(
     list[tuple[str, str]],
 ]:
     """(readers, their ids, series, failures)."""
-    series, failures = search.find_series(path)
+    series, failures = search.find_series(path, overrides=options.overrides)
     size = run.size
 
     @functools.lru_cache(maxsize=1)
     def load(ref: search.SeriesRef) -> tuple[volumes.Volume, float]:
-        volume = volumes.load_series(ref, png_window=png_window)
-        return volume, preprocess.body_threshold(volume.hu, png_window)
+        window = options.png_window
+        volume = volumes.load_series(ref, png_window=window, overrides=options.overrides)
+        return volume, preprocess.body_threshold(volume.hu, window)
 
     def read(ref: search.SeriesRef, number: int) -> SelectedImage:
         try:

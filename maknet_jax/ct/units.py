@@ -1,0 +1,145 @@
+"""The unit check of all readers: do the values of a series look like Hounsfield units?
+
+The verdict depends on the values alone, so the same array gets the same one from DICOM, NIfTI, PNG
+and Python. The table of verdicts is in docs/ct_input.md; the thresholds are our choice, between
+the values of real CT and of the same CT in other units.
+"""
+
+import math
+
+import numpy as np
+
+from maknet_jax.ct.reading import STRICT, Overrides
+from maknet_jax.errors import Rejected
+
+AIR = -1024  # HU
+LOWEST, HIGHEST = -32768, 32767  # int16
+
+_FLOOR = -1500  # HU; nothing is less dense than air: values below are padding
+_SCANNER_PADDING = -4096  # HU; no scanner pads below this, software does
+_METAL = 3100  # HU; denser than bone, and above the 12-bit range of most scanners
+_LOSS = 8  # HU; how far lossy compression moves padding
+_SMALLEST_SPAN = 20  # HU; the noise of a phantom spans more
+_MOST_DEEP, _MOST_METAL = 0.05, 0.07  # shares of all values, and of the body
+
+
+class Values:
+    """The distribution of the values of one series, collected plane by plane."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(1 << 16, np.int64)  # of LOWEST to HIGHEST
+        self._low, self._high = np.inf, -np.inf
+        self._above = 0
+        self._fractions = False
+
+    def add(self, plane: np.ndarray, padded: np.ndarray | None = None) -> np.ndarray:
+        """Counts the values of a plane and converts it to HU.
+
+        Args:
+          plane: integers or floats of any shape, after slope and intercept.
+          padded: bool, the declared padding: it becomes air and is not counted; None means none.
+
+        Returns:
+          int16, rounded to the nearest (halves to even) and clipped.
+
+        Raises:
+          Rejected: some values are not finite.
+        """
+        counted = plane if padded is None else plane[~padded]
+        if plane.dtype.kind == "f" and not np.isfinite(counted).all():
+            raise Rejected("some values are not finite")
+        if counted.size:
+            self._low = min(self._low, float(counted.min()))
+            self._high = max(self._high, float(counted.max()))
+            self._above += int((counted > HIGHEST).sum()) if self._high > HIGHEST else 0
+        if plane.dtype.kind == "f" and not self._fractions:
+            self._fractions = bool((np.abs(counted - np.rint(counted)) > 0.01).any())
+        hu = _to_int16(plane)
+        if padded is not None:
+            hu = np.where(padded, np.int16(AIR), hu)
+        counted = hu if padded is None else hu[~padded]
+        bins = np.bincount(counted.ravel().view(np.uint16), minlength=1 << 16)
+        self._counts += np.roll(bins, 1 << 15)
+        return hu
+
+    def __len__(self) -> int:
+        """The number of values that were counted."""
+        return int(self._counts.sum())
+
+    def check(self, overrides: Overrides = STRICT) -> None:
+        """Checks that the series is in HU.
+
+        Raises:
+          Rejected: it is not, unless `overrides.assume_hu`. The message gives the evidence.
+        """
+        evidence = "" if overrides.assume_hu else self._evidence()
+        if evidence:
+            low, high = (f"{value:.6g}" for value in (self._low, self._high))
+            raise Rejected(
+                f"values from {low} to {high} are not HU: {evidence}; store Hounsfield units "
+                "(water 0, air -1000), or add --assume-hu (assume_hu=True) if they are"
+            )
+
+    def _evidence(self) -> str:
+        """Why the values are not HU, or ""."""
+        total = len(self)
+        if not total:
+            return "all pixels are padding"
+        places = np.searchsorted(self._counts.cumsum(), (0.0005 * total, 0.9995 * total))
+        span = int(places[1] - places[0])
+        if self._high - self._low < _SMALLEST_SPAN or span < _SMALLEST_SPAN // 2:
+            return "they are constant or normalised"
+        if self._fractions and span < 100:
+            return f"they have fractions, and 99.9 % of them span {span}: normalised"
+        if self._above:
+            return f"{self._above} of them are above {HIGHEST}: wrong slope, intercept or padding"
+        return self._scaled(total) or self._shifted(total)
+
+    def _scaled(self, total: int) -> str:
+        deep = self._between(LOWEST, _FLOOR - 1).copy()
+        border = _SCANNER_PADDING - LOWEST
+        for part in (deep[:border], deep[border:]):  # one constant each is padding
+            peak = int(np.argmax(part))
+            part[max(0, peak - _LOSS) : peak + _LOSS + 1] = 0
+        deep_share = float(deep.sum()) / total
+        metal = int(self._between(_METAL + 1, HIGHEST).sum())
+        metal_share = metal / max(1, int(self._between(-500, HIGHEST).sum()))
+        if deep_share / _MOST_DEEP + metal_share / _MOST_METAL > 1:
+            return (
+                f"{deep_share:.1%} of them are below {_FLOOR} without being padding, and "
+                f"{metal_share:.1%} of those of the body are above {_METAL}: scaled"
+            )
+        distinct = np.flatnonzero(self._between(_FLOOR, HIGHEST)) + _FLOOR
+        if metal and math.gcd(*distinct.tolist()) % 10 == 0:
+            return f"all are multiples of 10, and some are above {_METAL}: scaled"
+        return ""
+
+    def _shifted(self, total: int) -> str:
+        values = self._between(_FLOOR, HIGHEST)
+        if not values[:-_FLOOR].any():
+            return f"none is from {_FLOOR} to -1, like air and fat: shifted, labels or a picture"
+        gas = self._between(_FLOOR, -501)
+        tissue, bone = (int(self._between(*ends).sum()) for ends in ((800, 1200), (250, 650)))
+        # One constant may be padding.
+        no_air = int(gas.sum() - gas.max()) < 0.001 * total
+        if no_air and tissue > 0.01 * total and tissue > 2 * bone:
+            return f"{tissue / total:.1%} of them are near 1000 as if it were tissue, with no air"
+        return ""
+
+    def _between(self, low: int, high: int) -> np.ndarray:
+        """A view of the counts of the values low..high."""
+        return self._counts[low - LOWEST : high - LOWEST + 1]
+
+
+def _to_int16(plane: np.ndarray) -> np.ndarray:
+    if plane.dtype == np.int16:
+        return plane
+    if plane.dtype.kind in "iu":
+        return np.clip(plane, *_limits(plane.dtype)).astype(np.int16)
+    return np.clip(np.rint(plane), LOWEST, HIGHEST).astype(np.int16)
+
+
+def _limits(dtype: np.dtype) -> tuple[int, int]:
+    """LOWEST and HIGHEST within the range of an integer type."""
+    info = np.iinfo(dtype)
+    return max(LOWEST, int(info.min)), min(HIGHEST, int(info.max))
