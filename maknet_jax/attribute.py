@@ -229,8 +229,8 @@ def _result(
     strip = [np.repeat(grey[..., None], 3, axis=-1)]
     for pictures in _pictures(arrays, len(explained)):
         strip.append(overlay.over(grey, pictures[0]))
-    with files.write_whole(out / "overlays" / f"{number:05d}.png", "wb") as file:
-        Image.fromarray(np.concatenate(strip, axis=1)).save(file, format="PNG")
+    picture = Image.fromarray(np.concatenate(strip, axis=1))
+    contact_sheet.write_picture(out / "overlays" / f"{number:05d}.png", picture)
     return metadata, arrays
 
 

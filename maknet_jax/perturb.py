@@ -184,8 +184,8 @@ def _perturbed(
         models.append({"name": network.name, "columns": columns})
         arrays[f"pictures_{place}"] = contact_sheet.to_grey(stack[..., 1], settings["display"])
         strips.append(np.concatenate(list(arrays[f"pictures_{place}"]), axis=1))
-    with files.write_whole(out / "pictures" / f"{number:05d}.png", "wb") as file:
-        Image.fromarray(np.concatenate(strips)).save(file, format="PNG")
+    picture = Image.fromarray(np.concatenate(strips))
+    contact_sheet.write_picture(out / "pictures" / f"{number:05d}.png", picture)
     return {"id": image.id, "group": image.group, "models": models}, arrays
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from maknet_jax import console
-from maknet_jax.ct import reading, volumes
+from maknet_jax.ct import png, reading, volumes
 from maknet_jax.data import lesions, pipeline, records
 from maknet_jax.errors import InputError, Rejected
 from maknet_jax.figures import contact_sheet
@@ -148,7 +148,7 @@ def read_query(
             slices = lesions.three_slices(read, spacing[2])
             patch, inside = lesions.make_patch(slices, box, spacing, size)
     except Rejected as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {png.reason_without_window(error)}") from None
     none = np.zeros(0, np.uint8)
     return records.Example(f"query: {path.name}", patch, none, none, {"box": inside})
 

@@ -75,4 +75,4 @@ def _run_retrieve(chosen: argparse.Namespace) -> None:
     )
     rows = summary["found"]
     print(console.format_table(list(rows[0]), [row.values() for row in rows]))
-    print("\n".join(f"  {file}" for file in summary["files"]))
+    options.show("\n".join(f"  {file}" for file in summary["files"]))

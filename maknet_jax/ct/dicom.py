@@ -1,27 +1,38 @@
 """DICOM CT slices in Hounsfield units and the standard orientation of `geometry`."""
 
+import io
 import itertools
 import operator
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import IO, BinaryIO, cast
 
 import numpy as np
 import pydicom
 
-from maknet_jax.ct import dicom_frames, dicom_pixels, geometry, reading, transfer_syntax, units
+from maknet_jax.ct import (
+    containers,
+    dicom_frames,
+    dicom_pixels,
+    geometry,
+    reading,
+    transfer_syntax,
+    units,
+)
 from maknet_jax.ct.dicom_header import NAMES, TAGS, Header, header_of, syntax_of
 from maknet_jax.ct.dicom_header import stack_affine as stack_affine
 from maknet_jax.ct.dicom_header import stored_axes as stored_axes
 from maknet_jax.ct.reading import LARGEST_SERIES, one_line, quiet
 from maknet_jax.errors import Rejected
 
-LARGEST_FILE = 256 << 20  # bytes, as stored and inflated: a slice of 4096 x 4096 takes 32 MiB
+LARGEST_FILE = 256 << 20  # bytes
+LARGEST_INFLATED = 64 << 20  # bytes of a deflated file: a slice of 4096 x 4096 takes 32 MiB
 
 
 def looks_like_dicom(path: str | os.PathLike[str]) -> bool:
     """Whether a file claims to be DICOM: by its content, or by a name such as `.dcm`."""
-    with open(path, "rb") as file:
+    with containers.open_file(path) as file:
         start = file.read(132)
     if start[128:] == b"DICM":
         return True
@@ -30,22 +41,43 @@ def looks_like_dicom(path: str | os.PathLike[str]) -> bool:
     return begins or pathlib.Path(path).suffix.lower() in NAMES
 
 
+def file_meta(file: IO[bytes]) -> pydicom.Dataset:
+    """The file meta information, empty without a preamble; leaves the file at the data set."""
+    bounded = cast("BinaryIO", reading.Bounded(file))
+    bounded.seek(128)
+    if bounded.read(4) != b"DICM":
+        return pydicom.Dataset()
+    return pydicom.filereader.read_dataset(
+        bounded,
+        is_implicit_VR=False,
+        is_little_endian=True,
+        stop_when=lambda tag, vr, length: tag.group != 2,
+    )
+
+
 def _read(path: str, *, pixels: bool) -> pydicom.Dataset:
     """The data set of a file: the elements in TAGS, and the pixel data if `pixels`."""
-    limit, what = LARGEST_FILE, "a CT slice"
-    if os.path.getsize(path) > limit:
-        with open(path, "rb") as file:
-            start = file.read(4096)
-        if any(uid.encode() in start for uid in dicom_frames.ENHANCED):
-            limit, what = LARGEST_SERIES, "a multi-frame CT"
-    if os.path.getsize(path) > limit:
-        raise Rejected(f"the file is larger than {limit >> 20} MiB, the limit for {what}")
-    return pydicom.dcmread(
-        transfer_syntax.open_as_encoded(path, LARGEST_FILE),
-        force=True,
-        stop_before_pixels=not pixels,
-        specific_tags=[*TAGS, "PixelData"] if pixels else list(TAGS),
-    )
+    size = containers.size(path)
+    with containers.open_file(path) as file:
+        if size > LARGEST_FILE:
+            storage = file_meta(file).get("MediaStorageSOPClassUID")
+            enhanced = storage in dicom_frames.ENHANCED
+            limit, what = LARGEST_FILE, "a CT slice"
+            if enhanced:
+                limit, what = LARGEST_SERIES, "a multi-frame CT"
+            if size > limit:
+                raise Rejected(f"the file is larger than {limit >> 20} MiB, the limit for {what}")
+            file.seek(0)
+        content = transfer_syntax.as_encoded(file, LARGEST_INFLATED)
+        file.seek(0)
+        if content is None and pixels and not isinstance(file, io.BufferedReader):
+            content = io.BytesIO(file.read())  # verifies the checksum of a member of a zip
+        return pydicom.dcmread(
+            cast("BinaryIO", reading.Bounded(content or file)),
+            force=True,
+            stop_before_pixels=not pixels,
+            specific_tags=[*TAGS, "PixelData"] if pixels else list(TAGS),
+        )
 
 
 def _slices(

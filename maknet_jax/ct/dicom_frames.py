@@ -6,7 +6,7 @@ the same checks as a single slice and is decoded by the same code.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pydicom
@@ -14,6 +14,7 @@ from pydicom import uid as dicom_uid
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.encaps import encapsulate, generate_frames
 
+from maknet_jax.ct import containers
 from maknet_jax.errors import Rejected
 
 ENHANCED = (dicom_uid.EnhancedCTImageStorage, dicom_uid.LegacyConvertedEnhancedCTImageStorage)
@@ -36,6 +37,11 @@ def split_path(path: str) -> tuple[str, int | None]:
     """(file, number of the frame) of a name; None for a file."""
     match = re.fullmatch(r"(.+)#frame=(\d+)", path)
     return (match[1], int(match[2])) if match else (path, None)
+
+
+def in_order(paths: Iterable[str]) -> list[str]:
+    """`containers.in_order` of files and frames."""
+    return sorted(paths, key=lambda path: containers.reading_order(split_path(path)[0]))
 
 
 def is_enhanced(data: pydicom.Dataset) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import pydicom
 from pydicom import uid as dicom_uid
 
-from maknet_jax.ct import acquisition, dicom_frames, dicom_pixels, geometry, reading
+from maknet_jax.ct import acquisition, containers, dicom_frames, dicom_pixels, geometry, reading
 from maknet_jax.ct.reading import LARGEST_MATRIX, content_id, one_line
 from maknet_jax.errors import Rejected
 
@@ -108,7 +108,7 @@ def header_of(data: pydicom.Dataset, path: str, overrides: reading.Overrides) ->
         return None
     uid = data.get("SOPInstanceUID") or meta.get("MediaStorageSOPInstanceUID")
     if not uid:
-        uid = content_id(pathlib.Path(path).read_bytes())
+        uid = content_id(containers.read_file(dicom_frames.split_path(path)[0]))
     if frame := dicom_frames.split_path(path)[1]:
         uid = f"{uid}:{frame}"
     header = Header(path, str(data.get("SeriesInstanceUID") or ""), str(uid))
@@ -207,8 +207,11 @@ def _problem(data: pydicom.Dataset, modality: str, storage: str, syntax: str) ->
         return f"PixelRepresentation {signed}: expected 0 or 1"
     if slope is None or intercept is None:
         return "no RescaleSlope or RescaleIntercept: the values cannot be converted to HU"
-    if not (math.isfinite(slope) and slope > 0 and math.isfinite(intercept)):
-        return f"RescaleSlope {slope} and RescaleIntercept {intercept}: expected finite, slope > 0"
+    if not (0 < slope <= 1e6 and abs(intercept) <= 1e9):  # the rest overflows or is not finite
+        return (
+            f"RescaleSlope {slope} and RescaleIntercept {intercept}: expected a slope above 0 and "
+            "at most 1e6, and an intercept of at most 1e9"
+        )
     letters = "".join(filter(str.isalpha, unit.lower()))
     # GDCM and SimpleITK write US (unspecified), GE "Houndsfield Unit"; HU_MOD is another unit.
     if letters not in ("", "hu", "us", "unspecified") and not letters.startswith("houn"):

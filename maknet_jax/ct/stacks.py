@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maknet_jax.ct import acquisition, dicom, dicom_frames
+from maknet_jax.ct import acquisition, containers, dicom, dicom_frames
 from maknet_jax.ct.blocks import LATERAL, Block, find_blocks
 from maknet_jax.ct.dicom import Header
 from maknet_jax.ct.reading import LARGEST_SERIES, Overrides
@@ -218,11 +218,12 @@ def _without_copies(
 
 
 def _file_digest(header: Header) -> object:
-    """A digest of a file, or the header itself where there is no file of its own."""
+    """A digest of a file, or the header itself if it cannot be read."""
     file, frame = dicom_frames.split_path(header.path)
-    if not os.path.isfile(file):
+    try:
+        return _rounded(header), frame, hashlib.sha256(containers.read_file(file)).digest()
+    except OSError:
         return header
-    return _rounded(header), frame, hashlib.sha256(pathlib.Path(file).read_bytes()).digest()
 
 
 def _image_digest(header: Header) -> object:

@@ -8,6 +8,7 @@ the pixels by their first bytes.
 import io
 import struct
 import zlib
+from typing import IO
 
 import pydicom
 from pydicom import uid as dicom_uid
@@ -26,48 +27,53 @@ _BY_FRAME_HEADER = {  # the marker of the frame header -> (encoding, the syntaxe
 _JPEG_2000 = {dicom_uid.JPEG2000Lossless, dicom_uid.JPEG2000}
 
 
-def open_as_encoded(path: str, limit: int) -> str | io.BytesIO:
+def as_encoded(file: IO[bytes], limit: int) -> io.BytesIO | None:
     """What pydicom should read instead of a file that is deflated or misstates its encoding.
 
     Args:
-      path: the file.
+      file: at its beginning.
       limit: the largest size of an inflated file in bytes.
 
     Returns:
-      `path`, or the content with a header that states its encoding.
+      The content with a header that states its encoding; None if the file can be read as it is.
 
     Raises:
       Rejected: the deflated data are damaged, or too large.
     """
-    with open(path, "rb") as file:
-        start = file.read(4096)
-        declared = _declared(start)
-        if declared is None:
-            return path
-        syntax, end = declared
-        actual = _of_data_set(start[end:], syntax)
-        deflated = actual == dicom_uid.DeflatedExplicitVRLittleEndian
-        if actual == syntax and not deflated:
-            return path
-        file.seek(end)
-        content = _inflate(file.read(), limit) if deflated else file.read()
+    start = file.read(4096)
+    declared = _declared(start)
+    if declared is None:
+        return None
+    syntax, end = declared
+    actual = _of_data_set(start[end:], syntax)
+    deflated = actual == dicom_uid.DeflatedExplicitVRLittleEndian
+    if actual == syntax and not deflated:
+        return None
     uid = (str(dicom_uid.ExplicitVRLittleEndian) if deflated else actual).encode()
     uid += b"\0" * (len(uid) % 2)
     element = b"\x02\x00\x10\x00UI" + struct.pack("<H", len(uid)) + uid
-    return io.BytesIO(bytes(128) + b"DICM" + element + content)
+    content = io.BytesIO()
+    content.write(bytes(128) + b"DICM" + element)
+    file.seek(end)
+    if deflated:
+        _inflate(file, content, limit)
+    else:
+        content.write(file.read())
+    content.seek(0)
+    return content
 
 
-def _inflate(content: bytes, limit: int) -> bytes:
+def _inflate(file: IO[bytes], content: io.BytesIO, limit: int) -> None:
     stream = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
-        inflated = stream.decompress(content, limit)
+        while not stream.eof and (packed := stream.unconsumed_tail or file.read(1 << 20)):
+            content.write(stream.decompress(packed, 1 << 20))
+            if content.tell() > limit:
+                raise Rejected(f"the deflated file inflates to more than {limit >> 20} MiB")
     except zlib.error as error:
         raise Rejected(f"the transfer syntax is deflated, but the data are not ({error})") from None
     if not stream.eof:
-        if len(inflated) >= limit:
-            raise Rejected(f"the deflated file inflates to more than {limit >> 20} MiB")
         raise Rejected("truncated: the deflated data end early")
-    return inflated
 
 
 def _declared(start: bytes) -> tuple[str, int] | None:

@@ -9,7 +9,7 @@ import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
-from maknet_jax.ct import png, search
+from maknet_jax.ct import containers, png, search
 
 _SEPARATORS = ";,"
 _LINES = 5  # line numbers named in a warning
@@ -57,13 +57,11 @@ def volume_of(path: str) -> tuple[str, ...]:
     A DICOM series by its SeriesInstanceUID, PNGs by their folder and the name before the number,
     anything else by its path.
     """
-    if os.path.isdir(path):
+    if containers.is_folder(path):
         files = (
             os.path.join(folder, name)
-            for folder, folders, names in os.walk(path)
-            if folders.sort() is None
-            for name in sorted(names)
-            if not name.startswith(".")
+            for folder, _, names in containers.walk(path, [])
+            for name in names
         )
         for file in files:
             if file.lower().endswith(".png") or _series(file):
@@ -79,7 +77,7 @@ def volume_of(path: str) -> tuple[str, ...]:
 
 def _series(path: str) -> str:
     """The SeriesInstanceUID of a DICOM file, or its folder if it has none; "" for other files."""
-    if not os.path.isfile(path) or path.lower().endswith((".nii", ".nii.gz")):
+    if not containers.is_file(path) or path.lower().endswith((".nii", ".nii.gz")):
         return ""
     headers = search.headers_of(path)
     if not isinstance(headers, list) or not headers:

@@ -43,7 +43,7 @@ def write_label_chart(
             axes.plot([start - 0.5, end + 0.5], [row + 0.36] * 2, color="#b33", linewidth=1.5)
     axes.set_yticks(range(len(shown)), [names[k] for k in shown], fontsize=8)
     axes.set_xlabel("slice, head to feet")
-    axes.set_title(title, fontsize=9)
+    axes.set_title(files.printable(title), fontsize=9, parse_math=False)
     figure.colorbar(image, ax=axes, label="confidence (red: predicted)", fraction=0.03, pad=0.01)
     _write(figure, path)
 
@@ -141,7 +141,7 @@ def _figure(inches: tuple[float, float]) -> Figure:
 
 def _write(figure: Figure, path: str | pathlib.Path) -> None:
     with files.write_whole(path, "wb") as file:
-        figure.savefig(file, format="png")
+        figure.savefig(file, format="png", metadata={"Software": files.PNG_SOFTWARE})
 
 
 def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
