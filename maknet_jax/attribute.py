@@ -3,25 +3,25 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from markupsafe import Markup
-from PIL import Image
 
 from maknet_jax import console, files
 from maknet_jax.attribution import faithfulness, perturbation
 from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.evaluation import protocol
-from maknet_jax.explain import results
+from maknet_jax.explain import drawing, results
 from maknet_jax.explain.network import Network, open_networks
 from maknet_jax.explain.nifti_maps import write_maps
 from maknet_jax.explain.options import DISPLAY, PATH, DisplayOptions, PathOptions, SelectionOptions
 from maknet_jax.explain.selection import SelectedImage, label_columns, select
 from maknet_jax.explain.truth import outcome
-from maknet_jax.figures import contact_sheet, overlay, page
+from maknet_jax.figures import overlay, page
 from maknet_jax.runs.workdir import Run
 from maknet_jax.training import sharding
 
@@ -51,17 +51,15 @@ class _Explained:
     Attributes:
       network: the network.
       confidences: `[B, K]`.
-      targets: `[B, T]`, the labels that are explained.
-      attribution: of the targets, plus `first` if the faithfulness of two networks is compared.
-      first: `[B]`, the label for which deletion and insertion are measured.
-      areas: `[B, 4]` in the order of `AREAS`, or None.
+      targets: `[B, T]`, the labels that are explained, the same for all networks.
+      attribution: of the targets.
+      areas: `[B, 4]` in the order of `AREAS` for the first target, or None.
     """
 
     network: Network
     confidences: np.ndarray
     targets: np.ndarray
     attribution: ig.Attribution
-    first: np.ndarray
     areas: np.ndarray | None
 
 
@@ -77,6 +75,9 @@ def attribute(
 ) -> dict[str, Any]:
     """Integrated Gradients of a selection of images; resumes if interrupted.
 
+    Two networks are explained for the same labels: `selection.labels`, or the most confident ones
+    of the first network.
+
     Args:
       folder: the workdir of `maknet train`, a bundle or a released name.
       out: the folder to write: cases/*.npz (maps), overlays/*.png, index.json, attributions.csv,
@@ -85,8 +86,8 @@ def attribute(
       selection: which images, labels and networks.
       path: the path of Integrated Gradients.
       display: how results are shown.
-      faithful: also measure deletion and insertion for each image's first label (that of the first
-        network for both) against random pixels; 84 more forward passes per image.
+      faithful: also measure deletion and insertion for each image's first label against random
+        pixels; 84 more forward passes per image.
       nifti: write the maps of CT files as NIfTI, too.
 
     Returns:
@@ -107,6 +108,8 @@ def attribute(
     batch_size = sharding.round_up_to_devices(path.batch_size or devices, devices)
     settings = results.shared_settings(networks, selection, path, display)
     settings |= {"output": path.output, "refine": path.refinements, "faithful": faithful}
+    if selection.compare and not columns:
+        settings["labels_of"] = "the first network"  # earlier versions: each network's own
 
     def explain_batch(numbered: results.Images) -> list[results.Result]:
         hu = results.padded(numbered.values(), batch_size)
@@ -116,19 +119,18 @@ def attribute(
         for network in networks:
             images, black = network.put(hu), network.put(base)
             confidences = network.confidences(images)
-            targets = np.argsort(-confidences, axis=1, kind="stable")[:, : settings["top"]]
             if columns:
                 targets = np.tile(np.asarray(columns, np.int64), (batch_size, 1))
-            first = explained[0].first if explained else targets[:, 0]
-            # Both networks are compared on one label, which may not be among the second's targets.
-            compared = bool(explained) and faithful
-            asked = np.column_stack([targets, first]) if compared else targets
-            attribution = network.attribute(images, asked, black, path)
+            elif explained:  # two networks are compared on the same labels
+                targets = explained[0].targets
+            else:
+                targets = np.argsort(-confidences, axis=1, kind="stable")[:, : settings["top"]]
+            attribution = network.attribute(images, targets, black, path)
             areas = None
             if random is not None:
-                maps = attribution.maps[:, -1 if compared else 0].sum(-1)
-                areas = _areas(network, images, black, first, maps, random)
-            explained.append(_Explained(network, confidences, targets, attribution, first, areas))
+                maps = attribution.maps[:, 0].sum(-1)
+                areas = _areas(network, images, black, targets[:, 0], maps, random)
+            explained.append(_Explained(network, confidences, targets, attribution, areas))
         return [
             _result(out, number, image, row, explained, settings)
             for row, (number, image) in enumerate(numbered.items())
@@ -207,8 +209,8 @@ def _result(
         # Half precision relative to each map's largest value: half the bytes, 3 digits.
         arrays[f"maps_{place}"] = (maps / scale[:, None, None, None]).astype(np.float16)
         arrays[f"scale_{place}"] = scale
-        entries = []
-        for column in dict.fromkeys(best + targets):
+        entries, listed = [], dict.fromkeys(targets + best)
+        for column in listed:
             entry = label_entry(image, batch.network.run, column, scores) | {"map": None}
             if column in targets:
                 at = targets.index(column)
@@ -218,47 +220,51 @@ def _result(
                 entry |= {"relative": float(attribution.relative[row, at])}
                 entry |= {"flagged": bool(attribution.flagged[row, at])}
             entries.append(entry)
-        missed = [[names[k], float(scores[k])] for k in image.labelled if k not in best]
+        missed = [[names[k], float(scores[k])] for k in image.labelled if k not in listed]
         model: dict[str, Any] = {"name": batch.network.name, "labels": entries, "missed": missed}
         if batch.areas is not None:
             model["areas"] = dict(zip(AREAS, batch.areas[row].tolist(), strict=True))
-            model["areas_of"] = names[batch.first[row]]
+            model["areas_of"] = names[targets[0]]
         models.append(model)
     metadata = {"id": image.id, "group": image.group, "meta": image.meta, "models": models}
-    grey = contact_sheet.to_grey(image.image[..., 1], settings["display"])
-    strip = [np.repeat(grey[..., None], 3, axis=-1)]
-    for pictures in _pictures(arrays, len(explained)):
-        strip.append(overlay.over(grey, pictures[0]))
-    picture = Image.fromarray(np.concatenate(strip, axis=1))
-    contact_sheet.write_picture(out / "overlays" / f"{number:05d}.png", picture)
+    fields, drawn = drawing.store_picture(image, settings["display"])
+    metadata, arrays = metadata | fields, arrays | drawn
+    drawing.write_overlays(out / "overlays" / f"{number:05d}.png", metadata, arrays, settings)
     return metadata, arrays
 
 
-def _pictures(arrays: dict[str, np.ndarray], models: int) -> Iterator[list[np.ndarray]]:
-    """For each model the RGBA overlays `[S, S, 4]` of its maps."""
-    for place in range(models):
-        maps = arrays[f"maps_{place}"].astype(np.float32).sum(axis=-1)
-        smoothed = [overlay.smooth(one) for one in maps]
-        yield [overlay.colours(one, overlay.scale_of(one)) for one in smoothed]
-
-
 def cards(
-    paths: Iterable[pathlib.Path], display: tuple[float, float], names: Sequence[str] = ()
+    slices: Iterable[Sequence[pathlib.Path]],
+    display: tuple[float, float],
+    names: Sequence[str] = (),
+    notes: Mapping[pathlib.Path, Sequence[str]] = types.MappingProxyType({}),
 ) -> Iterator[Markup]:
-    """The HTML cards of results: each shows an image with its maps.
+    """The HTML cards of results: each shows a slice with its maps.
 
     Args:
-      paths: files of results.
+      slices: files of results, those of one slice together, see `drawing.by_slice`.
       display: (low, high) in HU of the pictures.
       names: of the networks, see `results.load_metadata`.
+      notes: file of a result -> lines below its CT.
     """
-    for path in paths:
+    for path, *others in slices:
         metadata, arrays = results.load(path, names)
-        grey = overlay.to_uri(contact_sheet.to_grey(arrays["image"], display))
-        pictures = _pictures(arrays, len(metadata["models"]))
-        for model, maps in zip(metadata["models"], pictures, strict=True):
-            model["uris"] = [overlay.to_uri(one) for one in maps]
-        yield page.attribution_card(metadata["id"], grey, metadata["models"])
+        metadata = drawing.merge_truth(
+            metadata, [results.load_metadata(other, names) for other in others]
+        )
+        drawn = drawing.load_picture(metadata, arrays, display)
+        for place, model in enumerate(metadata["models"]):
+            model["uris"] = [overlay.to_uri(layer) for layer in drawing.map_layers(arrays, place)]
+        present = ", ".join(drawing.annotated(metadata))
+        yield page.attribution_card(
+            metadata["id"],
+            overlay.to_uri(drawn.grey),
+            metadata["models"],
+            facts=drawing.facts(metadata, drawn, display),
+            notes=[*([f"annotated: {present}"] if present else []), *notes.get(path, ())],
+            aspect=drawn.grey.shape[1] / drawn.grey.shape[0],
+            right=drawing.is_oriented(metadata["meta"]),
+        )
 
 
 def _differences(areas: dict[str, dict[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
@@ -312,9 +318,10 @@ def _write(explained: results.Explained, *, nifti: bool) -> dict[str, Any]:
         more["differences"] = {
             name: faithfulness.bootstrap(values, groups) for name, values in _differences(areas)
         }
-    shown = list(explained.files.values())[: explained.most_shown]
+    slices = drawing.by_slice(zip(explained.files.values(), index, strict=True))
+    shown = slices[: explained.most_shown]
     with files.write_whole(out / "index.html") as page_file:
-        lead = page.attribution_lead(summary | more, len(shown))
+        lead = page.attribution_lead(summary | more, len(shown), len(slices))
         drawn = cards(shown, summary["display"], names)
         page_file.write(page.document("Attributions", lead, drawn))
     written = ["index.html", "attributions.csv", "index.json", "cases", "overlays"]

@@ -175,9 +175,16 @@ def format_table(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str
 
 
 def format_interval(values: Sequence[float], digits: int = 3) -> str:
-    """Formats (mean, low, high); low equals high where there is no interval."""
+    """Formats (mean, low, high); the mean alone where low equals high: there is no interval."""
     mean, low, high = (f"{value:.{digits}f}" for value in values)
-    return f"{mean} ({low} to {high})" if values[1] < values[2] else f"{mean} (no interval)"
+    return f"{mean} ({low} to {high})" if values[1] < values[2] else mean
+
+
+def describe_groups(groups: int) -> str:
+    """Says what intervals over `groups` patients or series mean."""
+    if groups > 1:
+        return f"Intervals are 95 %, by resampling the {groups} patients or series."
+    return "No intervals: all images are of one patient or series."
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:

@@ -82,7 +82,7 @@ def demo(out: str | pathlib.Path, *, seed: int = 0, workers: int = 1) -> dict[st
         student, paths["dicom"], out / "labels.csv", charts=True, overwrite=True
     )
     log.say("6/6 report: curves, scores, and attributions of the best and worst cases")
-    page = report.report(student)
+    page = report.report(student, ct=paths["images"])
     minutes = (time.perf_counter() - started) / 60
     network = configs.load("smoke").model.options
     parameters = files.read_json(student / "summary.json")["parameters"]

@@ -7,14 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 from markupsafe import Markup
-from PIL import Image
 
 from maknet_jax import console, files
 from maknet_jax.attribute import label_entry
 from maknet_jax.attribution import faithfulness, perturbation
 from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.errors import InputError
-from maknet_jax.explain import results
+from maknet_jax.explain import drawing, results
 from maknet_jax.explain.masks import check_masks, with_regions
 from maknet_jax.explain.network import Network, open_networks
 from maknet_jax.explain.options import (
@@ -27,7 +26,7 @@ from maknet_jax.explain.options import (
     SelectionOptions,
 )
 from maknet_jax.explain.selection import SelectedImage, select
-from maknet_jax.figures import contact_sheet, overlay, page
+from maknet_jax.figures import overlay, page, picture
 from maknet_jax.training import sharding
 
 COLUMNS = (
@@ -171,7 +170,7 @@ def _perturbed(
         if "patch" in strategies:
             common.append((f"patch: {name}", perturbation.patch(hu, region)))
     ranks = faithfulness.random_ranks(perturbation.differs(hu, base), number)
-    models, arrays, strips = [], {}, []
+    models, arrays = [], {}
     for place, (network, mask) in enumerate(zip(networks, influential, strict=True)):
         deleted = {"attribution": mask, "random": ranks < mask.sum()}
         forms = common + [
@@ -182,11 +181,12 @@ def _perturbed(
         stack = np.stack([form for _, form in forms])
         columns = _columns(image, network, [title for title, _ in forms], stack, settings["top"])
         models.append({"name": network.name, "columns": columns})
-        arrays[f"pictures_{place}"] = contact_sheet.to_grey(stack[..., 1], settings["display"])
-        strips.append(np.concatenate(list(arrays[f"pictures_{place}"]), axis=1))
-    picture = Image.fromarray(np.concatenate(strips))
-    contact_sheet.write_picture(out / "pictures" / f"{number:05d}.png", picture)
-    return {"id": image.id, "group": image.group, "models": models}, arrays
+        arrays[f"pictures_{place}"] = picture.to_grey(stack[..., 1], settings["display"])
+    fields, drawn = drawing.store_picture(image, settings["display"])
+    metadata = {"id": image.id, "group": image.group, "meta": image.meta, "models": models} | fields
+    arrays |= drawn
+    drawing.write_perturbed(out / "pictures" / f"{number:05d}.png", metadata, arrays, settings)
+    return metadata, arrays
 
 
 def _columns(
@@ -231,8 +231,8 @@ def _write(explained: results.Explained) -> dict[str, Any]:
     drops: dict[tuple[str, str], list[float]] = {}
     stays: dict[tuple[str, str], list[float]] = {}
     groups: dict[tuple[str, str], list[str]] = {}
-    for path in explained.files.values():
-        metadata = results.load_metadata(path, names)
+    loaded = [(path, results.load_metadata(path, names)) for path in explained.files.values()]
+    for _, metadata in loaded:
         for model in metadata["models"]:
             original, *columns = model["columns"]
             before = {entry["label"]: entry for entry in original["labels"]}
@@ -279,10 +279,15 @@ def _write(explained: results.Explained) -> dict[str, Any]:
         }
         for key, values in drops.items()
     ]
-    shown = list(explained.files.values())[: explained.most_shown]
+    slices = [[path] for path, _ in loaded]
+    if not {"neighbour", "patch"} & set(summary["strategies"]):
+        slices = drawing.by_slice(loaded)  # without regions, lesions of a slice look the same
+    shown = [group[0] for group in slices[: explained.most_shown]]
     with files.write_whole(out / "index.html") as file:
-        lead = page.perturbation_lead(summary, *table(by_network), len(shown))
-        drawn = (_card(path, names) for path in shown)
+        lead = page.perturbation_lead(
+            summary | {"results": by_network}, *table(by_network), len(shown)
+        )
+        drawn = (_card(path, summary["display"], names) for path in shown)
         file.write(page.document("Perturbations", lead, drawn))
     written = ("index.html", "perturbations.csv", "cases", "pictures")
     more: dict[str, Any] = {
@@ -317,9 +322,17 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
     return header, cells
 
 
-def _card(path: pathlib.Path, names: Sequence[str]) -> Markup:
+def _card(path: pathlib.Path, display: Sequence[float], names: Sequence[str]) -> Markup:
     metadata, arrays = results.load(path, names)
+    drawn = drawing.load_picture(metadata, arrays | {"image": arrays["pictures_0"][0]}, display)
     for place, model in enumerate(metadata["models"]):
-        for column, picture in zip(model["columns"], arrays[f"pictures_{place}"], strict=True):
-            column["uri"] = overlay.to_uri(picture)
-    return page.perturbation_card(metadata["id"], metadata["models"])
+        forms = drawing.perturbed_pictures(drawn.grey, arrays[f"pictures_{place}"])
+        for column, form in zip(model["columns"], forms, strict=True):
+            column["uri"] = overlay.to_uri(form)
+    return page.perturbation_card(
+        metadata["id"],
+        metadata["models"],
+        facts=drawing.facts(metadata, drawn, display),
+        aspect=drawn.grey.shape[1] / drawn.grey.shape[0],
+        right=drawing.is_oriented(metadata.get("meta", {})),
+    )

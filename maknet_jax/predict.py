@@ -14,8 +14,10 @@ from maknet_jax import console, files
 from maknet_jax.ct import preprocess, reading, search, volumes
 from maknet_jax.errors import InputError, NothingUsable
 from maknet_jax.evaluation import metrics, series_tables
+from maknet_jax.evaluation.domain import Domain
 from maknet_jax.evaluation.series import FLAGS, SeriesResult
 from maknet_jax.evaluation.series_tables import SERIES_COLUMNS, SLICE_COLUMNS
+from maknet_jax.figures import picture
 from maknet_jax.figures.charts import write_label_chart
 from maknet_jax.runs import workdir
 from maknet_jax.training import sharding
@@ -43,7 +45,9 @@ def predict(
 
     Each slice is the middle of a triplet with its neighbours; at the ends the edge slice is
     repeated. A label is predicted if its confidence reaches its threshold (chosen in training) or
-    if it is a parent of a predicted label. Labels are listed by decreasing confidence.
+    if it is a parent of a predicted label. Labels are listed by decreasing confidence. Slices and
+    series that differ from the training data have the flag `outside` or `order`, see
+    `evaluation.domain`.
 
     Args:
       folder: the workdir of `maknet train`, a bundle or a released name.
@@ -80,6 +84,7 @@ def predict(
         _check_free(out, features)
     read_as = reading.Overrides(**overrides)
     failures_file = out.with_suffix(".failures.csv")
+    results, views = [], []
     with console.list_failures(failures_file):
         series, failures = find_inputs(path, read_as)
         run = workdir.open_run(folder, checkpoint_name=checkpoint)
@@ -89,7 +94,10 @@ def predict(
             "overrides": read_as,
         }
         each = predict_series(run, series, failures, **scoring, features=features is not None)
-        results = [result for result, _ in each]
+        for result, volume in each:
+            results.append(result)
+            if charts:
+                views.append(picture.coronal(volume.hu, volume.spacing))
     stale = _written_before(out)
     slice_rows = (row for result in results for row in result.slice_rows())
     cover_rows = [row for result in results for row in result.cover_rows()]
@@ -111,7 +119,7 @@ def predict(
         written.append(pathlib.Path(features))
         _write_features(written[-1], results)
     if charts:
-        written += _write_charts(out, run, results)
+        written += _write_charts(out, run, results, views)
     console.write_failures(failures_file, failures)
     summary = {
         "workdir": str(folder),
@@ -129,6 +137,7 @@ def predict(
             for name in FLAGS
             if (count := sum(name in row["flags"] for row in overview))
         },
+        "domain": run.domain.about if run.domain else None,
         "files": [str(file) for file in written],
     }
     tables = {"overview": overview, "covers": [row for row in cover_rows if row["label"]]}
@@ -154,6 +163,10 @@ def text(summary: dict[str, Any]) -> str:
         lines.append(f"flag {flag} on {count} of {summary['series']} series: {FLAGS[flag]}")
     if summary["copies"]:
         lines.append(f"copies of slices, taken once: {summary['copies']}")
+    if summary["domain"] is None:
+        lines.append(
+            "the network has no out-of-domain statistics: nothing marks CT unlike its training data"
+        )
     if summary["failures"]:
         lines.append(f"rejected: {summary['failures']}, see {summary['failures_file']}")
     return "\n".join(lines)
@@ -240,16 +253,28 @@ def _write_features(path: pathlib.Path, results: Sequence[SeriesResult]) -> None
 
 
 def _write_charts(
-    out: pathlib.Path, run: workdir.Run, results: Sequence[SeriesResult]
+    out: pathlib.Path,
+    run: workdir.Run,
+    results: Sequence[SeriesResult],
+    views: Sequence[tuple[np.ndarray, tuple[float, float]]],
 ) -> list[pathlib.Path]:
     """Draws the labels of each series that is long enough; returns the files."""
     charts = []
-    for number, result in enumerate(results):
+    network = f"{run.source.resolve().name}, step {run.step}"
+    network += f", trained on {run.trained_on}" if run.trained_on else ""
+    for number, (result, (view, spacing)) in enumerate(zip(results, views, strict=True)):
         if len(result) >= MIN_CHART_SLICES:
             charts.append(out.with_suffix(f".{number:03d}.png"))
-            title = f"{result.id}: {run.source.name}, step {run.step}"
+            mm, title = len(result) * spacing[0], f"{len(result)} slices from head to feet"
             write_label_chart(
-                charts[-1], result.confidences, result.predicted, result.names, title=title
+                charts[-1],
+                result.confidences,
+                result.predicted,
+                result.names,
+                title=title if np.isnan(mm) else f"{title}, {mm:.0f} mm",
+                notes=[f"series {result.id}", network],
+                coronal=view,
+                spacing=spacing,
             )
     return charts
 
@@ -280,17 +305,22 @@ def predict_volume(
       features: also return the pooled features.
       read: reads the volume again, so that the result need not keep it; if None, it keeps it.
     """
-    confidences, pooled = _score(run, volume, batch_size, png_window, advance, features=features)
-    return SeriesResult.of_scores(
+    needed = features or run.domain is not None
+    confidences, pooled = _score(run, volume, batch_size, png_window, advance, features=needed)
+    result = SeriesResult.of_scores(
         volume,
         run.vocabulary,
         run.thresholds,
         confidences,
-        features=pooled,
+        features=pooled if features else None,
         read=read or (lambda: volume),
         png_window=png_window,
         run_flags=network_flags(run),
     )
+    if run.domain is None or pooled is None:
+        return result
+    statistics = Domain.from_arrays(run.domain.arrays, pooled.shape[1])
+    return dataclasses.replace(result, verdict=statistics.judge(pooled, result.z_mm))
 
 
 def score_volume(

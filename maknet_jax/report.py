@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from markupsafe import Markup
-from PIL import Image
 
 from maknet_jax import attribute, files
 from maknet_jax.data import records
@@ -15,7 +14,7 @@ from maknet_jax.errors import InputError
 from maknet_jax.evaluation.evaluator import Evaluator
 from maknet_jax.explain import network, results, selection, truth
 from maknet_jax.explain.options import PathOptions, SelectionOptions
-from maknet_jax.figures import charts, overlay, page
+from maknet_jax.figures import charts, contact_sheet, overlay, page, picture
 from maknet_jax.runs import workdir
 from maknet_jax.training import sharding, transfer
 
@@ -27,7 +26,8 @@ METRICS = {
     "f1_at_0.5": "F1 at 0.5",
     "examples": "images",
 }
-CURVES = ({"train/loss": "training loss"}, {"val/auc": "validation AUC", "val/f1": "validation F1"})
+CURVES = {"train/loss": "training loss", "val/auc": "validation AUC", "val/f1": "validation F1"}
+_SAMPLES = 18  # images of the data set
 
 
 def report(
@@ -38,11 +38,13 @@ def report(
     data: str | pathlib.Path | None = None,
     count: int = 3,
     steps: int = 50,
+    ct: str | pathlib.Path | None = None,
 ) -> pathlib.Path:
-    """Writes curves, tables, scores per label, the best and worst cases and the contact sheet.
+    """Writes curves, tables, scores per label, the best and worst cases and sample images.
 
-    Cases are ranked by their mean cross entropy over the known labels. A best case has at least one
-    label that is present.
+    Cases are ranked by their mean cross entropy over the known labels. Best cases have at least one
+    label that is present. The best cases are of different patients with different labels, and so
+    are the worst.
 
     Args:
       folder: the workdir of `maknet train`; results of `maknet evaluate` are shown if present. A
@@ -52,6 +54,7 @@ def report(
       data: the prepared data set; None takes the one that the network was trained on.
       count: number of best cases, and of worst cases.
       steps: of Integrated Gradients.
+      ct: see `SelectionOptions`.
 
     Returns:
       The path of the page.
@@ -67,6 +70,8 @@ def report(
         known = dataset.info["splits"]
         split = "test" if "test" in known and known["test"]["count"] else run.val_split
     takes_box = run.model.takes_box
+    curves, unplotted = _curves(folder, run.step)
+    scores = _scores(folder)
     text = page.render(
         "report",
         title=f"Report of {folder.resolve().name}",
@@ -76,43 +81,59 @@ def report(
         labels=len(run.vocabulary),
         size=run.size,
         data=dataset.path,
-        curves=_curves(folder),
+        numbers=_headline(scores),
+        curves=curves,
+        unplotted=unplotted,
         metrics=list(METRICS.values()),
-        scores=_scores(folder),
+        scores=[[name, *("-" if n is None else f"{n:.4g}" for n in row)] for name, row in scores],
         label_scores=_label_scores(folder),
         split=split,
         takes_box=takes_box,
-        cases=[] if takes_box else _cases(run, folder, out, dataset, split, count, steps),
-        contact_sheet=_contact_sheet(dataset),
+        cases=[] if takes_box else _cases(run, folder, out, dataset, split, count, steps, ct),
+        samples=contact_sheet.make_tiles(dataset.sample(_SAMPLES), dataset.vocabulary.names),
+        window=picture.describe_window(picture.SOFT_TISSUE),
     )
     with files.write_whole(out / "index.html") as file:
         file.write(text)
     return out / "index.html"
 
 
-def _curves(folder: pathlib.Path) -> str | None:
-    """The chart of `metrics.jsonl` as a data URI; None where there is nothing to draw."""
+def _curves(folder: pathlib.Path, step: int) -> tuple[list[tuple[str, str]], list[str]]:
+    """([(chart as a data URI, alternative text)], sentences about curves of one point)."""
     path = folder / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    panels = []
-    for names in CURVES:
-        points = {
-            title: [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            for name, title in names.items()
-        }
-        panels.append({title: drawn for title, drawn in points.items() if drawn})
-    return overlay.to_uri(charts.draw_curves(panels), lossy=False) if any(panels) else None
+    charts_of_run, unplotted = [], []
+    for name, title in CURVES.items():
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        if not points:
+            continue
+        (first, start), (last, end) = points[0], points[-1]
+        if first == last:
+            unplotted.append(f"{title}: {end:.4g} at step {last}, the only value.")
+            continue
+        drawn = charts.draw_curve(title, points, marked=step)
+        alt = f"{title} from {start:.3g} at step {first} to {end:.3g} at step {last}"
+        charts_of_run.append((overlay.to_uri(drawn, lossy=False), alt))
+    return charts_of_run, unplotted
 
 
-def _scores(folder: pathlib.Path) -> list[list[str]]:
-    """One row per evaluated split: its name and the `METRICS`."""
-    rows: list[list[str]] = []
+def _scores(folder: pathlib.Path) -> list[tuple[str, list[float | None]]]:
+    """(split, its `METRICS`) of each evaluation."""
+    rows: list[tuple[str, list[float | None]]] = []
     for path in sorted((folder / "evaluation").glob("summary_*.json")):
         for split, values in files.read_json(path)["splits"].items():
-            numbers = [values[name] for name in METRICS]
-            row = [split, *("-" if n is None else f"{n:.4g}" for n in numbers)]
+            row = split, [values[name] for name in METRICS]
             rows += [] if row in rows else [row]
     return rows
+
+
+def _headline(scores: Sequence[tuple[str, list[float | None]]]) -> list[tuple[str, str]]:
+    """(AUC, the split) of each evaluation for which it is defined."""
+    return [
+        (f"{auc:.3f}", f"AUC on {split}, {images:.0f} images")
+        for split, (auc, *_, images) in scores
+        if auc is not None and images is not None
+    ]
 
 
 def _label_scores(folder: pathlib.Path) -> list[tuple[str, list[list[str]]]]:
@@ -142,6 +163,7 @@ def _cases(
     split: str,
     count: int,
     steps: int,
+    ct: str | pathlib.Path | None,
 ) -> list[tuple[str, list[Markup]]]:
     """(heading, cards) of the best and of the worst images of a split."""
     if dataset.vocabulary.names != run.vocabulary.names:
@@ -157,15 +179,47 @@ def _cases(
     correct = np.where(scores.labels > 0, scores.scores, 1 - scores.scores)
     loss = -np.log(np.clip(correct, 1e-7, 1)) * scores.label_mask
     loss = loss.sum(axis=1) / np.maximum(scores.label_mask.sum(axis=1), 1)
-    order = np.argsort(loss, kind="stable")
+    order = np.argsort(loss, kind="stable").tolist()
     has_label = (scores.labels * scores.label_mask).any(axis=1)
-    best = [int(k) for k in order if has_label[k]][:count]
-    worst = [int(k) for k in order[::-1] if k not in best][:count]
-    return [
-        (f"{kind.title()} cases", _cards(run, folder, out, dataset, split, kind, numbers, steps))
-        for kind, numbers in (("best", best), ("worst", worst))
-        if numbers
-    ]
+    best = _varied([k for k in order if has_label[k]], source, count)
+    worst = _varied([k for k in order[::-1] if k not in best], source, count)
+    known = scores.label_mask.sum(axis=1)
+    cases = []
+    for kind, numbers in (("best", best), ("worst", worst)):
+        notes = [
+            f"mean cross entropy {loss[k]:.3f} over {known[k]:.0f} known labels" for k in numbers
+        ]
+        if numbers:
+            drawn = _cards(run, folder, out, dataset, split, kind, numbers, notes, steps, ct)
+            cases.append((f"{kind.title()} cases", drawn))
+    return cases
+
+
+def _varied(numbers: Sequence[int], source: records.RecordSource, count: int) -> list[int]:
+    """The first `count` images of different patients and with different labels, in this order.
+
+    Series count as patients where these are unknown. If there are too few sets of labels, they
+    repeat.
+    """
+    chosen: dict[str, int] = {}
+    repeated: dict[str, int] = {}
+    sets = set()
+    for number in numbers:
+        if len(chosen) == count:
+            break
+        example = source[number]
+        patient, present = selection.group_of(example.id, example.meta), example.labels.tobytes()
+        if patient in chosen:
+            continue
+        if present in sets:
+            repeated.setdefault(patient, number)
+            continue
+        sets.add(present)
+        chosen[patient] = number
+    for patient, number in repeated.items():
+        if len(chosen) < count:
+            chosen.setdefault(patient, number)
+    return sorted(chosen.values(), key=numbers.index)
 
 
 def _cards(
@@ -176,26 +230,27 @@ def _cards(
     split: str,
     kind: str,
     numbers: Sequence[int],
+    notes: Sequence[str],
     steps: int,
+    ct: str | pathlib.Path | None,
 ) -> list[Markup]:
     """The cards of some images of a split, whose attributions are computed unless present."""
     source = dataset.source(split)
     ids = [source[number].id for number in numbers]
     # Other weights, data or cases get their own folder, so that the results in one never change.
-    settings = transfer.digest(**run.variables), dataset.fingerprint, ids, steps, truth.RULE
+    settings = (
+        transfer.digest(**run.variables),
+        dataset.fingerprint,
+        ids,
+        steps,
+        truth.RULE,
+        str(ct),
+    )
     explained = out / f"{kind}-{split}-{selection.digest(settings)}"
-    options = SelectionOptions(split=split, ids=ids, data=dataset.path)
+    options = SelectionOptions(split=split, ids=ids, data=dataset.path, ct=ct)
     attribute.attribute(folder, explained, options, PathOptions(steps=steps))
     paths = {results.load_metadata(file)["id"]: file for file in explained.glob("cases/*.npz")}
     display = files.read_json(explained / "settings.json")["display"]
     names = [network.network_name(run)]
-    return list(attribute.cards([paths[name] for name in ids], display, names))
-
-
-def _contact_sheet(dataset: records.Dataset) -> str | None:
-    """The contact sheet of the data set as a data URI; None where there is none."""
-    path = dataset.path / "contact_sheet.png"
-    if not path.is_file():
-        return None
-    with Image.open(path) as picture:
-        return overlay.to_uri(np.asarray(picture.convert("RGB")))
+    lines = {paths[name]: [note] for name, note in zip(ids, notes, strict=True)}
+    return list(attribute.cards([[paths[name]] for name in ids], display, names, lines))

@@ -13,6 +13,7 @@ from maknet_jax import console
 from maknet_jax.ct import png, reading, volumes
 from maknet_jax.data import lesions, pipeline, records
 from maknet_jax.errors import InputError, Rejected
+from maknet_jax.explain import selection
 from maknet_jax.figures import contact_sheet
 from maknet_jax.runs import workdir
 from maknet_jax.training import sharding
@@ -33,12 +34,16 @@ def retrieve(
     top: int = 11,
     checkpoint: str = "best",
     batch_size: int = 32,
+    include_patient: bool = False,
     **overrides: bool,
 ) -> dict[str, Any]:
     """Writes the most similar lesions as a CSV and, beside it, as a contact sheet.
 
     Lesions are compared by the cosine of their embeddings, so that a record of the same slice and
-    box has similarity 1.
+    box has similarity 1. By default this record and the other lesions of its patient are left out,
+    because they say nothing about how similar lesions of different patients are. The patient is
+    known from the file name, if it is DeepLesion's, and from a record of the same pixels. A lesion
+    in several splits is listed once, in the first of them.
 
     Args:
       folder: the workdir of a LesaNet run.
@@ -51,10 +56,12 @@ def retrieve(
       top: number of lesions.
       checkpoint: "best" or "last".
       batch_size: patches per step.
+      include_patient: also list the query and the other lesions of its patient.
       **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
-      The summary: the rows of the CSV as dicts (`found`), the files and the step of the checkpoint.
+      The summary: the rows of the CSV as dicts (`found`), the number of lesions of the query's
+      patient that were left out (`left_out`), the files and the step of the checkpoint.
 
     Raises:
       InputError: the run is not a LesaNet run, the image cannot be read, or `data` is not lesion
@@ -70,21 +77,42 @@ def retrieve(
     query = read_query(image, box, spacing, run.size, reading.Overrides(**overrides))
     embed = make_embed(run)
     size = sharding.round_up_to_devices(batch_size)
-    embedding = np.concatenate(list(_embeddings(embed, [query], size)))[0]
-    nearest: list[tuple[float, str, int]] = []  # (cosine, split, index in the split)
+    embedding = next(_embedded(embed, [query], size))[1][0]
+    lesions_by_patient: dict[str, list[tuple[float, str, int]]] = {}  # (cosine, split, index)
+    seen: set[str] = set()
+    own = {_patient_of(png.split_name(image)[0])}
     names = splits or list(dataset.info["splits"])
     total = sum(dataset.split(name)["count"] for name in names)
     with console.progress("retrieve", total) as advance:
         for name in names:
-            start = 0
-            for embeddings in _embeddings(embed, dataset.source(name), size):
+            for batch, embeddings in _embedded(embed, dataset.source(name), size):
                 cosines = embeddings @ embedding
-                nearest += [(float(c), name, start + k) for k, c in enumerate(cosines)]
-                start += len(embeddings)
+                # A copied file may lack its neighbours: the middle slices are compared.
+                middle = batch["image"][: len(cosines), ..., 1]
+                same = (middle == query.image[..., 1]).all(axis=(1, 2))
+                for k, cosine in enumerate(cosines):
+                    record_id = str(batch["id"][k])
+                    if record_id in seen:  # hand-labelled lesions are in the test split, too
+                        continue
+                    seen.add(record_id)
+                    patient = _patient_of(record_id)
+                    row = float(cosine), name, int(batch["index"][k])
+                    lesions_by_patient.setdefault(patient, []).append(row)
+                    if same[k]:
+                        own.add(patient)
                 advance(len(embeddings))
-                nearest = sorted(nearest, key=lambda row: (-row[0], *row[1:]))[:top]
+    left_out = 0
+    if not include_patient:
+        left_out = sum(len(lesions_by_patient.pop(patient, ())) for patient in own)
+    nearest = sorted(
+        (row for rows in lesions_by_patient.values() for row in rows),
+        key=lambda row: (-row[0], *row[1:]),
+    )[:top]
     if not nearest:
-        raise InputError(f"{data} has no lesion in {', '.join(names)}: choose other splits")
+        patient = f" besides {left_out} of the query's own patient" if left_out else ""
+        raise InputError(
+            f"{data} has no lesion in {', '.join(names)}{patient}: choose other splits"
+        )
     examples = [dataset.source(name)[index] for _, name, index in nearest]
     header = ["rank", "similarity", "id", "split", "labels"]
     rows = []
@@ -94,13 +122,16 @@ def retrieve(
     out = pathlib.Path(out)
     console.write_table(out, header, rows)
     shown = [
-        dataclasses.replace(example, id=f"{cosine:.3f} {example.id}")
-        for (cosine, *_), example in zip(nearest, examples, strict=True)
+        dataclasses.replace(
+            example, id=f"{cosine:.3f} {example.id}", meta=example.meta | {"split": name}
+        )
+        for (cosine, name, _), example in zip(nearest, examples, strict=True)
     ]
     sheet = out.with_suffix(".png")
     contact_sheet.write_contact_sheet(sheet, [query, *shown], dataset.vocabulary.names)
     return {
         "found": [dict(zip(header, row, strict=True)) for row in rows],
+        "left_out": left_out,
         "files": [str(out), str(sheet)],
         "step": run.step,
     }
@@ -162,11 +193,16 @@ def make_embed(run: workdir.Run) -> Callable[[dict[str, np.ndarray]], jax.Array]
     return lambda batch: run.score_with_features(batch)[1]
 
 
-def _embeddings(
+def _embedded(
     embed: Callable[[dict[str, np.ndarray]], jax.Array],
     source: Sequence[records.Example] | records.RecordSource,
     batch_size: int,
-) -> Iterator[np.ndarray]:
-    """Yields the embeddings of a source in its order, `[B, F]` without padding."""
+) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """Yields (batch, embeddings `[B, F]` without those of the padding) of a source in its order."""
     for batch in pipeline.ordered_batches(source, batch_size=batch_size):
-        yield np.asarray(embed(batch))[batch["weight"] > 0]
+        yield batch, np.asarray(embed(batch))[batch["weight"] > 0]
+
+
+def _patient_of(name: str) -> str:
+    """The patient of a record or series of DeepLesion; other names stand for themselves."""
+    return selection.group_of(name, {})

@@ -22,6 +22,7 @@ from maknet_jax.errors import InputError
 from maknet_jax.explain import results
 from maknet_jax.explain.network import open_networks
 from maknet_jax.explain.options import PathOptions, SelectionOptions
+from maknet_jax.figures import picture
 from maknet_jax.runs import config, workdir
 from maknet_jax.training import augment
 
@@ -65,8 +66,11 @@ def test_the_index_lists_the_maps_of_every_image(done, trained, shards):
         for model in (0, 1):
             assert arrays[f"maps_{model}"].shape == (5, 32, 32, 3)
             labels = entry["models"][model]["labels"]
-            assert len(labels) == 5
-            confidences = [label["confidence"] for label in labels]
+            explained = [label["label"] for label in labels if label["map"] is not None]
+            # Both networks are explained for the top labels of the first one.
+            assert explained == [label["label"] for label in entry["models"][0]["labels"]]
+            assert len(explained) == 5 and (model or len(labels) == 5)
+            confidences = [label["confidence"] for label in labels[0 if model == 0 else 5 :]]
             assert confidences == sorted(confidences, reverse=True)
             for label in labels:
                 column = run.vocabulary.index[label["label"]]
@@ -78,8 +82,12 @@ def test_the_index_lists_the_maps_of_every_image(done, trained, shards):
                 else:  # mined labels
                     assert label["truth"] == ("false" if excluded else "unknown")
                 assert label["predicted"] == (label["confidence"] >= label["threshold"] < 1)
-        with Image.open(out / entry["overlay"]) as picture:
-            assert picture.size == (3 * 32, 32)
+        meta = entry["meta"]
+        assert meta["split"] == "test"
+        assert entry["picture"]["native"] is False and entry["picture"]["stored"] == [32, 32]
+        assert arrays["picture"].shape == picture.of_image(example.image[..., 1], meta).grey.shape
+        with Image.open(out / entry["overlay"]) as figure:
+            assert figure.size[0] == 6 * 354 + 14  # the CT and five maps, in two rows
 
 
 def test_maps_are_complete_and_confidences_match_the_run(done, trained, shards):
@@ -108,6 +116,7 @@ def test_the_table_matches_the_index(done):
         for case in index
         for model in case["models"]
         for label in model["labels"]
+        if label["map"] is not None
     ]
     rows = rows_of(out)
     assert len(rows) == len(entries) == 9 * 2 * 5
@@ -148,7 +157,9 @@ def test_two_networks_are_compared_by_one_label_on_the_same_images(done, linear,
         areas.append([first["areas"], second["areas"]])
     # Recomputed for the second network, on an image where its own first label differs.
     seconds = [case["models"][1] for case in index]
-    number = next(k for k in range(9) if seconds[k]["labels"][0]["label"] != seconds[k]["areas_of"])
+
+    own = [max(model["labels"], key=lambda label: label["confidence"]) for model in seconds]
+    number = next(k for k in range(9) if own[k]["label"] != seconds[k]["areas_of"])
     model = seconds[number]
     column, net = shards.vocabulary.index[model["areas_of"]], open_networks(linear)[0]
     hu = np.repeat(shards.source("test")[number].image[None], 8, axis=0)
@@ -184,11 +195,12 @@ def test_two_networks_are_compared_by_one_label_on_the_same_images(done, linear,
 def test_the_page_shows_everything_and_works_offline(done):
     out, _ = done
     text = (out / "index.html").read_text()
-    # A CT alone and under each of two maps, the maps, and a map for each label to tap.
-    assert check_page(text) == 9 * (1 + 2 * 2 + 2 * 5)
     index = json.loads((out / "index.json").read_text())
+    slices = {case["meta"]["file"]: case["id"] for case in reversed(index)}  # lesions share a card
+    # A CT alone and under each of two maps, the maps, and a map for each label to tap.
+    assert check_page(text) == len(slices) * (1 + 2 * 2 + 2 * 5)
     for case in index:
-        assert case["id"] in text
+        assert slices[case["meta"]["file"]] in text
         for model in case["models"]:
             assert model["name"] in text
             for label in model["labels"]:

@@ -11,6 +11,7 @@ import pytest
 from test_page import check_page
 
 from maknet_jax import cli, evaluate, report
+from maknet_jax.data import records
 from maknet_jax.errors import InputError
 from maknet_jax.explain import results
 from maknet_jax.figures import page
@@ -26,12 +27,14 @@ def test_the_report_is_one_page_with_curves_scores_and_cases(trained, tmp_path):
     assert "<h2>Scores</h2>" in path.read_text() and "<table>" not in path.read_text()
     evaluated = evaluate.evaluate(folder)
     text = report.report(folder, count=2, steps=4).read_text()
-    # Curves, contact sheet and 2 + 2 cases of one CT, CT and map, and 5 maps to tap.
-    assert check_page(text) == 2 + 4 * (1 + 2 + 5)
+    # Three curves, sample images, and 2 + 2 cases of one CT, CT and map, and 5 maps to tap.
+    assert check_page(text) == 3 + text.count('class="stack square"') + 4 * (1 + 2 + 5)
+    assert text.count('class="stack square"') == 18
     for heading in ("Training", "Scores", "Best cases of test", "Worst cases of test"):
         assert f"<h2>{heading}</h2>" in text
     for split, values in evaluated["splits"].items():
         assert f"<td>{split}</td><td>{values['auc']:.4g}</td>" in text
+        assert f"<b>{values['auc']:.3f}</b> <span>AUC on {split}," in text
         assert f"on {split}: {values['labels_evaluated']} labels</summary>" in text
     assert text.count('id="mix"') == 1
 
@@ -53,9 +56,49 @@ def test_best_have_a_lower_loss_than_worst(trained, shards, tmp_path):
     for kind in ("best", "worst"):
         paths = (tmp_path / "out").glob(f"{kind}-*/cases/*.npz")
         losses[kind] = [loss(results.load(path)[0]["id"]) for path in paths]
-    every = sorted(loss(name) for name, example in examples.items() if example.labels.any())
-    assert sorted(losses["best"]) == pytest.approx(every[:2], rel=1e-4)
-    assert min(losses["worst"]) >= every[-2] - 1e-4
+    every = {name: loss(name) for name, example in examples.items() if example.labels.any()}
+    best = min(every, key=every.get)
+    # The second is the best one of another patient with other labels.
+    others = [
+        every[name]
+        for name, example in examples.items()
+        if name in every
+        and name[:6] != best[:6]
+        and (example.labels != examples[best].labels).any()
+    ]
+    assert sorted(losses["best"]) == pytest.approx([every[best], min(others)], rel=1e-4)
+    assert max(losses["worst"]) == pytest.approx(max(map(loss, examples)), rel=1e-4)
+    assert min(losses["worst"]) > max(losses["best"])
+
+
+def example(name, labels):
+    return records.Example(name, None, np.array(labels, np.uint8), None, {})
+
+
+@pytest.mark.parametrize(
+    "names, labels, count, chosen",
+    [
+        # The first of each patient.
+        (["000001_01_01_1#1", "000001_02_01_1#2", "000002_01_01_1#3"], [1, 2, 3], 2, [0, 2]),
+        # Other labels before labels that were shown already, which fill up in their order.
+        (["a:1", "b:1", "c:1"], [1, 1, 2], 2, [0, 2]),
+        (["a:1", "b:1", "c:1"], [1, 1, 1], 2, [0, 1]),
+        (["a:1", "b:1", "c:1"], [1, 1, 2], 3, [0, 1, 2]),
+        # One series has one case.
+        (["a:1", "a:2", "a:3"], [1, 2, 3], 3, [0]),
+    ],
+)
+def test_cases_are_of_different_patients_and_labels(names, labels, count, chosen):
+    source = [example(name, [label]) for name, label in zip(names, labels, strict=True)]
+    assert report._varied(range(len(source)), source, count) == chosen
+
+
+def test_a_curve_of_one_point_is_a_sentence(tmp_path):
+    rows = [{"step": 5, "train/loss": 0.25, "val/auc": 0.5}, {"step": 9, "val/auc": 0.75}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curves, sentences = report._curves(tmp_path, 9)
+    assert [alt for _, alt in curves] == ["validation AUC from 0.5 at step 5 to 0.75 at step 9"]
+    assert len(sentences) == 1 and "0.25" in sentences[0] and "5" in sentences[0]
 
 
 def test_other_cases_or_other_weights_get_another_folder(trained, tmp_path, monkeypatch):
@@ -111,7 +154,7 @@ def test_invalid_arguments_are_rejected(trained, tmp_path):
 def test_templates_escape_text_and_need_all_their_values():
     model = {"name": "<m>", "columns": [{"title": "<t>", "labels": [], "uri": "data:image/x"}]}
     card = page.perturbation_card("<i>", [model])
-    lead = page.perturbation_lead({"images": 2, "top": 5}, ["<h>"], [["<c>"]], 1)
+    lead = page.perturbation_lead({"images": 2, "top": 5, "results": []}, ["<h>"], [["<c>"]], 1)
     text = page.document("<d>", lead, [card])
     for tag in ("<m>", "<t>", "<i>", "<d>", "<h>", "<c>"):
         assert tag not in text and f"&lt;{tag[1]}&gt;" in text

@@ -1,6 +1,7 @@
 """`maknet retrieve`, and the groups of labels in `maknet evaluate`."""
 
 import json
+import shutil
 
 import lesion_runs
 import numpy as np
@@ -76,6 +77,7 @@ def test_a_lesion_is_the_most_similar_to_itself(lesanet, phantom, tmp_path, caps
             "5",
             "--split",
             "train,test",
+            "--include-patient",
         ]
     )
     assert code == 0
@@ -87,8 +89,30 @@ def test_a_lesion_is_the_most_similar_to_itself(lesanet, phantom, tmp_path, caps
     similarities = [float(row["similarity"]) for row in rows]
     assert similarities == sorted(similarities, reverse=True)
     with Image.open(tmp_path / "similar.png") as sheet:
-        assert sheet.size[0] == 6 * 192  # the query and five others
+        tile = (sheet.size[0] - 8) / 6
+        assert tile == 232  # the query and five others, eight pixels apart
     assert example.id in capsys.readouterr().out
+
+
+def test_the_query_and_its_patient_are_left_out(lesanet, phantom, tmp_path):
+    folder, data = lesanet
+    dataset = records.open_dataset(data)
+    example = dataset.source("test")[2]
+    path, box = query_of(phantom, example)
+    copy = tmp_path / "lesion.png"  # its name does not name the patient, but its pixels do
+    shutil.copy(path, copy)
+    options = {"spacing": example.meta["spacing"], "top": 10**6}
+    names = list(dataset.info["splits"])
+    # Some lesions are in the splits test and hand, and are listed once.
+    ids = {
+        dataset.source(name)[k].id for name in names for k in range(dataset.split(name)["count"])
+    }
+    own = {name for name in ids if name[:6] == example.id[:6]}
+    assert len(own) > 1
+    for file in (path, copy):
+        summary = retrieve.retrieve(folder, file, box, data, tmp_path / "a.csv", **options)
+        assert {row["id"] for row in summary["found"]} == ids - own
+        assert summary["left_out"] == len(own) and len(summary["found"]) == len(ids - own)
 
 
 def test_the_query_equals_the_patch_of_the_record(lesanet, phantom):

@@ -15,10 +15,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from maknet_jax.attribution import integrated_gradients as ig
-from maknet_jax.ct import png
-from maknet_jax.data import deeplesion, records
+from maknet_jax.data import records
+from maknet_jax.explain import source_slices
 from maknet_jax.explain.network import open_networks
-from maknet_jax.figures import contact_sheet, overlay
+from maknet_jax.figures import overlay, picture
 
 LABELS = ("mediastinum", "liver", "urinary bladder")
 SHOWN = 4  # labels per slice
@@ -74,12 +74,10 @@ def main() -> None:
 def _slice(demo: pathlib.Path, example: records.Example) -> np.ndarray:
     """The crop of the slice at its own resolution, as uint8 `[TILE, TILE]`."""
     folder = demo / "phantom" / "deeplesion" / "Images_png"
-    path = deeplesion.find_image(folder, example.meta["file"])
-    assert path is not None, f"{example.meta['file']} is not in {folder}"
-    upper, left, lower, right = example.meta["crop"]
-    hu = png.read_png(path)[upper:lower, left:right]
-    picture = Image.fromarray(contact_sheet.to_grey(hu))
-    return np.asarray(picture.resize((TILE, TILE), Image.Resampling.BICUBIC))
+    hu = source_slices.read_slice(example, folder)
+    assert hu is not None, f"{example.meta['file']} is not in {folder}"
+    grey = Image.fromarray(picture.to_grey(hu))
+    return np.asarray(grey.resize((TILE, TILE), Image.Resampling.BICUBIC))
 
 
 if __name__ == "__main__":

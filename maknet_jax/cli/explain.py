@@ -57,7 +57,9 @@ def add_verbs(verbs: Any) -> None:
         help="comma-separated, from neighbour, patch, attribution and random (default: all)",
     )
     verb.add_argument(
-        "--masks", help="masks of the regions: NIfTI, PNG or a folder (default: DeepLesion's boxes)"
+        "--masks",
+        help="masks of the regions: NIfTI, PNG, a folder of PNGs, or the cases of `maknet prepare "
+        "segmentations` (default: DeepLesion's boxes)",
     )
     verb.add_argument(
         "--organs", type=options.words, help="names or values in the masks, comma-separated"
@@ -73,12 +75,22 @@ def add_verbs(verbs: Any) -> None:
     verb.add_argument("--out", help="folder to write (default: WORKDIR/report)")
     verb.add_argument("--split", help="split of the cases (default: test, otherwise validation)")
     verb.add_argument("--data", help="prepared data set (default: the one trained on)")
+    _ct(verb)
     verb.add_argument(
         "--cases",
         type=options.count,
         default=3,
         metavar="N",
         help="explain the N best and the N worst cases (default: 3)",
+    )
+
+
+def _ct(verb: argparse._ActionsContainer) -> None:
+    verb.add_argument(
+        "--ct",
+        metavar="FOLDER",
+        help="CT that --data was prepared from (DeepLesion's images, or NIfTI cases): pictures "
+        "then have its resolution instead of the network's",
     )
 
 
@@ -103,6 +115,7 @@ def _shared_options(
     )
     which.add_argument("--split", help="split of --data")
     which.add_argument("--data", help="prepared data set (default: the one trained on)")
+    _ct(which)
     which.add_argument(
         "--ids",
         type=options.words,
@@ -206,6 +219,8 @@ def _run_attribute(chosen: argparse.Namespace) -> int:
     }
     for name, values in (areas | summary.get("differences", {})).items():
         options.show(f"{name} {console.format_interval(values)}")
+    if areas:
+        options.show(console.describe_groups(summary["groups"]))
     return _ended(summary)
 
 
@@ -247,6 +262,11 @@ def _run_report(chosen: argparse.Namespace) -> None:
 
     options.start_jax()
     page = report.report(
-        chosen.model, chosen.out, split=chosen.split, data=chosen.data, count=chosen.cases
+        chosen.model,
+        chosen.out,
+        split=chosen.split,
+        data=chosen.data,
+        count=chosen.cases,
+        ct=chosen.ct,
     )
     options.show(str(page))

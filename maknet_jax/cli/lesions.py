@@ -33,6 +33,11 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument(
         "--top", type=options.count, default=11, help="number of lesions to list (default: 11)"
     )
+    verb.add_argument(
+        "--include-patient",
+        action="store_true",
+        help="also list the lesion itself and other lesions of its patient",
+    )
     options.checkpoint(verb)
     options.override_options(verb)
 
@@ -71,8 +76,14 @@ def _run_retrieve(chosen: argparse.Namespace) -> None:
         splits=chosen.split,
         top=chosen.top,
         checkpoint=chosen.checkpoint,
+        include_patient=chosen.include_patient,
         **options.selected(chosen, *options.OVERRIDES),
     )
     rows = summary["found"]
     print(console.format_table(list(rows[0]), [row.values() for row in rows]))
+    if summary["left_out"]:
+        options.show(
+            f"{summary['left_out']} lesions of the query's patient are left out: --include-patient "
+            "lists them"
+        )
     options.show("\n".join(f"  {file}" for file in summary["files"]))

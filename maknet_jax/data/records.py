@@ -209,13 +209,17 @@ class Dataset:
         return RecordSource(paths)
 
     def sample(self, count: int) -> list[Example]:
-        """At most `count` random examples from all splits, with a fixed seed."""
+        """At most `count` random examples of all splits, which `meta` names; the seed is fixed."""
         splits = self.info["splits"]
         places = [(name, k) for name, split in splits.items() for k in range(split["count"])]
         generator = np.random.default_rng(0)
         chosen = sorted(generator.choice(len(places), min(count, len(places)), replace=False))
         sources = {name: self.source(name) for name in splits}
-        return [sources[places[k][0]][places[k][1]] for k in chosen]
+        examples = []
+        for name, number in (places[k] for k in chosen):
+            example = sources[name][number]
+            examples.append(dataclasses.replace(example, meta=example.meta | {"split": name}))
+        return examples
 
 
 def open_dataset(path: str | os.PathLike) -> Dataset:

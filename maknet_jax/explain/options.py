@@ -44,6 +44,9 @@ class SelectionOptions:
       compare: a second workdir, shown beside the first.
       checkpoint: "best" or "last".
       png_window: (low, high) in HU of 8-bit PNGs.
+      ct: the folder of CT that `data` was prepared from, so that pictures show its slices at their
+        own resolution: DeepLesion's images, or segmentation cases in NIfTI. None enlarges the
+        images of the records.
       assume_hu: read CT files even if their values do not look like HU.
       allow_lossy: read DICOM with lossy compression.
     """
@@ -58,6 +61,7 @@ class SelectionOptions:
     compare: str | pathlib.Path | None = None
     checkpoint: str = "best"
     png_window: tuple[float, float] | None = None
+    ct: str | pathlib.Path | None = None
     assume_hu: bool = False
     allow_lossy: bool = False
 

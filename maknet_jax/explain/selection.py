@@ -6,7 +6,7 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from maknet_jax.ct import preprocess, search, volumes
 from maknet_jax.data import records
 from maknet_jax.errors import InputError, Rejected, did_you_mean
+from maknet_jax.explain import source_slices
 from maknet_jax.explain.options import SelectionOptions
 from maknet_jax.explain.truth import Annotation, Truth, labels_are_complete
 from maknet_jax.runs import workdir
@@ -31,6 +32,8 @@ class SelectedImage:
       annotation: its labels; None without labels, or with labels of another vocabulary.
       meta: the source of the image, see `records.Example`.
       regions: name -> bool `[S, S]`, see `masks.find_regions`.
+      slice_hu: int16 HU `[H, W]`, the part of the CT slice that the image shows, at the resolution
+        of the CT; None if the CT is not available.
     """
 
     id: str
@@ -38,6 +41,7 @@ class SelectedImage:
     annotation: Annotation | None
     meta: dict[str, Any]
     regions: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    slice_hu: np.ndarray | None = None
 
     def truth(self, column: int) -> Truth:
         """What is known about the label of a column."""
@@ -53,10 +57,7 @@ class SelectedImage:
     @property
     def group(self) -> str:
         """The patient, else the series: images of one group are not independent."""
-        if patient := re.search(r"(\d{6})_\d\d_\d\d", self.id):  # DeepLesion's file names
-            return patient[1]
-        name = self.meta.get("patient") or self.meta.get("series")
-        return name or self.id.rpartition(":")[0] or self.id
+        return group_of(self.id, self.meta)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +96,9 @@ def select(run: workdir.Run, options: SelectionOptions) -> Selection:
         identity = {"path": str(path), "series": sorted({ref.key for ref in series})}
         identity["digest"] = digest([[ref.key, ref.count, *sizes(ref.paths)] for ref in series])
     elif split is not None and path is None:
-        readers, known, unlabelled, dataset = _records(run, options.data, split, ids, columns)
+        readers, known, unlabelled, dataset = _records(run, options, split, ids, columns)
         identity = {"fingerprint": dataset.fingerprint, "split": split}
+        identity |= {"ct": str(options.ct)} if options.ct else {}
     else:
         raise InputError("pass either --split or CT files, not both")
     unknown = sorted((ids or set()) - set(known))
@@ -112,6 +114,14 @@ def select(run: workdir.Run, options: SelectionOptions) -> Selection:
         raise InputError(f"no image of {path or split} is selected{why}")
     identity |= {"ids": sorted(ids or ()), "labels": list(labels or ()), "limit": options.limit}
     return Selection(readers[: options.limit], failures, identity)
+
+
+def group_of(image_id: str, meta: Mapping[str, Any]) -> str:
+    """The patient of a record or slice, else its series, else its id."""
+    if patient := re.search(r"(\d{6})_\d\d_\d\d", image_id):  # DeepLesion's file names
+        return patient[1]
+    name = meta.get("patient") or meta.get("series")
+    return name or image_id.rpartition(":")[0] or image_id
 
 
 def digest(value: Any) -> str:
@@ -170,31 +180,36 @@ def join_labels(words: Sequence[str], known: Collection[str]) -> list[str]:
 
 def _records(
     run: workdir.Run,
-    data: str | pathlib.Path | None,
+    options: SelectionOptions,
     split: str,
     ids: set[str] | None,
     columns: list[int],
 ) -> tuple[list[Callable[[], SelectedImage]], list[str], list[str], records.Dataset]:
     """(readers, ids that were read, ids without any of the labels, data set)."""
-    dataset = records.open_dataset(data or run.data_path)
+    dataset = records.open_dataset(options.data or run.data_path)
     records.check_size(dataset, run.size)
     dataset.split(split)
     source, vocabulary = dataset.source(split), dataset.vocabulary
     complete = labels_are_complete(dataset.info, split)
+    folder = None if options.ct is None else pathlib.Path(options.ct)
+    if folder is not None:
+        source_slices.check_folder(folder)
 
-    def read(number: int) -> SelectedImage:
+    def read(number: int, folder: pathlib.Path | None = folder) -> SelectedImage:
         example = source[number]
         annotation = None
         if vocabulary.names == run.vocabulary.names:  # other labels cannot be compared
             annotation = Annotation(example.labels, example.label_mask, complete, vocabulary)
-        return SelectedImage(example.id, example.image, annotation, example.meta)
+        drawn = None if folder is None else source_slices.read_slice(example, folder)
+        meta = example.meta | {"split": split}
+        return SelectedImage(example.id, example.image, annotation, meta, slice_hu=drawn)
 
     numbers: Sequence[int] = range(len(source))
     read_ids, unlabelled = [], []
     if ids or columns:  # otherwise nothing needs to be read yet
         chosen = []
         for number in numbers:
-            image = read(number)
+            image = read(number, folder=None)
             if ids and image.id not in ids:
                 continue
             read_ids.append(image.id)
@@ -237,9 +252,11 @@ def _slices(
         file = ref.paths[0] if ref.kind == "nifti" else volume.slices[number]
         meta = {"file": file, "slice": number, "crop": crop, "kind": ref.kind}
         meta |= {"series": ref.key, "shape": volume.hu.shape, "size": size}
+        meta |= {"slices": len(volume.hu), "spacing": volume.json_spacing}
         if volume.affine is not None:
             meta["affine"] = volume.affine.tolist()
-        return SelectedImage(f"{ref.key}:{number}", image, None, meta)
+        part = source_slices.part(volume.hu[number], crop)
+        return SelectedImage(f"{ref.key}:{number}", image, None, meta, slice_hu=part)
 
     places = {f"{ref.key}:{number}": (ref, number) for ref in series for number in range(ref.count)}
     selected = [key for key in places if not ids or key in ids]

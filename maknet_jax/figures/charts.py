@@ -1,13 +1,18 @@
 """Charts of results (matplotlib, drawn without a display)."""
 
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from maknet_jax import files
+
+_BLUE, _RED = "#1f5f9e", "#b51218"
+_CHART_HEIGHT, _PITCH = 4.2, 0.18  # inches: the slices of a label chart, a label
 
 
 def write_label_chart(
@@ -17,35 +22,92 @@ def write_label_chart(
     names: Sequence[str],
     *,
     title: str = "labels along the series",
+    notes: Sequence[str] = (),
+    coronal: np.ndarray | None = None,
+    spacing: tuple[float, float] = (math.nan, math.nan),
     max_labels: int = 40,
 ) -> None:
-    """Writes a PNG of the labels along a series: one row per label, one column per slice.
+    """Writes a PNG of the labels along a series, from head to feet, beside a coronal view.
 
     Args:
       path: the PNG.
       confidences: `[Z, K]`, from head to feet; the shade of each cell.
-      predicted: bool `[Z, K]`; only labels predicted in some slice are shown, with a line under the
-        cells of those slices.
+      predicted: bool `[Z, K]`; only labels predicted in some slice are shown, with a line beside
+        the cells of those slices.
       names: the K label names.
-      title: the title of the chart.
+      title: the title of the chart; the middle of a long one is left out.
+      notes: lines below the title.
+      coronal: uint8 `[Z, W]`, see `picture.coronal`; None draws none.
+      spacing: mm between slices and between the columns of `coronal`; nan if unknown.
       max_labels: maximum number of labels; the most frequently predicted ones are shown.
     """
-    slices = predicted.sum(axis=0)
+    count, slices = len(confidences), predicted.sum(axis=0)
     shown = [k for k in np.argsort(-slices, kind="stable") if slices[k]][:max_labels]
     # From head to feet by the mean slice, in the order of the body.
     shown.sort(key=lambda k: (np.flatnonzero(predicted[:, k]).mean(), k))
-    figure = _figure((9, 1.6 + 0.22 * max(1, len(shown))))
-    axes = figure.subplots()
-    cells = confidences[:, shown].T if shown else np.zeros((1, len(confidences)))
-    image = axes.imshow(cells, aspect="auto", vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
-    for row, label in enumerate(shown):
+    across, height, stretch = 0.0, _CHART_HEIGHT, 1.0
+    if coronal is not None:
+        across, height, stretch = _view_size(coronal.shape, spacing)
+    cells_width = max(2.4, _PITCH * len(shown))
+    widths = [across, cells_width] if across else [cells_width]
+    figure = _figure((1.3 + sum(widths), height + 2.2))
+    grid = figure.subplots(1, len(widths), sharey=True, squeeze=False, width_ratios=widths)[0]
+    axes = grid[-1]
+    extent = (-0.5, max(1, len(shown)) - 0.5, count - 0.5, -0.5)
+    cells = confidences[:, shown] if shown else np.zeros((count, 1))
+    image = axes.imshow(
+        cells, aspect="auto", vmin=0, vmax=1, cmap="Blues", interpolation="nearest", extent=extent
+    )
+    for column, label in enumerate(shown):
+        axes.axvspan(column + 0.2, column + 0.5, color="white")
         for start, end in _runs(predicted[:, label]):
-            axes.plot([start - 0.5, end + 0.5], [row + 0.36] * 2, color="#b33", linewidth=1.5)
-    axes.set_yticks(range(len(shown)), [names[k] for k in shown], fontsize=8)
-    axes.set_xlabel("slice, head to feet")
-    axes.set_title(files.printable(title), fontsize=9, parse_math=False)
-    figure.colorbar(image, ax=axes, label="confidence (red: predicted)", fraction=0.03, pad=0.01)
+            axes.plot([column + 0.34] * 2, [start - 0.5, end + 0.5], color=_RED, linewidth=2)
+    axes.set_xticks(range(len(shown)), [names[k] for k in shown], rotation=90, fontsize=10)
+    axes.tick_params(axis="x", top=True, labeltop=True, bottom=False, labelbottom=False, length=2)
+    if coronal is not None:
+        view = grid[0]
+        view.imshow(coronal, aspect="auto", cmap="gray", extent=(0, 1, count - 0.5, -0.5))
+        # PNGs store neither spacing nor directions.
+        sides = ["R", "L"] if math.isfinite(spacing[1]) else ["", ""]
+        view.set_xticks([0.04, 0.96], sides, fontsize=10)
+        view.tick_params(axis="x", length=0)
+        if stretch > 1.2:
+            view.set_xlabel(f"stretched {stretch:.1f} x along z", fontsize=10)
+    grid[0].set_ylabel("slice, head to feet", fontsize=10)
+    grid[0].tick_params(axis="y", labelsize=10)
+    grid[0].yaxis.set_major_locator(MaxNLocator(7, integer=True))
+    if math.isfinite(spacing[0]):
+        mm = axes.secondary_yaxis(
+            "right", functions=(lambda z: z * spacing[0], lambda mm: mm / spacing[0])
+        )
+        mm.set_ylabel("mm below the first slice", fontsize=10)
+        mm.tick_params(labelsize=10)
+    bar = figure.colorbar(image, ax=list(grid), orientation="horizontal", fraction=0.04, pad=0.03)
+    bar.set_label("confidence; red line: predicted", fontsize=10)
+    bar.ax.tick_params(labelsize=10)
+    letters = int(11 * (1.3 + sum(widths)))
+    lines = "\n".join(_shorten(files.printable(line), letters) for line in (title, *notes))
+    figure.suptitle(lines, fontsize=10, x=0.02, ha="left", parse_math=False)
     _write(figure, path)
+
+
+def _view_size(shape: tuple[int, int], spacing: tuple[float, float]) -> tuple[float, float, float]:
+    """(inches across, inches along z, stretch along z) of a coronal view.
+
+    It is to scale unless the series is so short that its labels would have no space.
+    """
+    length, width = (count * mm for count, mm in zip(shape, spacing, strict=True))
+    share = width / length if math.isfinite(width / length) else 0.8
+    height = float(np.clip(3.2 / share, 1.6, _CHART_HEIGHT))
+    across = float(np.clip(height * share, 1.0, 3.2))
+    return across, height, height * share / across
+
+
+def _shorten(text: str, letters: int) -> str:
+    """Leaves out the middle of a text; ids differ at their ends."""
+    if len(text) <= letters:
+        return text
+    return f"{text[: letters // 3]}…{text[-(letters - letters // 3 - 1) :]}"
 
 
 def write_histograms(
@@ -64,10 +126,10 @@ def write_histograms(
       max_labels: maximum number of labels.
     """
     shown = [row for row in counts if row[0]][:max_labels]
-    figure = _figure((10, 2 + 0.17 * max(12, len(shown))))
+    figure = _figure((8, 2 + 0.2 * max(12, len(shown))))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     left.barh(range(len(shown)), [count for count, _ in shown], color="#47a")
-    left.set_yticks(range(len(shown)), [name for _, name in shown], fontsize=7)
+    left.set_yticks(range(len(shown)), [name for _, name in shown], fontsize=9)
     left.invert_yaxis()
     left.set_xlabel("images with the label")
     unused = len(counts) - sum(1 for count, _ in counts if count)
@@ -94,7 +156,7 @@ def write_rounds(
       paper: split -> the paper's metrics, drawn pale and dashed.
       metrics: the names to draw, one panel each.
     """
-    figure = _figure((4.5 * len(metrics), 3.4))
+    figure = _figure((3.8 * len(metrics), 3.2))
     for axes, metric in zip(
         figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True
     ):
@@ -113,30 +175,47 @@ def write_rounds(
     _write(figure, path)
 
 
-def draw_curves(panels: Sequence[Mapping[str, Sequence[tuple[int, float]]]]) -> np.ndarray:
-    """Draws curves against the step in panels side by side.
+def draw_curve(
+    title: str, points: Sequence[tuple[int, float]], *, marked: int | None = None
+) -> np.ndarray:
+    """Draws a curve against the step, readable on a phone.
 
     Args:
-      panels: for each panel its curves, title -> [(step, value), ...].
+      title: the title of the chart.
+      points: at least two of (step, value).
+      marked: a step to mark: that of the checkpoint.
 
     Returns:
       The picture, uint8 `[H, W, 3]`.
     """
-    figure = _figure((4.5 * len(panels), 3.2))
-    for axes, curves in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for title, points in curves.items():
-            axes.plot(*zip(*points, strict=True), ".-", label=title)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-        if curves:
-            axes.legend(fontsize=8)
+    figure = _figure((4.0, 2.8))
+    axes = figure.subplots()
+    axes.plot(*zip(*points, strict=True), ".-", color=_BLUE)
+    if marked is not None and points[0][0] <= marked <= points[-1][0]:
+        axes.axvline(marked, color=_RED, linewidth=1, linestyle="--")
+        axes.text(
+            marked,
+            1.01,
+            "checkpoint",
+            color=_RED,
+            ha="center",
+            fontsize=9,
+            transform=axes.get_xaxis_transform(),
+        )
+    axes.set_title(title, fontsize=11, loc="left", pad=16)
+    axes.set_xlabel("step", fontsize=10)
+    axes.tick_params(labelsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def _figure(inches: tuple[float, float]) -> Figure:
-    return Figure(figsize=inches, dpi=130, layout="constrained")
+    return Figure(figsize=inches, dpi=160, layout="constrained")
 
 
 def _write(figure: Figure, path: str | pathlib.Path) -> None:

@@ -10,6 +10,7 @@ from scipy import ndimage
 # Colours of pixels that raise and lower the output: distinct for colour-blind readers, and visible
 # on grey.
 RAISES, LOWERS = (255, 120, 0), (0, 140, 255)
+BLUR = 64  # maps are blurred by their height / BLUR
 
 
 def scale_of(attribution: np.ndarray, quantile: float = 0.995) -> float:
@@ -17,8 +18,14 @@ def scale_of(attribution: np.ndarray, quantile: float = 0.995) -> float:
     return float(np.quantile(np.abs(attribution), quantile)) or 1.0
 
 
-def smooth(attribution: np.ndarray, sigma: float = 1.0) -> np.ndarray:
-    """A map `[H, W]` blurred for display, because single pixels are noisy; preserves the sum."""
+def smooth(attribution: np.ndarray, sigma: float | None = None) -> np.ndarray:
+    """A map `[H, W]` blurred for display, because single pixels are noisy; preserves the sum.
+
+    Args:
+      attribution: the map.
+      sigma: of the Gaussian in pixels; None takes H / `BLUR`, at least one pixel.
+    """
+    sigma = max(1.0, len(attribution) / BLUR) if sigma is None else sigma
     return ndimage.gaussian_filter(np.asarray(attribution, np.float32), sigma, mode="constant")
 
 

@@ -36,18 +36,29 @@ def document(title: str, lead: Markup, cards: Iterable[Markup]) -> str:
     return render("document", title=title, lead=lead, cards=cards)
 
 
-def attribution_lead(summary: Mapping[str, Any], shown: int) -> Markup:
+def attribution_lead(summary: Mapping[str, Any], shown: int, slices: int) -> Markup:
     """The text and tables above the cards of `maknet attribute`.
 
     Args:
       summary: its `summary.json`.
-      shown: number of images on the page.
+      shown: number of slices on the page.
+      slices: number of slices; several images can show lesions of one slice.
     """
     areas = summary.get("faithfulness", {})
+    share = min(summary["complete"].values())
+    numbers: list[tuple[object, str]] = [(slices, "slice" if slices == 1 else "slices")]
+    numbers += [(f"{100 * share:.1f} %", "of maps are complete to 1 %")]
+    for name, each in areas.items():
+        deleted, random = (each[area][0] for area in ("deletion", "random deletion"))
+        text = f"{name}: deletion, lower is better; random pixels: {random:.2f}"
+        numbers.append((f"{deleted:.2f}", text))
     return render(
         "attribution_lead",
         summary=summary,
         shown=shown,
+        slices=slices,
+        numbers=numbers,
+        intervals=console.describe_groups(summary["groups"]),
         area_header=["network", *next(iter(areas.values()), ())],
         area_rows=[
             [name, *(console.format_interval(values, 2) for values in each.values())]
@@ -60,40 +71,94 @@ def attribution_lead(summary: Mapping[str, Any], shown: int) -> Markup:
     )
 
 
-def attribution_card(title: str, ct: str, models: Sequence[Mapping[str, Any]]) -> Markup:
+def attribution_card(
+    title: str,
+    ct: str,
+    models: Sequence[Mapping[str, Any]],
+    *,
+    facts: Sequence[str] = (),
+    notes: Sequence[str] = (),
+    aspect: float = 1.0,
+    right: bool = False,
+) -> Markup:
     """One image, and for each network its map and its labels (figure 3).
 
     Args:
       title: the image's id.
       ct: the CT slice as a data URI.
-      models: dicts of name, labels (label, outcome, reason, confidence, map, flagged), missed
-        ([label, confidence]) and uris, one per map. The outcome is "true_positive",
+      models: dicts of name, labels (label, outcome, reason, confidence, threshold, map, flagged),
+        missed ([label, confidence]) and uris, one per map. The outcome is "true_positive",
         "false_positive", "true_negative", "false_negative" or "unknown".
+      facts: phrases below the title: split, slice, window, resolution.
+      notes: lines below the CT.
+      aspect: width / height of the CT; the maps are stretched to it.
+      right: mark the left edge as the patient's right.
     """
-    return render("attribution_card", title=title, ct=ct, models=models)
+    return render(
+        "attribution_card",
+        title=title,
+        ct=ct,
+        alt=f"CT slice {title}",
+        models=models,
+        facts=facts,
+        notes=notes,
+        aspect=aspect,
+        right=right,
+    )
 
 
 def perturbation_lead(
-    summary: Mapping[str, Any], header: Sequence[str], rows: Sequence[Sequence[object]], shown: int
+    summary: Mapping[str, Any],
+    header: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    shown: int,
 ) -> Markup:
     """The text and the table above the cards of `maknet perturb`.
 
     Args:
-      summary: its `summary.json`; images and top are used.
+      summary: its `summary.json`; images, top and results are used.
       header: of the table of results.
       rows: of the table of results.
       shown: number of images on the page.
     """
-    return render("perturbation_lead", summary=summary, header=header, rows=rows, shown=shown)
+    results = summary["results"]
+    first = [row for row in results if row["model"] == results[0]["model"]]
+    return render(
+        "perturbation_lead",
+        summary=summary,
+        header=header,
+        rows=rows,
+        shown=shown,
+        numbers=[
+            (
+                f"{-row['fall'][0]:+.2f}".replace("-", "\N{MINUS SIGN}"),
+                f"{row['strategy']}: change of the confidence in the top labels",
+            )
+            for row in first
+        ],
+        intervals=console.describe_groups(max((row["groups"] for row in results), default=0)),
+    )
 
 
-def perturbation_card(title: str, models: Sequence[Mapping[str, Any]]) -> Markup:
+def perturbation_card(
+    title: str,
+    models: Sequence[Mapping[str, Any]],
+    *,
+    facts: Sequence[str] = (),
+    aspect: float = 1.0,
+    right: bool = False,
+) -> Markup:
     """For each network a row of an image's perturbed forms with their labels (figure 4).
 
     Args:
       title: the image's id.
       models: dicts of name and columns, each a dict of title, uri and labels (label, outcome,
-        reason, confidence, state). The state is "gone" for a label that dropped out of the
-        original's top labels, "new" for one that entered them, "" otherwise.
+        reason, confidence, threshold, state). The state is "gone" for a label that dropped out of
+        the original's top labels, "new" for one that entered them, "" otherwise.
+      facts: phrases below the title: split, slice, window, resolution.
+      aspect: width / height of the pictures.
+      right: mark the left edge as the patient's right.
     """
-    return render("perturbation_card", title=title, models=models)
+    return render(
+        "perturbation_card", title=title, models=models, facts=facts, aspect=aspect, right=right
+    )

@@ -1,0 +1,210 @@
+"""The pictures of results: the CT slice, its description, and the maps over it."""
+
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from maknet_jax.explain.selection import SelectedImage
+from maknet_jax.figures import overlay, panels, picture
+
+Arrays = Mapping[str, np.ndarray]
+_TRUTHS = ("true", "false", "unknown")
+_SHARPEST = 192  # pixels; smaller maps are enlarged smoothly, larger ones are drawn as they are
+# Kinds of files that store the directions of their axes, so that the patient's right is known.
+_ORIENTED = ("dicom", "nifti")
+
+
+def store_picture(
+    image: SelectedImage, window: Sequence[float]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(metadata, arrays) that `load_picture` reads.
+
+    Args:
+      image: the image; its `slice_hu` is drawn if present, else the input of the network.
+      window: (low, high) of the display in HU.
+    """
+    low, high = window
+    if image.slice_hu is None:
+        drawn = picture.of_image(image.image[..., 1], image.meta, (low, high))
+    else:
+        spacing = picture.pixel_spacing(image.meta)
+        drawn = picture.of_slice(image.slice_hu, spacing, (low, high))
+    fields = {"mm": drawn.mm, "stored": list(drawn.stored), "native": drawn.native}
+    return {"picture": fields}, {"picture": drawn.grey}
+
+
+def load_picture(
+    metadata: Mapping[str, Any], arrays: Arrays, window: Sequence[float]
+) -> picture.Picture:
+    """The picture of a result; results of earlier versions store the network's input only."""
+    if "picture" not in metadata:
+        low, high = window
+        return picture.of_image(arrays["image"], metadata.get("meta", {}), (low, high))
+    fields = metadata["picture"]
+    return picture.Picture(
+        arrays["picture"], fields["mm"], tuple(fields["stored"]), fields["native"]
+    )
+
+
+def facts(
+    metadata: Mapping[str, Any], drawn: picture.Picture, window: Sequence[float]
+) -> list[str]:
+    """Where an image comes from and how it is drawn, one phrase each."""
+    meta = metadata.get("meta", {})
+    lines = [f"split {meta['split']}"] if meta.get("split") else []
+    if meta.get("slice") is not None:
+        last = f", {meta['slices'] - 1}: feet" if meta.get("slices") else ""
+        lines.append(f"slice {meta['slice']} (0: head{last})")
+    return [*lines, picture.describe_window(window), drawn.resolution]
+
+
+def is_oriented(meta: Mapping[str, Any]) -> bool:
+    """Whether the left side of a picture is known to be the patient's right.
+
+    It is if the files store directions. PNGs do not, and some of DeepLesion's are mirrored.
+    """
+    if "kind" in meta:
+        return meta["kind"] in _ORIENTED
+    return "case" in meta or "series" in meta
+
+
+def map_layers(arrays: Arrays, place: int) -> Iterator[np.ndarray]:
+    """The maps of the network at `place` as RGBA uint8 `[H, W, 4]` layers for pages."""
+    for smoothed in _smoothed(arrays, place):
+        edge = max(_SHARPEST, len(smoothed))
+        drawn = smoothed if edge == len(smoothed) else picture.resample(smoothed, (edge, edge))
+        yield overlay.colours(drawn, overlay.scale_of(smoothed))
+
+
+def perturbed_pictures(grey: np.ndarray, forms: np.ndarray) -> list[np.ndarray]:
+    """Perturbed forms of an image as the CT slice with their changed pixels.
+
+    Args:
+      grey: uint8 `[h, w]`, the picture of the original.
+      forms: uint8 `[N, S, S]`, the forms as the network sees them; the first is the original.
+    """
+    pictures = []
+    for form in forms:
+        changed = picture.resample((form != forms[0]).astype(np.float32), grey.shape)
+        coarse = np.clip(picture.resample(form, grey.shape), 0, 255)
+        pictures.append(np.where(changed > 0.5, np.rint(coarse), grey).astype(np.uint8))
+    return pictures
+
+
+def by_slice(
+    explained: Iterable[tuple[pathlib.Path, Mapping[str, Any]]],
+) -> list[list[pathlib.Path]]:
+    """Groups results by the slice that they show.
+
+    DeepLesion's records are lesions, of which a slice can have several.
+
+    Args:
+      explained: (file of a result, its metadata).
+    """
+    groups: dict[str, list[pathlib.Path]] = {}
+    for path, metadata in explained:
+        meta = metadata.get("meta", {})
+        whole = "slice_box" in meta and "box" not in meta
+        key = f"slice {meta['file']}" if whole else f"image {metadata['id']}"
+        groups.setdefault(key, []).append(path)
+    return list(groups.values())
+
+
+def merge_truth(metadata: dict[str, Any], others: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The metadata of one slice from those of its lesions, for one card.
+
+    A label is present if it is annotated for any lesion, else absent if any lesion excludes it.
+    """
+    for other in others:
+        metadata["id"] += f", #{other['id'].rpartition('#')[2]}"
+        for model, same in zip(metadata["models"], other["models"], strict=True):
+            listed = {entry["label"]: entry for entry in same["labels"]}
+            for entry in model["labels"]:
+                twin = listed.get(entry["label"], entry)
+                if _TRUTHS.index(twin["truth"]) < _TRUTHS.index(entry["truth"]):
+                    entry |= {name: twin[name] for name in ("truth", "reason", "outcome")}
+            missed = dict(map(tuple, model["missed"] + same["missed"]))
+            model["missed"] = [list(pair) for pair in missed.items()]
+    return metadata
+
+
+def annotated(metadata: Mapping[str, Any]) -> list[str]:
+    """The annotated labels of a result of `maknet attribute`, in alphabetical order."""
+    first = metadata["models"][0]
+    names = [entry["label"] for entry in first["labels"] if entry["truth"] == "true"]
+    return sorted([*names, *(name for name, _ in first["missed"])])
+
+
+def _smoothed(arrays: Arrays, place: int) -> list[np.ndarray]:
+    maps = arrays[f"maps_{place}"].astype(np.float32).sum(axis=-1)
+    return [overlay.smooth(one) for one in maps]
+
+
+def write_overlays(
+    path: pathlib.Path, metadata: Mapping[str, Any], arrays: Arrays, settings: Mapping[str, Any]
+) -> None:
+    """Writes a figure: a row per network with the CT and the map of each explained label.
+
+    Args:
+      path: the PNG.
+      metadata: of a result of `maknet attribute`.
+      arrays: of the same result.
+      settings: of the run: display, output, steps, method and baseline.
+    """
+    drawn = load_picture(metadata, arrays, settings["display"])
+    low, high = settings["display"]
+    ct = panels.Panel("CT", f"{low:g} to {high:g} HU", _colourless(drawn.grey))
+    rows = []
+    for place, model in enumerate(metadata["models"]):
+        row = [ct]
+        entries = [entry for entry in model["labels"] if entry["map"] is not None]
+        smoothed = _smoothed(arrays, place)
+        for entry in entries:
+            one = smoothed[entry["map"]]
+            rgba = overlay.colours(picture.resample(one, drawn.grey.shape), overlay.scale_of(one))
+            note = f"confidence {entry['confidence']:.2f}, threshold {entry['threshold']:.2f}"
+            title = entry["label"] + ", incomplete map" * entry["flagged"]
+            row.append(panels.Panel(title, note, overlay.over(drawn.grey, rgba)))
+        rows.append((model["name"], row))
+    caption = [
+        ", ".join([metadata["id"], *facts(metadata, drawn, settings["display"])]),
+        f"Integrated Gradients of the {settings['output']}, {settings['steps']} steps, "
+        f"{settings['method']} rule, baseline {settings['baseline']}",
+    ]
+    right = is_oriented(metadata["meta"])
+    panels.write_panels(path, rows, caption=caption, mm=drawn.mm, right=right)
+
+
+def write_perturbed(
+    path: pathlib.Path, metadata: Mapping[str, Any], arrays: Arrays, settings: Mapping[str, Any]
+) -> None:
+    """Writes a figure: a row per network with each form and its confidence in one label.
+
+    The label is the original's most confident one.
+
+    Args:
+      path: the PNG.
+      metadata: of a result of `maknet perturb`.
+      arrays: of the same result.
+      settings: of the run: display.
+    """
+    drawn = load_picture(metadata, arrays, settings["display"])
+    rows = []
+    for place, model in enumerate(metadata["models"]):
+        forms = perturbed_pictures(drawn.grey, arrays[f"pictures_{place}"])
+        row = []
+        top = model["columns"][0]["labels"][0]["label"]
+        for column, form in zip(model["columns"], forms, strict=True):
+            entry = next(entry for entry in column["labels"] if entry["label"] == top)
+            note = f"{top} {entry['confidence']:.2f}, threshold {entry['threshold']:.2f}"
+            row.append(panels.Panel(column["title"], note, _colourless(form)))
+        rows.append((model["name"], row))
+    caption = [", ".join([metadata["id"], *facts(metadata, drawn, settings["display"])])]
+    right = is_oriented(metadata["meta"])
+    panels.write_panels(path, rows, caption=caption, mm=drawn.mm, right=right, colour_bar=False)
+
+
+def _colourless(grey: np.ndarray) -> np.ndarray:
+    return np.repeat(grey[..., None], 3, axis=-1)
