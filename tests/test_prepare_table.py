@@ -87,7 +87,8 @@ def test_a_table_over_nifti_and_dicom(shared_data, phantom, tmp_path):
 
 def test_unknown_labels_fill_the_mask_and_counts_are_printed(tmp_path, capsys):
     for k in range(3):
-        pixels = np.full((40, 40), 32768, np.uint16)
+        pixels = np.full((40, 40), 32768 - 1000, np.uint16)
+        pixels[8:32, 8:32] = 32768 + 40
         Image.fromarray(pixels).save(tmp_path / f"{k}.png")
     rows = ["0.png,liver,train,a,lung", "1.png,lung,train,a,", "2.png,Lung,val,b,"]
     table = write_table(tmp_path / "t.csv", rows, header="path,labels,split,patient,unknown")

@@ -57,27 +57,29 @@ def file_meta(file: IO[bytes]) -> pydicom.Dataset:
 
 def _read(path: str, *, pixels: bool) -> pydicom.Dataset:
     """The data set of a file: the elements in TAGS, and the pixel data if `pixels`."""
-    size = containers.size(path)
+    _check_size(path)
     with containers.open_file(path) as file:
-        if size > LARGEST_FILE:
-            storage = file_meta(file).get("MediaStorageSOPClassUID")
-            enhanced = storage in dicom_frames.ENHANCED
-            limit, what = LARGEST_FILE, "a CT slice"
-            if enhanced:
-                limit, what = LARGEST_SERIES, "a multi-frame CT"
-            if size > limit:
-                raise Rejected(f"the file is larger than {limit >> 20} MiB, the limit for {what}")
-            file.seek(0)
-        content = transfer_syntax.as_encoded(file, LARGEST_INFLATED)
-        file.seek(0)
-        if content is None and pixels and not isinstance(file, io.BufferedReader):
-            content = io.BytesIO(file.read())  # verifies the checksum of a member of a zip
+        source: IO[bytes] = file
+        if pixels and not isinstance(file, io.BufferedReader):
+            source = io.BytesIO(file.read())  # at once, which verifies the checksum of a zip
+        content = transfer_syntax.as_encoded(source, LARGEST_INFLATED)
+        source.seek(0)
         return pydicom.dcmread(
-            cast("BinaryIO", reading.Bounded(content or file)),
+            cast("BinaryIO", reading.Bounded(content or source)),
             force=True,
             stop_before_pixels=not pixels,
             specific_tags=[*TAGS, "PixelData"] if pixels else list(TAGS),
         )
+
+
+def _check_size(path: str) -> None:
+    size, limit, what = containers.size(path), LARGEST_FILE, "a CT slice"
+    if size > limit:
+        with containers.open_file(path) as file:
+            if file_meta(file).get("MediaStorageSOPClassUID") in dicom_frames.ENHANCED:
+                limit, what = LARGEST_SERIES, "a multi-frame CT"
+    if size > limit:
+        raise Rejected(f"the file is larger than {limit >> 20} MiB, the limit for {what}")
 
 
 def _slices(
