@@ -226,7 +226,7 @@ def _result(
             model["areas"] = dict(zip(AREAS, batch.areas[row].tolist(), strict=True))
             model["areas_of"] = names[targets[0]]
         models.append(model)
-    metadata = {"id": image.id, "group": image.group, "meta": image.meta, "models": models}
+    metadata = {"id": image.id, "group": image.group, "meta": image.public_meta, "models": models}
     fields, drawn = drawing.store_picture(image, settings["display"])
     metadata, arrays = metadata | fields, arrays | drawn
     drawing.write_overlays(out / "overlays" / f"{number:05d}.png", metadata, arrays, settings)

@@ -8,7 +8,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Self
+from typing import Protocol, Self
 
 from rich import box
 from rich.console import Console
@@ -109,14 +109,28 @@ def write_failures(path: pathlib.Path, failures: Sequence[tuple[str, str]]) -> N
     write_table(path, ("input", "reason"), failures)
 
 
+class Pseudonymizer(Protocol):
+    """`ct.pseudonym.Pseudonyms`."""
+
+    def failures(self, failures: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """(input, reason) pairs without names."""
+
+
 @contextlib.contextmanager
-def list_failures(path: pathlib.Path) -> Iterator[None]:
-    """If the block can use no input, lists the reasons in `path` and names it in the error."""
+def list_failures(path: pathlib.Path, hidden: Pseudonymizer | None = None) -> Iterator[None]:
+    """If the block can use no input, lists the reasons in `path` and names it in the error.
+
+    Args:
+      path: the CSV to write.
+      hidden: replaces the names in the failures.
+    """
     try:
         yield
     except NothingUsable as error:
         if not error.failures:
             raise
+        if hidden:
+            error = NothingUsable(error.problem, hidden.failures(error.failures))
         write_failures(path, error.failures)
         raise InputError(f"{error}; see {path}") from None
 

@@ -15,6 +15,7 @@ class NothingUsable(InputError):
     """Every input was rejected; the message counts the most frequent reasons.
 
     Attributes:
+      problem: the first part of the message.
       failures: (input, reason) pairs for `failures.csv`.
     """
 
@@ -29,7 +30,7 @@ class NothingUsable(InputError):
         ]
         reasons += [f"and {others} others"] if others else []
         super().__init__(problem + (f": {'; '.join(reasons)}" if reasons else ""))
-        self.failures = tuple(failures)
+        self.problem, self.failures = problem, tuple(failures)
 
 
 class Rejected(ValueError):

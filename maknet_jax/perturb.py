@@ -108,7 +108,8 @@ def perturb(
     devices = jax.local_device_count()
     batch_size = sharding.round_up_to_devices(path.batch_size or devices, devices)
     settings = results.shared_settings(networks, selection, path, display)
-    settings |= {"strategies": list(strategies), "masks": masks and str(masks), "organs": organs}
+    shown = None if selection.pseudonyms else masks and str(masks)
+    settings |= {"strategies": list(strategies), "masks": shown, "organs": organs}
     settings |= {"masks_digest": digest, "share": share}
 
     def explain_batch(numbered: results.Images) -> list[results.Result]:

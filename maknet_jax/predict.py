@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from maknet_jax import console, files
-from maknet_jax.ct import preprocess, reading, search, volumes
+from maknet_jax.ct import preprocess, pseudonym, reading, search, volumes
 from maknet_jax.errors import InputError, NothingUsable
 from maknet_jax.evaluation import metrics, series_tables
 from maknet_jax.evaluation.domain import Domain
@@ -39,6 +39,8 @@ def predict(
     charts: bool = False,
     features: str | pathlib.Path | None = None,
     overwrite: bool = False,
+    pseudonyms: bool = False,
+    salt_file: str | pathlib.Path | None = None,
     **overrides: bool,
 ) -> dict[str, Any]:
     """Predicts the labels of every slice of every CT series under `path`.
@@ -66,6 +68,10 @@ def predict(
       features: an .npz file for the pooled features of all slices: `features` float32 `[N, F]` and
         `ids`, SERIES:SLICE each.
       overwrite: replace existing outputs.
+      pseudonyms: write pseudonyms instead of the names of series and files, which identify
+        patients; see `ct.pseudonym`.
+      salt_file: the secret key of the pseudonyms, created if absent; None means
+        `~/.config/maknet/salt`.
       **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
@@ -84,17 +90,14 @@ def predict(
         _check_free(out, features)
     read_as = reading.Overrides(**overrides)
     failures_file = out.with_suffix(".failures.csv")
+    hidden = pseudonym.read_pseudonyms(pseudonyms, salt_file)
     results, views = [], []
-    with console.list_failures(failures_file):
+    with console.list_failures(failures_file, hidden):
         series, failures = find_inputs(path, read_as)
         run = workdir.open_run(folder, checkpoint_name=checkpoint)
-        scoring: dict[str, Any] = {
-            "batch_size": batch_size,
-            "png_window": png_window,
-            "overrides": read_as,
-        }
-        each = predict_series(run, series, failures, **scoring, features=features is not None)
-        for result, volume in each:
+        scoring: dict[str, Any] = {"batch_size": batch_size, "png_window": png_window}
+        scoring |= {"features": features is not None, "hidden": hidden, "overrides": read_as}
+        for result, volume in predict_series(run, series, failures, **scoring):
             results.append(result)
             if charts:
                 views.append(picture.coronal(volume.hu, volume.spacing))
@@ -120,6 +123,7 @@ def predict(
         _write_features(written[-1], results)
     if charts:
         written += _write_charts(out, run, results, views)
+    failures = hidden.failures(failures) if hidden else failures
     console.write_failures(failures_file, failures)
     summary = {
         "workdir": str(folder),
@@ -194,6 +198,7 @@ def predict_series(
     batch_size: int = 16,
     png_window: tuple[float, float] | None = None,
     features: bool = False,
+    hidden: pseudonym.Pseudonyms | None = None,
     overrides: reading.Overrides = reading.STRICT,
 ) -> Iterator[tuple[SeriesResult, volumes.Volume]]:
     """Yields the labels of each series and its volume, which is read again if they need it.
@@ -205,6 +210,7 @@ def predict_series(
       batch_size: slices per step.
       png_window: (low, high), the HU of pixel values 0 and 255 in 8-bit PNGs.
       features: also return the pooled features.
+      hidden: replaces the names of series and slices; None keeps them.
       overrides: what is read although it would be rejected.
 
     Raises:
@@ -215,6 +221,7 @@ def predict_series(
         options: dict[str, Any] = {"png_window": png_window, "overrides": overrides}
         for ref, volume in volumes.load_all(series, failures, **options):
             read = functools.partial(volumes.load_series, ref, **options)
+            volume = hidden.volume(volume) if hidden else volume
             result = predict_volume(
                 run, volume, batch_size, png_window, advance, features=features, read=read
             )

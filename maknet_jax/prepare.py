@@ -12,6 +12,7 @@ from maknet_jax.data import (
     key_slices,
     labels,
     lesions,
+    overview,
     records,
     segmentation_plan,
     segmentations,
@@ -23,21 +24,11 @@ from maknet_jax.data.openkbp import prepare_openkbp as prepare_openkbp
 from maknet_jax.data.segmentation_plan import SplitOptions
 from maknet_jax.data.segmentations import Rules
 from maknet_jax.errors import InputError, NothingUsable
-from maknet_jax.figures import contact_sheet
+from maknet_jax.figures import contact_sheet, dataset_page
 
 SIZE, PATCH_SIZE = 256, 120  # pixels (section 4.1); mm, LesaNet's
 _RULES, _SPLITS = Rules(), SplitOptions()
 _SHOWN = 24  # records on the contact sheet
-# Entries of `about` that count skipped inputs.
-_COUNTED = (
-    "series_too_small",
-    "series_unreadable",
-    "copies_of_slices",
-    "images_missing",
-    "cases_without_split",
-    "cases_not_found",
-    "series_without_segmentation",
-)
 
 
 def prepare_deeplesion(
@@ -120,6 +111,7 @@ def prepare_dicom(
     out: str | os.PathLike[str],
     *,
     salt_file: str | os.PathLike[str] | None = None,
+    pseudonyms: bool = False,
     min_slices: int = 51,
     size: int = SIZE,
     workers: int = 1,
@@ -132,6 +124,7 @@ def prepare_dicom(
       out: the folder to write.
       salt_file: the secret key of the ids, created if absent; None means
         `~/.config/maknet/salt`. It is never written into the records.
+      pseudonyms: write them instead of names in `failures.csv`, too.
       min_slices: smaller volumes are dropped, counted and listed in `failures.csv`. The paper
         uses volumes of more than 50 slices. It is our choice that one unreadable slice rejects its
         whole series.
@@ -147,6 +140,7 @@ def prepare_dicom(
     """
     read_as = reading.Overrides(**overrides)
     _check(out, size)
+    hidden = pseudonym.read_pseudonyms(pseudonyms, salt_file)
     series, failures = search.find_series(folder, workers=workers, overrides=read_as)
     small = [ref for ref in series if ref.count < min_slices]
     usable = [ref for ref in series if ref.count >= min_slices]
@@ -165,7 +159,7 @@ def prepare_dicom(
             f"{len(series)} series found, {len(small)} of fewer than {min_slices} slices "
             f"(--min-slices), {len(failures) - len(small)} unreadable"
         )
-        with console.list_failures(pathlib.Path(out) / "failures.csv"):
+        with console.list_failures(pathlib.Path(out) / "failures.csv", hidden):
             raise NothingUsable(f"no usable series in {folder}: {why}", failures)
     salt = pseudonym.read_salt(salt_file, log=console.Log())
     return _write(
@@ -178,6 +172,7 @@ def prepare_dicom(
         about=about | read_as.used(),
         workers=workers,
         failures=failures,
+        hidden=hidden,
     )
 
 
@@ -186,6 +181,8 @@ def prepare_table(
     out: str | os.PathLike[str],
     *,
     png_window: tuple[float, float] | None = None,
+    pseudonyms: bool = False,
+    salt_file: str | os.PathLike[str] | None = None,
     size: int = SIZE,
     workers: int = 1,
     **overrides: bool,
@@ -198,6 +195,8 @@ def prepare_table(
       csv_file: the table; paths are relative to its folder (see `data.table`).
       out: the folder to write.
       png_window: (low, high) in HU of 8-bit PNGs.
+      pseudonyms: write them instead of names in `failures.csv`.
+      salt_file: the secret key of the pseudonyms, as in `prepare_dicom`.
       size: the edge S of the images in pixels.
       workers: processes.
       **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
@@ -213,7 +212,7 @@ def prepare_table(
     warnings: list[str] = []
     rows, vocabulary = table.read_table(csv_file, warnings.append)
     for text in warnings:
-        console.Log().say(f"warning: {text}")
+        console.Log().say(f"warning: {csv_file}: {text}")
     return _write(
         out,
         triplets.plan_table(rows, vocabulary, png_window, size, read_as),
@@ -223,6 +222,7 @@ def prepare_table(
         vocabulary=vocabulary,
         about={"rows": len(rows), "png_window": png_window, "warnings": warnings} | read_as.used(),
         workers=workers,
+        hidden=pseudonym.read_pseudonyms(pseudonyms, salt_file),
     )
 
 
@@ -235,6 +235,7 @@ def prepare_segmentations(
     splits: SplitOptions = _SPLITS,
     origin: Mapping[str, str] | None = None,
     salt_file: str | os.PathLike[str] | None = None,
+    pseudonyms: bool = False,
     size: int = SIZE,
     workers: int = 1,
     **overrides: bool,
@@ -249,6 +250,7 @@ def prepare_segmentations(
       splits: how cases are split.
       origin: `source`, `citation` and `licence` of the data; runs that train on them record these.
       salt_file: the secret key of the ids of DICOM cases, as in `prepare_dicom`.
+      pseudonyms: write them instead of all names: in the records, and in all tables.
       size: the edge S of the images in pixels.
       workers: processes.
       **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
@@ -262,16 +264,23 @@ def prepare_segmentations(
     """
     read_as = reading.Overrides(**overrides)
     _check(out, size)
-    with console.list_failures(pathlib.Path(out) / "failures.csv"):
+    hidden = pseudonym.read_pseudonyms(pseudonyms, salt_file)
+    with console.list_failures(pathlib.Path(out) / "failures.csv", hidden):
         plan = segmentation_plan.plan(
             folders, label_table, rules=rules, splits=splits, workers=workers, overrides=read_as
         )
-    dicom = any(case.ref.kind == "dicom" for case, _ in plan.members)
-    salt = pseudonym.read_salt(salt_file, log=console.Log()) if dicom else ""
+    secret = pseudonyms or any(case.ref.kind == "dicom" for case, _ in plan.members)
+    salt = pseudonym.read_salt(salt_file, log=console.Log()) if secret else ""
     return _write(
         out,
         segmentations.plan_cases(
-            plan.members, plan.labels, rules=rules, size=size, salt=salt, overrides=read_as
+            plan.members,
+            plan.labels,
+            rules=rules,
+            size=size,
+            salt=salt,
+            pseudonyms=pseudonyms,
+            overrides=read_as,
         ),
         segmentations.make_case,
         kind="segmentations",
@@ -282,6 +291,7 @@ def prepare_segmentations(
         failures=plan.failures,
         missing=plan.missing,
         cases=[(case.name, case.patient, split) for case, split in plan.members],
+        hidden=hidden,
     )
 
 
@@ -306,11 +316,12 @@ def _write(
     failures: Sequence[tuple[str, str]] = (),
     missing: Sequence[tuple[str, str]] = (),
     cases: Sequence[tuple[str, str, str]] = (),
+    hidden: pseudonym.Pseudonyms | None = None,
 ) -> dict[str, Any]:
     """Writes the shards, the contact sheet and the reports; returns the summary."""
     out = pathlib.Path(out)
     with (
-        console.list_failures(out / "failures.csv"),
+        console.list_failures(pathlib.Path(out) / "failures.csv", hidden),
         console.progress(f"prepare {kind}", sum(map(len, splits.values()))) as advance,
     ):
         info, failures = shards.write_shards(
@@ -325,9 +336,15 @@ def _write(
             advance=advance,
             failures=failures,
         )
+    info["counters"], info["volumes"] = overview.separate(info["counters"])
+    info["rejected"], info["missing"] = map(overview.by_reason, (failures, missing))
+    if hidden:
+        failures, missing = hidden.failures(failures), hidden.failures(missing)
+        cases = [(hidden.name(name), hidden.name(patient), split) for name, patient, split in cases]
     if kind == "lesions":
         info["crop"] = lesions.RULE
-    examples = records.Dataset(out, info).sample(_SHOWN)
+    dataset = records.Dataset(out, info)
+    examples = dataset.sample(_SHOWN)
     contact_sheet.write_contact_sheet(out / "contact_sheet.png", examples, vocabulary.names)
     console.write_failures(out / "failures.csv", failures)
     console.write_failures(out / "missing.csv", missing)
@@ -343,8 +360,18 @@ def _write(
         console.write_table(out / "cases.csv", ("case", "patient", "split"), cases)
     if kind in ("segmentations", "table"):
         rows = segmentations.label_rows(vocabulary, info["splits"])
-        console.write_table(out / "label_counts.csv", segmentations.LABEL_COLUMNS, rows)
+        console.write_table(out / "label_counts.csv", overview.LABEL_COLUMNS, rows)
         summary["label_counts"] = rows
+    with files.write_whole(out / "index.html") as page:
+        page.write(
+            dataset_page.render(
+                f"Data set: {dataset.origin['source'] or kind}",
+                info,
+                examples,
+                vocabulary.names,
+                overview.beside_the_paper(summary),
+            )
+        )
     files.write_json(out / "summary.json", summary)
     with console.Log(out / "log.jsonl") as log:
         log.event(event="prepared", **summary)
@@ -352,29 +379,4 @@ def _write(
     return summary
 
 
-def describe(summary: dict[str, Any]) -> str:
-    """Formats the summary as a few lines of text, with the paper's counts if there are any."""
-    lines = []
-    about = summary["about"]
-    if "numbering" in about:
-        lines.append(f"lesions are {about['numbering']}")
-        header = ["split", "labelled", "no row", "noisy", "no image", "records", "paper"]
-        rows = []
-        for split, counts in about["label_counts"].items():
-            written = summary["records"].get(split, 0)
-            first = [counts[name] for name in ("labelled", "without_row", "noisy")]
-            absent = counts["kept"] - written
-            rows.append([split, *first, absent, written, about["paper_counts"][split]])
-        lines.append(console.format_table(header, rows))
-    else:
-        lines += [f"{split}: {count} records" for split, count in summary["records"].items()]
-    if "label_counts" in summary:
-        lines.append(console.format_table(segmentations.LABEL_COLUMNS, summary["label_counts"]))
-    for name in _COUNTED:
-        if about.get(name):
-            lines.append(f"{name.replace('_', ' ')}: {about[name]}")
-    lines += [f"{name}: {count}" for name, count in summary["counters"].items()]
-    if summary["failures"]:
-        lines.append(f"rejected: {summary['failures']}, see {summary['out']}/failures.csv")
-    lines.append(f"look at {summary['out']}/contact_sheet.png")
-    return "\n".join(lines)
+describe = overview.describe  # the summary as text, for the command line

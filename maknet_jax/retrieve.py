@@ -181,7 +181,7 @@ def read_query(
     except Rejected as error:
         raise InputError(f"{path}: {png.reason_without_window(error)}") from None
     none = np.zeros(0, np.uint8)
-    return records.Example(f"query: {path.name}", patch, none, none, {"box": inside})
+    return records.Example("query", patch, none, none, {"box": inside})
 
 
 def make_embed(run: workdir.Run) -> Callable[[dict[str, np.ndarray]], jax.Array]:

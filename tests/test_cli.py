@@ -13,6 +13,7 @@ from maknet_jax.runs import config
 
 VERBS = (
     ["demo"],
+    ["select", "idc"],
     ["prepare", "deeplesion"],
     ["prepare", "dicom"],
     ["prepare", "table"],

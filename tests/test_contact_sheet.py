@@ -16,7 +16,7 @@ def make_example(value, labels=(1, 0), name="a slice"):
     image[..., 1] = value
     image[:8, :8, 1] = 3000  # top left is bright: a flip would show
     labels = np.array(labels, np.uint8)
-    return records.Example(name, image, labels, labels, {})
+    return records.Example(name, image, labels, np.ones_like(labels), {})
 
 
 def read(path):
@@ -74,6 +74,22 @@ def test_labels_are_listed_in_full_or_counted():
     many = " ".join(line for line, _ in contact_sheet._lines(make_example(0, [1] * 60), names))
     listed = many.count("label number")
     assert 6 < listed < 60 and many.endswith(f"and {60 - listed} more")
+
+
+def test_unknown_labels_are_marked():
+    names = [f"label {k}" for k in range(40)]
+    example = make_example(0, labels=[1, 0] + [0] * 38)
+    example = dataclasses.replace(example, label_mask=np.array([1, 1] + [0] * 38, np.uint8))
+    lines = contact_sheet._lines(example, names)
+    known = [line for line, colour in lines if colour == contact_sheet._LABELS]
+    unknown = " ".join(line for line, colour in lines if colour == contact_sheet._UNKNOWN)
+    assert known == ["label 0"] and unknown.startswith("unknown: label 2, label 3")
+    assert unknown.count("label") + int(unknown.split()[-2]) == 38
+    (tile,) = contact_sheet.make_tiles([example], names)
+    assert tile["labels"] == "label 0" and tile["unknown"].endswith("label 9, and 30 more")
+    bare = dataclasses.replace(example, labels=np.zeros(0), label_mask=np.zeros(0))
+    (tile,) = contact_sheet.make_tiles([bare], [])
+    assert (tile["labels"], tile["unknown"]) == ("not labelled", "")
 
 
 def test_long_ids_keep_their_ends():

@@ -104,7 +104,8 @@ def test_command_lines_are_accepted(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
 def test_verbs_and_options_in_sentences_exist(page):
     verbs = subparsers(cli._parser())
-    parsers = [*verbs.values(), *subparsers(verbs["prepare"]).values()]
+    parsers = [*verbs.values()]
+    parsers += [p for verb in ("prepare", "select") for p in subparsers(verbs[verb]).values()]
     options = {name for parser in parsers for name in parser._option_string_actions}
     text = prose(page.read_text(encoding="utf-8")).replace("\n", " ")
     for span in re.findall(r"`([^`]+)`", text):

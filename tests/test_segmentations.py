@@ -8,7 +8,7 @@ import organ_cases
 import pytest
 
 from maknet_jax.ct import search
-from maknet_jax.data import deeplesion, labels, records, segmentations
+from maknet_jax.data import deeplesion, labels, overview, records, segmentations
 from maknet_jax.data.segmentation_cases import Case, Mask, find_cases
 from maknet_jax.data.segmentations import Rules, State
 from maknet_jax.errors import InputError
@@ -94,7 +94,9 @@ def test_a_case_becomes_labelled_triplets(tmp_path):
     # Columns cord, liver; slices 1, 3, 5, 7, 9, 11.
     assert values == [[1, 0], [1, 1], [1, 1], [1, 0], [0, 0], [0, 0]]
     assert known == [[1, 1], [1, 1], [1, 1], [1, 0], [0, 1], [0, 1]]
-    assert result.counters == {
+    counters, volumes = overview.separate(result.counters)
+    assert volumes["slices"] == {"12": 1} and volumes["mm between slices"] == {"5": 1}
+    assert counters == {
         "labels unknown: area below --min-area": 1,
         "labels unknown: below the lowest contour": 2,
         "labels unknown: empty mask": 0,

@@ -17,6 +17,7 @@ from maknet_jax.cli import (
     inference,
     lesions,
     options,
+    select,
     students,
     training,
 )
@@ -53,6 +54,6 @@ def _parser() -> options.Parser:
     )
     parser.add_argument("--version", action="version", version=maknet_jax.__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for stage in (data, training, students, inference, explain, lesions):
+    for stage in (select, data, training, students, inference, explain, lesions):
         stage.add_verbs(verbs)
     return parser

@@ -34,7 +34,7 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument(
         "folder", help="a file or a folder tree of CT, a zip or tar of one, or a DICOMDIR"
     )
-    _add_salt_option(verb)
+    options.pseudonyms(verb)
     verb.add_argument(
         "--min-slices",
         type=options.count,
@@ -46,6 +46,7 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(forms, "table", _run_table)
     verb.add_argument("table", help="the CSV; labels are separated by |")
     options.png_window(verb)
+    options.pseudonyms(verb)
     _add_output_options(verb)
     _add_segmentations(forms)
 
@@ -107,16 +108,8 @@ def _add_segmentations(forms: argparse._SubParsersAction) -> None:
     )
     verb.add_argument("--citation", default="", help="citation of the data")
     verb.add_argument("--licence", default="", help="licence of the data")
-    _add_salt_option(verb)
+    options.pseudonyms(verb)
     _add_output_options(verb)
-
-
-def _add_salt_option(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--salt-file",
-        help="secret key that turns UIDs into ids, created if absent "
-        "(default: ~/.config/maknet/salt)",
-    )
 
 
 def _add_output_options(
@@ -166,7 +159,7 @@ def _run_dicom(chosen: argparse.Namespace) -> int:
     return _report(
         prepare.prepare_dicom(
             chosen.folder,
-            salt_file=chosen.salt_file,
+            **options.selected(chosen, "salt_file", "pseudonyms"),
             min_slices=chosen.min_slices,
             **_output_options(chosen),
         )
@@ -181,7 +174,11 @@ def _run_table(chosen: argparse.Namespace) -> int:
     from maknet_jax import prepare
 
     return _report(
-        prepare.prepare_table(chosen.table, png_window=chosen.png_window, **_output_options(chosen))
+        prepare.prepare_table(
+            chosen.table,
+            **options.selected(chosen, "png_window", "salt_file", "pseudonyms"),
+            **_output_options(chosen),
+        )
     )
 
 
@@ -207,7 +204,7 @@ def _run_segmentations(chosen: argparse.Namespace) -> int:
             rules=rules,
             splits=prepare.SplitOptions(chosen.splits, chosen.shares, chosen.seed),
             origin={name: getattr(chosen, name) for name in ("source", "citation", "licence")},
-            salt_file=chosen.salt_file,
+            **options.selected(chosen, "salt_file", "pseudonyms"),
             **_output_options(chosen),
         )
     )

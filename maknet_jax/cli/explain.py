@@ -174,6 +174,7 @@ def _shared_options(
         help="show at most N images on the HTML page; the tables hold all (default: %(default)s)",
     )
     options.png_window(verb)
+    options.pseudonyms(verb)
     options.override_options(verb)
     options.distributed(verb)
     for kind in (SelectionOptions, PathOptions, DisplayOptions):

@@ -86,11 +86,13 @@ def _predict(verbs: argparse._SubParsersAction) -> None:
         "--batch-size", type=options.count, default=16, help="slices per step (default: 16)"
     )
     options.png_window(verb)
+    options.pseudonyms(verb)
     options.override_options(verb)
 
 
 def _run_predict(chosen: argparse.Namespace) -> int:
-    """Label the body parts in any CT, per slice and per series.
+    """Label the body parts in any CT, per slice and per series. The outputs name series and files,
+    which identify patients, unless --pseudonyms is set.
 
     maknet predict scans/ --model runs/teacher --out labels.csv
     maknet predict archive/ --model runs/teacher --out labels.csv --audit --overwrite
@@ -100,7 +102,7 @@ def _run_predict(chosen: argparse.Namespace) -> int:
     options.start_jax()
     scoring = options.selected(chosen, "png_window", "checkpoint", "batch_size", *options.OVERRIDES)
     names = ("as_json", "wide", "audit", "charts", "features", "overwrite")
-    outputs = options.selected(chosen, *names)
+    outputs = options.selected(chosen, *names, "pseudonyms", "salt_file")
     summary = predict.predict(chosen.model, chosen.path, chosen.out, **scoring, **outputs)
     options.show(predict.text(summary))
     return options.SOME_REJECTED if summary["failures"] else options.DONE

@@ -120,6 +120,20 @@ def png_window(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def pseudonyms(verb: argparse.ArgumentParser) -> None:
+    """Adds --pseudonyms and --salt-file."""
+    verb.add_argument(
+        "--pseudonyms",
+        action="store_true",
+        help="write pseudonyms instead of the names of series, files and patients",
+    )
+    verb.add_argument(
+        "--salt-file",
+        help="secret key that turns UIDs into ids, created if absent "
+        "(default: ~/.config/maknet/salt)",
+    )
+
+
 def override_options(verb: argparse.ArgumentParser, *, dicom: bool = True) -> None:
     """Adds --assume-hu and, where DICOM is read, --allow-lossy."""
     verb.add_argument(

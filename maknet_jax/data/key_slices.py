@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from maknet_jax.ct import png, preprocess, reading, volumes
-from maknet_jax.data import deeplesion, lesions, shards
+from maknet_jax.data import deeplesion, lesions, overview, shards
 from maknet_jax.data.labels import Vocabulary, ontology_vocabulary, read_ontology
 from maknet_jax.data.triplets import encode_with_labels
 from maknet_jax.errors import InputError, Rejected
@@ -160,7 +160,9 @@ def make_key_slice(unit: _KeySlice) -> shards.UnitResult:
     image, box = preprocess.make_triplet(slices, unit.size)
     meta = dict(unit.meta) | {"crop": box}
     record = encode_with_labels(unit.id, image, unit.labels, unit.label_mask, meta)
-    return shards.UnitResult((record,), counters={"neighbours repeated": 3 - len(volume.hu)})
+    counters = overview.of_volume(meta["spacing"][::-1])
+    counters["neighbours repeated"] = 3 - len(volume.hu)
+    return shards.UnitResult((record,), counters=counters)
 
 
 def make_lesion(unit: _KeySlice) -> shards.UnitResult:
@@ -174,7 +176,8 @@ def make_lesion(unit: _KeySlice) -> shards.UnitResult:
     except (Rejected, InputError) as error:
         return shards.UnitResult(failures=((unit.path, png.reason_without_window(error)),))
     record = encode_with_labels(unit.id, image, unit.labels, unit.label_mask, meta)
-    return shards.UnitResult((record,), counters={"neighbours repeated": repeated})
+    counters = overview.of_volume(meta["spacing"][::-1]) | {"neighbours repeated": repeated}
+    return shards.UnitResult((record,), counters=counters)
 
 
 def read_labels(

@@ -22,13 +22,12 @@ import numpy as np
 
 from maknet_jax.ct import dicom, dicom_seg, nifti, preprocess, pseudonym, reading, volumes
 from maknet_jax.ct.search import SeriesRef
-from maknet_jax.data import shards
+from maknet_jax.data import overview, shards
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.data.segmentation_cases import Case, Mask
 from maknet_jax.data.triplets import encode_with_labels
 from maknet_jax.errors import InputError, Rejected, did_you_mean
 
-LABEL_COLUMNS = ("label", "split", "records", "known", "present", "unknown")
 MIN_AREA = 50.0  # mm2, the area of a disc of 8 mm diameter
 TOTALSEGMENTATOR = "totalsegmentator"  # the name of the table in the package
 
@@ -204,6 +203,7 @@ def plan_cases(
     rules: Rules,
     size: int,
     salt: str = "",
+    pseudonyms: bool = False,
     overrides: reading.Overrides = reading.STRICT,
 ) -> dict[str, list[_CaseUnit]]:
     """The units of `make_case` by split.
@@ -214,6 +214,7 @@ def plan_cases(
       rules: how masks become labels.
       size: the edge S of the images.
       salt: the secret of the pseudonyms of DICOM cases.
+      pseudonyms: NIfTI cases have pseudonyms, too.
       overrides: what is read although it would be rejected.
     """
     splits: dict[str, list[_CaseUnit]] = {}
@@ -224,7 +225,7 @@ def plan_cases(
             for label, names in labels.items()
         )
         name, patient = case.name, case.patient
-        if case.ref.kind == "dicom":
+        if pseudonyms or case.ref.kind == "dicom":
             name, patient = (pseudonym.pseudonym(salt, text) for text in (name, patient))
         count = len(middle_slices(case.ref.count, rules.every))
         unit = _CaseUnit(name, patient, case.ref, parts, rules, size, count, overrides)
@@ -241,6 +242,7 @@ def make_case(unit: _CaseUnit) -> shards.UnitResult:
         areas, complete, counters = _areas(unit, volume)
     except Rejected as error:
         return shards.UnitResult(failures=((unit.ref.paths[0], str(error)),))
+    counters.update(overview.of_volume(volume.spacing, len(volume.hu)))
     rules, centres = unit.rules, middle_slices(len(volume.hu), unit.rules.every)
     states = np.stack(
         [
@@ -369,7 +371,7 @@ def _read_masks(
 def label_rows(
     vocabulary: Vocabulary, splits: Mapping[str, Mapping[str, Any]]
 ) -> list[list[str | int]]:
-    """Rows of `LABEL_COLUMNS` from the splits of a `dataset.json`."""
+    """Rows of `overview.LABEL_COLUMNS` from the splits of a `dataset.json`."""
     rows = []
     for column, name in enumerate(vocabulary.names):
         for split, entry in splits.items():

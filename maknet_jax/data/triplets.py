@@ -8,7 +8,7 @@ import numpy as np
 
 from maknet_jax.ct import png, preprocess, pseudonym, reading, volumes
 from maknet_jax.ct.search import SeriesRef
-from maknet_jax.data import records, shards, table
+from maknet_jax.data import overview, records, shards, table
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError, Rejected
 
@@ -96,7 +96,8 @@ def make_series(unit: _Series) -> shards.UnitResult:
         name = f"{series}-{pseudonym.pseudonym(unit.salt, volume.uids[centre])}"
         examples.append(encode_with_labels(name, image, b"", b"", meta))
     left_over = len(volume.hu) - 3 * len(examples)
-    return shards.UnitResult(tuple(examples), counters={"slices left over": left_over})
+    counters = overview.of_volume(volume.spacing, len(volume.hu))
+    return shards.UnitResult(tuple(examples), counters=counters | {"slices left over": left_over})
 
 
 def plan_table(
@@ -150,4 +151,6 @@ def make_table_volume(unit: _TableVolume) -> shards.UnitResult:
         )
         meta = {"line": row.line, "slice": centre, "slices": len(volume.hu), "crop": box}
         examples.append(encode_with_labels(f"line-{row.line:06d}", image, vector, mask, meta))
-    return shards.UnitResult(tuple(examples), tuple(failures))
+    whole = len(volume.hu) if named is None else None
+    counters = overview.of_volume(volume.spacing, whole)
+    return shards.UnitResult(tuple(examples), tuple(failures), counters)

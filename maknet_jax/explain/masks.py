@@ -59,7 +59,8 @@ def with_regions(
         try:
             regions = find_regions(image, masks=masks, organs=organs, size=size)
         except Rejected as error:
-            raise Rejected(image.id, str(error)) from error
+            reason = "its mask cannot be used" if image.private else str(error)
+            raise Rejected(image.id, reason) from error
         return dataclasses.replace(image, regions=regions)
 
     readers: list[Callable[[], SelectedImage]] = [

@@ -44,6 +44,8 @@ class SelectionOptions:
       compare: a second workdir, shown beside the first.
       checkpoint: "best" or "last".
       png_window: (low, high) in HU of 8-bit PNGs.
+      pseudonyms: write pseudonyms instead of the names of series and files.
+      salt_file: the secret key of the pseudonyms; None means `~/.config/maknet/salt`.
       ct: the folder of CT that `data` was prepared from, so that pictures show its slices at their
         own resolution: DeepLesion's images, or segmentation cases in NIfTI. None enlarges the
         images of the records.
@@ -61,6 +63,8 @@ class SelectionOptions:
     compare: str | pathlib.Path | None = None
     checkpoint: str = "best"
     png_window: tuple[float, float] | None = None
+    pseudonyms: bool = False
+    salt_file: str | pathlib.Path | None = None
     ct: str | pathlib.Path | None = None
     assume_hu: bool = False
     allow_lossy: bool = False

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from maknet_jax.ct import preprocess, search, volumes
+from maknet_jax.ct.pseudonym import Pseudonyms, read_pseudonyms
 from maknet_jax.data import records
 from maknet_jax.errors import InputError, Rejected, did_you_mean
 from maknet_jax.explain import source_slices
@@ -32,6 +33,7 @@ class SelectedImage:
       annotation: its labels; None without labels, or with labels of another vocabulary.
       meta: the source of the image, see `records.Example`.
       regions: name -> bool `[S, S]`, see `masks.find_regions`.
+      private: the fields of `meta` that are not written.
       slice_hu: int16 HU `[H, W]`, the part of the CT slice that the image shows, at the resolution
         of the CT; None if the CT is not available.
     """
@@ -41,7 +43,13 @@ class SelectedImage:
     annotation: Annotation | None
     meta: dict[str, Any]
     regions: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    private: tuple[str, ...] = ()
     slice_hu: np.ndarray | None = None
+
+    @property
+    def public_meta(self) -> dict[str, Any]:
+        """The fields of `meta` that are written."""
+        return {name: value for name, value in self.meta.items() if name not in self.private}
 
     def truth(self, column: int) -> Truth:
         """What is known about the label of a column."""
@@ -92,8 +100,10 @@ def select(run: workdir.Run, options: SelectionOptions) -> Selection:
     unlabelled: list[str] = []
     identity: dict[str, Any]
     if path is not None and split is None:
-        readers, known, series, failures = _slices(run, path, ids, options)
-        identity = {"path": str(path), "series": sorted({ref.key for ref in series})}
+        hidden = read_pseudonyms(options.pseudonyms, options.salt_file)
+        readers, known, series, failures = _slices(run, path, ids, options, hidden)
+        shown = hidden.name(str(path)) if hidden else str(path)
+        identity = {"path": shown, "series": sorted({ref.key for ref in series})}
         identity["digest"] = digest([[ref.key, ref.count, *sizes(ref.paths)] for ref in series])
     elif split is not None and path is None:
         readers, known, unlabelled, dataset = _records(run, options, split, ids, columns)
@@ -226,14 +236,17 @@ def _slices(
     path: str | pathlib.Path,
     ids: set[str] | None,
     options: SelectionOptions,
+    hidden: Pseudonyms | None,
 ) -> tuple[
     list[Callable[[], SelectedImage]],
     list[str],
     list[search.SeriesRef],
     list[tuple[str, str]],
 ]:
-    """(readers, their ids, series, failures)."""
+    """(readers, their ids, series, failures); with pseudonyms if `hidden`."""
     series, failures = search.find_series(path, overrides=options.overrides)
+    if hidden:
+        series, failures = list(map(hidden.series, series)), hidden.failures(failures)
     size = run.size
 
     @functools.lru_cache(maxsize=1)
@@ -246,7 +259,8 @@ def _slices(
         try:
             volume, threshold = load(ref)
         except Rejected as error:
-            raise Rejected(ref.paths[0], str(error)) from error
+            failure = ref.paths[0], str(error)
+            raise Rejected(*(hidden.failures([failure])[0] if hidden else failure)) from error
         triplet = volume.neighbours(number)
         image, crop = preprocess.make_triplet(triplet, size, threshold=threshold)
         file = ref.paths[0] if ref.kind == "nifti" else volume.slices[number]
@@ -256,7 +270,10 @@ def _slices(
         if volume.affine is not None:
             meta["affine"] = volume.affine.tolist()
         part = source_slices.part(volume.hu[number], crop)
-        return SelectedImage(f"{ref.key}:{number}", image, None, meta, slice_hu=part)
+        private = ("file",) if hidden else ()
+        return SelectedImage(
+            f"{ref.key}:{number}", image, None, meta, private=private, slice_hu=part
+        )
 
     places = {f"{ref.key}:{number}": (ref, number) for ref in series for number in range(ref.count)}
     selected = [key for key in places if not ids or key in ids]

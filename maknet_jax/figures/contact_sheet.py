@@ -12,6 +12,7 @@ from maknet_jax.figures import overlay, picture, text
 _TILE, _GAP, _LINE = 224, 8, 15  # pixels: the edge of a picture, the space around it, a text line
 _MOST_LINES = 8  # of labels
 _BACKGROUND, _ID, _LABELS, _QUIET = (24, 24, 24), (150, 200, 255), (235, 235, 235), (170, 170, 170)
+_UNKNOWN, _MOST_UNKNOWN = (230, 190, 120), 2  # colour and lines of the unknown labels
 _BOX = (255, 180, 0)
 
 
@@ -29,6 +30,10 @@ class Example(Protocol):
     @property
     def labels(self) -> np.ndarray:
         """`[K]`, nonzero for the labels that are present."""
+
+    @property
+    def label_mask(self) -> np.ndarray:
+        """`[K]`, zero for the labels that are unknown; empty without labels."""
 
     @property
     def meta(self) -> Mapping[str, Any]:
@@ -95,15 +100,16 @@ def make_tiles(
         size = len(example.image)
         shape = picture.shape_of(*picture.extent(example.meta, size), 2 * _TILE)
         grey = picture.to_grey(picture.resample(example.image[..., 1], shape), window)
-        labels = ", ".join(names[k] for k in np.flatnonzero(example.labels).tolist())
+        labels = ", ".join(_present(example, names))
         tiles.append(
             {
                 "uri": overlay.to_uri(grey),
-                "alt": f"CT slice {example.id}: {labels or 'no label'}",
+                "alt": f"CT slice {example.id}: {labels}",
                 "aspect": shape[1] / shape[0],
                 "title": example.id,
                 "note": example.meta.get("split", ""),
-                "labels": labels or "no label",
+                "labels": labels,
+                "unknown": _listed(_unknown(example, names), 8),
             }
         )
     return tiles
@@ -120,20 +126,42 @@ def _header(examples: Sequence[Example], window: tuple[float, float]) -> str:
 def _lines(example: Example, names: Sequence[str]) -> list[tuple[str, tuple[int, int, int]]]:
     """(text, colour) of the lines below a picture."""
     face = text.font(12)
-    labels = [names[column] for column in np.flatnonzero(example.labels).tolist()]
-    none = "no label" if len(example.labels) else "not labelled"
-    lines = text.wrap(", ".join(labels) or none, _TILE, face)
-    for left_out in range(1, len(labels) + 1):
-        if len(lines) <= _MOST_LINES:
-            break
-        listed = [*labels[:-left_out], f"and {left_out} more"]
-        lines = text.wrap(", ".join(listed), _TILE, face)
+    labels = _present(example, names)
+    unknown = _unknown(example, names)
     split = [(str(example.meta["split"]), _QUIET)] if example.meta.get("split") else []
     return [
         (text.shorten(example.id, _TILE, face), _ID),
         *split,
-        *((line, _LABELS) for line in lines),
+        *((line, _LABELS) for line in _wrapped("", labels, _MOST_LINES)),
+        *((line, _UNKNOWN) for line in _wrapped("unknown: ", unknown, _MOST_UNKNOWN)),
     ]
+
+
+def _present(example: Example, names: Sequence[str]) -> list[str]:
+    """The names of the labels that are present, or a note that none is."""
+    present = [names[column] for column in np.flatnonzero(example.labels).tolist()]
+    return present or ["no label" if len(example.labels) else "not labelled"]
+
+
+def _unknown(example: Example, names: Sequence[str]) -> list[str]:
+    """The names of the labels that are neither known to be present nor to be absent."""
+    return [names[column] for column in np.flatnonzero(example.label_mask == 0).tolist()]
+
+
+def _wrapped(start: str, names: Sequence[str], most_lines: int) -> list[str]:
+    """The lines of a list of names, cut with a count; none without names."""
+    face = text.font(12)
+    for shown in range(len(names), -1, -1):
+        lines = text.wrap(start + _listed(names, shown), _TILE, face)
+        if len(lines) <= most_lines:
+            return lines if names else []
+    return []
+
+
+def _listed(names: Sequence[str], most: int) -> str:
+    """Names separated by commas; those after the first `most` are counted."""
+    left_out = len(names) - most
+    return ", ".join([*names[:most], *([f"and {left_out} more"] if left_out > 0 else [])])
 
 
 def _draw_tile(
