@@ -22,10 +22,13 @@ from rich.progress import (
 from rich.table import Table
 
 from maknet_jax import files
+from maknet_jax.errors import InputError, NothingUsable
 
 _WIDE = 10_000  # columns of output that is not a terminal, so that nothing wraps
 # Of the eight lines of a rich box, only the rule under the header; ASCII works in every encoding.
 _RULE = box.Box("    \n    \n -  \n    \n    \n    \n    \n    \n", ascii=True)
+
+_FORMULA = ("=", "+", "-", "@")  # first characters of a formula
 
 _console = Console(stderr=True, highlight=False)
 
@@ -42,7 +45,7 @@ class Log:
 
     def say(self, text: str, **event: object) -> None:
         """Prints one line and appends it to the JSONL file, with the fields of `event`."""
-        _console.print(text, markup=False, soft_wrap=True)
+        _console.print(files.printable(text), markup=False, soft_wrap=True)
         self.event(message=text, **event)
 
     def event(self, **event: object) -> None:
@@ -69,7 +72,7 @@ def say_from_signal(text: str) -> None:
     """Prints one line from a signal handler, which may have interrupted rich itself."""
     clear = "\r\x1b[2K" if _console.is_terminal else ""  # erases a progress bar
     with contextlib.suppress(OSError):
-        os.write(2, f"{clear}{text}\n".encode())
+        os.write(2, f"{clear}{files.printable(text)}\n".encode())
 
 
 @contextlib.contextmanager
@@ -106,14 +109,45 @@ def write_failures(path: pathlib.Path, failures: Sequence[tuple[str, str]]) -> N
     write_table(path, ("input", "reason"), failures)
 
 
+@contextlib.contextmanager
+def list_failures(path: pathlib.Path) -> Iterator[None]:
+    """If the block can use no input, lists the reasons in `path` and names it in the error."""
+    try:
+        yield
+    except NothingUsable as error:
+        if not error.failures:
+            raise
+        write_failures(path, error.failures)
+        raise InputError(f"{error}; see {path}") from None
+
+
 def write_table(
     path: pathlib.Path, header: Sequence[str], rows: Iterable[Iterable[object]]
 ) -> None:
-    """Writes a CSV atomically."""
+    """Writes a CSV atomically.
+
+    Control characters in text are escaped (`files.printable`), and text that a spreadsheet would
+    take for a formula begins with an apostrophe.
+    """
     with files.write_whole(path) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
-        writer.writerows(rows)
+        writer.writerows([_cell(value) for value in row] for row in rows)
+
+
+def _cell(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    text = files.printable(value)
+    return f"'{text}" if text[:1] in _FORMULA and len(text) > 1 and not _is_number(text) else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def format_table(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
@@ -134,7 +168,7 @@ def format_table(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str
     for number, name in enumerate(header):
         table.add_column(name, justify="right" if number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(files.printable(str(cell)) for cell in row))
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())

@@ -1,6 +1,7 @@
 """Exceptions for bad input and for a run that a signal stops; hints for misspelt names."""
 
-from collections.abc import Iterable
+import collections
+from collections.abc import Iterable, Sequence
 
 
 class InputError(ValueError):
@@ -8,6 +9,27 @@ class InputError(ValueError):
 
     The message is one line: the value, what is expected, and what to do.
     """
+
+
+class NothingUsable(InputError):
+    """Every input was rejected; the message counts the most frequent reasons.
+
+    Attributes:
+      failures: (input, reason) pairs for `failures.csv`.
+    """
+
+    def __init__(self, problem: str, failures: Sequence[tuple[str, str]], most: int = 3) -> None:
+        """Args: problem: the first part of the message; most: the number of reasons in it."""
+        counts = collections.Counter(reason for _, reason in failures).most_common(most)
+        others = len(failures) - sum(count for _, count in counts)
+        first = {reason: path for path, reason in reversed(failures)}
+        reasons = [
+            f"{reason} ({count} inputs)" if count > 1 else f"{first[reason]}: {reason}"
+            for reason, count in counts
+        ]
+        reasons += [f"and {others} others"] if others else []
+        super().__init__(problem + (f": {'; '.join(reasons)}" if reasons else ""))
+        self.failures = tuple(failures)
 
 
 class Rejected(ValueError):

@@ -5,11 +5,33 @@ import errno
 import json
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import IO, Any
 
 from maknet_jax.errors import InputError
+
+PNG_SOFTWARE = "maknet-jax"  # the text chunk "Software" of the PNGs that this package writes
+
+# Bytes of a name that are not UTF-8 (as Python decodes them), control characters, and characters
+# that reverse or break lines.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal or a table: what cannot be printed is escaped, as in `M\\xfcller`."""
+    return _UNPRINTABLE.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name that is not UTF-8
+        code -= 0xDC00
+    short = {9: "\\t", 10: "\\n", 13: "\\r"}.get(code)
+    return short or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
 
 
 @contextlib.contextmanager
@@ -20,8 +42,11 @@ def write_whole(
 
     Args:
       path: the final name; its folder is created.
-      mode: "w" (UTF-8 text) or "wb".
+      mode: "w" (UTF-8 text; lone surrogates, which stand for other bytes, are escaped) or "wb".
       private: only the owner may read the file; otherwise permissions follow the umask.
+
+    Raises:
+      OSError: the disk is full, for example; its `filename` is `path`.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,9 +57,9 @@ def write_whole(
     except OSError as error:  # name the final file in the message, not the temporary one
         raise type(error)(error.errno, error.strerror, str(path)) from None
     encoding = None if "b" in mode else "utf-8"
-    newline = None if "b" in mode else ""
+    newline, errors = (None, None) if "b" in mode else ("", "backslashreplace")
     try:
-        with os.fdopen(handle, mode, encoding=encoding, newline=newline) as file:
+        with os.fdopen(handle, mode, encoding=encoding, newline=newline, errors=errors) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -43,9 +68,11 @@ def write_whole(
             os.umask(umask)
             os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno and error.filename in (None, temporary):
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 
@@ -102,6 +129,7 @@ def check_claim(
     command: str,
     option: str,
     may_change: Collection[str] = (),
+    leftovers: Collection[str] = (),
     upgrade: Callable[[str, dict[str, Any]], dict[str, Any]] | None = None,
 ) -> None:
     """Checks that a folder may be written: it is empty, or holds a run with the same `records`.
@@ -114,6 +142,7 @@ def check_claim(
       option: the option that names the folder, for the message: "--workdir".
       may_change: keys that may change on resume; "data.path" is the key `path` of the object
         `data`. Keys of records before the last one start with the stem of the file's name.
+      leftovers: names of other files that a run leaves if it ends before its claim is written.
       upgrade: upgrade(file name, stored record) -> the record as this version writes it.
 
     Raises:
@@ -122,7 +151,8 @@ def check_claim(
     folder = pathlib.Path(folder)
     claim = list(records)[-1]
     if not (folder / claim).is_file():
-        if has_foreign_files(folder, *(pathlib.Path(name).parts[0] for name in records)):
+        names = (pathlib.Path(name).parts[0] for name in records)
+        if has_foreign_files(folder, *names, *leftovers):
             raise InputError(
                 f"{folder} holds something other than output of `{command}`: choose a new {option}"
             )

@@ -12,7 +12,7 @@ import numpy as np
 
 from maknet_jax import console, files
 from maknet_jax.ct import preprocess, reading, search, volumes
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, NothingUsable
 from maknet_jax.evaluation import metrics, series_tables
 from maknet_jax.evaluation.series import FLAGS, SeriesResult
 from maknet_jax.evaluation.series_tables import SERIES_COLUMNS, SLICE_COLUMNS
@@ -48,7 +48,7 @@ def predict(
 
     Args:
       folder: the workdir of `maknet train`, a bundle or a released name.
-      path: a file or a folder of DICOM, NIfTI or PNG.
+      path: a file or a folder of DICOM, NIfTI or PNG, an archive, or a DICOMDIR.
       out: the CSV of slices, with one row per slice and predicted label. `STEM.series.csv`,
         `STEM.summary.json` and `STEM.log.jsonl` are written beside it, and `STEM.failures.csv` if
         inputs were rejected. One unreadable slice rejects its whole series. None of these files is
@@ -80,19 +80,21 @@ def predict(
     if not overwrite:
         _check_free(out, features)
     read_as = reading.Overrides(**overrides)
-    series, failures = find_inputs(path, read_as)
-    run = workdir.open_run(folder, checkpoint_name=checkpoint)
-    scoring: dict[str, Any] = {
-        "batch_size": batch_size,
-        "png_window": png_window,
-        "overrides": read_as,
-    }
-    each = predict_series(run, series, failures, **scoring, features=features is not None)
-    results, views = [], []
-    for result, volume in each:
-        results.append(result)
-        if charts:
-            views.append(picture.coronal(volume.hu, volume.spacing))
+    failures_file = out.with_suffix(".failures.csv")
+    with console.list_failures(failures_file):
+        series, failures = find_inputs(path, read_as)
+        run = workdir.open_run(folder, checkpoint_name=checkpoint)
+        scoring: dict[str, Any] = {
+            "batch_size": batch_size,
+            "png_window": png_window,
+            "overrides": read_as,
+        }
+        each = predict_series(run, series, failures, **scoring, features=features is not None)
+        results, views = [], []
+        for result, volume in each:
+            results.append(result)
+            if charts:
+                views.append(picture.coronal(volume.hu, volume.spacing))
     stale = _written_before(out)
     slice_rows = (row for result in results for row in result.slice_rows())
     cover_rows = [row for result in results for row in result.cover_rows()]
@@ -115,7 +117,6 @@ def predict(
         _write_features(written[-1], results)
     if charts:
         written += _write_charts(out, run, results, views)
-    failures_file = out.with_suffix(".failures.csv")
     console.write_failures(failures_file, failures)
     summary = {
         "workdir": str(folder),
@@ -166,12 +167,11 @@ def find_inputs(
     """The CT series under a path, and (input, reason) of what cannot be used.
 
     Raises:
-      InputError: there is no series.
+      NothingUsable: there is no series.
     """
     series, failures = search.find_series(path, overrides=overrides)
     if not series:
-        reason = f": {failures[0][0]}: {failures[0][1]}" if failures else ""
-        raise InputError(f"{path} holds no readable series of DICOM, NIfTI or PNG{reason}")
+        raise NothingUsable(f"{path} holds no readable series of DICOM, NIfTI or PNG", failures)
     return series, failures
 
 
@@ -197,7 +197,7 @@ def predict_series(
       overrides: what is read although it would be rejected.
 
     Raises:
-      InputError: none could be read.
+      NothingUsable: none could be read.
     """
     read_any = False
     with console.progress("predict", sum(ref.count for ref in series)) as advance:
@@ -210,12 +210,12 @@ def predict_series(
             yield result, volume
             read_any = True
     if not read_any:
-        raise InputError(f"no series could be read: {failures[0][0]}: {failures[0][1]}")
+        raise NothingUsable(f"none of the {len(series)} series can be read", failures)
 
 
 def _check_free(out: pathlib.Path, features: str | pathlib.Path | None) -> None:
-    """Checks that no output exists; a log is continued."""
-    endings = ("series.csv", "wide.csv", "audit.csv", "json", "summary.json", "failures.csv")
+    """Checks that no output exists; a log is continued, a list of failures replaced."""
+    endings = ("series.csv", "wide.csv", "audit.csv", "json", "summary.json")
     outputs = [out, *(out.with_suffix(f".{ending}") for ending in endings)]
     outputs += sorted(out.parent.glob(f"{glob.escape(out.stem)}.[0-9][0-9][0-9].png"))
     outputs += [pathlib.Path(features)] if features is not None else []

@@ -22,7 +22,7 @@ from maknet_jax.data import (
 )
 from maknet_jax.data.segmentation_plan import SplitOptions
 from maknet_jax.data.segmentations import Rules
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, NothingUsable
 from maknet_jax.figures import contact_sheet
 
 SIZE, PATCH_SIZE = 256, 120  # pixels (section 4.1); mm, LesaNet's
@@ -127,7 +127,7 @@ def prepare_dicom(
     """Prepares folders of DICOM or NIfTI as unlabelled triplets without overlap (section 4.1).
 
     Args:
-      folder: a file or a folder tree of CT.
+      folder: a file or a folder tree of CT, an archive, or a DICOMDIR.
       out: the folder to write.
       salt_file: the secret key of the ids, created if absent; None means
         `~/.config/maknet/salt`. It is never written into the records.
@@ -149,11 +149,6 @@ def prepare_dicom(
     series, failures = search.find_series(folder, workers=workers, overrides=read_as)
     small = [ref for ref in series if ref.count < min_slices]
     usable = [ref for ref in series if ref.count >= min_slices]
-    if not usable:
-        why = f"{len(series)} series found, {len(small)} of fewer than {min_slices} slices, "
-        first = f"; the first: {failures[0][0]}: {failures[0][1]}" if failures else ""
-        raise InputError(f"no usable series in {folder}: {why}{len(failures)} unreadable{first}")
-    salt = pseudonym.read_salt(salt_file, log=console.Log())
     about = {
         "series": len(usable),
         "min_slices": min_slices,
@@ -163,6 +158,14 @@ def prepare_dicom(
     failures += [
         (ref.paths[0], f"{ref.count} slices, fewer than --min-slices {min_slices}") for ref in small
     ]
+    if not usable:
+        why = (
+            f"{len(series)} series found, {len(small)} of fewer than {min_slices} slices "
+            f"(--min-slices), {len(failures) - len(small)} unreadable"
+        )
+        with console.list_failures(pathlib.Path(out) / "failures.csv"):
+            raise NothingUsable(f"no usable series in {folder}: {why}", failures)
+    salt = pseudonym.read_salt(salt_file, log=console.Log())
     return _write(
         out,
         {"unlabelled": triplets.plan_series(usable, salt, size, read_as)},
@@ -252,9 +255,10 @@ def prepare_segmentations(
     """
     read_as = reading.Overrides(**overrides)
     _check(out, size)
-    plan = segmentation_plan.plan(
-        folders, label_table, rules=rules, splits=splits, workers=workers, overrides=read_as
-    )
+    with console.list_failures(pathlib.Path(out) / "failures.csv"):
+        plan = segmentation_plan.plan(
+            folders, label_table, rules=rules, splits=splits, workers=workers, overrides=read_as
+        )
     dicom = any(case.ref.kind == "dicom" for case, _ in plan.members)
     salt = pseudonym.read_salt(salt_file, log=console.Log()) if dicom else ""
     return _write(
@@ -320,8 +324,11 @@ def _write(
 ) -> dict[str, Any]:
     """Writes the shards, the contact sheet and the reports; returns the summary."""
     out = pathlib.Path(out)
-    with console.progress(f"prepare {kind}", sum(map(len, splits.values()))) as advance:
-        info, rejected = shards.write_shards(
+    with (
+        console.list_failures(out / "failures.csv"),
+        console.progress(f"prepare {kind}", sum(map(len, splits.values()))) as advance,
+    ):
+        info, failures = shards.write_shards(
             out,
             splits,
             make,
@@ -331,8 +338,8 @@ def _write(
             about=about,
             workers=workers,
             advance=advance,
+            failures=failures,
         )
-    failures = [*failures, *rejected]
     if kind == "lesions":
         info["crop"] = lesions.RULE
     examples = records.Dataset(out, info).sample(_SHOWN)

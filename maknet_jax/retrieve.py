@@ -179,7 +179,7 @@ def read_query(
             slices = lesions.three_slices(read, spacing[2])
             patch, inside = lesions.make_patch(slices, box, spacing, size)
     except Rejected as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {png.reason_without_window(error)}") from None
     none = np.zeros(0, np.uint8)
     return records.Example(f"query: {path.name}", patch, none, none, {"box": inside})
 

@@ -46,13 +46,32 @@ def test_progress_prints_nothing_without_a_terminal(capsys):
 
 def test_failures_are_listed_and_an_old_list_is_removed(tmp_path):
     path = tmp_path / "failures.csv"
-    failures = [("a,b.dcm", 'says "no"'), ("c.png", "two\nlines")]
+    failures = [("a,b.dcm", 'says "no"'), ("c.png", "unreadable")]
     console.write_failures(path, failures)
     with path.open(newline="") as file:
         assert [tuple(row) for row in csv.reader(file)] == [("input", "reason"), *failures]
     console.write_failures(path, [])
     assert not path.exists()
     console.write_failures(path, [])
+
+
+def test_cells_cannot_send_control_characters_or_formulas(tmp_path):
+    row = [b"M\xfcller".decode(errors="surrogateescape"), "\x1b[2Jtwo\nlines\u202e", "Größe", -1.5]
+    formulas = ["=1+1", "+x", "-liver", "@a", "-1.5", "-"]
+    console.write_table(tmp_path / "x.csv", ("a", "b", "c", "d"), [row, formulas])
+    with (tmp_path / "x.csv").open(newline="", encoding="utf-8") as file:
+        _, *rows = csv.reader(file)
+    assert rows == [
+        [r"M\xfcller", r"\x1b[2Jtwo\nlines\u202e", "Größe", "-1.5"],
+        ["'=1+1", "'+x", "'-liver", "'@a", "-1.5", "-"],
+    ]
+
+
+def test_log_lines_and_text_tables_cannot_send_control_characters(capsys):
+    with console.Log() as log:
+        log.say("\x1b]0;title\x07\nx")
+    assert capsys.readouterr().err == "\\x1b]0;title\\x07\\nx\n"
+    assert "\x1b" not in console.format_table(("a",), [("\x1b[2J",)])
 
 
 def test_a_table_whose_rows_fail_is_not_written(tmp_path):

@@ -2,13 +2,16 @@
 
 import csv
 import json
+import os
 import shutil
 
+import nibabel
 import numpy as np
 import pydicom
 import pytest
+from PIL import Image
 
-from maknet_jax import cli, console, evaluate, files, predict
+from maknet_jax import cli, evaluate, files, predict
 from maknet_jax.ct import preprocess, search, volumes
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation import body_parts, series_tables
@@ -162,9 +165,11 @@ def test_outputs_in_the_input_folder_are_not_inputs(trained, phantom, tmp_path):
     files.write_json(scans / "maps" / "settings.json", {"networks": []})
     files.write_json(scans / "shards" / ".parts" / "plan.json", {})
     files.write_json(scans / "mine" / "dataset.json", {"numTraining": 1})  # nnU-Net's
-    console.write_table(scans / "near.csv", ("rank", "similarity", "id", "split", "labels"), [])
-    for name in ("maps/a.png", "shards/a.png", "mine/a.png", "near.png", "picture.000.png"):
-        shutil.copy(scans / "labels.000.png", scans / name)
+    for name in ("maps/a.png", "shards/a.png", "copy.png"):
+        shutil.copy(scans / "labels.000.png", scans / name)  # its metadata name this package
+    for name in ("mine/a.png", "picture.000.png"):
+        with Image.open(scans / "labels.000.png") as picture:
+            picture.save(scans / name)
     found, _ = search.find_series(scans)
     assert sum(ref.count for ref in found if ref.kind == "dicom") == first["slices"]
     pictures = {path for ref in found if ref.kind == "png" for path in ref.paths}
@@ -213,7 +218,31 @@ def test_without_a_readable_series_nothing_is_written(trained, tmp_path):
     out = tmp_path / "out" / "labels.csv"
     with pytest.raises(InputError, match=r"broken\.png"):
         predict.predict(trained, scans, out)
-    assert not out.parent.exists()
+    assert [path.name for path in out.parent.iterdir()] == ["labels.failures.csv"]
+    (failure,) = read(out.with_suffix(".failures.csv"))
+    assert failure["input"].endswith("broken.png")
+
+
+def test_a_file_that_aborts_its_decoder_and_odd_names_leave_the_rest(
+    trained, phantom, shared_data, tmp_path
+):
+    scans = tmp_path / os.fsdecode(b"M\xfcller $x$") / "=1\x1b[2J"
+    series = next(path for path in sorted(phantom["dicom"].iterdir()) if path.is_dir())
+    shutil.copytree(series, scans)
+    shutil.copy(shared_data.parent / "cases" / "jpeg_lossless_abort.dcm", scans)
+    values = np.random.default_rng(0).integers(-1000, 300, (48, 48, 3)).astype(np.int16)
+    nibabel.Nifti1Image(values, np.eye(4)).to_filename(scans / "v.nii")
+    out = tmp_path / "out" / "labels.csv"
+    arguments = ["predict", str(tmp_path), "--model", str(trained), "--out", str(out)]
+    for _ in range(2):
+        assert cli.main([*arguments, "--json", "--charts"]) == 3
+        assert len(read(out)) == len(list(series.iterdir())) + 3
+        for path in out.parent.glob("*.[cj]s*"):
+            content = path.read_text(encoding="utf-8")
+            assert "\x1b" not in content and "\\udcfc" not in content, path
+        assert {row["series"] for row in read(out)} >= {r"M\xfcller $x$/=1\x1b[2J/v.nii"}
+        (failure,) = read(out.with_suffix(".failures.csv"))
+        assert "aborted" in failure["reason"]
 
 
 def test_real_series_in_all_formats(trained, shared_data, tmp_path):

@@ -2,12 +2,22 @@
 
 import hashlib
 import hmac
+import os
+import pwd
 import re
 import stat
+import subprocess
+import sys
 
+import nibabel
+import numpy as np
 import pydicom
 import pytest
+from PIL import Image
 from prepared import examples, read_csv
+from test_containers import pack
+from test_dicom import write_series, write_slice
+from test_search import write_pngs
 
 from maknet_jax import prepare
 from maknet_jax.errors import InputError
@@ -135,3 +145,96 @@ def test_a_salt_is_created_once_private_and_reused(phantom, tmp_path, monkeypatc
     path.write_text("short\n")
     with pytest.raises(InputError, match=r"\b5 .*\b16\b"):
         of_dicom(phantom["dicom"], tmp_path / "three", None)
+
+
+def test_names_that_are_not_utf8_or_control_the_terminal_are_escaped(salt, tmp_path):
+    folder = tmp_path / os.fsdecode(b"M\xfcller\x1b[2J")
+    write_series(folder, [0, 5, 10])
+    (folder / "=1+1.dcm").write_bytes(b"x")
+    values = np.arange(-1000, -1000 + 4 * 5 * 3, dtype=np.int16).reshape(4, 5, 3)
+    nibabel.Nifti1Image(values, np.eye(4)).to_filename(folder / "v.nii")
+    summary = of_dicom(tmp_path, tmp_path / "out", salt, workers=2)
+    assert summary["records"] == {"unlabelled": 2} and summary["failures"] == 1
+    for path in (tmp_path / "out").glob("*.[cj]s*"):
+        content = path.read_text(encoding="utf-8")
+        assert "\x1b" not in content and "\udcfc" not in content
+    ((failure),) = read_csv(tmp_path / "out" / "failures.csv")
+    assert failure["input"].endswith(r"M\xfcller\x1b[2J/=1+1.dcm")
+
+
+def test_without_a_usable_series_all_reasons_are_listed(salt, tmp_path):
+    (tmp_path / "in").mkdir()
+    write_series(tmp_path / "in" / "short", [0, 5, 10])
+    for k in range(2):
+        write_slice(tmp_path / "in" / f"mr{k}", Modality="MR", SeriesInstanceUID=f"1.2.{k}")
+    with pytest.raises(InputError) as caught:
+        of_dicom(tmp_path / "in", tmp_path / "out", salt, min_slices=51)
+    message = str(caught.value)
+    for part in ("1 series", "51", "--min-slices", "MR", "(2 inputs)", "out/failures.csv"):
+        assert part in message
+    rows = read_csv(tmp_path / "out" / "failures.csv")
+    assert len(rows) == 3
+    # The folder may be used again.
+    assert of_dicom(tmp_path / "in", tmp_path / "out", salt)["records"] == {"unlabelled": 1}
+
+
+def test_advice_names_options_of_this_command_only(salt, tmp_path):
+    write_series(tmp_path / "in", [0, 5, 10])
+    write_pngs(tmp_path / "in", ["1.png", "2.png", "3.png"])
+    for path in (tmp_path / "in").glob("*.png"):
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(path)
+    of_dicom(tmp_path / "in", tmp_path / "out", salt)
+    (failure,) = read_csv(tmp_path / "out" / "failures.csv")
+    assert "8-bit PNG" in failure["reason"] and "--png-window" not in failure["reason"]
+
+
+def test_archives_and_folders_give_the_same_records(phantom, salt, tmp_path):
+    files = {
+        path.relative_to(phantom["dicom"]).as_posix(): path.read_bytes()
+        for path in sorted(phantom["dicom"].rglob("*.dcm"))
+    }
+    expected = of_dicom(phantom["dicom"], tmp_path / "folder", salt)
+    for ending in (".zip", ".tar.gz"):
+        out = tmp_path / f"out{ending}"
+        of_dicom(pack(tmp_path / f"a{ending}", files), out, salt, workers=2)
+        got = {e.id: e.image.tobytes() for e in examples(out)["unlabelled"]}
+        assert got == {e.id: e.image.tobytes() for e in examples(tmp_path / "folder")["unlabelled"]}
+    assert expected["failures"] == 0
+
+
+def test_without_a_home_folder_the_salt_file_must_be_named(phantom, salt, tmp_path, monkeypatch):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+
+    def unknown(_):
+        raise KeyError("no such user")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(InputError, match="--salt-file"):
+        of_dicom(phantom["dicom"], tmp_path / "none", None)
+    of_dicom(phantom["dicom"], tmp_path / "out", salt)
+
+
+def test_a_full_disk_ends_in_one_line_and_the_command_can_be_repeated(phantom, salt, tmp_path):
+    of_dicom(phantom["dicom"], tmp_path / "expected", salt)
+    command = "import resource, sys; from maknet_jax import cli\n"
+    command += "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1))\n"
+    command += "sys.exit(cli.main(sys.argv[2:]))"
+    arguments = ["prepare", "dicom", phantom["dicom"], "--out", tmp_path / "out", "--salt-file"]
+    arguments += [salt, "--min-slices", "3", "--size", "32", "--workers", "1"]
+    for limit in (50, 4000):  # while the plan is written, and a shard
+        ran = subprocess.run(
+            [sys.executable, "-c", command, str(limit), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+        )
+        assert ran.returncode == 2, ran.stderr
+        assert re.fullmatch(r"maknet: .*/out/\S+: File too large\n", ran.stderr), ran.stderr
+    of_dicom(phantom["dicom"], tmp_path / "out", salt)
+    for name in ("dataset.json", "summary.json", "contact_sheet.png"):
+        assert (tmp_path / "out" / name).is_file()
+    assert everything_of_shards(tmp_path / "out") == everything_of_shards(tmp_path / "expected")
+
+
+def everything_of_shards(out):
+    return {path.name: path.read_bytes() for path in out.rglob("*.array_record")}

@@ -8,6 +8,7 @@ import numpy as np
 import organ_cases
 import pytest
 from prepared import examples, read_csv
+from test_containers import pack
 
 from maknet_jax import cli, prepare
 from maknet_jax.data import records, segmentations, shards
@@ -36,6 +37,27 @@ def run(folders, out, **options):
 def members(out):
     """Case -> split, from the records."""
     return {e.meta["case"]: split for split, rows in examples(out).items() for e in rows}
+
+
+def test_a_zip_of_cases_gives_the_records_of_its_folder(cases, tmp_path):
+    """Also the splits of the table in it, and names for which a spreadsheet needs an apostrophe."""
+    content = {
+        path.relative_to(cases / "b").as_posix().replace("pt_6", "=pt_6"): path.read_bytes()
+        for path in sorted((cases / "b").rglob("*.nii.gz"))
+    }
+    content["meta.csv"] = b"image_id;split\n'=pt_6;val\npt_7;train\n"
+    for name, data in content.items():
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / name).write_bytes(data)
+    for source in (tmp_path / "folder", pack(tmp_path / "a.zip", content)):
+        run([source], tmp_path / f"{source.name}.out", workers=2)
+    folder, packed = (examples(tmp_path / f"{name}.out") for name in ("folder", "a.zip"))
+    assert {split: len(rows) for split, rows in packed.items()} == {"val": 12, "train": 12}
+    for split, rows in folder.items():
+        for one, other in zip(rows, packed[split], strict=True):
+            assert (one.id, one.meta) == (other.id, other.meta)
+            np.testing.assert_array_equal(one.image, other.image)
+            np.testing.assert_array_equal(one.label_mask, other.label_mask)
 
 
 def test_counts_separate_known_and_unknown_labels(cases, tmp_path):

@@ -3,12 +3,14 @@
 import os
 
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
-from test_dicom import write_slice
+from test_dicom import write_series, write_slice
 
-from maknet_jax.ct import search, volumes
+from maknet_jax.ct import reading, search, volumes
 from maknet_jax.errors import InputError, Rejected
+from maknet_jax.figures import charts, contact_sheet
 
 
 def write_pngs(folder, names):
@@ -70,6 +72,46 @@ def test_other_volume_formats_are_rejected_by_name(tmp_path):
     for name in names:
         with pytest.raises(Rejected, match="convert"):
             volumes.load_series_of(tmp_path / name)
+
+
+def write_dicomdir(path, names):
+    """Writes a DICOMDIR that lists images by their ReferencedFileID."""
+    records = [{"DirectoryRecordType": "PATIENT"}]
+    records += [{"DirectoryRecordType": "IMAGE", "ReferencedFileID": name} for name in names]
+    sequence = [pydicom.Dataset() for _ in records]
+    for item, record in zip(sequence, records, strict=True):
+        for key, value in record.items():
+            setattr(item, key, value)
+    directory = {"SOPClassUID": "1.2.840.10008.1.3.10", "DirectoryRecordSequence": sequence}
+    return write_slice(path, **directory, drop=["Modality", "Rows", "PixelData"])
+
+
+def test_a_dicomdir_is_read_as_the_files_that_it_lists(tmp_path):
+    write_series(tmp_path / "st1", [0, 5, 10, 15])
+    for k in range(4):
+        (tmp_path / "st1" / f"{k:03d}.dcm").rename(tmp_path / "st1" / f"im{k}")
+    listed = [["ST1", "IM0"], ["ST1", "IM1"], ["ST1", "IM2"], ["ST1", "IM9"], ["..", "x"]]
+    write_dicomdir(tmp_path / "DICOMDIR", listed[:-1])
+    series, failures = search.find_series(tmp_path / "DICOMDIR")
+    assert [(ref.key, ref.count) for ref in series] == [("1.2.3", 3)]
+    ((path, reason),) = failures
+    assert path == str(tmp_path / "ST1" / "IM9") and "not found" in reason
+    volume, index = volumes.load_series_of(tmp_path / "DICOMDIR")
+    assert index is None and volume.slices == ("st1/im2", "st1/im1", "st1/im0")
+    (tmp_path / "x").write_bytes((tmp_path / "st1" / "im3").read_bytes())
+    with reading.quiet():  # pydicom warns about such names
+        write_dicomdir(tmp_path / "st1" / "DICOMDIR", listed[-1:])
+    series, failures = search.find_series(tmp_path / "st1" / "DICOMDIR")
+    assert series == [] and len(failures) == 1, "files outside of its folder are not read"
+
+
+def test_pictures_that_we_wrote_are_not_taken_for_ct(tmp_path):
+    contact_sheet.write_contact_sheet(tmp_path / "contact_sheet.png", [], [])
+    scores = np.zeros((3, 1))
+    charts.write_label_chart(tmp_path / "labels.000.png", scores, scores > 1, ["liver"])
+    write_pngs(tmp_path, ["1.png", "2.png"])
+    series, failures = search.find_series(tmp_path)
+    assert [ref.count for ref in series] == [2] and failures == []
 
 
 def test_dicom_is_detected_by_content_and_grouped_by_uid(tmp_path):

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import re
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -17,6 +20,10 @@ VOCABULARY = labels.Vocabulary.from_names(["even", "any"])
 class Unit:
     number: int
     count: int = 2
+
+    @property
+    def source(self):
+        return f"unit {self.number}"
 
 
 def make(unit):
@@ -152,6 +159,53 @@ def test_a_run_killed_before_finish_resumes_to_the_same_bytes(whole, tmp_path):
     again = Stopping(0)
     write(tmp_path / "out", again)
     assert content(tmp_path / "out") == content(whole[0])
+
+
+def kill(unit):
+    """`make` whose process dies with unit 5."""
+    if unit.number == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return make(unit)
+
+
+def test_a_worker_that_dies_ends_the_run_and_its_unit_is_named(tmp_path):
+    out = tmp_path / "out"
+    started = time.monotonic()
+    with pytest.raises(InputError, match=r"signal 9.* unit 5,.*--workers"):
+        write(out, kill, workers=2)
+    assert time.monotonic() - started < 60
+    # Again, even with one worker: the rest is prepared, and the killer is rejected.
+    _, failures = write(out, kill)
+    assert [name for name, _ in failures] == ["unit 5", "unit 7", "unit 14", "unit 21"]
+    assert "died twice (signal 9)" in failures[0][1]
+    dataset = records.open_dataset(out)
+    ids = [dataset.source("train")[k].id for k in range(len(dataset.source("train")))]
+    assert ids == [f"{n}-{k}" for n in range(1, 17) if n not in (5, 7, 14) for k in range(2)]
+
+
+def test_a_worker_that_died_once_leaves_no_trace(whole, tmp_path):
+    with pytest.raises(InputError, match="unit 5"):
+        write(tmp_path / "out", kill, workers=2)
+    _, failures = write(tmp_path / "out", workers=2)
+    assert len(failures) == 3 and content(tmp_path / "out") == content(whole[0])
+
+
+def fail(unit):
+    raise ArithmeticError(f"unit {unit.number}")
+
+
+def test_an_exception_of_a_worker_is_raised_here(tmp_path):
+    with pytest.raises(ArithmeticError, match="unit 1"):
+        write(tmp_path / "out", fail, workers=2)
+
+
+def test_a_run_stopped_before_its_plan_was_written_can_be_repeated(whole, tmp_path):
+    out = tmp_path / "out"
+    (out / ".parts").mkdir(parents=True)
+    (out / ".parts" / ".plan.json.x.tmp").write_text("{")  # the write was interrupted
+    (out / "failures.csv").write_text("input,reason\n")  # of a run that could use no input
+    write(out)
+    assert content(out).keys() == content(whole[0]).keys() | {"failures.csv"}
 
 
 def test_an_unfinished_folder_accepts_the_same_plan_only(tmp_path):

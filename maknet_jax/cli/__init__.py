@@ -4,7 +4,9 @@ Exit codes: 0 done; 2 bad arguments or input, with one line that says which; 3 d
 were rejected (`failures.csv`); 75 stopped by a signal, and the same command resumes.
 """
 
+import io
 import os
+import sys
 from collections.abc import Sequence
 
 import maknet_jax
@@ -37,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     level = "2" if getattr(chosen, "distributed", False) else "3"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", level)
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name may not fit the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     return exit_codes.exit_code("maknet", lambda: chosen.run(chosen))
 
 

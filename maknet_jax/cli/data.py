@@ -31,7 +31,9 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
     _add_output_options(verb, size="256; with --lesions 120", dicom=False)
 
     verb = options.verb(forms, "dicom", _run_dicom)
-    verb.add_argument("folder", help="a file or a folder tree of CT")
+    verb.add_argument(
+        "folder", help="a file or a folder tree of CT, a zip or tar of one, or a DICOMDIR"
+    )
     _add_salt_option(verb)
     verb.add_argument(
         "--min-slices",
@@ -219,12 +221,12 @@ def _run_openkbp(chosen: argparse.Namespace) -> int:
     from maknet_jax import prepare
 
     summary = prepare.prepare_openkbp(chosen.folder, chosen.out)
-    print(
+    options.show(
         f"{summary['patients']} patients in {summary['out']}, {summary['present_before']} of them "
         "converted before"
     )
     if summary["failures"]:
-        print(f"rejected: {summary['failures']}, see {summary['out']}/failures.csv")
+        options.show(f"rejected: {summary['failures']}, see {summary['out']}/failures.csv")
     return options.SOME_REJECTED if summary["failures"] else options.DONE
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from maknet_jax.cli.options import BAD_INPUT, DONE, STOPPED
+from maknet_jax.cli.options import BAD_INPUT, DONE, STOPPED, show
 from maknet_jax.errors import InputError, Stopped
 
 
@@ -21,16 +21,16 @@ def exit_code(prog: str, work: Callable[[], int | None]) -> int:
         with _signals_raise():
             return work() or DONE
     except InputError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return BAD_INPUT
+        message, code = str(error), BAD_INPUT
     except Stopped as error:
-        print(f"{prog}: stopped: {error}", file=sys.stderr)
-        return STOPPED
-    except OSError as error:
-        if error.filename is None:
+        message, code = f"stopped: {error}", STOPPED
+    except OSError as error:  # a full disk, a missing permission
+        if error.errno is None:
             raise
-        print(f"{prog}: {error.filename}: {error.strerror}", file=sys.stderr)
-        return BAD_INPUT
+        name = f"{error.filename}: " if error.filename is not None else ""
+        message, code = f"{name}{error.strerror}", BAD_INPUT
+    show(" ".join(f"{prog}: {message}".split("\n")), error=True)
+    return code
 
 
 @contextlib.contextmanager

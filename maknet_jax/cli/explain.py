@@ -206,7 +206,7 @@ def _run_attribute(chosen: argparse.Namespace) -> int:
     )
     for name, share in summary.get("complete", {}).items():
         flagged = summary["flagged"][name]
-        print(
+        options.show(
             f"{name}: {summary['images']} images, {share:.1%} of maps complete to 1 %, {flagged} "
             "flagged"
         )
@@ -216,9 +216,9 @@ def _run_attribute(chosen: argparse.Namespace) -> int:
         for area, values in each.items()
     }
     for name, values in (areas | summary.get("differences", {})).items():
-        print(name, console.format_interval(values))
+        options.show(f"{name} {console.format_interval(values)}")
     if areas:
-        print(console.describe_groups(summary["groups"]))
+        options.show(console.describe_groups(summary["groups"]))
     return _ended(summary)
 
 
@@ -245,9 +245,9 @@ def _run_perturb(chosen: argparse.Namespace) -> int:
 
 def _ended(summary: dict[str, Any]) -> int:
     for file in summary.get("files", ()):
-        print(f"  {file}")
+        options.show(f"  {file}")
     if summary["failures"]:
-        print(f"rejected: {summary['failures']}, see {summary.get('failures_file')}")
+        options.show(f"rejected: {summary['failures']}, see {summary.get('failures_file')}")
     return options.SOME_REJECTED if summary["failures"] else options.DONE
 
 
@@ -267,4 +267,4 @@ def _run_report(chosen: argparse.Namespace) -> None:
         count=chosen.cases,
         ct=chosen.ct,
     )
-    print(page)
+    options.show(str(page))

@@ -43,7 +43,9 @@ def _run_demo(chosen: argparse.Namespace) -> None:
 
 def _predict(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(verbs, "predict", _run_predict)
-    verb.add_argument("path", help="file or folder of DICOM, NIfTI or PNG")
+    verb.add_argument(
+        "path", help="file or folder of DICOM, NIfTI or PNG, a zip or tar of one, or a DICOMDIR"
+    )
     options.model(verb)
     verb.add_argument(
         "--out",
@@ -98,7 +100,7 @@ def _run_predict(chosen: argparse.Namespace) -> int:
     names = ("as_json", "wide", "audit", "charts", "features", "overwrite")
     outputs = options.selected(chosen, *names)
     summary = predict.predict(chosen.model, chosen.path, chosen.out, **scoring, **outputs)
-    print(predict.text(summary))
+    options.show(predict.text(summary))
     return options.SOME_REJECTED if summary["failures"] else options.DONE
 
 
@@ -140,14 +142,14 @@ def _run_export(chosen: argparse.Namespace) -> None:
     names = ("checkpoint", "dtype", "name", "license_name", "data", "zipped", "overwrite")
     summary = export.export(chosen.workdir, chosen.out, **options.selected(chosen, *names))
     splits = ", ".join(summary["splits"]) or "none: run `maknet evaluate` before the export"
-    print(
+    options.show(
         f"{summary['labels']} labels, {summary['checkpoint']} checkpoint, step {summary['step']}; "
         f"scores of: {splits}"
     )
     for name, size in summary["bytes"].items():
-        print(f"  {name}  {size:,} bytes")
+        options.show(f"  {name}  {size:,} bytes")
     for file in summary["files"]:
-        print(f"  {file}")
+        options.show(f"  {file}")
 
 
 def _models(verbs: argparse._SubParsersAction) -> None:

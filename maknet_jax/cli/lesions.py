@@ -82,8 +82,8 @@ def _run_retrieve(chosen: argparse.Namespace) -> None:
     rows = summary["found"]
     print(console.format_table(list(rows[0]), [row.values() for row in rows]))
     if summary["left_out"]:
-        print(
+        options.show(
             f"{summary['left_out']} lesions of the query's patient are left out: --include-patient "
             "lists them"
         )
-    print("\n".join(f"  {file}" for file in summary["files"]))
+    options.show("\n".join(f"  {file}" for file in summary["files"]))

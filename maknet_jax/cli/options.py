@@ -1,15 +1,18 @@
 """Shared by the commands: exit codes, the parser, common options and the start of JAX."""
 
 import argparse
+import contextlib
 import csv
 import inspect
 import math
 import os
 import pathlib
+import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from maknet_jax import files
 from maknet_jax.errors import InputError, did_you_mean
 
 OVERRIDES = ("assume_hu", "allow_lossy")  # stored by `override_options`
@@ -36,6 +39,12 @@ class Parser(argparse.ArgumentParser):
 def selected(chosen: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Some of the parsed options by name, as keyword arguments of a verb."""
     return {name: getattr(chosen, name) for name in names}
+
+
+def show(text: str, *, error: bool = False) -> None:
+    """Prints text on standard output or error; names in it cannot send control characters."""
+    lines = map(files.printable, text.split("\n"))
+    print("\n".join(lines), file=sys.stderr if error else sys.stdout)
 
 
 def config_changes(
@@ -213,7 +222,8 @@ def start_jax(distributed: bool = False) -> None:
             ) from None
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "maknet" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache.expanduser()))
+        with contextlib.suppress(RuntimeError):  # no home folder: programs are compiled each time
+            jax.config.update("jax_compilation_cache_dir", str(cache.expanduser()))
 
 
 def _integer_variable(name: str) -> int | None:

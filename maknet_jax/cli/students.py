@@ -61,8 +61,12 @@ def _run_pseudo_label(chosen: argparse.Namespace) -> None:
     result = pseudo_label.pseudo_label(
         chosen.model, chosen.records, chosen.out, **options.selected(chosen, *names)
     )
-    print(f"{result['kept']} of {result['images']} images labelled, see {chosen.out}/pseudo.json")
-    print(f"images per label: {chosen.out}/counts.csv, histogram.png; other thresholds: sweep.csv")
+    options.show(
+        f"{result['kept']} of {result['images']} images labelled, see {chosen.out}/pseudo.json"
+    )
+    options.show(
+        f"images per label: {chosen.out}/counts.csv, histogram.png; other thresholds: sweep.csv"
+    )
 
 
 def _noisy_student(verbs: argparse._SubParsersAction) -> None:
@@ -88,4 +92,4 @@ def _run_noisy_student(chosen: argparse.Namespace) -> None:
     )
     titles = [f"round {number}" for number in range(len(summary["rounds"]))]
     print(evaluate.table(summary["rounds"], titles))
-    print("\ntable 2: " + ", ".join(summary["files"]))
+    options.show("\ntable 2: " + ", ".join(summary["files"]))

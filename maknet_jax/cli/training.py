@@ -53,8 +53,8 @@ def _run_import_weights(chosen: argparse.Namespace) -> None:
         chosen.source, chosen.out, model=chosen.model, **scaling
     )
     unplaced = ", ".join(summary["unplaced"]) or "none"
-    print(f"{summary['placed']} arrays of {chosen.source} placed; not used: {unplaced}")
-    print(f"  {summary['out']}  for --config.init.path; digest {summary['digest']}")
+    options.show(f"{summary['placed']} arrays of {chosen.source} placed; not used: {unplaced}")
+    options.show(f"  {summary['out']}  for --config.init.path; digest {summary['digest']}")
 
 
 def _train(verbs: argparse._SubParsersAction) -> None:
@@ -104,7 +104,7 @@ def _run_train(chosen: argparse.Namespace) -> None:
     if summary["best_val_auc"] is not None:
         auc, step = summary["best_val_auc"], summary["best_step"]
         best = f"best validation AUC {auc:.4f} at step {step}, in best/"
-    print(f"{summary['steps']} steps done, {best}; {chosen.workdir}/summary.json")
+    options.show(f"{summary['steps']} steps done, {best}; {chosen.workdir}/summary.json")
 
 
 def _evaluate(verbs: argparse._SubParsersAction) -> None:
@@ -151,11 +151,11 @@ def _run_evaluate(chosen: argparse.Namespace) -> None:
         out=chosen.out,
     )
     print(evaluate.table([summary], [pathlib.Path(chosen.model).name]))
-    print(
+    options.show(
         f"\n{summary['checkpoint']} checkpoint, step {summary['step']}; thresholds "
         f"{summary['thresholds']}; rules {summary['rules']}; macro averages over labels with "
         "positives and negatives"
     )
     if summary["trained_on"]:
-        print(f"trained on {summary['trained_on']}")
-    print(f"per label: {summary['out']}/*_labels.csv")
+        options.show(f"trained on {summary['trained_on']}")
+    options.show(f"per label: {summary['out']}/*_labels.csv")

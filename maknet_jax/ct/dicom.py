@@ -8,16 +8,18 @@ import pathlib
 import struct
 import zlib
 from collections.abc import Sequence
+from typing import IO, BinaryIO, cast
 
 import numpy as np
 import pydicom
 from pydicom import uid as dicom_uid
 
-from maknet_jax.ct import dicom_pixels, geometry, reading, units
+from maknet_jax.ct import containers, dicom_pixels, geometry, reading, units
 from maknet_jax.ct.reading import LARGEST_MATRIX, content_id, one_line, quiet
 from maknet_jax.errors import Rejected
 
-LARGEST_FILE = 256 << 20  # bytes, as stored and inflated: a slice of 4096 x 4096 takes 32 MiB
+LARGEST_FILE = 256 << 20  # bytes
+LARGEST_INFLATED = 64 << 20  # bytes of a deflated file: a slice of 4096 x 4096 takes 32 MiB
 
 _NAMES = (".dcm", ".ima", ".dicom")
 _NOT_A_SLICE = {"LOCALIZER", "SCREEN SAVE", "MIP", "PROJECTION IMAGE"}
@@ -82,7 +84,7 @@ class Header:
 
 def looks_like_dicom(path: str | os.PathLike[str]) -> bool:
     """Whether a file claims to be DICOM: by its content, or by a name such as `.dcm`."""
-    with open(path, "rb") as file:
+    with containers.open_file(path) as file:
         start = file.read(132)
     if start[128:] == b"DICM":
         return True
@@ -91,40 +93,57 @@ def looks_like_dicom(path: str | os.PathLike[str]) -> bool:
     return begins or pathlib.Path(path).suffix.lower() in _NAMES
 
 
-def _inflated(path: str) -> io.BytesIO | None:
+def file_meta(file: IO[bytes]) -> pydicom.Dataset:
+    """The file meta information, empty without a preamble; leaves the file at the data set."""
+    bounded = cast("BinaryIO", reading.Bounded(file))
+    bounded.seek(128)
+    if bounded.read(4) != b"DICM":
+        return pydicom.Dataset()
+    return pydicom.filereader.read_dataset(
+        bounded,
+        is_implicit_VR=False,
+        is_little_endian=True,
+        stop_when=lambda tag, vr, length: tag.group != 2,
+    )
+
+
+def _inflated(file: IO[bytes]) -> io.BytesIO | None:
     """The content of a deflated file as explicit little endian, or None for any other file."""
-    with open(path, "rb") as file:
-        start = file.read(4096)
-        if str(dicom_uid.DeflatedExplicitVRLittleEndian).encode() not in start:
-            return None
-        meta = pydicom.filereader.read_file_meta_info(path)
-        if meta.get("TransferSyntaxUID") != dicom_uid.DeflatedExplicitVRLittleEndian:
-            return None
-        # Skips the preamble, "DICM", the group length element, and the group of that length.
-        file.seek(132 + 12 + meta.FileMetaInformationGroupLength)
-        stream = zlib.decompressobj(-zlib.MAX_WBITS)
-        content = stream.decompress(file.read(), LARGEST_FILE)
+    syntax = file_meta(file).get("TransferSyntaxUID")
+    if syntax != dicom_uid.DeflatedExplicitVRLittleEndian:
+        return None
+    stream = zlib.decompressobj(-zlib.MAX_WBITS)
+    uid = str(dicom_uid.ExplicitVRLittleEndian).encode() + b"\0"
+    element = b"\x02\x00\x10\x00UI" + struct.pack("<H", len(uid)) + uid
+    content = io.BytesIO()
+    content.write(bytes(128) + b"DICM" + element)
+    while not stream.eof and (packed := stream.unconsumed_tail or file.read(1 << 20)):
+        content.write(stream.decompress(packed, 1 << 20))
+        if content.tell() > LARGEST_INFLATED:
+            raise Rejected(f"the deflated file inflates to more than {LARGEST_INFLATED >> 20} MiB")
     if not stream.eof:
-        if len(content) >= LARGEST_FILE:
-            raise Rejected(f"the deflated file inflates to more than {LARGEST_FILE >> 20} MiB")
         raise Rejected("truncated: the deflated data end early")
-    syntax = str(dicom_uid.ExplicitVRLittleEndian).encode() + b"\0"
-    element = b"\x02\x00\x10\x00UI" + struct.pack("<H", len(syntax)) + syntax
-    return io.BytesIO(bytes(128) + b"DICM" + element + content)
+    content.seek(0)
+    return content
 
 
 def _read(path: str, *, pixels: bool) -> pydicom.Dataset:
     """The data set of a file: the elements in _TAGS, and the pixel data if `pixels`."""
-    if os.path.getsize(path) > LARGEST_FILE:
+    if containers.size(path) > LARGEST_FILE:
         raise Rejected(
             f"the file is larger than {LARGEST_FILE >> 20} MiB, the limit for a CT slice"
         )
-    return pydicom.dcmread(
-        _inflated(path) or path,
-        force=True,
-        stop_before_pixels=not pixels,
-        specific_tags=[*_TAGS, "PixelData"] if pixels else list(_TAGS),
-    )
+    with containers.open_file(path) as file:
+        content = _inflated(file)
+        file.seek(0)
+        if content is None and pixels and not isinstance(file, io.BufferedReader):
+            content = io.BytesIO(file.read())  # verifies the checksum of a member of a zip
+        return pydicom.dcmread(
+            cast("BinaryIO", reading.Bounded(content or file)),
+            force=True,
+            stop_before_pixels=not pixels,
+            specific_tags=[*_TAGS, "PixelData"] if pixels else list(_TAGS),
+        )
 
 
 def read_header(
@@ -161,7 +180,7 @@ def _header(data: pydicom.Dataset, path: str, overrides: reading.Overrides) -> H
         return None
     uid = data.get("SOPInstanceUID") or meta.get("MediaStorageSOPInstanceUID")
     if not uid:
-        uid = content_id(pathlib.Path(path).read_bytes())
+        uid = content_id(containers.read_file(path))
     header = Header(path, str(data.get("SeriesInstanceUID") or ""), str(uid))
     # Without file meta information pydicom detects the encoding.
     syntax = meta.get("TransferSyntaxUID")
@@ -257,8 +276,11 @@ def _problem(data: pydicom.Dataset, modality: str, storage: str, syntax: str) ->
         return f"PixelRepresentation {signed}: expected 0 or 1"
     if slope is None or intercept is None:
         return "no RescaleSlope or RescaleIntercept: the values cannot be converted to HU"
-    if not (math.isfinite(slope) and slope > 0 and math.isfinite(intercept)):
-        return f"RescaleSlope {slope} and RescaleIntercept {intercept}: expected finite, slope > 0"
+    if not (0 < slope <= 1e6 and abs(intercept) <= 1e9):  # the rest overflows or is not finite
+        return (
+            f"RescaleSlope {slope} and RescaleIntercept {intercept}: expected a slope above 0 and "
+            "at most 1e6, and an intercept of at most 1e9"
+        )
     letters = "".join(filter(str.isalpha, unit.lower()))
     # GDCM and SimpleITK write US (unspecified), GE "Houndsfield Unit"; HU_MOD is another unit.
     if letters not in ("", "hu", "us", "unspecified") and not letters.startswith("houn"):

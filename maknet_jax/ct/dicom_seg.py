@@ -7,13 +7,13 @@ Reading needs highdicom, the extra `dicom-seg`.
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pydicom
 from pydicom import uid as dicom_uid
 
-from maknet_jax.ct import dicom, geometry
+from maknet_jax.ct import containers, dicom, geometry
 from maknet_jax.ct.reading import one_line, quiet
 from maknet_jax.errors import InputError, Rejected
 
@@ -46,15 +46,14 @@ class SegHeader:
 
 def is_segmentation(path: str | os.PathLike[str]) -> bool:
     """Whether a file is a DICOM SEG, by its file meta information."""
-    with open(path, "rb") as file:
-        if file.read(132)[128:] != b"DICM":
-            return False
     try:
-        with quiet():
-            meta = pydicom.filereader.read_file_meta_info(path)
+        with quiet(), containers.open_file(path) as file:
+            meta = dicom.file_meta(file)
+            return meta.get("MediaStorageSOPClassUID") in SEGMENTATIONS
+    except OSError:
+        raise
     except Exception:  # pydicom raises any exception on broken files; a CT reader reports them
         return False
-    return meta.get("MediaStorageSOPClassUID") in SEGMENTATIONS
 
 
 def read_header(path: str | os.PathLike[str]) -> SegHeader:
@@ -64,8 +63,10 @@ def read_header(path: str | os.PathLike[str]) -> SegHeader:
       Rejected: the file is broken, of several series, or has fractional or unnamed segments.
     """
     try:
-        with quiet():
-            data = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_TAGS))
+        with quiet(), containers.open_file(path) as file:
+            data = pydicom.dcmread(
+                cast("BinaryIO", file), stop_before_pixels=True, specific_tags=list(_TAGS)
+            )
         kind = str(data.get("SegmentationType") or "")
         series = [str(item.SeriesInstanceUID) for item in data.get("ReferencedSeriesSequence", [])]
         segments = tuple(
@@ -118,8 +119,8 @@ class Segmentation:
         highdicom = require_highdicom()
         self._slices = slices
         try:
-            with quiet():
-                self._seg = highdicom.seg.segread(path)
+            with quiet(), containers.open_file(path) as file:
+                self._seg = highdicom.seg.segread(file)
                 self._check_grid()
         except Rejected:
             raise

@@ -1,6 +1,7 @@
 """CT volumes and label maps as NIfTI, converted to the standard orientation by their affine."""
 
 import gzip
+import io
 import itertools
 import os
 import xml.etree.ElementTree as ElementTree
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from maknet_jax.ct import geometry, reading, units
+from maknet_jax.ct import containers, geometry, reading, units
 from maknet_jax.ct.reading import LARGEST_MATRIX, LARGEST_SERIES, one_line, quiet
 from maknet_jax.errors import Rejected
 
@@ -124,11 +125,9 @@ def read_label_names(path: str | os.PathLike[str]) -> dict[int, str]:
     Raises:
       Rejected: the file or the table cannot be read.
     """
-    import nibabel
-
     try:
         with quiet():
-            image = cast("Nifti1Image", nibabel.load(path))
+            image = _load(path)
             contents = [extension.get_content() for extension in image.header.extensions]
         texts = [bytes(content) for content in contents if isinstance(content, bytes | bytearray)]
         tables = [text for text in texts if b"<LabelTable" in text]
@@ -158,11 +157,9 @@ def _grid_difference(one: _Opened, other: _Opened) -> str:
 
 def _open(path: str | os.PathLike[str]) -> _Opened:
     """Reads and checks the header only."""
-    import nibabel  # slow to import, and most runs read no NIfTI
-
     try:
         with quiet():
-            image = cast("Nifti1Image", nibabel.load(path))
+            image = _load(path)
             shape = tuple(int(n) for n in image.shape)
             dtype = image.get_data_dtype()
             header = image.header
@@ -214,6 +211,22 @@ def _qform(header: Any) -> np.ndarray | None:
         raise
 
 
+def _load(path: str | os.PathLike[str]) -> "Nifti1Image":
+    """The image of a file, or of a member of an archive, which is read as a stream."""
+    import nibabel  # slow to import, and most runs read no NIfTI
+
+    if not containers.in_archive(path):
+        return cast("Nifti1Image", nibabel.load(path))
+    file = cast("io.BufferedIOBase", containers.open_file(path))
+    if os.fspath(path).lower().endswith(".gz"):
+        file = gzip.GzipFile(fileobj=file)
+    version = file.read(4)
+    file.seek(0)
+    second = 540 in (int.from_bytes(version, "little"), int.from_bytes(version, "big"))
+    kind = nibabel.Nifti2Image if second else nibabel.Nifti1Image
+    return cast("Nifti1Image", kind.from_stream(file))
+
+
 def geometry_of(
     affine: np.ndarray,
 ) -> tuple[tuple[geometry.StoredAxis, geometry.StoredAxis, geometry.StoredAxis], list[float]]:
@@ -255,7 +268,7 @@ def _gzip_values(opened: _Opened) -> np.ndarray:
     proxy = opened.proxy
     dtype, shape = np.dtype(proxy.dtype), proxy.shape
     size = int(np.prod(shape)) * dtype.itemsize
-    with gzip.open(opened.path) as file:
+    with containers.open_file(opened.path) as packed, gzip.GzipFile(fileobj=packed) as file:
         file.seek(proxy.offset)
         content = file.read(size)
         while rest := file.read(1 << 20):

@@ -11,7 +11,8 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from maknet_jax.ct import units
+from maknet_jax import files
+from maknet_jax.ct import containers, units
 from maknet_jax.ct.reading import LARGEST_MATRIX, one_line
 from maknet_jax.errors import InputError, Rejected
 
@@ -19,6 +20,16 @@ OFFSET = 32768  # DeepLesion stores HU + 32768
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _GREY = 0  # colour type
+_WINDOW_ADVICE = ": add --png-window LOW,HIGH"
+
+
+def is_own_output(path: str | os.PathLike[str]) -> bool:
+    """Whether this package wrote a PNG (a chart, a contact sheet), which is not CT."""
+    try:
+        with containers.open_file(path) as file:
+            return b"Software\0" + files.PNG_SOFTWARE.encode() in file.read(1024)
+    except OSError:
+        return False  # read_png() reports it
 
 
 def split_name(path: str | os.PathLike[str]) -> tuple[str, int | None]:
@@ -74,7 +85,7 @@ def read_png(
     if window is not None:
         check_window(window)
     try:
-        content = pathlib.Path(path).read_bytes()
+        content = containers.read_file(path)
     except OSError as error:
         raise Rejected(f"cannot be read ({error.strerror})") from error
     if not content.startswith(_SIGNATURE) or content[12:16] != b"IHDR" or len(content) < 33:
@@ -88,9 +99,7 @@ def read_png(
     if depth != 8:
         raise Rejected(f"{depth}-bit PNG of colour type {colour}: expected 16-bit grey or 8-bit")
     if window is None:
-        raise Rejected(
-            "8-bit PNG: HU are unknown without the display window: add --png-window LOW,HIGH"
-        )
+        raise Rejected("8-bit PNG: HU are unknown without the display window" + _WINDOW_ADVICE)
     pixels = _pixels(content, None if colour == _GREY else "RGBA")
     if pixels.ndim == 3:
         if (pixels[..., 3] != 255).any():
@@ -100,6 +109,11 @@ def read_png(
         pixels = pixels[..., 0]
     low, high = window
     return np.rint(low + pixels.astype(np.float64) * ((high - low) / 255)).astype(np.int16)
+
+
+def reason_without_window(error: Exception) -> str:
+    """The reason of a rejection, for commands without the option --png-window."""
+    return str(error).removesuffix(_WINDOW_ADVICE)
 
 
 def check_window(window: tuple[float, float]) -> None:

@@ -18,13 +18,25 @@ def read_salt(path: str | os.PathLike[str] | None, *, log: console.Log) -> str:
       log: gets a message if a salt is created.
 
     Raises:
-      InputError: the salt has fewer than 16 characters.
+      InputError: the salt has fewer than 16 characters, or there is no place for it.
     """
     default = pathlib.Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config") / "maknet" / "salt"
-    salt_file = pathlib.Path(path or default).expanduser()
+    try:
+        salt_file = pathlib.Path(path or default).expanduser()
+    except RuntimeError:  # HOME is not set, and the user has no other home folder
+        raise InputError(
+            f"{path or default}, the salt of the pseudonymous ids, is in an unknown home folder: "
+            "pass --salt-file"
+        ) from None
     if not salt_file.exists():
-        with files.write_whole(salt_file, private=True) as file:
-            file.write(secrets.token_hex(32) + "\n")
+        try:
+            with files.write_whole(salt_file, private=True) as file:
+                file.write(secrets.token_hex(32) + "\n")
+        except OSError as error:
+            raise InputError(
+                f"{salt_file}, the salt of the pseudonymous ids, cannot be written "
+                f"({error.strerror}): pass --salt-file"
+            ) from None
         log.say(
             f"created {salt_file}, the salt of the pseudonymous ids: keep it to get the same ids"
         )

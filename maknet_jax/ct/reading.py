@@ -10,9 +10,13 @@ import logging
 import threading
 import warnings
 from collections.abc import Iterator
+from typing import IO
+
+from maknet_jax.errors import Rejected
 
 LARGEST_MATRIX = 4096  # rows or columns of a slice
 LARGEST_SERIES = 8 << 30  # bytes of int16
+MOST_READS = 500_000  # of one DICOM file: two seconds; a header has some hundred elements
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,3 +81,25 @@ def one_line(error: BaseException) -> str:
 def content_id(content: bytes) -> str:
     """An id computed from the SHA-256 of some bytes, for files without a UID."""
     return "sha256:" + hashlib.sha256(content).hexdigest()[:32]
+
+
+class Bounded:
+    """A binary file that is read in a limited number of pieces, which bounds the time to parse it.
+
+    A parser needs a read for every element, so a file of many empty elements takes minutes.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._read, self.seek, self.tell = file.read, file.seek, file.tell
+        self._left = MOST_READS
+
+    def read(self, size: int = -1) -> bytes:
+        """Reads `size` bytes, or all.
+
+        Raises:
+          Rejected: after `MOST_READS` calls.
+        """
+        self._left -= 1
+        if self._left < 0:
+            raise Rejected(f"more than {MOST_READS} elements: not a CT slice")
+        return self._read(size)

@@ -2,13 +2,16 @@
 
 import concurrent.futures
 import dataclasses
+import errno
 import functools
+import itertools
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
-from maknet_jax.ct import dicom, nifti, own_outputs, png, reading
-from maknet_jax.ct.reading import content_id
+from maknet_jax import files
+from maknet_jax.ct import archives, containers, dicom, dicomdir, nifti, own_outputs, png, reading
+from maknet_jax.ct.reading import content_id, one_line
 from maknet_jax.ct.stacks import order_slices
 from maknet_jax.errors import InputError, Rejected
 
@@ -64,47 +67,56 @@ def find_series(
 ) -> tuple[list[SeriesRef], list[tuple[str, str]]]:
     """Finds all CT series in a file or a folder tree; only headers are read.
 
+    Links are followed, and zip and tar archives are folders. Hidden files, files that do not claim
+    to be images, and pictures that this package has written are skipped.
+
     Args:
-      path: a file or a folder.
+      path: a file, a folder, an archive, or a DICOMDIR, which lists the files to read.
       workers: threads that read DICOM headers.
       overrides: what is read although it would be rejected.
 
     Returns:
-      (series in a fixed order, (path, reason) of each image that cannot be used). Files that do
-      not claim to be images are skipped. Slices of one DICOM series that share a reason make one
-      entry.
+      (series in a fixed order, (path, reason) of each file, folder and archive that cannot be
+      used). Slices of one DICOM series that share a reason make one entry.
 
     Raises:
-      InputError: the path does not exist.
+      InputError: the path does not exist, or is not a file or a folder.
     """
-    path = pathlib.Path(path)
-    if not path.exists():
-        raise InputError(f"{path} does not exist: pass a file or a folder of CT")
-    search = _Search(str(path if path.is_dir() else path.parent))
+    path = str(pathlib.Path(path))
+    folder = containers.is_folder(path)
+    if not folder and not containers.is_file(path):
+        state = "is neither a file nor a folder" if os.path.lexists(path) else "does not exist"
+        raise InputError(f"{path} {state}: pass a file or a folder of CT")
+    search = _Search(path if folder else os.path.dirname(path) or ".")
     headers: list[dicom.Header] = []
     pictures = []
     read = functools.partial(header_of, overrides=overrides)
     with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
-        files = _walk(path)
-        while batch := [file for file, _ in zip(files, range(_BATCH), strict=False)]:
+        paths = _walk(path, folder, search.failures)
+        while batch := list(itertools.islice(paths, _BATCH)):
             others = []
-            for file in batch:
+            for file in containers.in_order(batch):
                 name = os.path.basename(file).lower()
                 if name.endswith((".nii", ".nii.gz")):
                     _add_nifti(file, search)
                 elif name.endswith(".png"):
-                    pictures.append(file)
+                    if not png.is_own_output(file):
+                        pictures.append(file)
                 else:
                     others.append(file)
-            for file, header in zip(others, pool.map(read, others), strict=True):
+            # A compressed tar is read in its order, by one thread.
+            one_by_one = [file for file in others if containers.reading_order(file)[0]]
+            at_once = [file for file in others if not containers.reading_order(file)[0]]
+            found = itertools.chain(map(read, one_by_one), pool.map(read, at_once))
+            for file, header in zip(one_by_one + at_once, found, strict=True):
                 if isinstance(header, OSError):
                     search.failures.append((file, f"cannot be read ({header.strerror})"))
                 elif header is not None:
                     headers.append(header)
                 elif reason := other_format(file):
                     search.failures.append((file, reason))
-    _add_dicom(headers, search)
-    _add_png(pictures, search)
+    _add_dicom(sorted(headers, key=lambda header: header.path), search)
+    _add_png(sorted(pictures), search)
     ordered = sorted(search.series, key=lambda ref: (ref.paths[0], ref.key))
     return ordered, sorted(search.failures)
 
@@ -123,6 +135,8 @@ def header_of(
         return dicom.read_header(path, overrides) if dicom.looks_like_dicom(path) else None
     except OSError as error:
         return error
+    except archives.DAMAGED as error:  # of an archive
+        return OSError(errno.EIO, f"damaged archive: {one_line(error)}")
 
 
 def group_by_series(headers: Iterable[dicom.Header]) -> list[list[dicom.Header]]:
@@ -140,29 +154,27 @@ def group_by_series(headers: Iterable[dicom.Header]) -> list[list[dicom.Header]]
 def series_key(group: Sequence[dicom.Header]) -> str:
     """The SeriesInstanceUID of a group, or an id computed from the UIDs of its slices."""
     if group[0].series:
-        return group[0].series
+        return files.printable(group[0].series)
     return content_id("\n".join(sorted(header.uid for header in group)).encode())
 
 
 def relative_name(path: str, root: str) -> str:
-    """`path` relative to `root`, with forward slashes."""
-    return pathlib.PurePath(os.path.relpath(path, root)).as_posix()
+    """`path` relative to `root`, with forward slashes; what cannot be printed is escaped."""
+    return files.printable(pathlib.PurePath(os.path.relpath(path, root)).as_posix())
 
 
-def _walk(path: pathlib.Path) -> Iterator[str]:
-    """Yields the files of a tree in sorted order, without hidden ones and our own outputs."""
-    if not path.is_dir():
-        yield str(path)
-        return
-    for folder, folders, names in os.walk(path):
-        if folder != str(path) and own_outputs.is_output_folder(folder, names):
-            folders.clear()
-            continue
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(set(names) - own_outputs.output_files(folder, names)):
-            full = os.path.join(folder, name)
-            if not name.startswith(".") and os.path.isfile(full):
-                yield full
+def _walk(path: str, folder: bool, failures: list[tuple[str, str]]) -> Iterator[str]:
+    """Yields the files of a tree in sorted order, or those that a DICOMDIR lists."""
+    if folder:
+        for place, folders, names in containers.walk(path, failures):
+            if place != path and own_outputs.is_output_folder(place, names):
+                folders.clear()
+            else:
+                yield from (os.path.join(place, name) for name in names)
+    elif dicomdir.is_dicomdir(path):
+        yield from dicomdir.listed_files(path, failures)
+    else:
+        yield path
 
 
 def _add_nifti(path: str, search: _Search) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from maknet_jax.ct import dicom, nifti, png, reading, search, units
+from maknet_jax.ct import containers, dicom, dicomdir, nifti, png, reading, search, units
 from maknet_jax.ct.read_ahead import read_ahead
 from maknet_jax.ct.reading import content_id
 from maknet_jax.ct.search import SeriesRef
@@ -126,10 +126,11 @@ def load_series_of(
       Rejected: the file or its series cannot be used.
     """
     path = pathlib.Path(path)
-    if not path.exists():
+    folder = containers.is_folder(path)
+    if not folder and not containers.is_file(path):
         raise InputError(f"{path} does not exist: pass a CT file or the folder of a series")
     name = path.name.lower()
-    if path.is_dir() or name.endswith((".nii", ".nii.gz")):
+    if folder or name.endswith((".nii", ".nii.gz")) or dicomdir.is_dicomdir(str(path)):
         ref = _only_series(path, overrides)
         return load_series(ref, png_window=png_window, overrides=overrides), None
     if name.endswith(".png"):
@@ -164,7 +165,7 @@ def _only_series(path: pathlib.Path, overrides: reading.Overrides) -> SeriesRef:
 
 
 def _file_id(path: str) -> str:
-    return content_id(pathlib.Path(path).read_bytes())
+    return content_id(containers.read_file(path))
 
 
 def _load_dicom(
@@ -178,7 +179,7 @@ def _load_dicom(
       distance: mm between slices, if `ref` is a part of a series that was already checked.
     """
     headers, planes, values = [], {}, units.Values()
-    for path in ref.paths:
+    for path in containers.in_order(ref.paths):
         try:
             header, planes[path] = dicom.read_slice(path, values, overrides)
         except Rejected as error:
@@ -202,16 +203,15 @@ def _folder_headers(
     folder: str, _mtime_ns: int, overrides: reading.Overrides
 ) -> list[dicom.Header]:
     """The headers of the DICOM files directly in a folder, cached for reading slice by slice."""
-    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    paths = [os.path.join(folder, name) for name in names]
-    headers = [search.header_of(path, overrides) for path in paths if os.path.isfile(path)]
+    paths = [os.path.join(folder, name) for name in containers.list_folder(folder)]
+    headers = [search.header_of(path, overrides) for path in containers.in_order(paths)]
     return [header for header in headers if isinstance(header, dicom.Header)]
 
 
 def _load_dicom_neighbours(
     path: pathlib.Path, around: int, overrides: reading.Overrides
 ) -> tuple[Volume, int]:
-    headers = _folder_headers(str(path.parent), os.stat(path.parent).st_mtime_ns, overrides)
+    headers = _folder_headers(str(path.parent), containers.modified(path.parent), overrides)
     centre = next((header for header in headers if header.path == str(path)), None)
     if centre is None:
         reason = search.other_format(path)
@@ -233,7 +233,7 @@ def _load_png_neighbours(
 ) -> tuple[Volume, int]:
     before, after = (str(png.neighbour_path(path, offset)) for offset in (-1, 1))
     centre = str(path)
-    paths = tuple(p for p in (before, centre, after) if p == centre or os.path.exists(p))
+    paths = tuple(p for p in (before, centre, after) if p == centre or containers.is_file(p))
     series, _ = png.split_name(path)
     ref = SeriesRef("png", paths, series, len(paths), str(path.parent))
     return load_series(ref, png_window=window, overrides=overrides), paths.index(centre)

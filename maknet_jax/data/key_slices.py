@@ -6,9 +6,9 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from maknet_jax.ct import preprocess, reading, volumes
-from maknet_jax.data import deeplesion, labels, lesions, shards
-from maknet_jax.data.labels import Vocabulary
+from maknet_jax.ct import png, preprocess, reading, volumes
+from maknet_jax.data import deeplesion, lesions, shards
+from maknet_jax.data.labels import Vocabulary, ontology_vocabulary, read_ontology
 from maknet_jax.data.triplets import encode_with_labels
 from maknet_jax.errors import InputError, Rejected
 
@@ -25,6 +25,11 @@ class _KeySlice:
     size: int
     overrides: reading.Overrides
     count: int = 1
+
+    @property
+    def source(self) -> str:
+        """The path of its input."""
+        return self.path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,46 +51,6 @@ class RecordPlan:
     labels: bytes = b""
     label_mask: bytes = b""
     lesion_idx: int | None = None
-
-
-def read_labels(
-    rows: Sequence[deeplesion.Lesion],
-    label_file: str | os.PathLike[str],
-    hand_labels: str | os.PathLike[str] | None,
-    ontology: str | os.PathLike[str],
-    *,
-    patches: bool,
-) -> tuple[Vocabulary, list[deeplesion.LabelledLesion], dict[str, Any]]:
-    """Reads LesaNet's label files.
-
-    Args:
-      rows: the rows of DL_info.csv.
-      label_file: the text-mined labels and split (JSON).
-      hand_labels: the hand-labelled test set (JSON).
-      ontology: the ontology (xlsx).
-      patches: all 171 labels, not only the body parts.
-
-    Returns:
-      (vocabulary, labelled lesions, what `dataset.json` says about them).
-    """
-    mined = deeplesion.read_mined_labels(label_file)
-    hand = deeplesion.read_hand_labels(hand_labels) if hand_labels else None
-    terms = labels.read_ontology(ontology)
-    labels.ontology_vocabulary(terms, mined.terms)  # raises if a term is unknown
-    names = [term for term in mined.terms if patches or terms[term].label_class == "bodypart"]
-    vocabulary = labels.ontology_vocabulary(terms, names)
-    numbering = deeplesion.number_lesions(rows, mined)
-    labelled, counts = deeplesion.label_lesions(
-        numbering, mined, hand, vocabulary, uncertain_unknown=patches
-    )
-    about = {"numbering": numbering.reason, "label_counts": counts}
-    about["direct_parents"] = {
-        name: [parent for parent in terms[name].parents if parent in vocabulary.index]
-        for name in vocabulary.names
-    }
-    # The paper counts lesions with a body part only.
-    about["paper_counts"] = dict.fromkeys(counts, "-") if patches else deeplesion.PAPER_COUNTS
-    return vocabulary, labelled, about
 
 
 def plan_unlabelled(rows: Iterable[deeplesion.Lesion], *, patches: bool) -> list[RecordPlan]:
@@ -190,7 +155,7 @@ def make_key_slice(unit: _KeySlice) -> shards.UnitResult:
     try:
         volume, centre = volumes.load_series_of(unit.path, overrides=unit.overrides)
     except (Rejected, InputError) as error:
-        return shards.UnitResult(failures=((unit.path, str(error)),))
+        return shards.UnitResult(failures=((unit.path, png.reason_without_window(error)),))
     slices = preprocess.neighbours(volume.hu, centre or 0)
     image, box = preprocess.make_triplet(slices, unit.size)
     meta = dict(unit.meta) | {"crop": box}
@@ -207,6 +172,49 @@ def make_lesion(unit: _KeySlice) -> shards.UnitResult:
             unit.path, box, meta["spacing"], unit.size, unit.overrides
         )
     except (Rejected, InputError) as error:
-        return shards.UnitResult(failures=((unit.path, str(error)),))
+        return shards.UnitResult(failures=((unit.path, png.reason_without_window(error)),))
     record = encode_with_labels(unit.id, image, unit.labels, unit.label_mask, meta)
     return shards.UnitResult((record,), counters={"neighbours repeated": repeated})
+
+
+def read_labels(
+    rows: Sequence[deeplesion.Lesion],
+    label_file: str | os.PathLike[str],
+    hand_labels: str | os.PathLike[str] | None,
+    ontology: str | os.PathLike[str],
+    *,
+    patches: bool,
+) -> tuple[Vocabulary, list[deeplesion.LabelledLesion], dict[str, Any]]:
+    """Reads LesaNet's labels of the rows of `DL_info.csv`.
+
+    Args:
+      rows: of `deeplesion.read_info`.
+      label_file: text-mined labels and split (JSON).
+      hand_labels: hand-labelled test set (JSON), or None.
+      ontology: the ontology (xlsx).
+      patches: use all labels instead of the body parts, and treat uncertain ones as unknown.
+
+    Returns:
+      (vocabulary, labelled lesions, counts and the base of the lesion numbers for `dataset.json`).
+
+    Raises:
+      InputError: see `deeplesion.number_lesions`, or a term is not in the ontology.
+    """
+    mined = deeplesion.read_mined_labels(label_file)
+    hand = deeplesion.read_hand_labels(hand_labels) if hand_labels else None
+    terms = read_ontology(ontology)
+    ontology_vocabulary(terms, mined.terms)  # raises if a term is unknown
+    names = [term for term in mined.terms if patches or terms[term].label_class == "bodypart"]
+    vocabulary = ontology_vocabulary(terms, names)
+    numbering = deeplesion.number_lesions(rows, mined)
+    labelled, counts = deeplesion.label_lesions(
+        numbering, mined, hand, vocabulary, uncertain_unknown=patches
+    )
+    about = {"numbering": numbering.reason, "label_counts": counts}
+    about["direct_parents"] = {
+        name: [parent for parent in terms[name].parents if parent in vocabulary.index]
+        for name in vocabulary.names
+    }
+    # The paper counts lesions with a body part only.
+    about["paper_counts"] = dict.fromkeys(counts, "-") if patches else deeplesion.PAPER_COUNTS
+    return vocabulary, labelled, about

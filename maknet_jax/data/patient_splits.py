@@ -11,8 +11,10 @@ import hashlib
 import math
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 
+from maknet_jax.ct import containers
 from maknet_jax.data import table
 from maknet_jax.errors import InputError
 
@@ -45,7 +47,7 @@ def read_split_table(path: str | os.PathLike[str]) -> SplitTable:
     """
     path = pathlib.Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = containers.read_file(path).decode("utf-8-sig")
     except (FileNotFoundError, IsADirectoryError):
         raise InputError(f"{path} is not a file: pass a CSV with the columns case, split") from None
     except UnicodeDecodeError as error:
@@ -65,7 +67,8 @@ def read_split_table(path: str | os.PathLike[str]) -> SplitTable:
     patient_of: dict[str, str] = {}
     for row in reader:
         cells = {str(name).strip(): (value or "").strip() for name, value in row.items() if name}
-        name, split = cells[key], cells["split"]
+        # `console.write_table` writes the apostrophe, for example into cases.csv.
+        name, split = re.sub("^'(?=[=+@-])", "", cells[key]), cells["split"]
         if not name or split not in table.SPLITS:
             raise InputError(
                 f"{path} line {reader.line_num}: {key} {name!r}, split {split!r}: both are "
@@ -81,10 +84,10 @@ def read_split_table(path: str | os.PathLike[str]) -> SplitTable:
 def has_splits(path: str | os.PathLike[str]) -> bool:
     """Whether a file such as TotalSegmentator's meta.csv exists and has a column `split`."""
     path = pathlib.Path(path)
-    if not path.is_file():
+    if not containers.is_file(path):
         return False
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        header = file.readline().strip()
+    with containers.open_file(path) as file:
+        header = file.readline().decode("utf-8-sig", "replace").strip()
     return "split" in [name.strip() for name in header.replace(";", ",").split(",")]
 
 

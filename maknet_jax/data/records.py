@@ -8,11 +8,13 @@ and `meta` (a dict: the source of the image). ArrayRecord checks every chunk: a 
 truncated file raises when it is read.
 """
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import msgpack
@@ -100,27 +102,46 @@ def decode(payload: bytes) -> Example:
 
 
 def write_shard(path: str | os.PathLike, payloads: Iterable[bytes]) -> tuple[int, str]:
-    """Writes one shard atomically; returns (count, SHA-256 over the payloads in order)."""
+    """Writes one shard atomically; returns (count, SHA-256 over the payloads in order).
+
+    Raises:
+      OSError: it cannot be written, for example because the disk is full.
+    """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     digest, count = hashlib.sha256(), 0
-    writer = array_record_module.ArrayRecordWriter(str(temporary), _OPTIONS)
+    with _os_errors(path):
+        writer = array_record_module.ArrayRecordWriter(str(temporary), _OPTIONS)
     try:
         for payload in payloads:
-            writer.write(payload)
+            with _os_errors(path):
+                writer.write(payload)
             digest.update(hashlib.sha256(payload).digest())
             count += 1
-        writer.close()
+        with _os_errors(path):
+            writer.close()
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        if writer.is_open():
-            writer.close()
+        with contextlib.suppress(OSError), _os_errors(path):
+            if writer.is_open():
+                writer.close()
         temporary.unlink(missing_ok=True)
         raise
     return count, digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _os_errors(path: pathlib.Path) -> Iterator[None]:
+    """ArrayRecord reports errors of the system as RuntimeError or ValueError."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        text = " ".join(str(error).split()).partition("failed: ")[2].partition(";")[0]
+        code = next((code for code in errno.errorcode if os.strerror(code) == text), errno.EIO)
+        raise OSError(code, text or str(error)[:200], str(path)) from None
 
 
 @dataclasses.dataclass(frozen=True)

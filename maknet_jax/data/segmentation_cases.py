@@ -7,18 +7,20 @@
 The names of a label map's values come from `CASE/segmentation.json` or `.csv`, else from the same
 file in the folder above the case, else from the label table in the map's header. The JSON object
 maps values to names or names to values; the CSV has the columns `value` and `name`. `.nii` is read
-like `.nii.gz`. Only headers are read here.
+like `.nii.gz`, and zip and tar archives like folders. Only headers are read here.
 """
 
 import csv
 import dataclasses
+import io
+import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from maknet_jax import files
-from maknet_jax.ct import dicom_seg, nifti, reading, search
+from maknet_jax.ct import containers, dicom_seg, nifti, reading, search
 from maknet_jax.errors import InputError, Rejected
 
 LAYOUTS = (
@@ -92,19 +94,13 @@ def find_cases(
       InputError: it is not a folder, has no case, or is the unconverted OpenKBP release.
     """
     root = pathlib.Path(folder)
-    if not root.is_dir():
+    if not containers.is_folder(root):
         raise InputError(f"{root} is not a folder: expected {LAYOUTS}")
     result = Cases()
     seg_files: list[str] = []
     released = False
-    visited: set[str] = set()  # links to cases are followed, but cycles are not
-    for place, subfolders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(place)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        if real in visited:
-            subfolders.clear()
-            continue
-        visited.add(real)
+    unreadable: list[tuple[str, str]] = []
+    for place, subfolders, names in containers.walk(root, unreadable):
         released |= "ct.csv" in names
         ct = _nifti_file(pathlib.Path(place), "ct")
         if ct is not None:
@@ -116,14 +112,15 @@ def find_cases(
             for name in names
             if name.startswith("ct.") and (reason := search.other_format(name))
         ]
-        paths = (os.path.join(place, name) for name in sorted(names) if not name.startswith("."))
-        seg_files += [path for path in paths if os.path.isfile(path) and _is_seg(path)]
+        seg_files += filter(_is_seg, (os.path.join(place, name) for name in names))
     found_nifti = bool(result.cases or result.failures)
     if seg_files and not found_nifti:
         _add_dicom_cases(root, seg_files, workers, overrides, result)
     elif seg_files:
         reason = "DICOM SEG beside NIfTI cases is not read: prepare DICOM from a separate folder"
         result.failures += [(path, reason) for path in seg_files]
+    # The search for DICOM lists them, too.
+    result.failures += [failure for failure in unreadable if failure not in result.failures]
     if not result.cases and not result.failures:
         convert = " (OpenKBP's release: run `maknet prepare openkbp` first)" if released else ""
         raise InputError(f"{root} has no case: expected {LAYOUTS}{convert}")
@@ -138,17 +135,18 @@ def _is_seg(path: str) -> bool:
 
 
 def _nifti_file(folder: pathlib.Path, stem: str) -> pathlib.Path | None:
-    return next((p for end in _ENDINGS if (p := folder / f"{stem}{end}").is_file()), None)
+    return next((p for end in _ENDINGS if containers.is_file(p := folder / f"{stem}{end}")), None)
 
 
 def _add_nifti_case(
     root: pathlib.Path, folder: pathlib.Path, ct: pathlib.Path, result: Cases
 ) -> None:
-    name = folder.name if folder == root else folder.relative_to(root).as_posix()
+    relative = folder.name if folder == root else folder.relative_to(root).as_posix()
+    name = files.printable(relative)
     masks_folder, label_map = folder / "segmentations", _nifti_file(folder, "segmentation")
     try:
         count = nifti.check_nifti(ct)
-        if masks_folder.is_dir() == (label_map is not None):
+        if containers.is_folder(masks_folder) == (label_map is not None):
             problem = "both" if label_map else "neither"
             raise Rejected(
                 f"{problem} of segmentations/ and segmentation.nii.gz exist: expected exactly one"
@@ -162,11 +160,11 @@ def _add_nifti_case(
 
 def _mask_files(folder: pathlib.Path) -> dict[str, Mask]:
     masks: dict[str, Mask] = {}
-    for path in sorted(folder.iterdir()):
+    for path in map(folder.joinpath, containers.list_folder(folder)):
         if reason := search.other_format(path):
             raise Rejected(f"mask {path.name}: {reason}")
         end = next((end for end in _ENDINGS if path.name.endswith(end)), None)
-        if end is None or path.name.startswith("."):
+        if end is None:
             continue
         name = path.name.removesuffix(end)
         if name in masks:
@@ -178,7 +176,7 @@ def _mask_files(folder: pathlib.Path) -> dict[str, Mask]:
 def _label_map(path: pathlib.Path, root: pathlib.Path) -> dict[str, Mask]:
     folders = [path.parent] if path.parent == root else [path.parent, path.parent.parent]
     named = [folder / f"segmentation{end}" for folder in folders for end in (".json", ".csv")]
-    table = next((file for file in named if file.is_file()), None)
+    table = next(filter(containers.is_file, named), None)
     names = _read_names(table) if table else nifti.read_label_names(path)
     names = {value: name for value, name in names.items() if value != 0 and name}
     if not names:
@@ -198,15 +196,15 @@ def _read_names(path: pathlib.Path) -> dict[int, str]:
       Rejected: the table is invalid.
     """
     try:
+        text = containers.read_file(path).decode("utf-8-sig")
         if path.suffix == ".json":
-            pairs: Iterable[tuple[Any, Any]] = files.read_json(path).items()
+            pairs: Iterable[tuple[Any, Any]] = json.loads(text).items()
             # {"1": "liver"}, or {"liver": 1} as in nnU-Net.
             return dict(
                 (int(value), str(key)) if isinstance(value, int) else (int(key), str(value))
                 for key, value in pairs
             )
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, skipinitialspace=True))
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True))
         return {int(row["value"]): row["name"].strip() for row in rows}
     except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
         raise Rejected(

@@ -11,7 +11,7 @@ from maknet_jax.ct import reading
 from maknet_jax.data import patient_splits, segmentation_cases, segmentations, table
 from maknet_jax.data.patient_splits import SplitTable
 from maknet_jax.data.segmentation_cases import Case, Cases
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, NothingUsable
 
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
 _META = "meta.csv"
@@ -75,6 +75,7 @@ def plan(
       overrides: what is read although it would be rejected.
 
     Raises:
+      NothingUsable: no case can be used.
       InputError: no case, an invalid table or rule, one case name in two folders, or a patient in
         two splits.
     """
@@ -112,8 +113,9 @@ def plan(
     if twice:
         raise InputError(f"case {twice[0]} is in two folders: case names must be unique")
     if not members:
-        detail = f"; the first failure: {all_cases.failures[0][1]}" if all_cases.failures else ""
-        raise InputError(f"no usable case: {len(missing)} have no split{detail}")
+        raise NothingUsable(
+            f"no usable case: {len(missing)} have no split", [*all_cases.failures, *missing]
+        )
     patient_splits.check_patients([(case.name, case.patient, split) for case, split in members])
     without_split = len(missing)
     keys = {key for case in all_cases.cases for key in (case.name, case.patient)}

@@ -88,6 +88,11 @@ class _CaseUnit:
     count: int
     overrides: reading.Overrides
 
+    @property
+    def source(self) -> str:
+        """The path of its input."""
+        return self.ref.paths[0]
+
 
 def read_label_table(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
     """Reads which masks form which label, from a CSV with the columns `mask` and `label`.

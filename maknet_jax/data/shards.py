@@ -5,16 +5,14 @@ set is finished when `dataset.json` exists (see `finish`).
 """
 
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
-import multiprocessing
+import itertools
 import os
 import pathlib
 import shutil
-import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -23,9 +21,9 @@ import numpy as np
 import maknet_jax
 from maknet_jax import files
 from maknet_jax.ct import preprocess
-from maknet_jax.data import records
+from maknet_jax.data import records, worker_pool
 from maknet_jax.data.labels import Vocabulary
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, NothingUsable
 
 SHARD_RECORDS = 512  # about 100 MB at 256 x 256
 WINDOW = (-1024.0, 3071.0)  # HU; LesaNet's, the default of the configs
@@ -52,6 +50,10 @@ class Unit(Protocol):
     @property
     def count(self) -> int:
         """The expected number of records."""
+
+    @property
+    def source(self) -> str:
+        """The path of its input, for messages."""
 
 
 AnyUnit = TypeVar("AnyUnit", bound=Unit)
@@ -80,6 +82,7 @@ def write_shards(
     about: dict[str, Any],
     workers: int,
     advance: Callable[[int], None],
+    failures: Sequence[tuple[str, str]] = (),
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Writes all splits; returns (info for `finish`, failures).
 
@@ -93,25 +96,32 @@ def write_shards(
       about: how the units were chosen; JSON, stored in `dataset.json`.
       workers: the number of processes; 1 runs in this process.
       advance: called with the number of units done.
+      failures: inputs that were rejected before; they come first in the returned failures.
 
     Raises:
-      InputError: `out` is not empty and has another plan, no unit gave a record, or a worker was
-        killed.
+      NothingUsable: no unit gave a record.
+      InputError: `out` is not empty and has another plan, or a worker died.
     """
     out = pathlib.Path(out)
     labels = vocabulary.to_json()
     made_by = (records.FORMAT, preprocess.CROP_RULE, kind, size, labels)
     _claim(out, _digest("known counts", *made_by, splits))
     entries: dict[str, dict[str, Any]] = {}
-    failures: list[tuple[str, str]] = []
+    failures = list(failures)
     counters: collections.Counter[str] = collections.Counter()
-    with _mapper(workers) as run:
-        for split, units in splits.items():
+    plan = {split: list(_named_parts(split, units)) for split, units in splits.items()}
+    # One sequence over all shards, so that workers do not wait for each other at the end of each.
+    missing = [
+        unit
+        for name, units in itertools.chain.from_iterable(plan.values())
+        if not _sidecar(out, name).exists()
+        for unit in units
+    ]
+    with _results(make, missing, workers, out / ".parts" / "killed.json") as results:
+        for split, parts in plan.items():
             shards, label_counts, known_counts = [], *np.zeros((2, len(vocabulary)), np.int64)
-            parts = _chunks(units)
-            for number, part in enumerate(parts):
-                name = f"{split}/part-{number:05d}-of-{len(parts):05d}.array_record"
-                done = _write_part(out, name, part, make, run, len(vocabulary), advance)
+            for name, units in parts:
+                done = _write_part(out, name, len(units), results, len(vocabulary), advance)
                 label_counts += np.asarray(done.label_counts, np.int64)
                 known_counts += np.asarray(done.known_counts, np.int64)
                 failures.extend(done.failures)
@@ -128,8 +138,7 @@ def write_shards(
         shutil.rmtree(out / ".parts")
         for folder in filter(pathlib.Path.is_dir, map(out.joinpath, splits)):
             folder.rmdir()  # empty: restores the previous state of `out`
-        reason = f"the first failure: {failures[0][1]}" if failures else "there is no input"
-        raise InputError(f"no record could be made for {out}: {reason}")
+        raise NothingUsable(f"no record could be made for {out}", failures)
     info = {
         "format": records.FORMAT,
         "kind": kind,
@@ -175,7 +184,9 @@ def _digest(*parts: Any) -> str:
 def _claim(out: pathlib.Path, plan: str) -> None:
     check_unfinished(out)
     name, record = ".parts/plan.json", {"plan": plan}
-    files.check_claim(out, {name: record}, command="maknet prepare", option="--out")
+    files.check_claim(
+        out, {name: record}, command="maknet prepare", option="--out", leftovers=("failures.csv",)
+    )
     files.write_json(out / name, record)
 
 
@@ -191,19 +202,30 @@ def _chunks(units: Iterable[AnyUnit]) -> list[list[AnyUnit]]:
     return parts if parts[0] else []
 
 
+def _named_parts(split: str, units: Iterable[AnyUnit]) -> Iterator[tuple[str, list[AnyUnit]]]:
+    """Yields (path of the shard, its units)."""
+    parts = _chunks(units)
+    for number, part in enumerate(parts):
+        yield f"{split}/part-{number:05d}-of-{len(parts):05d}.array_record", part
+
+
+def _sidecar(out: pathlib.Path, name: str) -> pathlib.Path:
+    """Written after the shard: if it exists, the shard is complete."""
+    return out / ".parts" / f"{name.replace('/', '.')}.json"
+
+
 def _write_part(
     out: pathlib.Path,
     name: str,
-    units: Sequence[AnyUnit],
-    make: Callable[[AnyUnit], UnitResult],
-    run: Callable[..., Iterable[UnitResult]],
+    unit_count: int,
+    results: Iterator[UnitResult],
     label_count: int,
     advance: Callable[[int], None],
 ) -> _Part:
-    # The sidecar is written after the shard: if it exists, the shard is complete.
-    sidecar = out / ".parts" / f"{name.replace('/', '.')}.json"
+    """Writes one shard of the next `unit_count` results, unless it exists."""
+    sidecar = _sidecar(out, name)
     if sidecar.exists():
-        advance(len(units))
+        advance(unit_count)
         content = files.read_json(sidecar)
         failed = [(name, reason) for name, reason in content["failures"]]
         return _Part(**content | {"failures": failed})
@@ -212,7 +234,7 @@ def _write_part(
     counters: collections.Counter[str] = collections.Counter()
 
     def payloads() -> Iterator[bytes]:
-        for result in run(make, units):
+        for result in itertools.islice(results, unit_count):
             failures.extend(result.failures)
             counters.update(result.counters)
             for payload, labels, label_mask in result.examples:
@@ -231,36 +253,44 @@ def _write_part(
 
 
 @contextlib.contextmanager
-def _mapper(workers: int) -> Iterator[Callable[..., Iterable[Any]]]:
-    """Yields map(function, units) over processes; results come in order."""
-    if workers <= 1:
-        yield map
+def _results(
+    make: Callable[[AnyUnit], UnitResult],
+    units: Sequence[AnyUnit],
+    workers: int,
+    memory: pathlib.Path,
+) -> Iterator[Iterator[UnitResult]]:
+    """Yields an iterator over make(unit) for each unit, in order."""
+    deaths = _Deaths(memory, workers)
+    if not units or (workers <= 1 and not any(map(deaths.by, units))):
+        yield map(make, units)
         return
-    # Spawned, not forked: the threads of the parent (grain, JAX) do not survive a fork.
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_ignore_interrupts
-    )
-    signals = {signal.SIGINT, signal.SIGTERM}
-    try:
-        # Workers start with the signals blocked: otherwise a signal that arrives before a worker
-        # ignores it would kill the worker. The parent receives pending signals after unblocking.
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        started = [pool.submit(_ignore_interrupts) for _ in range(workers)]
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-        concurrent.futures.wait(started)
-        yield pool.map
-    except concurrent.futures.process.BrokenProcessPool:
+    with worker_pool.start(min(workers, len(units))) as pool:
+        yield pool.map(make, units, alone=deaths.by, died=deaths.add)
+
+
+class _Deaths:
+    """Units whose worker died, remembered for the next run.
+
+    The first death ends the run. The next run gives such a unit to a worker while all others wait,
+    and rejects it if the worker dies again.
+    """
+
+    def __init__(self, path: pathlib.Path, workers: int) -> None:
+        self._path, self._workers = path, workers
+        self._digests = set(files.read_json(path)) if path.exists() else set()
+
+    def by(self, unit: Unit) -> bool:
+        """Whether a worker died with this unit."""
+        return bool(self._digests) and _digest(unit) in self._digests
+
+    def add(self, unit: Unit, how: str) -> UnitResult:
+        """Rejects the unit if this is its second death, else ends the run."""
+        if self.by(unit):
+            reason = f"the worker process that read it died twice ({how})"
+            return UnitResult(failures=((unit.source, reason),))
+        files.write_json(self._path, sorted({*self._digests, _digest(unit)}))
         raise InputError(
-            f"one of {workers} worker processes was killed, most likely for lack of memory: run "
-            "the command again with fewer --workers to resume (a script must guard its calls with "
-            "`if __name__ == '__main__':`, because each worker imports it)"
-        ) from None
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-        pool.shutdown(cancel_futures=True)
-
-
-def _ignore_interrupts() -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the parent handles them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            f"one of {self._workers} worker processes was killed ({how}) while it read "
+            f"{unit.source}, most likely for lack of memory: run the command again with fewer "
+            "--workers to resume"
+        )

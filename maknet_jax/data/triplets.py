@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from maknet_jax.ct import preprocess, pseudonym, reading, volumes
+from maknet_jax.ct import png, preprocess, pseudonym, reading, volumes
 from maknet_jax.ct.search import SeriesRef
 from maknet_jax.data import records, shards, table
 from maknet_jax.data.labels import Vocabulary
@@ -23,6 +23,11 @@ class _Series:
     count: int
     overrides: reading.Overrides
 
+    @property
+    def source(self) -> str:
+        """The path of its input."""
+        return self.ref.paths[0]
+
 
 @dataclasses.dataclass(frozen=True)
 class _TableVolume:
@@ -33,6 +38,11 @@ class _TableVolume:
     size: int
     count: int
     overrides: reading.Overrides
+
+    @property
+    def source(self) -> str:
+        """The path of its input."""
+        return self.path
 
 
 def encode_with_labels(
@@ -74,7 +84,8 @@ def make_series(unit: _Series) -> shards.UnitResult:
     try:
         volume = volumes.load_series(unit.ref, overrides=unit.overrides)
     except Rejected as error:
-        return shards.UnitResult(failures=((unit.ref.paths[0], str(error)),))
+        reason = png.reason_without_window(error)
+        return shards.UnitResult(failures=((unit.ref.paths[0], reason),))
     series = pseudonym.pseudonym(unit.salt, volume.series)
     examples = []
     for centre in preprocess.centres(len(volume.hu), overlap=False):

@@ -86,8 +86,8 @@ def write_label_chart(
     bar.set_label("confidence; red line: predicted", fontsize=10)
     bar.ax.tick_params(labelsize=10)
     letters = int(11 * (1.3 + sum(widths)))
-    lines = "\n".join(_shorten(line, letters) for line in (title, *notes))
-    figure.suptitle(lines, fontsize=10, x=0.02, ha="left")
+    lines = "\n".join(_shorten(files.printable(line), letters) for line in (title, *notes))
+    figure.suptitle(lines, fontsize=10, x=0.02, ha="left", parse_math=False)
     _write(figure, path)
 
 
@@ -220,7 +220,7 @@ def _figure(inches: tuple[float, float]) -> Figure:
 
 def _write(figure: Figure, path: str | pathlib.Path) -> None:
     with files.write_whole(path, "wb") as file:
-        figure.savefig(file, format="png")
+        figure.savefig(file, format="png", metadata={"Software": files.PNG_SOFTWARE})
 
 
 def _runs(flags: np.ndarray) -> list[tuple[int, int]]:

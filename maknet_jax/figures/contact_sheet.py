@@ -7,7 +7,6 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageDraw
 
-from maknet_jax import files
 from maknet_jax.figures import overlay, picture, text
 
 _TILE, _GAP, _LINE = 224, 8, 15  # pixels: the edge of a picture, the space around it, a text line
@@ -75,8 +74,7 @@ def write_contact_sheet(
                 place = left, top + _TILE + 2 + _LINE * number
                 draw.text(place, line, fill=colour, font=text.font(12))
         top += height
-    with files.write_whole(path, "wb") as file:
-        sheet.save(file, format="PNG")
+    picture.write_picture(path, sheet)
 
 
 def make_tiles(

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from maknet_jax import files
-from maknet_jax.figures import overlay, text
+from maknet_jax.figures import overlay, picture, text
 
 _WIDTH, _GAP, _LINE = 340, 14, 19  # pixels: a panel, the space around it, a line of text
 _COLUMNS = 6
@@ -82,8 +81,7 @@ def write_panels(
         top += 3 * _LINE
     for number, line in enumerate(below):
         draw.text((_GAP, top + _LINE * number), line, fill=_QUIET, font=text.font(14))
-    with files.write_whole(path, "wb") as file:
-        figure.save(file, format="PNG")
+    picture.write_picture(path, figure)
 
 
 def _heading(heading: str) -> int:

@@ -1,0 +1,118 @@
+"""Decoders that abort, hang or need too long cannot take the command with them."""
+
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pydicom
+import pytest
+from test_dicom import only_reason, only_series
+
+from maknet_jax.ct import decoding, dicom, reading
+from maknet_jax.errors import Rejected
+
+# Mutates encoded pixels at random; prints the number of files that were read.
+FUZZ = """
+import pathlib, random, sys
+from maknet_jax.ct import dicom
+from maknet_jax.errors import Rejected
+source, target, count = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3])
+content, rng, read = source.read_bytes(), random.Random(0), 0
+start = max(content.rfind(b"\\xfe\\xff\\x00\\xe0") + 8, 300)
+for _ in range(count):
+    mutated = bytearray(content)
+    for _ in range(rng.choice([1, 1, 2, 5, 20])):
+        at = rng.randrange(start, start + rng.choice([300, len(content) - start]))
+        mutated[at] = rng.randrange(256)
+    target.write_bytes(mutated)
+    try:
+        dicom.read_slice(target)
+        read += 1
+    except Rejected:
+        pass
+print(read)
+"""
+
+
+@pytest.fixture
+def lossless(shared_data):
+    """A slice as lossless JPEG, which the child process decodes."""
+    (path,) = (shared_data / "dicom" / "transfer_syntaxes").glob("*.1.2.4.70.dcm")
+    return path
+
+
+def test_a_stream_that_aborts_the_decoder_is_rejected_and_the_next_is_read(shared_data, lossless):
+    expected = dicom.read_slice(lossless)[1]
+    for path in sorted((shared_data.parent / "cases").glob("jpeg_lossless_abort*.dcm")):
+        assert "aborted" in only_reason(path)
+        np.testing.assert_array_equal(only_series(lossless).hu[0], expected)
+
+
+def test_a_decoder_that_takes_too_long_is_stopped(lossless, monkeypatch):
+    expected = dicom.read_slice(lossless)[1]
+    monkeypatch.setattr(decoding, "TIME_LIMIT", 0.0)
+    started = time.monotonic()
+    with pytest.raises(Rejected, match="0 seconds"):
+        dicom.read_slice(lossless)
+    assert time.monotonic() - started < 10
+    monkeypatch.undo()
+    np.testing.assert_array_equal(dicom.read_slice(lossless)[1], expected)
+
+
+def test_the_child_process_imports_the_package_of_its_parent(lossless, tmp_path, monkeypatch):
+    """Not one in the current folder."""
+    (tmp_path / "maknet_jax").mkdir()
+    (tmp_path / "maknet_jax" / "__init__.py").write_text("raise SystemExit(1)")
+    monkeypatch.chdir(tmp_path)
+    decoding._child.cache_clear()
+    assert dicom.read_slice(lossless)[1].shape == (512, 512)
+    decoding._child.cache_clear()
+    monkeypatch.setattr(decoding, "_START", "raise SystemExit(7)")
+    with pytest.raises(Rejected, match="does not start: exit code 7"):
+        dicom.read_slice(lossless)
+    decoding._child.cache_clear()
+
+
+def test_only_lossless_jpeg_needs_the_child_process(shared_data, monkeypatch):
+    monkeypatch.setattr(decoding, "_child", lambda: pytest.fail("started a process"))
+    for path in (shared_data / "dicom" / "transfer_syntaxes").glob("*.dcm"):
+        if path.name.endswith((".57.dcm", ".70.dcm")) or dicom.read_header(path).problem:
+            continue
+        dicom.read_slice(path)
+
+
+def test_parsing_is_bounded_in_time(shared_data, tmp_path, monkeypatch):
+    bomb = shared_data.parent / "cases" / "deflated_200mib_of_empty_elements.dcm"
+    started = time.process_time()
+    assert "64 MiB" in only_reason(bomb)
+    assert time.process_time() - started < 10
+    monkeypatch.setattr(reading, "MOST_READS", 5000)
+    empty = b"\x09\x00\x01\x10LO\0\0" * 6000
+    meta = b"\x02\0\x10\0UI\x14\x001.2.840.10008.1.2.1\0"
+    (tmp_path / "plain.dcm").write_bytes(bytes(128) + b"DICM" + meta + empty)
+    item = b"\xfe\xff\0\xe0\x08\0\0\0\x08\0\x60\0CS\0\0"
+    nested = b"\x08\0\x40\x11SQ\0\0\xff\xff\xff\xff" + item * 6000
+    (tmp_path / "items.dcm").write_bytes(bytes(128) + b"DICM" + meta + nested)
+    for name in ("plain.dcm", "items.dcm"):
+        assert "5000 elements" in only_reason(tmp_path / name)
+    (path,) = (shared_data / "dicom" / "transfer_syntaxes").glob("*.4.90.dcm")
+    data = pydicom.dcmread(path)
+    fragments = b"\xfe\xff\0\xe0\2\0\0\0ab" * 6000
+    data.PixelData = b"\xfe\xff\0\xe0\0\0\0\0" + fragments + b"\xfe\xff\xdd\xe0\0\0\0\0"
+    data.save_as(tmp_path / "fragments.dcm")
+    assert "5000 elements" in only_reason(tmp_path / "fragments.dcm")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "ending", ["4.57", "4.70", "4.80", "4.81", "4.90", "4.91", "1.2.5", "1.2.1.99", "1.2.2"]
+)
+def test_damaged_pixels_never_end_the_process(shared_data, tmp_path, ending):
+    (path,) = (shared_data / "dicom" / "transfer_syntaxes").glob(f"*_1.2.840*{ending}.dcm")
+    command = [sys.executable, "-c", FUZZ, str(path), str(tmp_path / "a.dcm"), "1000"]
+    root = pathlib.Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=root)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 0 <= int(done.stdout) < 1000
