@@ -77,6 +77,7 @@ def get_config():
                 "contrast_probability": 0.0,
                 "grayscale_probability": 0.0,
             },
+            "domain_components": 64,  # of the out-of-domain statistics, at most 64; 0 writes none
             "ema_decay": 0.0,  # above 0: scores a moving average of the weights with this decay
             "evaluate_every": 2.0,  # epochs
             "checkpoint_every": 200,  # steps, in addition to a checkpoint after each evaluation

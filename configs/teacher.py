@@ -78,6 +78,7 @@ def get_config():
                 "contrast_probability": 0.0,  # of auto-contrast over the three slices jointly
                 "grayscale_probability": 0.0,  # of the middle slice in all channels
             },
+            "domain_components": 64,  # of the out-of-domain statistics, at most 64; 0 writes none
             "ema_decay": 0.0,  # above 0: scores a moving average of the weights with this decay
             "evaluate_every": 1.0,  # epochs
             "checkpoint_every": 500,  # steps, in addition to a checkpoint after each evaluation

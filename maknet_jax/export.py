@@ -12,7 +12,7 @@ import maknet_jax
 from maknet_jax import console, files
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
-from maknet_jax.runs import bundle, card, stablehlo, workdir
+from maknet_jax.runs import bundle, card, domain_file, stablehlo, workdir
 from maknet_jax.runs.progress import Progress
 from maknet_jax.training import transfer
 
@@ -81,7 +81,7 @@ def export(
         },
         "data": _data(run, data),
         "metrics": _metrics(run),
-        "out_of_domain": _out_of_domain(run),
+        "out_of_domain": run.domain.about if run.domain else None,
         "stablehlo": description,
         "versions": {"maknet-jax": maknet_jax.__version__}
         | {each: importlib.metadata.version(each) for each in ("jax", "flax", "safetensors")},
@@ -91,6 +91,8 @@ def export(
         bundle.NETWORK: network,
         bundle.CARD: card.model_card(info, license_name).encode(),
     }
+    if run.domain:
+        content[domain_file.FILE] = domain_file.encode(run.domain)
     written = bundle.write(out, info, content, zipped=zipped, overwrite=overwrite)
     sizes = {file.name: file.stat().st_size for file in sorted(out.iterdir())}
     return {
@@ -148,11 +150,3 @@ def _metrics(run: workdir.Run) -> dict[str, dict[str, Any]]:
         if (summary["checkpoint"], summary["step"]) == (run.name, run.step):
             metrics |= summary["splits"]
     return metrics
-
-
-def _out_of_domain(run: workdir.Run) -> Any:
-    """`out_of_domain.json` of the workdir; None where there is none."""
-    if run.is_bundle:
-        return run.metadata["out_of_domain"]
-    path = run.source / "out_of_domain.json"
-    return files.read_json(path) if path.is_file() else None

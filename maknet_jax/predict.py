@@ -14,6 +14,7 @@ from maknet_jax import console, files
 from maknet_jax.ct import preprocess, reading, search, volumes
 from maknet_jax.errors import InputError, NothingUsable
 from maknet_jax.evaluation import metrics, series_tables
+from maknet_jax.evaluation.domain import Domain
 from maknet_jax.evaluation.series import FLAGS, SeriesResult
 from maknet_jax.evaluation.series_tables import SERIES_COLUMNS, SLICE_COLUMNS
 from maknet_jax.figures import picture
@@ -44,7 +45,9 @@ def predict(
 
     Each slice is the middle of a triplet with its neighbours; at the ends the edge slice is
     repeated. A label is predicted if its confidence reaches its threshold (chosen in training) or
-    if it is a parent of a predicted label. Labels are listed by decreasing confidence.
+    if it is a parent of a predicted label. Labels are listed by decreasing confidence. Slices and
+    series that differ from the training data have the flag `outside` or `order`, see
+    `evaluation.domain`.
 
     Args:
       folder: the workdir of `maknet train`, a bundle or a released name.
@@ -81,6 +84,7 @@ def predict(
         _check_free(out, features)
     read_as = reading.Overrides(**overrides)
     failures_file = out.with_suffix(".failures.csv")
+    results, views = [], []
     with console.list_failures(failures_file):
         series, failures = find_inputs(path, read_as)
         run = workdir.open_run(folder, checkpoint_name=checkpoint)
@@ -90,7 +94,6 @@ def predict(
             "overrides": read_as,
         }
         each = predict_series(run, series, failures, **scoring, features=features is not None)
-        results, views = [], []
         for result, volume in each:
             results.append(result)
             if charts:
@@ -133,6 +136,7 @@ def predict(
             for name in FLAGS
             if (count := sum(name in row["flags"] for row in overview))
         },
+        "domain": run.domain.about if run.domain else None,
         "files": [str(file) for file in written],
     }
     tables = {"overview": overview, "covers": [row for row in cover_rows if row["label"]]}
@@ -156,6 +160,10 @@ def text(summary: dict[str, Any]) -> str:
         lines.append(f"trained on {summary['trained_on']}")
     for flag, count in summary["flags"].items():
         lines.append(f"flag {flag} on {count} of {summary['series']} series: {FLAGS[flag]}")
+    if summary["domain"] is None:
+        lines.append(
+            "the network has no out-of-domain statistics: nothing marks CT unlike its training data"
+        )
     if summary["failures"]:
         lines.append(f"rejected: {summary['failures']}, see {summary['failures_file']}")
     return "\n".join(lines)
@@ -294,17 +302,22 @@ def predict_volume(
       features: also return the pooled features.
       read: reads the volume again, so that the result need not keep it; if None, it keeps it.
     """
-    confidences, pooled = _score(run, volume, batch_size, png_window, advance, features=features)
-    return SeriesResult.of_scores(
+    needed = features or run.domain is not None
+    confidences, pooled = _score(run, volume, batch_size, png_window, advance, features=needed)
+    result = SeriesResult.of_scores(
         volume,
         run.vocabulary,
         run.thresholds,
         confidences,
-        features=pooled,
+        features=pooled if features else None,
         read=read or (lambda: volume),
         png_window=png_window,
         run_flags=network_flags(run),
     )
+    if run.domain is None or pooled is None:
+        return result
+    statistics = Domain.from_arrays(run.domain.arrays, pooled.shape[1])
+    return dataclasses.replace(result, verdict=statistics.judge(pooled, result.z_mm))
 
 
 def score_volume(

@@ -22,9 +22,10 @@ from ml_collections import ConfigDict
 from maknet_jax import console, files
 from maknet_jax.data import pipeline
 from maknet_jax.errors import InputError, Stopped
+from maknet_jax.evaluation import domain_fit
 from maknet_jax.evaluation.evaluator import Evaluator
 from maknet_jax.runs import config as configs
-from maknet_jax.runs import workdir
+from maknet_jax.runs import domain_file, workdir
 from maknet_jax.runs.claim import claim
 from maknet_jax.runs.progress import Progress
 from maknet_jax.runs.setup import Setup, set_up
@@ -35,6 +36,7 @@ from maknet_jax.training.state import TrainState
 # May change on resume, because no result depends on them. Moved data keep their fingerprint, moved
 # weights their digest.
 MAY_CHANGE = {"data.path", "data.threads", "pseudo.path", "init.path"}
+MAY_CHANGE |= {"domain_components"}  # computed after the training
 MAY_CHANGE |= {"dataset.path", "dataset.labels", "dataset.size"}
 # Runs of earlier versions lack the origin; the fingerprint shows whether the data are the same.
 MAY_CHANGE |= {f"dataset.origin.{name}" for name in ("kind", "source", "citation", "licence")}
@@ -227,7 +229,9 @@ class _Loop:
                 if stopping and (not at_end or self.progress.evaluation_due):
                     self.log.event(message=f"stopped at step {number} of {total}", step=number)
                     raise Stopped(f"{self._saved(number)}; run the same command to resume")
-        return self._finish(int(state.step) - first, time.perf_counter() - began)
+        summary = self._finish(int(state.step) - first, time.perf_counter() - began)
+        self._measure_domain(state)
+        return summary
 
     def _saved(self, number: int) -> str:
         return f"step {number} of {self.setup.total} is saved in {self.setup.folder}"
@@ -342,6 +346,43 @@ class _Loop:
         if _is_main() and (steps or not (setup.folder / "summary.json").exists()):
             files.write_json(setup.folder / "summary.json", summary)
         return summary
+
+    def _measure_domain(self, state: TrainState) -> None:
+        """Writes the out-of-domain statistics of the best checkpoint, or else of the last state.
+
+        Raises:
+          Stopped: by a signal; the next run starts them again.
+        """
+        setup, config = self.setup, self.setup.config
+        # Boxes show lesions, not the body: `maknet predict` does not take such networks.
+        if not config.domain_components or self.evaluator is None or setup.assembly.model.takes_box:
+            return
+        with contextlib.suppress(InputError):  # every one is damaged; other verbs use the last, too
+            best = self.best.restore(setup.assembly.shapes).state
+            state = state if best is None else sharding.put_state(setup.assembly.mesh, best)
+        step, splits = int(state.step), (config.data.train_split, config.data.val_split)
+        if not sharding.any_process(domain_file.read(setup.folder, step) is None):
+            return
+
+        def check_signal() -> None:
+            if self.stop and jax.process_count() == 1:
+                raise Stopped(f"{setup.folder} is trained; run the same command to finish it")
+
+        measured = domain_fit.measure(
+            [setup.dataset.source(name) for name in splits],
+            setup.assembly.predict_features,
+            state.variables,
+            components=config.domain_components,
+            check=check_signal,
+            batch_size=config.data.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            threads=config.data.threads,
+        )
+        if measured is None:
+            self.log.say("too few patients for out-of-domain statistics: predictions are unchecked")
+        elif _is_main():
+            domain_file.write(setup.folder, domain_file.Statistics(*measured), step)
 
 
 def _check_finite(loss: jax.Array, number: int) -> None:

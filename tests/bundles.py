@@ -17,7 +17,7 @@ def info_of(folder):
 def resign(folder, **changes):
     """Rewrites bundle.json with changed fields, sizes and digests that fit the files."""
     info = json.loads((folder / bundle.INFO).read_text()) | changes
-    for name in bundle.CONTENT:
+    for name in info["files"]:
         payload = (folder / name).read_bytes()
         digest = hashlib.sha256(payload).hexdigest()
         info["files"][name] = {"size": len(payload), "sha256": digest}

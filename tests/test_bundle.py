@@ -283,7 +283,7 @@ def test_weights_beyond_float16_and_unknown_dtypes_are_refused():
 
 def test_writing_is_atomic_and_never_overwrites(exported, tmp_path, monkeypatch):
     info = info_of(exported)
-    content = {name: (exported / name).read_bytes() for name in bundle.CONTENT}
+    content = {name: (exported / name).read_bytes() for name in info["files"]}
     out = tmp_path / "out"
     bundle.write(out, info, content)
     with pytest.raises(InputError, match="out exists: choose another folder or add --overwrite"):

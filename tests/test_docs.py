@@ -70,7 +70,8 @@ def refused(words):
         source = REPO / arguments[0]
         if not source.is_file():
             return f"no file {arguments[0]}"
-        shared = ("harness.py", "experiments/paper_table.py", "speed/torch_worker.py")
+        names = ("paper_table", "organ_maps")
+        shared = ("harness.py", "speed/torch_worker.py", *(f"experiments/{n}.py" for n in names))
         files = [source, *(REPO / "benchmarks" / name for name in shared)]
         code = "".join(file.read_text(encoding="utf-8") for file in files)
         unknown = [word for word in arguments if word.startswith("--") and f'"{word}"' not in code]

@@ -170,7 +170,8 @@ def test_a_bundle_describes_its_network_and_training_data(exported, evaluated, s
     assert info["data"]["origin"]["kind"] == "phantom"
     assert info["data"]["fingerprint"] == shards.fingerprint
     assert info["data"]["images"]["train"] == shards.split("train")["count"]
-    assert info["preprocessing"]["size"] == 32 and info["out_of_domain"] is None
+    assert info["preprocessing"]["size"] == 32
+    assert info["out_of_domain"]["training_slices"] == shards.split("train")["count"]
     summary = files.read_json(evaluated / "evaluation" / "summary_test_hand.json")
     for split in ("test", "hand"):
         assert info["metrics"][split]["auc"] == summary["splits"][split]["auc"]
@@ -204,12 +205,14 @@ def test_citation_licences_and_statistics_travel_with_the_bundle(evaluated, tmp_
     origin = {"licence": "CC BY-NC 3.0", "citation": "Doe, 2020", "source": "Doe's CT"}
     files.write_json(data / "dataset.json", info | {"about": origin})
     shutil.copytree(evaluated, folder)
-    files.write_json(folder / "out_of_domain.json", {"mean": [1.0]})
     export.export(folder, tmp_path / "out", data=data)
     written = info_of(tmp_path / "out")
     assert written["data"]["origin"] == {"kind": "deeplesion"} | origin
     assert workdir.open_run(tmp_path / "out").trained_on == "Doe's CT"
-    assert written["out_of_domain"] == {"mean": [1.0]}
+    statistics = workdir.open_run(tmp_path / "out").domain
+    assert statistics.about == written["out_of_domain"]
+    for name, array in workdir.open_run(folder).domain.arrays.items():
+        np.testing.assert_array_equal(statistics.arrays[name], array)
     card = card_of(tmp_path / "out")
     assert "- Licence: CC BY-NC 3.0" in card and "- Citation: Doe, 2020" in card
     other = toy.write(tmp_path / "other")
@@ -322,7 +325,8 @@ def test_every_verb_that_takes_a_workdir_takes_a_bundle(
         labelled.append(files.read_json(tmp_path / name / "pseudo.json"))
     assert labelled[0]["shards"] == labelled[1]["shards"]
     assert labelled[0]["teacher_digest"] == labelled[1]["teacher_digest"]
-    assert {path.name for path in exported.iterdir()} == {bundle.INFO, *bundle.CONTENT}
+    written = {*bundle.contained(info_of(exported)), bundle.INFO}
+    assert {path.name for path in exported.iterdir()} == written
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,7 @@ def overrides(data, name, **changes):
         "evaluate_every": 1.6,  # 8 steps
         "checkpoint_every": 15,
         "log_every": 10,
+        "domain_components": 0,  # saves a compilation; `test_domain_run` has them
     }
     if name == "linear":
         values |= {"model.options.edge": 4, "optimizer.learning_rate": 0.01}

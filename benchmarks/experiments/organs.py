@@ -19,25 +19,21 @@ trains 24 epochs on 800 phantom patients at 96 x 96; its duration was not record
 
 import argparse
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
-from scipy import ndimage
 
 from benchmarks import harness
+from benchmarks.experiments import organ_maps
+from benchmarks.experiments.organ_maps import Row
 from maknet_jax import files, phantom, prepare, train
-from maknet_jax.attribution import faithfulness as faith
-from maknet_jax.attribution import integrated_gradients as ig
-from maknet_jax.attribution import perturbation
 from maknet_jax.cli import options
 from maknet_jax.errors import InputError, Rejected
 from maknet_jax.explain.masks import find_regions
 from maknet_jax.explain.network import open_networks
-from maknet_jax.explain.options import SelectionOptions
+from maknet_jax.explain.options import PathOptions, SelectionOptions
 from maknet_jax.explain.selection import select
-from maknet_jax.figures import overlay
 from maknet_jax.runs import config as configs
 
 FULL = {"images": 200, "steps": 50, "repeats": 1}
@@ -45,10 +41,7 @@ TRAINING = {"patients": 800, "epochs": 24, "size": 96, "seed": 0}
 QUICK = {"images": 12, "steps": 10}
 QUICK_TRAINING = {"patients": 60, "epochs": 12, "size": 64, "seed": 0}
 AUGMENTATION = [f"augment.{kind}_probability=0.5" for kind in ("rotation", "crop", "contrast")]
-BODY_THRESHOLD = -500  # HU
 SHARES = np.linspace(0, 1, 21)  # of the pixels deleted or inserted
-
-Row = dict[str, Any]  # of one label of one image, see `measure`
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -163,8 +156,7 @@ def measure(
       chosen: the options.
 
     Returns:
-      Rows with patient, id, label, `inside` and `chance` (shares of the mass), `flagged`, and
-      `areas` under the curves of deletion and insertion, by the map and by random order.
+      The rows of `organ_maps.measure`.
     """
     # One device: images are explained one by one, each with a different number of labels.
     net = open_networks(workdir, devices=jax.local_devices()[:1])[0]
@@ -173,54 +165,23 @@ def measure(
         column: name for column, name in enumerate(net.run.vocabulary.names) if name in organs
     }
     selection = select(net.run, SelectionOptions(split=chosen.split, limit=chosen.images))
+    path = PathOptions(steps=chosen.steps, baseline=chosen.baseline, refine=2)
+    how = organ_maps.MapOptions(path, chosen.smooth, SHARES)
     rows: list[Row] = []
     for number, reader in enumerate(selection.readers):
-        selected = reader()
-        image = net.put(selected.image[None])
-        base = perturbation.make_baseline(selected.image, chosen.baseline)
-        baseline = net.put(base[None])
-        scores = net.confidences(image)[0]
+        image = reader()
+        scores = net.confidences(net.put(image.image[None]))[0]
         regions = {}
         for column, name in labels.items():
             if scores[column] >= chosen.least:
                 try:
                     regions[column] = find_regions(
-                        selected,
-                        masks=masks / "deeplesion",
-                        organs=[name],
-                        size=len(selected.image),
+                        image, masks=masks / "deeplesion", organs=[name], size=len(image.image)
                     )[name]
                 except Rejected:
                     continue  # predicted, but not visible in this slice
-        if not regions:
-            continue
-        body = ndimage.binary_fill_holes(selected.image[..., 1] > BODY_THRESHOLD)
-        result = ig.integrated_gradients(
-            net.logit_fn, image, [list(regions)], baseline, steps=chosen.steps, refine=2
-        )
-        for place, (column, region) in enumerate(regions.items()):
-            attribution = result.maps[0, place].sum(-1)
-            noise = np.random.default_rng([number, column]).normal(size=attribution.shape)
-            areas: list[float] = []
-            inside_body = body | region
-            # Both are smoothed, to differ in location only. In random order air comes last.
-            ordered = [overlay.smooth(values, chosen.smooth) for values in (attribution, noise)]
-            ordered[1] = np.where(inside_body, ordered[1], -np.inf)
-            for values in ordered:
-                order = faith.ranks(values[None])
-                curves = faith.curves(net.logit_fn, image, [column], baseline, order, SHARES)
-                areas += [float(faith.area(curve, SHARES)[0]) for curve in curves]
-            rows.append(
-                {
-                    "patient": selected.group,
-                    "id": selected.id,
-                    "label": labels[column],
-                    "inside": faith.mass_inside(np.where(inside_body, attribution, 0), region),
-                    "chance": float(region.sum() / inside_body.sum()),
-                    "flagged": bool(result.flagged[0, place]),
-                    "areas": areas,
-                }
-            )
+        if regions:
+            rows += organ_maps.measure(net, image, number, regions, how)[0]
     return rows
 
 
@@ -242,30 +203,18 @@ def _by_label(rows: Sequence[Row]) -> Iterator[Row]:
 
 def summarize(rows: Sequence[Row]) -> dict[str, dict[str, tuple[float, float, float]]]:
     """Measure -> "map", "random" and "difference", each (mean, low, high) over patients."""
-    patients: dict[str, list[list[list[float]]]] = {}
-    for row in rows:
-        deletion, insertion, random_deletion, random_insertion = row["areas"]
-        patients.setdefault(row["patient"], []).append(
-            [
-                [row["inside"], row["chance"]],
-                [deletion, random_deletion],
-                [insertion, random_insertion],
-            ]
-        )
-    means = np.array([np.mean(values, axis=0) for values in patients.values()])
-    names = (
-        "mass inside the organ",
-        "confidence while deleting",
-        "confidence while inserting",
-    )
-    return {
-        name: {
-            "map": faith.bootstrap(means[:, place, 0]),
-            "random": faith.bootstrap(means[:, place, 1]),
-            "difference": faith.bootstrap(means[:, place, 0] - means[:, place, 1]),
-        }
-        for place, name in enumerate(names)
+    pairs: dict[str, tuple[Callable[[Row], float], Callable[[Row], float]]] = {
+        "mass inside the organ": (lambda row: row["inside"], lambda row: row["chance"]),
+        "confidence while deleting": (lambda row: row["areas"][0], lambda row: row["areas"][2]),
+        "confidence while inserting": (lambda row: row["areas"][1], lambda row: row["areas"][3]),
     }
+    results = {}
+    for name, values in pairs.items():
+        one, other = (organ_maps.by_patient(rows, value) for value in values)
+        difference = {patient: one[patient] - other[patient] for patient in one}
+        each = {"map": one, "random": other, "difference": difference}
+        results[name] = {kind: organ_maps.interval(means) for kind, means in each.items()}
+    return results
 
 
 if __name__ == "__main__":

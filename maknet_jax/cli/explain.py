@@ -57,7 +57,9 @@ def add_verbs(verbs: Any) -> None:
         help="comma-separated, from neighbour, patch, attribution and random (default: all)",
     )
     verb.add_argument(
-        "--masks", help="masks of the regions: NIfTI, PNG or a folder (default: DeepLesion's boxes)"
+        "--masks",
+        help="masks of the regions: NIfTI, PNG, a folder of PNGs, or the cases of `maknet prepare "
+        "segmentations` (default: DeepLesion's boxes)",
     )
     verb.add_argument(
         "--organs", type=options.words, help="names or values in the masks, comma-separated"

@@ -127,6 +127,23 @@ def find_cases(
     return result
 
 
+def find_nifti_case(root: pathlib.Path, name: str) -> Case:
+    """The NIfTI case of that name (`Case.name`) of a folder tree.
+
+    Raises:
+      Rejected: there is no such case, or it cannot be used.
+    """
+    folder = root if root.name == name and _nifti_file(root, "ct") else root / name
+    ct = _nifti_file(folder, "ct")
+    if ct is None:
+        raise Rejected(f"no case {name} under {root}: expected {folder}/ct.nii.gz")
+    result = Cases()
+    _add_nifti_case(root, folder, ct, result)
+    if result.failures:
+        raise Rejected(": ".join(result.failures[0]))
+    return result.cases[0]
+
+
 def _is_seg(path: str) -> bool:
     try:
         return dicom_seg.is_segmentation(path)

@@ -95,9 +95,26 @@ class Evaluator:
         Raises:
           RuntimeError: an example was scored twice or not at all.
         """
-        columns: dict[str, list[np.ndarray]] = {
-            name: [] for name in ("logits", "labels", "label_mask", "index")
-        }
+        rows = self.outputs(variables, ("logits", "labels", "label_mask"), advance)
+        return Scores(metrics.sigmoid(rows["logits"]), rows["labels"], rows["label_mask"] > 0)
+
+    def outputs(
+        self,
+        variables: object,
+        names: Sequence[str],
+        advance: Callable[[int], object] = lambda count: None,
+    ) -> dict[str, np.ndarray]:
+        """Some outputs of `predict` for the whole split, in the order of the split.
+
+        Args:
+          variables: the first argument of `predict`.
+          names: of the outputs.
+          advance: called with the number of examples after each batch.
+
+        Raises:
+          RuntimeError: an example was scored twice or not at all.
+        """
+        columns: dict[str, list[np.ndarray]] = {name: [] for name in (*names, "index")}
         for batch in pipeline.ordered_batches(self._source, **self._reading):
             outputs = self._predict(variables, batch)
             real = outputs["weight"] > 0
@@ -108,8 +125,4 @@ class Evaluator:
         order = np.argsort(rows["index"])
         if not np.array_equal(rows["index"][order], np.arange(len(self._source))):
             raise RuntimeError("an example was scored twice or not at all")
-        return Scores(
-            metrics.sigmoid(rows["logits"][order]),
-            rows["labels"][order],
-            rows["label_mask"][order] > 0,
-        )
+        return {name: rows[name][order] for name in names}

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,14 @@ from maknet_jax.ct import preprocess
 from maknet_jax.ct.volumes import Volume
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.evaluation import body_parts, protocol
+from maknet_jax.evaluation.domain import Verdict
 
 # Flags of a series or a slice, as in the tables -> their meaning.
 FLAGS = {
     "phantom": "the network was trained on a generated phantom, not on patients",
     "tag": "the tag BodyPartExamined contradicts what is seen",
+    "outside": "unlike the training data: labels are unreliable",
+    "order": "does not run from head to feet as the training data: upside down, turned or flipped",
 }
 SEEN = 0.05  # share of the slices in which the labels of a region make it a part of the series
 
@@ -68,7 +71,7 @@ class SeriesResult:
       read: read() returns the CT; it may read the files again.
       png_window: (low, high), the HU of pixel values 0 and 255 in 8-bit PNGs.
       run_flags: names of `FLAGS` that hold for the whole series because of its network.
-      slice_flags: slice number -> names of `FLAGS` that hold for this slice.
+      verdict: comparison with the training data; None if the network has no statistics.
     """
 
     id: str
@@ -84,7 +87,7 @@ class SeriesResult:
     read: Callable[[], Volume] = dataclasses.field(repr=False)
     png_window: tuple[float, float] | None = None
     run_flags: tuple[str, ...] = ()
-    slice_flags: Mapping[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    verdict: Verdict | None = None
 
     @classmethod
     def of_scores(
@@ -165,7 +168,18 @@ class SeriesResult:
     @functools.cached_property
     def flags(self) -> tuple[str, ...]:
         """Names of `FLAGS` that hold for the series."""
-        return (*self.run_flags, *(("tag",) if self.audit == "contradicts" else ()))
+        holds = {
+            "tag": self.audit == "contradicts",
+            "outside": self.verdict is not None and self.verdict.series_outside,
+            "order": self.verdict is not None and self.verdict.out_of_order,
+        }
+        return (*self.run_flags, *(name for name, value in holds.items() if value))
+
+    @functools.cached_property
+    def slice_flags(self) -> dict[int, tuple[str, ...]]:
+        """Slice number -> names of `FLAGS` that hold for this slice, if any."""
+        outside = [] if self.verdict is None else np.flatnonzero(self.verdict.outside).tolist()
+        return {number: ("outside",) for number in outside}
 
     def slice_rows(self) -> Iterator[dict[str, Any]]:
         """Yields one dict per slice and predicted label, by decreasing confidence in each slice.
@@ -236,6 +250,7 @@ class SeriesResult:
             "confidences": np.round(self.confidences.astype(float), 4).tolist(),
             "covers": [row for row in self.cover_rows() if row["label"]],
             "slice_flags": {str(number): list(flags) for number, flags in self.slice_flags.items()},
+            "domain": None if self.verdict is None else self.verdict.to_json(),
         }
 
     def table(self) -> list[dict[str, Any]]:
@@ -249,7 +264,7 @@ class SeriesResult:
                 "z_mm": float(self.z_mm[number]),
                 "labels": self.labels[number],
                 "confidences": self.confidences[number, self.columns(number)].tolist(),
-                "flags": (*self.flags, *self.slice_flags.get(number, ())),
+                "flags": tuple(dict.fromkeys((*self.flags, *self.slice_flags.get(number, ())))),
             }
             for number, name in enumerate(self.slices)
         ]

@@ -12,7 +12,7 @@ from PIL import Image
 from maknet_jax import files
 from maknet_jax.attribution import perturbation
 from maknet_jax.ct import nifti, png
-from maknet_jax.data import records
+from maknet_jax.data import records, segmentation_cases
 from maknet_jax.errors import InputError, Rejected, did_you_mean
 from maknet_jax.explain.selection import SelectedImage, Selection, digest, sizes
 
@@ -29,8 +29,10 @@ def check_masks(masks: pathlib.Path, organs: Sequence[str] | None) -> str:
     """
     if not masks.exists():
         raise InputError(f"--masks {masks} does not exist: pass a NIfTI, a PNG or a folder")
+    in_cases = _case_organs(masks) if organs else set()
     for organ in organs or ():
-        _value(organ, _organ_values(masks))
+        if organ not in in_cases:
+            _value(organ, {name: "" for name in in_cases} | _organ_values(masks))
     try:
         if _is_nifti(masks):
             nifti.check_nifti(masks)
@@ -78,9 +80,10 @@ def find_regions(
     Args:
       image: the image.
       masks: masks of whole slices: a NIfTI of labels, a PNG, a folder of PNGs named like the
-        slices, or a folder of organ maps as written by the phantom. None takes DeepLesion's box.
+        slices, a folder of organ maps as written by the phantom, or the folder of NIfTI cases that
+        `maknet prepare segmentations` read. None takes DeepLesion's box.
       organs: names or values in the masks, each a separate region; None takes all nonzero pixels as
-        one region.
+        one region. An organ that was not contoured in a case has no region.
       size: the edge of the image in pixels.
 
     Raises:
@@ -100,21 +103,21 @@ def find_regions(
                 "a patch around a lesion, but masks are of whole slices: omit --masks to use the "
                 "lesion's box"
             )
-        plane, values = _mask_of(image, pathlib.Path(masks))
+        planes = _organ_planes(image, pathlib.Path(masks), organs)
         shape, (*_, bottom, right) = image.meta.get("shape"), crop
         # Records store the position of the crop in the slice, but not the size of the slice.
-        known = shape is None or tuple(shape[-2:]) == plane.shape
-        if not known or bottom > plane.shape[0] or right > plane.shape[1]:
-            of = "{1} x {2}".format(*shape) if shape else f"{bottom} x {right} or more"
-            raise Rejected(
-                "the mask is {} x {}, but the slice is {}: pass masks of whole slices".format(
-                    *plane.shape, of
+        for plane in planes.values():
+            known = shape is None or tuple(shape[-2:]) == plane.shape
+            if not known or bottom > plane.shape[0] or right > plane.shape[1]:
+                of = "{1} x {2}".format(*shape) if shape else f"{bottom} x {right} or more"
+                raise Rejected(
+                    "the mask is {} x {}, but the slice is {}: pass masks of whole slices".format(
+                        *plane.shape, of
+                    )
                 )
-            )
-        plane = perturbation.mask_region(plane, crop, size)
-        regions = {"region": plane != 0}
-        if organs:
-            regions = {str(organ): plane == _value(organ, values) for organ in organs}
+        regions = {
+            name: perturbation.mask_region(plane, crop, size) for name, plane in planes.items()
+        }
     regions = {name: region for name, region in regions.items() if region.any()}
     if not regions:
         raise Rejected("no region is inside the image")
@@ -133,6 +136,57 @@ def _value(organ: str, values: dict[str, str]) -> int:
         raise InputError(f"--organs {organ!r} is unknown: {hint}") from None
 
 
+def _organ_planes(
+    image: SelectedImage | records.Example, masks: pathlib.Path, organs: Sequence[str] | None
+) -> dict[str, np.ndarray]:
+    """Organ name -> bool `[H, W]` in the image's slice; "region" if `organs` is None."""
+    if "case" in image.meta:
+        names = tuple(map(str, organs)) if organs else None
+        volumes = _case_masks(str(masks), image.meta["case"], names)
+        for volume in volumes.values():
+            _check_count(len(volume), image.meta["slices"], f"case {image.meta['case']}")
+        planes = {name: volume[image.meta["slice"]] for name, volume in volumes.items()}
+        return planes if organs else {"region": np.any(list(planes.values()), axis=0)}
+    plane, values = _mask_of(image, masks)
+    if not organs:
+        return {"region": plane != 0}
+    return {str(organ): plane == _value(organ, values) for organ in organs}
+
+
+def _check_count(slices: int, expected: int, name: str) -> None:
+    if slices != expected:
+        raise Rejected(
+            f"{name} has {slices} slices, but the series has {expected}: pass the mask of this "
+            "series"
+        )
+
+
+@functools.lru_cache(maxsize=1)
+def _case_masks(masks: str, name: str, organs: tuple[str, ...] | None) -> dict[str, np.ndarray]:
+    """The organs of a case: name -> bool `[Z, Y, X]`, without those that have no mask."""
+    case = segmentation_cases.find_nifti_case(pathlib.Path(masks), name)
+    maps: dict[str, np.ndarray] = {}
+    volumes = {}
+    for organ, mask in case.masks:
+        if organs and organ not in organs:
+            continue
+        if mask.path not in maps:
+            maps = {mask.path: nifti.load_label_map(mask.path, like=case.ref.paths[0])}
+        volume = maps[mask.path]
+        volumes[organ] = volume > 0 if mask.kind == "file" else volume == mask.number
+    if not volumes:
+        raise Rejected(f"case {name} has no mask of {', '.join(organs or ('any organ',))}")
+    return volumes
+
+
+def _case_organs(masks: pathlib.Path) -> set[str]:
+    """The organs of a folder of cases; empty if it is something else."""
+    if not masks.is_dir() or not any(masks.rglob("ct.nii*")):
+        return set()
+    cases = segmentation_cases.find_cases(masks).cases
+    return {name for case in cases for name, _ in case.masks}
+
+
 def _mask_of(
     image: SelectedImage | records.Example, masks: pathlib.Path
 ) -> tuple[np.ndarray, dict[str, str]]:
@@ -148,11 +202,7 @@ def _mask_of(
             )
         like = image.meta["file"] if image.meta["kind"] == "nifti" else None
         volume = _label_map(str(masks), like)
-        if len(volume) != image.meta["shape"][0]:
-            raise Rejected(
-                f"{masks} has {len(volume)} slices, but the series has {image.meta['shape'][0]}: "
-                "pass the mask of this series"
-            )
+        _check_count(len(volume), image.meta["shape"][0], str(masks))
         return volume[image.meta["slice"]], values
     series, index = png.split_name(name)
     stored = masks / f"{series}.npz"

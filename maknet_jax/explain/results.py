@@ -55,6 +55,7 @@ def explain(
     explain_batch: Callable[[Images], list[Result]],
     *,
     batch_size: int,
+    option: str = "--out",
 ) -> tuple[dict[int, pathlib.Path], Failures]:
     """Calls `explain_batch` on the images of a selection that have no result yet.
 
@@ -62,12 +63,13 @@ def explain(
     neither repeats nor loses results. Several processes share the images.
 
     Args:
-      title: the verb, for the progress bar and messages.
+      title: the command, for the progress bar and messages: "maknet attribute".
       out: the output folder.
       selection: the images.
       settings: everything on which the results depend, as JSON; stored in OUT/settings.json.
       explain_batch: number -> image -> one result per image, in the same order.
       batch_size: images per step.
+      option: the option that names the output folder, for messages.
 
     Returns:
       (number -> file of the result, failures).
@@ -80,8 +82,8 @@ def explain(
     claim(
         out,
         {"settings.json": settings},
-        command=f"maknet {title}",
-        option="--out",
+        command=title,
+        option=option,
         upgrade=lambda _, stored: _without_names(stored),
     )
     paths = {n: out / "cases" / f"{n:05d}.npz" for n in range(len(selection.readers))}
@@ -172,7 +174,12 @@ class Job:
           most_shown: images on the page at most.
         """
         paths, failures = explain(
-            self.verb, self.out, self.selection, self.settings, explain_batch, batch_size=batch_size
+            f"maknet {self.verb}",
+            self.out,
+            self.selection,
+            self.settings,
+            explain_batch,
+            batch_size=batch_size,
         )
         counts = {"images": len(paths), "failures": len(failures)}
         summary = self.settings | {"workdir": str(self.folder)} | counts

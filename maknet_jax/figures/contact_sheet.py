@@ -74,7 +74,7 @@ def write_contact_sheet(
                 place = left, top + _TILE + 2 + _LINE * number
                 draw.text(place, line, fill=colour, font=text.font(12))
         top += height
-    picture.write_picture(path, sheet)
+    picture.write_png(path, sheet)
 
 
 def make_tiles(

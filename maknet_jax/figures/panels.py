@@ -81,7 +81,7 @@ def write_panels(
         top += 3 * _LINE
     for number, line in enumerate(below):
         draw.text((_GAP, top + _LINE * number), line, fill=_QUIET, font=text.font(14))
-    picture.write_picture(path, figure)
+    picture.write_png(path, figure)
 
 
 def _heading(heading: str) -> int:

@@ -59,6 +59,14 @@ def describe_window(window: Sequence[float]) -> str:
     return f"window {low:g} to {high:g} HU (level {(low + high) / 2:g}, width {high - low:g})"
 
 
+def write_png(path: str | pathlib.Path, image: Image.Image) -> None:
+    """Writes a PNG whose metadata name this package, so that it is never taken for CT."""
+    info = PngInfo()
+    info.add_text("Software", files.PNG_SOFTWARE)
+    with files.write_whole(path, "wb") as file:
+        image.save(file, format="PNG", pnginfo=info)
+
+
 def resample(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Bicubic, antialiased: `[h, w]` -> float32 `[*shape]`."""
     picture = Image.fromarray(np.ascontiguousarray(values, np.float32))
@@ -156,11 +164,3 @@ def coronal(
     low, high = np.percentile(mean, (1, 99.8))
     view = to_grey(mean, (float(low), max(float(high), float(low) + 1)))
     return view, (spacing[0], spacing[2] * factor)
-
-
-def write_picture(path: str | pathlib.Path, drawn: Image.Image) -> None:
-    """Writes a PNG that says what wrote it, so that it is never taken for CT."""
-    text = PngInfo()
-    text.add_text("Software", files.PNG_SOFTWARE)
-    with files.write_whole(path, "wb") as file:
-        drawn.save(file, format="PNG", pnginfo=text)

@@ -117,6 +117,15 @@ class Assembly:
         images, box = on_mesh.pop("image"), on_mesh.pop("box", None)  # not copied back to the host
         return sharding.gather(on_mesh | {"logits": self.predict_step(variables, images, box)})
 
+    def predict_features(
+        self, variables: state.Variables, batch: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Like `predict`, with `features` `[B, F]` in addition."""
+        on_mesh = sharding.put_batch(self.mesh, batch)
+        images, box = on_mesh.pop("image"), on_mesh.pop("box", None)
+        logits, features = self.features_step(variables, images, box)
+        return sharding.gather(on_mesh | {"logits": logits, "features": features})
+
 
 def assemble(
     config: ConfigDict,

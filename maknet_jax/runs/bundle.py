@@ -4,6 +4,7 @@
     BUNDLE/model.safetensors    params and batch_stats under their paths: "params/stem/conv/kernel"
     BUNDLE/network.stablehlo    the network for programs without this package, see `stablehlo`
     BUNDLE/README.md            the model card, see `card`
+    BUNDLE/domain.safetensors   optional: out-of-domain statistics, `evaluation.domain.Domain`
 
 A bundle is this folder, or a .zip of it whose members are at the top level or in one folder.
 `bundle.json` has the fields of `FIELDS`. Its `sha256` is the digest of its own JSON without this
@@ -37,13 +38,14 @@ from maknet_jax.data import lesions
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError
 from maknet_jax.runs import config as configs
+from maknet_jax.runs import domain_file
 from maknet_jax.runs.bundle_files import Member, damaged, open_members
 from maknet_jax.training import transfer
 from maknet_jax.training.state import Variables
 
 FORMAT = "maknet-jax bundle 1"
 INFO, WEIGHTS, NETWORK, CARD = "bundle.json", "model.safetensors", "network.stablehlo", "README.md"
-CONTENT = (WEIGHTS, NETWORK, CARD)  # beside INFO
+CONTENT = (WEIGHTS, NETWORK, CARD)  # beside INFO and the optional domain_file.FILE
 LARGEST_INFO = 16 << 20  # bytes
 LARGEST_FILE = 8 << 30  # bytes
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}  # safetensors' names
@@ -59,10 +61,10 @@ FIELDS = {
     "weights": "dtype of the stored kernels, digest and number of the restored weights",
     "data": "fingerprint, origin (kind, source, citation, licence), images per split, if known",
     "metrics": "of validation and evaluation, if measured at this step",
-    "out_of_domain": "optional: statistics of features of the training data, else null; reserved",
+    "out_of_domain": "what domain.safetensors was computed from; null without this file",
     "stablehlo": "platforms, form of MAKConv, inputs and outputs of network.stablehlo",
     "versions": "of the packages that wrote it",
-    "files": "name -> size in bytes and SHA-256, of each of `CONTENT`",
+    "files": "name -> size in bytes and SHA-256, of each other file",
     "sha256": "digest of this file, see above",
 }
 # Paths on the machine that trained the network.
@@ -79,6 +81,7 @@ class Bundle:
       vocabulary: the labels in column order.
       thresholds: float `[K]`.
       arrays: path ("params/stem/conv/kernel") -> float32 array.
+      domain: the out-of-domain statistics; None without them.
       source: where it was read from.
     """
 
@@ -87,6 +90,7 @@ class Bundle:
     vocabulary: Vocabulary
     thresholds: np.ndarray
     arrays: dict[str, np.ndarray]
+    domain: domain_file.Statistics | None
     source: pathlib.Path
 
     def variables(self, shapes: Variables | None = None) -> Variables:
@@ -203,7 +207,7 @@ def write(
     Args:
       out: the folder.
       info: the fields of `bundle.json` except `format`, `files` and `sha256`.
-      content: the bytes of each of `CONTENT`.
+      content: the bytes of each of `CONTENT`, and of `domain_file.FILE` if `out_of_domain` is set.
       zipped: also write OUT.zip, whose bytes depend on the content alone.
       overwrite: replace an existing bundle; anything else is never replaced.
 
@@ -218,12 +222,12 @@ def write(
     check_free(out, zipped=zipped, overwrite=overwrite)
     entries = {
         name: {"size": len(content[name]), "sha256": hashlib.sha256(content[name]).hexdigest()}
-        for name in CONTENT
+        for name in contained(info)
     }
     info = {"format": FORMAT, **info, "files": entries}
     info["sha256"] = _self_digest(info)
     text = json.dumps(info, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    everything = {INFO: text.encode(), **{name: content[name] for name in CONTENT}}
+    everything = {INFO: text.encode(), **{name: content[name] for name in entries}}
     with files.write_folder(out, replace=lambda path: overwrite and is_bundle(path)) as folder:
         for name, payload in everything.items():
             with files.write_whole(folder / name, "wb") as file:
@@ -236,6 +240,11 @@ def write(
             member.external_attr = (stat.S_IFREG | 0o644) << 16
             members.writestr(member, payload)  # stored: weights do not compress
     return [out, archive]
+
+
+def contained(info: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the files beside `bundle.json`."""
+    return CONTENT if info["out_of_domain"] is None else (*CONTENT, domain_file.FILE)
 
 
 def check_free(
@@ -269,9 +278,12 @@ def read(path: str | os.PathLike[str]) -> Bundle:
     path = pathlib.Path(path)
     with open_members(path) as members:
         info = _read_info(path, members)
-        content = {name: _read_checked(path, members, info, name) for name in CONTENT}
-    arrays = _read_weights(path, content[WEIGHTS])
-    return Bundle(info, *_described(path, info), arrays, path)
+        content = {name: _read_checked(path, members, info, name) for name in contained(info)}
+    arrays, domain = _read_arrays(path, WEIGHTS, content[WEIGHTS]), None
+    if domain_file.FILE in content:
+        statistics = _read_arrays(path, domain_file.FILE, content[domain_file.FILE])
+        domain = domain_file.Statistics(statistics, info["out_of_domain"])
+    return Bundle(info, *_described(path, info), arrays, domain, path)
 
 
 def _read_info(path: pathlib.Path, members: Mapping[str, Member]) -> dict[str, Any]:
@@ -296,7 +308,7 @@ def _read_info(path: pathlib.Path, members: Mapping[str, Member]) -> dict[str, A
     lacking = sorted(FIELDS.keys() - info.keys())
     if lacking:
         raise damaged(path, f"{INFO} lacks {lacking[0]}")
-    for name in sorted({*CONTENT, INFO} ^ members.keys()):
+    for name in sorted({*contained(info), INFO} ^ members.keys()):
         missing = name not in members
         raise damaged(path, f"{name} {'is missing' if missing else 'does not belong there'}")
     return info
@@ -311,7 +323,7 @@ def _self_digest(info: Mapping[str, Any]) -> str:
 def _read_checked(
     path: pathlib.Path, members: Mapping[str, Member], info: Mapping[str, Any], name: str
 ) -> bytes:
-    """The bytes of one of `CONTENT`, checked against their size and digest."""
+    """The bytes of a file of the bundle, checked against their size and digest."""
     try:
         size, digest = info["files"][name]["size"], info["files"][name]["sha256"]
         size = operator.index(size)
@@ -354,12 +366,12 @@ def _described(
     return config, vocabulary, thresholds
 
 
-def _read_weights(path: pathlib.Path, content: bytes) -> dict[str, np.ndarray]:
+def _read_arrays(path: pathlib.Path, file: str, content: bytes) -> dict[str, np.ndarray]:
     """The arrays of a safetensors file by name, restored to float32."""
     try:
         tensors = safetensors.deserialize(content)
     except safetensors.SafetensorError as error:
-        raise damaged(path, f"{WEIGHTS} is not safetensors ({error})") from None
+        raise damaged(path, f"{file} is not safetensors ({error})") from None
     arrays = {}
     for name, tensor in tensors:
         if tensor["dtype"] not in DTYPES:

@@ -116,7 +116,29 @@ above: other scanners, contrast phases, body regions, ages or implants, and anyt
 may get confident wrong labels. Confidences are not calibrated probabilities. Labels that are rare
 in the training data are unreliable: `maknet evaluate` reports the scores per label on your own
 data.
+
+{_domain(info["out_of_domain"])}
 """
+
+
+def _domain(about: Mapping[str, Any] | None) -> str:
+    """What the out-of-domain statistics find, and what is not measured."""
+    if not about:
+        return (
+            "This bundle has no out-of-domain statistics: nothing marks CT unlike the training CT."
+        )
+    patients = (
+        f"{about['training_slices']:,} training slices of {about['training_patients']} patients"
+    )
+    tuning = f"{about['tuning_slices']:,} slices of {about['tuning_patients']} other patients"
+    return f"""`maknet predict` marks slices and series that differ from the training data (flag
+`outside`), and series whose slices do not run from head to feet as there (flag `order`). The rules
+compare {about["components"]} principal components of the pooled features with those of
+{patients}; no features of single patients are stored. The thresholds allow
+{about["false_alarms"]:.0%} false alarms on {tuning}; they judge {", ".join(about["judges"])}.
+Images with left and right swapped are not found. False alarms on CT unlike the training data (other
+scanners, matrix sizes, ages; native 512 x 512 pixels, if the training data had 128 x 128) are not
+measured. A slice without a flag can still have wrong labels."""
 
 
 def _data(data: Mapping[str, Any]) -> str:

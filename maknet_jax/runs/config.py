@@ -27,6 +27,7 @@ ADDED_FIELDS: dict[str, Value] = {
     "init.shared_labels": False,  # a new head
     "init": {"path": "", "head": False, "shared_labels": False},  # random weights
     "ema_decay": 0.0,  # no average of the weights
+    "domain_components": 64,  # no result of the training depends on it
     "augment.translation_probability": 0.0,
     "augment.translation_range": 0.1,  # not used at probability 0
 }
@@ -244,6 +245,8 @@ def validate(config: ml_collections.ConfigDict, size: int, devices: int) -> None
     for name in ("epochs", "evaluate_every", "checkpoint_every", "log_every"):
         if not 0 < config[name] < 1e9:
             raise InputError(f"config {name} {config[name]} should be above 0 and below 1e9")
+    if not 0 <= config.domain_components <= 64:
+        raise InputError(f"config domain_components {config.domain_components} should be in 0..64")
     values = {"seed": config.seed, "data.threads": config.data.threads}
     for name, value in (values | {"pseudo.balance": config.pseudo.balance}).items():
         if value < 0:

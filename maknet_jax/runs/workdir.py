@@ -3,6 +3,7 @@
 WORKDIR/config.json      the whole config
 WORKDIR/dataset.json     labels, size, fingerprint and origin of the training data
 WORKDIR/checkpoints/N    the last states; WORKDIR/best/N the state of the best validation AUC
+WORKDIR/domain.safetensors  out-of-domain statistics, see `domain_file`
 WORKDIR/metrics.jsonl    training and validation metrics; tensorboard/ the same
 WORKDIR/log.jsonl        log messages; summary.json the final summary
 """
@@ -23,7 +24,7 @@ from ml_collections import ConfigDict
 from maknet_jax import console, files
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError
-from maknet_jax.runs import build, bundle
+from maknet_jax.runs import build, bundle, domain_file
 from maknet_jax.runs import config as configs
 from maknet_jax.runs.progress import Progress
 from maknet_jax.training import checkpoint, sharding, transfer
@@ -48,6 +49,7 @@ class Run:
       dataset: the workdir's `dataset.json`, or the entry `data` of a bundle.
       metadata: the metadata of the checkpoint, or `bundle.json`.
       is_bundle: whether it was opened from a bundle.
+      domain: out-of-domain statistics of these weights; None without them.
     """
 
     config: ConfigDict
@@ -61,6 +63,7 @@ class Run:
     dataset: Mapping[str, Any]
     metadata: Mapping[str, Any]
     is_bundle: bool
+    domain: domain_file.Statistics | None
 
     @property
     def trained_on(self) -> str | None:
@@ -192,6 +195,7 @@ def open_run(
         opened.dataset,
         opened.metadata,
         bundle.is_bundle(path),
+        opened.domain,
     )
 
 
@@ -287,6 +291,7 @@ class _Opened:
     assembly: build.Assembly
     dataset: dict[str, Any]
     metadata: dict[str, Any]
+    domain: domain_file.Statistics | None
 
 
 def _open_bundle(path: pathlib.Path, checkpoint_name: str, mesh: Mesh) -> _Opened:
@@ -310,6 +315,7 @@ def _open_bundle(path: pathlib.Path, checkpoint_name: str, mesh: Mesh) -> _Opene
         assembly,
         content.info["data"],
         content.info,
+        content.domain,
     )
 
 
@@ -345,15 +351,17 @@ def _open(workdir: pathlib.Path, checkpoint_name: str, mesh: Mesh) -> _Opened:
             console.Log().say(f"skipping damaged checkpoint {folder / str(number)}: {reason}")
         if restored.state is not None:
             thresholds = Progress.from_json(restored.metadata).thresholds
+            step = int(restored.state.step)
             return _Opened(
                 config,
                 vocabulary,
                 restored.state.variables,
                 np.asarray(thresholds or [0.5] * len(vocabulary)),
-                int(restored.state.step),
+                step,
                 name,
                 assembly,
                 dataset,
                 restored.metadata,
+                domain_file.read(workdir, step),
             )
     raise InputError(f"{workdir} has no checkpoint yet: wait for the first one of `maknet train`")

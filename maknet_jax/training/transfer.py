@@ -151,20 +151,25 @@ def write(
 def encode(
     params: Variables, batch_stats: Variables, metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, str]]:
-    """(the bytes of the file, the metadata in it), as `write` writes them.
+    """(the bytes of the file, the metadata in it), as `write` writes them."""
+    complete = {**metadata, "format": FORMAT, "digest": digest(params, batch_stats)}
+    return encode_arrays(named({"params": params, "batch_stats": batch_stats}), complete), complete
+
+
+def encode_arrays(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a safetensors file.
 
     Equal content gives equal bytes: safetensors itself writes metadata in random order.
     """
-    arrays = named({"params": params, "batch_stats": batch_stats})
     # safetensors writes the memory of an array: a transposed one would be stored scrambled.
-    arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    complete = {**metadata, "format": FORMAT, "digest": digest(params, batch_stats)}
-    payload = safetensors.numpy.save(arrays)
+    payload = safetensors.numpy.save(
+        {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    )
     end = 8 + int.from_bytes(payload[:8], "little")  # the header is its length, then JSON
-    header = {"__metadata__": dict(sorted(complete.items())), **json.loads(payload[8:end])}
+    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(payload[8:end])}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # arrays stay aligned
-    return len(text).to_bytes(8, "little") + text + payload[end:], complete
+    return len(text).to_bytes(8, "little") + text + payload[end:]
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Variables, Variables, dict[str, Any]]:
