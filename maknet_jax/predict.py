@@ -132,6 +132,7 @@ def predict(
         **dataclasses.asdict(read_as),
         "series": len(results),
         "slices": sum(map(len, results)),
+        "copies": sum(ref.copies for ref in series),
         "failures": len(failures),
         "failures_file": str(failures_file) if failures else None,
         "flags": {
@@ -163,6 +164,8 @@ def text(summary: dict[str, Any]) -> str:
         lines.append(f"trained on {summary['trained_on']}")
     for flag, count in summary["flags"].items():
         lines.append(f"flag {flag} on {count} of {summary['series']} series: {FLAGS[flag]}")
+    if summary["copies"]:
+        lines.append(f"copies of slices, taken once: {summary['copies']}")
     if summary["domain"] is None:
         lines.append(
             "the network has no out-of-domain statistics: nothing marks CT unlike its training data"
@@ -357,7 +360,7 @@ def _score(
         centres = range(start, min(start + batch_size, len(volume.hu)))
         images = np.zeros((batch_size, size, size, 3), np.int16)
         for row, centre in enumerate(centres):
-            around = preprocess.neighbours(volume.hu, centre)
+            around = volume.neighbours(centre)
             images[row], _ = preprocess.make_triplet(around, size, threshold=threshold)
         if features:
             both = run.score_with_features({"image": images})

@@ -12,7 +12,6 @@ from maknet_jax.data import (
     key_slices,
     labels,
     lesions,
-    openkbp,
     overview,
     records,
     segmentation_plan,
@@ -21,6 +20,7 @@ from maknet_jax.data import (
     table,
     triplets,
 )
+from maknet_jax.data.openkbp import prepare_openkbp as prepare_openkbp
 from maknet_jax.data.segmentation_plan import SplitOptions
 from maknet_jax.data.segmentations import Rules
 from maknet_jax.errors import InputError, NothingUsable
@@ -149,6 +149,7 @@ def prepare_dicom(
         "min_slices": min_slices,
         "series_too_small": len(small),
         "series_unreadable": len(failures),
+        "copies_of_slices": sum(ref.copies for ref in series),
     }
     failures += [
         (ref.paths[0], f"{ref.count} slices, fewer than --min-slices {min_slices}") for ref in small
@@ -186,7 +187,9 @@ def prepare_table(
     workers: int = 1,
     **overrides: bool,
 ) -> dict[str, Any]:
-    """Prepares your own labelled slices from a CSV of `path, labels, split[, slice, patient]`.
+    """Prepares your own labelled slices from a CSV of path, labels, split and optional columns.
+
+    `slice`, `patient` and `unknown` are optional.
 
     Args:
       csv_file: the table; paths are relative to its folder (see `data.table`).
@@ -206,7 +209,10 @@ def prepare_table(
     """
     read_as = reading.Overrides(**overrides)
     _check(out, size)
-    rows, vocabulary = table.read_table(csv_file)
+    warnings: list[str] = []
+    rows, vocabulary = table.read_table(csv_file, warnings.append)
+    for text in warnings:
+        console.Log().say(f"warning: {csv_file}: {text}")
     return _write(
         out,
         triplets.plan_table(rows, vocabulary, png_window, size, read_as),
@@ -214,7 +220,7 @@ def prepare_table(
         kind="table",
         size=size,
         vocabulary=vocabulary,
-        about={"rows": len(rows), "png_window": png_window} | read_as.used(),
+        about={"rows": len(rows), "png_window": png_window, "warnings": warnings} | read_as.used(),
         workers=workers,
         hidden=pseudonym.read_pseudonyms(pseudonyms, salt_file),
     )
@@ -289,28 +295,6 @@ def prepare_segmentations(
     )
 
 
-def prepare_openkbp(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[str, Any]:
-    """Converts patients of the OpenKBP release to NIfTI for `prepare_segmentations`.
-
-    Args:
-      folder: a folder of `pt_N/*.csv`, such as `provided-data/train-pats`.
-      out: the folder to write, in TotalSegmentator's layout; finished patients are skipped.
-
-    Returns:
-      The summary: patients, patients converted by an earlier call, and failures.
-
-    Raises:
-      InputError: `folder` has no such patients.
-    """
-    out = pathlib.Path(out)
-    patients = openkbp.find_patients(folder)
-    with console.progress("prepare openkbp", len(patients)) as advance:
-        present, failures = openkbp.convert_all(patients, out, advance)
-    console.write_failures(out / "failures.csv", failures)
-    counts = {"patients": len(patients) - len(failures), "present_before": present}
-    return {"out": str(out), **counts, "failures": len(failures)}
-
-
 def _check(out: str | os.PathLike[str], size: int, step: int = 32) -> None:
     # Called before anything is read, because searching a tree of CT can take a long time.
     if size % step:
@@ -374,6 +358,7 @@ def _write(
     }
     if cases:
         console.write_table(out / "cases.csv", ("case", "patient", "split"), cases)
+    if kind in ("segmentations", "table"):
         rows = segmentations.label_rows(vocabulary, info["splits"])
         console.write_table(out / "label_counts.csv", overview.LABEL_COLUMNS, rows)
         summary["label_counts"] = rows

@@ -219,9 +219,9 @@ def test_gantry_tilt_is_accepted_up_to_30_degrees(tmp_path):
 @pytest.mark.parametrize(
     ("places", "parts"),
     [
-        ([0, 5, 10, 20, 25], ("uneven", "10.00 mm", "003.dcm", "002.dcm", "5.00 mm")),
-        ([0, 5, 15], ("uneven", "10.00 mm")),
-        ([0, 5, 10, 12, 15, 20], ("uneven", "2.00 mm", "003.dcm", "002.dcm")),
+        ([0, 5, 10, 12, 15, 20], ("uneven", "2.00 mm", "003.dcm", "002.dcm", "5.00 mm")),
+        ([0, 5, 10, 15, 17.5], ("uneven", "2.50 mm", "004.dcm", "003.dcm", "5.00 mm")),
+        ([0, 40, 50, 52, 90, 99], ("uneven", "2.00 mm", "003.dcm", "002.dcm")),
     ],
 )
 def test_unevenly_spaced_slices_are_rejected(tmp_path, places, parts):
@@ -233,9 +233,9 @@ def test_unevenly_spaced_slices_are_rejected(tmp_path, places, parts):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"drop": ["Modality"]}, "Modality"),
+        ({"Modality": "", "SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, "no Modality"),
         ({"Modality": "MR"}, "MR"),
-        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.2.1"}, "Enhanced CT Image Storage"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.2.1"}, "0 per-frame .* 1 frames"),
         ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, "Secondary Capture Image Storage"),
         ({"NumberOfFrames": 3}, "3 frames"),
         ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "ImageType LOCALIZER"),
@@ -327,6 +327,18 @@ def test_broken_headers_and_decompression_bombs_are_rejected(tmp_path, monkeypat
     packed = squeeze.compress(bytes(8 << 20)) + squeeze.flush()
     (tmp_path / "bomb.dcm").write_bytes(bomb[:end] + packed)
     assert "1 MiB" in only_reason(tmp_path / "bomb.dcm")
+
+
+def test_a_deflated_bomb_behind_a_long_header_is_rejected(tmp_path, monkeypatch):
+    monkeypatch.setattr(dicom, "LARGEST_INFLATED", 1 << 20)
+    uid = b"1.2.840.10008.1.2.1.99"
+    private = b"\x02\0\x02\x01OB\0\0" + (9000).to_bytes(4, "little") + bytes(9000)
+    meta = b"\x02\0\x10\0UI" + len(uid).to_bytes(2, "little") + uid + private
+    squeeze = zlib.compressobj(9, zlib.DEFLATED, -15)
+    header = b"\x08\0\x16\0UI\0\0" * 1000  # starts like a data set
+    packed = squeeze.compress(header + bytes(8 << 20)) + squeeze.flush()
+    (tmp_path / "a.dcm").write_bytes(bytes(128) + b"DICM" + meta + packed)
+    assert "1 MiB" in only_reason(tmp_path / "a.dcm")
 
 
 def test_an_encoded_image_of_another_size_is_never_decoded(tmp_path, shared_data):

@@ -4,13 +4,13 @@ import jax
 import numpy as np
 import pytest
 import toy
-from runs import NOISE
 
 from maknet_jax import cli, evaluate, files, models, train
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation import protocol
 from maknet_jax.runs import workdir
+from runs import NOISE
 
 # The direct parents of the toy labels: 2 -> 1 -> 0, and 3 has none.
 DIRECT = [[], [0], [1], []]
@@ -57,6 +57,34 @@ def test_thresholds_are_chosen_on_the_validation_split_not_on_the_scored_one(run
     report = protocol.evaluate(*scores["train"], by_split["val"], opened.vocabulary.parents)
     for name, value in report.summary.items():
         assert summary["splits"]["train"][name] == pytest.approx(value, abs=1e-6), name
+
+
+def test_intervals_are_those_of_a_bootstrap_over_patients(run, scores, monkeypatch, capsys):
+    """Patients are read from the records; the toy data name none."""
+    with pytest.raises(InputError, match="no patient"):
+        evaluate.evaluate(run, splits=["train"], intervals=True)
+    count = len(scores["train"][0])
+    patients = np.arange(count) // 3
+    monkeypatch.setattr(evaluate, "patients_of", lambda dataset, split: patients)
+    assert cli.main(["evaluate", "--model", str(run), "--split", "train", "--intervals"]) == 0
+    values = files.read_json(run / "evaluation" / "train.json")
+    intervals = values["intervals"]
+    assert intervals["patients"] == patients[-1] + 1
+    for metric in ("auc", "f1"):
+        mean, low, high = intervals[metric]
+        assert (
+            mean == pytest.approx(values[metric], abs=1e-5) and low <= mean <= high and low < high
+        )
+    per_label = protocol.evaluate(
+        *scores["train"],
+        protocol.choose_thresholds(*scores["val"], unjudged=1.0),
+        workdir.open_run(run).vocabulary.parents,
+    ).per_label
+    for row, (name, entry) in zip(per_label, intervals["labels"].items(), strict=True):
+        assert entry["f1"][0] == pytest.approx(row["f1"], abs=1e-5), name
+        has = scores["train"][1][:, row["label"]] > 0
+        assert entry["patients"] == len(set(patients[has].tolist()))
+    assert "macro average" in capsys.readouterr().out
 
 
 def test_lesanets_rules_take_direct_parents_and_write_to_a_separate_folder(run, scores):

@@ -197,6 +197,30 @@ def test_the_edge_slice_repeats_and_channels_run_head_to_feet(trained, phantom):
     np.testing.assert_allclose(scores[0], 1 / (1 + np.exp(-logits)), atol=1e-5)
 
 
+def test_one_slice_has_its_neighbours_as_channels_and_copies_count_once(
+    trained, phantom, tmp_path, capsys
+):
+    series = sorted(path for path in phantom["dicom"].iterdir() if path.is_dir())[0]
+    scans = tmp_path / "scans"
+    shutil.copytree(series, scans / "one")
+    shutil.copytree(series, scans / "again")
+    count = len(list(series.iterdir()))
+    arguments = ["--workdir", str(trained), "--out", str(tmp_path / "all.csv")]
+    assert cli.main(["predict", str(scans), *arguments]) == 0
+    assert f"copies of slices, taken once: {count}" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "all.summary.json").read_text())
+    assert (summary["slices"], summary["copies"], summary["failures"]) == (count, count, 0)
+    run = workdir.open_run(trained)
+    volume = volumes.load_series(search.find_series(scans)[0][0])
+    expected = predict.score_volume(run, volume)
+    for k in (0, count // 2):
+        ((ref,), _) = search.find_series(scans / volume.slices[k])
+        alone = predict.score_volume(run, volumes.load_series(ref))
+        np.testing.assert_allclose(alone, expected[k : k + 1], atol=1e-4)
+    summary = predict.predict(trained, scans / volume.slices[0], tmp_path / "one.csv")
+    assert (summary["series"], summary["slices"]) == (1, 1)
+
+
 def test_unreadable_files_are_listed_and_the_others_labelled(trained, phantom, tmp_path, capsys):
     scans = tmp_path / "scans"
     series = sorted(phantom["dicom"].iterdir())[0]

@@ -5,6 +5,7 @@ import hmac
 import os
 import pwd
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -58,9 +59,7 @@ def test_a_real_nifti_torso_gives_37_triplets(shared_data, salt, tmp_path):
     assert (written[0].image < -700).mean() > (written[-1].image < -700).mean()
 
 
-def test_a_series_with_two_slices_at_one_position_is_rejected_with_the_reason(
-    shared_data, salt, tmp_path
-):
+def test_copies_of_slices_are_taken_once_and_a_gap_is_the_reason(shared_data, salt, tmp_path):
     folder = shared_data / "dicom" / "duplicate_positions"
     with pytest.raises(InputError, match="0 series.* 3 slices.* 1 unreadable"):
         of_dicom(folder, tmp_path / "out", salt)
@@ -74,8 +73,25 @@ def test_a_series_with_two_slices_at_one_position_is_rejected_with_the_reason(
     summary = of_dicom(both, tmp_path / "out", salt)
     assert summary["records"] == {"unlabelled": 6} and summary["failures"] == 1
     (failure,) = read_csv(tmp_path / "out" / "failures.csv")
-    assert "CT26" in failure["reason"] and "CT28" in failure["reason"]
+    # CT26 and CT28 have one position and equal pixels; what remains has a gap.
+    assert "CT24" in failure["reason"] and "CT29" in failure["reason"]
+    assert "12 copies" in failure["reason"]
     assert summary["about"]["series_unreadable"] == 1
+
+
+def test_triplets_do_not_span_a_missing_slice_and_copies_are_counted(salt, tmp_path):
+    values = np.random.default_rng(0).integers(0, 1500, (9, 40, 40)).astype("<i2")
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    for k in set(range(9)) - {4}:
+        write_slice(tmp_path / "in" / "a" / f"{k}.dcm", z=-5 * k, values=values[k])
+    shutil.copytree(tmp_path / "in" / "a", tmp_path / "in" / "b")
+    summary = of_dicom(tmp_path / "in", tmp_path / "out", salt)
+    written = examples(tmp_path / "out")["unlabelled"]
+    assert [e.meta["slice"] for e in written] == [1, 5]  # slices 0 to 3, and 5 to 8
+    assert all(e.meta["spacing"] == [5.0, 0.5, 0.75] for e in written)
+    assert summary["about"]["copies_of_slices"] == 8 and summary["failures"] == 0
+    assert summary["counters"] == {"slices left over": 2}
+    assert "copies of slices: 8" in prepare.describe(summary)
 
 
 def test_small_volumes_are_dropped_and_counted(phantom, salt, tmp_path):
@@ -86,6 +102,7 @@ def test_small_volumes_are_dropped_and_counted(phantom, salt, tmp_path):
         "min_slices": 9,
         "series_too_small": 1,
         "series_unreadable": 0,
+        "copies_of_slices": 0,
     }
     (failure,) = read_csv(tmp_path / "out" / "failures.csv")
     assert re.search(r"\b8 slices.*--min-slices.*\b9\b", failure["reason"])

@@ -85,6 +85,24 @@ def test_a_table_over_nifti_and_dicom(shared_data, phantom, tmp_path):
     assert "absent.dcm" in reasons["line 9"]
 
 
+def test_unknown_labels_fill_the_mask_and_counts_are_printed(tmp_path, capsys):
+    for k in range(3):
+        pixels = np.full((40, 40), 32768 - 1000, np.uint16)
+        pixels[8:32, 8:32] = 32768 + 40
+        Image.fromarray(pixels).save(tmp_path / f"{k}.png")
+    rows = ["0.png,liver,train,a,lung", "1.png,lung,train,a,", "2.png,Lung,val,b,"]
+    table = write_table(tmp_path / "t.csv", rows, header="path,labels,split,patient,unknown")
+    summary = prepare.prepare_table(table, tmp_path / "out", size=32)
+    first, second = examples(tmp_path / "out")["train"]
+    assert first.labels.tolist() == [0, 1, 0] and first.label_mask.tolist() == [1, 1, 0]
+    assert second.label_mask.tolist() == [1, 1, 1]
+    assert ["lung", "train", 2, 1, 1, 1] in summary["label_counts"]
+    assert len(read_csv(tmp_path / "out" / "label_counts.csv")) == 6
+    assert "lung" in prepare.describe(summary) and "present" in prepare.describe(summary)
+    (warning,) = summary["about"]["warnings"]
+    assert "'Lung'" in warning and warning in capsys.readouterr().err.replace("\n", "")
+
+
 def test_a_patient_in_two_splits_is_refused(tmp_path):
     table = write_table(tmp_path / "t.csv", ["a.png,liver,train,,p", "b.png,liver,test,,p"])
     with pytest.raises(InputError, match=r"\bp\b.*train.*test"):

@@ -1,6 +1,7 @@
 """Series in folders: detected by content, grouped, and listed in a fixed order."""
 
 import os
+import shutil
 
 import numpy as np
 import pydicom
@@ -30,11 +31,11 @@ def test_all_real_series_are_listed_in_a_fixed_order(shared_data):
         series += listed[0]
         reasons += listed[1]
     counts = {kind: sum(ref.kind == kind for ref in series) for kind in ("dicom", "nifti", "png")}
-    assert counts == {"dicom": 1, "nifti": 2, "png": 77}
+    assert counts == {"dicom": 2, "nifti": 2, "png": 77}
     assert len({ref.key for ref in series}) == len(series)
     assert [ref.key for ref in series if ref.count == 16] == ["Images_png/000001_02_01:8-23"]
     names = [path.rsplit("/", 1)[1] for path, _ in reasons]
-    assert names[0] == "CT2.dcm" and len(names) == 8  # duplicates twice, and six lossy files
+    assert names[0] == "CT2.dcm" and len(names) == 7  # sparse slices, and six lossy files
 
 
 def test_files_that_are_not_images_are_skipped_silently(tmp_path):
@@ -141,3 +142,10 @@ def test_runs_of_png_become_series(tmp_path):
         ("flat/liver", 1),
     ]
     assert "index 1" in reasons[0][1]
+
+
+def test_a_copy_of_a_png_under_the_same_number_is_taken_once(tmp_path):
+    write_pngs(tmp_path, ["1.png", "2.png", "7.png"])
+    shutil.copy(tmp_path / "2.png", tmp_path / "02.png")
+    series, reasons = search.find_series(tmp_path)
+    assert reasons == [] and [(ref.count, ref.copies) for ref in series] == [(2, 1), (1, 0)]

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from test_dicom import write_series, write_slice
 
 from maknet_jax.ct import volumes
 from maknet_jax.data import table
@@ -46,6 +47,7 @@ def test_slice_and_patient_are_optional_and_other_columns_ignored(read):
 @pytest.mark.parametrize(
     ("text", "values"),
     [
+        ("a.nii,liver,train,57,p\na.nii,lung,train,57.0,p\n", "line 3 .*line 2"),
         ("a.png,liver,train,,p1\nb.png,liver,test,,p1\n", "line 3: .*p1.*train.*test"),
         ("a.png,liver,train,3,\na.png,lung,val,3,\n", "line 3 .*line 2"),
         ("a.png,liver,,,\n", "line 2: "),
@@ -61,6 +63,68 @@ def test_invalid_rows_are_rejected_in_one_line(read, text, values):
     with pytest.raises(InputError, match=values) as caught:
         read(text)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("ct.nii.gz", "./ct.nii.gz"),
+        ("pngs/000001_01_01_109.png", "pngs/000001_01_01_110.png"),
+        ("pngs/000001_01_01/109.png", "pngs/000001_01_01/140.png"),
+        ("dicom/000.dcm", "dicom/001.dcm"),
+        ("dicom", "elsewhere/copy.dcm"),
+    ],
+)
+def test_a_volume_in_two_splits_is_refused_without_patients(read, tmp_path, one, other):
+    write_series(tmp_path / "dicom", [0, 5])
+    (tmp_path / "elsewhere").mkdir()
+    write_slice(tmp_path / "elsewhere" / "copy.dcm", z=10)  # of the same series
+    with pytest.raises(InputError, match="lines 2 and 3 .*train and test.*patient"):
+        read(f"{one},liver,train,3,\n{other},lung,test,4,\n")
+    rows, _ = read(f"{one},liver,train,3,\n{other},lung,train,4,\n")
+    assert len(rows) == 2
+    # The patients are known, or the volumes are different ones.
+    read(f"{one},liver,train,3,p\n{other},lung,test,4,q\n")
+    read("pngs/000001_01_01_109.png,liver,train,,\npngs/000001_01_02_109.png,lung,test,,\n")
+
+
+def test_doubtful_labels_are_named_with_their_rows(tmp_path):
+    rows = ["a.png,,unlabelled,,", "c.png,,train,,", ",,,,"]
+    rows += [
+        f"{k}.nii,{name},train,,p" for k, name in enumerate(["kidney"] * 20 + ["kidny", "L4", "L5"])
+    ]
+    rows += ["x.nii,liver;kidney,train,,p", "y.nii,Upper  abdomen,train,,p"]
+    rows += [
+        "z.nii,upper abdomen|liver,train,,p",
+        "u.nii,lung|rib,train,,p",
+        "v.nii,rip|lungs,train,,p",
+    ]
+    (tmp_path / "t.csv").write_text(HEADER + "\n".join(rows) + "\n")
+    texts = []
+    table.read_table(tmp_path / "t.csv", texts.append)
+    assert len(texts) == 6
+    expected = (
+        "1 empty rows.*line 4",
+        "'liver;kidney' .1 row. contains 'liver'",
+        "'Upper  abdomen' .1 row., 'upper abdomen' .1 row. differ only in case or spaces",
+        "'kidny' .1 row. differs from 'kidney' .20 rows. by one letter",
+        "'lung' .1 row. differs from 'lungs'|'lungs' .1 row. differs from 'lung'",
+        "1 of 30 rows have no label .line 3.",
+    )
+    for text, pattern in zip(texts, expected, strict=True):
+        assert re.search(pattern, text), text
+
+
+def test_unknown_labels(read):
+    header = "path,labels,split,unknown\n"
+    rows, _ = read("a.png,liver,train,lung| spleen\nb.png,lung|spleen,train,\n", header=header)
+    assert rows[0].unknown == ("lung", "spleen") and rows[1].unknown == ()
+    for text, value in (
+        ("a.png,liver|lung,train,lung\n", "line 2.*'lung' is also in labels"),
+        ("a.png,liver,train,lng\nb.png,lung,train,\n", "line 2.*'lng' is a label of no row"),
+    ):
+        with pytest.raises(InputError, match=value):
+            read(text, header=header)
 
 
 def test_files_other_than_a_table_are_rejected(read, tmp_path):
@@ -92,6 +156,10 @@ def test_a_slice_is_selected_by_stored_index_file_name_or_position():
     files = volume("z.dcm", "a.dcm", "7.dcm")
     assert table.slice_index(row("a.dcm"), files, None) == 1
     assert table.slice_index(row("2"), files, None) == 2
+    # pandas writes a column of integers with gaps as floats.
+    assert table.slice_index(row("2.0"), files, None) == 2
+    assert table.slice_index(row("3.0"), stored, None) == 0
+    assert table.slice_index(row("1.0"), volume("1.0", "0.0"), None) == 0
     # The path is a single slice.
     assert table.slice_index(row(""), files, 1) == 1
     assert table.slice_index(row(""), volume("0"), None) == 0

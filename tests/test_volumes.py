@@ -43,9 +43,13 @@ def test_a_dicom_file_is_read_with_its_neighbours(tmp_path):
     assert wide.slices == ("002.dcm", "001.dcm", "000.dcm") and index == 2
     with pytest.raises(InputError, match=r"2 series \(1.2.3, 1.2.9\)"):
         volumes.load_series_of(tmp_path)
-    paths[1].unlink()  # the neighbours would be wrong
-    with pytest.raises(Rejected, match="9.00 mm .*5.00 mm"):
-        volumes.load_series_of(paths[0])
+    paths[1].unlink()  # the next slice is not a neighbour
+    volume, index = volumes.load_series_of(paths[0])
+    assert volume.slices == ("000.dcm",) and index == 0
+    write_slice(tmp_path / "extra.dcm", z=11)
+    write_slice(tmp_path / "end.dcm", z=19)
+    with pytest.raises(Rejected, match="uneven"):  # the neighbours would be wrong
+        volumes.load_series_of(paths[2])
 
 
 def test_a_png_is_read_with_its_neighbours_and_a_nifti_as_a_volume(tmp_path, shared_data):
@@ -62,6 +66,24 @@ def test_a_png_is_read_with_its_neighbours_and_a_nifti_as_a_volume(tmp_path, sha
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="contains no CT"):
         volumes.load_series_of(tmp_path / "empty")
+
+
+def test_a_series_of_one_file_has_its_neighbours_as_context(tmp_path):
+    paths = write_series(tmp_path / "dicom", [0, -5, -10])
+    write_pngs(tmp_path / "png", ["img9.png", "img10.png", "img11.png", "other10.png"])
+    whole = volumes.load_series(search.find_series(tmp_path / "dicom")[0][0])
+    for k in range(3):
+        ((ref,), _) = search.find_series(paths[k])
+        volume = volumes.load_series(ref)
+        assert volume.slices == (paths[k].name,) and volume.hu.shape == (1, 6, 5)
+        for plane, expected in zip(volume.neighbours(0), whole.neighbours(k), strict=True):
+            np.testing.assert_array_equal(plane, expected)
+    values = []
+    for name in ("img9.png", "img10.png", "img11.png"):
+        ((ref,), _) = search.find_series(tmp_path / "png" / name)
+        around = volumes.load_series(ref).neighbours(0)
+        values.append([int(plane[0, 0]) for plane in around])
+    assert values == [[0, 0, 1], [0, 1, 2], [1, 2, 2]]  # by number, not by text
 
 
 def test_many_threads_read_at_once(shared_data):

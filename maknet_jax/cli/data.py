@@ -167,7 +167,7 @@ def _run_dicom(chosen: argparse.Namespace) -> int:
 
 
 def _run_table(chosen: argparse.Namespace) -> int:
-    """Prepare your own labelled slices from a CSV of path,labels,split[,slice,patient].
+    """Prepare your own labelled slices from a CSV of path,labels,split[,slice,patient,unknown].
 
     maknet prepare table labels.csv --out shards/mine --png-window=-175,275
     """

@@ -44,7 +44,9 @@ def _run_demo(chosen: argparse.Namespace) -> None:
 def _predict(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(verbs, "predict", _run_predict)
     verb.add_argument(
-        "path", help="file or folder of DICOM, NIfTI or PNG, a zip or tar of one, or a DICOMDIR"
+        "path",
+        help="file or folder of DICOM, NIfTI or PNG, a zip or tar of one, or a DICOMDIR; one slice "
+        "is read with its neighbours in the folder",
     )
     options.model(verb)
     verb.add_argument(

@@ -49,15 +49,20 @@ def split_name(path: str | os.PathLike[str]) -> tuple[str, int | None]:
 def neighbour_path(path: str | os.PathLike[str], offset: int) -> pathlib.Path:
     """The path of the slice whose index is higher by `offset`; it may not exist.
 
-    The index keeps its zero padding. If there is no such index (the name contains no number, or
-    the index would be negative), the result is a path that no slice has.
+    The index keeps its zero padding, unless only a file without exists: `img9.png` precedes
+    `img10.png`. If there is no such index (the name contains no number, or the index would be
+    negative), the result is a path that no slice has.
     """
     path = pathlib.Path(path)
     match = re.fullmatch(r"(.*?)(\d+)(\D*)", path.stem)
     if match is None or int(match[2]) + offset < 0:
         return path.with_name(f"{path.stem}.no-neighbour{offset:+d}{path.suffix}")
-    number = f"{int(match[2]) + offset:0{len(match[2])}d}"
-    return path.with_name(f"{match[1]}{number}{match[3]}{path.suffix}")
+    number = int(match[2]) + offset
+    padded, plain = (
+        path.with_name(f"{match[1]}{text}{match[3]}{path.suffix}")
+        for text in (f"{number:0{len(match[2])}d}", str(number))
+    )
+    return plain if not containers.is_file(padded) and containers.is_file(plain) else padded
 
 
 def read_png(

@@ -1,5 +1,6 @@
 """Stable pseudonymous ids: keyed hashes of DICOM UIDs and other names."""
 
+import contextlib
 import dataclasses
 import hashlib
 import hmac
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from maknet_jax import console, files
-from maknet_jax.ct import png
+from maknet_jax.ct import archives, containers, png
 from maknet_jax.ct.search import SeriesRef
 from maknet_jax.ct.volumes import Volume
 from maknet_jax.errors import InputError
@@ -128,7 +129,7 @@ class Pseudonyms:
         private = _names_near(path) | set(_paths_in(message))
         folder = pathlib.Path(path).parent
         named = [path, *(str(folder / name) for name in private if name in message)]
-        headers = b"".join(map(_header, filter(os.path.isfile, named)))
+        headers = b"".join(map(_header, filter(containers.is_file, named)))
         words = {word for word in _WORD.findall(message) if len(word) > 3 or not word.islower()}
         private |= {word for word in words if word.encode() in headers}
         for name in sorted(private, key=len, reverse=True):
@@ -165,9 +166,12 @@ def _names_near(path: str) -> set[str]:
     """The parts of a path, and the names and stems of the files beside it or in it."""
     place = pathlib.Path(path)
     names = {path, *place.parts}
-    for folder in (place, place.parent) if os.path.lexists(path) else ():
-        if folder.is_dir():
+    exists = containers.is_file(path) or containers.is_folder(path)
+    for folder in map(str, (place, place.parent)) if exists else ():
+        if os.path.isdir(folder):
             names.update(os.listdir(folder))
+        elif containers.is_folder(folder):
+            names.update(containers.list_folder(folder))
     stems = {name.partition(".")[0] for name in names} | {png.split_name(n)[0] for n in names}
     return names | stems
 
@@ -187,7 +191,8 @@ def _paths_in(message: str) -> Iterator[str]:
 
 def _header(path: str) -> bytes:
     """The start of a file with its header, decompressed if it is deflated DICOM or gzip."""
-    with open(path, "rb") as file:
+    start = b""
+    with contextlib.suppress(OSError, *archives.DAMAGED), containers.open_file(path) as file:
         start = file.read(_HEADER)
     try:
         if start.startswith(b"\x1f\x8b"):

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from maknet_jax import files
 from maknet_jax.ct import archives, containers, dicom, dicomdir, nifti, own_outputs, png, reading
 from maknet_jax.ct.reading import content_id, one_line
-from maknet_jax.ct.stacks import order_slices
+from maknet_jax.ct.stacks import find_stacks
 from maknet_jax.errors import InputError, Rejected
 
 _NIBABEL = "nibabel.save(nibabel.load(FILE), 'ct.nii.gz')"
@@ -38,6 +38,7 @@ class SeriesRef:
       key: the SeriesInstanceUID, or a name relative to the root.
       count: the number of slices.
       root: the folder that was searched.
+      copies: the number of dropped copies of slices; they do not change the records.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class SeriesRef:
     key: str
     count: int
     root: str
+    copies: int = dataclasses.field(default=0, repr=False)
 
 
 @dataclasses.dataclass
@@ -55,8 +57,8 @@ class _Search:
     series: list[SeriesRef] = dataclasses.field(default_factory=list)
     failures: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
-    def add(self, kind: str, paths: tuple[str, ...], key: str, count: int) -> None:
-        self.series.append(SeriesRef(kind, paths, key, count, self.root))
+    def add(self, kind: str, paths: tuple[str, ...], key: str, count: int, copies: int = 0) -> None:
+        self.series.append(SeriesRef(kind, paths, key, count, self.root, copies))
 
 
 def find_series(
@@ -90,7 +92,7 @@ def find_series(
     search = _Search(path if folder else os.path.dirname(path) or ".")
     headers: list[dicom.Header] = []
     pictures = []
-    read = functools.partial(header_of, overrides=overrides)
+    read = functools.partial(headers_of, overrides=overrides)
     with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
         paths = _walk(path, folder, search.failures)
         while batch := list(itertools.islice(paths, _BATCH)):
@@ -107,14 +109,14 @@ def find_series(
             # A compressed tar is read in its order, by one thread.
             one_by_one = [file for file in others if containers.reading_order(file)[0]]
             at_once = [file for file in others if not containers.reading_order(file)[0]]
-            found = itertools.chain(map(read, one_by_one), pool.map(read, at_once))
-            for file, header in zip(one_by_one + at_once, found, strict=True):
-                if isinstance(header, OSError):
-                    search.failures.append((file, f"cannot be read ({header.strerror})"))
-                elif header is not None:
-                    headers.append(header)
-                elif reason := other_format(file):
+            each = itertools.chain(map(read, one_by_one), pool.map(read, at_once))
+            for file, found in zip(one_by_one + at_once, each, strict=True):
+                if isinstance(found, OSError):
+                    search.failures.append((file, f"cannot be read ({found.strerror})"))
+                elif not found and (reason := other_format(file)):
                     search.failures.append((file, reason))
+                else:
+                    headers += found
     _add_dicom(sorted(headers, key=lambda header: header.path), search)
     _add_png(sorted(pictures), search)
     ordered = sorted(search.series, key=lambda ref: (ref.paths[0], ref.key))
@@ -127,12 +129,12 @@ def other_format(path: str | os.PathLike[str]) -> str:
     return f"{kind} is not supported: convert it to NIfTI, as in {convert}" if kind else ""
 
 
-def header_of(
+def headers_of(
     path: str, overrides: reading.Overrides = reading.STRICT
-) -> dicom.Header | OSError | None:
-    """The header of a DICOM file, None for any other file, or the error that reading raised."""
+) -> list[dicom.Header] | OSError:
+    """The headers of a DICOM file, none for any other file, or the error that reading raised."""
     try:
-        return dicom.read_header(path, overrides) if dicom.looks_like_dicom(path) else None
+        return dicom.read_headers(path, overrides) if dicom.looks_like_dicom(path) else []
     except OSError as error:
         return error
     except archives.DAMAGED as error:  # of an archive
@@ -142,7 +144,7 @@ def header_of(
 def group_by_series(headers: Iterable[dicom.Header]) -> list[list[dicom.Header]]:
     """Groups headers by series; files without a SeriesInstanceUID are grouped by folder.
 
-    `order_slices` checks that the files of a group form one stack.
+    `find_stacks` divides a group into stacks.
     """
     groups: dict[str | tuple[str], list[dicom.Header]] = {}
     for header in headers:
@@ -197,12 +199,12 @@ def _add_dicom(headers: Sequence[dicom.Header], search: _Search) -> None:
         search.failures.append((paths[0], problem + more))
     for group in group_by_series(header for header in headers if not header.problem):
         key = series_key(group)
-        try:
-            ordered, _ = order_slices(group)
-        except Rejected as error:
-            search.failures.append((group[0].path, f"series {key}: {error}"))
-        else:
-            search.add("dicom", tuple(header.path for header in ordered), key, len(ordered))
+        stacks, failures = find_stacks(group)
+        search.failures += [(path, f"series {key}: {reason}") for path, reason in failures]
+        for number, stack in enumerate(stacks, start=1):
+            ordered = tuple(header.path for header in stack.headers)
+            name = f"{key}:{number}" if len(stacks) > 1 else key
+            search.add("dicom", ordered, name, len(ordered), len(stack.copies))
 
 
 def _add_png(paths: Sequence[str], search: _Search) -> None:
@@ -220,7 +222,7 @@ def _add_png(paths: Sequence[str], search: _Search) -> None:
         search.add("png", (path,), _png_key(folder, series, search.root), 1)
     for (folder, series), items in numbered.items():
         base = _png_key(folder, series, search.root)
-        items.sort()
+        items, copies = _without_copies(sorted(items))
         indices = [index for index, _ in items]
         if len(set(indices)) < len(indices):
             double = next(a for a, b in zip(indices, indices[1:], strict=False) if a == b)
@@ -231,7 +233,24 @@ def _add_png(paths: Sequence[str], search: _Search) -> None:
         starts = [k for k, index in enumerate(indices) if k == 0 or index != indices[k - 1] + 1]
         for start, end in zip(starts, [*starts[1:], len(items)], strict=True):
             run = tuple(path for _, path in items[start:end])
-            search.add("png", run, f"{base}:{indices[start]}-{indices[end - 1]}", len(run))
+            key = f"{base}:{indices[start]}-{indices[end - 1]}"
+            search.add("png", run, key, len(run), copies if start == 0 else 0)
+
+
+def _without_copies(items: Sequence[tuple[int, str]]) -> tuple[list[tuple[int, str]], int]:
+    """(sorted (index, path) pairs without copies of a file at the same index, their number)."""
+    kept: list[tuple[int, str]] = []
+    for index, path in items:
+        if not (kept and kept[-1][0] == index and _equal(kept[-1][1], path)):
+            kept.append((index, path))
+    return kept, len(items) - len(kept)
+
+
+def _equal(one: str, other: str) -> bool:
+    try:
+        return containers.read_file(one) == containers.read_file(other)
+    except OSError:
+        return False
 
 
 def _png_key(folder: str, series: str, root: str) -> str:

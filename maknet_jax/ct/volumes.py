@@ -9,10 +9,23 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from maknet_jax.ct import containers, dicom, dicomdir, nifti, paged, png, reading, search, units
+from maknet_jax.ct import (
+    containers,
+    dicom,
+    dicom_frames,
+    dicomdir,
+    nifti,
+    paged,
+    png,
+    preprocess,
+    reading,
+    search,
+    units,
+)
+from maknet_jax.ct.blocks import Block, segment
 from maknet_jax.ct.read_ahead import read_ahead
 from maknet_jax.ct.search import SeriesRef
-from maknet_jax.ct.stacks import order_slices
+from maknet_jax.ct.stacks import Stack, find_stacks, order_slices
 from maknet_jax.errors import InputError, Rejected
 
 
@@ -22,13 +35,17 @@ class Volume:
 
     Attributes:
       hu: int16 [Z, Y, X] in HU; padding values are not changed.
-      spacing: mm between neighbours along (z, y, x); nan where unknown.
+      spacing: mm between neighbours along (z, y, x); nan where unknown, and along z where the
+        distance of slices changes.
       series: the SeriesInstanceUID, or the name relative to the root.
       slices: a name for each slice: the file relative to the root; for NIfTI the index along the
         stored z axis.
       uids: for each slice the SOPInstanceUID, or an id computed from the content of the file.
       affine: `[4, 4]`, indices (x, y, z) of `hu` to RAS in mm; None where unknown.
       body_part: the tag BodyPartExamined of the first slice; "" without it.
+      blocks: the division into evenly spaced blocks; empty if there is one block.
+      context: the slices in the folder before the first and after the last one, which are its
+        neighbours but not part of the volume; None where there is none.
     """
 
     hu: np.ndarray
@@ -38,11 +55,56 @@ class Volume:
     uids: tuple[str, ...]
     affine: np.ndarray | None = None
     body_part: str = ""
+    blocks: tuple[Block, ...] = ()
+    context: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
+
+    def neighbours(self, centre: int) -> list[np.ndarray]:
+        """The slice before, the slice, and the slice after it.
+
+        At the ends, beside missing slices and at lateral jumps the slice itself is repeated.
+        """
+        first, stop = segment(self.blocks, centre, len(self.hu))
+        around = preprocess.neighbours(self.hu[first:stop], centre - first)
+        before, after = self.context
+        if centre == 0 and before is not None:
+            around[0] = before
+        if centre == len(self.hu) - 1 and after is not None:
+            around[2] = after
+        return around
+
+    def triplets(self) -> list[tuple[int, float]]:
+        """(middle slice, mm between its slices) of triplets without overlap within blocks."""
+        blocks = self.blocks or (Block(0, len(self.hu), self.spacing[0], 0.0, False),)
+        return [
+            (block.start + centre, block.distance if len(blocks) > 1 else self.spacing[0])
+            for block in blocks
+            for centre in preprocess.centres(block.stop - block.start, overlap=False)
+        ]
+
+    @property
+    def z_mm(self) -> np.ndarray:
+        """Float `[Z]`: mm of each slice below the first one; nan where the spacing is unknown."""
+        if len(self.hu) == 1:
+            return np.zeros(1)
+        if len(self.blocks) < 2:
+            return np.arange(len(self.hu)) * self.spacing[0]
+        return np.concatenate(
+            [
+                block.offset
+                + np.concatenate([[0.0], np.arange(1, block.stop - block.start) * block.distance])
+                for block in self.blocks
+            ]
+        )
 
     @property
     def json_spacing(self) -> list[float | None]:
         """The spacing for JSON: None where it is unknown."""
-        return [None if math.isnan(mm) else float(mm) for mm in self.spacing]
+        return spacing_json(self.spacing)
+
+
+def spacing_json(spacing: Sequence[float]) -> list[float | None]:
+    """Mm for JSON: None where unknown."""
+    return [None if math.isnan(mm) else float(mm) for mm in spacing]
 
 
 def load_series(
@@ -54,7 +116,8 @@ def load_series(
     """Reads one series.
 
     Args:
-      ref: one of the series of `search.find_series`.
+      ref: one of the series of `search.find_series`. A single DICOM or PNG file is read with its
+        neighbours in the folder as context.
       png_window: (low, high) in HU of 8-bit PNGs.
       overrides: what is read although it would be rejected.
 
@@ -63,9 +126,14 @@ def load_series(
     """
     try:
         if ref.kind == "dicom":
-            return _load_dicom(ref, overrides)
+            if len(ref.paths) > 1:
+                return _load_dicom(ref, overrides)
+            return _load_dicom_slice(ref, overrides)
         if ref.kind == "png":
-            return _load_png(ref, png_window, overrides)
+            if len(ref.paths) > 1:
+                return _load_png(ref, png_window, overrides)
+            around = _load_png_neighbours(pathlib.Path(ref.paths[0]), png_window, overrides)
+            return _only_slice(*around, ref)
         hu, spacing, stored = nifti.read_nifti(ref.paths[0], overrides)
         affine = nifti.read_affine(ref.paths[0])
         digest = containers.content_id(ref.paths[0])
@@ -111,8 +179,8 @@ def load_series_of(
 
     Args:
       path: a DICOM or PNG file, which is read with its existing neighbours in the same series and
-        folder; or a NIfTI file or a folder with exactly one series, of which the whole volume is
-        read.
+        folder; or a NIfTI file, a multi-frame DICOM file or a folder with exactly one series, of
+        which the whole volume is read.
       png_window: (low, high) in HU of 8-bit PNGs.
       overrides: what is read although it would be rejected.
       around: neighbours on either side; always one for a PNG.
@@ -134,6 +202,9 @@ def load_series_of(
         return load_series(ref, png_window=png_window, overrides=overrides), None
     if name.endswith(".png"):
         return _load_png_neighbours(path, png_window, overrides)
+    headers = search.headers_of(str(path), overrides)
+    if isinstance(headers, list) and len(headers) > 1:
+        return load_series(_only_series(path, overrides), overrides=overrides), None
     return _load_dicom_neighbours(path, around, overrides)
 
 
@@ -174,24 +245,51 @@ def _load_dicom(
       distance: mm between slices, if `ref` is a part of a series that was already checked.
     """
     headers, planes, values = [], paged.Slices(len(ref.paths)), units.Values()
-    for path in containers.in_order(ref.paths):
+    paths = dicom_frames.in_order(ref.paths)
+    slices = dicom.read_slices(paths, values, overrides)
+    for path in paths:
         try:
-            header, plane = dicom.read_slice(path, values, overrides)
+            _, (header, plane) = next(slices)
         except Rejected as error:
             raise Rejected(f"{search.relative_name(path, ref.root)}: {error}") from error
         headers.append(header)
         planes.append(plane)
     values.check(overrides)
-    ordered, gap = order_slices(headers)  # rejects slices of different shapes
+    stack = order_slices(headers)  # rejects slices of different shapes
     numbers = {header.path: number for number, header in enumerate(headers)}
     return Volume(
-        planes.ordered([numbers[header.path] for header in ordered]),
-        (gap if distance is None else distance, *ordered[0].standard_spacing),
+        planes.ordered([numbers[header.path] for header in stack.headers]),
+        (stack.distance if distance is None else distance, *stack.headers[0].standard_spacing),
         ref.key,
-        tuple(search.relative_name(header.path, ref.root) for header in ordered),
-        tuple(header.uid for header in ordered),
-        dicom.stack_affine(ordered),
-        ordered[0].body_part,
+        tuple(search.relative_name(header.path, ref.root) for header in stack.headers),
+        tuple(header.uid for header in stack.headers),
+        dicom.stack_affine(stack.headers) if len(stack.blocks) == 1 else None,
+        stack.headers[0].body_part,
+        stack.blocks if len(stack.blocks) > 1 else (),
+    )
+
+
+def _load_dicom_slice(ref: SeriesRef, overrides: reading.Overrides) -> Volume:
+    """The slice of a series of one file, with its neighbours in the folder as context."""
+    if dicom_frames.split_path(ref.paths[0])[1] is not None:
+        return _load_dicom(ref, overrides)
+    volume, index = _load_dicom_neighbours(pathlib.Path(ref.paths[0]), 1, overrides)
+    return _only_slice(volume, index, ref)
+
+
+def _only_slice(volume: Volume, index: int, ref: SeriesRef) -> Volume:
+    """One slice of a volume, with its neighbours as context."""
+    before, _, after = volume.neighbours(index)
+    here = slice(index, index + 1)
+    return dataclasses.replace(
+        volume,
+        hu=volume.hu[here],
+        series=ref.key,
+        slices=(search.relative_name(ref.paths[0], ref.root),),
+        uids=volume.uids[here],
+        affine=None,
+        blocks=(),
+        context=(before, after),
     )
 
 
@@ -201,8 +299,8 @@ def _folder_headers(
 ) -> list[dicom.Header]:
     """The headers of the DICOM files directly in a folder, cached for reading slice by slice."""
     paths = [os.path.join(folder, name) for name in containers.list_folder(folder)]
-    headers = [search.header_of(path, overrides) for path in containers.in_order(paths)]
-    return [header for header in headers if isinstance(header, dicom.Header)]
+    read = [search.headers_of(path, overrides) for path in containers.in_order(paths)]
+    return [header for headers in read if isinstance(headers, list) for header in headers]
 
 
 def _load_dicom_neighbours(
@@ -217,12 +315,30 @@ def _load_dicom_neighbours(
         raise Rejected(centre.problem)
     usable = [header for header in headers if not header.problem]
     group = next(group for group in search.group_by_series(usable) if centre in group)
-    ordered, distance = order_slices(group)
-    index = ordered.index(centre)
-    first = max(0, index - around)
-    paths = tuple(header.path for header in ordered[first : index + around + 1])
+    try:
+        stack, index = _place_of(centre, *find_stacks(group))
+    except Rejected:  # perhaps for other images at this position, which do not matter here
+        others = [header for header in group if header.position != centre.position]
+        stack, index = _place_of(centre, *find_stacks([*others, centre]))
+    first, stop = segment(stack.blocks, index, len(stack.headers))
+    first, stop = max(first, index - around), min(stop, index + around + 1)
+    paths = tuple(header.path for header in stack.headers[first:stop])
     ref = SeriesRef("dicom", paths, search.series_key(group), len(paths), str(path.parent))
-    return _load_dicom(ref, overrides, distance), index - first
+    return _load_dicom(ref, overrides, stack.distance), index - first
+
+
+def _place_of(
+    centre: dicom.Header, stacks: Sequence[Stack], failures: Sequence[tuple[str, str]]
+) -> tuple[Stack, int]:
+    """The stack of a slice, and its index there or that of the slice that it repeats."""
+    originals = dict(pair for stack in stacks for pair in stack.copies)
+    wanted = originals.get(centre.path, centre.path)
+    for stack in stacks:
+        for index, header in enumerate(stack.headers):
+            if header.path == wanted:
+                return stack, index
+    reasons = [reason for path, reason in failures if path == centre.path]
+    raise Rejected((reasons or [reason for _, reason in failures])[0])
 
 
 def _load_png_neighbours(
@@ -233,7 +349,7 @@ def _load_png_neighbours(
     paths = tuple(p for p in (before, centre, after) if p == centre or containers.is_file(p))
     series, _ = png.split_name(path)
     ref = SeriesRef("png", paths, series, len(paths), str(path.parent))
-    return load_series(ref, png_window=window, overrides=overrides), paths.index(centre)
+    return _load_png(ref, window, overrides), paths.index(centre)
 
 
 def _load_png(

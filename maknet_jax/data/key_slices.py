@@ -156,7 +156,7 @@ def make_key_slice(unit: _KeySlice) -> shards.UnitResult:
         volume, centre = volumes.load_series_of(unit.path, overrides=unit.overrides)
     except (Rejected, InputError) as error:
         return shards.UnitResult(failures=((unit.path, png.reason_without_window(error)),))
-    slices = preprocess.neighbours(volume.hu, centre or 0)
+    slices = volume.neighbours(centre or 0)
     image, box = preprocess.make_triplet(slices, unit.size)
     meta = dict(unit.meta) | {"crop": box}
     record = encode_with_labels(unit.id, image, unit.labels, unit.label_mask, meta)

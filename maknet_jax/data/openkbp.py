@@ -15,9 +15,11 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
+from maknet_jax import console
 from maknet_jax.ct import preprocess
 from maknet_jax.ct.reading import one_line
 from maknet_jax.errors import InputError, Rejected
@@ -35,6 +37,28 @@ ORGANS = {
     "Larynx": "larynx",
     "Mandible": "mandible",
 }
+
+
+def prepare_openkbp(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[str, Any]:
+    """Converts patients of the OpenKBP release to NIfTI for `prepare_segmentations`.
+
+    Args:
+      folder: a folder of `pt_N/*.csv`, such as `provided-data/train-pats`.
+      out: the folder to write, in TotalSegmentator's layout; finished patients are skipped.
+
+    Returns:
+      The summary: patients, patients converted by an earlier call, and failures.
+
+    Raises:
+      InputError: `folder` has no such patients.
+    """
+    out = pathlib.Path(out)
+    patients = find_patients(folder)
+    with console.progress("prepare openkbp", len(patients)) as advance:
+        present, failures = convert_all(patients, out, advance)
+    console.write_failures(out / "failures.csv", failures)
+    counts = {"patients": len(patients) - len(failures), "present_before": present}
+    return {"out": str(out), **counts, "failures": len(failures)}
 
 
 def find_patients(folder: str | os.PathLike[str]) -> list[pathlib.Path]:

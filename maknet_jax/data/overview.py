@@ -20,6 +20,7 @@ _NUMBER = re.compile(r"(--[\w-]+ \S+)|(?<![\w-])-?\d+(?:\.\d+)?")  # but not the
 _COUNTED = (
     "series_too_small",
     "series_unreadable",
+    "copies_of_slices",
     "images_missing",
     "cases_without_split",
     "cases_not_found",

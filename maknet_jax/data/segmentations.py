@@ -258,7 +258,7 @@ def make_case(unit: _CaseUnit) -> shards.UnitResult:
     )
     examples = []
     for centre in centres:
-        slices = preprocess.neighbours(volume.hu, centre)
+        slices = volume.neighbours(centre)
         image, box = preprocess.make_triplet(slices, unit.size)
         meta = {"case": unit.name, "patient": unit.patient, "slice": centre}
         meta |= {"slices": len(volume.hu), "crop": box, "spacing": volume.json_spacing}

@@ -1,23 +1,27 @@
 """The CSV table of `maknet prepare table`: labelled slices from any source.
 
-    path,labels,split,slice,patient
-    scans/a.nii.gz,liver|spleen,train,57,p1
-    scans/series-3,lung,val,IM0042.dcm,p2
-    pngs/000001_01_01_109.png,,test,,p3
+    path,labels,split,slice,patient,unknown
+    scans/a.nii.gz,liver|spleen,train,57,p1,lung
+    scans/series-3,lung,val,IM0042.dcm,p2,
+    pngs/000001_01_01_109.png,,test,,p3,
 
 `path` is a DICOM, NIfTI or PNG file, or a folder with one series, relative to the table. `labels`
 are separated by `|`; an empty cell means that all labels are absent. `slice` selects a slice of a
 volume: in a NIfTI file by its stored index along z, in a folder by file name or by index from the
-head, counted from 0. `patient` is optional, but without it a patient in two splits is not detected.
+head, counted from 0. `patient` is optional; without it a volume in two splits is an error, but a
+patient with two volumes is not detected. `unknown`, also optional, lists labels that were not
+assessed: they count neither in the loss nor in a metric.
 """
 
 import csv
-import dataclasses
 import os
 import pathlib
+import re
+from collections.abc import Callable
 
 from maknet_jax.ct import volumes
-from maknet_jax.data import labels
+from maknet_jax.data import labels, table_rows
+from maknet_jax.data.table_rows import Row
 from maknet_jax.errors import InputError
 
 SPLITS = ("train", "val", "test", "hand", "unlabelled")
@@ -25,32 +29,21 @@ SPLITS = ("train", "val", "test", "hand", "unlabelled")
 _COLUMNS = ("path", "labels", "split")
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One row of the table; `line` is its line number in the file, the header being line 1."""
-
-    line: int
-    path: str
-    labels: tuple[str, ...]
-    split: str
-    slice: str
-    patient: str
-
-    @property
-    def where(self) -> str:
-        """The name of this row in `failures.csv`."""
-        return f"line {self.line}: {self.path}" + (f" slice {self.slice}" if self.slice else "")
-
-
-def read_table(path: str | os.PathLike) -> tuple[list[Row], labels.Vocabulary]:
+def read_table(
+    path: str | os.PathLike, warn: Callable[[str], None] = lambda text: None
+) -> tuple[list[Row], labels.Vocabulary]:
     """Reads and checks the table.
+
+    Args:
+      path: the CSV file.
+      warn: called with a line for each doubt about the rows, see `table_rows.warnings`.
 
     Returns:
       (rows, vocabulary): the labels in alphabetical order.
 
     Raises:
-      InputError: a column or cell is missing, a split is unknown, a patient is in two splits, a
-        slice is listed twice, or no row has a label.
+      InputError: a column or cell is missing, a split is unknown, a patient or a volume is in two
+        splits, a slice is listed twice, a label is both present and unknown, or no row has a label.
     """
     path = pathlib.Path(path)
     try:
@@ -61,41 +54,71 @@ def read_table(path: str | os.PathLike) -> tuple[list[Row], labels.Vocabulary]:
                 raise InputError(
                     f"{path} has no column {missing[0]!r}: path, labels and split are required"
                 )
-            rows = [_row(path, reader.line_num, cells) for cells in reader]
+            lines = [(reader.line_num, cells) for cells in reader]
     except (FileNotFoundError, IsADirectoryError):
         raise InputError(
             f"{path} is not a file: pass a CSV table with the columns path, labels, split"
         ) from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} is not a CSV table: {error}") from None
+    blank = [line for line, cells in lines if not any(_cells(cells).values())]
+    if blank:
+        warn(f"{len(blank)} empty rows are skipped, the first on line {blank[0]}")
+    rows = [_row(path, line, cells) for line, cells in lines if line not in blank]
     names = sorted({name for row in rows for name in row.labels})
     if not names:
         raise InputError(f"{path} contains no label: use `maknet prepare dicom` for unlabelled CT")
     split_of: dict[str, str] = {}
-    lines: dict[tuple[str, str], int] = {}
+    places: dict[tuple[str, str], int] = {}
     for row in rows:
         if row.patient and split_of.setdefault(row.patient, row.split) != row.split:
             raise InputError(
                 f"{path} line {row.line}: patient {row.patient} is in {split_of[row.patient]} and "
                 f"{row.split}: put each patient into one split"
             )
-        if (first := lines.setdefault((row.path, row.slice), row.line)) != row.line:
+        place = row.path, _whole(row.slice)
+        if (first := places.setdefault(place, row.line)) != row.line:
             raise InputError(
                 f"{path} line {row.line} repeats the slice of line {first}: remove one"
             )
+        for name in row.unknown:
+            if name in row.labels or name not in names:
+                wrong = "is also in labels" if name in row.labels else "is a label of no row"
+                raise InputError(f"{path} line {row.line}: the unknown label {name!r} {wrong}")
+    if twice := table_rows.volume_in_two_splits(rows):
+        one, other = twice
+        raise InputError(
+            f"{path} lines {one.line} and {other.line} put one volume into {one.split} and "
+            f"{other.split}: put each volume into one split, or add a column patient"
+        )
+    for text in table_rows.warnings(rows):
+        warn(text)
     return rows, labels.Vocabulary.from_names(names)
 
 
 def _row(path: pathlib.Path, line: int, record: dict[str, str | None]) -> Row:
-    cells = {key: (value or "").strip() for key, value in record.items() if isinstance(key, str)}
+    cells = _cells(record)
     if not cells["path"] or cells["split"] not in SPLITS:
         raise InputError(
             f"{path} line {line}: path {cells['path']!r}, split {cells['split']!r}: both are "
             f"required, and the split is one of {', '.join(SPLITS)}"
         )
-    names = tuple(dict.fromkeys(n for n in map(str.strip, cells["labels"].split("|")) if n))
+    names, unknown = (
+        tuple(dict.fromkeys(name for name in map(str.strip, cell.split("|")) if name))
+        for cell in (cells["labels"], cells.get("unknown", ""))
+    )
     file = str(path.parent / cells["path"])
-    return Row(line, file, names, cells["split"], cells.get("slice", ""), cells.get("patient", ""))
+    place = cells.get("slice", ""), cells.get("patient", "")
+    return Row(line, file, names, cells["split"], *place, unknown)
+
+
+def _cells(record: dict[str, str | None]) -> dict[str, str]:
+    return {key: (value or "").strip() for key, value in record.items() if isinstance(key, str)}
+
+
+def _whole(name: str) -> str:
+    """A slice without the fraction that pandas writes: 57.0 is 57."""
+    return name.partition(".")[0] if re.fullmatch(r"\d+\.0+", name) else name
 
 
 def slice_index(row: Row, volume: volumes.Volume, named: int | None) -> int:
@@ -111,11 +134,12 @@ def slice_index(row: Row, volume: volumes.Volume, named: int | None) -> int:
     """
     if named is not None:
         return named
-    if row.slice and (row.slice in volume.slices or not row.slice.isdigit()):
-        return volumes.slice_of(volume, row.slice)
-    if row.slice:
-        if int(row.slice) < len(volume.hu) and not volume.slices[0].isdigit():
-            return int(row.slice)
+    name = row.slice if row.slice in volume.slices else _whole(row.slice)
+    if name and (name in volume.slices or not name.isdigit()):
+        return volumes.slice_of(volume, name)
+    if name:
+        if int(name) < len(volume.hu) and not volume.slices[0].isdigit():
+            return int(name)
         raise InputError(
             f"slice {row.slice} is not among the {len(volume.hu)} slices of {row.path}"
         )

@@ -34,6 +34,7 @@ class _TableVolume:
     path: str
     rows: tuple[table.Row, ...]
     labels: tuple[bytes, ...]
+    label_masks: tuple[bytes, ...]
     png_window: tuple[float, float] | None
     size: int
     count: int
@@ -88,11 +89,10 @@ def make_series(unit: _Series) -> shards.UnitResult:
         return shards.UnitResult(failures=((unit.ref.paths[0], reason),))
     series = pseudonym.pseudonym(unit.salt, volume.series)
     examples = []
-    for centre in preprocess.centres(len(volume.hu), overlap=False):
-        slices = preprocess.neighbours(volume.hu, centre)
-        image, box = preprocess.make_triplet(slices, unit.size)
+    for centre, distance in volume.triplets():
+        image, box = preprocess.make_triplet(volume.neighbours(centre), unit.size)
         meta = {"series": series, "slice": centre, "slices": len(volume.hu), "crop": box}
-        meta["spacing"] = volume.json_spacing
+        meta["spacing"] = volumes.spacing_json((distance, *volume.spacing[1:]))
         name = f"{series}-{pseudonym.pseudonym(unit.salt, volume.uids[centre])}"
         examples.append(encode_with_labels(name, image, b"", b"", meta))
     left_over = len(volume.hu) - 3 * len(examples)
@@ -122,8 +122,9 @@ def plan_table(
     splits: dict[str, list[_TableVolume]] = {}
     for (split, path), members in groups.items():
         vectors = tuple(vocabulary.vector(row.labels).tobytes() for row in members)
+        masks = tuple((1 - vocabulary.vector(row.unknown)).tobytes() for row in members)
         unit = _TableVolume(
-            path, tuple(members), vectors, png_window, size, len(members), overrides
+            path, tuple(members), vectors, masks, png_window, size, len(members), overrides
         )
         splits.setdefault(split, []).append(unit)
     return splits
@@ -139,16 +140,16 @@ def make_table_volume(unit: _TableVolume) -> shards.UnitResult:
         return shards.UnitResult(failures=tuple((row.where, str(error)) for row in unit.rows))
     threshold = preprocess.body_threshold(volume.hu, unit.png_window)
     examples, failures = [], []
-    for row, vector in zip(unit.rows, unit.labels, strict=True):
+    for row, vector, mask in zip(unit.rows, unit.labels, unit.label_masks, strict=True):
         try:
             centre = table.slice_index(row, volume, named)
         except InputError as error:
             failures.append((row.where, str(error)))
             continue
-        slices = preprocess.neighbours(volume.hu, centre)
-        image, box = preprocess.make_triplet(slices, unit.size, threshold=threshold)
+        image, box = preprocess.make_triplet(
+            volume.neighbours(centre), unit.size, threshold=threshold
+        )
         meta = {"line": row.line, "slice": centre, "slices": len(volume.hu), "crop": box}
-        mask = b"\1" * len(vector)
         examples.append(encode_with_labels(f"line-{row.line:06d}", image, vector, mask, meta))
     whole = len(volume.hu) if named is None else None
     counters = overview.of_volume(volume.spacing, whole)

@@ -102,14 +102,11 @@ class SeriesResult:
         predicted = protocol.add_parents(
             protocol.predict(confidences, thresholds), vocabulary.parents
         )
-        z_mm = np.arange(len(volume.hu)) * volume.spacing[0]
-        if len(z_mm) == 1:
-            z_mm = np.zeros(1)  # the spacing of a single slice is unknown
         return cls(
             id=volume.series,
             slices=volume.slices,
             uids=volume.uids,
-            z_mm=z_mm,
+            z_mm=volume.z_mm,
             names=vocabulary.names,
             thresholds=thresholds,
             confidences=confidences,
@@ -277,7 +274,7 @@ class SeriesResult:
         volume = self.read()
         threshold = preprocess.body_threshold(volume.hu, self.png_window)
         for number in numbers:
-            around = preprocess.neighbours(volume.hu, number)
+            around = volume.neighbours(number)
             yield preprocess.make_triplet(around, size, threshold=threshold)[0]
 
 

@@ -261,7 +261,7 @@ def _slices(
         except Rejected as error:
             failure = ref.paths[0], str(error)
             raise Rejected(*(hidden.failures([failure])[0] if hidden else failure)) from error
-        triplet = preprocess.neighbours(volume.hu, number)
+        triplet = volume.neighbours(number)
         image, crop = preprocess.make_triplet(triplet, size, threshold=threshold)
         file = ref.paths[0] if ref.kind == "nifti" else volume.slices[number]
         meta = {"file": file, "slice": number, "crop": crop, "kind": ref.kind}
