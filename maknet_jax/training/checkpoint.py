@@ -4,6 +4,7 @@ Orbax silently restores an array with a flipped bit. SHA-256 digests are therefo
 arrays and compared on reading; a damaged checkpoint is skipped and the previous one is used.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -120,12 +121,12 @@ class Checkpoints:
                 last
             ] = 0
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy, partial_restore=True)
-            ),
-        ).state
+        # Not by the manager, which reads and writes an item in one way only.
+        with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader:
+            restored = reader.restore(
+                self.folder / str(step) / "state",
+                args=ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy, partial_restore=True),
+            )
         state = TrainState(
             step=restored["step"],
             params=restored["params"],
