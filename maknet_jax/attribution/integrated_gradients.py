@@ -128,9 +128,8 @@ def integrated_gradients(
     """Integrates the gradient along the straight path from `baseline` to `images`.
 
     All labels of an image share its forward passes. A Python loop processes the path in chunks:
-    inside `lax.map` or `lax.scan`, convolutions are almost five times slower on CPU. All chunks and
-    all groups of images have the same shape, so there is one program, however often the steps are
-    doubled.
+    inside `lax.map` or `lax.scan`, convolutions are almost five times slower on CPU. All chunks,
+    including those of doubled steps, and all groups of images share one program.
 
     Args:
       logit_fn: images -> logits, see the module docstring.
