@@ -4,13 +4,13 @@ import jax
 import numpy as np
 import pytest
 import toy
+from runs import NOISE
 
 from maknet_jax import cli, evaluate, files, models, train
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation import protocol
 from maknet_jax.runs import workdir
-from runs import NOISE
 
 # The direct parents of the toy labels: 2 -> 1 -> 0, and 3 has none.
 DIRECT = [[], [0], [1], []]

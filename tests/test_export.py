@@ -10,11 +10,11 @@ import jax
 import lesion_runs
 import numpy as np
 import pytest
+import runs
 import toy
 import yaml
 
 import maknet_jax
-import runs
 from maknet_jax import cli, evaluate, export, files, pseudo_label, train
 from maknet_jax.errors import InputError, Stopped
 from maknet_jax.runs import bundle, stablehlo, workdir

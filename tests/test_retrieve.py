@@ -6,10 +6,10 @@ import shutil
 import lesion_runs
 import numpy as np
 import pytest
+import runs
 from PIL import Image
 from prepared import read_csv
 
-import runs
 from maknet_jax import cli, evaluate, retrieve, train
 from maknet_jax.data import records
 from maknet_jax.data.labels import Label, Vocabulary
