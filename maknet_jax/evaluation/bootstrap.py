@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-DRAWS = 2000
-LEVEL = 0.95
+DRAWS = 2000  # bootstrap samples of the patients
+LEVEL = 0.95  # coverage of the intervals
 
 Draws = dict[str, np.ndarray]  # metric -> `[1 + draws, K]`, see `metric_draws`
 
