@@ -189,9 +189,16 @@ def format_table(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
-def format_interval(values: Sequence[float], digits: int = 3) -> str:
-    """Formats (mean, low, high); the mean alone where low equals high: there is no interval."""
-    mean, low, high = (f"{value:.{digits}f}" for value in values)
+def format_interval(values: Sequence[float], digits: int = 3, *, signed: bool = False) -> str:
+    """Formats (mean, low, high); the mean alone where low equals high: there is no interval.
+
+    Args:
+      values: mean, low and high.
+      digits: after the decimal point.
+      signed: write the sign of positive numbers, too, as for differences.
+    """
+    sign = "+" if signed else ""
+    mean, low, high = (f"{value:{sign}.{digits}f}" for value in values)
     return f"{mean} ({low} to {high})" if values[1] < values[2] else mean
 
 

@@ -58,6 +58,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
     by_lower_case = {each.lower(): each for each in known}
     near = difflib.get_close_matches(name.lower(), by_lower_case, n=3, cutoff=0)
-    quoted = [repr(by_lower_case[each]) for each in near] or ["nothing: there are no names"]
+    if not near:
+        return "there are no names to choose from."
+    quoted = [repr(by_lower_case[each]) for each in near]
     *first, last = quoted
     return f"did you mean {', '.join(first)}{' or ' if first else ''}{last}?"

@@ -184,8 +184,8 @@ def _perturbed(
         models.append({"name": network.name, "columns": columns})
         arrays[f"pictures_{place}"] = picture.to_grey(stack[..., 1], settings["display"])
     fields, drawn = drawing.store_picture(image, settings["display"])
-    metadata = {"id": image.id, "group": image.group, "meta": image.meta, "models": models} | fields
-    arrays |= drawn
+    metadata = {"id": image.id, "group": image.group, "meta": image.public_meta, "models": models}
+    metadata, arrays = metadata | fields, arrays | drawn
     drawing.write_perturbed(out / "pictures" / f"{number:05d}.png", metadata, arrays, settings)
     return metadata, arrays
 

@@ -321,7 +321,7 @@ def _write(
     """Writes the shards, the contact sheet and the reports; returns the summary."""
     out = pathlib.Path(out)
     with (
-        console.list_failures(pathlib.Path(out) / "failures.csv", hidden),
+        console.list_failures(out / "failures.csv", hidden),
         console.progress(f"prepare {kind}", sum(map(len, splits.values()))) as advance,
     ):
         info, failures = shards.write_shards(

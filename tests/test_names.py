@@ -41,7 +41,7 @@ def test_an_unknown_split_names_the_nearest_first():
     [
         ("a", ["b"], "did you mean 'b'?"),
         ("TEST", ["val", "test"], "did you mean 'test' or 'val'?"),
-        ("a", [], "did you mean nothing: there are no names?"),
+        ("a", [], "there are no names to choose from."),
     ],
 )
 def test_hints_of_few_names(name, known, hint):

@@ -120,9 +120,7 @@ def test_intervals_over_seeds_are_wider_than_those_over_patients(scores):
 def test_intervals_are_percentiles():
     draws = np.concatenate([[0.123456], np.arange(1001) / 1000])
     assert patient_metrics.interval(draws) == [0.12346, 0.025, 0.975]
-    assert patient_metrics.format_interval([0.5, -0.25, 1], signed=True) == (
-        "+0.500 (-0.250 to +1.000)"
-    )
+    assert console.format_interval([0.5, -0.25, 1], signed=True) == ("+0.500 (-0.250 to +1.000)")
 
 
 def test_a_summary_has_the_intervals_of_every_label_that_can_be_scored(scores):
@@ -140,3 +138,13 @@ def test_a_summary_has_the_intervals_of_every_label_that_can_be_scored(scores):
     assert [row[0] for row in rows] == ["macro average", "a", "b", "c"]
     assert rows[3] == ["c", str(counts[2]), "-", "-"]
     assert rows[1][2].startswith(f"{result['labels']['a']['auc'][0]:.3f} (")
+
+
+def test_a_split_without_positives_has_no_intervals():
+    patients, known = np.repeat(np.arange(4), 3), np.ones((12, 2), bool)
+    values = np.random.default_rng(0).random((12, 2))
+    weights = bootstrap.draw_weights(patients, draws=20)
+    draws = bootstrap.metric_draws(values, known & False, known, values > 0.5, weights)
+    summary = bootstrap.summarize(draws, ["a", "b"], [0, 0], 4)
+    assert summary == {"patients": 4, "labels": {"a": {"patients": 0}, "b": {"patients": 0}}}
+    assert console.interval_rows(summary)[0] == ["macro average", "4", "-", "-"]

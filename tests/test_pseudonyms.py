@@ -1,5 +1,6 @@
 """No output names a patient: markers in all headers and file names are searched in all outputs."""
 
+import dataclasses
 import io
 import shutil
 import zipfile
@@ -13,8 +14,8 @@ from prepared import examples, read_csv
 from pydicom.datadict import DicomDictionary, keyword_for_tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from maknet_jax import attribute, predict, prepare
-from maknet_jax.ct import pseudonym
+from maknet_jax import attribute, perturb, predict, prepare
+from maknet_jax.ct import pseudonym, volumes
 from maknet_jax.errors import InputError
 from maknet_jax.explain import selection
 from maknet_jax.explain.options import PathOptions, SelectionOptions
@@ -205,6 +206,33 @@ def test_attribute_with_pseudonyms(scans, salt, tmp_path, trained):
     assert leaks(out) == set() and summary["failures"] >= 4
     # A second run selects the same images by their pseudonyms, and resumes.
     attribute.attribute(trained, out, chosen, PathOptions(steps=2, refine=0))
+
+
+@pytest.mark.slow
+def test_perturb_with_pseudonyms(scans, salt, tmp_path, trained):
+    for pseudonyms in (False, True):
+        chosen = SelectionOptions(path=scans, limit=1, top=1, pseudonyms=pseudonyms, salt_file=salt)
+        out = tmp_path / f"out-{pseudonyms}"
+        perturb.perturb(trained, out, chosen, PathOptions(steps=2), strategies=["random"])
+        assert bool(leaks(out)) != pseudonyms
+
+
+def test_numbers_as_file_names_are_replaced(salt):
+    names = pseudonym.Pseudonyms(salt.read_text().strip())
+    volume = volumes.Volume(np.zeros((2, 4, 4)), (1, 1, 1), "s", (NUMBER, "7"), ("1.2", "1.3"))
+    assert names.volume(volume).slices == (names.name("1.2"), names.name("1.3"))
+    indices = dataclasses.replace(volume, slices=("1", "0"))  # of a NIfTI
+    assert names.volume(indices).slices == ("1", "0")
+
+
+def test_many_failures_of_one_folder_take_linear_time(tmp_path, monkeypatch):
+    listed = []
+    monkeypatch.setattr(pseudonym.os, "listdir", lambda path: listed.append(path) or ["a7.dcm"])
+    failures = [(str(tmp_path), "slices a7.dcm and b differ")] * 50
+    assert {reason for _, reason in pseudonym.Redaction().failures(failures)} == {
+        "slices … and b differ"
+    }
+    assert 1 <= len(listed) <= 2
 
 
 def test_a_selection_with_pseudonyms(scans, salt, trained):

@@ -217,13 +217,19 @@ def test_the_experiments_run_and_resume(cases, prepared, tmp_path):
         name, extra = module.__name__.rpartition(".")[2], argv
         if module is attribution_sanity:
             extra = [*argv[:-2], "--random-labels", "4"]
-        given = [*extra, "--folder", str(tmp_path / name), "--out", str(tmp_path / f"{name}.json")]
-        module.main(given)
+        arguments = [
+            *extra,
+            "--folder",
+            str(tmp_path / name),
+            "--out",
+            str(tmp_path / f"{name}.json"),
+        ]
+        module.main(arguments)
         first = json.loads((tmp_path / f"{name}.json").read_text())
         (cases_folder,) = (tmp_path / name).glob("**/cases")
         times = {path: path.stat().st_mtime_ns for path in cases_folder.iterdir()}
         next(iter(times)).unlink()
-        module.main(given)  # only the missing image is explained again
+        module.main(arguments)  # only the missing image is explained again
         again = {path: path.stat().st_mtime_ns for path in cases_folder.iterdir()}
         assert sum(again[path] != times[path] for path in times) == 1
         second = json.loads((tmp_path / f"{name}.json").read_text())
@@ -244,12 +250,21 @@ def test_the_experiments_run_and_resume(cases, prepared, tmp_path):
     assert list(first) == ["original", "random down to classifier", "random labels"]
     assert first["original"]["signed"] == [1, 1, 1]
     assert first["random down to classifier"]["signed"][0] < 0.9
-    given = ["--workdirs", run, "--folds", "2", "--bins", "4", "--folder", str(tmp_path / "cal")]
-    given += ["--out", str(tmp_path / "cal.json")]
-    calibration.main(given)
+    arguments = [
+        "--workdirs",
+        run,
+        "--folds",
+        "2",
+        "--bins",
+        "4",
+        "--folder",
+        str(tmp_path / "cal"),
+    ]
+    arguments += ["--out", str(tmp_path / "cal.json")]
+    calibration.main(arguments)
     (tmp_path / "run").rename(tmp_path / "moved")
-    given[1] = str(tmp_path / "moved")
-    calibration.main(given)  # the logits are read again
+    arguments[1] = str(tmp_path / "moved")
+    calibration.main(arguments)  # the logits are read again
     written = json.loads((tmp_path / "cal.json").read_text())
     forms = [key for key in written if key.startswith("linear (")]
     assert [key.partition(", ")[2] for key in forms] == list(calibration.FORMS)

@@ -30,6 +30,7 @@ import numpy as np
 from benchmarks import harness
 from benchmarks.experiments import organ_maps
 from benchmarks.experiments.organ_maps import LEAST_PATIENTS, Row
+from maknet_jax import console
 from maknet_jax.errors import InputError
 from maknet_jax.explain import results
 from maknet_jax.explain.network import Network
@@ -247,7 +248,7 @@ def report(
     ]
     for group, values in document["difference"].items():
         text = ", ".join(
-            f"{name} {organ_maps.signed(values[name])}"
+            f"{name} {console.format_interval(values[name], signed=True)}"
             for name in ("inside", "deletion", "insertion")
         )
         notes.append(f"first minus second, {group} ({values['patients']} patients): {text}")
@@ -259,12 +260,12 @@ def _cells(values: Mapping[str, Any]) -> list[Any]:
     return [
         values["patients"],
         values["maps"],
-        "{:.3f} ({:.3f} to {:.3f})".format(*values["inside"]),
+        console.format_interval(values["inside"]),
         f"{values['chance']:.3f}",
-        "{:.1f} ({:.1f} to {:.1f})".format(*values["times_chance"]),
+        console.format_interval(values["times_chance"], 1),
         f"{values['input_times_chance']:.1f}",
-        organ_maps.signed(values["deletion"]),
-        organ_maps.signed(values["insertion"]),
+        console.format_interval(values["deletion"], signed=True),
+        console.format_interval(values["insertion"], signed=True),
     ]
 
 

@@ -36,7 +36,7 @@ from scipy import stats
 from benchmarks import harness
 from benchmarks.experiments import organ_maps
 from benchmarks.experiments.organ_maps import Row
-from maknet_jax import files, train
+from maknet_jax import console, files, train
 from maknet_jax.attribution import perturbation
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
@@ -90,8 +90,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         [
             f"{name}, {variant}",
             values["patients"],
-            *(organ_maps.signed(values[kind]) for kind in ("absolute", "signed")),
-            "{:.1f} ({:.1f} to {:.1f})".format(*values["times_chance"]),
+            *(
+                console.format_interval(values[kind], signed=True)
+                for kind in ("absolute", "signed")
+            ),
+            console.format_interval(values["times_chance"], 1),
         ]
         for name, by_variant in document.items()
         for variant, values in by_variant.items()

@@ -31,7 +31,7 @@ from maknet_jax import console, files
 from maknet_jax.cli import options
 from maknet_jax.data import pipeline, records
 from maknet_jax.errors import InputError
-from maknet_jax.evaluation import metrics
+from maknet_jax.evaluation import bootstrap, metrics
 from maknet_jax.explain import results
 from maknet_jax.explain.network import network_name
 from maknet_jax.runs import workdir
@@ -40,7 +40,6 @@ from maknet_jax.training import sharding, transfer
 FULL: dict[str, Any] = {"patients": None, "folds": 5, "bins": 15}
 QUICK = {"patients": 4, "folds": 2, "bins": 5}
 FORMS = ("as trained", "temperature", "slope and offset per organ")
-DRAWS = 2000  # of patients, for intervals
 HEADER = ("network, form", "patients", "log loss", "Brier", "ECE", "bias", "ECE per patient, worst")
 
 
@@ -156,10 +155,10 @@ def log_loss(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The temperature from 0.05 to 20 with the least log loss of logits / temperature."""
-    found = optimize.minimize_scalar(
+    best = optimize.minimize_scalar(
         lambda log: log_loss(logits / np.exp(log), labels), bounds=np.log([0.05, 20])
     )
-    return float(np.exp(found.x))
+    return float(np.exp(best.x))
 
 
 def fit_line(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
@@ -256,7 +255,7 @@ def _values(scored: Scored, columns: Sequence[int], bins: int) -> dict[str, Any]
     names, groups = np.unique(patients, return_inverse=True)
     confidences = metrics.sigmoid(logits).astype(np.float64)
     sums = bin_sums(confidences, labels, groups, bins)
-    drawn = np.random.default_rng(0).integers(len(sums), size=(DRAWS, len(sums)))
+    drawn = np.random.default_rng(0).integers(len(sums), size=(bootstrap.DRAWS, len(sums)))
     resampled = np.array([calibration_error(sums[rows].sum(axis=0)) for rows in drawn])
     total = sums.sum(axis=0)
     gaps = (sums[..., 1] - sums[..., 2]).sum(axis=-1) / sums[..., 0].sum(axis=-1)

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from benchmarks import harness
+from benchmarks.experiments import patient_metrics
 from benchmarks.real_data import DATA
 from maknet_jax import files
 from maknet_jax.attribution import faithfulness as faith
@@ -25,6 +26,7 @@ from maknet_jax.attribution import perturbation
 from maknet_jax.cli import options
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
+from maknet_jax.evaluation import bootstrap
 from maknet_jax.explain import results
 from maknet_jax.explain.masks import check_masks, with_regions
 from maknet_jax.explain.network import Network, open_networks
@@ -33,7 +35,7 @@ from maknet_jax.explain.selection import SelectedImage, Selection, select
 from maknet_jax.figures import contact_sheet, overlay
 
 BODY_THRESHOLD = -500  # HU
-LEAST_PATIENTS = 20  # organs with fewer are listed apart
+LEAST_PATIENTS = patient_metrics.ENOUGH  # organs with fewer are listed apart
 TILE, CAPTION = 256, 18  # pixels of a picture, and of the line above it
 WINDOW = (-250.0, 450.0)  # HU of pictures: soft tissue and bone
 CONTOUR = (0, 230, 90)
@@ -151,7 +153,7 @@ def ratio_interval(
 ) -> tuple[float, float, float]:
     """(ratio, low, high) of two means over the same patients, by resampling patients."""
     pairs = np.array([(above[patient], below[patient]) for patient in above])
-    drawn = np.random.default_rng(0).integers(len(pairs), size=(2000, len(pairs)))
+    drawn = np.random.default_rng(0).integers(len(pairs), size=(bootstrap.DRAWS, len(pairs)))
     sums = pairs[drawn].sum(axis=1)
     low, high = np.quantile(sums[:, 0] / sums[:, 1], [0.025, 0.975])
     mean = pairs.mean(axis=0)
@@ -165,11 +167,6 @@ def with_enough_patients(rows: Sequence[Row]) -> set[str]:
         patients.setdefault(row["label"], set()).add(row["patient"])
     enough = {label for label, members in patients.items() if len(members) >= LEAST_PATIENTS}
     return enough or set(patients)
-
-
-def signed(values: Sequence[float], digits: int = 3) -> str:
-    """Formats (mean, low, high) of a difference."""
-    return "{:+.{digits}f} ({:+.{digits}f} to {:+.{digits}f})".format(*values, digits=digits)
 
 
 def parser(file: str, description: str | None) -> options.Parser:

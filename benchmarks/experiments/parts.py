@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.experiments import patient_metrics as metrics
 from benchmarks.experiments import patients
+from maknet_jax import console
 from maknet_jax.data import records
 
 REFERENCE = "maknet"
@@ -55,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         [
             VARIANTS[row["variant"]][0],
             len(row["seeds"]),
-            metrics.format_interval(row["auc"]),
-            metrics.format_interval(row["f1"]),
+            console.format_interval(row["auc"]),
+            console.format_interval(row["f1"]),
             *(
-                metrics.format_interval(row[f"{metric}_difference"], signed=True)
+                console.format_interval(row[f"{metric}_difference"], signed=True)
                 if f"{metric}_difference" in row
                 else ""
                 for metric in ("auc", "f1")

@@ -102,13 +102,6 @@ def differences(
     return rows
 
 
-def format_interval(values: Sequence[float], signed: bool = False) -> str:
-    """`0.981 (0.975 to 0.986)`."""
-    sign = "+" if signed else ""
-    value, low, high = (f"{number:{sign}.3f}" for number in values)
-    return f"{value} ({low} to {high})"
-
-
 def compare(
     draws: Mapping[str, Mapping[int, Draws]],
     network: str,

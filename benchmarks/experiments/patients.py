@@ -304,7 +304,7 @@ def split_scores(folder: pathlib.Path, split: str) -> metrics.SplitScores:
 def table_rows(results: Mapping[str, Any]) -> list[list[Any]]:
     """The rows of the table, in the order of `HEADER`."""
     return [
-        [row["network"], len(row["seeds"]), *map(metrics.format_interval, (row["auc"], row["f1"]))]
+        [row["network"], len(row["seeds"]), *map(console.format_interval, (row["auc"], row["f1"]))]
         for row in results["networks"]
     ]
 
@@ -313,7 +313,7 @@ def notes(results: Mapping[str, Any], *, quick: bool) -> list[str]:
     """A line for each comparison, the missing runs and a warning."""
     lines = [
         f"{row['network']} minus {row['control']}, {row['metric']}: "
-        f"{metrics.format_interval(row['difference'], signed=True)}, "
+        f"{console.format_interval(row['difference'], signed=True)}, "
         f"above in {row['above']} of {len(row['seeds'])} seeds"
         for row in results["comparisons"]
     ]

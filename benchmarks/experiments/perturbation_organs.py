@@ -29,6 +29,7 @@ from scipy import signal
 from benchmarks import harness
 from benchmarks.experiments import organ_maps
 from benchmarks.experiments.organ_maps import Row
+from maknet_jax import console
 from maknet_jax.attribution import faithfulness, perturbation
 from maknet_jax.cli import options
 from maknet_jax.errors import InputError
@@ -286,9 +287,8 @@ def summarize(rows: Sequence[Sequence[Row]], names: Sequence[str]) -> dict[str, 
         changes[strategy] = _by_network(_of_organs(of, enough), names)
         changes[f"{strategy}, own label"] = _by_network(_of_organs(own, enough), names)
         for organ in organs:
-            changes[f"{strategy}, own label, {organ}"] = _by_network(
-                _of_organs(own, {organ}), names
-            )
+            of_organ = _of_organs(own, {organ})
+            changes[f"{strategy}, own label, {organ}"] = _by_network(of_organ, names)
     return {"changes": changes, "apart": sorted(set(organs) - enough)}
 
 
@@ -378,7 +378,10 @@ def report(
             f"{change}{' (apart)' * any(organ in change for organ in document['apart'])}, {name}",
             values["patients"],
             values["images"],
-            *(organ_maps.signed(values[measure]) for measure in ("drop", "control", "difference")),
+            *(
+                console.format_interval(values[measure], signed=True)
+                for measure in ("drop", "control", "difference")
+            ),
             *(f"{values[measure][0]:+.2f}" for measure in ("kept", "kept_control")),
         ]
         for change, networks in document["changes"].items()

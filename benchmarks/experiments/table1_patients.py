@@ -24,6 +24,7 @@ import numpy as np
 from benchmarks import harness
 from benchmarks.experiments import patient_metrics as metrics
 from benchmarks.experiments import patients
+from maknet_jax import console
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
 
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{metrics.ENOUGH} patients: {', '.join(apart) or 'none'}",
         *(
             f"{FORMS[row['form']]}: {row['metric']} ({row['organs']}), MAKNet minus "
-            f"{row['network']}: {metrics.format_interval(row['difference'], signed=True)}"
+            f"{row['network']}: {console.format_interval(row['difference'], signed=True)}"
             for row in results["comparisons"]
         ),
         *([f"missing runs: {', '.join(runs.missing)}"] * bool(runs.missing)),
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             row["network"],
             f"{row['recipe'][0]:g}, {row['recipe'][1]:g}",
             len(row["seeds"]),
-            *(metrics.format_interval(row[key]) for key in ("auc", "f1", "auc_all", "f1_all")),
+            *(console.format_interval(row[key]) for key in ("auc", "f1", "auc_all", "f1_all")),
         ]
         for row in results["networks"]
     ]

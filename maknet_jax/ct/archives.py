@@ -25,7 +25,6 @@ HIGHEST_RATIO = 200  # bytes of all members per byte of the archive ...
 SMALL = 64 << 20  # ... beyond these bytes
 _LARGEST_HEADER = 1 << 20  # bytes of a header in a tar
 
-
 COMPRESSED: dict[str, Callable[..., Any]] = {
     ".tar.gz": gzip.open,
     ".tgz": gzip.open,

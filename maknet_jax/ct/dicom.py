@@ -59,16 +59,14 @@ def _read(path: str, *, pixels: bool) -> pydicom.Dataset:
 
 
 def _check_size(path: str) -> None:
-    size, limit, what = containers.size(path), LARGEST_FILE, "a CT slice"
+    size, limit, kind = containers.size(path), LARGEST_FILE, "a CT slice"
     if size > limit:
         with containers.open_file(path) as file:
-            if (
-                transfer_syntax.file_meta(file).get("MediaStorageSOPClassUID")
-                in dicom_frames.ENHANCED
-            ):
-                limit, what = LARGEST_SERIES, "a multi-frame CT"
+            storage = transfer_syntax.file_meta(file).get("MediaStorageSOPClassUID")
+        if storage in dicom_frames.ENHANCED:
+            limit, kind = LARGEST_SERIES, "a multi-frame CT"
     if size > limit:
-        raise Rejected(f"the file is larger than {limit >> 20} MiB, the limit for {what}")
+        raise Rejected(f"the file is larger than {limit >> 20} MiB, the limit for {kind}")
 
 
 def _slices(
@@ -158,12 +156,12 @@ def read_slices(
         only = [frame for frame in wanted if frame is not None]
         try:
             with quiet():
-                found = dict(_slices(file, only, pixels=True))
+                data_sets = dict(_slices(file, only, pixels=True))
             for frame in wanted:
                 name = file if frame is None else dicom_frames.frame_path(file, frame)
-                if name not in found:
-                    raise Rejected(f"{len(found)} frames in one file: expected a single slice")
-                yield name, _read_slice(found.pop(name), name, values, overrides)
+                if name not in data_sets:
+                    raise Rejected(f"{len(data_sets)} frames in one file: expected a single slice")
+                yield name, _read_slice(data_sets.pop(name), name, values, overrides)
         except Rejected:
             raise
         except Exception as error:

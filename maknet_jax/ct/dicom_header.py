@@ -82,12 +82,16 @@ class Header:
 
 def syntax_of(data: pydicom.Dataset) -> str:
     """The UID of the transfer syntax; without file meta information pydicom detects it."""
-    meta = data.file_meta if hasattr(data, "file_meta") else pydicom.dataset.FileMetaDataset()
-    if (syntax := meta.get("TransferSyntaxUID")) is not None:
+    if (syntax := _file_meta(data).get("TransferSyntaxUID")) is not None:
         return str(syntax)
     _, little = data.original_encoding
     little = little is not False
     return dicom_uid.ImplicitVRLittleEndian if little else dicom_uid.ExplicitVRBigEndian
+
+
+def _file_meta(data: pydicom.Dataset) -> pydicom.Dataset:
+    """The file meta information; empty for a file without it."""
+    return getattr(data, "file_meta", pydicom.dataset.FileMetaDataset())
 
 
 def header_of(data: pydicom.Dataset, path: str, overrides: reading.Overrides) -> Header | None:
@@ -98,7 +102,7 @@ def header_of(data: pydicom.Dataset, path: str, overrides: reading.Overrides) ->
       path: the file or frame.
       overrides: whether lossy compression is allowed.
     """
-    meta = data.file_meta if hasattr(data, "file_meta") else pydicom.dataset.FileMetaDataset()
+    meta = _file_meta(data)
     storage = data.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID") or ""
     modality = data.get("Modality") or ""
     if not storage and not modality:

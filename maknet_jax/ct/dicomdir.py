@@ -1,4 +1,4 @@
-"""DICOMDIR: the table of contents of a DICOM medium, given instead of a folder."""
+"""DICOMDIR: the table of contents of a DICOM medium, read instead of a folder."""
 
 import os
 from collections.abc import Iterator

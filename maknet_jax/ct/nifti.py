@@ -109,11 +109,10 @@ def load_label_map(
     labels = np.empty(values.shape, np.uint16)
     for k, plane in enumerate(values):
         plane = _scaled(opened, plane)
-        if not (np.isfinite(plane).all() and plane.min() >= 0 and plane.max() <= 65535):
+        valid = np.isfinite(plane).all() and plane.min() >= 0 and plane.max() <= 65535
+        if not (valid and (plane == np.rint(plane)).all()):
             raise Rejected("label map values must be whole numbers from 0 to 65535")
-        labels[k] = np.rint(plane)
-        if (labels[k] != plane).any():
-            raise Rejected("label map values must be whole numbers from 0 to 65535")
+        labels[k] = plane
     return labels
 
 

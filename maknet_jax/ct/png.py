@@ -20,6 +20,7 @@ OFFSET = 32768  # DeepLesion stores HU + 32768
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _GREY = 0  # colour type
+_NUMBERED = re.compile(r"(.*?)(\d+)(\D*)")  # the last number of a name is the index
 _WINDOW_ADVICE = ": add --png-window LOW,HIGH"
 
 
@@ -39,7 +40,7 @@ def split_name(path: str | os.PathLike[str]) -> tuple[str, int | None]:
     without a number is a separate series with index None.
     """
     path = pathlib.Path(path)
-    match = re.fullmatch(r"(.*?)(\d+)(\D*)", path.stem)
+    match = _NUMBERED.fullmatch(path.stem)
     if match is None:
         return path.stem, None
     series = (match[1].rstrip("_-. ") + match[3]).strip("_-. ")
@@ -54,7 +55,7 @@ def neighbour_path(path: str | os.PathLike[str], offset: int) -> pathlib.Path:
     negative), the result is a path that no slice has.
     """
     path = pathlib.Path(path)
-    match = re.fullmatch(r"(.*?)(\d+)(\D*)", path.stem)
+    match = _NUMBERED.fullmatch(path.stem)
     if match is None or int(match[2]) + offset < 0:
         return path.with_name(f"{path.stem}.no-neighbour{offset:+d}{path.suffix}")
     number = int(match[2]) + offset

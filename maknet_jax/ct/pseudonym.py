@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import hmac
 import os
@@ -9,7 +10,7 @@ import pathlib
 import re
 import secrets
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
@@ -104,9 +105,9 @@ class Pseudonyms:
         Stored indices stay, and so does BodyPartExamined if it consists of names of body parts.
         """
         uids = tuple(map(self.name, volume.uids))
-        slices = tuple(
-            name if name.isdecimal() else uid for name, uid in zip(volume.slices, uids, strict=True)
-        )
+        # A file may be named by a number that identifies its patient.
+        indices = set(map(str, range(len(uids))))
+        slices = volume.slices if set(volume.slices) == indices else uids
         return dataclasses.replace(
             volume,
             series=self.name(volume.series),
@@ -126,9 +127,9 @@ class Pseudonyms:
     def _message(self, path: str, message: str) -> str:
         """A message about a file, without file names, UIDs, and words in the file's header."""
         message = _UID.sub(lambda match: self.name(match[0]), message)
-        private = _names_near(path) | set(_paths_in(message))
+        private = _mentioned(message, _names_near(path)) | set(_paths_in(message))
         folder = pathlib.Path(path).parent
-        named = [path, *(str(folder / name) for name in private if name in message)]
+        named = [path, *(str(folder / name) for name in private)]
         headers = b"".join(map(_header, filter(containers.is_file, named)))
         words = {word for word in _WORD.findall(message) if len(word) > 3 or not word.islower()}
         private |= {word for word in words if word.encode() in headers}
@@ -162,18 +163,35 @@ def _split_line(text: str) -> tuple[str, str]:
     return (row[1], row[2]) if row else ("", text)
 
 
-def _names_near(path: str) -> set[str]:
+def _mentioned(message: str, names: Sequence[frozenset[str]]) -> set[str]:
+    """The names that occur in a message as whole words; a folder can have more names than words."""
+    starts = [match.start() for match in re.finditer(r"(?<!\w)", message)]
+    ends = [match.start() for match in re.finditer(r"(?!\w)", message)]
+    parts = {message[start:end] for start in starts for end in ends if start < end}
+    return {part for group in names for part in parts & group}
+
+
+def _names_near(path: str) -> list[frozenset[str]]:
     """The parts of a path, and the names and stems of the files beside it or in it."""
     place = pathlib.Path(path)
-    names = {path, *place.parts}
+    names = [_with_stems([path, *place.parts])]
     exists = containers.is_file(path) or containers.is_folder(path)
     for folder in map(str, (place, place.parent)) if exists else ():
-        if os.path.isdir(folder):
-            names.update(os.listdir(folder))
-        elif containers.is_folder(folder):
-            names.update(containers.list_folder(folder))
-    stems = {name.partition(".")[0] for name in names} | {png.split_name(n)[0] for n in names}
-    return names | stems
+        if containers.is_folder(folder):
+            names.append(_names_in(folder, containers.modified(folder)))
+    return names
+
+
+@functools.lru_cache(maxsize=2)
+def _names_in(folder: str, _mtime_ns: int) -> frozenset[str]:
+    """The names in a folder and their stems, cached: many failures are of one folder."""
+    listed = os.listdir(folder) if os.path.isdir(folder) else containers.list_folder(folder)
+    return _with_stems(listed)
+
+
+def _with_stems(names: Sequence[str]) -> frozenset[str]:
+    stems = (stem for name in names for stem in (name.partition(".")[0], png.split_name(name)[0]))
+    return frozenset([*names, *stems])
 
 
 def _paths_in(message: str) -> Iterator[str]:

@@ -110,13 +110,13 @@ def find_series(
             one_by_one = [file for file in others if containers.reading_order(file)[0]]
             at_once = [file for file in others if not containers.reading_order(file)[0]]
             each = itertools.chain(map(read, one_by_one), pool.map(read, at_once))
-            for file, found in zip(one_by_one + at_once, each, strict=True):
-                if isinstance(found, OSError):
-                    search.failures.append((file, f"cannot be read ({found.strerror})"))
-                elif not found and (reason := other_format(file)):
+            for file, result in zip(one_by_one + at_once, each, strict=True):
+                if isinstance(result, OSError):
+                    search.failures.append((file, f"cannot be read ({result.strerror})"))
+                elif not result and (reason := other_format(file)):
                     search.failures.append((file, reason))
                 else:
-                    headers += found
+                    headers += result
     _add_dicom(sorted(headers, key=lambda header: header.path), search)
     _add_png(sorted(pictures), search)
     ordered = sorted(search.series, key=lambda ref: (ref.paths[0], ref.key))

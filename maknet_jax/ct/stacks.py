@@ -124,25 +124,25 @@ def _alike(headers: Sequence[Header]) -> list[list[Header]]:
 def _difference(first: Header, header: Header) -> str:
     """Why two slices of a series cannot be in one stack; "" if they can."""
     if header.shape != first.shape:
-        what = "the matrix differs"
+        difference = "the matrix differs"
     elif (header.position is None) != (first.position is None):
-        what = "ImagePositionPatient is missing"
+        difference = "ImagePositionPatient is missing"
     elif header.frame_of_reference != first.frame_of_reference:
-        what = "FrameOfReferenceUID differs"
+        difference = "FrameOfReferenceUID differs"
     elif header.person != first.person:
         pairs = zip(acquisition.PERSON, header.person, first.person, strict=True)
-        what = next(name for name, one, other in pairs if one != other) + " differs"
+        difference = next(name for name, one, other in pairs if one != other) + " differs"
     elif header.orientation != first.orientation and not np.allclose(
         header.orientation, first.orientation, rtol=0, atol=1e-3
     ):
-        what = "the orientation differs"
+        difference = "the orientation differs"
     elif header.spacing != first.spacing and not np.allclose(
         header.spacing, first.spacing, rtol=0, atol=1e-3, equal_nan=True
     ):
-        what = "PixelSpacing differs"
+        difference = "PixelSpacing differs"
     else:
         return ""
-    return f"{what} within the series: {_name(first)} and {_name(header)}"
+    return f"{difference} within the series: {_name(first)} and {_name(header)}"
 
 
 def _sorted(headers: Sequence[Header]) -> tuple[list[Header], list[float]]:

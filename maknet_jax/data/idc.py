@@ -172,5 +172,6 @@ def unknown(option: str, value: str, known: Iterable[str]) -> str:
     names = sorted(known)
     by_lower = {name.lower(): name for name in names}
     near = difflib.get_close_matches(value.lower(), by_lower, n=3, cutoff=0.5)
-    listed = ", ".join([by_lower[name] for name in near] or [*names[:8], "..."])
+    listed = ", ".join([by_lower[name] for name in near] or names[:8])
+    listed += ", ..." * (not near and len(names) > 8)
     return f"{option} {value!r} matches none of {len(names)} values in the index: try {listed}"

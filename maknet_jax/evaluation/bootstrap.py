@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-DRAWS = 2000
-LEVEL = 0.95
+DRAWS = 2000  # bootstrap samples of the patients
+LEVEL = 0.95  # coverage of the intervals
 
 Draws = dict[str, np.ndarray]  # metric -> `[1 + draws, K]`, see `metric_draws`
 
@@ -95,8 +95,13 @@ def interval(draws: np.ndarray) -> list[float]:
 
 
 def macro(by_label: np.ndarray, chosen: np.ndarray | None = None) -> np.ndarray:
-    """Means over the chosen labels (default: all) that have a value, `[D, K]` -> `[D]`."""
-    return np.nanmean(by_label if chosen is None else by_label[:, chosen], axis=1)
+    """Means over the chosen labels (default: all) that have a value, `[D, K]` -> `[D]`.
+
+    A row without any value gives nan.
+    """
+    values = by_label if chosen is None else by_label[:, chosen]
+    with np.errstate(invalid="ignore"):
+        return np.nansum(values, axis=1) / (~np.isnan(values)).sum(axis=1)
 
 
 def patients_by_label(labels: np.ndarray, known: np.ndarray, patients: np.ndarray) -> np.ndarray:
@@ -122,7 +127,7 @@ def summarize(
 
     Returns:
       patients, auc and f1 (macro averages, see `interval`), and labels: name -> patients, auc, f1;
-      a label without positives or negatives has no auc and f1.
+      a label without positives or negatives has no auc and f1, nor has a split of such labels.
     """
     labels = {}
     for column, (name, count) in enumerate(zip(names, counts, strict=True)):
@@ -131,5 +136,9 @@ def summarize(
             for metric, values in draws.items()
             if not np.isnan(values[0, column])
         }
-    averages = {metric: interval(macro(values)) for metric, values in draws.items()}
+    averages = {
+        metric: interval(macro(values))
+        for metric, values in draws.items()
+        if not np.isnan(values[0]).all()
+    }
     return {"patients": patients} | averages | {"labels": labels}
