@@ -1,6 +1,7 @@
 """Stable pseudonymous ids: keyed hashes of DICOM UIDs and other names."""
 
 import dataclasses
+import functools
 import hashlib
 import hmac
 import os
@@ -8,15 +9,15 @@ import pathlib
 import re
 import secrets
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from maknet_jax import console, files
-from maknet_jax.ct import png
+from maknet_jax.ct import archives, containers, png
 from maknet_jax.ct.search import SeriesRef
 from maknet_jax.ct.volumes import Volume
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, Rejected
 
 _UID = re.compile(r"(?<![\w.])\d+(?:\.\d+){4,}(?![\w.])")
 _WORD = re.compile(r"[^\W\d_][\w.-]*\w|\b\d{6,}\b")
@@ -128,10 +129,10 @@ class Pseudonyms:
         private = _names_near(path) | set(_paths_in(message))
         folder = pathlib.Path(path).parent
         named = [path, *(str(folder / name) for name in private if name in message)]
-        headers = b"".join(map(_header, filter(os.path.isfile, named)))
+        headers = b"".join(map(_header, filter(containers.is_file, named)))
         words = {word for word in _WORD.findall(message) if len(word) > 3 or not word.islower()}
         private |= {word for word in words if word.encode() in headers}
-        for name in sorted(private, key=len, reverse=True):
+        for name in sorted(filter(message.__contains__, private), key=len, reverse=True):
             if name in message and len(name) > 2 and name.lower() not in _TERMS:
                 message = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", self.name(name), message)
         return message
@@ -164,12 +165,26 @@ def _split_line(text: str) -> tuple[str, str]:
 def _names_near(path: str) -> set[str]:
     """The parts of a path, and the names and stems of the files beside it or in it."""
     place = pathlib.Path(path)
-    names = {path, *place.parts}
-    for folder in (place, place.parent) if os.path.lexists(path) else ():
-        if folder.is_dir():
-            names.update(os.listdir(folder))
+    names = _with_stems([path, *place.parts])
+    for folder in (path, str(place.parent)):
+        if containers.is_folder(folder):
+            names |= _names_in(folder, containers.modified(folder))
+    return names
+
+
+@functools.lru_cache(maxsize=8)
+def _names_in(folder: str, _mtime_ns: int) -> set[str]:
+    """The names and stems in a folder, cached: thousands of files in it may have failed."""
+    try:
+        ordinary = os.path.isdir(folder)
+        return _with_stems(os.listdir(folder) if ordinary else containers.list_folder(folder))
+    except (OSError, Rejected):  # it cannot be read
+        return set()
+
+
+def _with_stems(names: Sequence[str]) -> set[str]:
     stems = {name.partition(".")[0] for name in names} | {png.split_name(n)[0] for n in names}
-    return names | stems
+    return stems.union(names)
 
 
 def _paths_in(message: str) -> Iterator[str]:
@@ -187,8 +202,11 @@ def _paths_in(message: str) -> Iterator[str]:
 
 def _header(path: str) -> bytes:
     """The start of a file with its header, decompressed if it is deflated DICOM or gzip."""
-    with open(path, "rb") as file:
-        start = file.read(_HEADER)
+    try:
+        with containers.open_file(path) as file:
+            start = file.read(_HEADER)
+    except (OSError, *archives.DAMAGED):
+        return b""
     try:
         if start.startswith(b"\x1f\x8b"):
             return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(start, _HEADER)
