@@ -20,11 +20,12 @@ import time
 import warnings
 import zlib
 
-from maknet_jax.ct import dicom_seg, nifti, search, volumes
+from maknet_jax.ct import dicom_seg, nifti, reading, search, volumes
 from maknet_jax.errors import InputError, Rejected
 
 FORMATS = {".gz": (gzip.decompress, gzip.compress), ".bz2": (bz2.decompress, bz2.compress)}
 FORMATS |= {".xz": (lzma.decompress, lzma.compress)}
+LOSSY = reading.Overrides(allow_lossy=True)
 ODD = (0, 1, 0x7F, 0x80, 0xFF, *b"-9E.\\")  # of lengths, markers and numbers as text
 
 
@@ -74,15 +75,15 @@ def mutations(path, rng):
 
 def read(path):
     """Reads all that a file holds; whether something was read."""
-    series, _ = search.find_series(path)
+    series, _ = search.find_series(path, overrides=LOSSY)
     for ref in series:
-        volumes.load_series(ref)
+        volumes.load_series(ref, overrides=LOSSY)
     if ".nii" in path.suffixes:
         nifti.read_label_names(path)
         with contextlib.suppress(Rejected):  # CT is not a label map
             nifti.load_label_map(path)
     elif path.suffix in (".dcm", ".png") and len(series) == 1:
-        volumes.load_series_of(path)
+        volumes.load_series_of(path, overrides=LOSSY)
     elif path.suffix == ".seg" and dicom_seg.is_segmentation(path):
         dicom_seg.read_header(path)
     return bool(series)

@@ -21,7 +21,7 @@ SLOWEST, LIMIT = 60.0, 1800.0  # seconds of one mutation and of all, on a busy m
 MEMORY = 2048  # MiB; the largest slice takes a few hundred
 RLE, JPEG_2000, JPEG_LS = (f"1.2.840.10008.1.2.{end}" for end in ("5", "4.90", "4.80"))
 NATIVE = {f"1.2.840.10008.1.2{end}" for end in ("", ".1", ".2", ".1.99")}
-REAL = ("4.57", "4.70", "4.81", "4.91")  # encodings that pydicom cannot write
+REAL = ("4.50", "4.57", "4.70", "4.81", "4.91")  # encodings that pydicom cannot write
 
 
 def body(shape=(48, 40)):
@@ -49,9 +49,8 @@ def write_nifti(folder, name):
     values = np.stack([body().T] * 3, axis=-1)
     kind = nibabel.Nifti2Image if name == "two.nii" else nibabel.Nifti1Image
     image = kind(values, np.diag([2.0, 2, 3, 1]))
-    image.header.extensions.append(
-        nibabel.nifti1.Nifti1Extension(6, b"<CaretExtension><LabelTable><Label Key='1'>liver")
-    )
+    table = b"<Caret><LabelTable><Label Key='1'>liver</Label></LabelTable></Caret>"
+    image.header.extensions.append(nibabel.nifti1.Nifti1Extension(30, table))
     image.to_filename(folder / name)
     return folder / name
 
