@@ -7,8 +7,8 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, Self
 
 from rich import box
 from rich.console import Console
@@ -24,6 +24,7 @@ from rich.table import Table
 from maknet_jax import files
 from maknet_jax.errors import InputError, NothingUsable
 
+INTERVAL_HEADER = ("label", "patients", "AUC (95 %)", "F1 (95 %)")  # of `interval_rows`
 _WIDE = 10_000  # columns of output that is not a terminal, so that nothing wraps
 # Of the eight lines of a rich box, only the rule under the header; ASCII works in every encoding.
 _RULE = box.Box("    \n    \n -  \n    \n    \n    \n    \n    \n", ascii=True)
@@ -192,6 +193,22 @@ def format_interval(values: Sequence[float], digits: int = 3) -> str:
     """Formats (mean, low, high); the mean alone where low equals high: there is no interval."""
     mean, low, high = (f"{value:.{digits}f}" for value in values)
     return f"{mean} ({low} to {high})" if values[1] < values[2] else mean
+
+
+def interval_rows(intervals: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of `INTERVAL_HEADER`: the macro average first, then the labels.
+
+    Args:
+      intervals: see `evaluation.bootstrap.summarize`.
+    """
+    return [
+        [
+            name,
+            str(entry["patients"]),
+            *(format_interval(entry[m]) if m in entry else "-" for m in ("auc", "f1")),
+        ]
+        for name, entry in {"macro average": intervals, **intervals["labels"]}.items()
+    ]
 
 
 def describe_groups(groups: int) -> str:

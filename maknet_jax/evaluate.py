@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from maknet_jax import console, files
 from maknet_jax.data import records
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError
-from maknet_jax.evaluation import protocol
+from maknet_jax.evaluation import bootstrap, protocol
 from maknet_jax.evaluation.evaluator import Evaluator, Scores
 from maknet_jax.runs import workdir
 from maknet_jax.training import sharding
@@ -29,6 +30,7 @@ def evaluate(
     checkpoint: str = "best",
     batch_size: int | None = None,
     rules: str = protocol.OURS,
+    intervals: bool = False,
     out: pathlib.Path | str | None = None,
 ) -> dict:
     """Scores splits and writes `WORKDIR/evaluation/SPLIT.json` and `SPLIT_labels.csv`.
@@ -48,6 +50,8 @@ def evaluate(
       batch_size: images per step; None takes the config's.
       rules: "ours", or "lesanet" to agree with LesaNet's published evaluate.py, see
         `evaluation.protocol`; the results of "lesanet" go to a subfolder `lesanet`.
+      intervals: add 95 % intervals of AUC and F1, macro and per label, by a bootstrap over
+        patients (`evaluation.bootstrap`); the records must name their patients.
       out: the folder to write instead of `WORKDIR/evaluation`.
 
     Returns:
@@ -77,7 +81,7 @@ def evaluate(
     thresholds = scores[chosen_on].thresholds(rules) if chosen_on else run.thresholds
     out = out / (f"on-{dataset.path.resolve().name}" if other else "")
     out = out / ("" if rules == protocol.OURS else rules)
-    summary = {
+    summary: dict[str, Any] = {
         "workdir": str(folder),
         "data": str(dataset.path),
         "checkpoint": run.name,
@@ -93,11 +97,51 @@ def evaluate(
         name: report.summary | by_group(report, run.vocabulary, counts)
         for name, report in reports.items()
     }
+    for name in requested if intervals else ():
+        patients = patients_of(dataset, name)
+        predicted = scores[name].predicted(thresholds, parents, rules)
+        summary["splits"][name]["intervals"] = bootstrap_split(
+            scores[name], predicted, patients, run.vocabulary.names
+        )
     if jax.process_index() == 0:
         _write(out, summary, reports, thresholds, run.vocabulary.names)
         with console.Log((out if run.is_bundle else run.source) / "log.jsonl") as log:
             log.event(event="evaluated", **summary)
     return summary
+
+
+def patients_of(dataset: records.Dataset, split: str) -> np.ndarray:
+    """The patient of each record of a split, int `[N]` from 0.
+
+    Raises:
+      InputError: records do not name their patient, as those of `prepare segmentations` do.
+    """
+    source = dataset.source(split)
+    names = [source[index].meta.get("patient", "") for index in range(len(source))]
+    if not all(names):
+        raise InputError(
+            f"records of {dataset.path} name no patient, which intervals need: leave them out, or "
+            "prepare the data with `maknet prepare segmentations`"
+        )
+    return np.unique(names, return_inverse=True)[1]
+
+
+def bootstrap_split(
+    scores: Scores, predicted: np.ndarray, patients: np.ndarray, names: Sequence[str]
+) -> dict:
+    """Intervals of AUC and F1 by a bootstrap over patients, see `bootstrap.summarize`.
+
+    Args:
+      scores: of N records.
+      predicted: bool `[N, K]`.
+      patients: int `[N]`, the patient of each record.
+      names: of the K labels.
+    """
+    labels, known = scores.labels > 0, scores.label_mask
+    weights = bootstrap.draw_weights(patients)
+    draws = bootstrap.metric_draws(scores.scores, labels, known, predicted, weights)
+    counts = bootstrap.patients_by_label(labels, known, patients)
+    return bootstrap.summarize(draws, names, counts, int(patients.max()) + 1)
 
 
 def splits_to_score(dataset: records.Dataset, splits: Sequence[str] | None = None) -> list[str]:
@@ -228,3 +272,12 @@ def table(summaries: Sequence[dict], titles: Sequence[str]) -> str:
             cells = ["-" if number is None else f"{number:.4f}" for number in numbers]
             rows.append([title, split, *cells, values["examples"]])
     return console.format_table(header, rows)
+
+
+def interval_table(summary: dict) -> str:
+    """A text table of the intervals, macro and per label, of the splits that have them."""
+    rows = []
+    for split, values in summary["splits"].items():
+        if "intervals" in values:
+            rows += [[split, *row] for row in console.interval_rows(values["intervals"])]
+    return console.format_table(["set", *console.INTERVAL_HEADER], rows)

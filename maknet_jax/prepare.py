@@ -214,7 +214,7 @@ def prepare_table(
     warnings: list[str] = []
     rows, vocabulary = table.read_table(csv_file, warnings.append)
     for text in warnings:
-        console.Log().say(f"warning: {text}")
+        console.Log().say(f"warning: {csv_file}: {text}")
     return _write(
         out,
         triplets.plan_table(rows, vocabulary, png_window, size, read_as),

@@ -14,7 +14,7 @@ from bundles import info_of, refused, resign
 
 import maknet_jax
 from maknet_jax.errors import InputError
-from maknet_jax.runs import bundle, workdir
+from maknet_jax.runs import bundle, card, workdir
 from maknet_jax.training import transfer
 
 
@@ -326,3 +326,15 @@ def test_the_config_of_a_bundle_contains_no_paths(exported, trained, shards):
         assert str(place) not in text
     config = bundle.read(exported).config
     assert config.data.path == config.pseudo.path == config.init.path == ""
+
+
+def test_the_card_lists_the_intervals_of_every_label():
+    labels = {"larynx": {"patients": 16, "auc": [0.971, 0.95, 0.98], "f1": [0.8, 0.7, 0.9]}}
+    labels["brainstem"] = {"patients": 0}
+    intervals = {"patients": 33, "auc": [0.98, 0.97, 0.99], "f1": [0.9, 0.88, 0.92]}
+    values = {"auc": 0.98, "f1": 0.9, "precision": 0.9, "recall": 0.9, "examples": 918}
+    text = card._scores({"test": values | {"intervals": intervals | {"labels": labels}}})
+    assert "33 patients" in text
+    assert "| larynx | 16 | 0.971 (0.950 to 0.980) | 0.800 (0.700 to 0.900) |" in text
+    assert "| brainstem | 0 | - | - |" in text
+    assert "33 patients" not in card._scores({"test": values})

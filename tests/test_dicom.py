@@ -329,6 +329,18 @@ def test_broken_headers_and_decompression_bombs_are_rejected(tmp_path, monkeypat
     assert "1 MiB" in only_reason(tmp_path / "bomb.dcm")
 
 
+def test_a_deflated_bomb_behind_a_long_header_is_rejected(tmp_path, monkeypatch):
+    monkeypatch.setattr(dicom, "LARGEST_INFLATED", 1 << 20)
+    uid = b"1.2.840.10008.1.2.1.99"
+    private = b"\x02\0\x02\x01OB\0\0" + (9000).to_bytes(4, "little") + bytes(9000)
+    meta = b"\x02\0\x10\0UI" + len(uid).to_bytes(2, "little") + uid + private
+    squeeze = zlib.compressobj(9, zlib.DEFLATED, -15)
+    header = b"\x08\0\x16\0UI\0\0" * 1000  # starts like a data set
+    packed = squeeze.compress(header + bytes(8 << 20)) + squeeze.flush()
+    (tmp_path / "a.dcm").write_bytes(bytes(128) + b"DICM" + meta + packed)
+    assert "1 MiB" in only_reason(tmp_path / "a.dcm")
+
+
 def test_an_encoded_image_of_another_size_is_never_decoded(tmp_path, shared_data):
     folder = shared_data / "dicom" / "transfer_syntaxes"
     for number in (57, 70, 80, 81, 90, 91):

@@ -1,6 +1,8 @@
 """Enhanced multi-frame CT, and files that misstate their transfer syntax."""
 
+import gc
 import struct
+import warnings
 
 import numpy as np
 import pydicom
@@ -112,6 +114,17 @@ def test_damaged_enhanced_ct_is_refused(tmp_path, changes, reason):
         raise Rejected(only_reason(tmp_path))
 
 
+@pytest.fixture
+def collect():
+    """Collects what highdicom left while its warning is ignored."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning")
+@pytest.mark.usefixtures("collect")
 def test_a_converted_series_has_the_hu_of_its_slices(shared_data, tmp_path):
     """highdicom is an independent writer of enhanced objects."""
     highdicom = pytest.importorskip("highdicom")

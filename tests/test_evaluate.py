@@ -59,6 +59,34 @@ def test_thresholds_are_chosen_on_the_validation_split_not_on_the_scored_one(run
         assert summary["splits"]["train"][name] == pytest.approx(value, abs=1e-6), name
 
 
+def test_intervals_are_those_of_a_bootstrap_over_patients(run, scores, monkeypatch, capsys):
+    """Patients are read from the records; the toy data name none."""
+    with pytest.raises(InputError, match="no patient"):
+        evaluate.evaluate(run, splits=["train"], intervals=True)
+    count = len(scores["train"][0])
+    patients = np.arange(count) // 3
+    monkeypatch.setattr(evaluate, "patients_of", lambda dataset, split: patients)
+    assert cli.main(["evaluate", "--model", str(run), "--split", "train", "--intervals"]) == 0
+    values = files.read_json(run / "evaluation" / "train.json")
+    intervals = values["intervals"]
+    assert intervals["patients"] == patients[-1] + 1
+    for metric in ("auc", "f1"):
+        mean, low, high = intervals[metric]
+        assert (
+            mean == pytest.approx(values[metric], abs=1e-5) and low <= mean <= high and low < high
+        )
+    per_label = protocol.evaluate(
+        *scores["train"],
+        protocol.choose_thresholds(*scores["val"], unjudged=1.0),
+        workdir.open_run(run).vocabulary.parents,
+    ).per_label
+    for row, (name, entry) in zip(per_label, intervals["labels"].items(), strict=True):
+        assert entry["f1"][0] == pytest.approx(row["f1"], abs=1e-5), name
+        has = scores["train"][1][:, row["label"]] > 0
+        assert entry["patients"] == len(set(patients[has].tolist()))
+    assert "macro average" in capsys.readouterr().out
+
+
 def test_lesanets_rules_take_direct_parents_and_write_to_a_separate_folder(run, scores):
     ours = evaluate.evaluate(run, splits=["train"])
     before = (run / "evaluation" / "train.json").read_bytes()

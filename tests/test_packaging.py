@@ -1,5 +1,6 @@
 """Installation: pins within the bounds, a complete wheel, the right .venv."""
 
+import csv
 import importlib.metadata
 import os
 import pathlib
@@ -10,6 +11,7 @@ import sys
 import tomllib
 import zipfile
 
+import organ_cases
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -130,6 +132,19 @@ def test_the_wheel_works_in_a_bare_environment_from_any_folder(wheel, tmp_path):
         shown = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True)
         assert shown.returncode == 0 and "maknet" in shown.stdout, shown.stdout + shown.stderr
     subprocess.run([bare / "bin/python", "-m", "pip", "check"], check=True)
+    organ_cases.write_nifti(tmp_path / "ct.nii.gz", organ_cases.ct())
+    predict = [
+        bare / "bin/maknet",
+        "predict",
+        "ct.nii.gz",
+        "--model",
+        "head-neck",
+        "--out",
+        "l.csv",
+    ]
+    subprocess.run(predict, cwd=tmp_path, env=clean, check=True)
+    with (tmp_path / "l.csv").open(newline="") as file:
+        assert {row["slice"] for row in csv.DictReader(file)} == set(map(str, range(12)))
 
 
 # Prints its path when probed, and creates a .venv whose pip exits with {pip}.

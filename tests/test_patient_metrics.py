@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks.experiments import patient_metrics
-from maknet_jax.evaluation import metrics, protocol
+from maknet_jax import console
+from maknet_jax.evaluation import bootstrap, metrics, protocol
 
 LABELS, PATIENTS = 3, 15
 
@@ -122,3 +123,20 @@ def test_intervals_are_percentiles():
     assert patient_metrics.format_interval([0.5, -0.25, 1], signed=True) == (
         "+0.500 (-0.250 to +1.000)"
     )
+
+
+def test_a_summary_has_the_intervals_of_every_label_that_can_be_scored(scores):
+    weights = patient_metrics.draw_weights(scores.patients, draws=20)
+    draws = patient_metrics.metric_draws(scores, weights)
+    draws = {
+        metric: np.where([True, True, False], values, np.nan) for metric, values in draws.items()
+    }
+    counts = scores.patients_by_label()
+    result = bootstrap.summarize(draws, ["a", "b", "c"], counts, PATIENTS)
+    assert result["patients"] == PATIENTS and result["labels"]["c"] == {"patients": counts[2]}
+    assert result["labels"]["b"]["f1"] == bootstrap.interval(draws["f1"][:, 1])
+    assert result["auc"][0] == pytest.approx(draws["auc"][0, :2].mean(), abs=1e-5)
+    rows = console.interval_rows(result)
+    assert [row[0] for row in rows] == ["macro average", "a", "b", "c"]
+    assert rows[3] == ["c", str(counts[2]), "-", "-"]
+    assert rows[1][2].startswith(f"{result['labels']['a']['auc'][0]:.3f} (")

@@ -14,6 +14,7 @@ from benchmarks.experiments import (
     table2_patients,
     transfer_patients,
 )
+from maknet_jax import evaluate
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
 
@@ -66,6 +67,15 @@ def test_a_few_training_patients_keep_their_labels(openkbp, tmp_path):
     other = dict(patients.split_patients(list(fixed.items()), 5, seed=1))
     assert collections.Counter(other.values()) == collections.Counter(few.values())
     assert other != few
+
+
+def test_records_name_their_patients(openkbp, folder):
+    dataset = records.open_dataset(patients.Runs(folder, openkbp).data(32))
+    numbers = evaluate.patients_of(dataset, "test")
+    assert sorted(set(numbers.tolist())) == list(range(6))
+    source = dataset.source("test")
+    cases = [source[index].meta["case"] for index in range(len(source))]
+    assert len(set(zip(cases, numbers.tolist(), strict=True))) == 6
 
 
 def test_missing_patients_are_named(tmp_path):

@@ -15,11 +15,13 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from maknet_jax import attribute, predict, prepare
 from maknet_jax.ct import pseudonym
+from maknet_jax.errors import InputError
 from maknet_jax.explain import selection
 from maknet_jax.explain.options import PathOptions, SelectionOptions
 from maknet_jax.runs import workdir
 
 MARKER, NUMBER = "ZQMARKERQZ", "98765432109"  # in text, and in UIDs
+HEADER = "QZHEADERZQ"  # in the header of a rejected file, but in no name
 TEXT = {"AE", "CS", "LO", "LT", "PN", "SH", "ST", "UC", "UR", "UT"}
 # Elements whose values the reader checks.
 READ = "Modality ImageType PhotometricInterpretation RescaleType SpecificCharacterSet".split()
@@ -71,7 +73,7 @@ def scans(phantom, tmp_path_factory):
     cut = root / "cut" / f"{MARKER}3.dcm"
     cut.write_bytes(cut.read_bytes()[:-4000])
     save(first, f"{MARKER}_modality.dcm", Modality=MARKER, SeriesInstanceUID=f"1.2.{NUMBER}.1")
-    save(first, f"{MARKER}_type.dcm", Modality="CT", RescaleType=MARKER)
+    save(first, f"{MARKER}_type.dcm", Modality="CT", RescaleType=HEADER)
     first.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
     save(first, f"{MARKER}_deflated.dcm", SeriesInstanceUID=f"1.2.{NUMBER}.2")
     header = root / f"{MARKER}_header.dcm"
@@ -124,7 +126,11 @@ def everything(*paths):
 
 def leaks(*paths):
     """The files that contain a marker; arrays of text are UTF-32."""
-    forms = [f(x) for x in (MARKER, NUMBER) for f in (str.encode, lambda x: x.encode("utf-32-le"))]
+    forms = [
+        f(x)
+        for x in (MARKER, NUMBER, HEADER)
+        for f in (str.encode, lambda x: x.encode("utf-32-le"))
+    ]
     return {path.name for path, content in everything(*paths) if any(f in content for f in forms)}
 
 
@@ -221,3 +227,15 @@ def test_messages_keep_their_words_and_pseudonyms_are_stable(scans, salt):
     assert reason == f"series {uid}: {name} and {part} differ by 2.5 mm, -1024 HU (CHEST)"
     assert file == names.name(path)
     assert pseudonym.Pseudonyms("another secret of the user").name(path) != file
+
+
+def test_an_archive_of_which_nothing_can_be_used(scans, salt, tmp_path):
+    path = shutil.make_archive(str(tmp_path / f"{MARKER}_archive"), "zip", scans)
+    for pseudonyms, leaking in ((False, {"failures.csv"}), (True, set())):
+        out = tmp_path / f"out-{pseudonyms}"
+        options = {"salt_file": salt, "min_slices": 500, "pseudonyms": pseudonyms}
+        with pytest.raises(InputError, match="--min-slices"):
+            prepare.prepare_dicom(path, out, **options)
+        assert leaks(out) == leaking
+    reasons = [row["reason"] for row in read_csv(out / "failures.csv")]
+    assert any("RescaleType" in reason for reason in reasons), reasons

@@ -1,7 +1,6 @@
 """Shared by the experiments on real patients: metrics with a bootstrap over patients.
 
-The bootstrap draws patients with replacement and weights their records, so that networks which are
-scored on the same records are compared on the same draws.
+Networks that score the same records are compared on the same draws, see evaluation/bootstrap.py.
 """
 
 import dataclasses
@@ -10,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from maknet_jax.evaluation import protocol
+from maknet_jax.evaluation import bootstrap, protocol
+from maknet_jax.evaluation.bootstrap import Draws as Draws
+from maknet_jax.evaluation.bootstrap import draw_weights as draw_weights
+from maknet_jax.evaluation.bootstrap import interval as interval
+from maknet_jax.evaluation.bootstrap import macro as macro
 
 ENOUGH = 20  # patients with a positive record; labels with fewer are listed apart
 ENOUGH_TITLE = "enough patients"
-DRAWS = 2000
-LEVEL = 0.95
-
-Draws = dict[str, np.ndarray]  # metric -> `[1 + draws, K]`, see `metric_draws`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,88 +44,13 @@ class SplitScores:
 
     def patients_by_label(self) -> np.ndarray:
         """int `[K]`: the number of patients with a positive record of each label."""
-        return np.array(
-            [
-                len(np.unique(self.patients[column & known]))
-                for column, known in zip(self.labels.T, self.known.T, strict=True)
-            ]
-        )
-
-
-def draw_weights(patients: np.ndarray, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Bootstrap samples of patients as weights of their records.
-
-    Args:
-      patients: int `[N]`, the patient of each record, from 0.
-      draws: number of samples.
-      seed: of the samples.
-
-    Returns:
-      float `[1 + draws, N]`: how often each record is drawn; the first row is 1, the sample itself.
-    """
-    count = int(patients.max()) + 1
-    samples = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), draws)
-    return np.concatenate([np.ones((1, count)), samples])[:, patients]
-
-
-def weighted_auc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """AUC of one label for several weightings of the records; ties count half.
-
-    Args:
-      scores: float `[N]`.
-      labels: bool `[N]`.
-      weights: float `[D, N]`.
-
-    Returns:
-      float `[D]`; nan where the positives or the negatives have no weight.
-    """
-    distinct, place = np.unique(scores, return_inverse=True)
-    by_score = np.zeros((2, len(weights), len(distinct)))
-    for kind, chosen in enumerate((labels, ~labels)):
-        np.add.at(by_score[kind].T, place[chosen], weights[:, chosen].T)
-    positives, negatives = by_score
-    below = np.cumsum(negatives, axis=1) - negatives / 2
-    total = positives.sum(axis=1) * negatives.sum(axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(total > 0, (positives * below).sum(axis=1) / total, np.nan)
+        return bootstrap.patients_by_label(self.labels, self.known, self.patients)
 
 
 def metric_draws(scores: SplitScores, weights: np.ndarray) -> Draws:
-    """AUC and F1 of every label for several weightings of the records.
-
-    Args:
-      scores: of the split.
-      weights: float `[D, N]`, see `draw_weights`.
-
-    Returns:
-      {"auc": float `[D, K]`, "f1": float `[D, K]`}; F1 at the thresholds of the tuning patients,
-      nan without positives or negatives.
-    """
+    """`bootstrap.metric_draws` at the thresholds of the tuning patients."""
     predicted = protocol.predict(scores.scores, scores.thresholds)
-    auc, f1 = [], []
-    for label in range(scores.scores.shape[1]):
-        known = scores.known[:, label]
-        labels, weighted = scores.labels[known, label], weights[:, known]
-        auc.append(weighted_auc(scores.scores[known, label], labels, weighted))
-        hits = predicted[known, label]
-        tp, wrong = weighted @ (labels & hits), weighted @ (labels ^ hits)
-        with np.errstate(invalid="ignore"):
-            f1.append(np.where(np.isnan(auc[-1]), np.nan, 2 * tp / (2 * tp + wrong)))
-    return {"auc": np.stack(auc, axis=1), "f1": np.stack(f1, axis=1)}
-
-
-def interval(draws: np.ndarray) -> list[float]:
-    """[value, low, high] from `[1 + draws]`: the sample's own value and the percentile interval.
-
-    nan draws (a label without positives or negatives in a resample) are left out.
-    """
-    low, high = np.nanpercentile(draws[1:], [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
-    return [round(float(value), 5) for value in (draws[0], low, high)]
-
-
-def macro(by_label: np.ndarray, chosen: np.ndarray | None = None) -> np.ndarray:
-    """Means over the chosen labels (default: all) that have a value, `[D, K]` -> `[D]`."""
-    return np.nanmean(by_label if chosen is None else by_label[:, chosen], axis=1)
+    return bootstrap.metric_draws(scores.scores, scores.labels, scores.known, predicted, weights)
 
 
 def averages(draws: Sequence[Draws], enough: np.ndarray) -> dict[str, list[float]]:

@@ -127,6 +127,11 @@ def _evaluate(verbs: argparse._SubParsersAction) -> None:
         help="lesanet agrees with LesaNet's published evaluate.py; ours differs in three details, "
         "see maknet_jax/evaluation/protocol.py (default: ours)",
     )
+    verb.add_argument(
+        "--intervals",
+        action="store_true",
+        help="add 95 %% intervals of AUC and F1 by a bootstrap over patients",
+    )
     options.distributed(verb)
     verb.add_argument(
         "--batch-size", type=options.count, help="images per step (default: the config's)"
@@ -148,6 +153,7 @@ def _run_evaluate(chosen: argparse.Namespace) -> None:
         checkpoint=chosen.checkpoint,
         batch_size=chosen.batch_size,
         rules=chosen.rules,
+        intervals=chosen.intervals,
         out=chosen.out,
     )
     print(evaluate.table([summary], [pathlib.Path(chosen.model).name]))
@@ -156,6 +162,8 @@ def _run_evaluate(chosen: argparse.Namespace) -> None:
         f"{summary['thresholds']}; rules {summary['rules']}; macro averages over labels with "
         "positives and negatives"
     )
+    if chosen.intervals:
+        options.show("\n" + evaluate.interval_table(summary))
     if summary["trained_on"]:
         options.show(f"trained on {summary['trained_on']}")
     options.show(f"per label: {summary['out']}/*_labels.csv")

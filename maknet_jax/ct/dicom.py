@@ -41,20 +41,6 @@ def looks_like_dicom(path: str | os.PathLike[str]) -> bool:
     return begins or pathlib.Path(path).suffix.lower() in NAMES
 
 
-def file_meta(file: IO[bytes]) -> pydicom.Dataset:
-    """The file meta information, empty without a preamble; leaves the file at the data set."""
-    bounded = cast("BinaryIO", reading.Bounded(file))
-    bounded.seek(128)
-    if bounded.read(4) != b"DICM":
-        return pydicom.Dataset()
-    return pydicom.filereader.read_dataset(
-        bounded,
-        is_implicit_VR=False,
-        is_little_endian=True,
-        stop_when=lambda tag, vr, length: tag.group != 2,
-    )
-
-
 def _read(path: str, *, pixels: bool) -> pydicom.Dataset:
     """The data set of a file: the elements in TAGS, and the pixel data if `pixels`."""
     _check_size(path)
@@ -76,7 +62,10 @@ def _check_size(path: str) -> None:
     size, limit, what = containers.size(path), LARGEST_FILE, "a CT slice"
     if size > limit:
         with containers.open_file(path) as file:
-            if file_meta(file).get("MediaStorageSOPClassUID") in dicom_frames.ENHANCED:
+            if (
+                transfer_syntax.file_meta(file).get("MediaStorageSOPClassUID")
+                in dicom_frames.ENHANCED
+            ):
                 limit, what = LARGEST_SERIES, "a multi-frame CT"
     if size > limit:
         raise Rejected(f"the file is larger than {limit >> 20} MiB, the limit for {what}")

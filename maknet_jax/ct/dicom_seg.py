@@ -13,7 +13,7 @@ import numpy as np
 import pydicom
 from pydicom import uid as dicom_uid
 
-from maknet_jax.ct import containers, dicom, geometry
+from maknet_jax.ct import containers, dicom, geometry, transfer_syntax
 from maknet_jax.ct.reading import one_line, quiet
 from maknet_jax.errors import InputError, Rejected
 
@@ -48,7 +48,7 @@ def is_segmentation(path: str | os.PathLike[str]) -> bool:
     """Whether a file is a DICOM SEG, by its file meta information."""
     try:
         with quiet(), containers.open_file(path) as file:
-            meta = dicom.file_meta(file)
+            meta = transfer_syntax.file_meta(file)
             return meta.get("MediaStorageSOPClassUID") in SEGMENTATIONS
     except OSError:
         raise

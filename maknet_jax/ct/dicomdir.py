@@ -7,7 +7,7 @@ from typing import BinaryIO, cast
 import pydicom
 from pydicom import uid as dicom_uid
 
-from maknet_jax.ct import containers, dicom
+from maknet_jax.ct import containers, transfer_syntax
 from maknet_jax.ct.reading import one_line, quiet
 from maknet_jax.errors import InputError
 
@@ -16,7 +16,7 @@ def is_dicomdir(path: str) -> bool:
     """Whether a file is a DICOMDIR, by its file meta information."""
     try:
         with quiet(), containers.open_file(path) as file:
-            storage = dicom.file_meta(file).get("MediaStorageSOPClassUID")
+            storage = transfer_syntax.file_meta(file).get("MediaStorageSOPClassUID")
     except Exception:  # pydicom raises any exception on broken files
         return False
     return storage == dicom_uid.MediaStorageDirectoryStorage

@@ -1,5 +1,6 @@
 """Stable pseudonymous ids: keyed hashes of DICOM UIDs and other names."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -166,7 +167,8 @@ def _names_near(path: str) -> set[str]:
     """The parts of a path, and the names and stems of the files beside it or in it."""
     place = pathlib.Path(path)
     names = _with_stems([path, *place.parts])
-    for folder in (path, str(place.parent)):
+    exists = os.path.lexists(path) or containers.is_file(path) or containers.is_folder(path)
+    for folder in (path, str(place.parent)) if exists else ():
         if containers.is_folder(folder):
             names |= _names_in(folder, containers.modified(folder))
     return names
@@ -202,11 +204,9 @@ def _paths_in(message: str) -> Iterator[str]:
 
 def _header(path: str) -> bytes:
     """The start of a file with its header, decompressed if it is deflated DICOM or gzip."""
-    try:
-        with containers.open_file(path) as file:
-            start = file.read(_HEADER)
-    except (OSError, *archives.DAMAGED):
-        return b""
+    start = b""
+    with contextlib.suppress(OSError, *archives.DAMAGED), containers.open_file(path) as file:
+        start = file.read(_HEADER)
     try:
         if start.startswith(b"\x1f\x8b"):
             return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(start, _HEADER)

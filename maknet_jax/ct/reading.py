@@ -16,7 +16,7 @@ from maknet_jax.errors import Rejected
 
 LARGEST_MATRIX = 4096  # rows or columns of a slice
 LARGEST_SERIES = 8 << 30  # bytes of int16
-MOST_READS = 500_000  # of one DICOM file: two seconds; a header has some hundred elements
+MOST_READS = 2_000_000  # of one DICOM file: some seconds; a header has hundreds, with frames more
 
 
 @dataclasses.dataclass(frozen=True)

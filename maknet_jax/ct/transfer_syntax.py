@@ -8,12 +8,13 @@ the pixels by their first bytes.
 import io
 import struct
 import zlib
-from typing import IO
+from typing import IO, BinaryIO, cast
 
 import pydicom
 from pydicom import uid as dicom_uid
 from pydicom.encaps import generate_frames
 
+from maknet_jax.ct.reading import Bounded
 from maknet_jax.errors import Rejected
 
 _GROUPS = range(0x0002, 0x0030)  # a data set of an image starts with one of these
@@ -27,11 +28,25 @@ _BY_FRAME_HEADER = {  # the marker of the frame header -> (encoding, the syntaxe
 _JPEG_2000 = {dicom_uid.JPEG2000Lossless, dicom_uid.JPEG2000}
 
 
+def file_meta(file: IO[bytes]) -> pydicom.Dataset:
+    """The file meta information, empty without a preamble; leaves the file at the data set."""
+    bounded = cast("BinaryIO", Bounded(file))
+    bounded.seek(128)
+    if bounded.read(4) != b"DICM":
+        return pydicom.Dataset()
+    return pydicom.filereader.read_dataset(
+        bounded,
+        is_implicit_VR=False,
+        is_little_endian=True,
+        stop_when=lambda tag, vr, length: tag.group != 2,
+    )
+
+
 def as_encoded(file: IO[bytes], limit: int) -> io.BytesIO | None:
     """What pydicom should read instead of a file that is deflated or misstates its encoding.
 
     Args:
-      file: at its beginning.
+      file: the file; its position changes.
       limit: the largest size of an inflated file in bytes.
 
     Returns:
@@ -40,12 +55,11 @@ def as_encoded(file: IO[bytes], limit: int) -> io.BytesIO | None:
     Raises:
       Rejected: the deflated data are damaged, or too large.
     """
-    start = file.read(4096)
-    declared = _declared(start)
-    if declared is None:
+    syntax = str(file_meta(file).get("TransferSyntaxUID") or "")
+    if not syntax:
         return None
-    syntax, end = declared
-    actual = _of_data_set(start[end:], syntax)
+    end = file.tell()
+    actual = _of_data_set(file.read(4096), syntax)
     deflated = actual == dicom_uid.DeflatedExplicitVRLittleEndian
     if actual == syntax and not deflated:
         return None
@@ -74,21 +88,6 @@ def _inflate(file: IO[bytes], content: io.BytesIO, limit: int) -> None:
         raise Rejected(f"the transfer syntax is deflated, but the data are not ({error})") from None
     if not stream.eof:
         raise Rejected("truncated: the deflated data end early")
-
-
-def _declared(start: bytes) -> tuple[str, int] | None:
-    """(UID, offset of the data set) that the first bytes of a file declare.
-
-    None if the file has no file meta information, or it does not end within these bytes.
-    """
-    if start[128:140] != b"DICM\x02\x00\x00\x00UL\x04\x00":
-        return None
-    end = 144 + int.from_bytes(start[140:144], "little")
-    place = start.find(b"\x02\x00\x10\x00UI", 144, end)
-    if place < 0 or end + 8 > len(start):
-        return None
-    length = int.from_bytes(start[place + 6 : place + 8], "little")
-    return start[place + 8 : place + 8 + length].rstrip(b"\0 ").decode("ascii", "replace"), end
 
 
 def _of_data_set(first: bytes, syntax: str) -> str:
@@ -151,7 +150,8 @@ def _of_pixels(data: pydicom.Dataset, syntax: str) -> str:
     if not encapsulated:
         # Decoded by an archive that left the old transfer syntax in the header.
         return syntax if native else dicom_uid.ExplicitVRLittleEndian
-    frame = next(generate_frames(element.value, number_of_frames=1), b"")
+    buffer = cast("BinaryIO", Bounded(io.BytesIO(element.value)))
+    frame = next(generate_frames(buffer, number_of_frames=1), b"")
     encoding, possible = _of_frame(frame)
     if encoding is not None:
         return syntax if syntax in possible else encoding

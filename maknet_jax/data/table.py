@@ -63,7 +63,7 @@ def read_table(
         raise InputError(f"{path} is not a CSV table: {error}") from None
     blank = [line for line, cells in lines if not any(_cells(cells).values())]
     if blank:
-        warn(f"{path}: {len(blank)} empty rows are skipped, the first on line {blank[0]}")
+        warn(f"{len(blank)} empty rows are skipped, the first on line {blank[0]}")
     rows = [_row(path, line, cells) for line, cells in lines if line not in blank]
     names = sorted({name for row in rows for name in row.labels})
     if not names:
@@ -92,7 +92,7 @@ def read_table(
             f"{other.split}: put each volume into one split, or add a column patient"
         )
     for text in table_rows.warnings(rows):
-        warn(f"{path}: {text}")
+        warn(text)
     return rows, labels.Vocabulary.from_names(names)
 
 

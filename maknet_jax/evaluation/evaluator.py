@@ -38,6 +38,17 @@ class Scores:
             rules=rules,
         )
 
+    def predicted(
+        self,
+        thresholds: np.ndarray | Sequence[float],
+        parents: Sequence[Sequence[int]],
+        rules: str = protocol.OURS,
+    ) -> np.ndarray:
+        """The predicted labels with their parents, bool `[N, K]`, see `protocol.evaluate`."""
+        return protocol.predict_with_parents(
+            self.scores, self.labels, thresholds, parents, mask=self.label_mask, rules=rules
+        )
+
     def report(
         self,
         thresholds: np.ndarray | Sequence[float],

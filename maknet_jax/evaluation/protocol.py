@@ -237,6 +237,23 @@ def evaluate(
     )
 
 
+def predict_with_parents(
+    scores: metrics.Values,
+    labels: metrics.Values,
+    thresholds: metrics.Values,
+    parents: Sequence[Sequence[int]],
+    *,
+    mask: metrics.Values | None = None,
+    rules: str = OURS,
+) -> np.ndarray:
+    """The predictions that `evaluate` counts, bool `[N, K]`; for the arguments see there."""
+    by = find_rules(rules)
+    scores, labels, mask = metrics.checked(scores, labels, mask)
+    return by.add_parents(
+        by.predict(scores, np.asarray(thresholds)) & mask & _has_both(labels, mask), parents
+    )
+
+
 @dataclass(frozen=True)
 class _Rules:
     """A set of rules: the details in which they differ."""

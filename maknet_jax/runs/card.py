@@ -172,7 +172,17 @@ def _scores(metrics: Mapping[str, Any]) -> str:
     if not rows:
         return "Not evaluated before the export."
     header = ["set", "AUC", "F1", "precision", "recall", "images"]
-    return (
-        "Macro averages over the labels that have positives and negatives.\n\n"
-        + console.markdown_table(header, rows)
-    )
+    parts = [
+        "Macro averages over the labels that have positives and negatives.",
+        console.markdown_table(header, rows),
+    ]
+    for split, values in metrics.items():
+        if "intervals" in values:
+            intervals = values["intervals"]
+            parts.append(
+                f"Set {split}, {intervals['patients']} patients: 95 % intervals by a bootstrap "
+                "over patients, and the number of patients who have each label."
+            )
+            rows = console.interval_rows(intervals)
+            parts.append(console.markdown_table(console.INTERVAL_HEADER, rows))
+    return "\n\n".join(part.strip() for part in parts)
