@@ -5,10 +5,11 @@ import time
 import numpy as np
 import pydicom
 import pytest
+from pydicom.uid import MediaStorageDirectoryStorage, SegmentationStorage
 from test_dicom import only_reason, only_series
 
-from maknet_jax.ct import decoding, dicom, reading
-from maknet_jax.errors import Rejected
+from maknet_jax.ct import decoding, dicom, dicom_seg, reading, search
+from maknet_jax.errors import InputError, Rejected
 
 
 @pytest.fixture
@@ -78,3 +79,16 @@ def test_parsing_is_bounded_in_time(shared_data, tmp_path, monkeypatch):
     data.PixelData = b"\xfe\xff\0\xe0\0\0\0\0" + fragments + b"\xfe\xff\xdd\xe0\0\0\0\0"
     data.save_as(tmp_path / "fragments.dcm")
     assert "5000 elements" in only_reason(tmp_path / "fragments.dcm")
+
+
+def test_parsing_of_other_dicom_files_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "MOST_READS", 250)  # times 20
+    empty = b"\x09\x00\x01\x10LO\0\0" * 6000
+    for storage in (SegmentationStorage, MediaStorageDirectoryStorage):
+        meta = b"\x02\0\x02\0UI" + len(storage).to_bytes(2, "little") + storage.encode()
+        meta += b"\x02\0\x10\0UI\x14\x001.2.840.10008.1.2.1\0"
+        (tmp_path / storage).write_bytes(bytes(128) + b"DICM" + meta + empty)
+    with pytest.raises(Rejected, match="5000 elements"):
+        dicom_seg.read_header(tmp_path / SegmentationStorage)
+    with pytest.raises(InputError, match="5000 elements"):
+        search.find_series(tmp_path / MediaStorageDirectoryStorage)
