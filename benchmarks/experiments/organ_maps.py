@@ -32,7 +32,7 @@ from maknet_jax.explain.masks import check_masks, with_regions
 from maknet_jax.explain.network import Network, open_networks
 from maknet_jax.explain.options import PathOptions, SelectionOptions
 from maknet_jax.explain.selection import SelectedImage, Selection, select
-from maknet_jax.figures import contact_sheet, overlay
+from maknet_jax.figures import overlay, picture
 
 BODY_THRESHOLD = -500  # HU
 LEAST_PATIENTS = patient_metrics.ENOUGH  # organs with fewer are listed apart
@@ -313,14 +313,14 @@ def draw_map(hu: np.ndarray, values: np.ndarray | None, region: np.ndarray) -> n
       region: bool `[S, S]`.
     """
     factor = TILE / len(hu)
-    grey = ndimage.zoom(contact_sheet.to_grey(hu, WINDOW), factor, order=1)
-    picture = np.repeat(grey[..., None], 3, axis=-1)
+    grey = ndimage.zoom(picture.to_grey(hu, WINDOW), factor, order=1)
+    drawn = np.repeat(grey[..., None], 3, axis=-1)
     if values is not None:
         smoothed = ndimage.zoom(overlay.smooth(values), factor, order=1)
-        picture = overlay.over(grey, overlay.colours(smoothed, overlay.scale_of(smoothed)))
+        drawn = overlay.over(grey, overlay.colours(smoothed, overlay.scale_of(smoothed)))
     large = ndimage.zoom(region.astype(np.uint8), factor, order=0) > 0
-    picture[large & ~ndimage.binary_erosion(large)] = CONTOUR
-    return picture
+    drawn[large & ~ndimage.binary_erosion(large)] = CONTOUR
+    return drawn
 
 
 def write_pictures(path: pathlib.Path, rows: Sequence[Sequence[tuple[str, np.ndarray]]]) -> None:
@@ -329,9 +329,9 @@ def write_pictures(path: pathlib.Path, rows: Sequence[Sequence[tuple[str, np.nda
     sheet = Image.new("RGB", (width, height), (24, 24, 24))
     draw = ImageDraw.Draw(sheet)
     for line, row in enumerate(rows):
-        for place, (caption, picture) in enumerate(row):
+        for place, (caption, drawn) in enumerate(row):
             left, top = place * (TILE + 4), line * (TILE + CAPTION)
             draw.text((left + 3, top + 3), caption[:42], fill=(230, 230, 230))
-            sheet.paste(Image.fromarray(picture), (left, top + CAPTION))
+            sheet.paste(Image.fromarray(drawn), (left, top + CAPTION))
     with files.write_whole(path, "wb") as file:
         sheet.save(file, format="PNG")
