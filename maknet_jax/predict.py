@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 
 from maknet_jax import console, files
-from maknet_jax.ct import preprocess, pseudonym, reading, search, volumes
+from maknet_jax.ct import paged, preprocess, pseudonym, reading, search, volumes
 from maknet_jax.errors import InputError, NothingUsable
 from maknet_jax.evaluation import metrics, series_tables
 from maknet_jax.evaluation.domain import Domain
 from maknet_jax.evaluation.series import FLAGS, SeriesResult
 from maknet_jax.evaluation.series_tables import SERIES_COLUMNS, SLICE_COLUMNS
 from maknet_jax.figures import picture
-from maknet_jax.figures.charts import write_label_chart
 from maknet_jax.runs import workdir
 from maknet_jax.training import sharding
 
@@ -266,6 +265,8 @@ def _write_charts(
     views: Sequence[tuple[np.ndarray, tuple[float, float]]],
 ) -> list[pathlib.Path]:
     """Draws the labels of each series that is long enough; returns the files."""
+    from maknet_jax.figures.charts import write_label_chart  # Matplotlib takes long to import
+
     charts = []
     network = f"{run.source.resolve().name}, step {run.step}"
     network += f", trained on {run.trained_on}" if run.trained_on else ""
@@ -367,6 +368,7 @@ def _score(
             pooled.append(rows)
         else:
             logits = run.predict(run.variables, {"image": images})["logits"][: len(centres)]
+        paged.release(volume.hu)
         scores.append(metrics.sigmoid(logits))
         advance(len(centres))
     return np.concatenate(scores), np.concatenate(pooled) if features else None

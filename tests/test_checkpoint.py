@@ -202,3 +202,11 @@ def test_digests_see_type_shape_and_every_bit():
     assert set(first) == names and checkpoint.digests(jax.tree.map(np.copy, tree)) == first
     for other in (np.float32([-0.0, 1.0]), np.float64([0, 1]), np.float32([[0.0, 1.0]])):
         assert checkpoint.digests(tree | {"a": other})["['a']"] != first["['a']"]
+
+
+def test_weights_are_restored_without_knowing_the_network(two):
+    with opened(two) as saved:
+        weights, meta, damaged = saved.restore()
+        whole = saved.restore(LIKE)[0]
+    assert meta["best"] == 20 / 7 and not damaged and weights.opt_state == weights.ema == ()
+    assert equal(weights, whole._replace(opt_state=(), ema=()))

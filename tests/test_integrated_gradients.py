@@ -293,3 +293,18 @@ def test_invalid_arguments_are_refused(case, change, expected_text):
     call = functools.partial(ig.integrated_gradients, case["curved"], case["images"], **arguments)
     with pytest.raises(InputError, match=expected_text):
         call()
+
+
+def test_doublings_chunks_and_groups_of_images_share_one_program(case):
+    for program in (ig._path_gradients, ig._outputs):
+        program.clear_cache()
+    images = np.concatenate([case["images"], case["images"][:1] / 2])
+    targets = np.concatenate([case["targets"], case["targets"][:1]])
+    options = {"steps": 3, "output": "logit", "refine": 3, "tolerance": 0.0}
+    result = ig.integrated_gradients(
+        case["curved"], images, targets, 0.0, rows=2, chunk=3, **options
+    )
+    assert len(images) % 2 and len(result.maps) == len(images)
+    assert ig._path_gradients._cache_size() == ig._outputs._cache_size() == 1
+    whole = ig.integrated_gradients(case["curved"], images, targets, 0.0, chunk=50, **options)
+    np.testing.assert_allclose(result.maps, whole.maps, rtol=1e-4, atol=1e-6)

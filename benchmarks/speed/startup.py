@@ -1,10 +1,18 @@
-"""Time of `maknet train` to its first step, with a cold and a warm compilation cache.
+"""Time of `maknet train` to its first step, and of other verbs, with a cold and a warm cache.
 
     python benchmarks/speed/startup.py [--config teacher] [--quick]
+    python benchmarks/speed/startup.py --model RUN [--ct CT] [--series FOLDER] [--before CHECKOUT]
 
 Each start is a new process that runs one step and is then stopped by SIGTERM. "cold" has an empty
 cache, "warm" a new workdir and the cache of an earlier run, and "restarted" resumes the warm one
 from its checkpoint. The three are timed in turns.
+
+With --model, `report` of six cases is timed in the same way; with --ct `predict` of a CT and
+`attribute` of two of its slices; and with --series `predict` of a DICOM series, repeated to 300
+slices (by the network of the training above) and to 2,000 slices. The parts of a start are CPU
+seconds or seconds of JAX's own log; the counts of imported modules and of traced and compiled
+programs do not depend on how busy the machine is. With --before, another checkout of this
+repository runs in turns with this one.
 """
 
 import json
@@ -19,6 +27,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import harness, timing
+from benchmarks.speed import verb_starts
+from maknet_jax import console
 from maknet_jax.data import records
 from maknet_jax.runs import config as configs
 
@@ -51,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Times the starts, prints the table and writes the JSON."""
     parser = harness.parser(__file__, __doc__)
     parser.add_argument("--config", help="config (default: teacher)")
+    parser.add_argument("--model", help="a trained network: also time report with it")
+    parser.add_argument("--ct", help="CT for predict and attribute")
+    parser.add_argument("--series", help="folder of a DICOM series to repeat")
+    parser.add_argument("--before", help="checkout of another version to compare with")
     full = {"size": 256, "repeats": 3, "config": "teacher"}
     quick = {"size": 64, "repeats": 1, "config": "smoke"}
     chosen = harness.parse(parser, argv, full=full, quick=quick)
@@ -86,6 +100,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             starts["cold"].append(start(folder / f"empty-{turn}", f"cold-{turn}"))
             starts["warm"].append(start(folder / "cache", f"warm-{turn}"))
             starts["restarted"].append(start(folder / "cache", f"warm-{turn}", resumes=True))
+        verbs: list[dict[str, Any]] = []
+        if chosen.model:
+            found = verb_starts.commands(
+                folder, chosen.model, chosen.ct, chosen.series, folder / "run-warm-0"
+            )
+            verbs = list(verb_starts.measure(folder, found, chosen.before, chosen.repeats))
     names = ("imports", "compile", "longest", "first_step")
     rows = [
         [
@@ -114,8 +134,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"target: at most 0.25; {chosen.config} at {chosen.size} x {chosen.size}, batch 8",
     ]
     header = ["", "imports", "compilation", "longest program", "first step"]
-    document = {"rows": [{"kind": kind, "starts": results} for kind, results in starts.items()]}
-    harness.report(__file__, argv, chosen, header, rows, notes, document | {"over_cold": shares})
+    document: dict[str, Any] = {
+        "rows": [{"kind": kind, "starts": results} for kind, results in starts.items()]
+    }
+    document |= {"over_cold": shares, "verbs": verbs}
+    harness.report(__file__, argv, chosen, header, rows, notes, document)
+    if verbs:
+        print(console.format_table(verb_starts.HEADER, verb_starts.rows(verbs)))
 
 
 if __name__ == "__main__":

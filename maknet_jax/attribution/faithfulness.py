@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from maknet_jax.attribution.integrated_gradients import Array, LogitFn, as_partial, masked_outputs
+from maknet_jax.attribution.integrated_gradients import Array, LogitFn, outputs, replace
 from maknet_jax.errors import InputError
 
 
@@ -69,15 +69,17 @@ def curves(
     shares = np.asarray(shares)
     if shares[0] != 0 or shares[-1] != 1 or (np.diff(shares) <= 0).any():
         raise InputError(f"shares {shares.tolist()} should ascend from 0 to 1")
-    logit_fn, targets = as_partial(logit_fn), np.asarray(targets, np.int32)[:, None]
+    rows = np.arange(len(images))
     deletion: list[jax.Array] = []
     insertion: list[jax.Array] = []
     for share in shares:
         deleted = (order < round(share * order[0].size)).astype(np.float32)
         for values, mask in ((deletion, deleted), (insertion, 1 - deleted)):
-            values.append(masked_outputs(logit_fn, images, baseline, mask, targets, output)[:, 0])
+            values.append(outputs(logit_fn, replace(images, baseline, mask))[output])
     # Copied to the host only at the end, so that the loop never blocks on the devices.
-    return np.stack(jax.device_get(deletion), axis=1), np.stack(jax.device_get(insertion), axis=1)
+    curves = (np.stack(jax.device_get(values), axis=1) for values in (deletion, insertion))
+    deleting, inserting = (curve[rows, :, np.asarray(targets)] for curve in curves)
+    return deleting, inserting
 
 
 def area(curve: np.ndarray, shares: np.ndarray) -> np.ndarray:

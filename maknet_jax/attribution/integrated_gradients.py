@@ -32,6 +32,7 @@ FLOORS = {"probability": 0.01, "logit": 0.1}
 TOLERANCE = 0.01  # of the relative residual
 # Bytes. On CPU, chunks that fit into the caches are fastest.
 CPU_BUDGET = 1 << 28
+TRACED_NODES = 13  # see `fit`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,8 @@ def integrated_gradients(
     """Integrates the gradient along the straight path from `baseline` to `images`.
 
     All labels of an image share its forward passes. A Python loop processes the path in chunks:
-    inside `lax.map` or `lax.scan`, convolutions are almost five times slower on CPU.
+    inside `lax.map` or `lax.scan`, convolutions are almost five times slower on CPU. All chunks,
+    including those of doubled steps, and all groups of images share one program.
 
     Args:
       logit_fn: images -> logits, see the module docstring.
@@ -157,42 +159,42 @@ def integrated_gradients(
         rows = best_rows if rows is None else rows
     if chunk < 1 or rows < 1:
         raise InputError(f"chunk {chunk} and rows {rows} should be at least 1")
+    nodes, rows = len(quadrature(method, steps)[0]), min(rows, len(images))
+    chunk = -(-nodes // -(-nodes // chunk))  # equal chunks, with the least padding
     parts = []
     for start in range(0, len(images), rows):
-        part = slice(start, start + rows)
+        # The last group is padded with the last image, so that all have one shape.
+        part = np.minimum(np.arange(start, start + rows), len(images) - 1)
+        some, base = (_rows(array, part, images) for array in (images, baseline))
+        first, last = (_select(outputs(logit_fn, x)[output], targets[part]) for x in (base, some))
         integrate = functools.partial(
-            _integrate,
-            logit_fn,
-            _rows(images, part, images),
-            targets[part],
-            _rows(baseline, part, images),
-            output=output,
-            chunk=chunk,
-            tolerance=tolerance,
+            _integrate, logit_fn, some, targets[part], base, output=output, chunk=chunk
         )
-        result = _refine(integrate, steps, method, refine, output, tolerance)
+        check_maps = functools.partial(
+            _attribution, start=first, end=last, output=output, tolerance=tolerance
+        )
+        result = _refine(integrate, check_maps, steps, method, refine)
         parts.append([getattr(result, field.name) for field in dataclasses.fields(result)])
-    return Attribution(*map(np.concatenate, zip(*parts, strict=True)))
+    joined = map(np.concatenate, zip(*parts, strict=True))
+    return Attribution(*(array[: len(images)] for array in joined))
 
 
 def _refine(
-    integrate: Callable[[np.ndarray, np.ndarray], Attribution],
+    integrate: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    check_maps: Callable[[np.ndarray], Attribution],
     steps: int,
     method: str,
     refine: int,
-    output: str,
-    tolerance: float,
 ) -> Attribution:
     """Integrates, then doubles the steps while a map is flagged, at most `refine` times."""
-    result = integrate(*quadrature(method, steps))
+    result = check_maps(integrate(*quadrature(method, steps)))
     for _ in range(refine):
         flagged = result.flagged.any(axis=1)[:, None, None, None, None]
         if not flagged.any():
             break
         # The trapezoid with twice the steps is the mean of the trapezoid and the midpoint rule.
         middle = integrate(*quadrature("midpoint", steps))
-        maps = np.where(flagged, (result.maps + middle.maps) / 2, result.maps)
-        result = _attribution(maps, result.start, result.end, output, tolerance)
+        result = check_maps(np.where(flagged, (result.maps + middle) / 2, result.maps))
         steps *= 2
     return result
 
@@ -222,29 +224,39 @@ def fit(
       Nodes per call, at least 1, and images per call, at least one per device.
     """
 
-    def residual_bytes(count: int) -> int:
-        points = jax.ShapeDtypeStruct((count, *images.shape[1:]), jnp.float32)
-        targets = jax.ShapeDtypeStruct((count, labels), jnp.int32)
-        residuals = _vjp.eval_shape(as_partial(logit_fn), points, targets, output)
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
-
     devices = getattr(getattr(images, "sharding", None), "device_set", None) or {jax.devices()[0]}
     if budget is None:
         stats = next(iter(devices)).memory_stats() or {}
         budget = stats.get("bytes_limit", 2 * CPU_BUDGET) // 2
     images_per_device = -(-images.shape[0] // len(devices))
     image_bytes = 4 * math.prod(images.shape[1:])
-    node_bytes = (residual_bytes(2) - residual_bytes(1)) * (1 + labels / 3)
+    node_bytes = _residual_bytes(as_partial(logit_fn), images.shape[1:], labels, output)
+    node_bytes *= 1 + labels / 3
     node_bytes += 2 * image_bytes * (1 + labels)
     room = max(1, int(budget // node_bytes))
-    # Groups of equal size where possible: each size compiles another program.
+    # Groups of equal size where possible: the last one is padded.
     rows = -(-images_per_device // -(-images_per_device // room))
     return room // rows, rows * len(devices)
 
 
-def _rows(array: Array, rows: slice, like: Array) -> Array:
+def _residual_bytes(logit_fn: Partial, shape: tuple[int, ...], labels: int, output: str) -> float:
+    """Bytes that one node of the path stores for the backward pass.
+
+    Traced once, with `TRACED_NODES` nodes: of the stored arrays, those whose first axis is a
+    multiple of this prime number are activations, the others weights.
+    """
+    points = jax.ShapeDtypeStruct((TRACED_NODES, *shape), jnp.float32)
+    targets = jax.ShapeDtypeStruct((TRACED_NODES, labels), jnp.int32)
+    stored = jax.tree.leaves(_vjp.eval_shape(logit_fn, points, targets, output))
+    activations = [x for x in stored if x.shape and x.shape[0] % TRACED_NODES == 0]
+    return sum(x.size * x.dtype.itemsize for x in activations) / TRACED_NODES
+
+
+def _rows(array: Array, rows: np.ndarray, like: Array) -> Array:
     """Rows of an array, sharded like `like` if that is on devices."""
-    part = array[rows]
+    if len(rows) == len(array):
+        return array
+    part = np.asarray(array)[rows]
     return jax.device_put(part, like.sharding) if isinstance(like, jax.Array) else part
 
 
@@ -258,21 +270,22 @@ def _integrate(
     *,
     output: str,
     chunk: int,
-    tolerance: float,
-) -> Attribution:
+) -> np.ndarray:
+    """The maps `[B, T, H, W, C]` by one rule of quadrature."""
     calls = -(-len(nodes) // chunk)
-    chunk = -(-len(nodes) // calls)
-    # Equal chunks share one compiled program: the last chunk is padded with weights of 0.
+    # The last chunk is padded with weights of 0.
     chunks = (
         np.pad(values, (0, calls * chunk - len(values))).astype(np.float32).reshape(calls, chunk)
         for values in (nodes, weights)
     )
-    total: jax.Array | float = 0.0
-    for some, their_weights in zip(*chunks, strict=True):
-        total += _path_gradients(logit_fn, images, baseline, targets, some, their_weights, output)
-    maps = _times_change(total, images, baseline)
-    start, end = (_outputs(logit_fn, x, targets, output) for x in (baseline, images))
-    return _attribution(maps, start, end, output, tolerance)
+    total = functools.reduce(
+        jnp.add,
+        (
+            _path_gradients(logit_fn, images, baseline, targets, *each, output)
+            for each in zip(*chunks, strict=True)
+        ),
+    )
+    return np.asarray(total) * (np.asarray(images) - np.asarray(baseline))[:, None]
 
 
 def _checked(
@@ -281,7 +294,8 @@ def _checked(
     """Images, targets and baseline as arrays of the right shapes and dtypes."""
     # Arrays on devices keep their sharding; NumPy arrays are copied when they are used.
     images = images if isinstance(images, jax.Array) else np.asarray(images, np.float32)
-    targets, count = np.asarray(targets), _logits.eval_shape(logit_fn, images).shape[1]
+    targets = np.asarray(targets)
+    count = _outputs.eval_shape(logit_fn, images)["logit"].shape[1]
     if targets.ndim != 2 or len(targets) != len(images) or targets.dtype.kind not in "iu":
         raise InputError(
             f"targets of shape {targets.shape} and dtype {targets.dtype} should be integers of "
@@ -305,22 +319,34 @@ def as_partial(logit_fn: LogitFn) -> Partial:
     return logit_fn if isinstance(logit_fn, Partial) else Partial(logit_fn)
 
 
+def outputs(logit_fn: LogitFn, images: Array) -> dict[str, jax.Array]:
+    """The outputs of all labels: a name of `OUTPUTS` -> `[B, K]`, float32.
+
+    Args:
+      logit_fn: see the module docstring.
+      images: float32 `[B, H, W, C]`.
+    """
+    return _outputs(as_partial(logit_fn), images)
+
+
+@jax.jit
+def _outputs(logit_fn: Partial, images: Array) -> dict[str, jax.Array]:
+    logits = logit_fn(images).astype(jnp.float32)
+    return {"logit": logits, "probability": jax.nn.sigmoid(logits)}
+
+
+def _select(values: ArrayLike, targets: np.ndarray) -> np.ndarray:
+    """The columns `targets` `[B, T]` of `[B, K]`: `[B, T]`."""
+    return np.take_along_axis(np.asarray(values), targets, axis=1)
+
+
 def _selected(logit_fn: Partial, images: Array, targets: Array, output: str) -> jax.Array:
-    """The outputs `[B, T]` of the labels `targets` `[B, T]`."""
+    """The outputs `[B, T]` of the labels `targets` `[B, T]`, to be differentiated."""
     logits = jnp.take_along_axis(logit_fn(images).astype(jnp.float32), targets, axis=1)
     return jax.nn.sigmoid(logits) if output == "probability" else logits
 
 
-_outputs = jax.jit(_selected, static_argnames="output")
-
-
-# These two are only evaluated for shapes. They are jitted to cache their traces: tracing takes
-# longer than many gradients.
-@jax.jit
-def _logits(logit_fn: Partial, images: Array) -> jax.Array:
-    return logit_fn(images)
-
-
+# Only evaluated for shapes. Jitted to cache its traces: tracing takes longer than many gradients.
 @functools.partial(jax.jit, static_argnames="output")
 def _vjp(
     logit_fn: Partial, images: Array, targets: Array, output: str
@@ -328,22 +354,17 @@ def _vjp(
     return jax.vjp(lambda x: _selected(logit_fn, x, targets, output), images)[1]
 
 
-@functools.partial(jax.jit, static_argnames="output")
-def masked_outputs(
-    logit_fn: Partial, images: Array, baseline: Array, mask: Array, targets: Array, output: str
-) -> jax.Array:
-    """The outputs `[B, T]` of images in which pixels with `mask` 1 are those of the baseline.
+@jax.jit
+def replace(images: Array, baseline: Array, mask: Array) -> jax.Array:
+    """Images in which pixels with `mask` 1 are those of the baseline.
 
     Args:
-      logit_fn: see the module docstring.
       images: float32 `[B, H, W, C]`.
       baseline: float32, of the shape of the images.
       mask: float32 `[H, W]` or `[B, H, W]`, 0 or 1.
-      targets: int `[B, T]`.
-      output: "probability" or "logit".
     """
     mask = mask[..., None]
-    return _selected(logit_fn, images * (1 - mask) + baseline * mask, targets, output)
+    return jnp.asarray(images * (1 - mask) + baseline * mask)
 
 
 @functools.partial(jax.jit, static_argnames="output")
@@ -370,15 +391,9 @@ def _path_gradients(
     return gradients.sum(axis=2).swapaxes(0, 1)
 
 
-@jax.jit
-def _times_change(gradients: jax.Array, images: jax.Array, baseline: jax.Array) -> jax.Array:
-    return gradients * (images - baseline)[:, None]
-
-
 def _attribution(
-    maps: Array, start: Array, end: Array, output: str, tolerance: float
+    maps: np.ndarray, start: np.ndarray, end: np.ndarray, output: str, tolerance: float
 ) -> Attribution:
-    maps, start, end = (np.asarray(array) for array in (maps, start, end))
     change = end.astype(np.float64) - start
     residual = maps.sum(axis=(2, 3, 4), dtype=np.float64) - change
     relative = np.abs(residual) / np.maximum(np.abs(change), FLOORS[output])

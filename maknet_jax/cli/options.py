@@ -238,6 +238,8 @@ def start_jax(distributed: bool = False) -> None:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "maknet" / "xla"
         with contextlib.suppress(RuntimeError):  # no home folder: programs are compiled each time
             jax.config.update("jax_compilation_cache_dir", str(cache.expanduser()))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:  # default: 1 s
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _integer_variable(name: str) -> int | None:

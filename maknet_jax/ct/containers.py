@@ -9,15 +9,16 @@ import errno
 import functools
 import os
 import re
-from collections.abc import Iterable, Iterator
-from typing import IO
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, TypeVar
 
 from maknet_jax.ct import archives
-from maknet_jax.ct.reading import one_line
+from maknet_jax.ct.reading import content_id_of, one_line
 from maknet_jax.errors import Rejected
 
 _INSIDE = re.compile(rf"(?:{'|'.join(map(re.escape, archives.ENDINGS))})(?=/)", re.IGNORECASE)
 Path = str | os.PathLike[str]
+Content = TypeVar("Content")
 
 
 def is_archive(path: Path) -> bool:
@@ -68,9 +69,22 @@ def read_file(path: Path) -> bytes:
     Raises:
       OSError: it cannot be read.
     """
+    return _read(path, lambda file: file.read())
+
+
+def content_id(path: Path) -> str:
+    """An id computed from the content of a file, which is never in memory as a whole.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    return _read(path, content_id_of)
+
+
+def _read(path: Path, read: Callable[[IO[bytes]], Content]) -> Content:
     with open_file(path) as file:
         try:
-            return file.read()
+            return read(file)
         except archives.DAMAGED as error:
             raise OSError(errno.EIO, f"damaged archive: {one_line(error)}", str(path)) from None
 

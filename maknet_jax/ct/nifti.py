@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from maknet_jax.ct import containers, geometry, reading, units
+from maknet_jax.ct import containers, geometry, paged, reading, units
 from maknet_jax.ct.reading import LARGEST_MATRIX, LARGEST_SERIES, one_line, quiet
 from maknet_jax.errors import Rejected
 
@@ -63,10 +63,13 @@ def read_nifti(
     """
     opened = _open(path)
     values = _values(opened)
-    hu = np.empty(values.shape, np.int16)
+    hu = paged.empty(values.shape)
     counted = units.Values()
     for k, plane in enumerate(values):
         hu[k] = counted.add(_scaled(opened, plane))
+        if k % 64 == 63:
+            paged.release(values)
+            paged.release(hu)
     counted.check(overrides)
     stored = [str(k) for k in range(len(hu))]
     return hu, opened.spacing, tuple(stored[::-1] if opened.axes[0].flip else stored)
@@ -269,12 +272,15 @@ def _gzip_values(opened: _Opened) -> np.ndarray:
     size = int(np.prod(shape)) * dtype.itemsize
     with containers.open_file(opened.path) as packed, gzip.GzipFile(fileobj=packed) as file:
         file.seek(proxy.offset)
-        content = file.read(size)
+        content = paged.empty((size,), np.uint8)
+        for block in paged.blocks(content):
+            if file.readinto(block) < len(block):
+                raise ValueError("the voxels end early")
         while rest := file.read(1 << 20):
             size += len(rest)
             if size > 2 * len(content) + (1 << 24):
                 raise ValueError("more bytes after the voxels than voxels")
-    return np.frombuffer(content, dtype).reshape(shape, order="F")
+    return content.view(dtype).reshape(shape, order="F")
 
 
 def _scaled(opened: _Opened, plane: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from maknet_jax.ct import units
+from maknet_jax.ct import paged, units
 
 Box = tuple[int, int, int, int]  # top, left, bottom, right in pixels, half open
 
@@ -140,7 +140,9 @@ def body_threshold(hu: np.ndarray, png_window: tuple[float, float] | None = None
       hu: int16 of any shape.
       png_window: (low, high) in HU of 8-bit images.
     """
-    if png_window is None or hu.min() < np.floor(png_window[0]):
+    if png_window is None:
+        return BODY
+    if any(block.min() < np.floor(png_window[0]) for block in paged.blocks(hu)):
         return BODY
     low, high = png_window
     return max(BODY, low + 0.02 * (high - low))

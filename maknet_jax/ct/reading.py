@@ -83,6 +83,14 @@ def content_id(content: bytes) -> str:
     return "sha256:" + hashlib.sha256(content).hexdigest()[:32]
 
 
+def content_id_of(file: IO[bytes]) -> str:
+    """`content_id` of an open file, which is not read into memory as a whole."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return "sha256:" + digest.hexdigest()[:32]
+
+
 class Bounded:
     """A binary file that is read in a limited number of pieces, which bounds the time to parse it.
 

@@ -15,6 +15,7 @@ from maknet_jax.ct import (
     dicom_frames,
     dicomdir,
     nifti,
+    paged,
     png,
     preprocess,
     reading,
@@ -23,7 +24,6 @@ from maknet_jax.ct import (
 )
 from maknet_jax.ct.blocks import Block, segment
 from maknet_jax.ct.read_ahead import read_ahead
-from maknet_jax.ct.reading import content_id
 from maknet_jax.ct.search import SeriesRef
 from maknet_jax.ct.stacks import Stack, find_stacks, order_slices
 from maknet_jax.errors import InputError, Rejected
@@ -136,7 +136,7 @@ def load_series(
             return _only_slice(*around, ref)
         hu, spacing, stored = nifti.read_nifti(ref.paths[0], overrides)
         affine = nifti.read_affine(ref.paths[0])
-        digest = _file_id(ref.paths[0])
+        digest = containers.content_id(ref.paths[0])
     except OSError as error:  # the file was removed or is not readable
         raise Rejected(f"cannot be read ({error.strerror or error})") from error
     uids = tuple(f"{digest}:{k}" for k in stored)
@@ -234,10 +234,6 @@ def _only_series(path: pathlib.Path, overrides: reading.Overrides) -> SeriesRef:
     raise InputError(f"{path} contains no CT: expected DICOM, NIfTI or PNG")
 
 
-def _file_id(path: str) -> str:
-    return content_id(containers.read_file(path))
-
-
 def _load_dicom(
     ref: SeriesRef, overrides: reading.Overrides, distance: float | None = None
 ) -> Volume:
@@ -248,19 +244,21 @@ def _load_dicom(
       overrides: what is read although it would be rejected.
       distance: mm between slices, if `ref` is a part of a series that was already checked.
     """
-    headers, planes, values = [], {}, units.Values()
+    headers, planes, values = [], paged.Slices(len(ref.paths)), units.Values()
     paths = dicom_frames.in_order(ref.paths)
     slices = dicom.read_slices(paths, values, overrides)
     for path in paths:
         try:
-            _, (header, planes[path]) = next(slices)
+            _, (header, plane) = next(slices)
         except Rejected as error:
             raise Rejected(f"{search.relative_name(path, ref.root)}: {error}") from error
         headers.append(header)
+        planes.append(plane)
     values.check(overrides)
-    stack = order_slices(headers)
+    stack = order_slices(headers)  # rejects slices of different shapes
+    numbers = {header.path: number for number, header in enumerate(headers)}
     return Volume(
-        np.stack([planes.pop(header.path) for header in stack.headers]),
+        planes.ordered([numbers[header.path] for header in stack.headers]),
         (stack.distance if distance is None else distance, *stack.headers[0].standard_spacing),
         ref.key,
         tuple(search.relative_name(header.path, ref.root) for header in stack.headers),
@@ -357,17 +355,17 @@ def _load_png_neighbours(
 def _load_png(
     ref: SeriesRef, window: tuple[float, float] | None, overrides: reading.Overrides
 ) -> Volume:
-    planes: list[np.ndarray] = []
-    values = units.Values()
+    planes, values = paged.Slices(len(ref.paths)), units.Values()
     names = tuple(search.relative_name(path, ref.root) for path in ref.paths)
     for path, name in zip(ref.paths, names, strict=True):
         try:
             planes.append(png.read_png(path, window, values))
         except Rejected as error:
             raise Rejected(f"{name}: {error}") from error
-        if planes[-1].shape != planes[0].shape:
+        if not planes.alike:
             raise Rejected(f"{name} has another size than the other slices of its series")
     if len(values):  # the window states the HU of 8-bit files
         values.check(overrides)
-    uids = tuple(_file_id(path) for path in ref.paths)
-    return Volume(np.stack(planes), (math.nan,) * 3, ref.key, names, uids)
+    uids = tuple(containers.content_id(path) for path in ref.paths)
+    hu = planes.ordered(range(len(names)))
+    return Volume(hu, (math.nan,) * 3, ref.key, names, uids)

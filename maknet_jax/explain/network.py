@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
@@ -14,7 +15,7 @@ from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.errors import InputError
 from maknet_jax.explain.options import PathOptions
 from maknet_jax.runs import workdir
-from maknet_jax.training import sharding, transfer
+from maknet_jax.training import checked, sharding, transfer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Network:
 
     def confidences(self, images: jax.Array) -> np.ndarray:
         """Images as returned by `put` -> float32 `[B, K]`."""
-        return np.asarray(_confidences(self.logit_fn, images))
+        return np.asarray(ig.outputs(self.logit_fn, images)["probability"])
 
     def attribute(
         self, images: jax.Array, targets: ArrayLike, baseline: jax.Array, path: PathOptions
@@ -86,9 +87,16 @@ class Network:
         )
 
 
-@jax.jit
-def _confidences(logit_fn: Partial, images: jax.Array) -> jax.Array:
-    return jax.nn.sigmoid(logit_fn(images))
+@dataclasses.dataclass(frozen=True)
+class _Logits:
+    """The logits of a model; equal for equal models, whose compiled programs are shared."""
+
+    model: nn.Module
+
+    def __call__(self, variables: Any, images: jax.Array) -> jax.Array:
+        # Accelerators would otherwise round the factors of products, also in the backward pass.
+        with jax.default_matmul_precision("highest"):
+            return checked.apply(self.model, variables, images).logits.astype(np.float32)
 
 
 def network_name(run: workdir.Run) -> str:
@@ -108,14 +116,8 @@ def make_network(run: workdir.Run, name: str) -> Network:
             "image: choose a network that takes only the image"
         )
     model = run.model.clone(dtype=np.float32)
-
-    def logits(variables: Any, images: jax.Array) -> jax.Array:
-        # Accelerators would otherwise round the factors of products, also in the backward pass.
-        with jax.default_matmul_precision("highest"):
-            outputs: Any = model.apply(variables, images, train=False)
-            return outputs.logits.astype(np.float32)
-
-    return Network(name, run, Partial(logits, run.variables), jax.jit(run.to_input))
+    logits = Partial(_Logits(model), run.variables)
+    return Network(name, run, logits, jax.jit(run.to_input))
 
 
 def open_networks(

@@ -67,7 +67,6 @@ class Assembly:
       size: the edge S of the images in pixels.
       ema: whether the state holds a moving average of the weights.
       mesh: the devices.
-      shapes: a state with shapes and types for arrays; checkpoints are restored into it.
       to_input: int16 HU `[..., S, S, 3]` -> float32 images in [0, 1], on the device.
       predict_step: predict_step(variables, images, box) -> logits `[B, K]`; box is None where the
         images have none.
@@ -80,10 +79,33 @@ class Assembly:
     size: int
     ema: bool
     mesh: Mesh
-    shapes: state.TrainState
     to_input: Callable[[jax.Array], jax.Array]
     predict_step: jax.stages.Wrapped
     train_step: jax.stages.Wrapped | None
+
+    @functools.cached_property
+    def shapes(self) -> state.TrainState:
+        """A state with shapes and types for arrays. Scoring does not need it: it is traced."""
+        return state.shapes(self.model, self.optimizer, size=self.size, ema=self.ema)
+
+    def check(self, variables: state.Variables, batch_size: int = 16) -> None:
+        """Checks that the variables are the network's, by tracing its prediction.
+
+        Args:
+          variables: params and batch_stats.
+          batch_size: of a prediction that can use the trace, rounded up to the devices.
+
+        Raises:
+          checked.OtherWeightsError: they are those of another network.
+        """
+        rows, whole = sharding.split(self.mesh), sharding.replicated(self.mesh)
+        count = sharding.round_up_to_devices(batch_size, self.mesh.size)
+        image = jax.ShapeDtypeStruct((count, self.size, self.size, 3), jnp.int16, sharding=rows)
+        box = jax.ShapeDtypeStruct((count, 4), jnp.float32, sharding=rows)
+        arrays = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), variables
+        )
+        self.predict_step.trace(arrays, image, box if self.model.takes_box else None)
 
     @functools.cached_property
     def features_step(self) -> jax.stages.Wrapped:
@@ -174,8 +196,7 @@ def assemble(
         out_shardings=rows,
     )
     size, ema = config.data.size, config.ema_decay > 0
-    shapes = state.shapes(model, optimizer, size=size, ema=ema)
-    return Assembly(model, optimizer, size, ema, mesh, shapes, to_input, predict_step, train_step)
+    return Assembly(model, optimizer, size, ema, mesh, to_input, predict_step, train_step)
 
 
 def build_model(config: ConfigDict, labels: int) -> nn.Module:

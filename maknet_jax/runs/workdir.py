@@ -27,7 +27,7 @@ from maknet_jax.errors import InputError
 from maknet_jax.runs import build, bundle, domain_file
 from maknet_jax.runs import config as configs
 from maknet_jax.runs.progress import Progress
-from maknet_jax.training import checkpoint, sharding, transfer
+from maknet_jax.training import checked, checkpoint, sharding, transfer
 from maknet_jax.training.state import Variables
 
 FOLDERS = {"best": "best", "last": "checkpoints"}
@@ -304,11 +304,18 @@ def _open_bundle(path: pathlib.Path, checkpoint_name: str, mesh: Mesh) -> _Opene
         assembly = build.assemble(content.config, len(content.vocabulary), mesh)
     except (KeyError, AttributeError, TypeError) as error:
         raise InputError(f"bundle {path}: its config describes no network ({error})") from None
-    shapes = {"params": assembly.shapes.params, "batch_stats": assembly.shapes.batch_stats}
+    variables = content.variables()
+    try:
+        assembly.check(variables)
+    except checked.OtherWeightsError:
+        # Names the array as it is called in the bundle.
+        shapes = {"params": assembly.shapes.params, "batch_stats": assembly.shapes.batch_stats}
+        content.variables(shapes)
+        raise
     return _Opened(
         content.config,
         content.vocabulary,
-        content.variables(shapes),
+        variables,
         content.thresholds,
         saved["step"],
         saved["name"],
@@ -341,7 +348,7 @@ def _open(workdir: pathlib.Path, checkpoint_name: str, mesh: Mesh) -> _Opened:
             continue
         with contextlib.closing(checkpoint.Checkpoints(folder)) as checkpoints:
             try:
-                restored = checkpoints.restore(assembly.shapes)
+                restored = checkpoints.restore()
             except InputError as error:
                 if name == "last":
                     raise

@@ -4,9 +4,12 @@ Orbax silently restores an array with a flipped bit. SHA-256 digests are therefo
 arrays and compared on reading; a damaged checkpoint is skipped and the previous one is used.
 """
 
+import contextlib
+import functools
 import hashlib
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,6 +20,9 @@ import orbax.checkpoint as ocp
 
 from maknet_jax.errors import InputError
 from maknet_jax.training.state import TrainState
+
+# The parts of a path of `jax.tree_util.keystr`: .params['stem']['conv']['kernel'].
+_NAME = re.compile(r"^\.(\w+)|\['(.*?)'\]")
 
 
 class Restored(NamedTuple):
@@ -68,11 +74,12 @@ class Checkpoints:
         if not saved:
             raise RuntimeError(f"checkpoint {step} was not written: {self.folder} has a newer one")
 
-    def restore(self, like: TrainState) -> Restored:
+    def restore(self, like: TrainState | None = None) -> Restored:
         """Reads the newest intact checkpoint.
 
         Args:
-          like: `state.shapes` of the expected network.
+          like: `state.shapes` of the expected network; None reads what is there, without the
+            state of the optimiser, which is then ().
 
         Raises:
           InputError: there are checkpoints, and every one is damaged or of another network.
@@ -94,7 +101,43 @@ class Checkpoints:
             )
         return Restored(None, {}, {})
 
-    def _read(self, like: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
+    def _read(self, like: TrainState | None, step: int) -> tuple[TrainState, dict[str, Any]]:
+        return self._read_weights(step) if like is None else self._read_all(like, step)
+
+    def _read_weights(self, step: int) -> tuple[TrainState, dict[str, Any]]:
+        """The state without that of the optimiser; the digests name its arrays."""
+        stored = self._manager.restore(
+            step, args=ocp.args.Composite(content=ocp.args.JsonRestore())
+        ).content
+        expected = {
+            name: digest
+            for name, digest in stored["digests"].items()
+            if not name.startswith(".opt_state")
+        }
+        tree: dict[str, Any] = {}
+        for name in expected:
+            *groups, last = (field or key for field, key in _NAME.findall(name))
+            functools.reduce(lambda inner, group: inner.setdefault(group, {}), groups, tree)[
+                last
+            ] = 0
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        # Not by the manager, which reads and writes an item in one way only.
+        with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader:
+            restored = reader.restore(
+                self.folder / str(step) / "state",
+                args=ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy, partial_restore=True),
+            )
+        state = TrainState(
+            step=restored["step"],
+            params=restored["params"],
+            batch_stats=restored.get("batch_stats", {}),
+            opt_state=(),
+            ema=restored.get("ema", ()),
+        )
+        _check_digests(state, expected)
+        return state, stored["meta"]
+
+    def _read_all(self, like: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         # Restored as NumPy arrays: the caller decides on which devices to put them.
         as_numpy = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
         restored = self._manager.restore(
@@ -109,10 +152,7 @@ class Checkpoints:
             if array.shape != leaf.shape:
                 name = jax.tree_util.keystr(path)
                 raise ValueError(f"another network: {name} is {array.shape}, not {leaf.shape}")
-        expected, actual = restored.content["digests"], digests(restored.state)
-        if actual != expected:
-            wrong = [name for name in expected if actual.get(name) != expected[name]]
-            raise ValueError(f"{len(wrong)} arrays do not match their digest, first {wrong[:1]}")
+        _check_digests(restored.state, restored.content["digests"])
         return restored.state, restored.content["meta"]
 
     def set_aside(self, step: int) -> None:
@@ -131,6 +171,13 @@ class Checkpoints:
     def close(self) -> None:
         """Stops the manager's threads."""
         self._manager.close()
+
+
+def _check_digests(state: TrainState, expected: Mapping[str, str]) -> None:
+    actual = digests(state)
+    if actual != expected:
+        wrong = [name for name in expected if actual.get(name) != expected[name]]
+        raise ValueError(f"{len(wrong)} arrays do not match their digest, first {wrong[:1]}")
 
 
 def digests(tree: Any) -> dict[str, str]:

@@ -9,6 +9,7 @@ import optax
 from flax import linen as nn
 
 from maknet_jax.errors import InputError
+from maknet_jax.training import checked
 from maknet_jax.training.augment import Augment, ToInput
 from maknet_jax.training.losses import LossFn, Metrics
 from maknet_jax.training.state import TrainState, Variables
@@ -88,7 +89,7 @@ def make_predict_step(
         variables: Variables, images: jax.Array, box: jax.Array | None = None
     ) -> jax.Array:
         boxes = box_kwargs(model, box)
-        outputs: Any = model.apply(variables, to_input(images), train=False, **boxes)
+        outputs = checked.apply(model, variables, to_input(images), **boxes)
         return outputs.logits.astype(jnp.float32)
 
     return predict_step
@@ -106,7 +107,7 @@ def make_features_step(
         variables: Variables, images: jax.Array, box: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         boxes = box_kwargs(model, box)
-        outputs: Any = model.apply(variables, to_input(images), train=False, **boxes)
+        outputs = checked.apply(model, variables, to_input(images), **boxes)
         return outputs.logits.astype(jnp.float32), outputs.features.astype(jnp.float32)
 
     return features_step
