@@ -322,7 +322,7 @@ def draw(path: pathlib.Path, curves: Mapping[str, Mapping[str, list[list[float]]
         lower.set_ylabel("labels")
         lower.set_xlabel("confidence")
     with files.write_whole(path, "wb") as file:
-        figure.savefig(file, format="png")
+        figure.savefig(file, format="png", metadata={"Software": files.PNG_SOFTWARE})
 
 
 def report(

@@ -20,7 +20,6 @@ from scipy import ndimage
 from benchmarks import harness
 from benchmarks.experiments import patient_metrics
 from benchmarks.real_data import DATA
-from maknet_jax import files
 from maknet_jax.attribution import faithfulness as faith
 from maknet_jax.attribution import perturbation
 from maknet_jax.cli import options
@@ -333,5 +332,4 @@ def write_pictures(path: pathlib.Path, rows: Sequence[Sequence[tuple[str, np.nda
             left, top = place * (TILE + 4), line * (TILE + CAPTION)
             draw.text((left + 3, top + 3), caption[:42], fill=(230, 230, 230))
             sheet.paste(Image.fromarray(drawn), (left, top + CAPTION))
-    with files.write_whole(path, "wb") as file:
-        sheet.save(file, format="PNG")
+    picture.write_png(path, sheet)
