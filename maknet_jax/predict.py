@@ -185,7 +185,9 @@ def find_inputs(
     """
     series, failures = search.find_series(path, overrides=overrides)
     if not series:
-        raise NothingUsable(f"{path} holds no readable series of DICOM, NIfTI or PNG", failures)
+        problem = f"{path} holds no readable series of DICOM, NIfTI or PNG"
+        problem += "" if failures else f": it holds {search.contents(path)}"
+        raise NothingUsable(problem, failures)
     return series, failures
 
 

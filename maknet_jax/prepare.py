@@ -159,6 +159,8 @@ def prepare_dicom(
             f"{len(series)} series found, {len(small)} of fewer than {min_slices} slices "
             f"(--min-slices), {len(failures) - len(small)} unreadable"
         )
+        if not failures:
+            why = f"it holds {search.contents(folder)}; expected DICOM, NIfTI or PNG"
         with console.list_failures(pathlib.Path(out) / "failures.csv", hidden):
             raise NothingUsable(f"no usable series in {folder}: {why}", failures)
     salt = pseudonym.read_salt(salt_file, log=console.Log())

@@ -1,6 +1,8 @@
 """The command line: exit codes, errors of one line, help with an example."""
 
 import os
+import pathlib
+import pwd
 import re
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import sys
 import pytest
 
 from maknet_jax import cli
+from maknet_jax.cli import options
 from maknet_jax.errors import InputError
 from maknet_jax.runs import config
 
@@ -207,3 +210,16 @@ def test_messages_of_xla_are_hidden_unless_they_concern_the_connection(
 
 def test_every_verb_is_tested_here():
     assert {verb for verb, *_ in VERBS} == set(cli._parser()._subparsers._group_actions[0].choices)
+
+
+def test_jax_starts_without_a_home_folder(monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(_):
+        raise KeyError("no such user")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(RuntimeError):
+        pathlib.Path.home()
+    options.start_jax()  # programs are compiled each time

@@ -9,9 +9,10 @@ import zipfile
 import nibabel
 import numpy as np
 import pytest
-from test_dicom import stored_values, write_series
+from test_dicom import stored_values, write_series, write_slice
 
 from maknet_jax.ct import archives, containers, search, volumes
+from maknet_jax.data import overview
 from maknet_jax.errors import InputError
 
 ENDINGS = (".zip", ".tar", ".tar.gz", ".tar.bz2", ".tar.xz")
@@ -161,12 +162,15 @@ def test_unreadable_folders_and_files_are_listed(tmp_path, monkeypatch):
     write_series(tmp_path / "good", [0, 5, 10])
     (tmp_path / "secret").mkdir()
     (tmp_path / "file.dcm").write_bytes(b"x")
-    scan, read = os.scandir, containers.open_file
+    scan, read, listed = os.scandir, containers.open_file, os.listdir
 
     def scandir(path):
         if str(path).endswith("secret"):  # the tests may run as root, who can read everything
             raise PermissionError(13, "Permission denied", path)
         return scan(path)
+
+    def listdir(path):
+        return list(scandir(path)) if str(path).endswith("secret") else listed(path)
 
     def open_file(path):
         if str(path).endswith("file.dcm"):
@@ -174,6 +178,7 @@ def test_unreadable_folders_and_files_are_listed(tmp_path, monkeypatch):
         return read(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(os, "listdir", listdir)
     monkeypatch.setattr(containers, "open_file", open_file)
     series, failures = search.find_series(tmp_path)
     assert [ref.count for ref in series] == [3]
@@ -181,3 +186,15 @@ def test_unreadable_folders_and_files_are_listed(tmp_path, monkeypatch):
         ("file.dcm", "cannot be read (Permission denied)"),
         ("secret", "cannot be read (Permission denied)"),
     ]
+    assert overview.by_reason(failures) == {"cannot be read (Permission denied)": 2}
+
+
+def test_reasons_name_no_member_of_an_archive(tmp_path):
+    slices = write_series(tmp_path / "s", [0, 5, 10])
+    write_slice(tmp_path / "s" / "Doe_Jane.dcm", z=15, values=stored_values(shape=(4, 5)))
+    slices.append(tmp_path / "s" / "Doe_Jane.dcm")
+    archive = pack(tmp_path / "a.zip", {path.name: path.read_bytes() for path in slices})
+    _, failures = search.find_series(archive)
+    assert "Doe_Jane" in failures[0][1]
+    (reason,) = overview.by_reason(failures)
+    assert "Doe" not in reason and "matrix differs" in reason

@@ -195,6 +195,18 @@ def test_without_a_usable_series_all_reasons_are_listed(salt, tmp_path):
     assert of_dicom(tmp_path / "in", tmp_path / "out", salt)["records"] == {"unlabelled": 1}
 
 
+def test_other_files_and_single_slices_are_reasons(salt, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.pdf", "b.PDF", "c\x1b[2J"):
+        (tmp_path / "in" / name).write_bytes(b"x")
+    with pytest.raises(InputError, match=r"3 other files \(2 \.pdf, 1 no suffix\)"):
+        of_dicom(tmp_path / "in", tmp_path / "out", salt)
+    write_series(tmp_path / "in", [0, 5])
+    with pytest.raises(InputError, match="no three consecutive slices among 2"):
+        of_dicom(tmp_path / "in", tmp_path / "out", salt, min_slices=1)
+    assert len(read_csv(tmp_path / "out" / "failures.csv")) == 1
+
+
 def test_advice_names_options_of_this_command_only(salt, tmp_path):
     write_series(tmp_path / "in", [0, 5, 10])
     write_pngs(tmp_path / "in", ["1.png", "2.png", "3.png"])

@@ -19,6 +19,7 @@ from maknet_jax.ct import pseudonym, volumes
 from maknet_jax.errors import InputError
 from maknet_jax.explain import selection
 from maknet_jax.explain.options import PathOptions, SelectionOptions
+from maknet_jax.figures import charts
 from maknet_jax.runs import workdir
 
 MARKER, NUMBER = "ZQMARKERQZ", "98765432109"  # in text, and in UIDs
@@ -150,9 +151,9 @@ def test_prepare_dicom_names_inputs_in_its_failures_only(scans, salt, tmp_path):
 
 def test_predict_with_pseudonyms(scans, salt, tmp_path, trained, monkeypatch):
     titles = []
-    chart = predict.write_label_chart
+    chart = charts.write_label_chart
     monkeypatch.setattr(
-        predict,
+        charts,
         "write_label_chart",
         lambda *a, **k: (titles.append(f"{k['title']} {k['notes']}"), chart(*a, **k)),
     )

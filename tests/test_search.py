@@ -61,7 +61,7 @@ def test_files_that_are_not_images_are_skipped_silently(tmp_path):
 
 
 def test_other_volume_formats_are_rejected_by_name(tmp_path):
-    names = ("a.hdr", "a.img", "b.img", "c.mha", "d.MHD", "e.nrrd", "f.nhdr")
+    names = ("a.hdr", "a.img", "b.img", "b.hdr.gz", "c.mha", "d.MHD", "e.nrrd", "f.nhdr")
     for name in names:
         (tmp_path / name).write_bytes(b"some volume")
     write_slice(tmp_path / "slice.img")  # DICOM is recognised by its content

@@ -2,6 +2,7 @@
 
 import json
 
+import nibabel
 import numpy as np
 import organ_cases
 import pytest
@@ -77,6 +78,11 @@ def test_label_tables_in_headers(tmp_path):
     folder = write_map(tmp_path / "case", TABLE.encode())
     assert nifti.read_label_names(folder / "segmentation.nii.gz") == {1: "liver", 7: "spleen"}
     assert nifti.read_label_names(folder / "ct.nii.gz") == {}
+    image = nibabel.load(folder / "segmentation.nii.gz")
+    caret = nibabel.nifti1.Nifti1Extension(30, image.header.extensions[0].content)
+    image.header.extensions[:] = [caret]  # under its own code
+    image.to_filename(tmp_path / "caret.nii")
+    assert nifti.read_label_names(tmp_path / "caret.nii") == {1: "liver", 7: "spleen"}
     for text in (TABLE.replace("</Label>", ""), TABLE.replace("<Caret", "<!DOCTYPE a><Caret", 1)):
         write_map(folder, text.encode())
         with pytest.raises(Rejected, match="label table"):

@@ -7,7 +7,7 @@ Reading needs highdicom, the extra `dicom-seg`.
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -65,7 +65,7 @@ def read_header(path: str | os.PathLike[str]) -> SegHeader:
     try:
         with quiet(), containers.open_file(path) as file:
             data = pydicom.dcmread(
-                cast("BinaryIO", file), stop_before_pixels=True, specific_tags=list(_TAGS)
+                transfer_syntax.bounded(file), stop_before_pixels=True, specific_tags=list(_TAGS)
             )
         kind = str(data.get("SegmentationType") or "")
         series = [str(item.SeriesInstanceUID) for item in data.get("ReferencedSeriesSequence", [])]

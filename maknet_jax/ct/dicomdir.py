@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from typing import BinaryIO, cast
 
 import pydicom
 from pydicom import uid as dicom_uid
@@ -35,7 +34,7 @@ def listed_files(path: str, failures: list[tuple[str, str]]) -> Iterator[str]:
     try:
         with quiet(), containers.open_file(path) as file:
             data = pydicom.dcmread(
-                cast("BinaryIO", file), specific_tags=["DirectoryRecordSequence"], force=True
+                transfer_syntax.bounded(file), specific_tags=["DirectoryRecordSequence"], force=True
             )
             names = {
                 _parts(record)

@@ -130,9 +130,9 @@ def read_label_names(path: str | os.PathLike[str]) -> dict[int, str]:
     try:
         with quiet():
             image = _load(path)
-            contents = [extension.get_content() for extension in image.header.extensions]
-        texts = [bytes(content) for content in contents if isinstance(content, bytes | bytearray)]
-        tables = [text for text in texts if b"<LabelTable" in text]
+            # Not get_content(), which fails for extensions that nibabel cannot parse.
+            contents = [bytes(extension.content) for extension in image.header.extensions]
+        tables = [content for content in contents if b"<LabelTable" in content]
         if not tables:
             return {}
         if b"<!DOCTYPE" in tables[0]:  # its entities could expand without bound

@@ -18,7 +18,7 @@ from maknet_jax import console, files
 from maknet_jax.ct import archives, containers, png
 from maknet_jax.ct.search import SeriesRef
 from maknet_jax.ct.volumes import Volume
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, Rejected
 
 _UID = re.compile(r"(?<![\w.])\d+(?:\.\d+){4,}(?![\w.])")
 _WORD = re.compile(r"[^\W\d_][\w.-]*\w|\b\d{6,}\b")
@@ -133,7 +133,7 @@ class Pseudonyms:
         headers = b"".join(map(_header, filter(containers.is_file, named)))
         words = {word for word in _WORD.findall(message) if len(word) > 3 or not word.islower()}
         private |= {word for word in words if word.encode() in headers}
-        for name in sorted(private, key=len, reverse=True):
+        for name in sorted(filter(message.__contains__, private), key=len, reverse=True):
             if name in message and len(name) > 2 and name.lower() not in _TERMS:
                 message = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", self.name(name), message)
         return message
@@ -175,7 +175,7 @@ def _names_near(path: str) -> list[frozenset[str]]:
     """The parts of a path, and the names and stems of the files beside it or in it."""
     place = pathlib.Path(path)
     names = [_with_stems([path, *place.parts])]
-    exists = containers.is_file(path) or containers.is_folder(path)
+    exists = os.path.lexists(path) or containers.is_file(path) or containers.is_folder(path)
     for folder in map(str, (place, place.parent)) if exists else ():
         if containers.is_folder(folder):
             names.append(_names_in(folder, containers.modified(folder)))
@@ -185,8 +185,11 @@ def _names_near(path: str) -> list[frozenset[str]]:
 @functools.lru_cache(maxsize=2)
 def _names_in(folder: str, _mtime_ns: int) -> frozenset[str]:
     """The names in a folder and their stems, cached: many failures are of one folder."""
-    listed = os.listdir(folder) if os.path.isdir(folder) else containers.list_folder(folder)
-    return _with_stems(listed)
+    try:
+        ordinary = os.path.isdir(folder)
+        return _with_stems(os.listdir(folder) if ordinary else containers.list_folder(folder))
+    except (OSError, Rejected):  # it cannot be read
+        return frozenset()
 
 
 def _with_stems(names: Sequence[str]) -> frozenset[str]:

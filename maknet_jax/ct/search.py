@@ -1,5 +1,6 @@
 """CT series in files and folder trees, found by their headers."""
 
+import collections
 import concurrent.futures
 import dataclasses
 import errno
@@ -125,8 +126,19 @@ def find_series(
 
 def other_format(path: str | os.PathLike[str]) -> str:
     """Why a volume in another format is not read, and how to convert it; "" for other files."""
-    kind, convert = _OTHER_FORMATS.get(pathlib.Path(path).suffix.lower(), ("", ""))
+    name = os.path.basename(path).lower().removesuffix(".gz")
+    kind, convert = _OTHER_FORMATS.get(os.path.splitext(name)[1], ("", ""))
     return f"{kind} is not supported: convert it to NIfTI, as in {convert}" if kind else ""
+
+
+def contents(path: str | os.PathLike[str]) -> str:
+    """What a file or folder without CT holds, such as "3 other files (2 .jpg, 1 .pdf)"."""
+    names = [os.fspath(path)]
+    if containers.is_folder(path):
+        names = [name for _, _, files_here in containers.walk(path, []) for name in files_here]
+    kinds = collections.Counter(os.path.splitext(name)[1].lower() or "no suffix" for name in names)
+    common = ", ".join(f"{count} {files.printable(kind)}" for kind, count in kinds.most_common(5))
+    return f"{len(names)} other files ({common})" if names else "no file"
 
 
 def headers_of(

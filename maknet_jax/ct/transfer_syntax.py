@@ -77,6 +77,18 @@ def as_encoded(file: IO[bytes], limit: int) -> io.BytesIO | None:
     return content
 
 
+def bounded(file: IO[bytes]) -> BinaryIO:
+    """What pydicom should read of a file with many items: a SEG or a DICOMDIR.
+
+    Raises:
+      Rejected: it inflates to more than 1 GiB, or is damaged. Reading it raises it beyond 20 times
+        the elements of a CT slice.
+    """
+    content = as_encoded(file, 1 << 30)
+    file.seek(0)
+    return cast("BinaryIO", Bounded(content or file, 20))
+
+
 def _inflate(file: IO[bytes], content: io.BytesIO, limit: int) -> None:
     stream = zlib.decompressobj(-zlib.MAX_WBITS)
     try:

@@ -95,6 +95,9 @@ def make_series(unit: _Series) -> shards.UnitResult:
         meta["spacing"] = volumes.spacing_json((distance, *volume.spacing[1:]))
         name = f"{series}-{pseudonym.pseudonym(unit.salt, volume.uids[centre])}"
         examples.append(encode_with_labels(name, image, b"", b"", meta))
+    if not examples:
+        reason = f"no three consecutive slices among {len(volume.hu)}"
+        return shards.UnitResult(failures=((unit.ref.paths[0], reason),))
     left_over = len(volume.hu) - 3 * len(examples)
     counters = overview.of_volume(volume.spacing, len(volume.hu))
     return shards.UnitResult(tuple(examples), counters=counters | {"slices left over": left_over})
