@@ -109,8 +109,11 @@ def test_importing_the_package_imports_no_jax_and_verbs_can_be_called():
 
 
 def test_every_verb_is_a_function(monkeypatch):
-    choices = cli._parser()._subparsers._group_actions[0].choices
-    verbs = set(choices) - {"prepare", "models", "select"}
+    verbs = set(cli._parser()._subparsers._group_actions[0].choices) - {
+        "prepare",
+        "models",
+        "select",
+    }
     assert {"train", "predict", "export", "report", "demo"} <= verbs
     for verb in [*verbs, "model-table", "select-idc"]:
         module = getattr(maknet_jax, verb.replace("-", "_"))

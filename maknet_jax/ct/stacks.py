@@ -72,7 +72,8 @@ def find_stacks(headers: Sequence[Header]) -> tuple[list[Stack], list[tuple[str,
     parts = _alike(headers)
     largest = max(parts, key=len)
     if len(parts) > 1 and len(largest) == 1:
-        return [], [(headers[0].path, _difference(*(part[0] for part in parts[:2])))]
+        reason = _difference(*(part[0] for part in parts[:2]))
+        return [], [(headers[0].path, f"{reason} (all {len(headers)} slices differ)")]
     stacks = []
     for part in parts:
         if len(part) == 1 and part is not largest:
