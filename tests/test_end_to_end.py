@@ -64,18 +64,21 @@ def split_of(z):
 
 
 def write_table(path, ct, organs):
-    """Writes the torso as a table for `prepare table`."""
+    """Writes the torso as a table for `prepare table`.
+
+    The blocks of a split count as a patient of their own: one volume in two splits is refused.
+    """
     present = {
         name: np.isin(organs, values).sum(axis=(0, 1)) >= VOXELS for name, values in ORGANS.items()
     }
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("path", "labels", "split", "slice"))
+        writer.writerow(("path", "labels", "split", "slice", "patient"))
         for z in range(SLICES):
             near = {split_of(min(max(z + step, 0), SLICES - 1)) for step in (-2, -1, 1, 2)}
             if split_of(z) == "test" or "test" not in near:
                 labels = "|".join(name for name in ORGANS if present[name][z])
-                writer.writerow((ct, labels, split_of(z), z))
+                writer.writerow((ct, labels, split_of(z), z, f"blocks of {split_of(z)}"))
 
 
 @pytest.fixture(scope="module")
