@@ -40,13 +40,9 @@ QUICK: dict[str, Any] = {"seeds": [0]}
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains what is missing, prints the table and writes the JSON."""
-    parser = harness.parser(__file__, __doc__)
-    parser.add_argument("--patients", default=str(patients.PATIENTS), help="OpenKBP's folder")
-    parser.add_argument("--folder", help="folder of data and runs (default: temporary)")
-    parser.add_argument("--seeds", type=harness.seeds, help="default: 0,1")
+    parser = patients.parser(__file__, __doc__, seeds="0,1")
     parser.add_argument("--rate", type=float, help="learning rate (default: 0.003)")
     parser.add_argument("--epochs", type=float, help="default: 12")
-    parser.add_argument("--report", action="store_true", help="train nothing, read finished runs")
     chosen = harness.parse(parser, argv, full=FULL, quick=QUICK)
     recipe = patients.Recipe(chosen.rate, chosen.epochs)
     with harness.run_folder(chosen.folder, "--folder") as folder:

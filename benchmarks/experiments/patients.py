@@ -4,6 +4,7 @@ The 170 patients that OpenKBP publishes for training are split by a seeded hash 
 and 30 tuning patients; its 33 validation patients are scored for the tables only (split "test").
 """
 
+import argparse
 import csv
 import dataclasses
 import pathlib
@@ -14,6 +15,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from benchmarks import harness
 from benchmarks.experiments import patient_metrics as metrics
 from benchmarks.real_data import DATA
 from maknet_jax import console, evaluate, files, prepare, train
@@ -37,6 +39,22 @@ CHECKPOINT_STEPS = 50
 BATCH = 32  # labelled images per step, and as many pseudo-labelled ones
 QUICK_SHARE = 0.002  # of the epochs
 HEADER = ["network", "seeds", "AUC", "F1"]  # of `table_rows`
+
+
+def parser(file: str, description: str | None, seeds: str) -> argparse.ArgumentParser:
+    """Returns a parser with --patients, --folder, --seeds and --report.
+
+    Args:
+      file: the experiment's `__file__`.
+      description: its docstring.
+      seeds: the default of --seeds, for its help.
+    """
+    result = harness.parser(file, description)
+    result.add_argument("--patients", default=str(PATIENTS), help="OpenKBP's folder")
+    result.add_argument("--folder", help="folder of data and runs (default: temporary)")
+    result.add_argument("--seeds", type=harness.seeds, help=f"default: {seeds}")
+    result.add_argument("--report", action="store_true", help="train nothing, read finished runs")
+    return result
 
 
 def prepare_data(

@@ -63,12 +63,8 @@ def choose(grids: dict[str, dict[patients.Recipe, float]]) -> patients.Recipe:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains what is missing, prints the table and writes the JSON."""
-    parser = harness.parser(__file__, __doc__)
-    parser.add_argument("--patients", default=str(patients.PATIENTS), help="OpenKBP's folder")
-    parser.add_argument("--folder", help="folder of data and runs (default: temporary)")
+    parser = patients.parser(__file__, __doc__, seeds="0,1,2")
     parser.add_argument("--networks", type=harness.words, help=f"default: {','.join(NETWORKS)}")
-    parser.add_argument("--seeds", type=harness.seeds, help="default: 0,1,2")
-    parser.add_argument("--report", action="store_true", help="train nothing, read finished runs")
     chosen = harness.parse(parser, argv, full=FULL, quick=QUICK)
     for network in chosen.networks:
         if network not in NETWORKS:

@@ -46,15 +46,11 @@ QUICK: dict[str, Any] = {"seeds": [0], "pretraining_steps": 4, "steps": 4}
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains what is missing, prints the table and writes the JSON."""
-    parser = harness.parser(__file__, __doc__)
-    parser.add_argument("--patients", default=str(patients.PATIENTS), help="OpenKBP's folder")
-    parser.add_argument("--folder", help="folder of data and runs (default: temporary)")
-    parser.add_argument("--seeds", type=harness.seeds, help="default: 0,1,2,3,4")
+    parser = patients.parser(__file__, __doc__, seeds="0,1,2,3,4")
     parser.add_argument("--labelled", type=int, help="labelled patients (default: 10)")
     parser.add_argument("--pretraining-steps", type=int, help="default: 1000")
     parser.add_argument("--steps", type=int, help="of the training on two organs (default: 500)")
     parser.add_argument("--rate", type=float, help="learning rate (default: 0.003)")
-    parser.add_argument("--report", action="store_true", help="train nothing, read finished runs")
     chosen = harness.parse(parser, argv, full=FULL, quick=QUICK)
     with harness.run_folder(chosen.folder, "--folder") as folder:
         runs = patients.Runs(folder, chosen.patients, train=not chosen.report, quick=chosen.quick)
