@@ -37,6 +37,11 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    """Also names what is imported on first use, for completion in a shell or notebook."""
+    return sorted({*globals(), *_API})
+
+
 class _Verb(types.ModuleType):
     """A module that can be called like the function that has its name."""
 
