@@ -282,7 +282,8 @@ def _write_charts(
                 result.predicted,
                 result.names,
                 title=title if np.isnan(mm) else f"{title}, {mm:.0f} mm",
-                notes=[f"series {result.id}", network],
+                notes=[f"series {result.id}", network]
+                + [f"{flag}: {FLAGS[flag]}" for flag in result.flags],
                 coronal=view,
                 spacing=spacing,
             )
