@@ -109,6 +109,12 @@ class Explanation:
     start: np.ndarray
     end: np.ndarray
 
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.maps.shape))
+        names = ", ".join(dict.fromkeys(name for row in self.labels for name in row))
+        flagged = f"{int(self.flagged.sum())} of {self.flagged.size} incomplete"
+        return f"<Integrated Gradients of {names}: maps {shape}, {flagged}>"
+
 
 class Model:
     """A trained network, opened by `load`.

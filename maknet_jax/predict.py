@@ -275,7 +275,8 @@ def _write_charts(
     for number, (result, (view, spacing)) in enumerate(zip(results, views, strict=True)):
         if len(result) >= MIN_CHART_SLICES:
             charts.append(out.with_suffix(f".{number:03d}.png"))
-            mm, title = len(result) * spacing[0], f"{len(result)} slices from head to feet"
+            mm = (len(result) - 1) * spacing[0]  # from the first slice to the last
+            title = f"{len(result)} slices from head to feet"
             write_label_chart(
                 charts[-1],
                 result.confidences,

@@ -108,6 +108,10 @@ def test_importing_the_package_imports_no_jax_and_verbs_can_be_called():
         maknet_jax.nowhere  # noqa: B018
 
 
+def test_the_functions_of_the_package_are_listed():
+    assert {"load", "Model"} <= set(dir(maknet_jax))
+
+
 def test_every_verb_is_a_function(monkeypatch):
     verbs = set(cli._parser()._subparsers._group_actions[0].choices) - {
         "prepare",
@@ -308,6 +312,8 @@ def test_a_prediction_is_explained_where_it_is_most_confident(model, result):
     label = result.series[0].covers[0].label
     column = model.labels.index(label)
     maps = model.attribute(result, [label], steps=2, refine=0)
+    assert repr(maps).startswith(f"<Integrated Gradients of {label}: maps 1 x 1 x ")
+    assert "\n" not in repr(maps)
     best = int(np.argmax(result.confidences[:, column]))
     assert maps.ids == (f"{result.series[0].id}:{best}",) and maps.labels == ((label,),)
     volume = result.series[0].read()

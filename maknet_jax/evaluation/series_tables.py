@@ -36,7 +36,7 @@ SERIES_COLUMNS = (
     "sct_meaning",
     "flags",
 )
-AUDIT_COLUMNS = ("series", "file", "tag", "body_part_examined", "sct_code", "audit")
+AUDIT_COLUMNS = ("series", "file", "tag", "body_part_examined", "sct_code", "audit", "flags")
 MOST_SERIES, MOST_LABELS = 20, 8  # printed; the tables hold all
 
 Row = Mapping[str, Any]
