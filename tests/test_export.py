@@ -179,6 +179,11 @@ def test_a_bundle_describes_its_network_and_training_data(exported, evaluated, s
     assert [label["name"] for label in info["labels"]] == list(run.vocabulary.names)
 
 
+def test_the_network_names_no_files_of_the_exporting_machine(exported):
+    content = (exported / "network.stablehlo").read_bytes()
+    assert b"site-packages" not in content and b"/maknet_jax/" not in content
+
+
 def test_the_card_has_the_form_of_the_hub(exported):
     _, header, text = card_of(exported).split("---\n", 2)
     header = yaml.safe_load(header)

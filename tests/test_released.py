@@ -39,6 +39,9 @@ def test_released_models_are_small_and_complete():
     released = bundle.released()
     assert "head-neck" in released
     assert sum(f.stat().st_size for p in released.values() for f in p.rglob("*")) <= MOST_BYTES
+    for path in released["head-neck"].iterdir():
+        assert b"site-packages" not in path.read_bytes(), "a path of the exporting machine"
+        assert b"/maknet_jax/" not in path.read_bytes()
     card = (released["head-neck"] / "README.md").read_text()
     for part in (
         "not a medical device",

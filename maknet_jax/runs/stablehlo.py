@@ -4,8 +4,9 @@ Later versions of JAX can read a `jax.export` artifact (its documentation promis
 This package never runs the artifact: it builds the network itself.
 """
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -67,7 +68,8 @@ def export_network(
     if model.takes_box:
         arguments.append(jax.ShapeDtypeStruct((batch, 4), np.float32))
         inputs.append("boxes float32 [b, 4]")
-    exported = export.export(jax.jit(network), platforms=PLATFORMS)(*arguments)
+    with _without_locations():
+        exported = export.export(jax.jit(network), platforms=PLATFORMS)(*arguments)
     features = exported.out_avals[0].shape[-1]  # a dict's leaves are sorted by name
     description = {
         "platforms": list(PLATFORMS),
@@ -76,6 +78,18 @@ def export_network(
         "outputs": [f"features float32 [b, {features}]", f"logits float32 [b, {labels}]"],
     }
     return bytes(exported.serialize()), description
+
+
+@contextlib.contextmanager
+def _without_locations() -> Iterator[None]:
+    """Keeps the paths of this machine's source files out of the artifact."""
+    option = "jax_traceback_in_locations_limit"
+    limit = getattr(jax.config, option)
+    jax.config.update(option, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(option, limit)
 
 
 def exported_config(config: ConfigDict) -> ConfigDict:
