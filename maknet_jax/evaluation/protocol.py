@@ -214,7 +214,7 @@ def evaluate(
     summary: dict[str, float] = {"auc": _mean(aucs, evaluated)}
     micro: dict[str, float] = {}
     for suffix, chosen in (("", thresholds), (f"_at_{FIXED}", np.full_like(thresholds, FIXED))):
-        predicted = by.add_parents(by.predict(scores, chosen) & mask & evaluated, parents)
+        predicted = predict_with_parents(scores, labels, chosen, parents, mask=mask, rules=rules)
         counts = metrics.count(predicted, labels, mask)
         if not suffix:
             columns |= counts._asdict()
@@ -249,9 +249,8 @@ def predict_with_parents(
     """The predictions that `evaluate` counts, bool `[N, K]`; for the arguments see there."""
     by = find_rules(rules)
     scores, labels, mask = metrics.checked(scores, labels, mask)
-    return by.add_parents(
-        by.predict(scores, np.asarray(thresholds)) & mask & _has_both(labels, mask), parents
-    )
+    thresholds = np.asarray(thresholds, np.float64)
+    return by.add_parents(by.predict(scores, thresholds) & mask & _has_both(labels, mask), parents)
 
 
 @dataclass(frozen=True)

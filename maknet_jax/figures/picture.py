@@ -152,7 +152,7 @@ def coronal(
     Args:
       hu: int16 `[Z, Y, X]`.
       spacing: mm along (z, y, x); nan if unknown.
-      columns: at most so many columns; more are averaged.
+      columns: the maximum number of columns; more are averaged.
 
     Returns:
       (view, spacing): uint8 `[Z, <= columns]`, and its mm between rows and between columns.
