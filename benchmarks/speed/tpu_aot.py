@@ -16,6 +16,7 @@ import functools
 import importlib.util
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -87,6 +88,8 @@ def compile_step(
     compiled = _lower(network, kind, batch, devices, size, form).compile()
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     text = compiled.as_text()
+    if cost is None or memory is None or text is None:
+        raise InputError(f"the compiler for {topology} does not say what the program costs")
     flops, moved, in_hbm = cost["flops"], cost["bytes accessed"], hlo.hbm_bytes(text)
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes
     used += memory.temp_size_in_bytes - memory.alias_size_in_bytes
@@ -130,10 +133,12 @@ def _lower(
     if kind in ("shear", "gather"):
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), global_batch))
         augment = build.build_augment(config, mesh.size, form=kind)
+        assert augment is not None  # the config of a student augments
         return jax.jit(augment, out_shardings=rows).lower(images, array(keys.shape, keys.dtype))
     counts = np.arange(1, harness.LABELS + 1) * 20
     training = build.TrainingSet(1000, counts, harness.EXAMPLES)
     assembly = build.assemble(config, harness.LABELS, mesh, training=training, rotation="shear")
+    assert assembly.train_step is not None  # given a training set
     state = replicate(assembly.shapes)
     if kind == "predict":
         return assembly.predict_step.lower(state.variables, images, None)
@@ -187,7 +192,9 @@ def confirm(
     rows = dict(rows)
     while True:
         fits = max((b for b, row in rows.items() if row["memory"] <= memory), default=0)
-        too_many = min((b for b, row in rows.items() if row["memory"] > memory), default=math.inf)
+        too_many = min(
+            (b for b, row in rows.items() if row["memory"] > memory), default=sys.maxsize
+        )
         batch = largest_batch(rows, memory)
         if batch >= too_many:
             batch = (fits + too_many) // 16 * 8
@@ -225,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--confirm", action="store_true", help="find the largest batch that fits by compiling"
     )
-    full = {"networks": list(NETWORKS), "kinds": ["train", "student", "predict"]}
+    full: dict[str, Any] = {"networks": list(NETWORKS), "kinds": ["train", "student", "predict"]}
     full |= {"topologies": ["v5e:2x2", "v5e:4x4", "v6e:2x2"], "batches": [16, 32]}
     full |= {"form": "fused", "size": 256, "repeats": 1}
     quick = {"networks": ["maknet"], "topologies": ["v5e:2x2"]}
