@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.speed import hlo
+from maknet_jax.planning import hlo
 
 FUSED = """HloModule fused
 

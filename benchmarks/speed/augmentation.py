@@ -2,7 +2,7 @@
 
     python benchmarks/speed/augmentation.py [--batch 8] [--quick]
 
-For TPUs, compiled ahead of time: `python benchmarks/speed/tpu_aot.py --kinds train,student`.
+For TPUs, compiled ahead of time: `python benchmarks/speed/aot.py --kinds train,student`.
 """
 
 import functools
