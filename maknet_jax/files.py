@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, and the check of a claimed output folder."""
+"""Atomic writes, the limit of open files, and the check of a claimed output folder."""
 
 import contextlib
 import errno
@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import IO, Any
@@ -106,6 +107,14 @@ def write_folder(
             if occupied:
                 old.rename(path)
             raise
+
+
+def raise_handle_limit(most: int = 65_536) -> None:
+    """Raises the soft limit of open files of this process to the hard limit, or to `most`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def has_foreign_files(folder: str | os.PathLike[str], *names: str) -> bool:

@@ -192,7 +192,7 @@ def _confidences(
     if not todo:
         return
     reader = pipeline.ordered_batches(
-        records.RecordSource([dataset.path / shards[number]["file"] for number in todo]),
+        dataset.shards([shards[number] for number in todo]),
         batch_size=batch_size,
         threads=run.threads,
     )

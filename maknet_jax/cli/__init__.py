@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import maknet_jax
+from maknet_jax import files
 from maknet_jax.cli import (
     data,
     exit_codes,
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name may not fit the terminal's encoding
         sys.stdout.reconfigure(errors="backslashreplace")
+    files.raise_handle_limit()
     return exit_codes.exit_code("maknet", lambda: chosen.run(chosen))
 
 

@@ -8,23 +8,27 @@ and `meta` (a dict: the source of the image). ArrayRecord checks every chunk: a 
 truncated file raises when it is read.
 """
 
+import bisect
 import contextlib
 import dataclasses
 import errno
 import hashlib
+import itertools
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import msgpack
 import numpy as np
-from array_record.python import array_record_data_source, array_record_module
+from array_record.python import array_record_module
 
 from maknet_jax import files
+from maknet_jax.data import readers
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError, did_you_mean
 
+T = TypeVar("T")
 FORMAT = 1
 # Kind -> source of the data; for other kinds the user states it to `maknet prepare`.
 _SOURCES = {
@@ -139,9 +143,8 @@ def _os_errors(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        text = " ".join(str(error).split()).partition("failed: ")[2].partition(";")[0]
-        code = next((code for code in errno.errorcode if os.strerror(code) == text), errno.EIO)
-        raise OSError(code, text or str(error)[:200], str(path)) from None
+        failure = readers.system_error(error, path)
+        raise failure or OSError(errno.EIO, str(error)[:200], str(path)) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,8 +208,12 @@ class Dataset:
 
     def source(self, name: str) -> "RecordSource":
         """A random-access `RecordSource` of a split."""
-        paths = [self.path / shard["file"] for shard in self.split(name)["shards"]]
-        return RecordSource(paths)
+        return self.shards(self.split(name)["shards"])
+
+    def shards(self, entries: Sequence[dict[str, Any]]) -> "RecordSource":
+        """A random-access `RecordSource` of some shards of a split."""
+        paths = [self.path / shard["file"] for shard in entries]
+        return RecordSource(paths, [shard["count"] for shard in entries])
 
     def sample(self, count: int) -> list[Example]:
         """At most `count` random examples of all splits, which `meta` names; the seed is fixed."""
@@ -271,32 +278,40 @@ def check_size(dataset: Dataset, size: int, name: str = "the network") -> None:
 class RecordSource:
     """Random access to the examples of several shards; picklable, for grain."""
 
-    def __init__(self, paths: Iterable[str | os.PathLike]) -> None:
+    def __init__(
+        self, paths: Iterable[str | os.PathLike], counts: Sequence[int] | None = None
+    ) -> None:
         """Opens shards.
 
         Args:
           paths: the files in order; an empty list gives an empty source.
+          counts: records per file; None reads them from the files.
 
         Raises:
           InputError: a shard is damaged. Reading an example can raise it, too.
+          OSError: the system cannot read a shard. Reading an example can raise it, too.
         """
         self._paths = [str(path) for path in paths]
-        try:
-            source = array_record_data_source.ArrayRecordDataSource
-            self._records = source(self._paths) if self._paths else []
-        except RuntimeError as error:
-            raise self._damaged(error) from error
+        if counts is None:
+            counts = [self._read(path, readers.POOL.count) for path in self._paths]
+        self._ends = list(itertools.accumulate(counts))
 
     def __len__(self) -> int:
-        return len(self._records)
+        return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> Example:
-        try:
-            payload = self._records[index]
-        except RuntimeError as error:
-            raise self._damaged(error) from error
-        return decode(payload)
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        shard = bisect.bisect_right(self._ends, index)
+        number = index - (self._ends[shard - 1] if shard else 0)
+        return decode(self._read(self._paths[shard], lambda path: readers.POOL.read(path, number)))
 
-    def _damaged(self, error: Exception) -> InputError:
-        folder = pathlib.Path(self._paths[0]).parent
-        return InputError(f"a shard in {folder} is damaged ({error}): prepare the data again")
+    @staticmethod
+    def _read(path: str, read: Callable[[str], T]) -> T:
+        try:
+            return read(path)
+        except RuntimeError as error:
+            folder, name = os.path.split(path)
+            raise InputError(
+                f"a shard in {folder} is damaged ({name}: {error}): prepare the data again"
+            ) from error
