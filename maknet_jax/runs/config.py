@@ -18,6 +18,7 @@ import ml_collections
 
 from maknet_jax import files
 from maknet_jax.errors import InputError
+from maknet_jax.runs import ranges
 
 Value: TypeAlias = "bool | int | float | str | tuple[Value, ...] | Mapping[str, Value]"
 
@@ -242,20 +243,12 @@ def validate(config: ml_collections.ConfigDict, size: int, devices: int) -> None
             f"config data.size {config.data.size} does not match the {size} of {config.data.path}: "
             "change one of them"
         )
-    for name in ("epochs", "evaluate_every", "checkpoint_every", "log_every"):
-        if not 0 < config[name] < 1e9:
-            raise InputError(f"config {name} {config[name]} should be above 0 and below 1e9")
+    ranges.check(config.to_dict())
     if not 0 <= config.domain_components <= 64:
         raise InputError(f"config domain_components {config.domain_components} should be in 0..64")
-    values = {"seed": config.seed, "data.threads": config.data.threads}
-    for name, value in (values | {"pseudo.balance": config.pseudo.balance}).items():
-        if value < 0:
-            raise InputError(f"config {name} {value} should be 0 or above")
     window = config.data.window
     if len(window) != 2 or not window[0] < window[1]:
         raise InputError(f"config data.window {tuple(window)} should be (low, high) in HU")
-    if not 0 <= config.ema_decay < 1:
-        raise InputError(f"config ema_decay {config.ema_decay} should be 0 or above and below 1")
     batch_sizes = {"data": config.data.batch_size}
     if config.pseudo.path:
         batch_sizes["pseudo"] = config.pseudo.batch_size
