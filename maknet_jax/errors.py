@@ -1,7 +1,15 @@
 """Exceptions for bad input and for a run that a signal stops; hints for misspelt names."""
 
 import collections
+import errno
+import os
 from collections.abc import Iterable, Sequence
+
+NO_HANDLES: tuple[int, ...] = (errno.EMFILE, errno.ENFILE)
+_NO_SPACE: tuple[int, ...] = (errno.ENOSPC, errno.EDQUOT)
+# Errors that say nothing about the content of a file.
+_SYSTEM = NO_HANDLES + _NO_SPACE
+_SYSTEM += (errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT)
 
 
 class InputError(ValueError):
@@ -46,6 +54,36 @@ class Stopped(BaseException):
     Derives from BaseException, like KeyboardInterrupt: readers turn any Exception into a rejected
     file, and a signal that arrives while they read must not be reported as a rejected file.
     """
+
+
+def system_error(error: BaseException, path: str | os.PathLike[str]) -> OSError | None:
+    """The error of the operating system behind an exception, or None: a full disk is no damage.
+
+    ArrayRecord, TensorStore and safetensors raise RuntimeError or ValueError with the text of the
+    error in it, such as "open() failed: Too many open files; opening /x".
+
+    Args:
+      error: raised while a file was read or written.
+      path: the file or its folder, for the message.
+
+    Returns:
+      An OSError with the number of the error and a text that says what to do.
+    """
+    text = " ".join(str(error).split())
+    named = text.partition("failed: ")[2].partition(";")[0]
+    code = next((code for code in errno.errorcode if os.strerror(code) == named), None)
+    if isinstance(error, OSError) and error.errno in _SYSTEM:
+        code = error.errno
+    elif code is None:
+        code = next((code for code in _SYSTEM if os.strerror(code) in text), None)
+    if code is None:
+        return None
+    advice = ""
+    if code in NO_HANDLES:
+        advice = ": raise the limit (ulimit -n) or run fewer processes"
+    if code in _NO_SPACE:
+        advice = ": free some space and run the same command to resume"
+    return OSError(code, f"{os.strerror(code)}{advice}", os.fspath(path))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

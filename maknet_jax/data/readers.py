@@ -1,4 +1,4 @@
-"""Open shards: a bounded number of file handles per process, and errors of the system by name.
+"""Open shards: a bounded number of file handles per process.
 
 ArrayRecord keeps a file handle for every open shard, and half a million images are about a thousand
 shards. All record sources of a process therefore share one pool, which closes the shard that was
@@ -6,35 +6,15 @@ not read for the longest time.
 """
 
 import collections
-import errno
-import os
 import resource
 import threading
 
 from array_record.python import array_record_module
 
+from maknet_jax.errors import NO_HANDLES, system_error
+
 # As `ArrayRecordDataSource` opens shards: random access gains nothing from reading ahead.
 _OPTIONS = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}
-_NO_HANDLES = (errno.EMFILE, errno.ENFILE)
-
-
-def system_error(error: Exception, path: str | os.PathLike[str]) -> OSError | None:
-    """The error of the operating system that ArrayRecord reports as another type, or None.
-
-    ArrayRecord raises RuntimeError or ValueError with the text of the error: "open() failed: Too
-    many open files; opening /x". Its other errors are about the content of the file.
-
-    Args:
-      error: raised by ArrayRecord.
-      path: the file, for the message.
-    """
-    text = " ".join(str(error).split()).partition("failed: ")[2].partition(";")[0]
-    code = next((code for code in errno.errorcode if os.strerror(code) == text), None)
-    if code is None:
-        return None
-    if code in _NO_HANDLES:
-        text = f"{text}: raise the limit (ulimit -n) or run fewer processes"
-    return OSError(code, text, os.fspath(path))
 
 
 class Readers:
@@ -69,10 +49,12 @@ class Readers:
         """
         for attempt in range(2):
             try:
-                return self._reader(path).read([number])[0]
+                if payload := self._reader(path).read([number])[0]:
+                    return payload
+                raise RuntimeError("the file is truncated")  # in the middle, ArrayRecord is silent
             except RuntimeError as error:
                 failure = system_error(error, path)
-                self._close(None if failure and failure.errno in _NO_HANDLES else path)
+                self.close(None if failure and failure.errno in NO_HANDLES else path)
                 if failure is None:
                     raise
                 if attempt:
@@ -104,8 +86,8 @@ class Readers:
                 self._open.popitem(last=False)  # closed when no other thread reads it
         return reader
 
-    def _close(self, path: str | None) -> None:
-        """Forgets a shard, or all of them: a reader that failed once keeps failing."""
+    def close(self, path: str | None = None) -> None:
+        """Closes a shard, or all of them: a reader that failed once keeps failing."""
         with self._lock:
             if path is None:
                 self._open.clear()

@@ -346,7 +346,7 @@ def _open(workdir: pathlib.Path, checkpoint_name: str, mesh: Mesh) -> _Opened:
         folder = workdir / FOLDERS[name]
         if not folder.is_dir():
             continue
-        with contextlib.closing(checkpoint.Checkpoints(folder)) as checkpoints:
+        with contextlib.closing(checkpoint.Checkpoints(folder, writable=False)) as checkpoints:
             try:
                 restored = checkpoints.restore()
             except InputError as error:
