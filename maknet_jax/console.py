@@ -77,8 +77,10 @@ def say_from_signal(text: str) -> None:
 
 
 @contextlib.contextmanager
-def progress(description: str, total: int, *, done: int = 0) -> Iterator[Callable[..., None]]:
-    """Shows a progress bar if standard error is a terminal.
+def progress(
+    description: str, total: int | None, *, done: int = 0
+) -> Iterator[Callable[..., None]]:
+    """Shows a progress bar if standard error is a terminal; a total of None is unknown.
 
     Yields:
       advance(count=1, note=None): `note` (a rate, a loss) is shown at the end of the bar until

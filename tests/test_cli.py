@@ -34,6 +34,7 @@ VERBS = (
     ["models"],
     ["retrieve"],
     ["export"],
+    ["verify"],
 )
 
 

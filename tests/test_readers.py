@@ -60,7 +60,9 @@ def at_most(count):
 
 def test_few_handles_read_many_shards_in_any_order(dataset, pool, monkeypatch):
     monkeypatch.setattr(readers.Readers, "limit", staticmethod(lambda: 8))
-    before, source = handles(), dataset.source("train")
+    source = dataset.source("train")
+    pool.close()
+    before = handles()
     for number in np.random.default_rng(0).permutation(len(source)):
         assert source[number].id == f"slice ü {number}"
         assert handles() <= before + 8
@@ -70,21 +72,23 @@ def test_few_handles_read_many_shards_in_any_order(dataset, pool, monkeypatch):
 def test_the_shard_not_read_for_longest_is_closed(dataset, pool, monkeypatch):
     monkeypatch.setattr(readers.Readers, "limit", staticmethod(lambda: 2))
     source = dataset.source("train")
+    pool.close()
     for number in (0, 2, 1, 4):  # shards 0, 1, 0, 2
         assert source[number].id == f"slice ü {number}"
     names = [os.path.basename(path) for path in pool._open]
     assert names == ["part-00000.array_record", "part-00002.array_record"]
 
 
-def test_opening_a_source_opens_no_shard_twice_and_needs_no_handle(dataset, pool):
+def test_the_length_of_a_source_is_the_sum_of_its_shards(dataset):
     source = dataset.source("train")
     assert len(source) == 2 * SHARDS and len(pickle.loads(pickle.dumps(source))) == 2 * SHARDS
     paths = [dataset.path / shard["file"] for shard in dataset.split("train")["shards"]]
     assert len(records.RecordSource(paths)) == 2 * SHARDS  # counts from the files
 
 
-def test_a_low_limit_of_handles_suffices(dataset):
+def test_a_low_limit_of_handles_suffices(dataset, pool):
     source = dataset.source("train")
+    pool.close()
     with at_most(6):  # half of the limit is more than is free: handles run out, and are given back
         ids = [source[number].id for number in range(len(source))]
     assert ids == [f"slice ü {number}" for number in range(len(source))]
@@ -107,8 +111,9 @@ def test_threads_share_the_pool(dataset, monkeypatch):
     assert not wrong
 
 
-def test_no_free_handle_is_not_called_damage(dataset):
+def test_no_free_handle_is_not_called_damage(dataset, pool):
     source = dataset.source("train")
+    pool.close()
     with at_most(0), pytest.raises(OSError) as caught:
         source[0]
     assert caught.value.errno == errno.EMFILE and "ulimit -n" in str(caught.value)
@@ -136,6 +141,7 @@ class Failing:
 @pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE, errno.ENOENT])
 def test_errors_of_the_system_keep_their_number(dataset, monkeypatch, code):
     source = dataset.source("train")
+    readers.POOL.close()
     failing = Failing(f"read() failed: {os.strerror(code)}", times=9)
     monkeypatch.setattr(readers.array_record_module, "ArrayRecordReader", failing)
     with pytest.raises(OSError) as caught:
@@ -147,6 +153,7 @@ def test_errors_of_the_system_keep_their_number(dataset, monkeypatch, code):
 
 def test_damage_is_damage(dataset, monkeypatch):
     source = dataset.source("train")
+    readers.POOL.close()
     failing = Failing("Corrupted Riegeli/records file: chunk header hash mismatch", times=1)
     monkeypatch.setattr(readers.array_record_module, "ArrayRecordReader", failing)
     with pytest.raises(InputError, match=re.escape("part-00000.array_record: Corrupted")):

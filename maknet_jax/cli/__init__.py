@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import maknet_jax
 from maknet_jax import files
 from maknet_jax.cli import (
+    checks,
     data,
     exit_codes,
     explain,
@@ -56,6 +57,6 @@ def _parser() -> options.Parser:
     )
     parser.add_argument("--version", action="version", version=maknet_jax.__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for stage in (select, data, training, students, inference, explain, lesions):
+    for stage in (select, data, training, students, inference, explain, lesions, checks):
         stage.add_verbs(verbs)
     return parser
