@@ -53,14 +53,16 @@ class Log:
         """Appends one JSONL line without printing it."""
         if self._file is not None:
             line = json.dumps({"time": round(time.time(), 3), **event}, default=str)
-            self._file.write(line + "\n")
-            self._file.flush()
+            with files.naming(self._file.name):
+                self._file.write(line + "\n")
+                self._file.flush()
 
     def close(self) -> None:
         """Closes the JSONL file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with files.naming(file.name):
+                file.close()
 
     def __enter__(self) -> Self:
         return self

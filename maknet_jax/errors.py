@@ -5,11 +5,14 @@ import errno
 import os
 from collections.abc import Iterable, Sequence
 
-NO_HANDLES: tuple[int, ...] = (errno.EMFILE, errno.ENFILE)
-_NO_SPACE: tuple[int, ...] = (errno.ENOSPC, errno.EDQUOT)
+# What to do about an error of the operating system, after its text.
+ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space and run the command again"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise `ulimit -n` or run fewer processes"),
+}
+NO_HANDLES = (errno.EMFILE, errno.ENFILE)
 # Errors that say nothing about the content of a file.
-_SYSTEM = NO_HANDLES + _NO_SPACE
-_SYSTEM += (errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT)
+_SYSTEM = {*ADVICE, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ESTALE}
 
 
 class InputError(ValueError):
@@ -64,10 +67,7 @@ def system_error(error: BaseException, path: str | os.PathLike[str]) -> OSError 
 
     Args:
       error: raised while a file was read or written.
-      path: the file or its folder, for the message.
-
-    Returns:
-      An OSError with the number of the error and a text that says what to do.
+      path: the file or its folder.
     """
     text = " ".join(str(error).split())
     named = text.partition("failed: ")[2].partition(";")[0]
@@ -78,12 +78,7 @@ def system_error(error: BaseException, path: str | os.PathLike[str]) -> OSError 
         code = next((code for code in _SYSTEM if os.strerror(code) in text), None)
     if code is None:
         return None
-    advice = ""
-    if code in NO_HANDLES:
-        advice = ": raise the limit (ulimit -n) or run fewer processes"
-    if code in _NO_SPACE:
-        advice = ": free some space and run the same command to resume"
-    return OSError(code, f"{os.strerror(code)}{advice}", os.fspath(path))
+    return OSError(code, os.strerror(code), os.fspath(path))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -21,6 +21,28 @@ _UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
+# A URL, or what `pathlib` makes of one: s3:/bucket. A scheme has two letters or more.
+_REMOTE = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/.*")
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a URL, such as gs://bucket/runs, and not a path of this machine."""
+    return _REMOTE.match(os.fspath(path)) is not None
+
+
+def check_local(path: str | os.PathLike[str]) -> None:
+    """Checks that a path is not a URL, which `pathlib` would turn into a local folder.
+
+    Raises:
+      InputError: it is one.
+    """
+    if is_remote(path):
+        url = re.sub(":/+", "://", os.fspath(path), count=1)
+        raise InputError(
+            f"{url} is not a path of this machine, and object stores are not supported here: pass "
+            "a local path, such as a mount of the bucket or a copy"
+        )
+
 
 def printable(text: str) -> str:
     """`text` for a terminal or a table: what cannot be printed is escaped, as in `M\\xfcller`."""
@@ -49,6 +71,7 @@ def write_whole(
     Raises:
       OSError: the disk is full, for example; its `filename` is `path`.
     """
+    check_local(path)
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
@@ -78,6 +101,17 @@ def write_whole(
 
 
 @contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Adds the name of a file to errors of the block that lack one: writing to it, for example."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextlib.contextmanager
 def write_folder(
     path: str | os.PathLike[str], *, replace: Callable[[pathlib.Path], bool] | None = None
 ) -> Iterator[pathlib.Path]:
@@ -90,6 +124,7 @@ def write_folder(
     Raises:
       InputError: `path` exists and may not be replaced.
     """
+    check_local(path)
     path = pathlib.Path(path).absolute()
     occupied = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if occupied and not (replace and replace(path)):
@@ -157,6 +192,7 @@ def check_claim(
     Raises:
       InputError: the folder holds foreign files or another run.
     """
+    check_local(folder)
     folder = pathlib.Path(folder)
     claim = list(records)[-1]
     if not (folder / claim).is_file():

@@ -116,7 +116,7 @@ def test_no_free_handle_is_not_called_damage(dataset, pool):
     pool.close()
     with at_most(0), pytest.raises(OSError) as caught:
         source[0]
-    assert caught.value.errno == errno.EMFILE and "ulimit -n" in str(caught.value)
+    assert caught.value.errno == errno.EMFILE
     assert caught.value.filename.endswith("part-00000.array_record")
     assert source[0].id == "slice ü 0"  # usable again
 

@@ -16,7 +16,7 @@ _INTERVAL = (lambda x: 0 < x < 1e9, "above 0 and below 1e9")
 _RULES = {
     "seed": _SEED,
     **dict.fromkeys(("epochs", "evaluate_every", "checkpoint_every", "log_every"), _INTERVAL),
-    **dict.fromkeys(("learning_rate", "eps", "clip", "clamp", "drop"), _POSITIVE),
+    **dict.fromkeys(("learning_rate", "eps", "clip", "drop"), _POSITIVE),
     **dict.fromkeys(("weight_decay", "bias_rate", "trunk_rate", "gamma"), _NOT_NEGATIVE),
     **dict.fromkeys(("head_weights", "rhem_weight", "rhem_power"), _NOT_NEGATIVE),
     **dict.fromkeys(("triplet_weight", "triplet_margin", "threads", "balance"), _NOT_NEGATIVE),

@@ -15,6 +15,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from maknet_jax import files
 from maknet_jax.errors import InputError, system_error
 from maknet_jax.training.state import TrainState
 
@@ -263,6 +265,7 @@ def check_path(folder: str | os.PathLike[str]) -> None:
       InputError: the path contains a character of a pattern. Orbax searches its files by pattern,
         misses those below such a folder, and writes checkpoints that cannot be read.
     """
+    files.check_local(folder)
     path = os.path.abspath(folder)
     if wrong := sorted(set(path) & set("[*?")):
         raise InputError(
@@ -273,14 +276,25 @@ def check_path(folder: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the log lines and tracebacks of Orbax off the terminal; its errors are raised, too."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    """Keeps log lines and tracebacks of Orbax's threads off the terminal; its error is raised.
+
+    After a failure, threads that write other arrays still report theirs, long after the block.
+    """
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+
+    def unless_closed(unraisable: "sys.UnraisableHookArgs") -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            hook(unraisable)
+
+    logger.addFilter(_drop)
+    sys.unraisablehook = unless_closed
+    yield  # after an exception both stay
+    logger.removeFilter(_drop)
+    sys.unraisablehook = hook
+
+
+def _drop(_: logging.LogRecord) -> bool:
+    return False
 
 
 def _content_digest(content: Mapping[str, Any]) -> str:
