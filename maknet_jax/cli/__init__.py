@@ -45,7 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name may not fit the terminal's encoding
         sys.stdout.reconfigure(errors="backslashreplace")
     files.raise_handle_limit()
-    return exit_codes.exit_code("maknet", lambda: chosen.run(chosen))
+
+    def work() -> int | None:
+        options.check_paths(chosen)
+        return chosen.run(chosen)
+
+    return exit_codes.exit_code("maknet", work)
 
 
 def _parser() -> options.Parser:

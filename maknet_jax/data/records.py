@@ -286,6 +286,7 @@ def open_dataset(path: str | os.PathLike) -> Dataset:
 
 def read_description(path: str | os.PathLike) -> Dataset:
     """Like `open_dataset`, without looking at the shards."""
+    files.check_local(path)
     path = pathlib.Path(path)
     try:
         info = files.read_json(path / "dataset.json")

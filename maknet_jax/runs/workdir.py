@@ -209,6 +209,7 @@ def find(source: str | os.PathLike[str], also: str = "") -> pathlib.Path:
     Raises:
       InputError: no such path or released model exists.
     """
+    files.check_local(source)
     path, released = pathlib.Path(source), bundle.released()
     if path.exists():
         return path
