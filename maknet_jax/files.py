@@ -205,6 +205,8 @@ def check_claim(
     for name, record in records.items():
         prefix = "" if name == claim else pathlib.Path(name).stem
         stored = read_json(folder / name) if (folder / name).is_file() else {}
+        if not isinstance(stored, dict):
+            raise InputError(f"{folder / name} is damaged: restore a copy or choose a new {option}")
         if upgrade is not None:
             stored = upgrade(name, stored)
         before, now = _flatten(stored, prefix), _flatten(json.loads(json.dumps(record)), prefix)
@@ -238,5 +240,13 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Reads a JSON file."""
-    return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    """Reads a JSON file.
+
+    Raises:
+      InputError: it is truncated or not JSON.
+    """
+    try:
+        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise InputError(f"{path} is not valid JSON ({reason}): restore a copy of it") from None

@@ -88,7 +88,7 @@ def noisy_student(config: ml_collections.ConfigDict, folder: pathlib.Path | str)
             first = folder / "round-1" / "config.json"
             if number > 1 and first.is_file():
                 # In a run of an earlier version, later students have the recipe of the first.
-                stored = files.read_json(first)
+                stored = configs.to_json(configs.read_stored(first.parent))
                 round_config, _ = configs.as_stored(round_config, stored, lacking=False)
             train.train(round_config, folder / f"round-{number}")
             rounds.append(evaluate.evaluate(folder / f"round-{number}", splits=config.evaluate))

@@ -88,7 +88,7 @@ def _read_bundle(source: pathlib.Path) -> Iterator[Check]:
 
 def _check_workdir(folder: pathlib.Path) -> Iterator[Check]:
     try:
-        config = configs.from_json(files.read_json(folder / "config.json"))
+        config = configs.read_stored(folder)
         yield Check("config.json", f"config of {config.model.name}")
         vocabulary = Vocabulary.from_json(files.read_json(folder / "dataset.json")["labels"])
         yield Check("dataset.json", f"{len(vocabulary)} labels")

@@ -238,8 +238,13 @@ def _write_part(
     if sidecar.exists():
         advance(unit_count)
         content = files.read_json(sidecar)
-        failed = [(name, reason) for name, reason in content["failures"]]
-        return _Part(**content | {"failures": failed})
+        try:
+            failed = [(name, reason) for name, reason in content["failures"]]
+            return _Part(**content | {"failures": failed})
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"{sidecar} is damaged ({error}): delete it and run the command again"
+            ) from None
     label_counts, known_counts = np.zeros((2, label_count), np.int64)
     failures: list[tuple[str, str]] = []
     counters: collections.Counter[str] = collections.Counter()

@@ -85,6 +85,44 @@ def from_json(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(restore(completed)).lock()
 
 
+def read_stored(folder: str | os.PathLike[str]) -> ml_collections.ConfigDict:
+    """The config of a run, from the `config.json` of its workdir.
+
+    Raises:
+      FileNotFoundError: there is none.
+      InputError: it is damaged, or not the config of a training run.
+    """
+    path = pathlib.Path(folder) / "config.json"
+    values = files.read_json(path)
+    try:
+        config = from_json(values)
+        _compare(config, load("teacher"), "")
+        str(config.model.options.items()), str(config.loss.name), str(config.optimizer.name)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise InputError(
+            f"{path} is not the config of a training run ({reason}): restore a copy of it"
+        ) from None
+    return config
+
+
+def _compare(config: Any, whole: ml_collections.ConfigDict, name: str) -> None:
+    """Raises TypeError where a field that all runs have is missing or of another type."""
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise TypeError(f"{name or 'it'} is not a group of fields")
+    for key, value in whole.items():
+        if key not in config:
+            raise TypeError(f"{name}{key} is missing")
+        if key in ("options", "loss", "optimizer"):  # differ between networks, losses, optimisers
+            continue
+        if isinstance(value, ml_collections.ConfigDict):
+            _compare(config[key], value, f"{name}{key}.")
+        elif type(config[key]) is not type(value) and not (
+            type(value) is float and type(config[key]) is int
+        ):
+            raise TypeError(f"{name}{key} is not of type {type(value).__name__}")
+
+
 def as_stored(
     config: ml_collections.ConfigDict, stored: Mapping[str, Any], *, lacking: bool = True
 ) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:

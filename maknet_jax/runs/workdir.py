@@ -222,6 +222,26 @@ def find(source: str | os.PathLike[str], also: str = "") -> pathlib.Path:
     )
 
 
+def evaluations(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The summaries of `maknet evaluate` in a workdir.
+
+    Raises:
+      InputError: one is damaged.
+    """
+    summaries = []
+    for path in sorted((folder / "evaluation").glob("summary_*.json")):
+        summary = files.read_json(path)
+        try:
+            _ = summary["checkpoint"], summary["step"], list(summary["splits"].items())
+            intact = all(isinstance(split, dict) for split in summary["splits"].values())
+        except (KeyError, TypeError, AttributeError):
+            intact = False
+        if not intact:
+            raise InputError(f"{path} is damaged: delete it, or run `maknet evaluate` again")
+        summaries.append(summary)
+    return summaries
+
+
 class Weights(NamedTuple):
     """Initial weights for training.
 
@@ -335,13 +355,22 @@ def _check_checkpoint_name(name: str) -> None:
 def _open(workdir: pathlib.Path, checkpoint_name: str, mesh: Mesh) -> _Opened:
     _check_checkpoint_name(checkpoint_name)
     try:
-        config = configs.from_json(files.read_json(workdir / "config.json"))
+        config = configs.read_stored(workdir)
         dataset = files.read_json(workdir / "dataset.json")
+        vocabulary = Vocabulary.from_json(dataset["labels"])
+        _ = vocabulary.parents, dataset["path"] + "", dict(dataset.get("origin") or {})
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{workdir} is not a `maknet train` workdir: it has no config.json"
         ) from None
-    vocabulary = Vocabulary.from_json(dataset["labels"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"{workdir / 'dataset.json'} is not that of a training run ({reason}): restore a copy "
+            "of it"
+        ) from None
     assembly = build.assemble(config, len(vocabulary), mesh)
     for name in dict.fromkeys((checkpoint_name, "last")):
         folder = workdir / FOLDERS[name]
