@@ -62,12 +62,13 @@ class Readers:
         raise AssertionError  # the second attempt returns or raises
 
     def count(self, path: str) -> int:
-        """The number of records of a shard.
+        """The number of records of a shard, which is opened again: it may have been replaced.
 
         Raises:
           OSError: see `read`.
           RuntimeError: the content of the shard is damaged.
         """
+        self.close(path)
         if not (reader := self._reader(path)).ok():
             self.read(path, 0)  # raises the reason
             reader = self._reader(path)
