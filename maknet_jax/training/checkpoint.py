@@ -17,8 +17,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -28,6 +28,7 @@ from maknet_jax import files
 from maknet_jax.errors import InputError, system_error
 from maknet_jax.training.state import TrainState
 
+T = TypeVar("T")
 # The parts of a path of `jax.tree_util.keystr`: .params['stem']['conv']['kernel'].
 _NAME = re.compile(r"^\.(\w+)|\['(.*?)'\]")
 _PAUSE = 0.2  # seconds before a failed checkpoint is read again
@@ -72,7 +73,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=writable, enable_async_checkpointing=False
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._manager = _listed(lambda: ocp.CheckpointManager(self.folder, options=options))
 
     def _remove_unfinished(self) -> None:
         """Removes what a killed process or a full disk left of a checkpoint."""
@@ -136,7 +137,7 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for _ in range(_LISTINGS):
             before, damaged = self._listing(), {}
-            self._manager.reload()
+            _listed(self._manager.reload)
             for candidate in reversed(self.steps()):
                 try:
                     return Restored(*self._read_twice(like, candidate), damaged)
@@ -256,6 +257,14 @@ class Checkpoints:
     def close(self) -> None:
         """Stops the manager's threads."""
         self._manager.close()
+
+
+def _listed(read: Callable[[], T]) -> T:
+    """Repeats a listing of checkpoints that fails because a training deletes one meanwhile."""
+    for _ in range(_LISTINGS):
+        with contextlib.suppress(FileNotFoundError):
+            return read()
+    return read()
 
 
 def check_path(folder: str | os.PathLike[str]) -> None:
