@@ -80,7 +80,7 @@ def report(
         checkpoint=run.name,
         labels=len(run.vocabulary),
         size=run.size,
-        data=dataset.path,
+        data=dataset.address,
         numbers=_headline(scores),
         curves=curves,
         unplotted=unplotted,
@@ -247,7 +247,7 @@ def _cards(
         str(ct),
     )
     explained = out / f"{kind}-{split}-{selection.digest(settings)}"
-    options = SelectionOptions(split=split, ids=ids, data=dataset.path, ct=ct)
+    options = SelectionOptions(split=split, ids=ids, data=dataset.address, ct=ct)
     attribute.attribute(folder, explained, options, PathOptions(steps=steps))
     paths = {results.load_metadata(file)["id"]: file for file in explained.glob("cases/*.npz")}
     display = files.read_json(explained / "settings.json")["display"]
