@@ -79,11 +79,11 @@ def evaluate(
     names = list(dict.fromkeys([*([chosen_on] if chosen_on else []), *requested]))
     scores = score_splits(run, dataset, names, batch_size or run.batch_size)
     thresholds = scores[chosen_on].thresholds(rules) if chosen_on else run.thresholds
-    out = out / (f"on-{dataset.path.resolve().name}" if other else "")
+    out = out / (f"on-{pathlib.PurePath(dataset.address).name}" if other else "")
     out = out / ("" if rules == protocol.OURS else rules)
     summary: dict[str, Any] = {
         "workdir": str(folder),
-        "data": str(dataset.path),
+        "data": dataset.url or str(dataset.path),
         "checkpoint": run.name,
         "step": run.step,
         "trained_on": run.trained_on,

@@ -63,6 +63,7 @@ def train(
       Stopped: SIGTERM or SIGINT; the state is saved.
     """
     folder = pathlib.Path(folder)
+    checkpoint.check_path(folder)
     setup = set_up(config, folder, devices=devices)  # raises InputError before anything is written
     _claim(setup)
     last, best = (folder / workdir.FOLDERS[name] for name in ("last", "best"))
@@ -87,7 +88,7 @@ def _claim(setup: Setup) -> None:
         "labels": dataset.info["labels"],
         "size": dataset.size,
         "fingerprint": dataset.fingerprint,
-        "path": str(dataset.path.absolute()),
+        "path": dataset.address,
         "origin": dataset.origin,
         "pseudo_labels": setup.pseudo.fingerprint if setup.pseudo else None,
         "initial_weights": setup.initial_weights,

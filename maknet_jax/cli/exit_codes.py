@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from maknet_jax.cli.options import BAD_INPUT, DONE, STOPPED, show
-from maknet_jax.errors import InputError, Stopped
+from maknet_jax.errors import ADVICE, InputError, Stopped
 
 
 def exit_code(prog: str, work: Callable[[], int | None]) -> int:
@@ -28,7 +28,8 @@ def exit_code(prog: str, work: Callable[[], int | None]) -> int:
         if error.errno is None:
             raise
         name = f"{error.filename}: " if error.filename is not None else ""
-        message, code = f"{name}{error.strerror}", BAD_INPUT
+        advice = f": {ADVICE[error.errno]}" if error.errno in ADVICE else ""
+        message, code = f"{name}{error.strerror}{advice}", BAD_INPUT
     show(" ".join(f"{prog}: {message}".split("\n")), error=True)
     return code
 
