@@ -72,7 +72,9 @@ def add_verbs(verbs: Any) -> None:
     )
     verb = options.verb(verbs, "report", _run_report)
     verb.add_argument("model", help="workdir of `maknet train`, or a bundle with --out and --data")
-    verb.add_argument("--out", help="folder to write (default: WORKDIR/report)")
+    verb.add_argument(
+        "--out", type=options.folder, help="folder to write (default: WORKDIR/report)"
+    )
     verb.add_argument("--split", help="split of the cases (default: test, otherwise validation)")
     verb.add_argument("--data", help="prepared data set (default: the one trained on)")
     _ct(verb)
@@ -109,7 +111,7 @@ def _shared_options(
         "path", nargs="?", help="CT files to explain instead of a split: DICOM, NIfTI or PNG"
     )
     options.model(verb)
-    verb.add_argument("--out", required=True, help="folder to write")
+    verb.add_argument("--out", type=options.folder, required=True, help="folder to write")
     which = verb.add_argument_group(
         "which images and labels", "Give CT files, or --split of a prepared data set."
     )

@@ -15,7 +15,9 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
 
 def _demo(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(verbs, "demo", _run_demo)
-    verb.add_argument("--out", default="demo", help="folder to write (default: demo)")
+    verb.add_argument(
+        "--out", type=options.folder, default="demo", help="folder to write (default: demo)"
+    )
     verb.add_argument(
         "--seed",
         type=int,
@@ -111,7 +113,7 @@ def _run_predict(chosen: argparse.Namespace) -> int:
 def _export(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(verbs, "export", _run_export)
     verb.add_argument("workdir", help="workdir of `maknet train`, or a bundle to export again")
-    verb.add_argument("--out", required=True, help="folder to write")
+    verb.add_argument("--out", type=options.folder, required=True, help="folder to write")
     options.checkpoint(verb)
     verb.add_argument(
         "--dtype",
