@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,7 +24,7 @@ MIN_CHART_SLICES = 3  # a chart of a shorter series shows nothing
 
 def predict(
     folder: str | pathlib.Path,
-    path: str | pathlib.Path,
+    path: search.Paths,
     out: str | pathlib.Path,
     *,
     png_window: tuple[float, float] | None = None,
@@ -51,7 +50,7 @@ def predict(
 
     Args:
       folder: the workdir of `maknet train`, a bundle or a released name.
-      path: a file or a folder of DICOM, NIfTI or PNG, an archive, or a DICOMDIR.
+      path: a file or a folder of DICOM, NIfTI or PNG, an archive, or a DICOMDIR; or several.
       out: the CSV of slices, with one row per slice and predicted label. `STEM.series.csv`,
         `STEM.summary.json` and `STEM.log.jsonl` are written beside it, and `STEM.failures.csv` if
         inputs were rejected. One unreadable slice rejects its whole series. None of these files is
@@ -162,16 +161,18 @@ def text(summary: dict[str, Any]) -> str:
 
 
 def find_inputs(
-    path: str | os.PathLike[str], overrides: reading.Overrides = reading.STRICT
+    path: search.Paths, overrides: reading.Overrides = reading.STRICT
 ) -> tuple[list[search.SeriesRef], list[tuple[str, str]]]:
-    """The CT series under a path, and (input, reason) of what cannot be used.
+    """The CT series under one or several paths, and (input, reason) of what cannot be used.
 
     Raises:
       NothingUsable: there is no series.
     """
     series, failures = search.find_series(path, overrides=overrides)
     if not series:
-        problem = f"{path} holds no readable series of DICOM, NIfTI or PNG"
+        first, *others = search.as_list(path)
+        named = f"{first} and {len(others)} other paths hold" if others else f"{first} holds"
+        problem = f"{named} no readable series of DICOM, NIfTI or PNG"
         problem += "" if failures else f": it holds {search.contents(path)}"
         raise NothingUsable(problem, failures)
     return series, failures

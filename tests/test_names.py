@@ -86,7 +86,7 @@ def test_the_examples_of_the_docstrings_run():
         ("attribute --lables=liver --out y", "did you mean '--labels'"),
         ("prepare dicom scans --otu y", "did you mean '--out'"),
         ("train --config smoke --wrokdir x", "did you mean '--workdir'"),
-        ("predict scans --config.seed=3", "unknown option '--config.seed'"),
+        ("predict scans --config.seed=3", "unknown option '--config.seed=3'"),
         ("report x --zzzzzzzzz", "unknown option '--zzzzzzzzz' (see"),
         ("report x -z", "unknown argument '-z'"),
     ],

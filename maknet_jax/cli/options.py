@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
             if name.startswith("--config.") and self.get_default("takes_config") is not False:
                 continue
             hint = did_you_mean(name, known, likeness=0.6)
-            self.error(f"unknown option {name!r}{f': {hint}' if hint else ''}")
+            self.error(f"unknown option {word!r}{f': {hint}' if hint else ''}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Names the choices that are nearest to an unknown value; argparse calls it."""

@@ -286,6 +286,18 @@ def read(path: str | os.PathLike[str]) -> Bundle:
     return Bundle(info, *_described(path, info), arrays, domain, path)
 
 
+def read_card(path: str | os.PathLike[str]) -> str:
+    """The text of the model card of a bundle, checked against its digest.
+
+    Raises:
+      InputError: it is damaged.
+    """
+    path = pathlib.Path(path)
+    with open_members(path) as members:
+        info = _read_info(path, members)
+        return _read_checked(path, members, info, CARD).decode(errors="replace")
+
+
 def _read_info(path: pathlib.Path, members: Mapping[str, Member]) -> dict[str, Any]:
     """`bundle.json`, checked against its digest and against the list of files."""
     if INFO not in members:
