@@ -3,6 +3,7 @@
 import doctest
 import types
 
+import numpy as np
 import pytest
 
 from maknet_jax import cli, errors
@@ -133,3 +134,23 @@ def test_a_file_as_output_folder_is_refused(argv, says, tmp_path, monkeypatch, c
     assert options.folder("runs/rate-0.01") == "runs/rate-0.01"
     (tmp_path / "odd.csv").mkdir()
     assert options.folder("odd.csv") == "odd.csv"
+
+
+@pytest.mark.parametrize(
+    "limit, expected",
+    [
+        (None, [1, 4]),  # the best slice of each label
+        (1, [1]),
+        (2, [1, 4]),
+        (3, [1, 3, 4]),  # the second series before the second slice of the first
+        (4, [1, 2, 3, 4]),
+        (5, [1, 2, 3, 4, 5]),
+        (9, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_the_best_slices_are_of_different_series_first(limit, expected):
+    confidences = np.array(
+        [[0.1, 0.1], [0.9, 0.2], [0.8, 0.3], [0.7, 0.4], [0.2, 0.9], [0.3, 0.1]], np.float32
+    )
+    groups = ["a", "a", "a", "b", "b", "c"]
+    assert selection.best_slices(confidences, confidences >= 0.5, groups, limit) == expected
