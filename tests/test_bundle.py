@@ -286,7 +286,7 @@ def test_writing_is_atomic_and_never_overwrites(exported, tmp_path, monkeypatch)
     content = {name: (exported / name).read_bytes() for name in info["files"]}
     out = tmp_path / "out"
     bundle.write(out, info, content)
-    with pytest.raises(InputError, match="out exists: choose another folder or add --overwrite"):
+    with pytest.raises(InputError, match="out exists: choose another name or pass overwrite=True"):
         bundle.write(out, info, content)
     original, calls = bundle.files.write_whole, []
 

@@ -17,6 +17,7 @@ from benchmarks import timing
 SCRIPT = pathlib.Path(__file__).with_name("start_verb.py")
 REPO = pathlib.Path(__file__).resolve().parents[2]
 SERIES = {"300 slices": 300, "2,000 slices": 2000}
+_TIMES = ("AcquisitionDateTime", "AcquisitionTime", "ContentTime")
 PARTS = ("total", "cpu", "imports", "tracing", "lowering", "compiling")
 COUNTS = ("modules", "traced", "compiled", "peak_mb")
 HEADER = ["", "cache", "code", *PARTS, *COUNTS, "cpu over before"]
@@ -36,6 +37,9 @@ def repeat_series(source: pathlib.Path, out: pathlib.Path, count: int, *, native
     for one in slices:
         if native and one.file_meta.TransferSyntaxUID.is_compressed:
             one.decompress()
+        for name in _TIMES:  # otherwise the repetitions are different acquisitions
+            if name in one:
+                delattr(one, name)
     place = [float(mm) for mm in slices[0].ImagePositionPatient]
     for number in range(count):
         one = slices[number % len(slices)]

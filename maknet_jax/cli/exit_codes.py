@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from maknet_jax.cli.options import BAD_INPUT, DONE, STOPPED, show
-from maknet_jax.errors import ADVICE, InputError, Stopped
+from maknet_jax.errors import ADVICE, InputError, OutputExists, Stopped
 
 
 def exit_code(prog: str, work: Callable[[], int | None]) -> int:
@@ -21,7 +21,8 @@ def exit_code(prog: str, work: Callable[[], int | None]) -> int:
         with _signals_raise():
             return work() or DONE
     except InputError as error:
-        message, code = str(error), BAD_INPUT
+        message = error.command_message if isinstance(error, OutputExists) else str(error)
+        code = BAD_INPUT
     except Stopped as error:
         message, code = f"stopped: {error}", STOPPED
     except OSError as error:  # a full disk, a missing permission

@@ -122,7 +122,9 @@ def _train(verbs: argparse._SubParsersAction) -> None:
         "(small); or the path of a .py file, of a config.json, or of a workdir, to train with the "
         "config of that run",
     )
-    verb.add_argument("--workdir", help="folder of the run; required unless --print-config")
+    verb.add_argument(
+        "--workdir", type=options.folder, help="folder of the run; required unless --print-config"
+    )
     verb.add_argument(
         "--print-config",
         action="store_true",
@@ -172,7 +174,9 @@ def _evaluate(verbs: argparse._SubParsersAction) -> None:
     )
     verb.add_argument("--data", help="another prepared data set with the same labels")
     verb.add_argument(
-        "--out", help="folder to write (default: WORKDIR/evaluation); required for a bundle"
+        "--out",
+        type=options.folder,
+        help="folder to write (default: WORKDIR/evaluation); required for a bundle",
     )
     options.checkpoint(verb)
     verb.add_argument(
