@@ -4,12 +4,13 @@ import importlib.util
 import json
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
 from maknet_jax import plan
 from maknet_jax.errors import InputError
-from maknet_jax.planning import chips, compiled
+from maknet_jax.planning import bounds, chips, compiled, hlo
 from maknet_jax.runs import config as configs
 
 COSTS = compiled.Costs(
@@ -96,6 +97,64 @@ def test_auto_means_what_it_does_on_an_accelerator():
     assert config.model.options.get("form", "fused") == "fused"
     float32 = configs.load("teacher", ["precision=float32"])
     assert compiled.for_accelerator(float32).precision == "float32"
+
+
+def test_lower_bounds_follow_from_the_shapes_of_the_layers():
+    config = configs.load("teacher", ["data.size=64"])
+    rows = {row.part: row for row in bounds.training_bounds(config, 7)}
+    image, stem = 64 * 64 * 3, 16 * 16 * 32
+    assert rows["stem"].once == 2 * 2 * stem
+    assert rows["stem"].by_layer == 2 * (3 * image + 2 * stem)
+    assert rows["stem"].state == 2 * 4 * 4 * (7 * 7 * 3 * 32 + 2 * 32)
+    layers = [(32, 16), (48, 16), (64, 16), (80, 64)]  # of block 0: channels read and written
+    assert rows["block_0"].once >= 2 * 16 * 16 * sum(2 * new for _, new in layers)
+    expected = 2 * 16 * 16 * sum(3 * old + 2 * new for old, new in layers)
+    assert rows["block_0"].by_layer == pytest.approx(expected, rel=0.02)  # CBAM is small
+
+
+@pytest.mark.slow  # needs libtpu
+def test_bytes_are_exact_for_programs_whose_traffic_is_known():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu, which compiles for TPUs, is not installed")
+    code = textwrap.dedent(
+        """
+        from maknet_jax.planning import chips
+        chips.use_host_only()
+        import json, jax, jax.numpy as jnp, numpy as np
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+        from maknet_jax.planning import compiled
+        jax.config.update("jax_enable_compilation_cache", False)
+        mesh = Mesh(np.array(compiled.devices_of("v5e:2x2")[:1]), ("d",))
+        def array(*shape, kind):
+            one = NamedSharding(mesh, PartitionSpec())
+            return jax.ShapeDtypeStruct(shape, kind, sharding=one)
+        def convolve(x, kernel):
+            dimensions = ("NHWC", "HWIO", "NHWC")
+            return jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), "SAME", dimension_numbers=dimensions)
+        square, half = array(8192, 8192, kind=jnp.float32), array(8192, 8192, kind=jnp.bfloat16)
+        images = array(256, 128, 128, 128, kind=jnp.bfloat16)
+        kernel = array(3, 3, 128, 128, kind=jnp.bfloat16)
+        programs = {
+            "matmul": (jnp.matmul, half, half), "copy": (lambda a: a + 1, square),
+            "transpose": (lambda a: a.T + 0, square),
+            "two passes": (lambda a: jnp.tanh(a) * jnp.tanh(a).sum(0), square),
+            "convolution": (convolve, images, kernel),
+        }
+        print(json.dumps({name: jax.jit(f).lower(*x).compile().as_text()
+                          for name, (f, *x) in programs.items()}))
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    texts = json.loads(done.stdout)
+    square, images = 8192**2 * 4, 256 * 128**3 * 2
+    assert hlo.hbm_bytes(texts["matmul"]) == 3 * square / 2
+    assert hlo.hbm_bytes(texts["copy"]) == hlo.hbm_bytes(texts["transpose"]) == 2 * square
+    assert hlo.hbm_bytes(texts["two passes"]) == pytest.approx(3 * square, rel=1e-3)
+    entry = texts["convolution"].partition("ENTRY")[2]
+    copies = entry.count("} copy(%fusion")  # the compiler may change the layout of the output
+    expected = (2 + 2 * copies) * images + 9 * 128 * 128 * 2
+    assert hlo.hbm_bytes(texts["convolution"]) == expected
 
 
 @pytest.mark.parametrize("shape", ["0", "8x", "2x4x8", "a"])

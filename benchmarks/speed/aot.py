@@ -30,11 +30,12 @@ chips.use_host_only()  # before importing jax
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+from ml_collections import ConfigDict  # noqa: E402
 
 from benchmarks import harness  # noqa: E402
 from maknet_jax.errors import InputError  # noqa: E402
 from maknet_jax.models import layers  # noqa: E402
-from maknet_jax.planning import compiled  # noqa: E402
+from maknet_jax.planning import bounds, compiled  # noqa: E402
 from maknet_jax.runs import build  # noqa: E402
 from maknet_jax.runs import config as configs  # noqa: E402
 from maknet_jax.training import sharding  # noqa: E402
@@ -66,9 +67,7 @@ def compile_step(
       Costs of a step per chip by name: FLOPs, bytes, and times in seconds; None if it does not fit
       the chip.
     """
-    changes = ["precision=bfloat16", f"data.size={size}"]
-    changes += [f"model.options.form={form}"] if network == "maknet" else []
-    config = configs.load(harness.config_of(network)[1], changes)
+    config = _config(network, size, form)
     if kind in ("student", *AUGMENTATIONS):
         config.augment = configs.load("student").augment
     chip = chips.of_topology(topology)
@@ -90,8 +89,20 @@ def compile_step(
     }
 
 
+def _bounds(network: str, size: int, form: str) -> list[bounds.Bound]:
+    """The lower bounds of each block of a network, see `planning.bounds`."""
+    return bounds.training_bounds(_config(network, size, form), harness.LABELS)
+
+
+def _config(network: str, size: int, form: str) -> ConfigDict:
+    """The config of a network in bfloat16."""
+    changes = ["precision=bfloat16", f"data.size={size}"]
+    changes += [f"model.options.form={form}"] if network == "maknet" else []
+    return configs.load(harness.config_of(network)[1], changes)
+
+
 def _lower_augmentation(
-    config: Any, form: str, batch: int, devices: Sequence[jax.Device]
+    config: ConfigDict, form: str, batch: int, devices: Sequence[jax.Device]
 ) -> jax.stages.Lowered:
     """Lowers the augmentation of a config alone."""
     mesh = sharding.data_mesh(devices)
@@ -267,7 +278,21 @@ def main(argv: Sequence[str] | None = None) -> None:
                         compile_at = functools.partial(measure, network, topology, kind)
                         fits, used = confirm(compile_at, rows_by_batch, memory)
                         notes[-1] += f"; by compiling, {fits} ({used / 1e9:.2f} GB)"
+    blocks = {name: _bounds(name, chosen.size, chosen.form) for name in chosen.networks}
     for (topology, kind, network), fast in measured.items():
+        if kind == "train":
+            batch = max(fast)
+            state = sum(row.state for row in blocks[network]) / batch
+            once, by_layer = (
+                (sum(getattr(row, name) for row in blocks[network]) + state) / 1e6
+                for name in ("once", "by_layer")
+            )
+            notes.append(
+                f"{network}, {topology}, {batch} images per chip: "
+                f"{fast[batch]['hbm_bytes'] / batch / 1e6:.1f} MB an image; lower bounds from the "
+                f"shapes: {once:.1f} MB if each output is written and read once, {by_layer:.1f} MB "
+                "if each layer makes its passes alone"
+            )
         without = measured.get((topology, "train", network), {})
         if kind == "student" and (ratio := compare(fast, without)):
             share = {name: 1 - 1 / value for name, value in ratio.items()}
@@ -287,7 +312,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     notes.append(
         "roofline times are lower bounds from counts of the compiled program: nothing ran on a chip"
     )
-    harness.report(__file__, argv, chosen, header, rows, notes, {"rows": results})
+    document = {
+        "rows": results,
+        "bounds": [
+            {"network": name} | row._asdict() for name, rows_ in blocks.items() for row in rows_
+        ],
+    }
+    harness.report(__file__, argv, chosen, header, rows, notes, document)
 
 
 if __name__ == "__main__":
