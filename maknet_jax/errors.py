@@ -1,7 +1,17 @@
 """Exceptions for bad input and for a run that a signal stops; hints for misspelt names."""
 
 import collections
+import signal
 from collections.abc import Iterable, Sequence
+
+# Signals that stop a command: Slurm's `--signal` sends SIGUSR1 or SIGUSR2, a closed terminal SIGHUP.
+STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGHUP,
+)
 
 
 class InputError(ValueError):

@@ -53,7 +53,7 @@ def noisy_student(config: ml_collections.ConfigDict, folder: pathlib.Path | str)
 
     Raises:
       InputError: the config or the data are invalid, or the folder belongs to another run.
-      Stopped: SIGTERM or SIGINT; the same call resumes.
+      Stopped: a signal; the same call resumes.
     """
     folder = pathlib.Path(folder)
     round_configs = [_round_config(config, folder, n) for n in range(config.rounds + 1)]

@@ -9,9 +9,8 @@ XLA_FLAGS=--xla_gpu_deterministic_ops=true; tested on CPU only.)
 import contextlib
 import os
 import pathlib
-import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ from maknet_jax.errors import InputError, Stopped
 from maknet_jax.evaluation import domain_fit
 from maknet_jax.evaluation.evaluator import Evaluator
 from maknet_jax.runs import config as configs
-from maknet_jax.runs import domain_file, workdir
+from maknet_jax.runs import domain_file, stopping, workdir
 from maknet_jax.runs.claim import claim
 from maknet_jax.runs.progress import Progress
 from maknet_jax.runs.setup import Setup, set_up
@@ -60,7 +59,7 @@ def train(
 
     Raises:
       InputError: the data do not match the config, or the workdir holds another run.
-      Stopped: SIGTERM or SIGINT; the state is saved.
+      Stopped: a signal; the state is saved.
     """
     folder = pathlib.Path(folder)
     setup = set_up(config, folder, devices=devices)  # raises InputError before anything is written
@@ -68,7 +67,7 @@ def train(
     last, best = (folder / workdir.FOLDERS[name] for name in ("last", "best"))
     with (
         console.Log(folder / "log.jsonl" if _is_main() else None) as log,
-        _stop_flag() as stop,
+        stopping.noted_signals() as stop,
         contextlib.closing(checkpoint.Checkpoints(last)) as last_checkpoints,
         contextlib.closing(checkpoint.Checkpoints(best, keep=1)) as best_checkpoints,
     ):
@@ -108,29 +107,6 @@ def _claim(setup: Setup) -> None:
         may_change=MAY_CHANGE,
         upgrade=upgrade,
     )
-
-
-@contextlib.contextmanager
-def _stop_flag() -> Iterator[list[int]]:
-    """Yields a list to which signal handlers append; the loop checks it between steps."""
-    caught: list[int] = []
-    before = {}
-
-    def note(number: int, _: Any) -> None:
-        if not caught:
-            console.say_from_signal("stopping after this step; its state will be saved")
-        caught.append(number)
-
-    with contextlib.suppress(ValueError):  # only the main thread can catch signals
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, note)
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if caught:  # too late to stop this run, but the caller must still receive the signal
-        signal.raise_signal(caught[0])
 
 
 def _evaluator(setup: Setup) -> Evaluator | None:

@@ -42,7 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name may not fit the terminal's encoding
         sys.stdout.reconfigure(errors="backslashreplace")
-    return exit_codes.exit_code("maknet", lambda: chosen.run(chosen))
+    return exit_codes.exit_code(
+        "maknet",
+        lambda: chosen.run(chosen),
+        seconds=getattr(chosen, "stop_after", None),
+        final=argv is None,
+    )
 
 
 def _parser() -> options.Parser:
