@@ -4,7 +4,7 @@ import collections
 import signal
 from collections.abc import Iterable, Sequence
 
-# Signals that stop a command: Slurm's `--signal` sends SIGUSR1 or SIGUSR2, a closed terminal SIGHUP.
+# Signals that stop a command. Slurm sends SIGUSR1 or SIGUSR2, a terminal that closes SIGHUP.
 STOP_SIGNALS = (
     signal.SIGTERM,
     signal.SIGINT,

@@ -1,4 +1,4 @@
-"""`--distributed`: a signal to one process, its death or its failure ends all with the same code."""
+"""`--distributed`: a signal to one process, its death or its failure ends all processes."""
 
 import signal
 

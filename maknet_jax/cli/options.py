@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from maknet_jax import files
-from maknet_jax.errors import InputError, did_you_mean
+from maknet_jax.errors import did_you_mean
 
 OVERRIDES = ("assume_hu", "allow_lossy")  # stored by `override_options`
 DONE, BAD_INPUT, SOME_REJECTED, STOPPED = 0, 2, 3, 75

@@ -1,4 +1,4 @@
-"""What signals do: they interrupt a command, or are noted while a loop must first save its state."""
+"""What signals do: they interrupt a command, or are noted while a loop must save its state."""
 
 import contextlib
 import signal
