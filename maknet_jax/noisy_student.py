@@ -25,6 +25,7 @@ from maknet_jax.figures import charts
 from maknet_jax.runs import config as configs
 from maknet_jax.runs import workdir
 from maknet_jax.runs.claim import claim
+from maknet_jax.training import checkpoint
 
 # May change on resume: more rounds may follow, and moved data keep their fingerprint.
 MAY_CHANGE = ("rounds", "labelled", "unlabelled")
@@ -56,6 +57,7 @@ def noisy_student(config: ml_collections.ConfigDict, folder: pathlib.Path | str)
       Stopped: a signal; the same call resumes.
     """
     folder = pathlib.Path(folder)
+    checkpoint.check_path(folder)
     round_configs = [_round_config(config, folder, n) for n in range(config.rounds + 1)]
     _check(config, round_configs)
     paper = is_paper_data(records.open_dataset(config.labelled))
@@ -86,7 +88,7 @@ def noisy_student(config: ml_collections.ConfigDict, folder: pathlib.Path | str)
             first = folder / "round-1" / "config.json"
             if number > 1 and first.is_file():
                 # In a run of an earlier version, later students have the recipe of the first.
-                stored = files.read_json(first)
+                stored = configs.to_json(configs.read_stored(first.parent))
                 round_config, _ = configs.as_stored(round_config, stored, lacking=False)
             train.train(round_config, folder / f"round-{number}")
             rounds.append(evaluate.evaluate(folder / f"round-{number}", splits=config.evaluate))

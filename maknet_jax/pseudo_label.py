@@ -170,7 +170,11 @@ def _is_done(out: pathlib.Path, shard: dict) -> bool:
     try:
         digest = files.read_json(out / _counts_name(shard))["sha256"]
         pseudo_labels.read_rows(out / _shard_name(shard), digest)
-    except InputError:  # the labels were deleted or damaged after their counts were written
+    except (
+        InputError,
+        KeyError,
+        TypeError,
+    ):  # the labels were deleted or damaged after their counts were written
         return False
     return True
 
@@ -192,7 +196,7 @@ def _confidences(
     if not todo:
         return
     reader = pipeline.ordered_batches(
-        records.RecordSource([dataset.path / shards[number]["file"] for number in todo]),
+        dataset.shards([shards[number] for number in todo]),
         batch_size=batch_size,
         threads=run.threads,
     )

@@ -120,9 +120,9 @@ def _curves(folder: pathlib.Path, step: int) -> tuple[list[tuple[str, str]], lis
 def _scores(folder: pathlib.Path) -> list[tuple[str, list[float | None]]]:
     """(split, its `METRICS`) of each evaluation."""
     rows: list[tuple[str, list[float | None]]] = []
-    for path in sorted((folder / "evaluation").glob("summary_*.json")):
-        for split, values in files.read_json(path)["splits"].items():
-            row = split, [values[name] for name in METRICS]
+    for summary in workdir.evaluations(folder):
+        for split, values in summary["splits"].items():
+            row = split, [values.get(name) for name in METRICS]
             rows += [] if row in rows else [row]
     return rows
 

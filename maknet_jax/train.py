@@ -62,6 +62,7 @@ def train(
       Stopped: a signal; the state is saved.
     """
     folder = pathlib.Path(folder)
+    checkpoint.check_path(folder)
     setup = set_up(config, folder, devices=devices)  # raises InputError before anything is written
     _claim(setup)
     last, best = (folder / workdir.FOLDERS[name] for name in ("last", "best"))

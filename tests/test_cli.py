@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from maknet_jax import cli
+from maknet_jax import cli, files, train
 from maknet_jax.cli import options
 from maknet_jax.errors import InputError
 from maknet_jax.runs import config
@@ -34,6 +34,7 @@ VERBS = (
     ["models"],
     ["retrieve"],
     ["export"],
+    ["verify"],
 )
 
 
@@ -223,3 +224,67 @@ def test_jax_starts_without_a_home_folder(monkeypatch):
     with pytest.raises(RuntimeError):
         pathlib.Path.home()
     options.start_jax()  # programs are compiled each time
+
+
+REMOTE = [
+    ["demo", "--out", "gs://bucket/demo"],
+    ["prepare", "dicom", "gs://bucket/ct", "--out", "shards"],
+    ["prepare", "dicom", "ct", "--out", "s3://bucket/shards"],
+    ["prepare", "segmentations", "train=hdfs://x/cases", "--out", "shards"],
+    ["prepare", "openkbp", "s3://bucket", "--out", "out"],
+    ["prepare", "table", "https://example.com/labels.csv", "--out", "out"],
+    ["train", "--config", "teacher", "--workdir", "hdfs://name/run"],
+    ["train", "--config", "gs://bucket/teacher.py", "--workdir", "run"],
+    ["pseudo-label", "--model", "gs://bucket/run", "--records", "data", "--out", "out"],
+    ["noisy-student", "--config", "noisy_student", "--workdir", "gs://bucket/run"],
+    ["evaluate", "--model", "run", "--out", "s3://bucket/out"],
+    ["predict", "s3://bucket/ct", "--model", "head-neck", "--out", "labels.csv"],
+    ["predict", "ct", "--model", "head-neck", "--out", "az://bucket/labels.csv"],
+    ["attribute", "ct", "--model", "run", "--out", "out", "--compare", "gs://bucket/run"],
+    ["perturb", "ct", "--model", "run", "--out", "gs://bucket/out"],
+    ["report", "gs://bucket/run"],
+    [
+        "retrieve",
+        "--model",
+        "gs://b/run",
+        "--image",
+        "a",
+        "--box=0,0,1,1",
+        "--data",
+        "d",
+        "--out",
+        "o",
+    ],
+    ["export", "run", "--out", "gs://bucket/bundle"],
+    ["models", "--out", "gs://bucket/models.json"],
+    ["import-weights", "vgg.safetensors", "--model", "vgg16", "--out", "gs://bucket/w"],
+    ["select", "idc", "--out", "gs://bucket/selection"],
+    ["verify", "s3://bucket/shards"],
+]
+
+
+@pytest.mark.parametrize("argv", REMOTE, ids=" ".join)
+def test_urls_are_rejected_before_anything_is_written(capsys, tmp_path, monkeypatch, argv):
+    """`pathlib` would turn them into local folders."""
+    monkeypatch.chdir(tmp_path)
+    code, out, error = run(capsys, *argv)
+    assert (code, out) == (2, "") and len(error.splitlines()) == 1
+    assert "://" in error and not list(tmp_path.iterdir())
+
+
+def test_urls_are_rejected_in_configs_and_in_python(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teacher = config.load("teacher")
+    for name in ("data.path", "init.path"):
+        changed = config.load("teacher", [f"{name}=gs://bucket/x"])
+        with pytest.raises(InputError, match="gs://bucket/x"):
+            train.train(changed, tmp_path / "run")
+    with pytest.raises(InputError, match="s3://bucket/run"):
+        train.train(teacher, pathlib.Path("s3://bucket/run"))
+    for path in ("C:/data", "a:b", "runs/s3:/x", "lr=0.1"):
+        files.check_local(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_verb_rejects_urls():
+    assert {argv[0] for argv in REMOTE} == {verb for verb, *_ in VERBS}

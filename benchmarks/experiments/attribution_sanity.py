@@ -205,7 +205,7 @@ def shuffle_labels(
     entry = dataset.split(split) | {"shards": [{"file": name, "count": count, "digest": digest}]}
     fingerprint = hashlib.sha256(digest.encode()).hexdigest()
     info = dataset.info | {"splits": {"train": entry}, "fingerprint": fingerprint}
-    files.write_json(out / "dataset.json", info)
+    files.write_json(out / "dataset.json", info | {"content": records.content_digest(info)})
     return out
 
 

@@ -51,8 +51,8 @@ def repeat_shards(
         (out / name).symlink_to(shard["file"].resolve())
         entry["shards"].append(shard | {"file": name})
         entry["count"] += shard["count"]
-    info["fingerprint"] = f"{info['fingerprint']}-{entry['count']}"
-    files.write_json(out / "dataset.json", info | {"splits": {split: entry}})
+    info |= {"fingerprint": f"{info['fingerprint']}-{entry['count']}", "splits": {split: entry}}
+    files.write_json(out / "dataset.json", info | {"content": records.content_digest(info)})
     return records.open_dataset(out)
 
 
@@ -208,7 +208,7 @@ def train_teacher(
     shard = {"file": "train/part-0.array_record", "count": 8, "digest": digest}
     entry = {"count": 8, "label_counts": [2] * labels, "shards": [shard]}
     info |= {"labels": vocabulary, "splits": {"train": entry}, "fingerprint": digest}
-    files.write_json(out / "dataset.json", info)
+    files.write_json(out / "dataset.json", info | {"content": records.content_digest(info)})
     config = configs.load(
         name,
         [

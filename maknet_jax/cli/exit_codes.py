@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from maknet_jax.cli.options import BAD_INPUT, DONE, STOPPED, show
-from maknet_jax.errors import InputError, Stopped
+from maknet_jax.errors import ADVICE, InputError, Stopped
 from maknet_jax.runs import stopping
 
 if TYPE_CHECKING:
@@ -75,5 +75,6 @@ def _describe(error: Exception) -> tuple[str, int] | None:
         return str(error), BAD_INPUT
     if isinstance(error, OSError) and error.errno is not None:  # a full disk, a missing permission
         name = f"{error.filename}: " if error.filename is not None else ""
-        return f"{name}{error.strerror}", BAD_INPUT
+        advice = f": {ADVICE[error.errno]}" if error.errno in ADVICE else ""
+        return f"{name}{error.strerror}{advice}", BAD_INPUT
     return None

@@ -38,6 +38,22 @@ class Parser(argparse.ArgumentParser):
         self.exit(BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+# Options that are not paths, and may contain a URL.
+_TEXTS = ("citation", "ids", "licence", "license_name", "name", "overrides", "source")
+
+
+def check_paths(chosen: argparse.Namespace) -> None:
+    """Checks that no option is a URL, before anything is read or written.
+
+    Raises:
+      InputError: one is; object stores are not supported there.
+    """
+    for name, value in vars(chosen).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and name not in _TEXTS:
+                files.check_local(text.partition("=")[2] or text)  # SPLIT=DIR
+
+
 def selected(chosen: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Some of the parsed options by name, as keyword arguments of a verb."""
     return {name: getattr(chosen, name) for name in names}

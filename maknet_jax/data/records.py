@@ -8,23 +8,30 @@ and `meta` (a dict: the source of the image). ArrayRecord checks every chunk: a 
 truncated file raises when it is read.
 """
 
+import bisect
 import contextlib
 import dataclasses
 import errno
 import hashlib
+import itertools
+import json
+import operator
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
+from typing import Any, Protocol, TypeVar
 
 import msgpack
 import numpy as np
-from array_record.python import array_record_data_source, array_record_module
+from array_record.python import array_record_module
 
 from maknet_jax import files
+from maknet_jax.data import readers
 from maknet_jax.data.labels import Vocabulary
-from maknet_jax.errors import InputError, did_you_mean
+from maknet_jax.errors import InputError, did_you_mean, system_error
 
+T = TypeVar("T")
 FORMAT = 1
 # Kind -> source of the data; for other kinds the user states it to `maknet prepare`.
 _SOURCES = {
@@ -34,6 +41,7 @@ _SOURCES = {
 }
 # One record per group, so that random access decompresses the requested record only.
 _OPTIONS = "group_size:1,zstd:3"
+_CHECK_THREADS = 16  # shards that are checked at once: on network storage, opening one takes long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +147,8 @@ def _os_errors(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        text = " ".join(str(error).split()).partition("failed: ")[2].partition(";")[0]
-        code = next((code for code in errno.errorcode if os.strerror(code) == text), errno.EIO)
-        raise OSError(code, text or str(error)[:200], str(path)) from None
+        failure = system_error(error, path)
+        raise failure or OSError(errno.EIO, str(error)[:200], str(path)) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,8 +212,46 @@ class Dataset:
 
     def source(self, name: str) -> "RecordSource":
         """A random-access `RecordSource` of a split."""
-        paths = [self.path / shard["file"] for shard in self.split(name)["shards"]]
-        return RecordSource(paths)
+        return self.shards(self.split(name)["shards"])
+
+    def shards(self, entries: Sequence[dict[str, Any]]) -> "RecordSource":
+        """A random-access `RecordSource` of some shards of a split, which are checked.
+
+        Raises:
+          InputError: a shard is damaged or not the one that `dataset.json` describes. The check
+            reads the first record of each shard; `maknet verify` reads all of them.
+        """
+        with futures.ThreadPoolExecutor(_CHECK_THREADS) as pool:
+            for problem in filter(None, pool.map(self.first_problem, entries)):
+                raise InputError(f"{problem}: restore a copy or prepare the data again")
+        paths = [self.path / shard["file"] for shard in entries]
+        return RecordSource(paths, [shard["count"] for shard in entries])
+
+    def first_problem(self, shard: dict[str, Any]) -> str | None:
+        """What the number of records or the first record of a shard contradicts, or None.
+
+        Raises:
+          InputError: the shard is damaged.
+        """
+        path = self.path / shard["file"]
+        source = RecordSource([path])
+        if len(source) != shard["count"]:
+            return f"shard {path} has {len(source)} records, not the {shard['count']} of its entry"
+        if problem := self.problem(source[0]) if len(source) else None:
+            return f"shard {path} has {problem}"
+        if not shard.get("first"):  # of an earlier version
+            return None
+        same = hashlib.sha256(source.payload(0)).hexdigest() == shard["first"]
+        return None if same else f"shard {path} has other records than when it was prepared"
+
+    def problem(self, example: Example) -> str | None:
+        """How a record contradicts the size and the labels of `dataset.json`, or None."""
+        if example.image.shape[0] != self.size:
+            return f"images of {example.image.shape[0]} pixels, not the {self.size} of dataset.json"
+        labels = len(self.info["labels"])
+        if len(example.labels) != labels or len(example.label_mask) != labels:
+            return f"{len(example.labels)} labels, not the {labels} of dataset.json"
+        return None
 
     def sample(self, count: int) -> list[Example]:
         """At most `count` random examples of all splits, which `meta` names; the seed is fixed."""
@@ -229,6 +274,19 @@ def open_dataset(path: str | os.PathLike) -> Dataset:
       InputError: the folder is not a finished data set, its format is not supported, or a shard is
         missing.
     """
+    dataset = read_description(path)
+    for split in dataset.info["splits"].values():
+        for shard in split["shards"]:
+            if not (dataset.path / shard["file"]).is_file():
+                raise InputError(
+                    f"shard {dataset.path / shard['file']} is missing: prepare the data again"
+                )
+    return dataset
+
+
+def read_description(path: str | os.PathLike) -> Dataset:
+    """Like `open_dataset`, without looking at the shards."""
+    files.check_local(path)
     path = pathlib.Path(path)
     try:
         info = files.read_json(path / "dataset.json")
@@ -238,16 +296,39 @@ def open_dataset(path: str | os.PathLike) -> Dataset:
         ) from None
     except ValueError as error:
         raise InputError(f"{path}/dataset.json is damaged: {error}") from None
-    if info.get("format") != FORMAT:
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        version = info.get("format") if isinstance(info, dict) else None
         raise InputError(
-            f"{path} has record format {info.get('format')}, this version reads format {FORMAT}: "
+            f"{path} has record format {version}, this version reads format {FORMAT}: "
             "prepare the data again"
         )
-    for split in info["splits"].values():
-        for shard in split["shards"]:
-            if not (path / shard["file"]).is_file():
-                raise InputError(f"shard {path / shard['file']} is missing: prepare the data again")
+    try:
+        shards = [shard for split in info["splits"].values() for shard in split["shards"]]
+        total = sum(operator.index(split["count"]) for split in info["splits"].values())
+        _ = Vocabulary.from_json(info["labels"]), operator.index(info["size"]), info["fingerprint"]
+        intact = info.get("content", content_digest(info)) == content_digest(info)
+        intact &= total == sum(operator.index(shard["count"]) for shard in shards)
+        intact &= all(isinstance(shard["file"], str) for shard in shards)
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"{path}/dataset.json is damaged ({reason}): restore a copy or prepare the data again"
+        ) from None
+    if not intact:
+        raise InputError(
+            f"{path}/dataset.json was changed after it was prepared: restore a copy or prepare "
+            "the data again"
+        )
     return Dataset(path, info)
+
+
+def content_digest(info: Mapping[str, Any]) -> str:
+    """SHA-256 of what `dataset.json` says about the content of the shards: its field `content`.
+
+    Data sets of earlier versions have no such field.
+    """
+    content = {name: info[name] for name in ("format", "size", "labels", "splits", "fingerprint")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def check_size(dataset: Dataset, size: int, name: str = "the network") -> None:
@@ -271,32 +352,49 @@ def check_size(dataset: Dataset, size: int, name: str = "the network") -> None:
 class RecordSource:
     """Random access to the examples of several shards; picklable, for grain."""
 
-    def __init__(self, paths: Iterable[str | os.PathLike]) -> None:
+    def __init__(
+        self, paths: Iterable[str | os.PathLike], counts: Sequence[int] | None = None
+    ) -> None:
         """Opens shards.
 
         Args:
           paths: the files in order; an empty list gives an empty source.
+          counts: records per file; None reads them from the files.
 
         Raises:
           InputError: a shard is damaged. Reading an example can raise it, too.
+          OSError: the system cannot read a shard. Reading an example can raise it, too.
         """
         self._paths = [str(path) for path in paths]
-        try:
-            source = array_record_data_source.ArrayRecordDataSource
-            self._records = source(self._paths) if self._paths else []
-        except RuntimeError as error:
-            raise self._damaged(error) from error
+        if counts is None:
+            counts = [self._read(path, readers.POOL.count) for path in self._paths]
+        self._ends = list(itertools.accumulate(counts))
 
     def __len__(self) -> int:
-        return len(self._records)
+        return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> Example:
-        try:
-            payload = self._records[index]
-        except RuntimeError as error:
-            raise self._damaged(error) from error
-        return decode(payload)
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        path, number = self._locate(index)
+        return self._read(path, lambda path: decode(readers.POOL.read(path, number)))
 
-    def _damaged(self, error: Exception) -> InputError:
-        folder = pathlib.Path(self._paths[0]).parent
-        return InputError(f"a shard in {folder} is damaged ({error}): prepare the data again")
+    def payload(self, index: int) -> bytes:
+        """An example as it is stored, see `decode`."""
+        path, number = self._locate(index)
+        return self._read(path, lambda path: readers.POOL.read(path, number))
+
+    def _locate(self, index: int) -> tuple[str, int]:
+        """The shard of an example and its number there."""
+        shard = bisect.bisect_right(self._ends, index)
+        return self._paths[shard], index - (self._ends[shard - 1] if shard else 0)
+
+    @staticmethod
+    def _read(path: str, read: Callable[[str], T]) -> T:
+        try:
+            return read(path)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            folder, name = os.path.split(path)
+            raise InputError(
+                f"a shard in {folder} is damaged ({name}: {error}): prepare the data again"
+            ) from error

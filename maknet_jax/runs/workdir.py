@@ -209,6 +209,7 @@ def find(source: str | os.PathLike[str], also: str = "") -> pathlib.Path:
     Raises:
       InputError: no such path or released model exists.
     """
+    files.check_local(source)
     path, released = pathlib.Path(source), bundle.released()
     if path.exists():
         return path
@@ -219,6 +220,26 @@ def find(source: str | os.PathLike[str], also: str = "") -> pathlib.Path:
         f"{source} not found: pass {also}a workdir of `maknet train`, a bundle (folder or .zip) or "
         f"the name of a released model ({known})"
     )
+
+
+def evaluations(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The summaries of `maknet evaluate` in a workdir.
+
+    Raises:
+      InputError: one is damaged.
+    """
+    summaries = []
+    for path in sorted((folder / "evaluation").glob("summary_*.json")):
+        summary = files.read_json(path)
+        try:
+            _ = summary["checkpoint"], summary["step"], list(summary["splits"].items())
+            intact = all(isinstance(split, dict) for split in summary["splits"].values())
+        except (KeyError, TypeError, AttributeError):
+            intact = False
+        if not intact:
+            raise InputError(f"{path} is damaged: delete it, or run `maknet evaluate` again")
+        summaries.append(summary)
+    return summaries
 
 
 class Weights(NamedTuple):
@@ -334,19 +355,28 @@ def _check_checkpoint_name(name: str) -> None:
 def _open(workdir: pathlib.Path, checkpoint_name: str, mesh: Mesh) -> _Opened:
     _check_checkpoint_name(checkpoint_name)
     try:
-        config = configs.from_json(files.read_json(workdir / "config.json"))
+        config = configs.read_stored(workdir)
         dataset = files.read_json(workdir / "dataset.json")
+        vocabulary = Vocabulary.from_json(dataset["labels"])
+        _ = vocabulary.parents, dataset["path"] + "", dict(dataset.get("origin") or {})
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{workdir} is not a `maknet train` workdir: it has no config.json"
         ) from None
-    vocabulary = Vocabulary.from_json(dataset["labels"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"{workdir / 'dataset.json'} is not that of a training run ({reason}): restore a copy "
+            "of it"
+        ) from None
     assembly = build.assemble(config, len(vocabulary), mesh)
     for name in dict.fromkeys((checkpoint_name, "last")):
         folder = workdir / FOLDERS[name]
         if not folder.is_dir():
             continue
-        with contextlib.closing(checkpoint.Checkpoints(folder)) as checkpoints:
+        with contextlib.closing(checkpoint.Checkpoints(folder, writable=False)) as checkpoints:
             try:
                 restored = checkpoints.restore()
             except InputError as error:
