@@ -25,6 +25,7 @@ from maknet_jax.evaluation import domain_fit
 from maknet_jax.evaluation.evaluator import Evaluator
 from maknet_jax.runs import config as configs
 from maknet_jax.runs import domain_file, stopping, workdir
+from maknet_jax.runs import steps as step_results
 from maknet_jax.runs.claim import claim
 from maknet_jax.runs.progress import Progress
 from maknet_jax.runs.setup import Setup, set_up
@@ -35,7 +36,7 @@ from maknet_jax.training.state import TrainState
 # May change on resume, because no result depends on them. Moved data keep their fingerprint, moved
 # weights their digest.
 MAY_CHANGE = {"data.path", "data.threads", "pseudo.path", "init.path"}
-MAY_CHANGE |= {"domain_components"}  # computed after the training
+MAY_CHANGE |= {"domain_components", "checkpoint_minutes", "skip_nonfinite"}
 MAY_CHANGE |= {"dataset.path", "dataset.labels", "dataset.size"}
 # Runs of earlier versions lack the origin; the fingerprint shows whether the data are the same.
 MAY_CHANGE |= {f"dataset.origin.{name}" for name in ("kind", "source", "citation", "licence")}
@@ -110,7 +111,7 @@ def _claim(setup: Setup) -> None:
     )
 
 
-def _evaluator(setup: Setup) -> Evaluator | None:
+def _evaluator(setup: Setup, stop: list[int]) -> Evaluator | None:
     """The evaluator of the validation split; None if that is empty."""
     config, splits = setup.config, setup.dataset.info["splits"]
     if not splits.get(config.data.val_split, {"count": 0})["count"]:
@@ -122,11 +123,8 @@ def _evaluator(setup: Setup) -> Evaluator | None:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         threads=config.data.threads,
+        stop=lambda: bool(stop),
     )
-
-
-class _Interrupted(Exception):
-    """A signal arrived while the validation split was scored."""
 
 
 class _Loop:
@@ -144,7 +142,7 @@ class _Loop:
         self.setup, self.log, self.stop = setup, log, stop
         self.last, self.best = last, best
         self.progress = Progress(init=setup.init)
-        self.evaluator = _evaluator(setup)
+        self.evaluator = _evaluator(setup, stop)
         self.parents = setup.dataset.vocabulary.parents
 
     def run(self) -> dict[str, Any]:
@@ -164,6 +162,13 @@ class _Loop:
             process_count=jax.process_count(),
             threads=config.data.threads,
         )
+        steps = step_results.Steps(
+            lambda: bool(self.stop),
+            self.log.say,
+            save_minutes=config.checkpoint_minutes,
+            most_skipped=config.skip_nonfinite,
+            skipped=self.progress.skipped,
+        )
         every = max(1, round(config.evaluate_every * setup.epoch_steps))
         began = window_began = time.perf_counter()
         logged = first
@@ -176,36 +181,44 @@ class _Loop:
             if self.progress.evaluation_due:
                 self._repeat_evaluation(state, metrics)
             for number in range(first + 1, total + 1):
-                batch = sharding.put_batch(setup.assembly.mesh, next(batches))
-                state, values = train_step(state, batch, key)
-                pending = self.progress.pending
-                if pending:  # one step in flight: the host never runs far ahead of the device
-                    jax.block_until_ready(pending[-1])
-                pending.append(values)
+                batch = steps.mark(next(batches))
+                state, values = train_step(
+                    state, sharding.put_batch(setup.assembly.mesh, batch), key
+                )
+                # One step in flight: the host never runs far ahead of the device.
+                steps.add(number, values, batch["id"].tolist())
+                self.progress.pending.append(values)
                 advance()
                 at_end = number == total
                 evaluating = number % every == 0 or at_end
                 logging = number % config.log_every == 0 or at_end
-                stopping = sharding.any_process(bool(self.stop))
-                saving = evaluating or stopping or number % config.checkpoint_every == 0
+                request = steps.request()
+                ending = request == step_results.STOP
+                saving = evaluating or request or number % config.checkpoint_every == 0
                 if saving or logging:
-                    _check_finite(values["loss"], number)
+                    steps.settle()
+                    self.progress.settle()
+                    self.progress.skipped = steps.skipped, steps.in_a_row
+                    if not step_results.is_skipped(values):
+                        _check_finite(values["loss"], number)
                 if logging:
-                    means, now = metric_log.averages(pending), time.perf_counter()
+                    means = metric_log.averages(self.progress.pending)
+                    now = time.perf_counter()
                     rate = (number - logged) * setup.images / (now - window_began)
                     means["images_per_second"] = rate
                     metrics.write(number, {f"train/{k}": v for k, v in means.items()})
-                    advance(0, f"loss {means['loss']:.4f}, {rate:.1f} images/s")
+                    advance(0, f"loss {_format(means.get('loss'))}, {rate:.1f} images/s")
                     self.progress.pending, window_began, logged = [], now, number
                 if evaluating:
                     paused = time.perf_counter()
-                    stopping |= not self._evaluate(state, number, metrics)
+                    ending |= not self._evaluate(state, number, metrics)
                     window_began += time.perf_counter() - paused
                 if saving:
                     self.last.save(state, self.progress.to_json())
-                if stopping and (not at_end or self.progress.evaluation_due):
+                    steps.saved()
+                if ending and (not at_end or self.progress.evaluation_due):
                     self.log.event(message=f"stopped at step {number} of {total}", step=number)
-                    raise Stopped(f"{self._saved(number)}; run the same command to resume")
+                    raise Stopped(f"{self._saved(number)}; {stopping.AGAIN}")
         summary = self._finish(int(state.step) - first, time.perf_counter() - began)
         self._measure_domain(state)
         return summary
@@ -276,14 +289,9 @@ class _Loop:
         if self.evaluator is None:
             return True
 
-        def check_signal(_: int) -> None:
-            # Several processes must score in lockstep, so they stop only after the validation.
-            if self.stop and jax.process_count() == 1:
-                raise _Interrupted
-
         try:
-            scores = self.evaluator.scores(state.variables, check_signal)
-        except _Interrupted:
+            scores = self.evaluator.scores(state.variables)
+        except Stopped:
             progress.evaluation_due = True
             return False
         thresholds = scores.thresholds()
@@ -317,6 +325,7 @@ class _Loop:
             "best_val_auc": progress.best,
             "best_step": progress.best_step,
             "init": progress.init,
+            "skipped_steps": progress.skipped[0],
             "devices": f"{setup.assembly.mesh.size} x {jax.devices()[0].device_kind}",
             "images_per_second": steps * setup.images / seconds if steps else None,
         }
@@ -341,21 +350,20 @@ class _Loop:
         if not sharding.any_process(domain_file.read(setup.folder, step) is None):
             return
 
-        def check_signal() -> None:
-            if self.stop and jax.process_count() == 1:
-                raise Stopped(f"{setup.folder} is trained; run the same command to finish it")
-
-        measured = domain_fit.measure(
-            [setup.dataset.source(name) for name in splits],
-            setup.assembly.predict_features,
-            state.variables,
-            components=config.domain_components,
-            check=check_signal,
-            batch_size=config.data.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            threads=config.data.threads,
-        )
+        try:
+            measured = domain_fit.measure(
+                [setup.dataset.source(name) for name in splits],
+                setup.assembly.predict_features,
+                state.variables,
+                components=config.domain_components,
+                stop=lambda: bool(self.stop),
+                batch_size=config.data.batch_size,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                threads=config.data.threads,
+            )
+        except Stopped:
+            raise Stopped(f"{setup.folder} is trained; run the same command to finish it") from None
         if measured is None:
             self.log.say("too few patients for out-of-domain statistics: predictions are unchecked")
         elif _is_main():

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -87,12 +88,19 @@ class Checkpoints:
         """Writes `state` under its step with `metadata` (JSON), unless the step exists.
 
         Raises:
+          InputError: a value is not finite; nothing is written.
           OSError: the disk is full, for example; the previous checkpoints are intact.
           RuntimeError: there is a newer checkpoint, or what was written cannot be opened.
         """
         step = int(state.step)
         if step in self.steps():
             return
+        if name := _first_nonfinite(state):
+            raise InputError(
+                f"the state after step {step} is not saved, because {name} is not finite: run the "
+                f"same command to resume from step {max(self.steps(), default=0)}, or lower "
+                "optimizer.learning_rate and choose another --workdir"
+            )
         content: dict[str, Any] = {"digests": digests(state), "meta": dict(metadata or {})}
         content["sha256"] = _content_digest(content)
         try:
@@ -310,10 +318,21 @@ def _check_content(content: Mapping[str, Any]) -> None:
 
 
 def _check_digests(state: TrainState, expected: Mapping[str, str]) -> None:
+    if name := _first_nonfinite(state):  # earlier versions saved such states
+        raise ValueError(f"{name} is not finite")
     actual = digests(state)
     if actual != expected:
         wrong = [name for name in expected if actual.get(name) != expected[name]]
         raise ValueError(f"{len(wrong)} arrays do not match their digest, first {wrong[:1]}")
+
+
+def _first_nonfinite(tree: Any) -> str | None:
+    """The path of the first array with a value that is not finite; None if all are finite."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    for path, leaf in leaves:
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.isfinite(np.asarray(leaf)).all():
+            return jax.tree_util.keystr(path)
+    return None
 
 
 def digests(tree: Any) -> dict[str, str]:
