@@ -29,7 +29,7 @@ from maknet_jax.runs import steps as step_results
 from maknet_jax.runs.claim import claim
 from maknet_jax.runs.progress import Progress
 from maknet_jax.runs.setup import Setup, set_up
-from maknet_jax.training import checkpoint, sharding
+from maknet_jax.training import agreement, checkpoint, sharding
 from maknet_jax.training import log as metric_log
 from maknet_jax.training.state import TrainState
 
@@ -229,10 +229,9 @@ class _Loop:
     def _restore_or_create(self) -> TrainState:
         """The state of the newest intact checkpoint or a fresh one, replicated over the mesh."""
         setup = self.setup
-        state, metadata, damaged = self.last.restore(setup.assembly.shapes)
+        state, metadata, damaged = agreement.restore(self.last, setup.assembly.shapes)
         for number in damaged:
             self.last.set_aside(number)
-        sharding.wait_for_all("set aside")
         for number, reason in damaged.items():
             self.log.say(f"checkpoint {number} is damaged and set aside: {reason}")
         if self.evaluator is None:
@@ -246,7 +245,7 @@ class _Loop:
             self.progress = Progress.from_json(metadata)
             self.log.say(f"resuming from step {int(state.step)} of {setup.total}")
         newer = [number for number in self.best.steps() if number > int(state.step)]
-        for number in newer:  # these steps will be repeated
+        for number in sharding.exchange(newer)[0]:  # these steps will be repeated
             self.best.discard(number)
         if not self.best.steps():
             self.progress.best = self.progress.best_step = None
@@ -344,7 +343,7 @@ class _Loop:
         if not config.domain_components or self.evaluator is None or setup.assembly.model.takes_box:
             return
         with contextlib.suppress(InputError):  # every one is damaged; other verbs use the last, too
-            best = self.best.restore(setup.assembly.shapes).state
+            best = agreement.restore(self.best, setup.assembly.shapes).state
             state = state if best is None else sharding.put_state(setup.assembly.mesh, best)
         step, splits = int(state.step), (config.data.train_split, config.data.val_split)
         if not sharding.any_process(domain_file.read(setup.folder, step) is None):

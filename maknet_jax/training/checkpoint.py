@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 
 from maknet_jax import files
 from maknet_jax.errors import InputError, system_error
+from maknet_jax.training import sharding
 from maknet_jax.training.state import TrainState
 
 # The parts of a path of `jax.tree_util.keystr`: .params['stem']['conv']['kernel'].
@@ -70,10 +71,22 @@ class Checkpoints:
             check_path(self.folder)
             if jax.process_index() == 0:
                 self._remove_unfinished()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=writable, enable_async_checkpointing=False
+        # Several processes read independently, without barriers.
+        self._alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(),
+            active_processes={jax.process_index()},
+            barrier_sync_key_prefix=f"process {jax.process_index()}",
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        if writable:
+            self._manager = self._reader = self._open(max_to_keep=keep, create=True)
+        if not writable or jax.process_count() > 1:
+            self._reader = self._open(create=False, multiprocessing_options=self._alone)
+        if not writable:
+            self._manager = self._reader
+
+    def _open(self, **options: Any) -> ocp.CheckpointManager:
+        options |= {"enable_async_checkpointing": False}
+        return ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(**options))
 
     def _remove_unfinished(self) -> None:
         """Removes what a killed process or a full disk left of a checkpoint."""
@@ -123,12 +136,13 @@ class Checkpoints:
     def _check_written(self, step: int, content: Mapping[str, Any]) -> None:
         """Opens a new checkpoint: Orbax can write one without its manifest."""
         folder = self.folder / str(step)
+        self._reader.reload()
         complete = (folder / "state" / "manifest.ocdbt").is_file()
         if not complete or self._read_content(step) != json.loads(json.dumps(content)):
             raise RuntimeError(f"{folder} was written but cannot be opened")
 
     def restore(self, like: TrainState | None = None) -> Restored:
-        """Reads the newest intact checkpoint.
+        """Reads the newest intact checkpoint; for several processes see `agreement`.
 
         A checkpoint that cannot be read is read again after a pause, from a new listing of the
         folder: a training that runs may have deleted it, and an error of the storage may pass.
@@ -144,8 +158,8 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for _ in range(_LISTINGS):
             before, damaged = self._listing(), {}
-            self._manager.reload()
-            for candidate in reversed(self.steps()):
+            self._reader.reload()
+            for candidate in sorted(self._reader.all_steps(), reverse=True):
                 try:
                     return Restored(*self._read_twice(like, candidate), damaged)
                 except Exception as error:
@@ -165,6 +179,15 @@ class Checkpoints:
                 "copy or start in another workdir"
             )
         return Restored(None, {}, {})
+
+    def read(self, like: TrainState | None, step: int) -> tuple[TrainState, dict[str, Any]]:
+        """Reads one checkpoint, see `restore`: (state, metadata).
+
+        Raises:
+          Exception: it is missing or damaged.
+        """
+        self._reader.reload()
+        return self._read_twice(like, step)
 
     def _listing(self) -> list[str]:
         """The names of all files, which change when a checkpoint is written or deleted."""
@@ -189,7 +212,7 @@ class Checkpoints:
 
     def _read_content(self, step: int) -> dict[str, Any]:
         """The digests and the metadata of a checkpoint."""
-        content = self._manager.restore(
+        content = self._reader.restore(
             step, args=ocp.args.Composite(content=ocp.args.JsonRestore())
         ).content
         _check_content(content)
@@ -214,7 +237,9 @@ class Checkpoints:
             ] = 0
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         # Not by the manager, which reads and writes an item in one way only.
-        with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader:
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=self._alone)
+        checkpointer = ocp.Checkpointer(handler, multiprocessing_options=self._alone)
+        with contextlib.closing(checkpointer) as reader:
             restored = reader.restore(
                 self.folder / str(step) / "state",
                 args=ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy, partial_restore=True),
@@ -232,7 +257,7 @@ class Checkpoints:
     def _read_all(self, like: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         # Restored as NumPy arrays: the caller decides on which devices to put them.
         as_numpy = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
-        restored = self._manager.restore(
+        restored = self._reader.restore(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(as_numpy), content=ocp.args.JsonRestore()
@@ -249,12 +274,16 @@ class Checkpoints:
         return restored.state, restored.content["meta"]
 
     def set_aside(self, step: int) -> None:
-        """Moves a damaged checkpoint to `FOLDER_damaged/STEP`, so that its step can be saved."""
+        """Moves a damaged checkpoint to `FOLDER_damaged/STEP`, so that its step can be saved.
+
+        A collective if there are several processes.
+        """
         if jax.process_index() == 0:
             target = self.folder.with_name(f"{self.folder.name}_damaged") / str(step)
             target.parent.mkdir(exist_ok=True)
             shutil.rmtree(target, ignore_errors=True)
             shutil.move(self.folder / str(step), target)
+        sharding.wait_for_all(f"set aside {step}")
         self._manager.reload()
 
     def discard(self, step: int) -> None:
@@ -262,8 +291,10 @@ class Checkpoints:
         self._manager.delete(step)
 
     def close(self) -> None:
-        """Stops the manager's threads."""
-        self._manager.close()
+        """Stops the managers' threads."""
+        self._reader.close()
+        if self._manager is not self._reader:
+            self._manager.close()
 
 
 def check_path(folder: str | os.PathLike[str]) -> None:
