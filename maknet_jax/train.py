@@ -11,6 +11,7 @@ import os
 import pathlib
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -65,9 +66,9 @@ def train(
     folder = pathlib.Path(folder)
     checkpoint.check_path(folder)
     setup = set_up(config, folder, devices=devices)  # raises InputError before anything is written
-    _claim(setup)
     last, best = (folder / workdir.FOLDERS[name] for name in ("last", "best"))
     with (
+        _claim(setup),
         console.Log(folder / "log.jsonl" if _is_main() else None) as log,
         stopping.noted_signals() as stop,
         contextlib.closing(checkpoint.Checkpoints(last)) as last_checkpoints,
@@ -81,7 +82,7 @@ def _is_main() -> bool:
     return jax.process_index() == 0
 
 
-def _claim(setup: Setup) -> None:
+def _claim(setup: Setup) -> AbstractContextManager[None]:
     """Writes config.json and dataset.json, or checks that they belong to the same run."""
     dataset = setup.dataset
     description = {
@@ -101,7 +102,7 @@ def _claim(setup: Setup) -> None:
         # only now.
         return ({"initial_weights": setup.initial_weights} if setup.place else {}) | record
 
-    claim(
+    return claim(
         setup.folder,
         {"dataset.json": description, "config.json": configs.to_json(setup.config)},
         command="maknet train",
