@@ -3,6 +3,7 @@
 import collections
 import errno
 import os
+import signal
 from collections.abc import Iterable, Sequence
 
 # What to do about an error of the operating system, after its text.
@@ -13,6 +14,15 @@ ADVICE = {
 NO_HANDLES = (errno.EMFILE, errno.ENFILE)
 # Errors that say nothing about the content of a file.
 _SYSTEM = {*ADVICE, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ESTALE}
+
+# Signals that stop a command. Slurm sends SIGUSR1 or SIGUSR2, a terminal that closes SIGHUP.
+STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGHUP,
+)
 
 
 class InputError(ValueError):

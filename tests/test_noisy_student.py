@@ -387,7 +387,7 @@ def test_the_first_process_writes_after_all_have_checked_the_folder(
     folder, calls = tmp_path / "ns", []
 
     def wait_for_all(name):
-        calls.append((name, folder.exists()))
+        calls.append((name, (folder / "noisy_student.json").exists()))
         if name == "claimed":
             raise Stopped
 

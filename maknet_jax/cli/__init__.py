@@ -50,7 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.check_paths(chosen)
         return chosen.run(chosen)
 
-    return exit_codes.exit_code("maknet", work)
+    return exit_codes.exit_code(
+        "maknet",
+        work,
+        seconds=getattr(chosen, "stop_after", None),
+        final=argv is None,
+    )
 
 
 def _parser() -> options.Parser:

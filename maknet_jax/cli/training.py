@@ -131,7 +131,7 @@ def _train(verbs: argparse._SubParsersAction) -> None:
         help="print all fields with their values as JSON, changes included, and exit; --config "
         "takes the output, saved as a .json file",
     )
-    options.distributed(verb)
+    options.processes(verb)
     verb.usage = (
         "maknet train --config NAME --workdir DIR [--config.FIELD=VALUE ...] [--print-config]"
     )
@@ -155,7 +155,7 @@ def _run_train(chosen: argparse.Namespace) -> None:
 
     from maknet_jax import train
 
-    options.start_jax(chosen.distributed)
+    options.start_jax(chosen)
     summary = train.train(config, chosen.workdir)
     best = "no validation AUC"
     if summary["best_val_auc"] is not None:
@@ -191,7 +191,7 @@ def _evaluate(verbs: argparse._SubParsersAction) -> None:
         action="store_true",
         help="add 95 %% intervals of AUC and F1 by a bootstrap over patients",
     )
-    options.distributed(verb)
+    options.processes(verb)
     verb.add_argument(
         "--batch-size", type=options.count, help="images per step (default: the config's)"
     )
@@ -204,7 +204,7 @@ def _run_evaluate(chosen: argparse.Namespace) -> None:
     """
     from maknet_jax import evaluate
 
-    options.start_jax(chosen.distributed)
+    options.start_jax(chosen)
     summary = evaluate.evaluate(
         chosen.model,
         splits=chosen.split,

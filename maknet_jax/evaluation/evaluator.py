@@ -7,6 +7,7 @@ import numpy as np
 
 from maknet_jax.data import pipeline
 from maknet_jax.data.records import ExampleSource
+from maknet_jax.errors import Stopped
 from maknet_jax.evaluation import metrics, protocol
 
 
@@ -73,6 +74,7 @@ class Evaluator:
         process_index: int = 0,
         process_count: int = 1,
         threads: int = 4,
+        stop: Callable[[], bool] = lambda: False,
     ):
         """Sets up a split.
 
@@ -84,9 +86,11 @@ class Evaluator:
           process_index: of this process.
           process_count: number of processes.
           threads: number of reader threads.
+          stop: whether this process should stop. All processes then stop after the same batch.
         """
         self._source = source
-        self._predict = predict
+        self._predict, self._stop = predict, stop
+        self._shared = process_count > 1
         self._reading = {
             "batch_size": batch_size,
             "process_index": process_index,
@@ -123,11 +127,16 @@ class Evaluator:
           advance: called with the number of examples after each batch.
 
         Raises:
+          Stopped: `stop` of a process returned True.
           RuntimeError: an example was scored twice or not at all.
         """
         columns: dict[str, list[np.ndarray]] = {name: [] for name in (*names, "index")}
         for batch in pipeline.ordered_batches(self._source, **self._reading):
+            if self._shared:  # `predict` returns the rows of all processes
+                batch["stop"] = np.full(len(batch["weight"]), self._stop())
             outputs = self._predict(variables, batch)
+            if np.any(outputs["stop"]) if self._shared else self._stop():
+                raise Stopped("the scoring was interrupted")
             real = outputs["weight"] > 0
             for name, column in columns.items():
                 column.append(outputs[name][real])

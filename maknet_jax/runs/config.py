@@ -29,6 +29,8 @@ ADDED_FIELDS: dict[str, Value] = {
     "init": {"path": "", "head": False, "shared_labels": False},  # random weights
     "ema_decay": 0.0,  # no average of the weights
     "domain_components": 64,  # no result of the training depends on it
+    "checkpoint_minutes": 30.0,  # no result depends on it
+    "skip_nonfinite": 10,  # earlier versions stopped instead
     "augment.translation_probability": 0.0,
     "augment.translation_range": 0.1,  # not used at probability 0
 }

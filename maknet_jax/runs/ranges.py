@@ -20,6 +20,7 @@ _RULES = {
     **dict.fromkeys(("weight_decay", "bias_rate", "trunk_rate", "gamma"), _NOT_NEGATIVE),
     **dict.fromkeys(("head_weights", "rhem_weight", "rhem_power"), _NOT_NEGATIVE),
     **dict.fromkeys(("triplet_weight", "triplet_margin", "threads", "balance"), _NOT_NEGATIVE),
+    **dict.fromkeys(("checkpoint_minutes", "skip_nonfinite"), _NOT_NEGATIVE),
     **dict.fromkeys(("b1", "b2", "momentum", "ema_decay", "dropout_rate"), _BELOW_ONE),
     **dict.fromkeys(("rotation", "translation", "crop", "contrast", "grayscale"), _SHARE),
     **dict.fromkeys(("alpha", "decay_from"), _SHARE),

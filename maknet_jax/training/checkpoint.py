@@ -21,11 +21,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from maknet_jax import files
 from maknet_jax.errors import InputError, system_error
+from maknet_jax.training import sharding
 from maknet_jax.training.state import TrainState
 
 T = TypeVar("T")
@@ -70,10 +72,23 @@ class Checkpoints:
             check_path(self.folder)
             if jax.process_index() == 0:
                 self._remove_unfinished()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=writable, enable_async_checkpointing=False
+        # Several processes read independently, without barriers.
+        self._alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(),
+            active_processes={jax.process_index()},
+            barrier_sync_key_prefix=f"process {jax.process_index()}",
         )
-        self._manager = _listed(lambda: ocp.CheckpointManager(self.folder, options=options))
+        if writable:
+            self._manager = self._reader = self._open(max_to_keep=keep, create=True)
+        if not writable or jax.process_count() > 1:
+            self._reader = self._open(create=False, multiprocessing_options=self._alone)
+        if not writable:
+            self._manager = self._reader
+
+    def _open(self, **options: Any) -> ocp.CheckpointManager:
+        options |= {"enable_async_checkpointing": False}
+        chosen = ocp.CheckpointManagerOptions(**options)
+        return _listed(lambda: ocp.CheckpointManager(self.folder, options=chosen))
 
     def _remove_unfinished(self) -> None:
         """Removes what a killed process or a full disk left of a checkpoint."""
@@ -88,12 +103,19 @@ class Checkpoints:
         """Writes `state` under its step with `metadata` (JSON), unless the step exists.
 
         Raises:
+          InputError: a value is not finite; nothing is written.
           OSError: the disk is full, for example; the previous checkpoints are intact.
           RuntimeError: there is a newer checkpoint, or what was written cannot be opened.
         """
         step = int(state.step)
         if step in self.steps():
             return
+        if name := _first_nonfinite(state):
+            raise InputError(
+                f"the state after step {step} is not saved, because {name} is not finite: run the "
+                f"same command to resume from step {max(self.steps(), default=0)}, or lower "
+                "optimizer.learning_rate and choose another --workdir"
+            )
         content: dict[str, Any] = {"digests": digests(state), "meta": dict(metadata or {})}
         content["sha256"] = _content_digest(content)
         try:
@@ -116,12 +138,13 @@ class Checkpoints:
     def _check_written(self, step: int, content: Mapping[str, Any]) -> None:
         """Opens a new checkpoint: Orbax can write one without its manifest."""
         folder = self.folder / str(step)
+        self._reader.reload()
         complete = (folder / "state" / "manifest.ocdbt").is_file()
         if not complete or self._read_content(step) != json.loads(json.dumps(content)):
             raise RuntimeError(f"{folder} was written but cannot be opened")
 
     def restore(self, like: TrainState | None = None) -> Restored:
-        """Reads the newest intact checkpoint.
+        """Reads the newest intact checkpoint; for several processes see `agreement`.
 
         A checkpoint that cannot be read is read again after a pause, from a new listing of the
         folder: a training that runs may have deleted it, and an error of the storage may pass.
@@ -137,8 +160,8 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for _ in range(_LISTINGS):
             before, damaged = self._listing(), {}
-            _listed(self._manager.reload)
-            for candidate in reversed(self.steps()):
+            _listed(self._reader.reload)
+            for candidate in sorted(self._reader.all_steps(), reverse=True):
                 try:
                     return Restored(*self._read_twice(like, candidate), damaged)
                 except Exception as error:
@@ -158,6 +181,15 @@ class Checkpoints:
                 "copy or start in another workdir"
             )
         return Restored(None, {}, {})
+
+    def read(self, like: TrainState | None, step: int) -> tuple[TrainState, dict[str, Any]]:
+        """Reads one checkpoint, see `restore`: (state, metadata).
+
+        Raises:
+          Exception: it is missing or damaged.
+        """
+        self._reader.reload()
+        return self._read_twice(like, step)
 
     def _listing(self) -> list[str]:
         """The names of all files, which change when a checkpoint is written or deleted."""
@@ -182,7 +214,7 @@ class Checkpoints:
 
     def _read_content(self, step: int) -> dict[str, Any]:
         """The digests and the metadata of a checkpoint."""
-        content = self._manager.restore(
+        content = self._reader.restore(
             step, args=ocp.args.Composite(content=ocp.args.JsonRestore())
         ).content
         _check_content(content)
@@ -207,7 +239,9 @@ class Checkpoints:
             ] = 0
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         # Not by the manager, which reads and writes an item in one way only.
-        with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader:
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=self._alone)
+        checkpointer = ocp.Checkpointer(handler, multiprocessing_options=self._alone)
+        with contextlib.closing(checkpointer) as reader:
             restored = reader.restore(
                 self.folder / str(step) / "state",
                 args=ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy, partial_restore=True),
@@ -225,7 +259,7 @@ class Checkpoints:
     def _read_all(self, like: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         # Restored as NumPy arrays: the caller decides on which devices to put them.
         as_numpy = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
-        restored = self._manager.restore(
+        restored = self._reader.restore(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(as_numpy), content=ocp.args.JsonRestore()
@@ -242,12 +276,16 @@ class Checkpoints:
         return restored.state, restored.content["meta"]
 
     def set_aside(self, step: int) -> None:
-        """Moves a damaged checkpoint to `FOLDER_damaged/STEP`, so that its step can be saved."""
+        """Moves a damaged checkpoint to `FOLDER_damaged/STEP`, so that its step can be saved.
+
+        A collective if there are several processes.
+        """
         if jax.process_index() == 0:
             target = self.folder.with_name(f"{self.folder.name}_damaged") / str(step)
             target.parent.mkdir(exist_ok=True)
             shutil.rmtree(target, ignore_errors=True)
             shutil.move(self.folder / str(step), target)
+        sharding.wait_for_all(f"set aside {step}")
         self._manager.reload()
 
     def discard(self, step: int) -> None:
@@ -255,8 +293,10 @@ class Checkpoints:
         self._manager.delete(step)
 
     def close(self) -> None:
-        """Stops the manager's threads."""
-        self._manager.close()
+        """Stops the managers' threads."""
+        self._reader.close()
+        if self._manager is not self._reader:
+            self._manager.close()
 
 
 def _listed(read: Callable[[], T]) -> T:
@@ -319,10 +359,21 @@ def _check_content(content: Mapping[str, Any]) -> None:
 
 
 def _check_digests(state: TrainState, expected: Mapping[str, str]) -> None:
+    if name := _first_nonfinite(state):  # earlier versions saved such states
+        raise ValueError(f"{name} is not finite")
     actual = digests(state)
     if actual != expected:
         wrong = [name for name in expected if actual.get(name) != expected[name]]
         raise ValueError(f"{len(wrong)} arrays do not match their digest, first {wrong[:1]}")
+
+
+def _first_nonfinite(tree: Any) -> str | None:
+    """The path of the first array with a value that is not finite; None if all are finite."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    for path, leaf in leaves:
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.isfinite(np.asarray(leaf)).all():
+            return jax.tree_util.keystr(path)
+    return None
 
 
 def digests(tree: Any) -> dict[str, str]:
