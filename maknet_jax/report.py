@@ -15,7 +15,7 @@ from maknet_jax.evaluation.evaluator import Evaluator
 from maknet_jax.explain import network, results, selection, truth
 from maknet_jax.explain.options import PathOptions, SelectionOptions
 from maknet_jax.figures import charts, contact_sheet, overlay, page, picture
-from maknet_jax.runs import workdir
+from maknet_jax.runs import evaluations, workdir
 from maknet_jax.training import sharding, transfer
 
 METRICS = {
@@ -120,7 +120,7 @@ def _curves(folder: pathlib.Path, step: int) -> tuple[list[tuple[str, str]], lis
 def _scores(folder: pathlib.Path) -> list[tuple[str, list[float | None]]]:
     """(split, its `METRICS`) of each evaluation."""
     rows: list[tuple[str, list[float | None]]] = []
-    for summary in workdir.evaluations(folder):
+    for summary in evaluations.read(folder):
         for split, values in summary["splits"].items():
             row = split, [values.get(name) for name in METRICS]
             rows += [] if row in rows else [row]

@@ -262,6 +262,7 @@ REMOTE = [
     ["import-weights", "vgg.safetensors", "--model", "vgg16", "--out", "gs://bucket/w"],
     ["select", "idc", "--out", "gs://bucket/selection"],
     ["verify", "s3://bucket/shards"],
+    ["plan", "--config", "teacher", "--topology", "v5e:2x2", "--out", "gs://bucket/plan.json"],
 ]
 
 
