@@ -260,7 +260,9 @@ def _fusion(computation: Computation, operands: Sequence[int], outputs: Sequence
             number = int(line.rest.split(")")[0])
             moved += min(operands[number], _read(computation, name))
     (root,) = (name for name, line in computation.items() if line.is_root)
-    written = computation[root].operands if computation[root].kind == "tuple" else [root]
+    written = [root] * len(outputs)  # an operation of several outputs, such as a library call
+    if computation[root].kind == "tuple":
+        written = computation[root].operands
     for name, output in zip(written, outputs, strict=True):
         moved += min(_in_hbm([output]), _updated(computation, name))
     return moved
