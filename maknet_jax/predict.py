@@ -10,8 +10,8 @@ import numpy as np
 
 from maknet_jax import console, files
 from maknet_jax.ct import paged, preprocess, pseudonym, reading, search, volumes
-from maknet_jax.errors import NothingUsable
-from maknet_jax.evaluation import metrics, series_tables
+from maknet_jax.errors import InputError, NothingUsable
+from maknet_jax.evaluation import metrics, series_tables, structured_reports
 from maknet_jax.evaluation.domain import Domain
 from maknet_jax.evaluation.series import FLAGS, SeriesResult
 from maknet_jax.evaluation.series_files import SeriesFiles
@@ -34,6 +34,7 @@ def predict(
     wide: bool = False,
     audit: bool = False,
     charts: bool = False,
+    sr: bool = False,
     features: str | pathlib.Path | None = None,
     overwrite: bool = False,
     pseudonyms: bool = False,
@@ -62,6 +63,8 @@ def predict(
       wide: also write `STEM.wide.csv`: one row per slice, the confidence of each label in a column.
       audit: also write `STEM.audit.csv`: whether BodyPartExamined agrees with what is seen.
       charts: draw `STEM.NNN.png` for each series: its labels from head to feet.
+      sr: write `STEM.NNN.sr.dcm` for each DICOM series: its coded labels as a DICOM structured
+        report, see `evaluation.structured_reports`. It names the patient.
       features: an .npz file for the pooled features of all slices: `features` float32 `[N, F]` and
         `ids`, SERIES:SLICE each.
       overwrite: replace existing outputs.
@@ -84,6 +87,10 @@ def predict(
         out, **extras, features=None if features is None else pathlib.Path(features)
     )
     outputs.check(overwrite=overwrite)
+    if sr:
+        structured_reports.require_highdicom()
+    if sr and pseudonyms:
+        raise InputError("--sr writes reports that name the patient: omit it or --pseudonyms")
     read_as = reading.Overrides(**overrides)
     hidden = pseudonym.read_pseudonyms(pseudonyms, salt_file)
     results, views = [], []
@@ -100,6 +107,12 @@ def predict(
     written = outputs.write(results, read_as)
     if charts:
         written += _write_charts(out, run, results, views)
+    without_report = None
+    if sr:
+        reports, without_report = structured_reports.write_reports(
+            out, results, series, f"{run.source.resolve().name}, step {run.step}"
+        )
+        written += reports
     failures = hidden.failures(failures) if hidden else failures
     console.write_failures(outputs.beside("failures.csv"), failures)
     summary = {
@@ -109,6 +122,7 @@ def predict(
         "copies": sum(ref.copies for ref in series),
         "failures": len(failures),
         "failures_file": str(outputs.beside("failures.csv")) if failures else None,
+        "without_report": without_report,
         "files": [str(file) for file in written],
     }
     tables = {
@@ -154,6 +168,11 @@ def text(summary: dict[str, Any]) -> str:
     if summary["domain"] is None:
         lines.append(
             "the network has no out-of-domain statistics: nothing marks CT unlike its training data"
+        )
+    if summary["without_report"]:
+        lines.append(
+            f"series without a structured report: {summary['without_report']} (not DICOM, without "
+            "the UIDs that it refers to, or without a coded label)"
         )
     if summary["failures"]:
         lines.append(f"rejected: {summary['failures']}, see {summary['failures_file']}")

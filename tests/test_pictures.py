@@ -10,7 +10,7 @@ from PIL import Image
 from maknet_jax.ct import preprocess
 from maknet_jax.data import deeplesion, records
 from maknet_jax.errors import InputError
-from maknet_jax.explain import drawing, selection, source_slices
+from maknet_jax.explain import drawing, results, selection, source_slices
 from maknet_jax.figures import charts, panels, picture
 
 
@@ -140,6 +140,14 @@ def test_a_folder_with_none_of_the_ct_is_refused(shards, phantom, tmp_path):
     unnamed = records.Example("x", source[0].image, None, None, {"series": "a"})
     with pytest.raises(InputError, match="do not name the slices they show: omit it"):
         source_slices.check_matches(lambda number: unnamed, numbers, phantom["images"])
+
+
+def test_pictures_without_ct_are_counted(tmp_path):
+    forms = ({"picture": {"native": True}}, {"picture": {"native": False}}, {})
+    paths = [tmp_path / f"{number}.npz" for number in range(3)]
+    for path, metadata in zip(paths, forms, strict=True):
+        results.save(path, metadata, {"image": np.zeros((2, 2))})
+    assert [results._count_without_ct(paths[:n]) for n in range(4)] == [0, 0, 1, 2]
 
 
 def result(name, truths, **meta):

@@ -80,6 +80,12 @@ def _predict(verbs: argparse._SubParsersAction) -> None:
         "--charts", action="store_true", help="also draw the labels of each series, head to feet"
     )
     verb.add_argument(
+        "--sr",
+        action="store_true",
+        help="also write STEM.NNN.sr.dcm: the coded labels of each DICOM series as a DICOM "
+        'structured report (TID 1500), which names the patient; needs pip install "maknet-jax[sr]"',
+    )
+    verb.add_argument(
         "--features",
         metavar="FILE.npz",
         help="also write the pooled features of all slices: features [N, F] and ids SERIES:SLICE",
@@ -104,7 +110,7 @@ def _run_predict(chosen: argparse.Namespace) -> int:
 
     options.start_jax()
     scoring = options.selected(chosen, "png_window", "checkpoint", "batch_size", *options.OVERRIDES)
-    names = ("as_json", "wide", "audit", "charts", "features", "overwrite")
+    names = ("as_json", "wide", "audit", "charts", "sr", "features", "overwrite")
     outputs = options.selected(chosen, *names, "pseudonyms", "salt_file")
     path = chosen.path if len(chosen.path) > 1 else chosen.path[0]
     summary = predict.predict(chosen.model, path, chosen.out, **scoring, **outputs)

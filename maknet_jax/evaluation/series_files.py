@@ -17,7 +17,7 @@ from maknet_jax.evaluation.series_tables import SERIES_COLUMNS, SLICE_COLUMNS
 
 @dataclasses.dataclass(frozen=True)
 class SeriesFiles:
-    """The files that `maknet predict` writes, except for charts.
+    """The files that `maknet predict` writes, except for charts and structured reports.
 
     Attributes:
       out: the CSV of slices; the names of the others start with its stem.
@@ -51,7 +51,9 @@ class SeriesFiles:
             files.check_file_name(self.features, ".npz", "--features")
         endings = ("series.csv", "wide.csv", "audit.csv", "json", "summary.json")
         outputs = [self.out, *map(self.beside, endings)]
-        outputs += sorted(self.out.parent.glob(f"{glob.escape(self.out.stem)}.[0-9][0-9][0-9].png"))
+        stem = f"{glob.escape(self.out.stem)}.[0-9][0-9][0-9]"
+        for ending in ("png", "sr.dcm"):
+            outputs += sorted(self.out.parent.glob(f"{stem}.{ending}"))
         outputs += [self.features] if self.features is not None else []
         for output in outputs:
             if output.exists() and not overwrite:

@@ -152,8 +152,9 @@ def best_slices(
     The labels take turns. Each takes first the slices whose confidence reaches its threshold: the
     best of each group, then the second of each, and so on; then the others in the same way.
 
-    >>> best_slices(np.c_[[0.9, 0.8, 0.1, 0.7]], np.c_[[1, 1, 0, 1]], ["a", "a", "b", "c"], 2)
-    [0, 3]
+    >>> best = functools.partial(best_slices, np.c_[[0.9, 0.8, 0.1, 0.7]], np.c_[[1, 1, 0, 1]])
+    >>> best(["a", "a", "b", "c"], 2), best(["a", "a", "b", "c"], 3)
+    ([0, 3], [0, 1, 3])
 
     Args:
       confidences: `[N, T]`, of the labels.
