@@ -110,6 +110,26 @@ def evaluate(
     return summary
 
 
+def summaries(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The summaries of `maknet evaluate` in a workdir.
+
+    Raises:
+      InputError: one is damaged.
+    """
+    results = []
+    for path in sorted((folder / "evaluation").glob("summary_*.json")):
+        summary = files.read_json(path)
+        try:
+            _ = summary["checkpoint"], summary["step"], list(summary["splits"].items())
+            intact = all(isinstance(split, dict) for split in summary["splits"].values())
+        except (KeyError, TypeError, AttributeError):
+            intact = False
+        if not intact:
+            raise InputError(f"{path} is damaged: delete it, or run `maknet evaluate` again")
+        results.append(summary)
+    return results
+
+
 def patients_of(dataset: records.Dataset, split: str) -> np.ndarray:
     """The patient of each record of a split, int `[N]` from 0.
 

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 from markupsafe import Markup
 
-from maknet_jax import attribute, files
+from maknet_jax import attribute, evaluate, files
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation.evaluator import Evaluator
 from maknet_jax.explain import network, results, selection, truth
 from maknet_jax.explain.options import PathOptions, SelectionOptions
 from maknet_jax.figures import charts, contact_sheet, overlay, page, picture
-from maknet_jax.runs import evaluations, workdir
+from maknet_jax.runs import workdir
 from maknet_jax.training import sharding, transfer
 
 METRICS = {
@@ -120,7 +120,7 @@ def _curves(folder: pathlib.Path, step: int) -> tuple[list[tuple[str, str]], lis
 def _scores(folder: pathlib.Path) -> list[tuple[str, list[float | None]]]:
     """(split, its `METRICS`) of each evaluation."""
     rows: list[tuple[str, list[float | None]]] = []
-    for summary in evaluations.read(folder):
+    for summary in evaluate.summaries(folder):
         for split, values in summary["splits"].items():
             row = split, [values.get(name) for name in METRICS]
             rows += [] if row in rows else [row]

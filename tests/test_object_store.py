@@ -1,6 +1,7 @@
 """Data sets in object stores: copied to a local cache, checked, and used as local ones."""
 
 import os
+import pathlib
 import shutil
 
 import fsspec
@@ -29,7 +30,8 @@ def remote(tmp_path):
     folder = test_records.write_set(tmp_path / "set", counts=(5, 3))
     store = fsspec.filesystem("memory")
     store.store.clear()
-    store.put(str(folder), "/bucket/set", recursive=True)
+    for path in filter(pathlib.Path.is_file, folder.rglob("*")):
+        store.pipe_file(f"/bucket/set/{path.relative_to(folder)}", path.read_bytes())
     return store
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import shutil
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
@@ -84,15 +85,20 @@ def copy_shards(url: str, folder: pathlib.Path, shards: Sequence[Mapping[str, An
 
 def _copy(filesystem: Any, source: str, target: pathlib.Path, shard: Mapping[str, Any]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with files.write_whole(target, "wb") as file:
-        with filesystem.open(source, "rb") as remote:
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        with filesystem.open(source, "rb") as remote, temporary.open("wb") as file:
             shutil.copyfileobj(remote, file, 1 << 20)
-        file.flush()
-        if "digest" in shard and _digest(file.name) != shard["digest"]:
+            file.flush()
+            os.fsync(file.fileno())
+        if "digest" in shard and _digest(temporary) != shard["digest"]:
             raise InputError("its records do not match their digest: copy the data set again")
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def _digest(path: str) -> str:
+def _digest(path: pathlib.Path) -> str:
     """SHA-256 over the records of a shard, as `examples.write_shard` returns it."""
     source, digest = RecordSource([path]), hashlib.sha256()
     for number in range(len(source)):
@@ -120,7 +126,7 @@ def _one_line(url: str) -> Iterator[None]:
             "'maknet-jax[cloud]', and gcsfs for gs://"
         ) from None
     except FileNotFoundError:
-        raise InputError(f"{url} has no finished data set (a file is missing)") from None
+        raise InputError(f"{url} does not exist, or is not a finished data set") from None
     except Exception as error:
         if isinstance(error, OSError) and str(error.filename).startswith(str(cache())):
             raise  # a full disk, for example

@@ -337,7 +337,11 @@ def _quiet() -> Iterator[None]:
 
     logger.addFilter(_drop)
     sys.unraisablehook = unless_closed
-    yield  # after an exception both stay
+    try:
+        yield
+    except BaseException:  # most threads end within the pause; for the others both stay in place
+        time.sleep(_PAUSE)
+        raise
     logger.removeFilter(_drop)
     sys.unraisablehook = hook
 
