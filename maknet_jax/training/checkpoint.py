@@ -17,8 +17,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from maknet_jax.errors import InputError, system_error
 from maknet_jax.training import sharding
 from maknet_jax.training.state import TrainState
 
+T = TypeVar("T")
 # The parts of a path of `jax.tree_util.keystr`: .params['stem']['conv']['kernel'].
 _NAME = re.compile(r"^\.(\w+)|\['(.*?)'\]")
 _PAUSE = 0.2  # seconds before a failed checkpoint is read again
@@ -86,7 +87,8 @@ class Checkpoints:
 
     def _open(self, **options: Any) -> ocp.CheckpointManager:
         options |= {"enable_async_checkpointing": False}
-        return ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(**options))
+        manager = ocp.CheckpointManagerOptions(**options)
+        return _listed(lambda: ocp.CheckpointManager(self.folder, options=manager))
 
     def _remove_unfinished(self) -> None:
         """Removes what a killed process or a full disk left of a checkpoint."""
@@ -158,7 +160,7 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for _ in range(_LISTINGS):
             before, damaged = self._listing(), {}
-            self._reload()
+            _listed(self._reader.reload)
             for candidate in sorted(self._reader.all_steps(), reverse=True):
                 try:
                     return Restored(*self._read_twice(like, candidate), damaged)
@@ -186,15 +188,8 @@ class Checkpoints:
         Raises:
           Exception: it is missing or damaged.
         """
-        self._reload()
+        _listed(self._reader.reload)
         return self._read_twice(like, step)
-
-    def _reload(self) -> None:
-        """Lists the folder again; Orbax fails if a step is deleted while it does so."""
-        for _ in range(_LISTINGS):
-            with contextlib.suppress(FileNotFoundError):
-                return self._reader.reload()
-        return self._reader.reload()
 
     def _listing(self) -> list[str]:
         """The names of all files, which change when a checkpoint is written or deleted."""
@@ -304,6 +299,14 @@ class Checkpoints:
             self._manager.close()
 
 
+def _listed(read: Callable[[], T]) -> T:
+    """Repeats a listing of checkpoints that fails because a training deletes one meanwhile."""
+    for _ in range(_LISTINGS):
+        with contextlib.suppress(FileNotFoundError):
+            return read()
+    return read()
+
+
 def check_path(folder: str | os.PathLike[str]) -> None:
     """Checks that Orbax can write checkpoints below a folder.
 
@@ -334,7 +337,11 @@ def _quiet() -> Iterator[None]:
 
     logger.addFilter(_drop)
     sys.unraisablehook = unless_closed
-    yield  # after an exception both stay
+    try:
+        yield
+    except BaseException:  # most threads end within the pause; for the others both stay in place
+        time.sleep(_PAUSE)
+        raise
     logger.removeFilter(_drop)
     sys.unraisablehook = hook
 
