@@ -188,7 +188,7 @@ class Checkpoints:
         Raises:
           Exception: it is missing or damaged.
         """
-        self._reader.reload()
+        _listed(self._reader.reload)
         return self._read_twice(like, step)
 
     def _listing(self) -> list[str]:
