@@ -41,7 +41,7 @@ def result_of(uids):
 
 def header():
     data = pydicom.Dataset()
-    data.SOPClassUID = pydicom.uid.CTImageStorage
+    data.SOPClassUID, data.SOPInstanceUID = pydicom.uid.CTImageStorage, "1.2.3.0"
     data.StudyInstanceUID, data.SeriesInstanceUID = "1.2", "1.2.3"
     data.PatientID, data.PatientName, data.PatientSex = "p7", "Doe^J", "O"
     data.PatientBirthDate = data.StudyID = data.AccessionNumber = data.ReferringPhysicianName = ""

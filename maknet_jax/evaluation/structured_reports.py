@@ -175,6 +175,7 @@ def _instance(uid: str) -> str:
 def _image(header: pydicom.Dataset, instance: str) -> pydicom.Dataset:
     """The header of a file of the same series."""
     image = pydicom.Dataset()
-    image.update({element.tag: element for element in header})
+    # Elements are shared, and setting the value of one would change it in all images.
+    image.update({e.tag: e for e in header if e.keyword != "SOPInstanceUID"})
     image.SOPInstanceUID = instance
     return image
