@@ -94,6 +94,14 @@ def test_frames_of_one_file_are_referenced_by_number(tmp_path):
         assert list(image.referenced_frame_numbers) == expected
 
 
+def test_an_anonymised_series_has_a_report():
+    data = pydicom.Dataset()
+    for name in ("SOPClassUID", "StudyInstanceUID", "SeriesInstanceUID"):
+        setattr(data, name, header()[name].value)
+    result = result_of(tuple(f"1.2.3.{k}" for k in range(4)))
+    assert structured_reports.report_of(result, data, "torso").PatientID == ""
+
+
 def test_series_without_uids_or_codes_have_no_report():
     result = result_of(tuple(f"1.2.3.{k}" for k in range(4)))
     without = header()
