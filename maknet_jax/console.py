@@ -53,14 +53,16 @@ class Log:
         """Appends one JSONL line without printing it."""
         if self._file is not None:
             line = json.dumps({"time": round(time.time(), 3), **event}, default=str)
-            self._file.write(line + "\n")
-            self._file.flush()
+            with files.naming(self._file.name):
+                self._file.write(line + "\n")
+                self._file.flush()
 
     def close(self) -> None:
         """Closes the JSONL file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with files.naming(file.name):
+                file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -77,8 +79,10 @@ def say_from_signal(text: str) -> None:
 
 
 @contextlib.contextmanager
-def progress(description: str, total: int, *, done: int = 0) -> Iterator[Callable[..., None]]:
-    """Shows a progress bar if standard error is a terminal.
+def progress(
+    description: str, total: int | None, *, done: int = 0
+) -> Iterator[Callable[..., None]]:
+    """Shows a progress bar if standard error is a terminal; a total of None is unknown.
 
     Yields:
       advance(count=1, note=None): `note` (a rate, a loss) is shown at the end of the bar until

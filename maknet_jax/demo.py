@@ -16,6 +16,7 @@ from maknet_jax import (
     train,
 )
 from maknet_jax.runs import config as configs
+from maknet_jax.training import checkpoint
 
 # About 430 training images: minutes on two cores.
 PHANTOM = {"patients": 100, "unlabelled_volumes": 12, "size": 128, "lesions_per_patient": 6}
@@ -40,6 +41,7 @@ def demo(out: str | pathlib.Path, *, seed: int = 0, workers: int = 1) -> dict[st
       the `report`.
     """
     out = pathlib.Path(out)
+    checkpoint.check_path(out)
     started = time.perf_counter()
     log = console.Log(out / "log.jsonl")
     size = configs.load("smoke").data.size

@@ -1,8 +1,29 @@
 """Exceptions for bad input and for a run that a signal stops; hints for misspelt names."""
 
 import collections
+import errno
 import os
+import signal
+import sys
 from collections.abc import Iterable, Sequence
+
+# What to do about an error of the operating system, after its text.
+ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space and run the command again"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise `ulimit -n` or run fewer processes"),
+}
+NO_HANDLES = (errno.EMFILE, errno.ENFILE)
+# Errors that say nothing about the content of a file.
+_SYSTEM = {*ADVICE, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ESTALE}
+
+# Signals that stop a command. Slurm sends SIGUSR1 or SIGUSR2, a terminal that closes SIGHUP.
+STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGHUP,
+)
 
 
 class InputError(ValueError):
@@ -52,8 +73,18 @@ class NothingUsable(InputError):
 class Rejected(ValueError):
     """One input (a file, a series, a row) is rejected; the others are processed, exit code 3.
 
-    The message is the reason in `failures.csv`.
+    The message is the reason in `failures.csv`. No input is rejected because this process has too
+    many open files: in the handler of such an error, this raises the error itself.
     """
+
+    def __init__(self, *args: object) -> None:
+        """Args: args: the reason."""
+        handled = sys.exception()
+        while handled is not None:
+            if isinstance(handled, OSError) and handled.errno in NO_HANDLES:
+                raise handled
+            handled = handled.__cause__ or handled.__context__
+        super().__init__(*args)
 
 
 class Stopped(BaseException):
@@ -62,6 +93,28 @@ class Stopped(BaseException):
     Derives from BaseException, like KeyboardInterrupt: readers turn any Exception into a rejected
     file, and a signal that arrives while they read must not be reported as a rejected file.
     """
+
+
+def system_error(error: BaseException, path: str | os.PathLike[str]) -> OSError | None:
+    """The error of the operating system behind an exception, or None: a full disk is no damage.
+
+    ArrayRecord, TensorStore and safetensors raise RuntimeError or ValueError with the text of the
+    error in it, such as "open() failed: Too many open files; opening /x".
+
+    Args:
+      error: raised while a file was read or written.
+      path: the file or its folder.
+    """
+    text = " ".join(str(error).split())
+    named = text.partition("failed: ")[2].partition(";")[0]
+    code = next((code for code in errno.errorcode if os.strerror(code) == named), None)
+    if isinstance(error, OSError) and error.errno in _SYSTEM:
+        code = error.errno
+    elif code is None:
+        code = next((code for code in _SYSTEM if os.strerror(code) in text), None)
+    if code is None:
+        return None
+    return OSError(code, os.strerror(code), os.fspath(path))
 
 
 def did_you_mean(name: str, known: Iterable[str], *, likeness: float = 0) -> str:

@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, and the check of a claimed output folder."""
+"""Atomic writes, the limit of open files, and the check of a claimed output folder."""
 
 import contextlib
 import errno
@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import IO, Any
@@ -19,6 +20,28 @@ PNG_SOFTWARE = "maknet-jax"  # the text chunk "Software" of the PNGs that this p
 _UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+
+# A URL, or what `pathlib` makes of one: s3:/bucket. A scheme has two letters or more.
+_REMOTE = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/.*")
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a URL, such as gs://bucket/runs, and not a path of this machine."""
+    return _REMOTE.match(os.fspath(path)) is not None
+
+
+def check_local(path: str | os.PathLike[str]) -> None:
+    """Checks that a path is not a URL, which `pathlib` would turn into a local folder.
+
+    Raises:
+      InputError: it is one.
+    """
+    if is_remote(path):
+        url = re.sub(":/+", "://", os.fspath(path), count=1)
+        raise InputError(
+            f"{url} is not a path of this machine, and object stores are not supported here: pass "
+            "a local path, such as a mount of the bucket or a copy"
+        )
 
 
 def printable(text: str) -> str:
@@ -48,6 +71,7 @@ def write_whole(
     Raises:
       OSError: the disk is full, for example; its `filename` is `path`.
     """
+    check_local(path)
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
@@ -97,6 +121,17 @@ def check_file_name(path: str | os.PathLike[str], ending: str, option: str = "--
 
 
 @contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Adds the name of a file to errors of the block that lack one: writing to it, for example."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextlib.contextmanager
 def write_folder(
     path: str | os.PathLike[str], *, replace: Callable[[pathlib.Path], bool] | None = None
 ) -> Iterator[pathlib.Path]:
@@ -109,6 +144,7 @@ def write_folder(
     Raises:
       InputError: `path` exists and may not be replaced.
     """
+    check_local(path)
     path = pathlib.Path(path).absolute()
     occupied = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if occupied and not (replace and replace(path)):
@@ -126,6 +162,14 @@ def write_folder(
             if occupied:
                 old.rename(path)
             raise
+
+
+def raise_handle_limit(most: int = 65_536) -> None:
+    """Raises the soft limit of open files of this process to the hard limit, or to `most`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def has_foreign_files(folder: str | os.PathLike[str], *names: str) -> bool:
@@ -168,6 +212,7 @@ def check_claim(
     Raises:
       InputError: the folder holds foreign files or another run.
     """
+    check_local(folder)
     folder = pathlib.Path(folder)
     claim = list(records)[-1]
     if not (folder / claim).is_file():
@@ -180,6 +225,8 @@ def check_claim(
     for name, record in records.items():
         prefix = "" if name == claim else pathlib.Path(name).stem
         stored = read_json(folder / name) if (folder / name).is_file() else {}
+        if not isinstance(stored, dict):
+            raise InputError(f"{folder / name} is damaged: restore a copy or choose a new {option}")
         if upgrade is not None:
             stored = upgrade(name, stored)
         before, now = _flatten(stored, prefix), _flatten(json.loads(json.dumps(record)), prefix)
@@ -213,5 +260,13 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Reads a JSON file."""
-    return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    """Reads a JSON file.
+
+    Raises:
+      InputError: it is truncated or not JSON.
+    """
+    try:
+        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise InputError(f"{path} is not valid JSON ({reason}): restore a copy of it") from None

@@ -25,6 +25,7 @@ from maknet_jax.figures import charts
 from maknet_jax.runs import config as configs
 from maknet_jax.runs import workdir
 from maknet_jax.runs.claim import claim
+from maknet_jax.training import checkpoint
 
 # May change on resume: more rounds may follow, and moved data keep their fingerprint.
 MAY_CHANGE = ("rounds", "labelled", "unlabelled")
@@ -53,46 +54,49 @@ def noisy_student(config: ml_collections.ConfigDict, folder: pathlib.Path | str)
 
     Raises:
       InputError: the config or the data are invalid, or the folder belongs to another run.
-      Stopped: SIGTERM or SIGINT; the same call resumes.
+      Stopped: a signal; the same call resumes.
     """
     folder = pathlib.Path(folder)
+    checkpoint.check_path(folder)
     round_configs = [_round_config(config, folder, n) for n in range(config.rounds + 1)]
     _check(config, round_configs)
     paper = is_paper_data(records.open_dataset(config.labelled))
     main = jax.process_index() == 0
-    claim(
+    rounds: list[dict] = []
+    with claim(
         folder,
         {"noisy_student.json": configs.to_json(config)},
         command="maknet noisy-student",
         option="--workdir",
         may_change=MAY_CHANGE,
-    )
-    rounds: list[dict] = []
-    with console.Log(folder / "log.jsonl" if main else None) as log:
-        for number, round_config in enumerate(round_configs):
-            if number:
-                log.say(f"round {number} of {config.rounds}: pseudo-labels of round {number - 1}")
-                pseudo_label.pseudo_label(
-                    folder / f"round-{number - 1}",
-                    config.unlabelled,
-                    folder / f"pseudo-{number}",
-                    split=config.split,
-                    top=config.top,
-                    threshold=config.threshold,
-                    soft=config.soft,
-                    checkpoint=config.checkpoint,
-                )
-            log.say(f"round {number} of {config.rounds}: {'student' if number else 'teacher'}")
-            first = folder / "round-1" / "config.json"
-            if number > 1 and first.is_file():
-                # In a run of an earlier version, later students have the recipe of the first.
-                stored = files.read_json(first)
-                round_config, _ = configs.as_stored(round_config, stored, lacking=False)
-            train.train(round_config, folder / f"round-{number}")
-            rounds.append(evaluate.evaluate(folder / f"round-{number}", splits=config.evaluate))
-            if main:
-                # Finished rounds can be read while the next one runs.
-                _write_table(folder, rounds, paper=paper)
+    ):
+        with console.Log(folder / "log.jsonl" if main else None) as log:
+            for number, round_config in enumerate(round_configs):
+                if number:
+                    log.say(
+                        f"round {number} of {config.rounds}: pseudo-labels of round {number - 1}"
+                    )
+                    pseudo_label.pseudo_label(
+                        folder / f"round-{number - 1}",
+                        config.unlabelled,
+                        folder / f"pseudo-{number}",
+                        split=config.split,
+                        top=config.top,
+                        threshold=config.threshold,
+                        soft=config.soft,
+                        checkpoint=config.checkpoint,
+                    )
+                log.say(f"round {number} of {config.rounds}: {'student' if number else 'teacher'}")
+                first = folder / "round-1" / "config.json"
+                if number > 1 and first.is_file():
+                    # In a run of an earlier version, later students have the recipe of the first.
+                    stored = configs.to_json(configs.read_stored(first.parent))
+                    round_config, _ = configs.as_stored(round_config, stored, lacking=False)
+                train.train(round_config, folder / f"round-{number}")
+                rounds.append(evaluate.evaluate(folder / f"round-{number}", splits=config.evaluate))
+                if main:
+                    # Finished rounds can be read while the next one runs.
+                    _write_table(folder, rounds, paper=paper)
     summary = {
         "workdir": str(folder),
         "rounds": [{"step": each["step"], "splits": each["splits"]} for each in rounds],

@@ -91,7 +91,7 @@ def pseudo_label(
         "teacher": str(run.source.absolute()),
         "teacher_digest": transfer.digest(weights["params"], weights.get("batch_stats", {})),
         "teacher_step": run.step,
-        "records": str(dataset.path.absolute()),
+        "records": dataset.address,
         "fingerprint": dataset.fingerprint,
         "split": split,
         "top": top,
@@ -101,46 +101,48 @@ def pseudo_label(
         "labels": list(run.vocabulary.names),
     }
     main = jax.process_index() == 0
-    claim(
+    with claim(
         out,
         {"claim.json": result},
         command="maknet pseudo-label",
         option="--out",
         may_change=MAY_CHANGE,
-    )
-    shards = dataset.split(split)["shards"]
-    firsts = np.concatenate([[0], np.cumsum([shard["count"] for shard in shards])])
-    mine = range(jax.process_index(), len(shards), jax.process_count())
-    todo = [number for number in mine if not _is_done(out, shards[number])]
-    total = sum(shards[number]["count"] for number in todo)
-    batch = sharding.round_up_to_devices(batch_size or run.batch_size, len(devices))
-    close = pseudo_labels.CLOSE[np.dtype(run.model.dtype).name]
-    rule = _Rule(run.vocabulary, top=top, threshold=threshold, close=close, truth=truth)
-    with console.Log(out / "log.jsonl" if main else None) as log:
-        if len(todo) < len(mine):
-            log.say(f"resuming: {len(mine) - len(todo)} of {len(mine)} shards are already labelled")
-        with console.progress("pseudo-label", total) as advance:
-            scored = _confidences(run, dataset, shards, todo, batch, advance)
-            for number, confidences, labels, mask in scored:
-                rows, counts = rule.apply(firsts[number], confidences, labels, mask)
-                name = _shard_name(shards[number])
-                counts["sha256"] = pseudo_labels.write_rows(out / name, rows)
-                # A shard is done once its counts are written.
-                files.write_json(out / _counts_name(shards[number]), counts)
-        sharding.wait_for_all("pseudo-labelled")
-        if main:
-            parts = [files.read_json(out / _counts_name(shard)) for shard in shards]
-            result |= _sum(parts, shards)
-            _write_tables(out, result, log)
-            files.write_json(out / "pseudo.json", result)
-            log.say(
-                f"{result['kept']:,} of {result['images']:,} images have "
-                f"{result['labels_given']:,} pseudo-labels; {result['dropped']:,} images without "
-                f"any are dropped; the labels of {result['close']:,} images would change if "
-                f"confidences changed by {close}",
-                event="pseudo-labelled",
-            )
-        sharding.wait_for_all("summed up")
+    ):
+        shards = dataset.split(split)["shards"]
+        firsts = np.concatenate([[0], np.cumsum([shard["count"] for shard in shards])])
+        mine = range(jax.process_index(), len(shards), jax.process_count())
+        todo = [number for number in mine if not _is_done(out, shards[number])]
+        total = sum(shards[number]["count"] for number in todo)
+        batch = sharding.round_up_to_devices(batch_size or run.batch_size, len(devices))
+        close = pseudo_labels.CLOSE[np.dtype(run.model.dtype).name]
+        rule = _Rule(run.vocabulary, top=top, threshold=threshold, close=close, truth=truth)
+        with console.Log(out / "log.jsonl" if main else None) as log:
+            if len(todo) < len(mine):
+                log.say(
+                    f"resuming: {len(mine) - len(todo)} of {len(mine)} shards are already labelled"
+                )
+            with console.progress("pseudo-label", total) as advance:
+                scored = _confidences(run, dataset, shards, todo, batch, advance)
+                for number, confidences, labels, mask in scored:
+                    rows, counts = rule.apply(firsts[number], confidences, labels, mask)
+                    name = _shard_name(shards[number])
+                    counts["sha256"] = pseudo_labels.write_rows(out / name, rows)
+                    # A shard is done once its counts are written.
+                    files.write_json(out / _counts_name(shards[number]), counts)
+            sharding.wait_for_all("pseudo-labelled")
+            if main:
+                parts = [files.read_json(out / _counts_name(shard)) for shard in shards]
+                result |= _sum(parts, shards)
+                _write_tables(out, result, log)
+                files.write_json(out / "pseudo.json", result)
+                log.say(
+                    f"{result['kept']:,} of {result['images']:,} images have "
+                    f"{result['labels_given']:,} pseudo-labels; {result['dropped']:,} images "
+                    f"without any are dropped; the labels of {result['close']:,} images would "
+                    f"change if confidences changed by {close}",
+                    event="pseudo-labelled",
+                )
+            sharding.wait_for_all("summed up")
     return files.read_json(out / "pseudo.json")
 
 
@@ -170,7 +172,11 @@ def _is_done(out: pathlib.Path, shard: dict) -> bool:
     try:
         digest = files.read_json(out / _counts_name(shard))["sha256"]
         pseudo_labels.read_rows(out / _shard_name(shard), digest)
-    except InputError:  # the labels were deleted or damaged after their counts were written
+    except (
+        InputError,
+        KeyError,
+        TypeError,
+    ):  # the labels were deleted or damaged after their counts were written
         return False
     return True
 
@@ -192,7 +198,7 @@ def _confidences(
     if not todo:
         return
     reader = pipeline.ordered_batches(
-        records.RecordSource([dataset.path / shards[number]["file"] for number in todo]),
+        dataset.shards([shards[number] for number in todo]),
         batch_size=batch_size,
         threads=run.threads,
     )

@@ -9,9 +9,9 @@ XLA_FLAGS=--xla_gpu_deterministic_ops=true; tested on CPU only.)
 import contextlib
 import os
 import pathlib
-import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -25,18 +25,19 @@ from maknet_jax.errors import InputError, Stopped
 from maknet_jax.evaluation import domain_fit
 from maknet_jax.evaluation.evaluator import Evaluator
 from maknet_jax.runs import config as configs
-from maknet_jax.runs import domain_file, workdir
+from maknet_jax.runs import domain_file, stopping, workdir
+from maknet_jax.runs import steps as step_results
 from maknet_jax.runs.claim import claim
 from maknet_jax.runs.progress import Progress
 from maknet_jax.runs.setup import Setup, set_up
-from maknet_jax.training import checkpoint, sharding
+from maknet_jax.training import agreement, checkpoint, sharding
 from maknet_jax.training import log as metric_log
 from maknet_jax.training.state import TrainState
 
 # May change on resume, because no result depends on them. Moved data keep their fingerprint, moved
 # weights their digest.
 MAY_CHANGE = {"data.path", "data.threads", "pseudo.path", "init.path"}
-MAY_CHANGE |= {"domain_components"}  # computed after the training
+MAY_CHANGE |= {"domain_components", "checkpoint_minutes", "skip_nonfinite"}
 MAY_CHANGE |= {"dataset.path", "dataset.labels", "dataset.size"}
 # Runs of earlier versions lack the origin; the fingerprint shows whether the data are the same.
 MAY_CHANGE |= {f"dataset.origin.{name}" for name in ("kind", "source", "citation", "licence")}
@@ -60,15 +61,16 @@ def train(
 
     Raises:
       InputError: the data do not match the config, or the workdir holds another run.
-      Stopped: SIGTERM or SIGINT; the state is saved.
+      Stopped: a signal; the state is saved.
     """
     folder = pathlib.Path(folder)
+    checkpoint.check_path(folder)
     setup = set_up(config, folder, devices=devices)  # raises InputError before anything is written
-    _claim(setup)
     last, best = (folder / workdir.FOLDERS[name] for name in ("last", "best"))
     with (
+        _claim(setup),
         console.Log(folder / "log.jsonl" if _is_main() else None) as log,
-        _stop_flag() as stop,
+        stopping.noted_signals() as stop,
         contextlib.closing(checkpoint.Checkpoints(last)) as last_checkpoints,
         contextlib.closing(checkpoint.Checkpoints(best, keep=1)) as best_checkpoints,
     ):
@@ -80,14 +82,14 @@ def _is_main() -> bool:
     return jax.process_index() == 0
 
 
-def _claim(setup: Setup) -> None:
+def _claim(setup: Setup) -> AbstractContextManager[None]:
     """Writes config.json and dataset.json, or checks that they belong to the same run."""
     dataset = setup.dataset
     description = {
         "labels": dataset.info["labels"],
         "size": dataset.size,
         "fingerprint": dataset.fingerprint,
-        "path": str(dataset.path.absolute()),
+        "path": dataset.address,
         "origin": dataset.origin,
         "pseudo_labels": setup.pseudo.fingerprint if setup.pseudo else None,
         "initial_weights": setup.initial_weights,
@@ -100,7 +102,7 @@ def _claim(setup: Setup) -> None:
         # only now.
         return ({"initial_weights": setup.initial_weights} if setup.place else {}) | record
 
-    claim(
+    return claim(
         setup.folder,
         {"dataset.json": description, "config.json": configs.to_json(setup.config)},
         command="maknet train",
@@ -110,30 +112,7 @@ def _claim(setup: Setup) -> None:
     )
 
 
-@contextlib.contextmanager
-def _stop_flag() -> Iterator[list[int]]:
-    """Yields a list to which signal handlers append; the loop checks it between steps."""
-    caught: list[int] = []
-    before = {}
-
-    def note(number: int, _: Any) -> None:
-        if not caught:
-            console.say_from_signal("stopping after this step; its state will be saved")
-        caught.append(number)
-
-    with contextlib.suppress(ValueError):  # only the main thread can catch signals
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, note)
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if caught:  # too late to stop this run, but the caller must still receive the signal
-        signal.raise_signal(caught[0])
-
-
-def _evaluator(setup: Setup) -> Evaluator | None:
+def _evaluator(setup: Setup, stop: list[int]) -> Evaluator | None:
     """The evaluator of the validation split; None if that is empty."""
     config, splits = setup.config, setup.dataset.info["splits"]
     if not splits.get(config.data.val_split, {"count": 0})["count"]:
@@ -145,11 +124,8 @@ def _evaluator(setup: Setup) -> Evaluator | None:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         threads=config.data.threads,
+        stop=lambda: bool(stop),
     )
-
-
-class _Interrupted(Exception):
-    """A signal arrived while the validation split was scored."""
 
 
 class _Loop:
@@ -167,7 +143,7 @@ class _Loop:
         self.setup, self.log, self.stop = setup, log, stop
         self.last, self.best = last, best
         self.progress = Progress(init=setup.init)
-        self.evaluator = _evaluator(setup)
+        self.evaluator = _evaluator(setup, stop)
         self.parents = setup.dataset.vocabulary.parents
 
     def run(self) -> dict[str, Any]:
@@ -187,6 +163,13 @@ class _Loop:
             process_count=jax.process_count(),
             threads=config.data.threads,
         )
+        steps = step_results.Steps(
+            lambda: bool(self.stop),
+            self.log.say,
+            save_minutes=config.checkpoint_minutes,
+            most_skipped=config.skip_nonfinite,
+            skipped=self.progress.skipped,
+        )
         every = max(1, round(config.evaluate_every * setup.epoch_steps))
         began = window_began = time.perf_counter()
         logged = first
@@ -199,36 +182,44 @@ class _Loop:
             if self.progress.evaluation_due:
                 self._repeat_evaluation(state, metrics)
             for number in range(first + 1, total + 1):
-                batch = sharding.put_batch(setup.assembly.mesh, next(batches))
-                state, values = train_step(state, batch, key)
-                pending = self.progress.pending
-                if pending:  # one step in flight: the host never runs far ahead of the device
-                    jax.block_until_ready(pending[-1])
-                pending.append(values)
+                batch = steps.mark(next(batches))
+                state, values = train_step(
+                    state, sharding.put_batch(setup.assembly.mesh, batch), key
+                )
+                # One step in flight: the host never runs far ahead of the device.
+                steps.add(number, values, batch["id"].tolist())
+                self.progress.pending.append(values)
                 advance()
                 at_end = number == total
                 evaluating = number % every == 0 or at_end
                 logging = number % config.log_every == 0 or at_end
-                stopping = sharding.any_process(bool(self.stop))
-                saving = evaluating or stopping or number % config.checkpoint_every == 0
+                request = steps.request()
+                ending = request == step_results.STOP
+                saving = evaluating or request or number % config.checkpoint_every == 0
                 if saving or logging:
-                    _check_finite(values["loss"], number)
+                    steps.settle()
+                    self.progress.settle()
+                    self.progress.skipped = steps.skipped, steps.in_a_row
+                    if not step_results.is_skipped(values):
+                        _check_finite(values["loss"], number)
                 if logging:
-                    means, now = metric_log.averages(pending), time.perf_counter()
+                    means = metric_log.averages(self.progress.pending)
+                    now = time.perf_counter()
                     rate = (number - logged) * setup.images / (now - window_began)
                     means["images_per_second"] = rate
                     metrics.write(number, {f"train/{k}": v for k, v in means.items()})
-                    advance(0, f"loss {means['loss']:.4f}, {rate:.1f} images/s")
+                    advance(0, f"loss {_format(means.get('loss'))}, {rate:.1f} images/s")
                     self.progress.pending, window_began, logged = [], now, number
                 if evaluating:
                     paused = time.perf_counter()
-                    stopping |= not self._evaluate(state, number, metrics)
+                    ending |= not self._evaluate(state, number, metrics)
                     window_began += time.perf_counter() - paused
                 if saving:
                     self.last.save(state, self.progress.to_json())
-                if stopping and (not at_end or self.progress.evaluation_due):
+                    steps.saved()
+                if ending and (not at_end or self.progress.evaluation_due):
                     self.log.event(message=f"stopped at step {number} of {total}", step=number)
-                    raise Stopped(f"{self._saved(number)}; run the same command to resume")
+                    raise Stopped(f"{self._saved(number)}; {stopping.AGAIN}")
         summary = self._finish(int(state.step) - first, time.perf_counter() - began)
         self._measure_domain(state)
         return summary
@@ -239,10 +230,9 @@ class _Loop:
     def _restore_or_create(self) -> TrainState:
         """The state of the newest intact checkpoint or a fresh one, replicated over the mesh."""
         setup = self.setup
-        state, metadata, damaged = self.last.restore(setup.assembly.shapes)
+        state, metadata, damaged = agreement.restore(self.last, setup.assembly.shapes)
         for number in damaged:
             self.last.set_aside(number)
-        sharding.wait_for_all("set aside")
         for number, reason in damaged.items():
             self.log.say(f"checkpoint {number} is damaged and set aside: {reason}")
         if self.evaluator is None:
@@ -256,7 +246,7 @@ class _Loop:
             self.progress = Progress.from_json(metadata)
             self.log.say(f"resuming from step {int(state.step)} of {setup.total}")
         newer = [number for number in self.best.steps() if number > int(state.step)]
-        for number in newer:  # these steps will be repeated
+        for number in sharding.exchange(newer)[0]:  # these steps will be repeated
             self.best.discard(number)
         if not self.best.steps():
             self.progress.best = self.progress.best_step = None
@@ -299,14 +289,9 @@ class _Loop:
         if self.evaluator is None:
             return True
 
-        def check_signal(_: int) -> None:
-            # Several processes must score in lockstep, so they stop only after the validation.
-            if self.stop and jax.process_count() == 1:
-                raise _Interrupted
-
         try:
-            scores = self.evaluator.scores(state.variables, check_signal)
-        except _Interrupted:
+            scores = self.evaluator.scores(state.variables)
+        except Stopped:
             progress.evaluation_due = True
             return False
         thresholds = scores.thresholds()
@@ -340,6 +325,7 @@ class _Loop:
             "best_val_auc": progress.best,
             "best_step": progress.best_step,
             "init": progress.init,
+            "skipped_steps": progress.skipped[0],
             "devices": f"{setup.assembly.mesh.size} x {jax.devices()[0].device_kind}",
             "images_per_second": steps * setup.images / seconds if steps else None,
         }
@@ -358,27 +344,26 @@ class _Loop:
         if not config.domain_components or self.evaluator is None or setup.assembly.model.takes_box:
             return
         with contextlib.suppress(InputError):  # every one is damaged; other verbs use the last, too
-            best = self.best.restore(setup.assembly.shapes).state
+            best = agreement.restore(self.best, setup.assembly.shapes).state
             state = state if best is None else sharding.put_state(setup.assembly.mesh, best)
         step, splits = int(state.step), (config.data.train_split, config.data.val_split)
         if not sharding.any_process(domain_file.read(setup.folder, step) is None):
             return
 
-        def check_signal() -> None:
-            if self.stop and jax.process_count() == 1:
-                raise Stopped(f"{setup.folder} is trained; run the same command to finish it")
-
-        measured = domain_fit.measure(
-            [setup.dataset.source(name) for name in splits],
-            setup.assembly.predict_features,
-            state.variables,
-            components=config.domain_components,
-            check=check_signal,
-            batch_size=config.data.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            threads=config.data.threads,
-        )
+        try:
+            measured = domain_fit.measure(
+                [setup.dataset.source(name) for name in splits],
+                setup.assembly.predict_features,
+                state.variables,
+                components=config.domain_components,
+                stop=lambda: bool(self.stop),
+                batch_size=config.data.batch_size,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                threads=config.data.threads,
+            )
+        except Stopped:
+            raise Stopped(f"{setup.folder} is trained; run the same command to finish it") from None
         if measured is None:
             self.log.say("too few patients for out-of-domain statistics: predictions are unchecked")
         elif _is_main():

@@ -1,8 +1,12 @@
 """Checkpoints: exact, and never trusted without their digests."""
 
 import contextlib
+import errno
+import json
+import os
 import pathlib
 import shutil
+import threading
 import time
 
 import jax
@@ -26,7 +30,7 @@ def at(step):
         if leaf.dtype == jnp.int32:
             return jnp.asarray(rng.integers(0, 1000, leaf.shape), jnp.int32)
         values = rng.normal(size=leaf.shape).astype(np.float32)
-        values.reshape(-1)[:1] = np.nan if values.size > 10 else -0.0
+        values.reshape(-1)[:1] = 1e-45 if values.size > 10 else -0.0  # subnormal
         return jnp.asarray(values)
 
     return jax.tree.map(drawn, LIKE)._replace(step=jnp.int32(step))
@@ -137,8 +141,16 @@ def lose_the_digests(step):
     (step / "content" / "metadata").write_text("{}")
 
 
+def raise_a_threshold(step):
+    content = json.loads((step / "content" / "metadata").read_text())
+    content["meta"]["thresholds"][0] = 0.4
+    (step / "content" / "metadata").write_text(json.dumps(content))
+
+
 @damaging
-@pytest.mark.parametrize("damage", [flip_in_the_arrays, truncate, delete, lose_the_digests])
+@pytest.mark.parametrize(
+    "damage", [flip_in_the_arrays, truncate, delete, lose_the_digests, raise_a_threshold]
+)
 def test_a_damaged_checkpoint_is_skipped(folder, damage, late_errors):
     damage(folder / "20")
     with opened(folder) as saved:
@@ -210,3 +222,128 @@ def test_weights_are_restored_without_knowing_the_network(two):
         whole = saved.restore(LIKE)[0]
     assert meta["best"] == 20 / 7 and not damaged and weights.opt_state == weights.ema == ()
     assert equal(weights, whole._replace(opt_state=(), ema=()))
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_digest_of_its_metadata(folder):
+    path = folder / "20" / "content" / "metadata"
+    content = json.loads(path.read_text())
+    assert len(content.pop("sha256")) == 64
+    path.write_text(json.dumps(content))
+    with opened(folder) as saved:
+        assert saved.restore(LIKE).damaged == {} and saved.restore().metadata["best"] == 20 / 7
+        assert saved.check(LIKE, 20).startswith("no digest") and saved.check(LIKE, 10) == ""
+
+
+@pytest.mark.parametrize("name", ["lr=[0.1]", "a*b", "what?"])
+def test_a_path_that_orbax_takes_for_a_pattern_is_refused(tmp_path, name):
+    """Orbax writes below it without a manifest, and nobody could read the result."""
+    folder = tmp_path / name / "run" / "checkpoints"
+    with pytest.raises(InputError, match="checkpoints below"):
+        checkpoint.Checkpoints(folder)
+    assert not (tmp_path / name).exists()
+
+
+def test_checkpoints_can_be_read_where_they_cannot_be_written(folder, tmp_path):
+    moved = shutil.move(folder, tmp_path / "lr=[0.1]")
+    with opened(moved, writable=False) as saved:
+        assert equal(saved.restore(LIKE).state, at(20)) and int(saved.restore().state.step) == 20
+
+
+def test_what_was_written_is_opened(folder, monkeypatch):
+    """Without the refusal of the path, the first save fails, not the first reading."""
+    monkeypatch.setattr(checkpoint, "check_path", lambda _: None)
+    with (
+        opened(folder.parent / "lr=[0.1]") as saved,
+        pytest.raises(RuntimeError, match="10 was written but cannot be opened"),
+    ):
+        saved.save(at(10))
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next_training_only(folder):
+    left = folder / "30.orbax-checkpoint-tmp" / "state.orbax-checkpoint-tmp"
+    left.mkdir(parents=True)
+    with opened(folder, writable=False):
+        assert left.is_dir()
+    with opened(folder) as saved:
+        assert not left.parent.exists() and saved.steps() == [10, 20]
+
+
+def fails_with(monkeypatch, error, times):
+    """The next readings of a checkpoint raise `error`."""
+    original, calls = checkpoint.Checkpoints._read, []
+
+    def read(self, like, step):
+        calls.append(step)
+        if len(calls) <= times:
+            raise error
+        return original(self, like, step)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "_read", read)
+    monkeypatch.setattr(checkpoint, "_PAUSE", 0)
+    return calls
+
+
+SYSTEM = [
+    OSError(errno.EMFILE, os.strerror(errno.EMFILE), "x"),
+    PermissionError(errno.EACCES, os.strerror(errno.EACCES), "x"),
+    ValueError("DATA_LOSS: Error reading x [OS error 5: Input/output error]"),
+]
+
+
+@pytest.mark.parametrize("error", SYSTEM)
+def test_an_error_of_the_system_passes_or_is_raised_and_is_not_called_damage(
+    folder, monkeypatch, error
+):
+    with opened(folder) as saved:
+        calls = fails_with(monkeypatch, error, times=1)
+        assert saved.restore(LIKE).damaged == {} and calls == [20, 20]
+        fails_with(monkeypatch, error, times=9)
+        with pytest.raises(OSError) as caught:
+            saved.restore(LIKE)
+        assert caught.value.errno in (errno.EMFILE, errno.EACCES, errno.EIO)
+        assert caught.value.filename == str(folder / "20")
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_the_previous_checkpoints(folder, monkeypatch):
+    def full(*_, **__):
+        (folder / "30.orbax-checkpoint-tmp").mkdir()
+        raise ValueError("Error writing x [OS error 28: No space left on device]")
+
+    with opened(folder) as saved:
+        with monkeypatch.context() as patch:
+            patch.setattr(saved._manager, "save", full)
+            with pytest.raises(OSError) as caught:
+                saved.save(at(30))
+        assert caught.value.errno == errno.ENOSPC
+        assert sorted(path.name for path in folder.iterdir()) == ["10", "20"]
+        saved.save(at(30))
+        assert equal(saved.restore(LIKE).state, at(30))
+
+
+@damaging
+def test_a_reader_is_not_disturbed_by_a_training_that_saves_and_deletes(tmp_path, late_errors):
+    folder, done = tmp_path / "checkpoints", threading.Event()
+    with opened(folder, keep=1) as training, opened(folder, writable=False) as reader:
+        training.save(at(1))
+
+        def read():
+            while not done.is_set():
+                steps.append(int(reader.restore().state.step))
+
+        steps, errors = [], []
+        threads = [threading.Thread(target=lambda: _catch(read, errors))]
+        for thread in threads:
+            thread.start()
+        for step in range(2, 25):
+            training.save(at(step))
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert errors == [] and steps == sorted(steps) and len(set(steps)) > 3
+
+
+def _catch(work, errors):
+    try:
+        work()
+    except Exception as error:
+        errors.append(error)

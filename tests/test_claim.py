@@ -4,11 +4,19 @@ import pytest
 
 from maknet_jax import files
 from maknet_jax.errors import InputError
-from maknet_jax.runs.claim import claim
+from maknet_jax.runs import claim as claims
+from maknet_jax.runs import ownership
 from maknet_jax.training import sharding
 
 OPTIONS = {"command": "maknet test", "option": "--out"}
 RECORDS = {"part.json": {"path": "a", "digest": "12"}, "claim.json": {"seed": 0, "data": {"n": 4}}}
+
+
+def claim(folder, records, **rule):
+    """Claims a folder for a run that ends at once."""
+    with claims.claim(folder, records, **rule):
+        assert (folder / ownership.FILE).exists()
+    assert not (folder / ownership.FILE).exists()
 
 
 def content(folder):
@@ -78,12 +86,29 @@ def test_leftovers_of_a_killed_process_are_tolerated_and_other_files_are_not(tmp
 
 def test_the_first_process_writes_after_all_have_checked(tmp_path, monkeypatch):
     checked, out = [], tmp_path / "out"
-    monkeypatch.setattr(sharding, "wait_for_all", lambda name: checked.append((name, out.exists())))
+
+    def exchange(value):
+        checked.append((out / "claim.json").exists())
+        return [value]
+
+    monkeypatch.setattr(sharding, "exchange", exchange)
+    monkeypatch.setattr(sharding, "wait_for_all", exchange)
     claim(out, RECORDS, **OPTIONS)
-    assert checked == [("checked claim", False), ("claimed", True)]
+    assert checked == [False, False, False, True]
 
 
-def test_only_the_first_process_writes(tmp_path, monkeypatch):
+def test_only_the_first_process_writes_and_all_must_see_its_files(tmp_path, monkeypatch):
     monkeypatch.setattr("jax.process_index", lambda: 1)
-    claim(tmp_path / "out", RECORDS, **OPTIONS)
+    monkeypatch.setattr(claims, "_PATIENCE", 0.1)
+    answers = [[["", "token"], ["", None]], [["a", True], ["b", False]]]
+    monkeypatch.setattr(sharding, "exchange", lambda value: answers.pop(0))
+    with pytest.raises(InputError, match="process 1 on b does not see .*shared folder"):
+        claim(tmp_path / "out", RECORDS, **OPTIONS)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_problem_of_one_process_is_that_of_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, "exchange", lambda value: [value, ["out holds x", None]])
+    with pytest.raises(InputError, match="^out holds x$"):
+        claim(tmp_path / "out", RECORDS, **OPTIONS)
+    assert not (tmp_path / "out" / "claim.json").exists()

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from maknet_jax import cli
+from maknet_jax import cli, files, train
 from maknet_jax.cli import options
 from maknet_jax.errors import InputError
 from maknet_jax.runs import config
@@ -22,6 +22,7 @@ VERBS = (
     ["prepare", "table"],
     ["prepare", "segmentations"],
     ["prepare", "openkbp"],
+    ["plan"],
     ["train"],
     ["import-weights"],
     ["pseudo-label"],
@@ -34,6 +35,7 @@ VERBS = (
     ["models"],
     ["retrieve"],
     ["export"],
+    ["verify"],
 )
 
 
@@ -70,6 +72,7 @@ def test_help_shows_an_example(capsys, verb):
             ["train", "--config", "teacher", "--workdir", "x", "--config.data.path=no"],
             "dataset.json",
         ),
+        (["plan", "--config", "teacher", "--topology", "v9:2x2"], "v9:2x2"),
         (["evaluate", "--workdir", "nowhere"], "nowhere"),
         (["evaluate", "--workdir", "x", "--config.epochs=3"], "--config.epochs=3"),
         (["predict", "nowhere", "--workdir", "x", "--out", "y.csv"], "nowhere"),
@@ -98,6 +101,15 @@ def test_an_invalid_process_count_is_one_line_and_exit_code_2(capsys, monkeypatc
     code, _, err = run(capsys, *argv)
     assert code == 2
     assert "'two'" in err and "JAX_NUM_PROCESSES" in err and err.count("\n") == 1
+
+
+def test_several_slurm_tasks_without_distributed_are_warned(capsys, monkeypatch, tmp_path):
+    argv = ("evaluate", "--model", tmp_path / "absent")
+    for tasks, warnings in (("1", 0), ("4", 1)):
+        monkeypatch.setenv("SLURM_NTASKS", tasks)
+        code, _, err = run(capsys, *argv)
+        assert code == 2
+        assert len([line for line in err.splitlines() if "SLURM_NTASKS is 4" in line]) == warnings
 
 
 def test_the_help_of_train_names_every_config(capsys):
@@ -223,3 +235,68 @@ def test_jax_starts_without_a_home_folder(monkeypatch):
     with pytest.raises(RuntimeError):
         pathlib.Path.home()
     options.start_jax()  # programs are compiled each time
+
+
+REMOTE = [
+    ["demo", "--out", "gs://bucket/demo"],
+    ["prepare", "dicom", "gs://bucket/ct", "--out", "shards"],
+    ["prepare", "dicom", "ct", "--out", "s3://bucket/shards"],
+    ["prepare", "segmentations", "train=hdfs://x/cases", "--out", "shards"],
+    ["prepare", "openkbp", "s3://bucket", "--out", "out"],
+    ["prepare", "table", "https://example.com/labels.csv", "--out", "out"],
+    ["train", "--config", "teacher", "--workdir", "hdfs://name/run"],
+    ["train", "--config", "gs://bucket/teacher.py", "--workdir", "run"],
+    ["pseudo-label", "--model", "gs://bucket/run", "--records", "data", "--out", "out"],
+    ["noisy-student", "--config", "noisy_student", "--workdir", "gs://bucket/run"],
+    ["evaluate", "--model", "run", "--out", "s3://bucket/out"],
+    ["predict", "s3://bucket/ct", "--model", "head-neck", "--out", "labels.csv"],
+    ["predict", "ct", "--model", "head-neck", "--out", "az://bucket/labels.csv"],
+    ["attribute", "ct", "--model", "run", "--out", "out", "--compare", "gs://bucket/run"],
+    ["perturb", "ct", "--model", "run", "--out", "gs://bucket/out"],
+    ["report", "gs://bucket/run"],
+    [
+        "retrieve",
+        "--model",
+        "gs://b/run",
+        "--image",
+        "a",
+        "--box=0,0,1,1",
+        "--data",
+        "d",
+        "--out",
+        "o",
+    ],
+    ["export", "run", "--out", "gs://bucket/bundle"],
+    ["models", "--out", "gs://bucket/models.json"],
+    ["import-weights", "vgg.safetensors", "--model", "vgg16", "--out", "gs://bucket/w"],
+    ["select", "idc", "--out", "gs://bucket/selection"],
+    ["verify", "s3://bucket/shards"],
+    ["plan", "--config", "teacher", "--topology", "v5e:2x2", "--out", "gs://bucket/plan.json"],
+]
+
+
+@pytest.mark.parametrize("argv", REMOTE, ids=" ".join)
+def test_urls_are_rejected_before_anything_is_written(capsys, tmp_path, monkeypatch, argv):
+    """`pathlib` would turn them into local folders."""
+    monkeypatch.chdir(tmp_path)
+    code, out, error = run(capsys, *argv)
+    assert (code, out) == (2, "") and len(error.splitlines()) == 1
+    assert "://" in error and not list(tmp_path.iterdir())
+
+
+def test_urls_are_rejected_in_configs_and_in_python(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teacher = config.load("teacher")
+    for name in ("data.path", "init.path"):
+        changed = config.load("teacher", [f"{name}=gs://bucket/x"])
+        with pytest.raises(InputError, match="gs://bucket/x"):
+            train.train(changed, tmp_path / "run")
+    with pytest.raises(InputError, match="s3://bucket/run"):
+        train.train(teacher, pathlib.Path("s3://bucket/run"))
+    for path in ("C:/data", "a:b", "runs/s3:/x", "lr=0.1"):
+        files.check_local(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_verb_rejects_urls():
+    assert {argv[0] for argv in REMOTE} == {verb for verb, *_ in VERBS}

@@ -11,6 +11,7 @@ import pytest
 from maknet_jax import cli
 from maknet_jax.errors import InputError
 from maknet_jax.runs import config as configs
+from maknet_jax.runs import ranges
 
 NAMES = sorted(file.stem for file in configs.folder().glob("[!_]*.py"))
 ROUNDS = ["noisy_student"]  # configs of several runs, each of which has a config of its own
@@ -277,3 +278,41 @@ def test_bad_overrides_are_one_line_that_names_the_field(text, named):
         configs.load("smoke", [text])
     assert all(part in str(caught.value) for part in named), str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(("optimizer.learning_rate", value) for value in (0.0, -0.01, float("inf"), float("nan"))),
+        ("optimizer.weight_decay", -1e-4),
+        ("optimizer.b2", 1.0),
+        ("optimizer.eps", 0.0),
+        ("epochs", float("inf")),
+        ("data.window", (-1024.0, float("inf"))),
+        ("data.threads", -1),
+        ("seed", 2**63),
+        ("augment.crop_probability", 1.5),
+        ("model.options.dropout_rate", 1.0),
+        ("loss.head_weights", (1.0, -1.0)),
+        ("domain_components", 65),
+    ],
+)
+def test_numbers_out_of_range_are_refused(name, value):
+    config = configs.load("teacher")
+    configs.validate(config, 256, 1)
+    with config.unlocked():
+        config.update_from_flattened_dict({name: value})
+    with pytest.raises(InputError, match=f"config {name} ") as caught:
+        configs.validate(config, 256, 1)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(configs.folder().glob("*.py"))])
+def test_all_configs_are_in_range(name):
+    ranges.check(configs.to_json(configs.load(name)))
+
+
+def test_a_number_that_overflows_is_refused_on_the_command_line():
+    config = configs.load("teacher", ["optimizer.learning_rate=1e400"])
+    with pytest.raises(InputError, match="learning_rate inf should be above 0"):
+        configs.validate(config, 256, 1)

@@ -135,7 +135,7 @@ def test_a_file_that_cannot_be_imported_is_one_line_and_exit_code_2(
 
 def resnet_config(tmp_path, out):
     data = toy.write(tmp_path / "toy")
-    fields = ["data.size=32", "data.batch_size=8", "epochs=0.2", "optimizer.learning_rate=0"]
+    fields = ["data.size=32", "data.batch_size=8", "epochs=0.2", "optimizer.learning_rate=1e-300"]
     return config.load("resnet18", [f"data.path={data}", f"init.path={out}", *fields])
 
 

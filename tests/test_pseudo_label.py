@@ -393,6 +393,8 @@ def test_the_first_process_writes_after_all_have_checked_the_folder(
 ):
     """Otherwise a slower process could see a folder that is neither empty nor claimed."""
     out, calls = tmp_path / "out", []
-    monkeypatch.setattr(sharding, "wait_for_all", lambda name: calls.append((name, out.exists())))
+    monkeypatch.setattr(
+        sharding, "wait_for_all", lambda name: calls.append((name, (out / "claim.json").exists()))
+    )
     pseudo_label.pseudo_label(teacher, images, out)
     assert calls[:2] == [("checked claim", False), ("claimed", True)]

@@ -200,7 +200,9 @@ def test_invalid_values_are_rejected_in_one_line(data, pseudo, tmp_path, changes
 def test_the_first_process_writes_after_all_have_checked_the_folder(data, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        sharding, "wait_for_all", lambda name: calls.append((name, (tmp_path / "run").exists()))
+        sharding,
+        "wait_for_all",
+        lambda name: calls.append((name, (tmp_path / "run" / "config.json").exists())),
     )
     monkeypatch.setattr(train._Loop, "run", lambda *_: None)
     train.train(toy.config(data, "linear"), tmp_path / "run")

@@ -258,7 +258,8 @@ def test_a_workdir_of_another_config_is_refused(linear, data, changes, message):
 
 
 def test_a_diverging_run_is_an_error_and_its_state_is_not_saved(data, tmp_path):
-    page = toy.config(data, "linear", {"optimizer.learning_rate": 1e38, "checkpoint_every": 1})
+    changes = {"optimizer.learning_rate": 1e38, "checkpoint_every": 1, "skip_nonfinite": 0}
+    page = toy.config(data, "linear", changes)
     with pytest.raises(InputError, match="(nan|inf) at step .*learning_rate"):
         train.train(page, tmp_path / "run")
     saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*")]

@@ -205,7 +205,7 @@ def shuffle_labels(
     entry = dataset.split(split) | {"shards": [{"file": name, "count": count, "digest": digest}]}
     fingerprint = hashlib.sha256(digest.encode()).hexdigest()
     info = dataset.info | {"splits": {"train": entry}, "fingerprint": fingerprint}
-    files.write_json(out / "dataset.json", info)
+    files.write_json(out / "dataset.json", info | {"content": records.content_digest(info)})
     return out
 
 
@@ -244,7 +244,9 @@ def compare(
         for name, variables in weights.items():
             # The function stays the same, so that no variant is compiled again.
             other = dataclasses.replace(net, logit_fn=Partial(net.logit_fn.func, variables))
-            maps.append(other.attribute(images, [[column]], baseline, path).maps[0, 0].sum(-1))
+            maps.append(
+                other.attribute(images, np.array([[column]]), baseline, path).maps[0, 0].sum(-1)
+            )
             one, first = maps[-1][body], maps[0][body]
             row: Row = {
                 "patient": image.group,

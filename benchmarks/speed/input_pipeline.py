@@ -27,7 +27,7 @@ from maknet_jax.data import pipeline, records
 from maknet_jax.runs import config as configs
 from maknet_jax.runs import workdir
 
-ROOFLINE = 1 / 48e-6  # images/s of training on one TPU v5e: 48 us per image, see tpu_aot.py
+ROOFLINE = 1 / 48e-6  # images/s of training on one TPU v5e: 48 us per image, see aot.py
 
 
 def repeat_shards(
@@ -51,8 +51,8 @@ def repeat_shards(
         (out / name).symlink_to(shard["file"].resolve())
         entry["shards"].append(shard | {"file": name})
         entry["count"] += shard["count"]
-    info["fingerprint"] = f"{info['fingerprint']}-{entry['count']}"
-    files.write_json(out / "dataset.json", info | {"splits": {split: entry}})
+    info |= {"fingerprint": f"{info['fingerprint']}-{entry['count']}", "splits": {split: entry}}
+    files.write_json(out / "dataset.json", info | {"content": records.content_digest(info)})
     return records.open_dataset(out)
 
 
@@ -148,7 +148,7 @@ def measure(
     per_core = float(np.median(threaded)) / cores
     notes = [
         f"records of {chosen.size} x {chosen.size} x 3; {per_core:.0f} images/s per core; a TPU "
-        f"v5e at {ROOFLINE:,.0f} images/s, the roofline of the compiled step (tpu_aot.py; nothing "
+        f"v5e at {ROOFLINE:,.0f} images/s, the roofline of the compiled step (aot.py; nothing "
         f"ran on a TPU), needs {ROOFLINE / per_core:.0f} such cores",
     ]
     row, overhead = labelling(chosen, folder, shards, split)
@@ -208,7 +208,7 @@ def train_teacher(
     shard = {"file": "train/part-0.array_record", "count": 8, "digest": digest}
     entry = {"count": 8, "label_counts": [2] * labels, "shards": [shard]}
     info |= {"labels": vocabulary, "splits": {"train": entry}, "fingerprint": digest}
-    files.write_json(out / "dataset.json", info)
+    files.write_json(out / "dataset.json", info | {"content": records.content_digest(info)})
     config = configs.load(
         name,
         [

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pydicom
+from pydicom.uid import UID
 
 from benchmarks import timing
 
@@ -42,7 +43,7 @@ def repeat_series(source: pathlib.Path, out: pathlib.Path, count: int, *, native
     place = [float(mm) for mm in slices[0].ImagePositionPatient]
     for number in range(count):
         one = slices[number % len(slices)]
-        one.SOPInstanceUID = one.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.{number + 1}"
+        one.SOPInstanceUID = one.file_meta.MediaStorageSOPInstanceUID = UID(f"1.2.3.{number + 1}")
         one.InstanceNumber = number + 1
         one.ImagePositionPatient = [*place[:2], place[2] + number]
         one.save_as(out / f"{number:05d}.dcm")

@@ -10,7 +10,9 @@ import sys
 from collections.abc import Sequence
 
 import maknet_jax
+from maknet_jax import files
 from maknet_jax.cli import (
+    checks,
     data,
     exit_codes,
     explain,
@@ -42,7 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name may not fit the terminal's encoding
         sys.stdout.reconfigure(errors="backslashreplace")
-    return exit_codes.exit_code("maknet", lambda: chosen.run(chosen))
+    files.raise_handle_limit()
+
+    def work() -> int | None:
+        options.check_paths(chosen)
+        return chosen.run(chosen)
+
+    return exit_codes.exit_code(
+        "maknet",
+        work,
+        seconds=getattr(chosen, "stop_after", None),
+        final=argv is None,
+    )
 
 
 def _parser() -> options.Parser:
@@ -54,6 +67,6 @@ def _parser() -> options.Parser:
     )
     parser.add_argument("--version", action="version", version=maknet_jax.__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for stage in (select, data, training, students, inference, explain, lesions):
+    for stage in (select, data, training, students, inference, explain, lesions, checks):
         stage.add_verbs(verbs)
     return parser

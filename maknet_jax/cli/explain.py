@@ -181,7 +181,7 @@ def _shared_options(
     options.png_window(verb)
     options.pseudonyms(verb)
     options.override_options(verb)
-    options.distributed(verb)
+    options.processes(verb)
     for kind in (SelectionOptions, PathOptions, DisplayOptions):
         verb.set_defaults(**{field.name: field.default for field in dataclasses.fields(kind)})
 
@@ -190,7 +190,7 @@ def _chosen(
     chosen: argparse.Namespace,
 ) -> tuple[SelectionOptions, PathOptions, DisplayOptions]:
     """The options of `attribute` and `perturb` from the command line; starts JAX."""
-    options.start_jax(chosen.distributed)
+    options.start_jax(chosen)
     selection, path, display = (
         {field.name: getattr(chosen, field.name) for field in dataclasses.fields(kind)}
         for kind in (SelectionOptions, PathOptions, DisplayOptions)

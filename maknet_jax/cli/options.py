@@ -8,13 +8,15 @@ import itertools
 import math
 import os
 import pathlib
+import re
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from maknet_jax import files
-from maknet_jax.errors import InputError, did_you_mean
+from maknet_jax.errors import did_you_mean
 
 OVERRIDES = ("assume_hu", "allow_lossy")  # stored by `override_options`
 _FILES = (".csv", ".json", ".html", ".npz", ".png", ".zip")  # endings that no output folder has
@@ -55,6 +57,23 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Prints the message in one line and exits."""
         self.exit(BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+# Options that may be a URL: a data set, and what is not a path.
+_MAY_BE_URL = {"data", "records"}
+_MAY_BE_URL |= {"citation", "ids", "licence", "license_name", "name", "overrides", "source"}
+
+
+def check_paths(chosen: argparse.Namespace) -> None:
+    """Checks that no option is a URL, before anything is read or written.
+
+    Raises:
+      InputError: one is; object stores are not supported there.
+    """
+    for name, value in vars(chosen).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and name not in _MAY_BE_URL:
+                files.check_local(text.partition("=")[2] or text)  # SPLIT=DIR
 
 
 def selected(chosen: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -239,46 +258,71 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def distributed(verb: argparse.ArgumentParser) -> None:
-    """Adds --distributed."""
+def processes(verb: argparse.ArgumentParser) -> None:
+    """Adds --distributed with its limits, and --stop-after."""
     verb.add_argument(
         "--distributed",
         action="store_true",
         help="run as one of several processes: detects TPU pods, Slurm, Open MPI and Kubernetes; "
         "elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID",
     )
+    verb.add_argument(
+        "--heartbeat",
+        type=duration,
+        default=15.0,
+        metavar="TIME",
+        help="with --distributed: a process that is silent for this long is lost, and all others "
+        "end (default: 15s)",
+    )
+    verb.add_argument(
+        "--start-timeout",
+        type=duration,
+        default=300.0,
+        metavar="TIME",
+        help="with --distributed: wait this long for all processes to start (default: 5m)",
+    )
+    verb.add_argument(
+        "--stop-after",
+        type=duration,
+        metavar="TIME",
+        help="stop after this time as at a signal, exit code 75, as in --stop-after 11h50m",
+    )
 
 
-def start_jax(distributed: bool = False) -> None:
+def duration(text: str) -> float:
+    """The type of times such as 11h50m, 90s or 2d; in seconds."""
+    found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?", text)
+    parts = [float(part or 0) for part in found.groups()] if found else []
+    seconds = sum(part * unit for part, unit in zip(parts, (86400, 3600, 60, 1), strict=False))
+    if not 0 < seconds <= threading.TIMEOUT_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} should be a time such as 11h50m, 90s or 2d")
+    return seconds
+
+
+def start_jax(chosen: argparse.Namespace | None = None) -> None:
     """Starts JAX with the compilation cache on.
 
     Args:
-      distributed: joins the other processes.
+      chosen: the options of `processes`; None runs a single process.
 
     Raises:
       InputError: the environment does not say which process this is.
     """
     import jax
 
-    if distributed:
-        try:
-            jax.distributed.initialize(
-                num_processes=_integer_variable("JAX_NUM_PROCESSES"),
-                process_id=_integer_variable("JAX_PROCESS_ID"),
-            )
-        except ValueError as error:
-            raise InputError(
-                f"--distributed: {error}: set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES "
-                "and JAX_PROCESS_ID"
-            ) from None
+    if chosen is not None and chosen.distributed:
+        from maknet_jax.runs import peers
+
+        peers.start(chosen.heartbeat, chosen.start_timeout)
+    elif chosen is not None and os.environ.get("SLURM_NTASKS", "1") != "1":
+        show(
+            f"maknet: SLURM_NTASKS is {os.environ['SLURM_NTASKS']}, but --distributed is missing: "
+            "every task does all the work",
+            error=True,
+        )
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "maknet" / "xla"
         with contextlib.suppress(RuntimeError):  # no home folder: programs are compiled each time
             jax.config.update("jax_compilation_cache_dir", str(cache.expanduser()))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:  # default: 1 s
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-def _integer_variable(name: str) -> int | None:
-    """An environment variable as an integer; None where it is not set."""
-    return int(os.environ[name]) if name in os.environ else None

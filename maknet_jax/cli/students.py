@@ -46,7 +46,7 @@ def _pseudo_label(verbs: argparse._SubParsersAction) -> None:
         action="store_true",
         help="the split has labels: compare the pseudo-labels with them",
     )
-    options.distributed(verb)
+    options.processes(verb)
 
 
 def _run_pseudo_label(chosen: argparse.Namespace) -> None:
@@ -56,7 +56,7 @@ def _run_pseudo_label(chosen: argparse.Namespace) -> None:
     """
     from maknet_jax import pseudo_label
 
-    options.start_jax(chosen.distributed)
+    options.start_jax(chosen)
     names = ("split", "top", "threshold", "soft", "checkpoint", "batch_size", "truth")
     result = pseudo_label.pseudo_label(
         chosen.model, chosen.records, chosen.out, **options.selected(chosen, *names)
@@ -74,7 +74,7 @@ def _noisy_student(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--config", required=True, help="noisy_student (the paper's) or a .py file")
     verb.add_argument("--workdir", type=options.folder, required=True, help="folder of all rounds")
     verb.usage = "maknet noisy-student --config NAME --workdir DIR [--config.FIELD=VALUE ...]"
-    options.distributed(verb)
+    options.processes(verb)
 
 
 def _run_noisy_student(chosen: argparse.Namespace) -> None:
@@ -86,7 +86,7 @@ def _run_noisy_student(chosen: argparse.Namespace) -> None:
     from maknet_jax import evaluate, noisy_student
     from maknet_jax.runs import config
 
-    options.start_jax(chosen.distributed)
+    options.start_jax(chosen)
     summary = noisy_student.noisy_student(
         config.load(chosen.config, chosen.overrides), chosen.workdir
     )

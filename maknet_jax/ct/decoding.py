@@ -18,7 +18,7 @@ import pydicom
 from pydicom.pixels import get_decoder
 
 from maknet_jax.ct.reading import one_line, quiet
-from maknet_jax.errors import Rejected
+from maknet_jax.errors import STOP_SIGNALS, Rejected
 
 TIME_LIMIT = 60.0  # seconds per slice in the child process; a large slice takes one
 
@@ -135,7 +135,7 @@ def serve(descriptor: int) -> None:
     On damaged data libjpeg writes "Corrupt JPEG data" to stderr, fills in the rest of the image and
     reports success, so this line is the only sign of damage.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent handles them
+    for number in STOP_SIGNALS:  # the parent handles them
         signal.signal(number, signal.SIG_IGN)
     pipe = multiprocessing.connection.Connection(descriptor)
     with contextlib.suppress(EOFError, OSError), tempfile.TemporaryFile() as printed, quiet():

@@ -11,6 +11,7 @@ image alone, so shards can be labelled in any order and on any host.
 import hashlib
 import io
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -158,20 +159,28 @@ class PseudoSource:
                 f"{path} has no finished pseudo-labels (pseudo.json is missing): run `maknet "
                 "pseudo-label`"
             ) from None
-        dataset = records.open_dataset(self.info["records"])
-        if dataset.fingerprint != self.info["fingerprint"]:
+        try:
+            shards = [(path / shard["file"], shard["sha256"]) for shard in self.info["shards"]]
+            images, labels = os.fspath(self.info["records"]), tuple(self.info["labels"])
+            fingerprint, split, _ = (self.info[key] for key in ("fingerprint", "split", "soft"))
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"{path}/pseudo.json is damaged ({type(error).__name__}: {error}): run `maknet "
+                "pseudo-label` again"
+            ) from None
+        dataset = records.open_dataset(images)
+        if dataset.fingerprint != fingerprint:
             raise InputError(
                 f"{dataset.path} has changed since {path} was written: label the images again"
             )
-        if tuple(self.info["labels"]) != tuple(names):
+        if labels != tuple(names):
             raise InputError(
                 f"{path} has other labels than the training data: use a teacher with these labels"
             )
         records.check_size(dataset, size, "the student")
         self.size = len(names)
-        self._images = dataset.source(self.info["split"])
-        rows = [read_rows(path / shard["file"], shard["sha256"]) for shard in self.info["shards"]]
-        self._rows = np.concatenate(rows)
+        self._images = dataset.source(split)
+        self._rows = np.concatenate([read_rows(*shard) for shard in shards])
         if not len(self._rows):
             raise InputError(f"no image in {path} has a pseudo-label: lower --threshold")
         self._order = balanced(self._rows, self.size, balance, seed) if balance else None

@@ -3,25 +3,29 @@
     OUT/dataset.json                                   contents and how they were prepared
     OUT/train/part-00000-of-00009.array_record         one msgpack record per example
 
-A record holds `id` (str), `image` (int16 HU `[S, S, 3]`), `labels` and `label_mask` (uint8 `[K]`)
-and `meta` (a dict: the source of the image). ArrayRecord checks every chunk: a flipped bit or a
-truncated file raises when it is read.
+A data set on s3:// or gs:// is copied to a local cache, see `object_store`.
 """
 
-import contextlib
 import dataclasses
-import errno
 import hashlib
+import json
+import operator
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from concurrent import futures
+from typing import Any
 
-import msgpack
 import numpy as np
-from array_record.python import array_record_data_source, array_record_module
 
 from maknet_jax import files
+from maknet_jax.data import object_store
+from maknet_jax.data.examples import Example as Example
+from maknet_jax.data.examples import ExampleSource as ExampleSource
+from maknet_jax.data.examples import RecordSource as RecordSource
+from maknet_jax.data.examples import decode as decode
+from maknet_jax.data.examples import encode as encode
+from maknet_jax.data.examples import write_shard as write_shard
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError, did_you_mean
 
@@ -32,124 +36,27 @@ _SOURCES = {
     "lesions": "DeepLesion (lesion patches)",
     "phantom": "a generated CT phantom",
 }
-# One record per group, so that random access decompresses the requested record only.
-_OPTIONS = "group_size:1,zstd:3"
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One image with its labels.
-
-    Attributes:
-      id: unique within the data set.
-      image: int16 `[S, S, 3]` in HU.
-      labels: uint8 `[K]`.
-      label_mask: uint8 `[K]`, 0 where the label is unknown.
-      meta: the source of the image, JSON-like; `box` for a lesion patch.
-    """
-
-    id: str
-    image: np.ndarray
-    labels: np.ndarray
-    label_mask: np.ndarray
-    meta: dict[str, Any]
-
-
-class ExampleSource(Protocol):
-    """Random access to examples: a `RecordSource`, or a list of `Example`s."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Example: ...
-
-
-def encode(example: Example) -> bytes:
-    """Serialises an example.
-
-    Raises:
-      ValueError: the image is not int16 `[S, S, 3]`.
-    """
-    size = example.image.shape[0]
-    if example.image.shape != (size, size, 3) or example.image.dtype != np.int16:
-        raise ValueError(
-            f"image should be int16 [S, S, 3], not {example.image.dtype} {example.image.shape}"
-        )
-    return msgpack.packb(
-        {
-            "id": example.id,
-            "size": size,
-            # Planes compress better than interleaved channels.
-            "image": np.ascontiguousarray(example.image.transpose(2, 0, 1)).astype("<i2").tobytes(),
-            "labels": example.labels.astype(np.uint8).tobytes(),
-            "label_mask": example.label_mask.astype(np.uint8).tobytes(),
-            "meta": example.meta,
-        }
-    )
-
-
-def decode(payload: bytes) -> Example:
-    """The inverse of `encode`; the image is a read-only view if the byte order allows it."""
-    record = msgpack.unpackb(payload)
-    size = record["size"]
-    image = np.frombuffer(record["image"], "<i2").reshape(3, size, size).transpose(1, 2, 0)
-    return Example(
-        record["id"],
-        image,
-        np.frombuffer(record["labels"], np.uint8),
-        np.frombuffer(record["label_mask"], np.uint8),
-        record["meta"],
-    )
-
-
-def write_shard(path: str | os.PathLike, payloads: Iterable[bytes]) -> tuple[int, str]:
-    """Writes one shard atomically; returns (count, SHA-256 over the payloads in order).
-
-    Raises:
-      OSError: it cannot be written, for example because the disk is full.
-    """
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    digest, count = hashlib.sha256(), 0
-    with _os_errors(path):
-        writer = array_record_module.ArrayRecordWriter(str(temporary), _OPTIONS)
-    try:
-        for payload in payloads:
-            with _os_errors(path):
-                writer.write(payload)
-            digest.update(hashlib.sha256(payload).digest())
-            count += 1
-        with _os_errors(path):
-            writer.close()
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError), _os_errors(path):
-            if writer.is_open():
-                writer.close()
-        temporary.unlink(missing_ok=True)
-        raise
-    return count, digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _os_errors(path: pathlib.Path) -> Iterator[None]:
-    """ArrayRecord reports errors of the system as RuntimeError or ValueError."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        text = " ".join(str(error).split()).partition("failed: ")[2].partition(";")[0]
-        code = next((code for code in errno.errorcode if os.strerror(code) == text), errno.EIO)
-        raise OSError(code, text or str(error)[:200], str(path)) from None
+_CHECK_THREADS = 16  # shards that are checked at once: on network storage, opening one takes long
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A prepared folder, whose `dataset.json` was checked against the shards on disk."""
+    """A prepared folder, whose `dataset.json` was checked against the shards on disk.
+
+    Attributes:
+      path: the folder; of a data set in an object store, the local cache.
+      info: `dataset.json`.
+      url: of a data set in an object store; its shards are copied when they are needed.
+    """
 
     path: pathlib.Path
     info: dict[str, Any]
+    url: str = ""
+
+    @property
+    def address(self) -> str:
+        """The absolute path or the URL, as runs record it."""
+        return self.url or str(self.path.absolute())
 
     @property
     def size(self) -> int:
@@ -203,10 +110,50 @@ class Dataset:
         counts = split.get("known_counts", [split["count"]] * len(self.vocabulary))
         return np.asarray(counts, np.int64)
 
-    def source(self, name: str) -> "RecordSource":
+    def source(self, name: str) -> RecordSource:
         """A random-access `RecordSource` of a split."""
-        paths = [self.path / shard["file"] for shard in self.split(name)["shards"]]
-        return RecordSource(paths)
+        return self.shards(self.split(name)["shards"])
+
+    def shards(self, entries: Sequence[dict[str, Any]]) -> RecordSource:
+        """A random-access `RecordSource` of some shards of a split, which are checked.
+
+        Raises:
+          InputError: a shard is damaged or not the one that `dataset.json` describes. The check
+            reads the first record of each shard; `maknet verify` reads all of them.
+        """
+        if self.url:
+            object_store.copy_shards(self.url, self.path, entries)
+        with futures.ThreadPoolExecutor(_CHECK_THREADS) as pool:
+            for problem in filter(None, pool.map(self.first_problem, entries)):
+                raise InputError(f"{problem}: restore a copy or prepare the data again")
+        paths = [self.path / shard["file"] for shard in entries]
+        return RecordSource(paths, [shard["count"] for shard in entries])
+
+    def first_problem(self, shard: dict[str, Any]) -> str | None:
+        """What the number of records or the first record of a shard contradicts, or None.
+
+        Raises:
+          InputError: the shard is damaged.
+        """
+        path = self.path / shard["file"]
+        source = RecordSource([path])
+        if len(source) != shard["count"]:
+            return f"shard {path} has {len(source)} records, not the {shard['count']} of its entry"
+        if problem := self.problem(source[0]) if len(source) else None:
+            return f"shard {path} has {problem}"
+        if not shard.get("first"):  # of an earlier version
+            return None
+        same = hashlib.sha256(source.payload(0)).hexdigest() == shard["first"]
+        return None if same else f"shard {path} has other records than when it was prepared"
+
+    def problem(self, example: Example) -> str | None:
+        """How a record contradicts the size and the labels of `dataset.json`, or None."""
+        if example.image.shape[0] != self.size:
+            return f"images of {example.image.shape[0]} pixels, not the {self.size} of dataset.json"
+        labels = len(self.info["labels"])
+        if len(example.labels) != labels or len(example.label_mask) != labels:
+            return f"{len(example.labels)} labels, not the {labels} of dataset.json"
+        return None
 
     def sample(self, count: int) -> list[Example]:
         """At most `count` random examples of all splits, which `meta` names; the seed is fixed."""
@@ -225,10 +172,29 @@ class Dataset:
 def open_dataset(path: str | os.PathLike) -> Dataset:
     """Reads `path/dataset.json`.
 
+    Args:
+      path: a folder, or an s3:// or gs:// URL.
+
     Raises:
       InputError: the folder is not a finished data set, its format is not supported, or a shard is
         missing.
     """
+    if object_store.is_url(path):
+        folder = object_store.copy_description(os.fspath(path))
+        return dataclasses.replace(read_description(folder), url=os.fspath(path))
+    dataset = read_description(path)
+    for split in dataset.info["splits"].values():
+        for shard in split["shards"]:
+            if not (dataset.path / shard["file"]).is_file():
+                raise InputError(
+                    f"shard {dataset.path / shard['file']} is missing: prepare the data again"
+                )
+    return dataset
+
+
+def read_description(path: str | os.PathLike) -> Dataset:
+    """Like `open_dataset`, without looking at the shards."""
+    files.check_local(path)
     path = pathlib.Path(path)
     try:
         info = files.read_json(path / "dataset.json")
@@ -238,16 +204,39 @@ def open_dataset(path: str | os.PathLike) -> Dataset:
         ) from None
     except ValueError as error:
         raise InputError(f"{path}/dataset.json is damaged: {error}") from None
-    if info.get("format") != FORMAT:
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        version = info.get("format") if isinstance(info, dict) else None
         raise InputError(
-            f"{path} has record format {info.get('format')}, this version reads format {FORMAT}: "
+            f"{path} has record format {version}, this version reads format {FORMAT}: "
             "prepare the data again"
         )
-    for split in info["splits"].values():
-        for shard in split["shards"]:
-            if not (path / shard["file"]).is_file():
-                raise InputError(f"shard {path / shard['file']} is missing: prepare the data again")
+    try:
+        shards = [shard for split in info["splits"].values() for shard in split["shards"]]
+        total = sum(operator.index(split["count"]) for split in info["splits"].values())
+        _ = Vocabulary.from_json(info["labels"]), operator.index(info["size"]), info["fingerprint"]
+        intact = info.get("content", content_digest(info)) == content_digest(info)
+        intact &= total == sum(operator.index(shard["count"]) for shard in shards)
+        intact &= all(isinstance(shard["file"], str) for shard in shards)
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"{path}/dataset.json is damaged ({reason}): restore a copy or prepare the data again"
+        ) from None
+    if not intact:
+        raise InputError(
+            f"{path}/dataset.json was changed after it was prepared: restore a copy or prepare "
+            "the data again"
+        )
     return Dataset(path, info)
+
+
+def content_digest(info: Mapping[str, Any]) -> str:
+    """SHA-256 of what `dataset.json` says about the content of the shards: its field `content`.
+
+    Data sets of earlier versions have no such field.
+    """
+    content = {name: info[name] for name in ("format", "size", "labels", "splits", "fingerprint")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def check_size(dataset: Dataset, size: int, name: str = "the network") -> None:
@@ -266,37 +255,3 @@ def check_size(dataset: Dataset, size: int, name: str = "the network") -> None:
             f"{dataset.path} was prepared with --size {dataset.size}, but {name} needs {size}: "
             f"prepare it again with --size {size}"
         )
-
-
-class RecordSource:
-    """Random access to the examples of several shards; picklable, for grain."""
-
-    def __init__(self, paths: Iterable[str | os.PathLike]) -> None:
-        """Opens shards.
-
-        Args:
-          paths: the files in order; an empty list gives an empty source.
-
-        Raises:
-          InputError: a shard is damaged. Reading an example can raise it, too.
-        """
-        self._paths = [str(path) for path in paths]
-        try:
-            source = array_record_data_source.ArrayRecordDataSource
-            self._records = source(self._paths) if self._paths else []
-        except RuntimeError as error:
-            raise self._damaged(error) from error
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> Example:
-        try:
-            payload = self._records[index]
-        except RuntimeError as error:
-            raise self._damaged(error) from error
-        return decode(payload)
-
-    def _damaged(self, error: Exception) -> InputError:
-        folder = pathlib.Path(self._paths[0]).parent
-        return InputError(f"a shard in {folder} is damaged ({error}): prepare the data again")

@@ -69,6 +69,7 @@ class _Part:
     known_counts: list[int]
     failures: list[tuple[str, str]]
     counters: dict[str, int]
+    first: str = ""  # SHA-256 of the first record; earlier versions lack it
 
 
 def write_shards(
@@ -127,7 +128,8 @@ def write_shards(
                 failures.extend(done.failures)
                 counters.update(done.counters)
                 if done.count:
-                    shards.append({"file": name, "count": done.count, "digest": done.digest})
+                    shard = {"file": name, "count": done.count, "digest": done.digest}
+                    shards.append(shard | ({"first": done.first} if done.first else {}))
             entries[split] = {
                 "count": sum(shard["count"] for shard in shards),
                 "label_counts": label_counts.tolist(),
@@ -152,15 +154,24 @@ def write_shards(
         "versions": {"maknet-jax": maknet_jax.__version__}
         | {name: importlib.metadata.version(name) for name in ("numpy", "pillow", "pydicom")},
         # Covers the records, not their paths: moving the inputs does not change it.
-        "fingerprint": _digest(*made_by, _without_known_counts(entries)),
+        "fingerprint": _digest(*made_by, _without_added_fields(entries)),
     }
+    info["content"] = records.content_digest(info)
     return info, failures
 
 
-def _without_known_counts(entries: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    # Earlier versions had no such counts; the digests of the shards already cover the masks.
+def _without_added_fields(entries: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    # Earlier versions had no known counts and no digest of the first record; the digests of the
+    # shards already cover both.
     return {
-        split: {key: value for key, value in entry.items() if key != "known_counts"}
+        split: {
+            "count": entry["count"],
+            "label_counts": entry["label_counts"],
+            "shards": [
+                {key: shard[key] for key in ("file", "count", "digest")}
+                for shard in entry["shards"]
+            ],
+        }
         for split, entry in entries.items()
     }
 
@@ -227,19 +238,27 @@ def _write_part(
     if sidecar.exists():
         advance(unit_count)
         content = files.read_json(sidecar)
-        failed = [(name, reason) for name, reason in content["failures"]]
-        return _Part(**content | {"failures": failed})
+        try:
+            failed = [(name, reason) for name, reason in content["failures"]]
+            return _Part(**content | {"failures": failed})
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"{sidecar} is damaged ({error}): delete it and run the command again"
+            ) from None
     label_counts, known_counts = np.zeros((2, label_count), np.int64)
     failures: list[tuple[str, str]] = []
     counters: collections.Counter[str] = collections.Counter()
+    first = ""
 
     def payloads() -> Iterator[bytes]:
+        nonlocal first
         for result in itertools.islice(results, unit_count):
             failures.extend(result.failures)
             counters.update(result.counters)
             for payload, labels, label_mask in result.examples:
                 np.add(label_counts, labels & label_mask, out=label_counts)
                 np.add(known_counts, label_mask, out=known_counts)
+                first = first or hashlib.sha256(payload).hexdigest()
                 yield payload
             advance(1)
 
@@ -247,7 +266,7 @@ def _write_part(
     if not count:
         (out / name).unlink()
     counts = label_counts.tolist(), known_counts.tolist()
-    part = _Part(count, digest, *counts, failures, dict(counters))
+    part = _Part(count, digest, *counts, failures, dict(counters), first)
     files.write_json(sidecar, dataclasses.asdict(part))
     return part
 

@@ -9,13 +9,12 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from maknet_jax.errors import InputError
+from maknet_jax.errors import STOP_SIGNALS, InputError
 
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
 
 _AHEAD = 2  # results per worker that may wait for an earlier one
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -32,7 +31,7 @@ class Workers:
     """Processes that apply a function to units.
 
     They are spawned, not forked: the threads of the parent (grain, JAX) do not survive a fork. They
-    ignore SIGINT and SIGTERM, which reach the whole process group: the parent handles them.
+    ignore `STOP_SIGNALS`, which reach the whole process group: the parent handles them.
     """
 
     def __init__(self, count: int) -> None:
@@ -118,7 +117,7 @@ class _Worker:
         self._process = context.Process(target=_serve, args=(theirs,))
         # It starts with the signals blocked: otherwise a signal that arrives before it ignores
         # them would kill it. The parent receives pending signals after unblocking.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             self._process.start()
         finally:
@@ -158,7 +157,7 @@ class _Worker:
 
 
 def _serve(pipe: multiprocessing.connection.Connection) -> None:
-    for number in _SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     pipe.send("started")
     while True:

@@ -99,8 +99,7 @@ def measure(
     variables: object,
     *,
     components: int,
-    check: Callable[[], None] = lambda: None,
-    **reading: int,
+    **reading: Any,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     """Computes the features of the training and the tuning slices, and fits the statistics.
 
@@ -109,22 +108,16 @@ def measure(
       predict: see `Evaluator`; its outputs include `features` `[B, F]`.
       variables: the first argument of `predict`.
       components: see `fit`.
-      check: called after each batch; may raise.
-      **reading: batch_size, process_index, process_count and threads of `Evaluator`.
+      **reading: batch_size, process_index, process_count, threads and stop of `Evaluator`.
 
     Returns:
       (`Domain.arrays`, what they were computed from, as JSON); None where `fit` has none.
     """
     samples, slices = [Sample(source) for source in sources], []
     with console.progress("domain", sum(map(len, samples))) as advance:
-
-        def after_batch(count: int) -> None:
-            advance(count)
-            check()
-
         for sample in samples:
             evaluator = Evaluator(sample, predict, **reading)
-            outputs = evaluator.outputs(variables, ("features",), after_batch)
+            outputs = evaluator.outputs(variables, ("features",), advance)
             slices.append(sample.with_features(outputs["features"]))
     statistics = fit(*slices, components=components)
     if statistics is None:

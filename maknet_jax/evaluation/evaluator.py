@@ -7,6 +7,7 @@ import numpy as np
 
 from maknet_jax.data import pipeline
 from maknet_jax.data.records import ExampleSource
+from maknet_jax.errors import Stopped
 from maknet_jax.evaluation import metrics, protocol
 
 
@@ -73,20 +74,24 @@ class Evaluator:
         process_index: int = 0,
         process_count: int = 1,
         threads: int = 4,
+        stop: Callable[[], bool] = lambda: False,
     ):
         """Sets up a split.
 
         Args:
           source: the examples.
           predict: predict(variables, batch) -> dict of NumPy arrays over the rows of all
-            processes: `logits` [B, K] and the batch's labels, label_mask, weight and index.
+            processes: `logits` [B, K] and the batch's labels, label_mask, weight and index, and its
+            `stop` with several processes.
           batch_size: examples per step over all processes; the last batch is padded.
           process_index: of this process.
           process_count: number of processes.
           threads: number of reader threads.
+          stop: whether this process should stop. All processes then stop after the same batch.
         """
         self._source = source
-        self._predict = predict
+        self._predict, self._stop = predict, stop
+        self._shared = process_count > 1
         self._reading = {
             "batch_size": batch_size,
             "process_index": process_index,
@@ -123,11 +128,16 @@ class Evaluator:
           advance: called with the number of examples after each batch.
 
         Raises:
+          Stopped: `stop` of a process returned True.
           RuntimeError: an example was scored twice or not at all.
         """
         columns: dict[str, list[np.ndarray]] = {name: [] for name in (*names, "index")}
         for batch in pipeline.ordered_batches(self._source, **self._reading):
+            if self._shared:  # `predict` returns the rows of all processes
+                batch["stop"] = np.full(len(batch["weight"]), self._stop())
             outputs = self._predict(variables, batch)
+            if np.any(outputs.get("stop", False)) if self._shared else self._stop():
+                raise Stopped("the scoring was interrupted")
             real = outputs["weight"] > 0
             for name, column in columns.items():
                 column.append(outputs[name][real])

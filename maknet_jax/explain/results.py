@@ -79,35 +79,36 @@ def explain(
     """
     out = pathlib.Path(out)
     settings = settings | {"selection": selection.identity}
-    claim(
+    with claim(
         out,
         {"settings.json": settings},
         command=title,
         option=option,
         upgrade=lambda _, stored: _without_names(stored),
-    )
-    paths = {n: out / "cases" / f"{n:05d}.npz" for n in range(len(selection.readers))}
-    mine = range(jax.process_index(), len(paths), jax.process_count())
-    todo = [number for number in mine if not paths[number].exists()]
-    batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
-    with console.progress(title, len(mine), done=len(mine) - len(todo)) as advance:
-        for numbers, content in read_ahead(functools.partial(_read, selection), batches):
-            images, _ = content.result()
-            results = explain_batch(images) if images else []
-            for number, result in zip(images, results, strict=True):
-                save(paths[number], *result)
-            advance(len(numbers))
-    sharding.wait_for_all("explained")
-    done = {number: path for number, path in paths.items() if path.exists()}
-    # Images without a result are read again for the reason: another process may have rejected them.
-    _, failures = _read(selection, [number for number in paths if number not in done])
-    failures = sorted({*selection.failures, *failures})
-    if not done:
-        if jax.process_index() == 0:
-            # Without results, a later run may use other settings.
-            (out / "settings.json").unlink(missing_ok=True)
-        raise InputError(f"no image could be read: {failures[0][0]}: {failures[0][1]}")
-    return done, failures
+    ):
+        paths = {n: out / "cases" / f"{n:05d}.npz" for n in range(len(selection.readers))}
+        mine = range(jax.process_index(), len(paths), jax.process_count())
+        todo = [number for number in mine if not paths[number].exists()]
+        batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
+        with console.progress(title, len(mine), done=len(mine) - len(todo)) as advance:
+            for numbers, content in read_ahead(functools.partial(_read, selection), batches):
+                images, _ = content.result()
+                results = explain_batch(images) if images else []
+                for number, result in zip(images, results, strict=True):
+                    save(paths[number], *result)
+                advance(len(numbers))
+        sharding.wait_for_all("explained")
+        done = {number: path for number, path in paths.items() if path.exists()}
+        # Images without a result are read again for the reason: another process may have rejected
+        # them.
+        _, failures = _read(selection, [number for number in paths if number not in done])
+        failures = sorted({*selection.failures, *failures})
+        if not done:
+            if jax.process_index() == 0:
+                # Without results, a later run may use other settings.
+                (out / "settings.json").unlink(missing_ok=True)
+            raise InputError(f"no image could be read: {failures[0][0]}: {failures[0][1]}")
+        return done, failures
 
 
 def _without_names(settings: dict[str, Any]) -> dict[str, Any]:

@@ -185,6 +185,7 @@ def assemble(
                 to_input=to_input,
                 augment=build_augment(config, mesh.size, form=rotation),
                 ema_decay=config.ema_decay,
+                skip_nonfinite=config.skip_nonfinite > 0,
             ),
             in_shardings=(whole, rows, whole),
             out_shardings=(whole, whole),

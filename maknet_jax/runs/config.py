@@ -18,6 +18,7 @@ import ml_collections
 
 from maknet_jax import files
 from maknet_jax.errors import InputError
+from maknet_jax.runs import ranges
 
 Value: TypeAlias = "bool | int | float | str | tuple[Value, ...] | Mapping[str, Value]"
 
@@ -28,6 +29,8 @@ ADDED_FIELDS: dict[str, Value] = {
     "init": {"path": "", "head": False, "shared_labels": False},  # random weights
     "ema_decay": 0.0,  # no average of the weights
     "domain_components": 64,  # no result of the training depends on it
+    "checkpoint_minutes": 30.0,  # no result depends on it
+    "skip_nonfinite": 10,  # earlier versions stopped instead
     "augment.translation_probability": 0.0,
     "augment.translation_range": 0.1,  # not used at probability 0
 }
@@ -82,6 +85,44 @@ def from_json(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
     completed = copy.deepcopy(dict(values))
     _add_fields(completed)
     return ml_collections.ConfigDict(restore(completed)).lock()
+
+
+def read_stored(folder: str | os.PathLike[str]) -> ml_collections.ConfigDict:
+    """The config of a run, from the `config.json` of its workdir.
+
+    Raises:
+      FileNotFoundError: there is none.
+      InputError: it is damaged, or not the config of a training run.
+    """
+    path = pathlib.Path(folder) / "config.json"
+    values = files.read_json(path)
+    try:
+        config = from_json(values)
+        _compare(config, load("teacher"), "")
+        str(config.model.options.items()), str(config.loss.name), str(config.optimizer.name)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise InputError(
+            f"{path} is not the config of a training run ({reason}): restore a copy of it"
+        ) from None
+    return config
+
+
+def _compare(config: Any, whole: ml_collections.ConfigDict, name: str) -> None:
+    """Raises TypeError where a field that all runs have is missing or of another type."""
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise TypeError(f"{name or 'it'} is not a group of fields")
+    for key, value in whole.items():
+        if key not in config:
+            raise TypeError(f"{name}{key} is missing")
+        if key in ("options", "loss", "optimizer"):  # differ between networks, losses, optimisers
+            continue
+        if isinstance(value, ml_collections.ConfigDict):
+            _compare(config[key], value, f"{name}{key}.")
+        elif type(config[key]) is not type(value) and not (
+            type(value) is float and type(config[key]) is int
+        ):
+            raise TypeError(f"{name}{key} is not of type {type(value).__name__}")
 
 
 def as_stored(
@@ -242,20 +283,12 @@ def validate(config: ml_collections.ConfigDict, size: int, devices: int) -> None
             f"config data.size {config.data.size} does not match the {size} of {config.data.path}: "
             "change one of them"
         )
-    for name in ("epochs", "evaluate_every", "checkpoint_every", "log_every"):
-        if not 0 < config[name] < 1e9:
-            raise InputError(f"config {name} {config[name]} should be above 0 and below 1e9")
+    ranges.check(config.to_dict())
     if not 0 <= config.domain_components <= 64:
         raise InputError(f"config domain_components {config.domain_components} should be in 0..64")
-    values = {"seed": config.seed, "data.threads": config.data.threads}
-    for name, value in (values | {"pseudo.balance": config.pseudo.balance}).items():
-        if value < 0:
-            raise InputError(f"config {name} {value} should be 0 or above")
     window = config.data.window
     if len(window) != 2 or not window[0] < window[1]:
         raise InputError(f"config data.window {tuple(window)} should be (low, high) in HU")
-    if not 0 <= config.ema_decay < 1:
-        raise InputError(f"config ema_decay {config.ema_decay} should be 0 or above and below 1")
     batch_sizes = {"data": config.data.batch_size}
     if config.pseudo.path:
         batch_sizes["pseudo"] = config.pseudo.batch_size

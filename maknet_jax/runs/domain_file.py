@@ -64,6 +64,6 @@ def read(workdir: str | os.PathLike[str], step: int) -> Statistics | None:
         intact = metadata["digest"] == transfer.digest(arrays, {})
     except (InputError, KeyError, ValueError):
         raise InputError(f"{path} is damaged: {advice}") from None
-    if metadata["format"] != FORMAT or not intact:
+    if metadata.get("format") != FORMAT or not intact:
         raise InputError(f"{path} is damaged or of another version: {advice}")
     return Statistics(arrays, about) if saved == step else None

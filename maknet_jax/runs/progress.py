@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from maknet_jax.runs import steps
+
 
 @dataclasses.dataclass
 class Progress:
@@ -19,6 +21,7 @@ class Progress:
       validated_step: its step; None if a checkpoint of an earlier version lacks it.
       init: path, digest and placement of the initial weights; None if they were random.
       pending: metrics of the steps that are not yet written to `metrics.jsonl`.
+      skipped: number of skipped steps, and of those in a row at the end, see `steps.Steps`.
       evaluation_due: a signal interrupted the validation; the next run repeats it.
     """
 
@@ -29,22 +32,31 @@ class Progress:
     validated_step: int | None = None
     init: dict[str, Any] | None = None
     pending: list[Mapping[str, jax.Array | float]] = dataclasses.field(default_factory=list)
+    skipped: tuple[int, int] = (0, 0)
     evaluation_due: bool = False
+
+    def settle(self) -> None:
+        """Drops skipped steps from `pending`; all of them are done."""
+        self.pending = [steps.metrics(each) for each in self.pending if not steps.is_skipped(each)]
 
     def to_json(self) -> dict[str, Any]:
         """The metadata of a last checkpoint, from which a run resumes."""
         pending = [{name: float(v) for name, v in values.items()} for values in self.pending]
         due = {"evaluation_due": True} if self.evaluation_due else {}
-        return self.best_to_json() | due | {"pending": pending}
+        skipped = {"skipped": list(self.skipped)} if any(self.skipped) else {}
+        return self.best_to_json() | due | skipped | {"pending": pending}
 
     def best_to_json(self) -> dict[str, Any]:
         """The metadata of a best checkpoint: without the fields that only resuming needs."""
         values = dataclasses.asdict(dataclasses.replace(self, pending=[]))
-        del values["pending"], values["evaluation_due"]
+        for name in ("pending", "evaluation_due", "skipped"):
+            del values[name]
         return values
 
     @classmethod
     def from_json(cls, metadata: Mapping[str, Any]) -> "Progress":
         """The inverse of both; fields missing in older checkpoints take their defaults."""
         names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: metadata[name] for name in names if name in metadata})
+        progress = cls(**{name: metadata[name] for name in names if name in metadata})
+        first, second = progress.skipped
+        return dataclasses.replace(progress, skipped=(first, second))

@@ -91,6 +91,7 @@ def set_up(
     """
     folder = pathlib.Path(folder)
     if (folder / "config.json").is_file():
+        configs.read_stored(folder)  # raises InputError if it is damaged
         config, fields = configs.as_stored(config, files.read_json(folder / "config.json"))
         for name, value in fields.items():
             console.Log().say(
@@ -202,7 +203,7 @@ def _initial_weights(
     if not config.init.path:
         return None
     if weights is None:  # on resume, the weights are not needed and may no longer exist
-        stored = configs.from_json(files.read_json(folder / "config.json"))
+        stored = configs.read_stored(folder)
         if stored.init.path == config.init.path:
             return files.read_json(folder / "dataset.json").get("initial_weights")
         weights = workdir.open_weights(config.init.path)

@@ -27,7 +27,7 @@ from maknet_jax.errors import InputError, did_you_mean
 from maknet_jax.runs import build, bundle, domain_file
 from maknet_jax.runs import config as configs
 from maknet_jax.runs.progress import Progress
-from maknet_jax.training import checked, checkpoint, sharding, transfer
+from maknet_jax.training import agreement, checked, checkpoint, sharding, transfer
 from maknet_jax.training.state import Variables
 
 FOLDERS = {"best": "best", "last": "checkpoints"}
@@ -209,6 +209,7 @@ def find(source: str | os.PathLike[str], also: str = "") -> pathlib.Path:
     Raises:
       InputError: no such path or released model exists.
     """
+    files.check_local(source)
     path, released = pathlib.Path(source), bundle.released()
     if path.exists():
         return path
@@ -335,21 +336,26 @@ def _check_checkpoint_name(name: str) -> None:
 def _open(workdir: pathlib.Path, checkpoint_name: str, mesh: Mesh) -> _Opened:
     _check_checkpoint_name(checkpoint_name)
     try:
-        config = configs.from_json(files.read_json(workdir / "config.json"))
+        config = configs.read_stored(workdir)
         dataset = files.read_json(workdir / "dataset.json")
+        vocabulary = Vocabulary.from_json(dataset["labels"])
+        _ = vocabulary.parents, dataset["path"] + "", dict(dataset.get("origin") or {})
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            f"{workdir} is not a `maknet train` workdir: it has no config.json"
-        ) from None
-    vocabulary = Vocabulary.from_json(dataset["labels"])
+        problem = "is not a `maknet train` workdir: it has no config.json"
+        raise InputError(f"{workdir} {problem}") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        problem = f"is not that of a training run ({type(error).__name__}: {error})"
+        raise InputError(f"{workdir / 'dataset.json'} {problem}: restore a copy of it") from None
     assembly = build.assemble(config, len(vocabulary), mesh)
     for name in dict.fromkeys((checkpoint_name, "last")):
         folder = workdir / FOLDERS[name]
-        if not folder.is_dir():
+        if not sharding.exchange(folder.is_dir())[0]:  # as process 0 sees it
             continue
-        with contextlib.closing(checkpoint.Checkpoints(folder)) as checkpoints:
+        with contextlib.closing(checkpoint.Checkpoints(folder, writable=False)) as checkpoints:
             try:
-                restored = checkpoints.restore()
+                restored = agreement.restore(checkpoints)
             except InputError as error:
                 if name == "last":
                     raise

@@ -1,28 +1,40 @@
-"""Checkpoints of a `TrainState` (Orbax), with a digest of each array.
+"""Checkpoints of a `TrainState` (Orbax), with a digest of each array and of the metadata.
 
 Orbax silently restores an array with a flipped bit. SHA-256 digests are therefore stored beside the
-arrays and compared on reading; a damaged checkpoint is skipped and the previous one is used.
+arrays and compared on reading; a damaged checkpoint is skipped and the previous one is used. An
+error of the system (no permission, too many open files) is not damage: it is raised as OSError.
 """
 
 import contextlib
 import functools
+import glob
 import hashlib
+import json
+import logging
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from maknet_jax.errors import InputError
+from maknet_jax import files
+from maknet_jax.errors import InputError, system_error
+from maknet_jax.training import sharding
 from maknet_jax.training.state import TrainState
 
+T = TypeVar("T")
 # The parts of a path of `jax.tree_util.keystr`: .params['stem']['conv']['kernel'].
 _NAME = re.compile(r"^\.(\w+)|\['(.*?)'\]")
+_PAUSE = 0.2  # seconds before a failed checkpoint is read again
+_LISTINGS = 10  # how often a folder that changes while it is read is listed again
 
 
 class Restored(NamedTuple):
@@ -42,40 +54,100 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints of one folder; checkpoint N holds the state after N updates."""
 
-    def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], *, keep: int = 2, writable: bool = True
+    ) -> None:
         """Opens a folder, or creates it.
 
         Args:
           folder: the folder of the checkpoints.
           keep: number of checkpoints to keep; 2 leaves one to fall back on if one is damaged.
+          writable: False only reads, possibly while a training writes; changes nothing.
+
+        Raises:
+          InputError: see `check_path`.
         """
         self.folder = pathlib.Path(folder).absolute()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, enable_async_checkpointing=False
+        if writable:
+            check_path(self.folder)
+            if jax.process_index() == 0:
+                self._remove_unfinished()
+        # Several processes read independently, without barriers.
+        self._alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(),
+            active_processes={jax.process_index()},
+            barrier_sync_key_prefix=f"process {jax.process_index()}",
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        if writable:
+            self._manager = self._reader = self._open(max_to_keep=keep, create=True)
+        if not writable or jax.process_count() > 1:
+            self._reader = self._open(create=False, multiprocessing_options=self._alone)
+        if not writable:
+            self._manager = self._reader
+
+    def _open(self, **options: Any) -> ocp.CheckpointManager:
+        options |= {"enable_async_checkpointing": False}
+        chosen = ocp.CheckpointManagerOptions(**options)
+        return _listed(lambda: ocp.CheckpointManager(self.folder, options=chosen))
+
+    def _remove_unfinished(self) -> None:
+        """Removes what a killed process or a full disk left of a checkpoint."""
+        for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, metadata: Mapping[str, Any] | None = None) -> None:
-        """Writes `state` under its step with `metadata` (JSON), unless the step exists."""
+        """Writes `state` under its step with `metadata` (JSON), unless the step exists.
+
+        Raises:
+          InputError: a value is not finite; nothing is written.
+          OSError: the disk is full, for example; the previous checkpoints are intact.
+          RuntimeError: there is a newer checkpoint, or what was written cannot be opened.
+        """
         step = int(state.step)
         if step in self.steps():
             return
-        content = {"digests": digests(state), "meta": dict(metadata or {})}
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), content=ocp.args.JsonSave(content)
-            ),
-        )
+        if name := _first_nonfinite(state):
+            raise InputError(
+                f"the state after step {step} is not saved, because {name} is not finite: run the "
+                f"same command to resume from step {max(self.steps(), default=0)}, or lower "
+                "optimizer.learning_rate and choose another --workdir"
+            )
+        content: dict[str, Any] = {"digests": digests(state), "meta": dict(metadata or {})}
+        content["sha256"] = _content_digest(content)
+        try:
+            with _quiet():
+                saved = self._manager.save(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardSave(state), content=ocp.args.JsonSave(content)
+                    ),
+                )
+                if saved:
+                    self._check_written(step, content)
+        except Exception as error:
+            if jax.process_index() == 0:
+                self._remove_unfinished()
+            raise system_error(error, self.folder / str(step)) or error from None
         if not saved:
             raise RuntimeError(f"checkpoint {step} was not written: {self.folder} has a newer one")
 
+    def _check_written(self, step: int, content: Mapping[str, Any]) -> None:
+        """Opens a new checkpoint: Orbax can write one without its manifest."""
+        folder = self.folder / str(step)
+        self._reader.reload()
+        complete = (folder / "state" / "manifest.ocdbt").is_file()
+        if not complete or self._read_content(step) != json.loads(json.dumps(content)):
+            raise RuntimeError(f"{folder} was written but cannot be opened")
+
     def restore(self, like: TrainState | None = None) -> Restored:
-        """Reads the newest intact checkpoint.
+        """Reads the newest intact checkpoint; for several processes see `agreement`.
+
+        A checkpoint that cannot be read is read again after a pause, from a new listing of the
+        folder: a training that runs may have deleted it, and an error of the storage may pass.
 
         Args:
           like: `state.shapes` of the expected network; None reads what is there, without the
@@ -83,16 +155,25 @@ class Checkpoints:
 
         Raises:
           InputError: there are checkpoints, and every one is damaged or of another network.
+          OSError: the system cannot read a checkpoint: no permission, for example.
         """
         damaged: dict[int, str] = {}
-        for candidate in reversed(self.steps()):
-            try:
-                state, metadata = self._read(like, candidate)
-                return Restored(state, metadata, damaged)
-            except Exception as error:
-                # Orbax raises many types of errors on a damaged file; treat them all alike.
-                text = " ".join(str(error).split())[:200]
-                damaged[candidate] = f"{type(error).__name__}: {text}"
+        for _ in range(_LISTINGS):
+            before, damaged = self._listing(), {}
+            _listed(self._reader.reload)
+            for candidate in sorted(self._reader.all_steps(), reverse=True):
+                try:
+                    return Restored(*self._read_twice(like, candidate), damaged)
+                except Exception as error:
+                    # Orbax raises many types of errors on a damaged file; treat them all alike.
+                    if failure := system_error(error, self.folder / str(candidate)):
+                        raise failure from None
+                    text = " ".join(str(error).split())[:200]
+                    damaged[candidate] = f"{type(error).__name__}: {text}"
+                if self._listing() != before:  # a training deleted it
+                    break
+            if self._listing() == before:
+                break
         if damaged:
             candidate, reason = next(iter(damaged.items()))
             raise InputError(
@@ -101,14 +182,50 @@ class Checkpoints:
             )
         return Restored(None, {}, {})
 
+    def read(self, like: TrainState | None, step: int) -> tuple[TrainState, dict[str, Any]]:
+        """Reads one checkpoint, see `restore`: (state, metadata).
+
+        Raises:
+          Exception: it is missing or damaged.
+        """
+        _listed(self._reader.reload)
+        return self._read_twice(like, step)
+
+    def _listing(self) -> list[str]:
+        """The names of all files, which change when a checkpoint is written or deleted."""
+        return sorted(glob.glob("**", root_dir=self.folder, recursive=True))
+
+    def _read_twice(self, like: TrainState | None, step: int) -> tuple[TrainState, dict[str, Any]]:
+        try:
+            return self._read(like, step)
+        except Exception:
+            time.sleep(_PAUSE)
+            return self._read(like, step)
+
+    def check(self, like: TrainState, step: int) -> str:
+        """Reads a checkpoint and compares all digests; returns a remark, "" if there is none.
+
+        Raises:
+          Exception: it is damaged, see `restore`.
+        """
+        self._read_all(like, step)
+        old = "sha256" not in self._read_content(step)
+        return "no digest of the metadata (written by an earlier version)" if old else ""
+
+    def _read_content(self, step: int) -> dict[str, Any]:
+        """The digests and the metadata of a checkpoint."""
+        content = self._reader.restore(
+            step, args=ocp.args.Composite(content=ocp.args.JsonRestore())
+        ).content
+        _check_content(content)
+        return content
+
     def _read(self, like: TrainState | None, step: int) -> tuple[TrainState, dict[str, Any]]:
         return self._read_weights(step) if like is None else self._read_all(like, step)
 
     def _read_weights(self, step: int) -> tuple[TrainState, dict[str, Any]]:
         """The state without that of the optimiser; the digests name its arrays."""
-        stored = self._manager.restore(
-            step, args=ocp.args.Composite(content=ocp.args.JsonRestore())
-        ).content
+        stored = self._read_content(step)
         expected = {
             name: digest
             for name, digest in stored["digests"].items()
@@ -122,7 +239,9 @@ class Checkpoints:
             ] = 0
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         # Not by the manager, which reads and writes an item in one way only.
-        with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader:
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=self._alone)
+        checkpointer = ocp.Checkpointer(handler, multiprocessing_options=self._alone)
+        with contextlib.closing(checkpointer) as reader:
             restored = reader.restore(
                 self.folder / str(step) / "state",
                 args=ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy, partial_restore=True),
@@ -140,7 +259,7 @@ class Checkpoints:
     def _read_all(self, like: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         # Restored as NumPy arrays: the caller decides on which devices to put them.
         as_numpy = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
-        restored = self._manager.restore(
+        restored = self._reader.restore(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(as_numpy), content=ocp.args.JsonRestore()
@@ -152,16 +271,21 @@ class Checkpoints:
             if array.shape != leaf.shape:
                 name = jax.tree_util.keystr(path)
                 raise ValueError(f"another network: {name} is {array.shape}, not {leaf.shape}")
+        _check_content(restored.content)
         _check_digests(restored.state, restored.content["digests"])
         return restored.state, restored.content["meta"]
 
     def set_aside(self, step: int) -> None:
-        """Moves a damaged checkpoint to `FOLDER_damaged/STEP`, so that its step can be saved."""
+        """Moves a damaged checkpoint to `FOLDER_damaged/STEP`, so that its step can be saved.
+
+        A collective if there are several processes.
+        """
         if jax.process_index() == 0:
             target = self.folder.with_name(f"{self.folder.name}_damaged") / str(step)
             target.parent.mkdir(exist_ok=True)
             shutil.rmtree(target, ignore_errors=True)
             shutil.move(self.folder / str(step), target)
+        sharding.wait_for_all(f"set aside {step}")
         self._manager.reload()
 
     def discard(self, step: int) -> None:
@@ -169,15 +293,91 @@ class Checkpoints:
         self._manager.delete(step)
 
     def close(self) -> None:
-        """Stops the manager's threads."""
-        self._manager.close()
+        """Stops the managers' threads."""
+        self._reader.close()
+        if self._manager is not self._reader:
+            self._manager.close()
+
+
+def _listed(read: Callable[[], T]) -> T:
+    """Repeats a listing of checkpoints that fails because a training deletes one meanwhile."""
+    for _ in range(_LISTINGS):
+        with contextlib.suppress(FileNotFoundError):
+            return read()
+    return read()
+
+
+def check_path(folder: str | os.PathLike[str]) -> None:
+    """Checks that Orbax can write checkpoints below a folder.
+
+    Raises:
+      InputError: the path contains a character of a pattern. Orbax searches its files by pattern,
+        misses those below such a folder, and writes checkpoints that cannot be read.
+    """
+    files.check_local(folder)
+    path = os.path.abspath(folder)
+    if wrong := sorted(set(path) & set("[*?")):
+        raise InputError(
+            f"checkpoints below {path} could not be read, because its path contains "
+            f"{' '.join(wrong)}: choose a folder without [ * ? in its whole path"
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps log lines and tracebacks of Orbax's threads off the terminal; its error is raised.
+
+    After a failure, threads that write other arrays still report theirs, long after the block.
+    """
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+
+    def unless_closed(unraisable: "sys.UnraisableHookArgs") -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            hook(unraisable)
+
+    logger.addFilter(_drop)
+    sys.unraisablehook = unless_closed
+    try:
+        yield
+    except BaseException:  # most threads end within the pause; for the others both stay in place
+        time.sleep(_PAUSE)
+        raise
+    logger.removeFilter(_drop)
+    sys.unraisablehook = hook
+
+
+def _drop(_: logging.LogRecord) -> bool:
+    return False
+
+
+def _content_digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of the digests and the metadata of a checkpoint."""
+    values = [content["digests"], content["meta"]]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _check_content(content: Mapping[str, Any]) -> None:
+    """Compares the metadata with their digest; earlier versions stored none."""
+    if content.get("sha256", _content_digest(content)) != _content_digest(content):
+        raise ValueError("the metadata do not match their digest")
 
 
 def _check_digests(state: TrainState, expected: Mapping[str, str]) -> None:
+    if name := _first_nonfinite(state):  # earlier versions saved such states
+        raise ValueError(f"{name} is not finite")
     actual = digests(state)
     if actual != expected:
         wrong = [name for name in expected if actual.get(name) != expected[name]]
         raise ValueError(f"{len(wrong)} arrays do not match their digest, first {wrong[:1]}")
+
+
+def _first_nonfinite(tree: Any) -> str | None:
+    """The path of the first array with a value that is not finite; None if all are finite."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    for path, leaf in leaves:
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.isfinite(np.asarray(leaf)).all():
+            return jax.tree_util.keystr(path)
+    return None
 
 
 def digests(tree: Any) -> dict[str, str]:

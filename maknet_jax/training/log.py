@@ -39,9 +39,9 @@ class MetricLog:
             with files.write_whole(path) as file:
                 file.writelines(line + "\n" for line in valid)
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(
-            str(pathlib.Path(workdir) / "tensorboard"), purge_step=step + 1, flush_secs=30
-        )
+        board = str(pathlib.Path(workdir) / "tensorboard")
+        with files.naming(board):
+            self._board = SummaryWriter(board, purge_step=step + 1, flush_secs=30)
 
     def write(self, step: int, values: Mapping[str, Scalar]) -> None:
         """Writes one line of scalars; values that are not finite become null in JSON."""
@@ -50,16 +50,19 @@ class MetricLog:
         clean = {
             name: float(value) if math.isfinite(value) else None for name, value in values.items()
         }
-        self._file.write(json.dumps({"step": step, **clean}) + "\n")
-        self._file.flush()
+        with files.naming(self._file.name):
+            self._file.write(json.dumps({"step": step, **clean}) + "\n")
+            self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, float(value), step)
 
     def close(self) -> None:
         """Flushes and closes both."""
         if self._file is not None and self._board is not None:
-            self._file.close()
-            self._board.close()
+            with files.naming(self._file.name):
+                self._file.close()
+            with files.naming(self._board.logdir):
+                self._board.close()
 
 
 def _step(line: str) -> float:

@@ -1,7 +1,8 @@
 """One mesh axis, `data`: batches are split over it, the state is replicated."""
 
+import json
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -65,6 +66,21 @@ def any_process(flag: bool) -> bool:
     if jax.process_count() == 1:
         return bool(flag)
     return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
+def exchange(value: Any) -> list[Any]:
+    """The JSON values that the processes pass, in their order; a collective if there are several.
+
+    Args:
+      value: of this process.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    content = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray([content.size])).ravel()
+    row = np.pad(content, (0, int(sizes.max()) - content.size))
+    rows = multihost_utils.process_allgather(row).reshape(len(sizes), -1)
+    return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
 
 def round_up_to_devices(batch_size: int, devices: int | None = None) -> int:

@@ -25,6 +25,7 @@ def make_train_step(
     to_input: ToInput,
     augment: Augment | None = None,
     ema_decay: float = 0.0,
+    skip_nonfinite: bool = False,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
     """Builds `train_step(state, batch, key) -> (state, metrics)`.
 
@@ -36,11 +37,14 @@ def make_train_step(
       to_input: batch["image"] (int16 HU `[B, S, S, 3]`) -> float32 images in [0, 1].
       augment: augment(batch["image"], keys `[B]`) -> images, replaces `to_input`; or None.
       ema_decay: decay of the moving average of weights and statistics, if the state has one.
+      skip_nonfinite: a step whose loss or gradient norm is not finite changes nothing but the step
+        number; the metric `skipped` is then True.
 
     Returns:
       The step. `key` is the run's key, into which the step number is folded. Augmentation also
       folds in the record's number `batch["index"]`; dropout depends on the row in the global batch.
-      Neither depends on the mesh or the workers.
+      Neither depends on the mesh or the workers. The metric `request` is the largest value of
+      `batch["request"]`, if there is one, see `runs.steps`.
     """
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
@@ -63,16 +67,25 @@ def make_train_step(
             value, metrics = loss_fn(outputs, batch | {"key": jax.random.fold_in(dropout_key, 1)})
             return value, (metrics, updated.get("batch_stats", {}))
 
-        (_, (metrics, stats)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+        (value, (metrics, stats)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = metrics | {"gradient_norm": optax.tree.norm(gradients)}
+        norm = optax.tree.norm(gradients)
+        metrics = metrics | {"gradient_norm": norm}
+        if "request" in batch:
+            metrics["request"] = batch["request"].max()
         average = jax.tree.map(
             lambda old, new: ema_decay * old + (1 - ema_decay) * new,
             state.ema,
             {"params": params, "batch_stats": stats} if state.ema else (),
         )
-        return TrainState(state.step + 1, params, stats, opt_state, average), metrics
+        after = TrainState(state.step + 1, params, stats, opt_state, average)
+        if skip_nonfinite:
+            finite = jnp.isfinite(value) & jnp.isfinite(norm)
+            metrics["skipped"] = ~finite
+            kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+            after = kept._replace(step=state.step + 1)
+        return after, metrics
 
     return train_step
 

@@ -187,7 +187,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Variables, Variables, dict[str, 
             f"{path} is not in maknet-jax format: run `maknet import-weights` on it first"
         )
     tree = {"params": {}, "batch_stats": {}} | traverse_util.unflatten_dict(arrays, sep="/")
-    if digest(**tree) != metadata["digest"]:
+    if len(tree) != 2 or digest(**tree) != metadata.get("digest"):
         raise InputError(
             f"{path} is damaged, its arrays do not match their digest: import it again"
         )
