@@ -41,7 +41,7 @@ def result_of(uids):
 
 def header():
     data = pydicom.Dataset()
-    data.SOPClassUID = pydicom.uid.CTImageStorage
+    data.SOPClassUID, data.SOPInstanceUID = pydicom.uid.CTImageStorage, "1.2.3.0"
     data.StudyInstanceUID, data.SeriesInstanceUID = "1.2", "1.2.3"
     data.PatientID, data.PatientName, data.PatientSex = "p7", "Doe^J", "O"
     data.PatientBirthDate = data.StudyID = data.AccessionNumber = data.ReferringPhysicianName = ""
@@ -92,6 +92,14 @@ def test_frames_of_one_file_are_referenced_by_number(tmp_path):
         expected = frames.get(group.tracking_identifier, [1, 2, 3, 4])
         assert image.referenced_sop_instance_uid == "1.2.9"
         assert list(image.referenced_frame_numbers) == expected
+
+
+def test_an_anonymised_series_has_a_report():
+    data = pydicom.Dataset()
+    for name in ("SOPClassUID", "StudyInstanceUID", "SeriesInstanceUID"):
+        setattr(data, name, header()[name].value)
+    result = result_of(tuple(f"1.2.3.{k}" for k in range(4)))
+    assert structured_reports.report_of(result, data, "torso").PatientID == ""
 
 
 def test_series_without_uids_or_codes_have_no_report():

@@ -22,6 +22,18 @@ from maknet_jax.evaluation import body_parts
 from maknet_jax.evaluation.series import SeriesResult
 
 EXTRA = "sr"
+# Elements of patient and study that highdicom copies; they may be empty (type 2).
+_PATIENT = (
+    "PatientID",
+    "PatientName",
+    "PatientBirthDate",
+    "PatientSex",
+    "StudyID",
+    "StudyDate",
+    "StudyTime",
+    "AccessionNumber",
+    "ReferringPhysicianName",
+)
 _SIDES = {"L": ("7771000", "Left"), "R": ("24028007", "Right")}  # SNOMED CT
 
 
@@ -175,6 +187,10 @@ def _instance(uid: str) -> str:
 def _image(header: pydicom.Dataset, instance: str) -> pydicom.Dataset:
     """The header of a file of the same series."""
     image = pydicom.Dataset()
-    image.update({element.tag: element for element in header})
+    # Elements are shared, and setting the value of one would change it in all images.
+    image.update({e.tag: e for e in header if e.keyword != "SOPInstanceUID"})
     image.SOPInstanceUID = instance
+    for name in _PATIENT:
+        if name not in image:  # anonymised
+            setattr(image, name, "")
     return image
