@@ -8,6 +8,7 @@ highdicom, the extra `sr`.
 
 import pathlib
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,15 +112,18 @@ def report_of(
         groups,
         title=hd.sr.CodedConcept("126000", "DCM", "Imaging Measurement Report"),
     )
-    return hd.sr.EnhancedSR(
-        evidence=[_image(header, uid) for uid in dict.fromkeys(map(_instance, result.uids))],
-        content=content[0],
-        series_instance_uid=dicom_uid.generate_uid(),
-        series_number=1,
-        sop_instance_uid=dicom_uid.generate_uid(),
-        instance_number=1,
-        manufacturer="maknet-jax",
-    )
+    with warnings.catch_warnings():
+        # A name of a single component, as in pseudonymised CT, is copied as it is.
+        warnings.filterwarnings("ignore", message=".*unlikely to represent the intended person")
+        return hd.sr.EnhancedSR(
+            evidence=[_image(header, uid) for uid in dict.fromkeys(map(_instance, result.uids))],
+            content=content[0],
+            series_instance_uid=dicom_uid.generate_uid(),
+            series_number=1,
+            sop_instance_uid=dicom_uid.generate_uid(),
+            instance_number=1,
+            manufacturer="maknet-jax",
+        )
 
 
 def _header(paths: Sequence[str]) -> pydicom.Dataset | None:
