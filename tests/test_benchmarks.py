@@ -114,7 +114,7 @@ def test_the_returned_code_is_the_exit_code(returned, code):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("runs", "SIGTERM; run the same command again to resume"),
+        ("runs", "SIGTERM; run the same command to resume"),
         (None, "nothing was saved: pass --workdir to be able to resume"),
     ],
 )
