@@ -87,8 +87,8 @@ class Checkpoints:
 
     def _open(self, **options: Any) -> ocp.CheckpointManager:
         options |= {"enable_async_checkpointing": False}
-        manager = ocp.CheckpointManagerOptions(**options)
-        return _listed(lambda: ocp.CheckpointManager(self.folder, options=manager))
+        chosen = ocp.CheckpointManagerOptions(**options)
+        return _listed(lambda: ocp.CheckpointManager(self.folder, options=chosen))
 
     def _remove_unfinished(self) -> None:
         """Removes what a killed process or a full disk left of a checkpoint."""
