@@ -168,6 +168,7 @@ def prepare_dicom(
         out,
         {"unlabelled": triplets.plan_series(usable, salt, size, read_as)},
         triplets.make_series,
+        division=triplets.DIVISION,
         kind="dicom",
         size=size,
         vocabulary=labels.Vocabulary(()),
@@ -319,6 +320,7 @@ def _write(
     missing: Sequence[tuple[str, str]] = (),
     cases: Sequence[tuple[str, str, str]] = (),
     hidden: pseudonym.Pseudonyms | None = None,
+    division: shards.Division | None = None,
 ) -> dict[str, Any]:
     """Writes the shards, the contact sheet and the reports; returns the summary."""
     out = pathlib.Path(out)
@@ -337,6 +339,7 @@ def _write(
             workers=workers,
             advance=advance,
             failures=failures,
+            division=division,
         )
     info["counters"], info["volumes"] = overview.separate(info["counters"])
     info["rejected"], info["missing"] = map(overview.by_reason, (failures, missing))

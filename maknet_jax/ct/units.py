@@ -62,6 +62,13 @@ class Values:
         self._counts += np.roll(bins, 1 << 15)
         return hu
 
+    def update(self, other: "Values") -> None:
+        """Adds what another instance counted in other planes of the series."""
+        self._counts += other._counts
+        self._low, self._high = min(self._low, other._low), max(self._high, other._high)
+        self._above += other._above
+        self._fractions |= other._fractions
+
     def __len__(self) -> int:
         """The number of values that were counted."""
         return int(self._counts.sum())

@@ -28,6 +28,8 @@ from maknet_jax.errors import InputError, NothingUsable
 SHARD_RECORDS = 512  # about 100 MB at 256 x 256
 WINDOW = (-1024.0, 3071.0)  # HU; LesaNet's, the default of the configs
 
+Encoded = tuple[bytes, np.ndarray, np.ndarray]  # a record, its labels and its label mask
+
 
 @dataclasses.dataclass(frozen=True)
 class UnitResult:
@@ -37,11 +39,13 @@ class UnitResult:
       examples: encoded records with their labels and label masks, uint8 `[K]` each.
       failures: (input, reason) pairs.
       counters: summed over the run, for example {"neighbours repeated": 1}.
+      evidence: of a piece of a unit, for `Division.join`.
     """
 
-    examples: tuple[tuple[bytes, np.ndarray, np.ndarray], ...] = ()
+    examples: tuple[Encoded, ...] = ()
     failures: tuple[tuple[str, str], ...] = ()
     counters: dict[str, int] = dataclasses.field(default_factory=dict)
+    evidence: Any = None
 
 
 class Unit(Protocol):
@@ -57,6 +61,19 @@ class Unit(Protocol):
 
 
 AnyUnit = TypeVar("AnyUnit", bound=Unit)
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """How large units are divided among workers.
+
+    Attributes:
+      pieces: unit -> its pieces in order, which are units, too; [unit] for a small one.
+      join: (unit, results of its pieces in order) -> result of the unit; not called for [unit].
+    """
+
+    pieces: Callable[[Any], Sequence[Any]]
+    join: Callable[[Any, Sequence[UnitResult]], UnitResult]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +100,7 @@ def write_shards(
     workers: int,
     advance: Callable[[int], None],
     failures: Sequence[tuple[str, str]] = (),
+    division: Division | None = None,
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Writes all splits; returns (info for `finish`, failures).
 
@@ -97,6 +115,7 @@ def write_shards(
       workers: the number of processes; 1 runs in this process.
       advance: called with the number of units done.
       failures: inputs that were rejected before; they come first in the returned failures.
+      division: how large units are divided; None leaves them whole.
 
     Raises:
       NothingUsable: no unit gave a record.
@@ -117,7 +136,8 @@ def write_shards(
         if not _sidecar(out, name).exists()
         for unit in units
     ]
-    with _results(make, missing, workers, out / ".parts" / "killed.json") as results:
+    memory = out / ".parts" / "killed.json"
+    with _results(make, missing, workers, memory, division) as results:
         for split, parts in plan.items():
             shards, label_counts, known_counts = [], *np.zeros((2, len(vocabulary)), np.int64)
             for name, units in parts:
@@ -258,14 +278,29 @@ def _results(
     units: Sequence[AnyUnit],
     workers: int,
     memory: pathlib.Path,
+    division: Division | None,
 ) -> Iterator[Iterator[UnitResult]]:
     """Yields an iterator over make(unit) for each unit, in order."""
     deaths = _Deaths(memory, workers)
-    if not units or (workers <= 1 and not any(map(deaths.by, units))):
-        yield map(make, units)
+    divided = [division.pieces(unit) if division else [unit] for unit in units]
+    pieces = list(itertools.chain.from_iterable(divided))
+    if not pieces or (workers <= 1 and not any(map(deaths.by, pieces))):
+        yield _joined(units, divided, map(make, pieces), division)
         return
-    with worker_pool.start(min(workers, len(units))) as pool:
-        yield pool.map(make, units, alone=deaths.by, died=deaths.add)
+    with worker_pool.start(min(workers, len(pieces))) as pool:
+        made = pool.map(make, pieces, alone=deaths.by, died=deaths.add)
+        yield _joined(units, divided, made, division)
+
+
+def _joined(
+    units: Sequence[AnyUnit],
+    divided: Sequence[Sequence[Any]],
+    results: Iterator[UnitResult],
+    division: Division | None,
+) -> Iterator[UnitResult]:
+    for unit, pieces in zip(units, divided, strict=True):
+        made = list(itertools.islice(results, len(pieces)))
+        yield made[0] if division is None or len(pieces) == 1 else division.join(unit, made)
 
 
 class _Deaths:
