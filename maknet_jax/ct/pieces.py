@@ -56,13 +56,14 @@ def read_slices(
     headers, values = [], units.Values()
     paths = dicom_frames.in_order(ref.paths)
     slices = dicom.read_slices(paths, values, overrides)
-    for path in paths:
-        try:
-            _, (header, plane) = next(slices)
-        except Rejected as error:
-            raise Rejected(f"{search.relative_name(path, ref.root)}: {error}") from error
-        headers.append(header)
-        add(plane)
+    with reading.quiet():  # once, because for each slice it takes as long as some checks
+        for path in paths:
+            try:
+                _, (header, plane) = next(slices)
+            except Rejected as error:
+                raise Rejected(f"{search.relative_name(path, ref.root)}: {error}") from error
+            headers.append(header)
+            add(plane)
     return Evidence(tuple(headers), values)
 
 
