@@ -42,6 +42,7 @@ def prepare_deeplesion(
     patches: bool = False,
     size: int | None = None,
     workers: int = 1,
+    scheduler: str | None = None,
     **overrides: bool,
 ) -> dict[str, Any]:
     """Prepares DeepLesion's key slices with LesaNet's body-part labels, one record per lesion.
@@ -59,6 +60,7 @@ def prepare_deeplesion(
         `data.lesions`.
       size: the edge S in pixels, of patches in mm; None takes `SIZE` or `PATCH_SIZE`.
       workers: processes.
+      scheduler: the address of a Dask scheduler, whose workers replace them.
       **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
@@ -70,7 +72,7 @@ def prepare_deeplesion(
     size = size or (PATCH_SIZE if patches else SIZE)
     images = pathlib.Path(images)
     read_as = reading.Overrides(**overrides)
-    _check(out, size, step=8 if patches else 32)
+    _check(out, size, scheduler, step=8 if patches else 32)
     if not images.is_dir():
         raise InputError(
             f"--images {images} is not a folder: data/README.md says how to get DeepLesion"
@@ -102,6 +104,7 @@ def prepare_deeplesion(
         vocabulary=vocabulary,
         about=about | read_as.used(),
         workers=workers,
+        scheduler=scheduler,
         missing=missing,
     )
 
@@ -115,6 +118,7 @@ def prepare_dicom(
     min_slices: int = 51,
     size: int = SIZE,
     workers: int = 1,
+    scheduler: str | None = None,
     **overrides: bool,
 ) -> dict[str, Any]:
     """Prepares folders of DICOM or NIfTI as unlabelled triplets without overlap (section 4.1).
@@ -130,6 +134,7 @@ def prepare_dicom(
         whole series.
       size: the edge S of the images in pixels.
       workers: processes.
+      scheduler: the address of a Dask scheduler, whose workers replace them.
       **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
@@ -139,7 +144,7 @@ def prepare_dicom(
       InputError: `folder` contains no usable series, or `out` is in use.
     """
     read_as = reading.Overrides(**overrides)
-    _check(out, size)
+    _check(out, size, scheduler)
     hidden = pseudonym.read_pseudonyms(pseudonyms, salt_file)
     series, failures = search.find_series(folder, workers=workers, overrides=read_as)
     small = [ref for ref in series if ref.count < min_slices]
@@ -174,6 +179,7 @@ def prepare_dicom(
         vocabulary=labels.Vocabulary(()),
         about=about | read_as.used(),
         workers=workers,
+        scheduler=scheduler,
         failures=failures,
         hidden=hidden,
     )
@@ -188,6 +194,7 @@ def prepare_table(
     salt_file: str | os.PathLike[str] | None = None,
     size: int = SIZE,
     workers: int = 1,
+    scheduler: str | None = None,
     **overrides: bool,
 ) -> dict[str, Any]:
     """Prepares your own labelled slices from a CSV of path, labels, split and optional columns.
@@ -202,6 +209,7 @@ def prepare_table(
       salt_file: the secret key of the pseudonyms, as in `prepare_dicom`.
       size: the edge S of the images in pixels.
       workers: processes.
+      scheduler: the address of a Dask scheduler, whose workers replace them.
       **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
@@ -211,7 +219,7 @@ def prepare_table(
       InputError: the table is invalid, or `out` is in use.
     """
     read_as = reading.Overrides(**overrides)
-    _check(out, size)
+    _check(out, size, scheduler)
     warnings: list[str] = []
     rows, vocabulary = table.read_table(csv_file, warnings.append)
     for text in warnings:
@@ -225,6 +233,7 @@ def prepare_table(
         vocabulary=vocabulary,
         about={"rows": len(rows), "png_window": png_window, "warnings": warnings} | read_as.used(),
         workers=workers,
+        scheduler=scheduler,
         hidden=pseudonym.read_pseudonyms(pseudonyms, salt_file),
     )
 
@@ -241,6 +250,7 @@ def prepare_segmentations(
     pseudonyms: bool = False,
     size: int = SIZE,
     workers: int = 1,
+    scheduler: str | None = None,
     **overrides: bool,
 ) -> dict[str, Any]:
     """Prepares CT with organ masks as labelled slices, see `data.segmentations`.
@@ -256,6 +266,7 @@ def prepare_segmentations(
       pseudonyms: write them instead of all names: in the records, and in all tables.
       size: the edge S of the images in pixels.
       workers: processes.
+      scheduler: the address of a Dask scheduler, whose workers replace them.
       **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
@@ -266,7 +277,7 @@ def prepare_segmentations(
         `out` is in use.
     """
     read_as = reading.Overrides(**overrides)
-    _check(out, size)
+    _check(out, size, scheduler)
     hidden = pseudonym.read_pseudonyms(pseudonyms, salt_file)
     with console.list_failures(pathlib.Path(out) / "failures.csv", hidden):
         plan = segmentation_plan.plan(
@@ -291,6 +302,7 @@ def prepare_segmentations(
         vocabulary=labels.Vocabulary.from_names(plan.labels),
         about={**(origin or {}), **plan.about, **read_as.used()},
         workers=workers,
+        scheduler=scheduler,
         failures=plan.failures,
         missing=plan.missing,
         cases=[(case.name, case.patient, split) for case, split in plan.members],
@@ -298,12 +310,12 @@ def prepare_segmentations(
     )
 
 
-def _check(out: str | os.PathLike[str], size: int, step: int = 32) -> None:
+def _check(out: str | os.PathLike[str], size: int, scheduler: str | None, step: int = 32) -> None:
     # Called before anything is read, because searching a tree of CT can take a long time.
     if size % step:
         why = "networks halve it five times" if step == 32 else "as LesaNet's 120 is"
         raise InputError(f"--size {size} should be a multiple of {step}: {why}")
-    shards.check_unfinished(out)
+    shards.check_start(out, scheduler)
 
 
 def _write(
@@ -316,6 +328,7 @@ def _write(
     vocabulary: labels.Vocabulary,
     about: dict[str, Any],
     workers: int,
+    scheduler: str | None,
     failures: Sequence[tuple[str, str]] = (),
     missing: Sequence[tuple[str, str]] = (),
     cases: Sequence[tuple[str, str, str]] = (),
@@ -337,6 +350,7 @@ def _write(
             vocabulary=vocabulary,
             about=about,
             workers=workers,
+            scheduler=scheduler,
             advance=advance,
             failures=failures,
             division=division,
@@ -348,8 +362,7 @@ def _write(
         cases = [(hidden.name(name), hidden.name(patient), split) for name, patient, split in cases]
     if kind == "lesions":
         info["crop"] = lesions.RULE
-    dataset = records.Dataset(out, info)
-    examples = dataset.sample(_SHOWN)
+    examples = (dataset := records.Dataset(out, info)).sample(_SHOWN)
     contact_sheet.write_contact_sheet(out / "contact_sheet.png", examples, vocabulary.names)
     console.write_failures(out / "failures.csv", failures)
     console.write_failures(out / "missing.csv", missing)

@@ -7,8 +7,8 @@ set is finished when `dataset.json` exists (see `finish`).
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
-import importlib.metadata
 import itertools
 import os
 import pathlib
@@ -18,10 +18,9 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-import maknet_jax
 from maknet_jax import files
 from maknet_jax.ct import preprocess
-from maknet_jax.data import records, worker_pool
+from maknet_jax.data import cluster, records, worker_pool
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError, NothingUsable
 
@@ -101,6 +100,7 @@ def write_shards(
     advance: Callable[[int], None],
     failures: Sequence[tuple[str, str]] = (),
     division: Division | None = None,
+    scheduler: str | None = None,
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Writes all splits; returns (info for `finish`, failures).
 
@@ -116,6 +116,7 @@ def write_shards(
       advance: called with the number of units done.
       failures: inputs that were rejected before; they come first in the returned failures.
       division: how large units are divided; None leaves them whole.
+      scheduler: the address of a Dask scheduler, whose workers are used instead of processes.
 
     Raises:
       NothingUsable: no unit gave a record.
@@ -136,8 +137,8 @@ def write_shards(
         if not _sidecar(out, name).exists()
         for unit in units
     ]
-    memory = out / ".parts" / "killed.json"
-    with _results(make, missing, workers, memory, division) as results:
+    deaths = _Deaths(out / ".parts" / "killed.json")
+    with _results(make, missing, workers, scheduler, deaths, division) as results:
         for split, parts in plan.items():
             shards, label_counts, known_counts = [], *np.zeros((2, len(vocabulary)), np.int64)
             for name, units in parts:
@@ -169,8 +170,7 @@ def write_shards(
         "window": WINDOW,
         "crop": preprocess.CROP_RULE,
         "about": about,
-        "versions": {"maknet-jax": maknet_jax.__version__}
-        | {name: importlib.metadata.version(name) for name in ("numpy", "pillow", "pydicom")},
+        "versions": cluster.versions(),
         # Covers the records, not their paths: moving the inputs does not change it.
         "fingerprint": _digest(*made_by, _without_known_counts(entries)),
     }
@@ -191,8 +191,14 @@ def finish(out: pathlib.Path, info: dict[str, Any]) -> None:
     shutil.rmtree(out / ".parts")
 
 
-def check_unfinished(out: str | os.PathLike[str]) -> None:
-    """Raises InputError if `out` contains a finished data set."""
+def check_start(out: str | os.PathLike[str], scheduler: str | None) -> None:
+    """Raises InputError if `out` contains a finished data set, or a scheduler has no workers."""
+    _check_unfinished(out)
+    if scheduler is not None:
+        cluster.Cluster(scheduler).close()
+
+
+def _check_unfinished(out: str | os.PathLike[str]) -> None:
     if (pathlib.Path(out) / "dataset.json").exists():
         raise InputError(f"{out} already contains a finished data set: choose another --out")
 
@@ -202,7 +208,7 @@ def _digest(*parts: Any) -> str:
 
 
 def _claim(out: pathlib.Path, plan: str) -> None:
-    check_unfinished(out)
+    _check_unfinished(out)
     name, record = ".parts/plan.json", {"plan": plan}
     files.check_claim(
         out, {name: record}, command="maknet prepare", option="--out", leftovers=("failures.csv",)
@@ -277,18 +283,20 @@ def _results(
     make: Callable[[AnyUnit], UnitResult],
     units: Sequence[AnyUnit],
     workers: int,
-    memory: pathlib.Path,
+    scheduler: str | None,
+    deaths: "_Deaths",
     division: Division | None,
 ) -> Iterator[Iterator[UnitResult]]:
     """Yields an iterator over make(unit) for each unit, in order."""
-    deaths = _Deaths(memory, workers)
     divided = [division.pieces(unit) if division else [unit] for unit in units]
     pieces = list(itertools.chain.from_iterable(divided))
-    if not pieces or (workers <= 1 and not any(map(deaths.by, pieces))):
+    here = workers <= 1 and scheduler is None and not any(map(deaths.by, pieces))
+    if here or not pieces:
         yield _joined(units, divided, map(make, pieces), division)
         return
-    with worker_pool.start(min(workers, len(pieces))) as pool:
-        made = pool.map(make, pieces, alone=deaths.by, died=deaths.add)
+    with cluster.start(min(workers, len(pieces)), scheduler) as pool:
+        died = functools.partial(deaths.add, pool)
+        made = pool.map(make, pieces, alone=deaths.by, died=died)
         yield _joined(units, divided, made, division)
 
 
@@ -310,22 +318,18 @@ class _Deaths:
     and rejects it if the worker dies again.
     """
 
-    def __init__(self, path: pathlib.Path, workers: int) -> None:
-        self._path, self._workers = path, workers
+    def __init__(self, path: pathlib.Path) -> None:
+        self._path = path
         self._digests = set(files.read_json(path)) if path.exists() else set()
 
     def by(self, unit: Unit) -> bool:
         """Whether a worker died with this unit."""
         return bool(self._digests) and _digest(unit) in self._digests
 
-    def add(self, unit: Unit, how: str) -> UnitResult:
+    def add(self, pool: worker_pool.Pool, unit: Unit, how: str) -> UnitResult:
         """Rejects the unit if this is its second death, else ends the run."""
         if self.by(unit):
             reason = f"the worker process that read it died twice ({how})"
             return UnitResult(failures=((unit.source, reason),))
         files.write_json(self._path, sorted({*self._digests, _digest(unit)}))
-        raise InputError(
-            f"one of {self._workers} worker processes was killed ({how}) while it read "
-            f"{unit.source}, most likely for lack of memory: run the command again with fewer "
-            "--workers to resume"
-        )
+        raise worker_pool.death(pool, unit.source, how)
