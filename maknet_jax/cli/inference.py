@@ -88,6 +88,7 @@ def _predict(verbs: argparse._SubParsersAction) -> None:
     options.png_window(verb)
     options.pseudonyms(verb)
     options.override_options(verb)
+    options.scheduler(verb)
 
 
 def _run_predict(chosen: argparse.Namespace) -> int:
@@ -102,7 +103,7 @@ def _run_predict(chosen: argparse.Namespace) -> int:
     options.start_jax()
     scoring = options.selected(chosen, "png_window", "checkpoint", "batch_size", *options.OVERRIDES)
     names = ("as_json", "wide", "audit", "charts", "features", "overwrite")
-    outputs = options.selected(chosen, *names, "pseudonyms", "salt_file")
+    outputs = options.selected(chosen, *names, "pseudonyms", "salt_file", "scheduler")
     summary = predict.predict(chosen.model, chosen.path, chosen.out, **scoring, **outputs)
     options.show(predict.text(summary))
     return options.SOME_REJECTED if summary["failures"] else options.DONE

@@ -5,7 +5,6 @@ import concurrent.futures
 import contextlib
 import importlib.metadata
 import logging
-import os
 import socket
 import time
 import warnings
@@ -13,9 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import maknet_jax
+from maknet_jax.ct import containers
 from maknet_jax.ct.reading import one_line
 from maknet_jax.data import worker_pool
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, Rejected
 
 _PATIENCE = 5  # seconds until a scheduler answers and has a worker
 _NO_WORKER = 60  # seconds without any worker; a supervisor may restart them
@@ -37,6 +37,12 @@ def start(count: int, scheduler: str | None = None) -> Iterator[worker_pool.Pool
         yield pool
     finally:
         pool.close()
+
+
+def check(scheduler: str | None) -> None:
+    """Checks that a scheduler has workers, before inputs are searched; None is valid."""
+    if scheduler is not None:
+        Cluster(scheduler).close()
 
 
 class Cluster(worker_pool.Pool):
@@ -93,7 +99,7 @@ class Cluster(worker_pool.Pool):
 
     def send(self, place: int, function: Callable[[Any], Any], unit: Any) -> None:
         """Submits function(unit); a file that exists here must exist there."""
-        visible = unit.source if os.path.exists(unit.source) else None
+        visible = unit.source if _exists(unit.source) else None
         self._futures[place] = self._client.submit(
             _checked_call, function, unit, versions(), visible, pure=False
         )
@@ -150,6 +156,13 @@ class Cluster(worker_pool.Pool):
         )
 
 
+def _exists(path: str) -> bool:
+    try:
+        return containers.is_file(path) or containers.is_folder(path)
+    except (OSError, Rejected):  # a damaged archive
+        return False
+
+
 def versions() -> dict[str, str]:
     """The versions that results depend on."""
     return {"maknet-jax": maknet_jax.__version__} | {
@@ -173,9 +186,9 @@ def _checked_call(
                 f"a worker on {host} has {name} {version}, this command {expected[name]}: install "
                 "the same versions"
             )
-    if visible is not None and not os.path.exists(visible):
+    if visible is not None and not _exists(visible):
         raise InputError(
-            f"a worker on {host} does not see {visible}: all workers must see the files under the "
-            "same path"
+            f"a worker on {host} does not see {visible}: pass an absolute path that is the same on "
+            "all workers"
         )
     return worker_pool.call(function, unit)

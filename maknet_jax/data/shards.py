@@ -194,8 +194,7 @@ def finish(out: pathlib.Path, info: dict[str, Any]) -> None:
 def check_start(out: str | os.PathLike[str], scheduler: str | None) -> None:
     """Raises InputError if `out` contains a finished data set, or a scheduler has no workers."""
     _check_unfinished(out)
-    if scheduler is not None:
-        cluster.Cluster(scheduler).close()
+    cluster.check(scheduler)
 
 
 def _check_unfinished(out: str | os.PathLike[str]) -> None:
