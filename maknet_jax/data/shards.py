@@ -12,9 +12,11 @@ import hashlib
 import itertools
 import os
 import pathlib
+import pickle
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import IO, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -41,7 +43,7 @@ class UnitResult:
       evidence: of a piece of a unit, for `Division.join`.
     """
 
-    examples: tuple[Encoded, ...] = ()
+    examples: Collection[Encoded] = ()
     failures: tuple[tuple[str, str], ...] = ()
     counters: dict[str, int] = dataclasses.field(default_factory=dict)
     evidence: Any = None
@@ -68,11 +70,43 @@ class Division:
 
     Attributes:
       pieces: unit -> its pieces in order, which are units, too; [unit] for a small one.
-      join: (unit, results of its pieces in order) -> result of the unit; not called for [unit].
+      join: (unit, results of its pieces in order without their records, all records) -> result of
+        the unit; not called for [unit].
     """
 
     pieces: Callable[[Any], Sequence[Any]]
-    join: Callable[[Any, Sequence[UnitResult]], UnitResult]
+    join: Callable[[Any, Sequence[UnitResult], Collection[Encoded]], UnitResult]
+
+
+class _Spool(Collection[Encoded]):
+    """The records of a long unit, in an unnamed file until all of its pieces are checked."""
+
+    def __init__(self, file: IO[bytes], folder: pathlib.Path) -> None:
+        self._file, self._folder, self._count = file, folder, 0
+
+    def extend(self, examples: Iterable[Encoded]) -> None:
+        """Appends records.
+
+        Raises:
+          OSError: the disk is full; with the folder.
+        """
+        try:
+            for example in examples:
+                pickle.dump(example, self._file)
+                self._count += 1
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._folder)) from None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Encoded]:
+        self._file.seek(0)
+        return (pickle.load(self._file) for _ in range(self._count))
+
+    def __contains__(self, example: object) -> bool:
+        return any(example is other for other in self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +171,7 @@ def write_shards(
         if not _sidecar(out, name).exists()
         for unit in units
     ]
-    deaths = _Deaths(out / ".parts" / "killed.json")
-    with _results(make, missing, workers, scheduler, deaths, division) as results:
+    with _results(make, missing, workers, scheduler, division, out / ".parts") as results:
         for split, parts in plan.items():
             shards, label_counts, known_counts = [], *np.zeros((2, len(vocabulary)), np.int64)
             for name, units in parts:
@@ -283,20 +316,21 @@ def _results(
     units: Sequence[AnyUnit],
     workers: int,
     scheduler: str | None,
-    deaths: "_Deaths",
     division: Division | None,
+    folder: pathlib.Path,
 ) -> Iterator[Iterator[UnitResult]]:
     """Yields an iterator over make(unit) for each unit, in order."""
+    deaths = _Deaths(folder / "killed.json")
     divided = [division.pieces(unit) if division else [unit] for unit in units]
     pieces = list(itertools.chain.from_iterable(divided))
     here = workers <= 1 and scheduler is None and not any(map(deaths.by, pieces))
     if here or not pieces:
-        yield _joined(units, divided, map(make, pieces), division)
+        yield _joined(units, divided, map(make, pieces), division, folder)
         return
     with cluster.start(min(workers, len(pieces)), scheduler) as pool:
         died = functools.partial(deaths.add, pool)
         made = pool.map(make, pieces, alone=deaths.by, died=died)
-        yield _joined(units, divided, made, division)
+        yield _joined(units, divided, made, division, folder)
 
 
 def _joined(
@@ -304,10 +338,18 @@ def _joined(
     divided: Sequence[Sequence[Any]],
     results: Iterator[UnitResult],
     division: Division | None,
+    folder: pathlib.Path,
 ) -> Iterator[UnitResult]:
     for unit, pieces in zip(units, divided, strict=True):
-        made = list(itertools.islice(results, len(pieces)))
-        yield made[0] if division is None or len(pieces) == 1 else division.join(unit, made)
+        if division is None or len(pieces) == 1:
+            yield next(results)
+            continue
+        with tempfile.TemporaryFile(dir=folder) as file:
+            spool, made = _Spool(file, folder), []
+            for result in itertools.islice(results, len(pieces)):
+                spool.extend(result.examples)
+                made.append(dataclasses.replace(result, examples=()))
+            yield division.join(unit, made, spool)
 
 
 class _Deaths:

@@ -1,8 +1,7 @@
 """Triplets of CT volumes as records: unlabelled series, and the slices in a table."""
 
 import dataclasses
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -153,7 +152,9 @@ def make_series(unit: _Series | _Piece) -> shards.UnitResult:
     return _series_result(unit, examples, volume.spacing, len(volume.hu))
 
 
-def join_series(unit: _Series, results: Sequence[shards.UnitResult]) -> shards.UnitResult:
+def join_series(
+    unit: _Series, results: Sequence[shards.UnitResult], examples: Collection[shards.Encoded]
+) -> shards.UnitResult:
     """The result of a series from those of its pieces: the checks of `make_series` as a whole."""
     for result in results:
         if result.failures:
@@ -164,7 +165,6 @@ def join_series(unit: _Series, results: Sequence[shards.UnitResult]) -> shards.U
         pieces.check_planned(unit.ref, stack)
     except Rejected as error:
         return _rejected(unit.source, error)
-    examples = list(itertools.chain.from_iterable(result.examples for result in results))
     spacing = (stack.distance, *stack.headers[0].standard_spacing)
     return _series_result(unit, examples, spacing, len(stack.headers))
 
@@ -205,13 +205,13 @@ def _triplet(
 
 
 def _series_result(
-    unit: _Series, examples: Sequence[shards.Encoded], spacing: Sequence[float], slices: int
+    unit: _Series, examples: Collection[shards.Encoded], spacing: Sequence[float], slices: int
 ) -> shards.UnitResult:
     if not examples:
         return _rejected(unit.source, Rejected(f"no three consecutive slices among {slices}"))
     counters = overview.of_volume(spacing, slices)
     counters["slices left over"] = slices - 3 * len(examples)
-    return shards.UnitResult(tuple(examples), counters=counters)
+    return shards.UnitResult(examples, counters=counters)
 
 
 def _rejected(path: str, error: Rejected) -> shards.UnitResult:
