@@ -118,13 +118,15 @@ class Cluster(worker_pool.Pool):
                 yield place, future.result()
             except self._dask.scheduler.KilledWorker as error:
                 yield place, worker_pool.Died(f"{error.allowed_failures + 1} times")
-            except ImportError as error:
-                raise InputError(
-                    f"a worker of {self._address} cannot import the package ({one_line(error)}): "
-                    "install the same versions on all workers"
-                ) from None
+            except InputError:  # of `_checked_call`
+                raise
             except (OSError, concurrent.futures.CancelledError) as error:
                 raise self._lost(error) from None
+            except Exception as error:  # those of the function are part of the answer
+                raise InputError(
+                    f"the cluster at {self._address} cannot run the command ({one_line(error)}): "
+                    "install the same versions on its scheduler and all workers"
+                ) from None
             finally:
                 del self._futures[place]
 
