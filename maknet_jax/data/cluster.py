@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import importlib.metadata
 import logging
 import socket
@@ -165,6 +166,7 @@ def _exists(path: str) -> bool:
         return False
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """The versions that results depend on."""
     return {"maknet-jax": maknet_jax.__version__} | {
