@@ -114,7 +114,7 @@ def test_workers_must_have_the_same_versions_and_see_the_same_files(address, tmp
     with pytest.raises(InputError, match=r"does not see .*absent"):
         cluster._checked_call(len, "ab", versions, str(tmp_path / "absent"))
     monkeypatch.setattr(cluster, "versions", lambda: versions | {"pydicom": "2.0"})
-    with pytest.raises(InputError, match=rf"has pydicom {versions['pydicom']}, .* pydicom|2\.0"):
+    with pytest.raises(InputError, match=rf"has pydicom {versions['pydicom']}, this command 2\.0"):
         write(tmp_path / "out", scheduler=address)
 
 
