@@ -3,21 +3,22 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from maknet_jax import console, files
-from maknet_jax.ct import paged, preprocess, pseudonym, reading, search, volumes
+from maknet_jax import console, files, scoring
+from maknet_jax.ct import pseudonym, reading, search, volumes
+from maknet_jax.data import cluster
 from maknet_jax.errors import InputError, NothingUsable
-from maknet_jax.evaluation import metrics, series_tables, structured_reports
-from maknet_jax.evaluation.domain import Domain
+from maknet_jax.evaluation import series_tables, structured_reports
 from maknet_jax.evaluation.series import FLAGS, SeriesResult
 from maknet_jax.evaluation.series_files import SeriesFiles
 from maknet_jax.figures import picture
 from maknet_jax.runs import workdir
-from maknet_jax.training import sharding
+from maknet_jax.scoring import predict_volume as predict_volume
+from maknet_jax.scoring import score_volume as score_volume
 
 MIN_CHART_SLICES = 3  # a chart of a shorter series shows nothing
 
@@ -39,6 +40,7 @@ def predict(
     overwrite: bool = False,
     pseudonyms: bool = False,
     salt_file: str | pathlib.Path | None = None,
+    scheduler: str | None = None,
     **overrides: bool,
 ) -> dict[str, Any]:
     """Predicts the labels of every slice of every CT series under `path`.
@@ -72,6 +74,8 @@ def predict(
         patients; see `ct.pseudonym`.
       salt_file: the secret key of the pseudonyms, created if absent; None means
         `~/.config/maknet/salt`.
+      scheduler: the address of a Dask scheduler, whose workers read and score the series. All must
+        see the files and the network under the same paths.
       **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
@@ -94,15 +98,21 @@ def predict(
     read_as = reading.Overrides(**overrides)
     hidden = pseudonym.read_pseudonyms(pseudonyms, salt_file)
     results, views = [], []
+    cluster.check(scheduler)
     with console.list_failures(outputs.beside("failures.csv"), hidden):
         series, failures = find_inputs(path, read_as)
         run = workdir.open_run(folder, checkpoint_name=checkpoint)
-        scoring: dict[str, Any] = {"batch_size": batch_size, "png_window": png_window}
-        scoring |= {"features": features is not None, "hidden": hidden, "overrides": read_as}
-        for result, volume in predict_series(run, series, failures, **scoring):
+        options: dict[str, Any] = {"batch_size": batch_size, "png_window": png_window}
+        options |= {"features": features is not None, "hidden": hidden, "overrides": read_as}
+        if scheduler is None:
+            each = _with_views(predict_series(run, series, failures, **options), charts)
+        else:
+            model = scoring.Model.of_run(run, folder)
+            each = scoring.on_cluster(scheduler, model, series, failures, views=charts, **options)
+        for result, view in each:
             results.append(result)
-            if charts:
-                views.append(picture.coronal(volume.hu, volume.spacing))
+            if view is not None:
+                views.append(view)
     stale = outputs.written_before()
     written = outputs.write(results, read_as)
     if charts:
@@ -269,88 +279,8 @@ def _write_charts(
     return charts
 
 
-def network_flags(run: workdir.Run) -> tuple[str, ...]:
-    """The names of `series.FLAGS` that hold for every series because of the network."""
-    return ("phantom",) if run.data_kind == "phantom" else ()
-
-
-def predict_volume(
-    run: workdir.Run,
-    volume: volumes.Volume,
-    batch_size: int = 16,
-    png_window: tuple[float, float] | None = None,
-    advance: Callable[[int], None] = lambda count: None,
-    *,
-    features: bool = False,
-    read: Callable[[], volumes.Volume] | None = None,
-) -> SeriesResult:
-    """The labels of all slices of a volume.
-
-    Args:
-      run: the trained network.
-      volume: the CT, from head to feet.
-      batch_size: slices per step; rounded up to a multiple of the devices.
-      png_window: (low, high), the HU of pixel values 0 and 255 in 8-bit PNGs.
-      advance: called with the number of slices after each batch.
-      features: also return the pooled features.
-      read: reads the volume again, so that the result need not keep it; if None, it keeps it.
-    """
-    needed = features or run.domain is not None
-    confidences, pooled = _score(run, volume, batch_size, png_window, advance, features=needed)
-    result = SeriesResult.of_scores(
-        volume,
-        run.vocabulary,
-        run.thresholds,
-        confidences,
-        features=pooled if features else None,
-        read=read or (lambda: volume),
-        png_window=png_window,
-        run_flags=network_flags(run),
-    )
-    if run.domain is None or pooled is None:
-        return result
-    statistics = Domain.from_arrays(run.domain.arrays, pooled.shape[1])
-    return dataclasses.replace(result, verdict=statistics.judge(pooled, result.z_mm))
-
-
-def score_volume(
-    run: workdir.Run,
-    volume: volumes.Volume,
-    batch_size: int = 16,
-    png_window: tuple[float, float] | None = None,
-    advance: Callable[[int], None] = lambda count: None,
-) -> np.ndarray:
-    """Confidences of all slices of a volume: float32 `[Z, K]`; for the arguments see above."""
-    return _score(run, volume, batch_size, png_window, advance, features=False)[0]
-
-
-def _score(
-    run: workdir.Run,
-    volume: volumes.Volume,
-    batch_size: int,
-    png_window: tuple[float, float] | None,
-    advance: Callable[[int], None],
-    *,
-    features: bool,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """(confidences `[Z, K]`, features `[Z, F]` or None) of all slices of a volume."""
-    size = run.size
-    threshold = preprocess.body_threshold(volume.hu, png_window)
-    batch_size = sharding.round_up_to_devices(batch_size, run.mesh.size)
-    scores, pooled = [], []
-    for start in range(0, len(volume.hu), batch_size):
-        centres = range(start, min(start + batch_size, len(volume.hu)))
-        images = np.zeros((batch_size, size, size, 3), np.int16)
-        for row, centre in enumerate(centres):
-            around = volume.neighbours(centre)
-            images[row], _ = preprocess.make_triplet(around, size, threshold=threshold)
-        if features:
-            both = run.score_with_features({"image": images})
-            logits, rows = (np.asarray(each)[: len(centres)] for each in both)
-            pooled.append(rows)
-        else:
-            logits = run.predict(run.variables, {"image": images})["logits"][: len(centres)]
-        paged.release(volume.hu)
-        scores.append(metrics.sigmoid(logits))
-        advance(len(centres))
-    return np.concatenate(scores), np.concatenate(pooled) if features else None
+def _with_views(
+    each: Iterable[tuple[SeriesResult, volumes.Volume]], wanted: bool
+) -> Iterator[tuple[SeriesResult, scoring.View | None]]:
+    for result, volume in each:
+        yield result, picture.coronal(volume.hu, volume.spacing) if wanted else None

@@ -22,6 +22,7 @@ from maknet_jax.data import (
     triplets,
 )
 from maknet_jax.data.openkbp import prepare_openkbp as prepare_openkbp
+from maknet_jax.data.overview import describe as describe
 from maknet_jax.data.segmentation_plan import SplitOptions
 from maknet_jax.data.segmentations import Rules
 from maknet_jax.errors import InputError, NothingUsable
@@ -43,6 +44,7 @@ def prepare_deeplesion(
     patches: bool = False,
     size: int | None = None,
     workers: int = 1,
+    scheduler: str | None = None,
     **overrides: bool,
 ) -> dict[str, Any]:
     """Prepares DeepLesion's key slices with LesaNet's body-part labels, one record per lesion.
@@ -60,6 +62,7 @@ def prepare_deeplesion(
         `data.lesions`.
       size: the edge S in pixels, of patches in mm; None takes `SIZE` or `PATCH_SIZE`.
       workers: processes.
+      scheduler: the address of a Dask scheduler, whose workers replace them.
       **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
@@ -71,7 +74,7 @@ def prepare_deeplesion(
     size = size or (PATCH_SIZE if patches else SIZE)
     images = pathlib.Path(images)
     read_as = reading.Overrides(**overrides)
-    _check(out, size, step=8 if patches else 32)
+    _check(out, size, scheduler, step=8 if patches else 32)
     if not images.is_dir():
         raise InputError(
             f"--images {images} is not a folder: data/README.md says how to get DeepLesion"
@@ -98,7 +101,7 @@ def prepare_deeplesion(
     kind = "lesions" if patches else "deeplesion"
     about |= read_as.used()
     content = _DataSet(kind, splits, make, size, vocabulary, about, missing=missing)
-    return _write(out, content, workers=workers)
+    return _write(out, content, workers=workers, scheduler=scheduler)
 
 
 def prepare_dicom(
@@ -110,6 +113,7 @@ def prepare_dicom(
     min_slices: int = 51,
     size: int = SIZE,
     workers: int = 1,
+    scheduler: str | None = None,
     **overrides: bool,
 ) -> dict[str, Any]:
     """Prepares folders of DICOM or NIfTI as unlabelled triplets without overlap (section 4.1).
@@ -125,6 +129,7 @@ def prepare_dicom(
         whole series.
       size: the edge S of the images in pixels.
       workers: processes.
+      scheduler: the address of a Dask scheduler, whose workers replace them.
       **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
@@ -134,7 +139,7 @@ def prepare_dicom(
       InputError: `folder` contains no usable series, or `out` is in use.
     """
     read_as = reading.Overrides(**overrides)
-    _check(out, size)
+    _check(out, size, scheduler)
     hidden = pseudonym.read_pseudonyms(pseudonyms, salt_file)
     series, failures = search.find_series(folder, workers=workers, overrides=read_as)
     small = [ref for ref in series if ref.count < min_slices]
@@ -146,9 +151,8 @@ def prepare_dicom(
         "series_unreadable": len(failures),
         "copies_of_slices": sum(ref.copies for ref in series),
     }
-    failures += [
-        (ref.paths[0], f"{ref.count} slices, fewer than --min-slices {min_slices}") for ref in small
-    ]
+    few = f"slices, fewer than --min-slices {min_slices}"
+    failures += [(ref.paths[0], f"{ref.count} {few}") for ref in small]
     if not usable:
         why = (
             f"{len(series)} series found, {len(small)} of fewer than {min_slices} slices "
@@ -161,9 +165,9 @@ def prepare_dicom(
     salt = pseudonym.read_salt(salt_file, log=console.Log())
     splits = {"unlabelled": triplets.plan_series(usable, salt, size, read_as)}
     about |= read_as.used()
-    none = labels.Vocabulary(())
-    content = _DataSet("dicom", splits, triplets.make_series, size, none, about, failures)
-    return _write(out, content, workers=workers, hidden=hidden)
+    make, division, none = triplets.make_series, triplets.DIVISION, labels.Vocabulary(())
+    content = _DataSet("dicom", splits, make, size, none, about, failures, division=division)
+    return _write(out, content, workers=workers, scheduler=scheduler, hidden=hidden)
 
 
 def prepare_table(
@@ -175,6 +179,7 @@ def prepare_table(
     salt_file: str | os.PathLike[str] | None = None,
     size: int = SIZE,
     workers: int = 1,
+    scheduler: str | None = None,
     **overrides: bool,
 ) -> dict[str, Any]:
     """Prepares your own labelled slices from a CSV of path, labels, split and optional columns.
@@ -189,6 +194,7 @@ def prepare_table(
       salt_file: the secret key of the pseudonyms, as in `prepare_dicom`.
       size: the edge S of the images in pixels.
       workers: processes.
+      scheduler: the address of a Dask scheduler, whose workers replace them.
       **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
@@ -198,7 +204,7 @@ def prepare_table(
       InputError: the table is invalid, or `out` is in use.
     """
     read_as = reading.Overrides(**overrides)
-    _check(out, size)
+    _check(out, size, scheduler)
     warnings: list[str] = []
     rows, vocabulary = table.read_table(csv_file, warnings.append)
     for text in warnings:
@@ -207,7 +213,7 @@ def prepare_table(
     about = {"rows": len(rows), "png_window": png_window, "warnings": warnings} | read_as.used()
     content = _DataSet("table", splits, triplets.make_table_volume, size, vocabulary, about)
     hidden = pseudonym.read_pseudonyms(pseudonyms, salt_file)
-    return _write(out, content, workers=workers, hidden=hidden)
+    return _write(out, content, workers=workers, scheduler=scheduler, hidden=hidden)
 
 
 def prepare_segmentations(
@@ -222,6 +228,7 @@ def prepare_segmentations(
     pseudonyms: bool = False,
     size: int = SIZE,
     workers: int = 1,
+    scheduler: str | None = None,
     **overrides: bool,
 ) -> dict[str, Any]:
     """Prepares CT with organ masks as labelled slices, see `data.segmentations`.
@@ -237,6 +244,7 @@ def prepare_segmentations(
       pseudonyms: write them instead of all names: in the records, and in all tables.
       size: the edge S of the images in pixels.
       workers: processes.
+      scheduler: the address of a Dask scheduler, whose workers replace them.
       **overrides: `assume_hu` and `allow_lossy`, see `ct.reading.Overrides`.
 
     Returns:
@@ -247,7 +255,7 @@ def prepare_segmentations(
         `out` is in use.
     """
     read_as = reading.Overrides(**overrides)
-    _check(out, size)
+    _check(out, size, scheduler)
     hidden = pseudonym.read_pseudonyms(pseudonyms, salt_file)
     with console.list_failures(pathlib.Path(out) / "failures.csv", hidden):
         plan = segmentation_plan.plan(
@@ -255,16 +263,9 @@ def prepare_segmentations(
         )
     secret = pseudonyms or any(case.ref.kind == "dicom" for case, _ in plan.members)
     salt = pseudonym.read_salt(salt_file, log=console.Log()) if secret else ""
+    how: dict[str, Any] = {"salt": salt, "pseudonyms": pseudonyms, "overrides": read_as}
     content = _DataSet(
-        splits=segmentations.plan_cases(
-            plan.members,
-            plan.labels,
-            rules=rules,
-            size=size,
-            salt=salt,
-            pseudonyms=pseudonyms,
-            overrides=read_as,
-        ),
+        splits=segmentations.plan_cases(plan.members, plan.labels, rules=rules, size=size, **how),
         make=segmentations.make_case,
         kind="segmentations",
         size=size,
@@ -274,15 +275,15 @@ def prepare_segmentations(
         missing=plan.missing,
         cases=[(case.name, case.patient, split) for case, split in plan.members],
     )
-    return _write(out, content, workers=workers, hidden=hidden)
+    return _write(out, content, workers=workers, scheduler=scheduler, hidden=hidden)
 
 
-def _check(out: str | os.PathLike[str], size: int, step: int = 32) -> None:
+def _check(out: str | os.PathLike[str], size: int, scheduler: str | None, step: int = 32) -> None:
     # Called before anything is read, because searching a tree of CT can take a long time.
     if size % step:
         why = "networks halve it five times" if step == 32 else "as LesaNet's 120 is"
         raise InputError(f"--size {size} should be a multiple of {step}: {why}")
-    shards.check_unfinished(out)
+    shards.check_start(out, scheduler)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,6 +300,7 @@ class _DataSet(Generic[shards.AnyUnit]):
       failures: (input, reason) of what was rejected while planning.
       missing: the same of what was not there.
       cases: (case, patient, split) for `cases.csv`.
+      division: of long units among the workers; None keeps units whole.
     """
 
     kind: str
@@ -310,6 +312,7 @@ class _DataSet(Generic[shards.AnyUnit]):
     failures: Sequence[tuple[str, str]] = ()
     missing: Sequence[tuple[str, str]] = ()
     cases: Sequence[tuple[str, str, str]] = ()
+    division: shards.Division | None = None
 
 
 def _write(
@@ -317,15 +320,15 @@ def _write(
     content: _DataSet[shards.AnyUnit],
     *,
     workers: int,
+    scheduler: str | None,
     hidden: pseudonym.Pseudonyms | None = None,
 ) -> dict[str, Any]:
     """Writes the shards and the reports; returns the summary."""
     out = pathlib.Path(out)
+    units = sum(map(len, content.splits.values()))
     with (
         console.list_failures(out / "failures.csv", hidden),
-        console.progress(
-            f"prepare {content.kind}", sum(map(len, content.splits.values()))
-        ) as advance,
+        console.progress(f"prepare {content.kind}", units) as advance,
     ):
         info, failures = shards.write_shards(
             out,
@@ -336,8 +339,10 @@ def _write(
             vocabulary=content.vocabulary,
             about=content.about,
             workers=workers,
+            scheduler=scheduler,
             advance=advance,
             failures=content.failures,
+            division=content.division,
         )
     info["counters"], info["volumes"] = overview.separate(info["counters"])
     info["rejected"], info["missing"] = map(overview.by_reason, (failures, content.missing))
@@ -360,8 +365,7 @@ def _write_reports(
     if hidden:
         failures, missing = hidden.failures(failures), hidden.failures(missing)
         cases = [(hidden.name(name), hidden.name(patient), split) for name, patient, split in cases]
-    dataset = records.Dataset(out, info)
-    examples = dataset.sample(_SHOWN)
+    examples = (dataset := records.Dataset(out, info)).sample(_SHOWN)
     names = content.vocabulary.names
     contact_sheet.write_contact_sheet(out / "contact_sheet.png", examples, names)
     console.write_failures(out / "failures.csv", failures)
@@ -388,6 +392,3 @@ def _write_reports(
     with console.Log(out / "log.jsonl") as log:
         log.event(event="prepared", **summary)
     return summary
-
-
-describe = overview.describe  # the summary as text, for the command line

@@ -10,7 +10,9 @@ import time
 
 import jax
 import numpy as np
+import pydicom
 import pytest
+from pydicom.uid import JPEG2000Lossless
 
 from benchmarks import harness, timing
 from benchmarks.experiments import organs
@@ -22,6 +24,7 @@ from benchmarks.speed import (
     lesanet_against_pytorch,
     makconv,
     networks,
+    preparation,
     startup,
     torch_worker,
     verb_starts,
@@ -222,6 +225,18 @@ def test_a_python_without_torch_is_rejected(tmp_path, capsys, monkeypatch, pytho
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1
     assert f"--torch-python {python}: " in err and reason in err
+
+
+def test_reading_is_compared_with_pydicom(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "EDGE", 32)
+    folder = preparation.write_data(tmp_path / "data", 2, 3, compressed=True)
+    paths = sorted(folder.rglob("*.dcm"))
+    assert len(paths) == 6
+    assert {pydicom.dcmread(path).file_meta.TransferSyntaxUID for path in paths} == {
+        JPEG2000Lossless
+    }
+    ratios = preparation.reading(folder, 2)
+    assert len(ratios) == 2 and all(ratio > 0 for ratio in ratios)
 
 
 def test_the_worker_imports_from_this_checkout(tmp_path, monkeypatch):

@@ -24,6 +24,24 @@ def slice_of(path, stored, **changes):
 TWELVE = {"BitsStored": 12, "HighBit": 11}
 
 
+@pytest.mark.parametrize("intercept", [-32768, -32767, -1024, 0, 1, 30000])
+@pytest.mark.parametrize(("signed", "bits"), [(0, 12), (1, 12), (0, 16), (1, 16)])
+def test_hu_are_exact_at_the_ends_of_the_stored_range(tmp_path, signed, bits, intercept):
+    low = -(1 << (bits - 1)) if signed else 0
+    values = np.array([[low, low + 1, 0], [1, 100, low + (1 << bits) - 1]])
+    path = write_slice(
+        tmp_path / "a.dcm",
+        values=values.astype("<i2" if signed else "<u2"),
+        PixelRepresentation=signed,
+        BitsStored=bits,
+        HighBit=bits - 1,
+        RescaleIntercept=intercept,
+    )
+    _, hu = dicom.read_slice(path)
+    assert hu.dtype == np.int16
+    np.testing.assert_array_equal(hu, np.clip(values + intercept, -32768, 32767))
+
+
 @pytest.mark.parametrize(
     ("stored", "changes", "hu"),
     [

@@ -21,6 +21,8 @@ from test_dicom import write_series, write_slice
 from test_search import write_pngs
 
 from maknet_jax import prepare
+from maknet_jax.ct import search
+from maknet_jax.data import triplets
 from maknet_jax.errors import InputError
 
 
@@ -267,3 +269,86 @@ def test_a_full_disk_ends_in_one_line_and_the_command_can_be_repeated(phantom, s
 
 def everything_of_shards(out):
     return {path.name: path.read_bytes() for path in out.rglob("*.array_record")}
+
+
+@pytest.fixture
+def long_series(tmp_path, monkeypatch):
+    """The files of a series with two missing slices and a change of spacing, in short pieces."""
+    monkeypatch.setattr(triplets, "PIECE", 2)
+    values = np.random.default_rng(0).integers(0, 1500, (26, 40, 40)).astype("<i2")
+    (tmp_path / "in").mkdir()
+    return [
+        write_slice(
+            tmp_path / "in" / f"{k:02d}.dcm",
+            z=-5 * k - 7 * max(0, k - 19),
+            values=values[k],
+        )
+        for k in sorted(set(range(26)) - {7, 12})
+    ]
+
+
+def outputs(out, *dropped):
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and path.name not in ("log.jsonl", "summary.json", *dropped)
+    }
+
+
+def test_pieces_of_a_long_series_give_the_bytes_of_the_whole(long_series, salt, tmp_path):
+    counts = []
+    for workers, piece in ((1, 100), (1, 2), (2, 2), (2, 1)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(triplets, "PIECE", piece)
+            ref = search.find_series(tmp_path / "in")[0][0]
+            (unit,) = triplets.plan_series([ref], "salt", 32)
+            counts.append([part.ref.count for part in triplets.series_pieces(unit)])
+            out = tmp_path / f"out{len(counts)}"
+            summary = of_dicom(tmp_path / "in", out, salt, workers=workers)
+            assert summary["records"] == {"unlabelled": 7}
+            assert summary["counters"] == {"slices left over": 3}
+        assert outputs(out) == outputs(tmp_path / "out1")
+    assert counts == [[24], [6, 8, 7, 3], [6, 8, 7, 3], [3, 3, 4, 4, 3, 4, 3]]
+    # No triplet spans the gaps before slices 7 and 11, or the change of spacing at slice 18.
+    metas = [example.meta for example in examples(out)["unlabelled"]]
+    assert [(meta["slice"], meta["spacing"][0]) for meta in metas] == [
+        *((k, 5) for k in (1, 4, 8, 12, 15)),
+        *((k, 12) for k in (19, 22)),
+    ]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("fault", ["truncated", "units"])
+def test_pieces_reject_what_the_whole_series_would_be_rejected_for(
+    long_series, salt, tmp_path, fault, workers
+):
+    if fault == "truncated":
+        for path in (long_series[17], long_series[9]):
+            path.write_bytes(path.read_bytes()[:-50])
+    else:
+        for path in long_series:
+            data = pydicom.dcmread(path)
+            data.RescaleIntercept = 0  # none is below 0
+            data.save_as(path)
+    reasons = []
+    for piece in (100, 2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(triplets, "PIECE", piece)
+            with pytest.raises(InputError):
+                of_dicom(tmp_path / "in", tmp_path / f"out{piece}", salt, workers=workers)
+        reasons.append(read_csv(tmp_path / f"out{piece}" / "failures.csv"))
+    assert reasons[0] == reasons[1] and len(reasons[0]) == 1
+    assert reasons[0][0]["input"] == str(long_series[0])
+    assert ("10.dcm" if fault == "truncated" else "not HU") in reasons[0][0]["reason"]
+
+
+def test_a_file_that_changes_between_search_and_reading_rejects_its_series(
+    long_series, salt, tmp_path, monkeypatch
+):
+    found = search.find_series(tmp_path / "in")
+    one, other = long_series[4].read_bytes(), long_series[5].read_bytes()
+    long_series[4].write_bytes(other)
+    long_series[5].write_bytes(one)
+    monkeypatch.setattr(search, "find_series", lambda *_, **__: found)
+    with pytest.raises(InputError, match="changed since"):
+        of_dicom(tmp_path / "in", tmp_path / "out", salt)

@@ -130,6 +130,7 @@ def _add_output_options(
     verb.add_argument(
         "--workers", type=options.count, default=options.cores(), help="processes (default: cores)"
     )
+    options.scheduler(verb)
 
 
 def _run_deeplesion(chosen: argparse.Namespace) -> int:
@@ -235,7 +236,8 @@ def _run_openkbp(chosen: argparse.Namespace) -> int:
 def _output_options(chosen: argparse.Namespace) -> dict[str, Any]:
     size = {} if chosen.size is None else {"size": chosen.size}
     overrides = options.selected(chosen, *options.OVERRIDES)
-    return {"out": chosen.out, "workers": chosen.workers} | overrides | size
+    places = options.selected(chosen, "out", "workers", "scheduler")
+    return places | overrides | size
 
 
 def _report(summary: dict[str, Any]) -> int:

@@ -97,6 +97,7 @@ def _predict(verbs: argparse._SubParsersAction) -> None:
     options.png_window(verb)
     options.pseudonyms(verb)
     options.override_options(verb)
+    options.scheduler(verb)
 
 
 def _run_predict(chosen: argparse.Namespace) -> int:
@@ -111,7 +112,7 @@ def _run_predict(chosen: argparse.Namespace) -> int:
     options.start_jax()
     scoring = options.selected(chosen, "png_window", "checkpoint", "batch_size", *options.OVERRIDES)
     names = ("as_json", "wide", "audit", "charts", "sr", "features", "overwrite")
-    outputs = options.selected(chosen, *names, "pseudonyms", "salt_file")
+    outputs = options.selected(chosen, *names, "pseudonyms", "salt_file", "scheduler")
     path = chosen.path if len(chosen.path) > 1 else chosen.path[0]
     summary = predict.predict(chosen.model, path, chosen.out, **scoring, **outputs)
     options.show(predict.text(summary))

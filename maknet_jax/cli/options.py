@@ -174,6 +174,16 @@ def pseudonyms(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def scheduler(verb: argparse.ArgumentParser) -> None:
+    """Adds --scheduler."""
+    verb.add_argument(
+        "--scheduler",
+        metavar="tcp://HOST:8786",
+        help="use the workers of this Dask scheduler instead of processes here; they must see the "
+        "same files under the same paths (extra `dask`)",
+    )
+
+
 def override_options(verb: argparse.ArgumentParser, *, dicom: bool = True) -> None:
     """Adds --assume-hu and, where DICOM is read, --allow-lossy."""
     verb.add_argument(

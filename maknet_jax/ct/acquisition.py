@@ -1,5 +1,6 @@
 """What a DICOM header says about the acquisition and the kind of an image, beside its geometry."""
 
+import functools
 import re
 import sys
 from collections.abc import Iterable
@@ -94,7 +95,8 @@ def _text(data: pydicom.Dataset, name: str) -> str:
     return "" if value is None else str(value).strip("\0 ")
 
 
-def not_hu(image_type: Iterable[str]) -> str:
+@functools.lru_cache(maxsize=256)
+def not_hu(image_type: tuple[str, ...]) -> str:
     """The first value of ImageType that says that an image is not a slice of HU, or ""."""
     for value in image_type:
         words = f" {re.sub(r'[^A-Z0-9]+', ' ', str(value).upper()).strip()} "

@@ -10,6 +10,7 @@ from typing import IO, BinaryIO, cast
 
 import numpy as np
 import pydicom
+from pydicom.tag import BaseTag, Tag
 
 from maknet_jax.ct import (
     containers,
@@ -26,7 +27,10 @@ from maknet_jax.ct.dicom_header import stored_axes as stored_axes
 from maknet_jax.ct.reading import LARGEST_SERIES, one_line, quiet
 from maknet_jax.errors import Rejected
 
+_WITHOUT_PIXELS: list[BaseTag | int] = list(map(Tag, TAGS))  # parsed once, not for each file
+_WITH_PIXELS = [*_WITHOUT_PIXELS, Tag("PixelData")]
 LARGEST_FILE = 256 << 20  # bytes
+SMALL = 16 << 20  # bytes of a file that is read at once
 LARGEST_INFLATED = 64 << 20  # bytes of a deflated file: a slice of 4096 x 4096 takes 32 MiB
 
 
@@ -43,22 +47,23 @@ def looks_like_dicom(path: str | os.PathLike[str]) -> bool:
 
 def _read(path: str, *, pixels: bool) -> pydicom.Dataset:
     """The data set of a file: the elements in TAGS, and the pixel data if `pixels`."""
-    _check_size(path)
+    size = _checked_size(path)
     with containers.open_file(path) as file:
         source: IO[bytes] = file
-        if pixels and not isinstance(file, io.BufferedReader):
-            source = io.BytesIO(file.read())  # at once, which verifies the checksum of a zip
+        if pixels and (size <= SMALL or not isinstance(file, io.BufferedReader)):
+            source = io.BytesIO(file.read())  # at once: faster, and verifies the checksum of a zip
         content = transfer_syntax.as_encoded(source, LARGEST_INFLATED)
         source.seek(0)
         return pydicom.dcmread(
-            cast("BinaryIO", reading.Bounded(content or source)),
+            cast("BinaryIO", reading.bounded(content or source)),
             force=True,
             stop_before_pixels=not pixels,
-            specific_tags=[*TAGS, "PixelData"] if pixels else list(TAGS),
+            specific_tags=_WITH_PIXELS if pixels else _WITHOUT_PIXELS,
         )
 
 
-def _check_size(path: str) -> None:
+def _checked_size(path: str) -> int:
+    """The size of a file in bytes; rejects one that is too large."""
     size, limit, kind = containers.size(path), LARGEST_FILE, "a CT slice"
     if size > limit:
         with containers.open_file(path) as file:
@@ -67,6 +72,7 @@ def _check_size(path: str) -> None:
             limit, kind = LARGEST_SERIES, "a multi-frame CT"
     if size > limit:
         raise Rejected(f"the file is larger than {limit >> 20} MiB, the limit for {kind}")
+    return size
 
 
 def _slices(
@@ -154,49 +160,63 @@ def read_slices(
     for file, group in itertools.groupby(names, key=operator.itemgetter(0)):
         wanted = [frame for _, frame in group]
         only = [frame for frame in wanted if frame is not None]
+        data_sets: dict[str, pydicom.Dataset] = {}
         try:
-            with quiet():
-                data_sets = dict(_slices(file, only, pixels=True))
-            for frame in wanted:
+            for number, frame in enumerate(wanted):
                 name = file if frame is None else dicom_frames.frame_path(file, frame)
-                if name not in data_sets:
-                    raise Rejected(f"{len(data_sets)} frames in one file: expected a single slice")
-                yield name, _read_slice(data_sets.pop(name), name, values, overrides)
+                with quiet():
+                    if number == 0:
+                        data_sets = dict(_slices(file, only, pixels=True))
+                    if name not in data_sets:
+                        count = len(data_sets)
+                        raise Rejected(f"{count} frames in one file: expected a single slice")
+                    header, stored = _stored_values(data_sets.pop(name), name, overrides)
+                hu = _to_hu(header, stored, units.Values() if values is None else values)
+                yield name, (header, hu)
         except Rejected:
             raise
         except Exception as error:
             raise Rejected(f"broken DICOM pixel data ({one_line(error)})") from error
 
 
-def _read_slice(
-    data: pydicom.Dataset,
-    path: str,
-    values: units.Values | None,
-    overrides: reading.Overrides,
+def _stored_values(
+    data: pydicom.Dataset, path: str, overrides: reading.Overrides
 ) -> tuple[Header, np.ndarray]:
-    with quiet():
-        header = header_of(data, path, overrides)
-        if header is None:
-            raise Rejected("not a CT image")
-        if header.problem:
-            raise Rejected(header.problem)
-        stored = dicom_pixels.stored_values(
-            data,
-            shape=header.shape,
-            signed=header.signed,
-            syntax=transfer_syntax.correct(data, header.syntax),
-            lossy=overrides.allow_lossy,
-        )
+    """The header of a slice and its stored values, which may have any bits above BitsStored."""
+    header = header_of(data, path, overrides)
+    if header is None:
+        raise Rejected("not a CT image")
+    if header.problem:
+        raise Rejected(header.problem)
+    stored = dicom_pixels.stored_values(
+        data,
+        shape=header.shape,
+        signed=header.signed,
+        syntax=transfer_syntax.correct(data, header.syntax),
+        lossy=overrides.allow_lossy,
+    )
+    return header, stored
+
+
+def _to_hu(header: Header, stored: np.ndarray, values: units.Values) -> np.ndarray:
+    """Int16 HU in the standard orientation from stored values; `values` counts them."""
     padded = dicom_pixels.padded_pixels(stored, header.padding, header.bits, header.signed)
     stored = dicom_pixels.significant_bits(stored, header.bits, header.signed)
+    hu = values.add(_rescaled(stored, header), padded)
+    return np.ascontiguousarray(geometry.to_standard(hu[None], stored_axes(header.orientation))[0])
+
+
+def _rescaled(stored: np.ndarray, header: Header) -> np.ndarray:
+    """Stored values x slope + intercept: integers where both are, of 16 bits where they fit."""
     slope, intercept = header.slope, header.intercept
     exact = slope.is_integer() and intercept.is_integer() and max(slope, abs(intercept)) < 1 << 32
-    if exact:
-        small = 65536 * slope + abs(intercept) < 1 << 31
-        stored = stored.astype(np.int32 if small else np.int64, copy=False)
-        slope, intercept = int(slope), int(intercept)
-    plane = stored * slope + intercept
-    hu = (units.Values() if values is None else values).add(plane, padded)
-    return header, np.ascontiguousarray(
-        geometry.to_standard(hu[None], stored_axes(header.orientation))[0]
-    )
+    if not exact:
+        return stored * slope + intercept
+    step, shift = int(slope), int(intercept)
+    low = shift - (header.signed << (header.bits - 1))
+    fits = units.LOWEST <= low and low + (1 << header.bits) - 1 <= units.HIGHEST
+    if step == 1 and stored.itemsize == 2 and fits:
+        values = stored.view(np.int16)
+        return values + np.int16(shift) if shift else values
+    small = 65536 * slope + abs(intercept) < 1 << 31
+    return stored.astype(np.int32 if small else np.int64) * step + shift

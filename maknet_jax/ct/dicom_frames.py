@@ -15,6 +15,7 @@ from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.encaps import encapsulate, generate_frames
 
 from maknet_jax.ct import containers
+from maknet_jax.ct.elements import value
 from maknet_jax.errors import Rejected
 
 ENHANCED = (dicom_uid.EnhancedCTImageStorage, dicom_uid.LegacyConvertedEnhancedCTImageStorage)
@@ -46,7 +47,7 @@ def in_order(paths: Iterable[str]) -> list[str]:
 
 def is_enhanced(data: pydicom.Dataset) -> bool:
     """Whether a data set is enhanced multi-frame CT."""
-    return data.get("SOPClassUID") in ENHANCED
+    return value(data, "SOPClassUID") in ENHANCED
 
 
 def flatten(
@@ -100,11 +101,11 @@ def _add_group(frame: pydicom.Dataset, groups: pydicom.Dataset) -> None:
                 _set(frame, _NAMES.get(element.keyword, element.keyword), element.value)
 
 
-def _set(frame: pydicom.Dataset, keyword: str, value: Any) -> None:
+def _set(frame: pydicom.Dataset, keyword: str, content: Any) -> None:
     # Assigning an attribute would change the element that the frames share.
     tag = tag_for_keyword(keyword)
     if tag is not None:
-        frame.add(pydicom.DataElement(tag, dictionary_VR(tag), value))
+        frame.add(pydicom.DataElement(tag, dictionary_VR(tag), content))
 
 
 def _pixels(data: pydicom.Dataset, count: int, native: bool) -> list[bytes] | list[None]:

@@ -1,6 +1,7 @@
 """The header of a DICOM CT slice: its geometry and scale, and why it cannot be used."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import pydicom
 from pydicom import uid as dicom_uid
 
 from maknet_jax.ct import acquisition, containers, dicom_frames, dicom_pixels, geometry, reading
+from maknet_jax.ct.elements import value
 from maknet_jax.ct.reading import LARGEST_MATRIX, content_id, one_line
 from maknet_jax.errors import Rejected
 
@@ -82,7 +84,7 @@ class Header:
 
 def syntax_of(data: pydicom.Dataset) -> str:
     """The UID of the transfer syntax; without file meta information pydicom detects it."""
-    if (syntax := _file_meta(data).get("TransferSyntaxUID")) is not None:
+    if (syntax := value(_file_meta(data), "TransferSyntaxUID")) is not None:
         return str(syntax)
     _, little = data.original_encoding
     little = little is not False
@@ -103,19 +105,19 @@ def header_of(data: pydicom.Dataset, path: str, overrides: reading.Overrides) ->
       overrides: whether lossy compression is allowed.
     """
     meta = _file_meta(data)
-    storage = data.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID") or ""
-    modality = data.get("Modality") or ""
+    storage = value(data, "SOPClassUID") or value(meta, "MediaStorageSOPClassUID") or ""
+    modality = value(data, "Modality") or ""
     if not storage and not modality:
         claims = meta or pathlib.Path(path).suffix.lower() in NAMES
         return Header(path, "", "", "broken DICOM file: no SOPClassUID") if claims else None
     if "Rows" not in data and modality != "CT" and storage != dicom_uid.CTImageStorage:
         return None
-    uid = data.get("SOPInstanceUID") or meta.get("MediaStorageSOPInstanceUID")
+    uid = value(data, "SOPInstanceUID") or value(meta, "MediaStorageSOPInstanceUID")
     if not uid:
         uid = content_id(containers.read_file(dicom_frames.split_path(path)[0]))
     if frame := dicom_frames.split_path(path)[1]:
         uid = f"{uid}:{frame}"
-    header = Header(path, str(data.get("SeriesInstanceUID") or ""), str(uid))
+    header = Header(path, str(value(data, "SeriesInstanceUID") or ""), str(uid))
     syntax = syntax_of(data)
     if not modality and storage == dicom_uid.CTImageStorage and "Rows" in data:
         modality = "CT"
@@ -133,21 +135,21 @@ def header_of(data: pydicom.Dataset, path: str, overrides: reading.Overrides) ->
         return dataclasses.replace(
             header,
             problem=problem,
-            frame_of_reference=str(data.get("FrameOfReferenceUID") or ""),
+            frame_of_reference=str(value(data, "FrameOfReferenceUID") or ""),
             orientation=orientation or (),
             position=_numbers(data, "ImagePositionPatient", 3),
-            shape=(data.Rows, data.Columns),
+            shape=(value(data, "Rows"), value(data, "Columns")),
             spacing=_numbers(data, "PixelSpacing", 2) or (math.nan, math.nan),
-            slope=float(data.RescaleSlope),
-            intercept=float(data.RescaleIntercept),
-            bits=data.BitsStored,
-            signed=data.PixelRepresentation == 1,
+            slope=float(value(data, "RescaleSlope")),
+            intercept=float(value(data, "RescaleIntercept")),
+            bits=value(data, "BitsStored"),
+            signed=value(data, "PixelRepresentation") == 1,
             syntax=syntax,
             person=acquisition.marks(data, acquisition.PERSON),
             marks=acquisition.marks(data, acquisition.MARKS),
             times=acquisition.marks(data, acquisition.TIMES),
             padding=_padding(data),
-            body_part=str(data.get("BodyPartExamined") or "").strip(),
+            body_part=str(value(data, "BodyPartExamined") or "").strip(),
         )
     except Exception as error:
         return dataclasses.replace(header, problem=f"broken DICOM header ({one_line(error)})")
@@ -155,7 +157,7 @@ def header_of(data: pydicom.Dataset, path: str, overrides: reading.Overrides) ->
 
 def _numbers(data: pydicom.Dataset, name: str, count: int) -> tuple[float, ...] | None:
     """The `count` finite numbers of an element, or None if it is absent or empty."""
-    values = data.get(name)
+    values = value(data, name)
     if values is None or values == "":
         return None
     numbers = tuple(float(value) for value in values)
@@ -180,27 +182,26 @@ def _padding(data: pydicom.Dataset) -> tuple[int, int] | None:
 
 def _problem(data: pydicom.Dataset, modality: str, storage: str, syntax: str) -> str:
     """The first reason why the pixels of a file cannot be converted to Hounsfield units, or ""."""
-    name = dicom_uid.UID(storage).name
-    not_hu = acquisition.not_hu(np.atleast_1d(data.get("ImageType") or []))
-    bits = [data.get(key) for key in ("BitsAllocated", "BitsStored", "HighBit")]
-    signed = data.get("PixelRepresentation")
-    shape = (data.get("Rows"), data.get("Columns"))
-    slope, intercept = data.get("RescaleSlope"), data.get("RescaleIntercept")
-    unit = str(data.get("RescaleType") or "").strip()
-    grey = (data.get("SamplesPerPixel"), data.get("PhotometricInterpretation"))
-    transfer = dicom_uid.UID(syntax)
+    not_hu = acquisition.not_hu(tuple(np.atleast_1d(value(data, "ImageType") or [])))
+    bits = [value(data, key) for key in ("BitsAllocated", "BitsStored", "HighBit")]
+    signed = value(data, "PixelRepresentation")
+    shape = (value(data, "Rows"), value(data, "Columns"))
+    slope, intercept = value(data, "RescaleSlope"), value(data, "RescaleIntercept")
+    unit = str(value(data, "RescaleType") or "").strip()
+    grey = (value(data, "SamplesPerPixel"), value(data, "PhotometricInterpretation"))
+    frames = value(data, "NumberOfFrames")
     if modality != "CT":
         return f"modality {modality}, not CT" if modality else "no Modality in the header"
     if storage and storage != dicom_uid.CTImageStorage:
-        return f"{name}: only CT Image Storage and Enhanced CT are supported"
-    if int(data.get("NumberOfFrames") or 1) != 1:
-        return f"{data.NumberOfFrames} frames in one file: only single slices are supported"
+        return f"{dicom_uid.UID(storage).name}: only CT Image Storage and Enhanced CT are supported"
+    if int(frames or 1) != 1:
+        return f"{frames} frames in one file: only single slices are supported"
     if not_hu:
         return f"ImageType {not_hu}: not an axial slice of HU"
     if grey != (1, "MONOCHROME2"):
         return f"{grey[0]} samples per pixel, {grey[1]}: only 1 sample of MONOCHROME2 is supported"
     if syntax not in dicom_pixels.NATIVE and syntax not in dicom_pixels.DECODERS:
-        return f"transfer syntax {transfer.name} ({syntax}) is not supported"
+        return f"transfer syntax {dicom_uid.UID(syntax).name} ({syntax}) is not supported"
     if not all(isinstance(n, int) and 1 <= n <= LARGEST_MATRIX for n in shape):
         return f"matrix of {shape[0]} x {shape[1]} pixels: expected 1 to {LARGEST_MATRIX} each"
     eight = bits == [8, 8, 7] and syntax in dicom_pixels.LOSSY_JPEG
@@ -227,11 +228,12 @@ def _lossy(data: pydicom.Dataset, syntax: str) -> str:
     """Why the header declares lossy compression, or ""."""
     if syntax in dicom_pixels.LOSSY_JPEG:
         return f"{dicom_uid.UID(syntax).name} ({syntax}): {dicom_pixels.LOSSY}"
-    if str(data.get("LossyImageCompression") or "").strip() == "01":
+    if str(value(data, "LossyImageCompression") or "").strip() == "01":
         return f"LossyImageCompression 01 ({syntax}): {dicom_pixels.LOSSY}"
     return ""
 
 
+@functools.lru_cache(maxsize=64)
 def _orientation_problem(orientation: tuple[float, ...]) -> str:
     along_columns, along_rows = np.reshape(orientation, (2, 3))
     lengths = np.linalg.norm([along_columns, along_rows], axis=1)
@@ -244,6 +246,7 @@ def _orientation_problem(orientation: tuple[float, ...]) -> str:
     return "" if z.axis == 0 else "sagittal or coronal slice: only axial slices are supported"
 
 
+@functools.lru_cache(maxsize=64)
 def stored_axes(orientation: tuple[float, ...]) -> tuple[geometry.StoredAxis, ...]:
     """`standard_axes` of a slice as a stored array [1, rows, columns]."""
     along_columns, along_rows = np.reshape(orientation, (2, 3))

@@ -51,7 +51,8 @@ def stored_values(
       lossy: whether lossy compression is allowed.
 
     Returns:
-      int32 [rows, columns], before slope and intercept, with the bits above BitsStored.
+      [rows, columns], before slope and intercept, with the bits above BitsStored: int16 or uint16,
+      or int32 where a decoder returns another type.
 
     Raises:
       Rejected: the data are missing, truncated, of another size, damaged, or lossy.
@@ -68,14 +69,15 @@ def stored_values(
         values = decoding.decode(data, syntax, DECODERS[syntax])
         if values.shape != shape:
             raise Rejected(f"the decoded matrix is {values.shape}, expected {shape}")
-    return values.astype(np.int32)
+    usual = values.itemsize == 2 and values.dtype.kind == ("i" if signed else "u")
+    return values.astype(values.dtype.newbyteorder("=") if usual else np.int32, copy=False)
 
 
 def significant_bits(values: np.ndarray, bits: int, signed: bool) -> np.ndarray:
     """Drops the bits above BitsStored, which may hold anything (PS3.5, 8.1.1).
 
     Args:
-      values: int32 from `stored_values`.
+      values: the result of `stored_values`.
       bits: BitsStored.
       signed: whether the values are two's complement; the sign is extended.
     """
@@ -92,7 +94,7 @@ def padded_pixels(
     """The pixels that PixelPaddingValue and PixelPaddingRangeLimit declare as padding.
 
     Args:
-      stored: int32 from `stored_values`.
+      stored: the result of `stored_values`.
       padding: the two elements (PS3.3, C.7.5.1.1.2) as written; equal for a single value.
       bits: BitsStored.
       signed: whether the values are two's complement. Writers disagree on the sign of padding, so

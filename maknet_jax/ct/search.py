@@ -9,12 +9,13 @@ import itertools
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 from maknet_jax import files
 from maknet_jax.ct import archives, containers, dicom, dicomdir, nifti, own_outputs, png, reading
+from maknet_jax.ct.blocks import Block
 from maknet_jax.ct.reading import content_id, one_line
-from maknet_jax.ct.stacks import find_stacks
+from maknet_jax.ct.stacks import Stack, find_stacks, order_slices
 from maknet_jax.errors import InputError, Rejected
 
 _NIBABEL = "nibabel.save(nibabel.load(FILE), 'ct.nii.gz')"
@@ -42,6 +43,8 @@ class SeriesRef:
       count: the number of slices.
       root: the folder that was searched.
       copies: the number of dropped copies of slices; they do not change the records.
+      blocks: the division of a DICOM series by its headers; empty if unknown.
+      spacing: mm along (y, x) by the headers of a DICOM series.
     """
 
     kind: str
@@ -50,6 +53,8 @@ class SeriesRef:
     count: int
     root: str
     copies: int = dataclasses.field(default=0, repr=False)
+    blocks: tuple[Block, ...] = dataclasses.field(default=(), repr=False, compare=False)
+    spacing: tuple[float, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
 
 @dataclasses.dataclass
@@ -60,8 +65,10 @@ class _Search:
     series: list[SeriesRef] = dataclasses.field(default_factory=list)
     failures: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
-    def add(self, kind: str, paths: tuple[str, ...], key: str, count: int, copies: int = 0) -> None:
-        self.series.append(SeriesRef(kind, paths, key, count, self.root, copies))
+    def add(
+        self, kind: str, paths: tuple[str, ...], key: str, count: int, copies: int = 0, **more: Any
+    ) -> None:
+        self.series.append(SeriesRef(kind, paths, key, count, self.root, copies, **more))
 
 
 def find_series(
@@ -270,7 +277,16 @@ def _add_dicom(headers: Sequence[dicom.Header], search: _Search) -> None:
         for number, stack in enumerate(stacks, start=1):
             ordered = tuple(header.path for header in stack.headers)
             name = f"{key}:{number}" if len(stacks) > 1 else key
-            search.add("dicom", ordered, name, len(ordered), len(stack.copies))
+            search.add("dicom", ordered, name, len(ordered), len(stack.copies), **_layout(stack))
+
+
+def _layout(stack: Stack) -> dict[str, Any]:
+    """The geometry that reading the series in order will give; empty if it will be rejected."""
+    try:
+        again = order_slices(stack.headers)
+    except Rejected:
+        return {}
+    return {"blocks": again.blocks, "spacing": again.headers[0].standard_spacing}
 
 
 def _add_png(paths: Sequence[str], search: _Search) -> None:

@@ -14,6 +14,7 @@ import pydicom
 from pydicom import uid as dicom_uid
 from pydicom.encaps import generate_frames
 
+from maknet_jax.ct.elements import value
 from maknet_jax.ct.reading import Bounded
 from maknet_jax.errors import Rejected
 
@@ -55,7 +56,7 @@ def as_encoded(file: IO[bytes], limit: int) -> io.BytesIO | None:
     Raises:
       Rejected: the deflated data are damaged, or too large.
     """
-    syntax = str(file_meta(file).get("TransferSyntaxUID") or "")
+    syntax = str(value(file_meta(file), "TransferSyntaxUID") or "")
     if not syntax:
         return None
     end = file.tell()

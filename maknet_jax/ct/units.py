@@ -19,6 +19,7 @@ _FLOOR = -1500  # HU; nothing is less dense than air: values below are padding
 _SCANNER_PADDING = -4096  # HU; no scanner pads below this, software does
 _METAL = 3100  # HU; denser than bone, and above the 12-bit range of most scanners
 _LOSS = 8  # HU; how far lossy compression moves padding
+_CHUNK = 1 << 15  # values that are counted at once, so that they stay in the cache
 _SMALLEST_SPAN = 20  # HU; the noise of a phantom spans more
 _MOST_DEEP, _MOST_METAL = 0.05, 0.07  # shares of all values, and of the body
 
@@ -27,7 +28,7 @@ class Values:
     """The distribution of the values of one series, collected plane by plane."""
 
     def __init__(self) -> None:
-        self._counts = np.zeros(1 << 16, np.int64)  # of LOWEST to HIGHEST
+        self._patterns = np.zeros(1 << 16, np.int64)  # counts of 0 to HIGHEST, LOWEST to -1
         self._low, self._high = np.inf, -np.inf
         self._above = 0
         self._fractions = False
@@ -49,22 +50,36 @@ class Values:
         if plane.dtype.kind == "f" and not np.isfinite(counted).all():
             raise Rejected("some values are not finite")
         if counted.size:
-            self._low = min(self._low, float(counted.min()))
-            self._high = max(self._high, float(counted.max()))
-            self._above += int((counted > HIGHEST).sum()) if self._high > HIGHEST else 0
+            low, high = float(counted.min()), float(counted.max())
+            self._low, self._high = min(self._low, low), max(self._high, high)
+            self._above += int((counted > HIGHEST).sum()) if high > HIGHEST else 0
         if plane.dtype.kind == "f" and not self._fractions:
             self._fractions = bool((np.abs(counted - np.rint(counted)) > 0.01).any())
         hu = _to_int16(plane)
         if padded is not None:
             hu = np.where(padded, np.int16(AIR), hu)
-        counted = hu if padded is None else hu[~padded]
-        bins = np.bincount(counted.ravel().view(np.uint16), minlength=1 << 16)
-        self._counts += np.roll(bins, 1 << 15)
+        self._count(hu, padded)
         return hu
+
+    def update(self, other: "Values") -> None:
+        """Adds what another instance counted in other planes of the series."""
+        self._patterns += other._patterns
+        self._low, self._high = min(self._low, other._low), max(self._high, other._high)
+        self._above += other._above
+        self._fractions |= other._fractions
+
+    def _count(self, hu: np.ndarray, padded: np.ndarray | None) -> None:
+        """Counts int16 values; those that are padded have become AIR and are not counted."""
+        patterns = hu.ravel().view(np.uint16)
+        for k in range(0, len(patterns), _CHUNK):
+            # Faster than np.bincount, which needs the range of the values and a new array.
+            np.add.at(self._patterns, patterns[k : k + _CHUNK].astype(np.intp), 1)
+        if padded is not None:
+            self._patterns[AIR] -= np.count_nonzero(padded)
 
     def __len__(self) -> int:
         """The number of values that were counted."""
-        return int(self._counts.sum())
+        return int(self._patterns.sum())
 
     def check(self, overrides: Overrides = STRICT) -> None:
         """Checks that the series is in HU.
@@ -85,7 +100,8 @@ class Values:
         total = len(self)
         if not total:
             return "all pixels are padding"
-        places = np.searchsorted(self._counts.cumsum(), (0.0005 * total, 0.9995 * total))
+        counts = np.roll(self._patterns, -LOWEST)
+        places = np.searchsorted(counts.cumsum(), (0.0005 * total, 0.9995 * total))
         span = int(places[1] - places[0])
         if self._high - self._low < _SMALLEST_SPAN or span < _SMALLEST_SPAN // 2:
             return "they are constant or normalised"
@@ -93,42 +109,45 @@ class Values:
             return f"they have fractions, and 99.9 % of them span {span}: normalised"
         if self._above:
             return f"{self._above} of them are above {HIGHEST}: wrong slope, intercept or padding"
-        return self._scaled(total) or self._shifted(total)
+        return _scaled(counts, total) or _shifted(counts, total)
 
-    def _scaled(self, total: int) -> str:
-        deep = self._between(LOWEST, _FLOOR - 1).copy()
-        border = _SCANNER_PADDING - LOWEST
-        for part in (deep[:border], deep[border:]):  # one constant each is padding
-            peak = int(np.argmax(part))
-            part[max(0, peak - _LOSS) : peak + _LOSS + 1] = 0
-        deep_share = float(deep.sum()) / total
-        metal = int(self._between(_METAL + 1, HIGHEST).sum())
-        metal_share = metal / max(1, int(self._between(-500, HIGHEST).sum()))
-        if deep_share / _MOST_DEEP + metal_share / _MOST_METAL > 1:
-            return (
-                f"{deep_share:.1%} of them are below {_FLOOR} without being padding, and "
-                f"{metal_share:.1%} of those of the body are above {_METAL}: scaled"
-            )
-        distinct = np.flatnonzero(self._between(_FLOOR, HIGHEST)) + _FLOOR
-        if metal and math.gcd(*distinct.tolist()) % 10 == 0:
-            return f"all are multiples of 10, and some are above {_METAL}: scaled"
-        return ""
 
-    def _shifted(self, total: int) -> str:
-        values = self._between(_FLOOR, HIGHEST)
-        if not values[:-_FLOOR].any():
-            return f"none is from {_FLOOR} to -1, like air and fat: shifted, labels or a picture"
-        gas = self._between(_FLOOR, -501)
-        tissue, bone = (int(self._between(*ends).sum()) for ends in ((800, 1200), (250, 650)))
-        # One constant may be padding.
-        no_air = int(gas.sum() - gas.max()) < 0.001 * total
-        if no_air and tissue > 0.01 * total and tissue > 2 * bone:
-            return f"{tissue / total:.1%} of them are near 1000 as if it were tissue, with no air"
-        return ""
+def _scaled(counts: np.ndarray, total: int) -> str:
+    deep = _between(counts, LOWEST, _FLOOR - 1).copy()
+    border = _SCANNER_PADDING - LOWEST
+    for part in (deep[:border], deep[border:]):  # one constant each is padding
+        peak = int(np.argmax(part))
+        part[max(0, peak - _LOSS) : peak + _LOSS + 1] = 0
+    deep_share = float(deep.sum()) / total
+    metal = int(_between(counts, _METAL + 1, HIGHEST).sum())
+    metal_share = metal / max(1, int(_between(counts, -500, HIGHEST).sum()))
+    if deep_share / _MOST_DEEP + metal_share / _MOST_METAL > 1:
+        return (
+            f"{deep_share:.1%} of them are below {_FLOOR} without being padding, and "
+            f"{metal_share:.1%} of those of the body are above {_METAL}: scaled"
+        )
+    distinct = np.flatnonzero(_between(counts, _FLOOR, HIGHEST)) + _FLOOR
+    if metal and math.gcd(*distinct.tolist()) % 10 == 0:
+        return f"all are multiples of 10, and some are above {_METAL}: scaled"
+    return ""
 
-    def _between(self, low: int, high: int) -> np.ndarray:
-        """A view of the counts of the values low..high."""
-        return self._counts[low - LOWEST : high - LOWEST + 1]
+
+def _shifted(counts: np.ndarray, total: int) -> str:
+    values = _between(counts, _FLOOR, HIGHEST)
+    if not values[:-_FLOOR].any():
+        return f"none is from {_FLOOR} to -1, like air and fat: shifted, labels or a picture"
+    gas = _between(counts, _FLOOR, -501)
+    tissue, bone = (int(_between(counts, *ends).sum()) for ends in ((800, 1200), (250, 650)))
+    # One constant may be padding.
+    no_air = int(gas.sum() - gas.max()) < 0.001 * total
+    if no_air and tissue > 0.01 * total and tissue > 2 * bone:
+        return f"{tissue / total:.1%} of them are near 1000 as if it were tissue, with no air"
+    return ""
+
+
+def _between(counts: np.ndarray, low: int, high: int) -> np.ndarray:
+    """A view of the counts of the values low..high."""
+    return counts[low - LOWEST : high - LOWEST + 1]
 
 
 def _to_int16(plane: np.ndarray) -> np.ndarray:

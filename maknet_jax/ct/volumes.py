@@ -5,7 +5,7 @@ import functools
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from maknet_jax.ct import (
     dicomdir,
     nifti,
     paged,
+    pieces,
     png,
     preprocess,
     reading,
@@ -25,7 +26,7 @@ from maknet_jax.ct import (
 from maknet_jax.ct.blocks import Block, segment
 from maknet_jax.ct.read_ahead import read_ahead
 from maknet_jax.ct.search import SeriesRef
-from maknet_jax.ct.stacks import Stack, find_stacks, order_slices
+from maknet_jax.ct.stacks import Stack, find_stacks
 from maknet_jax.errors import InputError, Rejected
 
 
@@ -77,12 +78,8 @@ class Volume:
 
     def triplets(self) -> list[tuple[int, float]]:
         """(middle slice, mm between its slices) of triplets without overlap within blocks."""
-        blocks = self.blocks or (Block(0, len(self.hu), self.spacing[0], 0.0, False),)
-        return [
-            (block.start + centre, block.distance if len(blocks) > 1 else self.spacing[0])
-            for block in blocks
-            for centre in preprocess.centres(block.stop - block.start, overlap=False)
-        ]
+        whole = Block(0, len(self.hu), self.spacing[0], 0.0, False)
+        return triplets_of(self.blocks or (whole,))
 
     @property
     def z_mm(self) -> np.ndarray:
@@ -103,6 +100,15 @@ class Volume:
     def json_spacing(self) -> list[float | None]:
         """The spacing for JSON: None where it is unknown."""
         return spacing_json(self.spacing)
+
+
+def triplets_of(blocks: Iterable[Block]) -> list[tuple[int, float]]:
+    """(middle slice, mm between its slices) of triplets without overlap within blocks."""
+    return [
+        (block.start + centre, block.distance)
+        for block in blocks
+        for centre in preprocess.centres(block.stop - block.start, overlap=False)
+    ]
 
 
 def spacing_json(spacing: Sequence[float]) -> list[float | None]:
@@ -248,19 +254,10 @@ def _load_dicom(
       overrides: what is read although it would be rejected.
       distance: mm between slices, if `ref` is a part of a series that was already checked.
     """
-    headers, planes, values = [], paged.Slices(len(ref.paths)), units.Values()
-    paths = dicom_frames.in_order(ref.paths)
-    slices = dicom.read_slices(paths, values, overrides)
-    for path in paths:
-        try:
-            _, (header, plane) = next(slices)
-        except Rejected as error:
-            raise Rejected(f"{search.relative_name(path, ref.root)}: {error}") from error
-        headers.append(header)
-        planes.append(plane)
-    values.check(overrides)
-    stack = order_slices(headers)  # rejects slices of different shapes
-    numbers = {header.path: number for number, header in enumerate(headers)}
+    planes = paged.Slices(len(ref.paths))
+    evidence = pieces.read_slices(ref, planes.append, overrides)
+    stack = pieces.check([evidence], overrides)  # rejects slices of different shapes
+    numbers = {header.path: number for number, header in enumerate(evidence.headers)}
     return Volume(
         planes.ordered([numbers[header.path] for header in stack.headers]),
         (stack.distance if distance is None else distance, *stack.headers[0].standard_spacing),

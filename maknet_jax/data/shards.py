@@ -7,26 +7,29 @@ set is finished when `dataset.json` exists (see `finish`).
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
-import importlib.metadata
 import itertools
 import os
 import pathlib
+import pickle
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import IO, Any, Protocol, TypeVar
 
 import numpy as np
 
-import maknet_jax
 from maknet_jax import files
 from maknet_jax.ct import preprocess
-from maknet_jax.data import records, worker_pool
+from maknet_jax.data import cluster, records, worker_pool
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError, NothingUsable
 
 SHARD_RECORDS = 512  # about 100 MB at 256 x 256
 WINDOW = (-1024.0, 3071.0)  # HU; LesaNet's, the default of the configs
+
+Encoded = tuple[bytes, np.ndarray, np.ndarray]  # a record, its labels and its label mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +40,13 @@ class UnitResult:
       examples: encoded records with their labels and label masks, uint8 `[K]` each.
       failures: (input, reason) pairs.
       counters: summed over the run, for example {"neighbours repeated": 1}.
+      evidence: of a piece of a unit, for `Division.join`.
     """
 
-    examples: tuple[tuple[bytes, np.ndarray, np.ndarray], ...] = ()
+    examples: Collection[Encoded] = ()
     failures: tuple[tuple[str, str], ...] = ()
     counters: dict[str, int] = dataclasses.field(default_factory=dict)
+    evidence: Any = None
 
 
 class Unit(Protocol):
@@ -57,6 +62,51 @@ class Unit(Protocol):
 
 
 AnyUnit = TypeVar("AnyUnit", bound=Unit)
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """How large units are divided among workers.
+
+    Attributes:
+      pieces: unit -> its pieces in order, which are units, too; [unit] for a small one.
+      join: (unit, results of its pieces in order without their records, all records) -> result of
+        the unit; not called for [unit].
+    """
+
+    pieces: Callable[[Any], Sequence[Any]]
+    join: Callable[[Any, Sequence[UnitResult], Collection[Encoded]], UnitResult]
+
+
+class _Spool(Collection[Encoded]):
+    """The records of a long unit, in an unnamed file until all of its pieces are checked."""
+
+    def __init__(self, file: IO[bytes], folder: pathlib.Path) -> None:
+        self._file, self._folder, self._count = file, folder, 0
+
+    def extend(self, examples: Iterable[Encoded]) -> None:
+        """Appends records.
+
+        Raises:
+          OSError: the disk is full; with the folder.
+        """
+        try:
+            for example in examples:
+                pickle.dump(example, self._file)
+                self._count += 1
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._folder)) from None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Encoded]:
+        self._file.seek(0)
+        return (pickle.load(self._file) for _ in range(self._count))
+
+    def __contains__(self, example: object) -> bool:
+        return any(example is other for other in self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +134,8 @@ def write_shards(
     workers: int,
     advance: Callable[[int], None],
     failures: Sequence[tuple[str, str]] = (),
+    division: Division | None = None,
+    scheduler: str | None = None,
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Writes all splits; returns (info for `finish`, failures).
 
@@ -98,6 +150,8 @@ def write_shards(
       workers: the number of processes; 1 runs in this process.
       advance: called with the number of units done.
       failures: inputs that were rejected before; they come first in the returned failures.
+      division: how large units are divided; None leaves them whole.
+      scheduler: the address of a Dask scheduler, whose workers are used instead of processes.
 
     Raises:
       NothingUsable: no unit gave a record.
@@ -118,7 +172,7 @@ def write_shards(
         if not _sidecar(out, name).exists()
         for unit in units
     ]
-    with _results(make, missing, workers, out / ".parts" / "killed.json") as results:
+    with _results(make, missing, workers, scheduler, division, out / ".parts") as results:
         for split, parts in plan.items():
             shards, label_counts, known_counts = [], *np.zeros((2, len(vocabulary)), np.int64)
             for name, units in parts:
@@ -151,8 +205,7 @@ def write_shards(
         "window": WINDOW,
         "crop": preprocess.CROP_RULE,
         "about": about,
-        "versions": {"maknet-jax": maknet_jax.__version__}
-        | {name: importlib.metadata.version(name) for name in ("numpy", "pillow", "pydicom")},
+        "versions": cluster.versions(),
         # Covers the records, not their paths: moving the inputs does not change it.
         "fingerprint": _digest(*made_by, _without_added_fields(entries)),
     }
@@ -182,8 +235,13 @@ def finish(out: pathlib.Path, info: dict[str, Any]) -> None:
     shutil.rmtree(out / ".parts")
 
 
-def check_unfinished(out: str | os.PathLike[str]) -> None:
-    """Raises InputError if `out` contains a finished data set."""
+def check_start(out: str | os.PathLike[str], scheduler: str | None) -> None:
+    """Raises InputError if `out` contains a finished data set, or a scheduler has no workers."""
+    _check_unfinished(out)
+    cluster.check(scheduler)
+
+
+def _check_unfinished(out: str | os.PathLike[str]) -> None:
     if (pathlib.Path(out) / "dataset.json").exists():
         raise InputError(f"{out} already contains a finished data set: choose another --out")
 
@@ -193,7 +251,7 @@ def _digest(*parts: Any) -> str:
 
 
 def _claim(out: pathlib.Path, plan: str) -> None:
-    check_unfinished(out)
+    _check_unfinished(out)
     name, record = ".parts/plan.json", {"plan": plan}
     files.check_claim(
         out, {name: record}, command="maknet prepare", option="--out", leftovers=("failures.csv",)
@@ -276,15 +334,41 @@ def _results(
     make: Callable[[AnyUnit], UnitResult],
     units: Sequence[AnyUnit],
     workers: int,
-    memory: pathlib.Path,
+    scheduler: str | None,
+    division: Division | None,
+    folder: pathlib.Path,
 ) -> Iterator[Iterator[UnitResult]]:
     """Yields an iterator over make(unit) for each unit, in order."""
-    deaths = _Deaths(memory, workers)
-    if not units or (workers <= 1 and not any(map(deaths.by, units))):
-        yield map(make, units)
+    deaths = _Deaths(folder / "killed.json")
+    divided = [division.pieces(unit) if division else [unit] for unit in units]
+    pieces = list(itertools.chain.from_iterable(divided))
+    here = workers <= 1 and scheduler is None and not any(map(deaths.by, pieces))
+    if here or not pieces:
+        yield _joined(units, divided, map(make, pieces), division, folder)
         return
-    with worker_pool.start(min(workers, len(units))) as pool:
-        yield pool.map(make, units, alone=deaths.by, died=deaths.add)
+    with cluster.start(min(workers, len(pieces)), scheduler) as pool:
+        died = functools.partial(deaths.add, pool)
+        made = pool.map(make, pieces, alone=deaths.by, died=died)
+        yield _joined(units, divided, made, division, folder)
+
+
+def _joined(
+    units: Sequence[AnyUnit],
+    divided: Sequence[Sequence[Any]],
+    results: Iterator[UnitResult],
+    division: Division | None,
+    folder: pathlib.Path,
+) -> Iterator[UnitResult]:
+    for unit, pieces in zip(units, divided, strict=True):
+        if division is None or len(pieces) == 1:
+            yield next(results)
+            continue
+        with tempfile.TemporaryFile(dir=folder) as file:
+            spool, made = _Spool(file, folder), []
+            for result in itertools.islice(results, len(pieces)):
+                spool.extend(result.examples)
+                made.append(dataclasses.replace(result, examples=()))
+            yield division.join(unit, made, spool)
 
 
 class _Deaths:
@@ -294,22 +378,18 @@ class _Deaths:
     and rejects it if the worker dies again.
     """
 
-    def __init__(self, path: pathlib.Path, workers: int) -> None:
-        self._path, self._workers = path, workers
+    def __init__(self, path: pathlib.Path) -> None:
+        self._path = path
         self._digests = set(files.read_json(path)) if path.exists() else set()
 
     def by(self, unit: Unit) -> bool:
         """Whether a worker died with this unit."""
         return bool(self._digests) and _digest(unit) in self._digests
 
-    def add(self, unit: Unit, how: str) -> UnitResult:
+    def add(self, pool: worker_pool.Pool, unit: Unit, how: str) -> UnitResult:
         """Rejects the unit if this is its second death, else ends the run."""
         if self.by(unit):
             reason = f"the worker process that read it died twice ({how})"
             return UnitResult(failures=((unit.source, reason),))
         files.write_json(self._path, sorted({*self._digests, _digest(unit)}))
-        raise InputError(
-            f"one of {self._workers} worker processes was killed ({how}) while it read "
-            f"{unit.source}, most likely for lack of memory: run the command again with fewer "
-            "--workers to resume"
-        )
+        raise worker_pool.death(pool, unit.source, how)

@@ -1,16 +1,18 @@
 """Triplets of CT volumes as records: unlabelled series, and the slices in a table."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from maknet_jax.ct import png, preprocess, pseudonym, reading, volumes
+from maknet_jax.ct import pieces, png, preprocess, pseudonym, reading, volumes
 from maknet_jax.ct.search import SeriesRef
 from maknet_jax.data import overview, records, shards, table
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError, Rejected
+
+PIECE = 32  # triplets, of 96 slices: the largest unit of work of a long series
 
 
 # An unfinished data set resumes only if the `repr` of its units is unchanged: do not rename the
@@ -26,6 +28,33 @@ class _Series:
     @property
     def source(self) -> str:
         """The path of its input."""
+        return self.ref.paths[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """Some consecutive slices of a series.
+
+    Attributes:
+      ref: the series with these slices only.
+      first: the place of the first one in the series.
+      unit: the series without its files.
+      triplets: (middle slice in the series, mm between slices) of the triplets in the piece.
+    """
+
+    ref: SeriesRef
+    first: int
+    unit: _Series
+    triplets: tuple[tuple[int, float], ...]
+
+    @property
+    def count(self) -> int:
+        """The number of records."""
+        return len(self.triplets)
+
+    @property
+    def source(self) -> str:
+        """The path of its first file."""
         return self.ref.paths[0]
 
 
@@ -48,7 +77,7 @@ class _TableVolume:
 
 def encode_with_labels(
     record_id: str, image: np.ndarray, labels: bytes, label_mask: bytes, meta: dict[str, Any]
-) -> tuple[bytes, np.ndarray, np.ndarray]:
+) -> shards.Encoded:
     """An encoded record, its labels and its label mask, for `shards.UnitResult`.
 
     Args:
@@ -80,27 +109,116 @@ def plan_series(
     ]
 
 
-def make_series(unit: _Series) -> shards.UnitResult:
-    """All triplets of an unlabelled volume, without overlap."""
+def series_pieces(unit: _Series) -> Sequence[_Series | _Piece]:
+    """Divides a long DICOM series into pieces of `PIECE` triplets."""
+    triplets = volumes.triplets_of(unit.ref.blocks)
+    if len(triplets) <= PIECE or not pieces.can_divide(unit.ref):
+        return [unit]
+    groups = [triplets[k : k + PIECE] for k in range(0, len(triplets), PIECE)]
+    stops = [*(group[-1][0] + 2 for group in groups[:-1]), unit.ref.count]
+    whole = dataclasses.replace(unit, ref=dataclasses.replace(unit.ref, paths=(), blocks=()))
+    return [
+        _Piece(
+            dataclasses.replace(
+                unit.ref, paths=unit.ref.paths[first:stop], count=stop - first, blocks=()
+            ),
+            first,
+            whole,
+            tuple(group),
+        )
+        for first, stop, group in zip([0, *stops], stops, groups, strict=False)
+    ]
+
+
+def make_series(unit: _Series | _Piece) -> shards.UnitResult:
+    """All triplets of an unlabelled volume or of a piece of one, without overlap."""
     try:
+        if isinstance(unit, _Piece):
+            return _make_piece(unit)
         volume = volumes.load_series(unit.ref, overrides=unit.overrides)
     except Rejected as error:
-        reason = png.reason_without_window(error)
-        return shards.UnitResult(failures=((unit.ref.paths[0], reason),))
-    series = pseudonym.pseudonym(unit.salt, volume.series)
+        return _rejected(unit.source, error)
+    examples = [
+        _triplet(
+            unit,
+            volume.neighbours(centre),
+            volume.uids[centre],
+            slice=centre,
+            slices=len(volume.hu),
+            spacing=(distance, *volume.spacing[1:]),
+        )
+        for centre, distance in volume.triplets()
+    ]
+    return _series_result(unit, examples, volume.spacing, len(volume.hu))
+
+
+def join_series(
+    unit: _Series, results: Sequence[shards.UnitResult], examples: Collection[shards.Encoded]
+) -> shards.UnitResult:
+    """The result of a series from those of its pieces: the checks of `make_series` as a whole."""
+    for result in results:
+        if result.failures:
+            ((_, reason),) = result.failures
+            return shards.UnitResult(failures=((unit.source, reason),))
+    try:
+        stack = pieces.check((result.evidence for result in results), unit.overrides)
+        pieces.check_planned(unit.ref, stack)
+    except Rejected as error:
+        return _rejected(unit.source, error)
+    spacing = (stack.distance, *stack.headers[0].standard_spacing)
+    return _series_result(unit, examples, spacing, len(stack.headers))
+
+
+def _make_piece(unit: _Piece) -> shards.UnitResult:
+    planes: list[np.ndarray] = []
+    evidence = pieces.read_slices(unit.ref, planes.append, unit.unit.overrides)
     examples = []
-    for centre, distance in volume.triplets():
-        image, box = preprocess.make_triplet(volume.neighbours(centre), unit.size)
-        meta = {"series": series, "slice": centre, "slices": len(volume.hu), "crop": box}
-        meta["spacing"] = volumes.spacing_json((distance, *volume.spacing[1:]))
-        name = f"{series}-{pseudonym.pseudonym(unit.salt, volume.uids[centre])}"
-        examples.append(encode_with_labels(name, image, b"", b"", meta))
+    for centre, distance in unit.triplets:
+        place = centre - unit.first
+        header = evidence.headers[place]
+        examples.append(
+            _triplet(
+                unit.unit,
+                planes[place - 1 : place + 2],
+                header.uid,
+                slice=centre,
+                slices=unit.unit.ref.count,
+                spacing=(distance, *unit.ref.spacing),
+            )
+        )
+    return shards.UnitResult(tuple(examples), evidence=evidence)
+
+
+def _triplet(
+    unit: _Series,
+    planes: Sequence[np.ndarray],
+    uid: str,
+    *,
+    spacing: Sequence[float],
+    **place: int,
+) -> shards.Encoded:
+    image, box = preprocess.make_triplet(planes, unit.size)
+    series = pseudonym.pseudonym(unit.salt, unit.ref.key)
+    meta = {"series": series, **place, "crop": box, "spacing": volumes.spacing_json(spacing)}
+    name = f"{series}-{pseudonym.pseudonym(unit.salt, uid)}"
+    return encode_with_labels(name, image, b"", b"", meta)
+
+
+def _series_result(
+    unit: _Series, examples: Collection[shards.Encoded], spacing: Sequence[float], slices: int
+) -> shards.UnitResult:
     if not examples:
-        reason = f"no three consecutive slices among {len(volume.hu)}"
-        return shards.UnitResult(failures=((unit.ref.paths[0], reason),))
-    left_over = len(volume.hu) - 3 * len(examples)
-    counters = overview.of_volume(volume.spacing, len(volume.hu))
-    return shards.UnitResult(tuple(examples), counters=counters | {"slices left over": left_over})
+        return _rejected(unit.source, Rejected(f"no three consecutive slices among {slices}"))
+    counters = overview.of_volume(spacing, slices)
+    counters["slices left over"] = slices - 3 * len(examples)
+    return shards.UnitResult(examples, counters=counters)
+
+
+def _rejected(path: str, error: Rejected) -> shards.UnitResult:
+    return shards.UnitResult(failures=((path, png.reason_without_window(error)),))
+
+
+DIVISION = shards.Division(series_pieces, join_series)
 
 
 def plan_table(
