@@ -61,7 +61,8 @@ class Parser(argparse.ArgumentParser):
 
 # Options that may be a URL: a data set, and what is not a path.
 _MAY_BE_URL = {"data", "records"}
-_MAY_BE_URL |= {"citation", "ids", "licence", "license_name", "name", "overrides", "source"}
+_MAY_BE_URL |= {"citation", "ids", "licence", "license_name", "name", "overrides", "scheduler"}
+_MAY_BE_URL |= {"source"}
 
 
 def check_paths(chosen: argparse.Namespace) -> None:
