@@ -30,6 +30,7 @@ ADDED_FIELDS: dict[str, Value] = {
     "ema_decay": 0.0,  # no average of the weights
     "domain_components": 64,  # no result of the training depends on it
     "checkpoint_minutes": 30.0,  # no result depends on it
+    "accumulate": 1,  # the whole batch at once
     "skip_nonfinite": 10,  # earlier versions stopped instead
     "augment.translation_probability": 0.0,
     "augment.translation_range": 0.1,  # not used at probability 0
@@ -293,6 +294,8 @@ def validate(config: ml_collections.ConfigDict, size: int, devices: int) -> None
     if config.pseudo.path:
         batch_sizes["pseudo"] = config.pseudo.batch_size
     for name, batch_size in batch_sizes.items():
-        if batch_size < 1 or batch_size % devices:
+        if batch_size < 1 or batch_size % (devices * config.accumulate):
             rule = f"above 0 and a multiple of the {devices} device(s)"
+            if config.accumulate > 1:
+                rule += f" times accumulate {config.accumulate}"
             raise InputError(f"config {name}.batch_size {batch_size} should be {rule}")
