@@ -30,7 +30,7 @@ def at(step):
         if leaf.dtype == jnp.int32:
             return jnp.asarray(rng.integers(0, 1000, leaf.shape), jnp.int32)
         values = rng.normal(size=leaf.shape).astype(np.float32)
-        values.reshape(-1)[:1] = np.nan if values.size > 10 else -0.0
+        values.reshape(-1)[:1] = 1e-45 if values.size > 10 else -0.0  # subnormal
         return jnp.asarray(values)
 
     return jax.tree.map(drawn, LIKE)._replace(step=jnp.int32(step))

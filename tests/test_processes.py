@@ -128,3 +128,46 @@ def test_a_process_that_does_not_start_is_one_line_and_exit_code_2(data, tmp_pat
     with two_commands.start(*arguments, script=absent) as both:
         assert both.workers[0].wait(60) == 2
         assert "--start-timeout" in both.lines(0)[0]
+
+
+DAMAGED = """
+from maknet_jax.training import checkpoint
+read = checkpoint.Checkpoints._read
+def damaged(self, like, step):
+    if number == {number} and step == 10:
+        raise {error}
+    return read(self, like, step)
+checkpoint.Checkpoints._read = damaged
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_resume_from_what_process_0_has_read(data, tmp_path):
+    short = changes(data, epochs=2.0, checkpoint_every=8)  # checkpoints 8 and 10
+    arguments = ["train", *TRAIN, tmp_path / "run", *short]
+    with two_commands.start(*arguments) as both:
+        assert both.codes(120)[0] == [0, 0], both.messages
+    broken = DAMAGED.format(number=1, error="ValueError('digest')")
+    with two_commands.start(*arguments, script=broken) as both:
+        assert both.codes(120)[0] == [2, 2], both.messages
+        for process in range(2):
+            (line,) = both.lines(process)
+            assert "process 1 on " in line and "checkpoint 10 in " in line and "shared" in line
+    assert (tmp_path / "run" / "checkpoints" / "10").is_dir()
+    broken = DAMAGED.format(number=0, error="ValueError('digest')")
+    with two_commands.start(*arguments, script=broken) as both:
+        assert both.codes(120)[0] == [0, 0], both.messages
+        assert all("resuming from step 8 of 10" in text for text in both.messages)
+    assert (tmp_path / "run" / "checkpoints_damaged" / "10").is_dir()
+    assert (tmp_path / "run" / "checkpoints" / "10").is_dir()
+
+
+@pytest.mark.slow
+def test_a_workdir_that_is_not_shared_is_found_at_once(data, tmp_path):
+    own = "sys.argv[sys.argv.index('--workdir') + 1] += str(number)\n"
+    with two_commands.start("train", *TRAIN, tmp_path / "run", *changes(data), script=own) as both:
+        assert both.codes()[0] == [2, 2], both.messages
+        for process in range(2):
+            (line,) = both.lines(process)
+            assert "process 1 on " in line and "shared folder" in line
+    assert not (tmp_path / "run1").exists() or not list((tmp_path / "run1").iterdir())

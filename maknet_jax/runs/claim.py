@@ -35,10 +35,11 @@ def claim(
     with contextlib.ExitStack() as stack:
         token, problem = None, ""
         try:
+            files.check_claim(folder, records, **rule)  # nothing is written into foreign folders
             if first:
                 owning = ownership.owned(folder, rule["command"], rule["option"])
                 token = stack.enter_context(owning)
-            files.check_claim(folder, records, **rule)
+                files.check_claim(folder, records, **rule)  # the owner before may have claimed it
         except InputError as error:
             problem = str(error)
         told = sharding.exchange([problem, token])

@@ -158,7 +158,7 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for _ in range(_LISTINGS):
             before, damaged = self._listing(), {}
-            self._reader.reload()
+            self._reload()
             for candidate in sorted(self._reader.all_steps(), reverse=True):
                 try:
                     return Restored(*self._read_twice(like, candidate), damaged)
@@ -186,8 +186,15 @@ class Checkpoints:
         Raises:
           Exception: it is missing or damaged.
         """
-        self._reader.reload()
+        self._reload()
         return self._read_twice(like, step)
+
+    def _reload(self) -> None:
+        """Lists the folder again; Orbax fails if a step is deleted while it does so."""
+        for _ in range(_LISTINGS):
+            with contextlib.suppress(FileNotFoundError):
+                return self._reader.reload()
+        return self._reader.reload()
 
     def _listing(self) -> list[str]:
         """The names of all files, which change when a checkpoint is written or deleted."""
