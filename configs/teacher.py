@@ -84,6 +84,9 @@ def get_config():
             # part. Without BatchNorm the result is that of 1. BatchNorm takes the statistics of
             # each part, and the running ones move once per step, by the mean over the parts.
             "accumulate": 1,
+            # True computes the activations inside a block again in the backward pass: less memory,
+            # more time, the same values. May be switched on resume.
+            "remat": False,
             "evaluate_every": 1.0,  # epochs
             "checkpoint_every": 500,  # steps, in addition to a checkpoint after each evaluation
             "checkpoint_minutes": 30.0,  # and after this time; 0: by steps only

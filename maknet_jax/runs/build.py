@@ -216,6 +216,8 @@ def build_model(config: ConfigDict, labels: int) -> nn.Module:
     options = config.model.options.to_dict()
     if "trunk_rate" in config.optimizer and config.optimizer.trunk_rate == 0:
         options["frozen"] = True
+    if config.remat:
+        options["remat"] = True
     model = models.build(config.model.name, labels, dtype=kinds[config.precision], **options)
     moving = [f"{kind}_probability" for kind in ("rotation", "translation", "crop")]
     positive = [f"augment.{name}" for name in moving if config.augment[name] > 0]

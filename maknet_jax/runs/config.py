@@ -31,6 +31,7 @@ ADDED_FIELDS: dict[str, Value] = {
     "domain_components": 64,  # no result of the training depends on it
     "checkpoint_minutes": 30.0,  # no result depends on it
     "accumulate": 1,  # the whole batch at once
+    "remat": False,
     "skip_nonfinite": 10,  # earlier versions stopped instead
     "augment.translation_probability": 0.0,
     "augment.translation_range": 0.1,  # not used at probability 0
