@@ -4,6 +4,7 @@ import collections
 import errno
 import os
 import signal
+import sys
 from collections.abc import Iterable, Sequence
 
 # What to do about an error of the operating system, after its text.
@@ -57,8 +58,18 @@ class NothingUsable(InputError):
 class Rejected(ValueError):
     """One input (a file, a series, a row) is rejected; the others are processed, exit code 3.
 
-    The message is the reason in `failures.csv`.
+    The message is the reason in `failures.csv`. No input is rejected because this process has too
+    many open files: in the handler of such an error, this raises the error itself.
     """
+
+    def __init__(self, *args: object) -> None:
+        """Args: args: the reason."""
+        handled = sys.exception()
+        while handled is not None:
+            if isinstance(handled, OSError) and handled.errno in NO_HANDLES:
+                raise handled
+            handled = handled.__cause__ or handled.__context__
+        super().__init__(*args)
 
 
 class Stopped(BaseException):

@@ -79,11 +79,11 @@ def evaluate(
     names = list(dict.fromkeys([*([chosen_on] if chosen_on else []), *requested]))
     scores = score_splits(run, dataset, names, batch_size or run.batch_size)
     thresholds = scores[chosen_on].thresholds(rules) if chosen_on else run.thresholds
-    out = out / (f"on-{dataset.path.resolve().name}" if other else "")
+    out = out / (f"on-{pathlib.PurePath(dataset.address).name}" if other else "")
     out = out / ("" if rules == protocol.OURS else rules)
     summary: dict[str, Any] = {
         "workdir": str(folder),
-        "data": str(dataset.path),
+        "data": dataset.url or str(dataset.path),
         "checkpoint": run.name,
         "step": run.step,
         "trained_on": run.trained_on,
@@ -108,6 +108,26 @@ def evaluate(
         with console.Log((out if run.is_bundle else run.source) / "log.jsonl") as log:
             log.event(event="evaluated", **summary)
     return summary
+
+
+def summaries(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The summaries of `maknet evaluate` in a workdir.
+
+    Raises:
+      InputError: one is damaged.
+    """
+    results = []
+    for path in sorted((folder / "evaluation").glob("summary_*.json")):
+        summary = files.read_json(path)
+        try:
+            _ = summary["checkpoint"], summary["step"], list(summary["splits"].items())
+            intact = all(isinstance(split, dict) for split in summary["splits"].values())
+        except (KeyError, TypeError, AttributeError):
+            intact = False
+        if not intact:
+            raise InputError(f"{path} is damaged: delete it, or run `maknet evaluate` again")
+        results.append(summary)
+    return results
 
 
 def patients_of(dataset: records.Dataset, split: str) -> np.ndarray:

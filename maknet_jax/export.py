@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 import maknet_jax
-from maknet_jax import console
+from maknet_jax import console, evaluate
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
 from maknet_jax.runs import bundle, card, domain_file, stablehlo, workdir
@@ -145,7 +145,7 @@ def _metrics(run: workdir.Run) -> dict[str, dict[str, Any]]:
     validated = run.name == "best" or Progress.from_json(run.metadata).validated_step == run.step
     if validated and run.metadata.get("metrics"):
         metrics["validation"] = dict(run.metadata["metrics"])
-    for summary in workdir.evaluations(run.source):
+    for summary in evaluate.summaries(run.source):
         if (summary["checkpoint"], summary["step"]) == (run.name, run.step):
             metrics |= summary["splits"]
     return metrics

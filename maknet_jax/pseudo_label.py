@@ -91,7 +91,7 @@ def pseudo_label(
         "teacher": str(run.source.absolute()),
         "teacher_digest": transfer.digest(weights["params"], weights.get("batch_stats", {})),
         "teacher_step": run.step,
-        "records": str(dataset.path.absolute()),
+        "records": dataset.address,
         "fingerprint": dataset.fingerprint,
         "split": split,
         "top": top,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from markupsafe import Markup
 
-from maknet_jax import attribute, files
+from maknet_jax import attribute, evaluate, files
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation.evaluator import Evaluator
@@ -80,7 +80,7 @@ def report(
         checkpoint=run.name,
         labels=len(run.vocabulary),
         size=run.size,
-        data=dataset.path,
+        data=dataset.address,
         numbers=_headline(scores),
         curves=curves,
         unplotted=unplotted,
@@ -120,7 +120,7 @@ def _curves(folder: pathlib.Path, step: int) -> tuple[list[tuple[str, str]], lis
 def _scores(folder: pathlib.Path) -> list[tuple[str, list[float | None]]]:
     """(split, its `METRICS`) of each evaluation."""
     rows: list[tuple[str, list[float | None]]] = []
-    for summary in workdir.evaluations(folder):
+    for summary in evaluate.summaries(folder):
         for split, values in summary["splits"].items():
             row = split, [values.get(name) for name in METRICS]
             rows += [] if row in rows else [row]
@@ -247,7 +247,7 @@ def _cards(
         str(ct),
     )
     explained = out / f"{kind}-{split}-{selection.digest(settings)}"
-    options = SelectionOptions(split=split, ids=ids, data=dataset.path, ct=ct)
+    options = SelectionOptions(split=split, ids=ids, data=dataset.address, ct=ct)
     attribute.attribute(folder, explained, options, PathOptions(steps=steps))
     paths = {results.load_metadata(file)["id"]: file for file in explained.glob("cases/*.npz")}
     display = files.read_json(explained / "settings.json")["display"]

@@ -91,7 +91,7 @@ def _claim(setup: Setup) -> AbstractContextManager[None]:
         "labels": dataset.info["labels"],
         "size": dataset.size,
         "fingerprint": dataset.fingerprint,
-        "path": str(dataset.path.absolute()),
+        "path": dataset.address,
         "origin": dataset.origin,
         "pseudo_labels": setup.pseudo.fingerprint if setup.pseudo else None,
         "initial_weights": setup.initial_weights,

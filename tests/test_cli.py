@@ -101,6 +101,15 @@ def test_an_invalid_process_count_is_one_line_and_exit_code_2(capsys, monkeypatc
     assert "'two'" in err and "JAX_NUM_PROCESSES" in err and err.count("\n") == 1
 
 
+def test_several_slurm_tasks_without_distributed_are_warned(capsys, monkeypatch, tmp_path):
+    argv = ("evaluate", "--model", tmp_path / "absent")
+    for tasks, warnings in (("1", 0), ("4", 1)):
+        monkeypatch.setenv("SLURM_NTASKS", tasks)
+        code, _, err = run(capsys, *argv)
+        assert code == 2
+        assert len([line for line in err.splitlines() if "SLURM_NTASKS is 4" in line]) == warnings
+
+
 def test_the_help_of_train_names_every_config(capsys):
     configs = {path.stem for path in config.folder().glob("[!_]*.py")} - {"noisy_student"}
     _, out, _ = run(capsys, "train", "--help")

@@ -88,6 +88,8 @@ def fills_up(disk, size, argv, capfd):
         yield folder / "out"
 
 
+# TensorStore's threads may report that Orbax closed its event loop after the command has ended.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("size", TRAIN)
 def test_train(disk, teacher, size, capfd):

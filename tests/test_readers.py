@@ -9,12 +9,14 @@ import resource
 import threading
 
 import numpy as np
+import organ_cases
 import pytest
 import test_records
 
 from maknet_jax import cli
+from maknet_jax.ct import nifti
 from maknet_jax.data import readers, records
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, Rejected
 
 SHARDS = 40
 
@@ -149,6 +151,18 @@ def test_errors_of_the_system_keep_their_number(dataset, monkeypatch, code):
     assert caught.value.errno == code and failing.times == 7
     failing.times = 1  # passes: it is tried twice
     assert source[0].id == "slice ü 0"
+
+
+def test_no_input_is_rejected_for_lack_of_file_handles(tmp_path):
+    path = tmp_path / "ct.nii.gz"
+    organ_cases.write_nifti(path, organ_cases.ct())
+    nifti.read_nifti(path)
+    with at_most(0), pytest.raises(OSError) as caught:
+        nifti.read_nifti(path)
+    assert caught.value.errno == errno.EMFILE
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(Rejected):
+        nifti.read_nifti(path)
 
 
 def test_damage_is_damage(dataset, monkeypatch):

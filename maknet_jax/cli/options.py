@@ -38,8 +38,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-# Options that are not paths, and may contain a URL.
-_TEXTS = ("citation", "ids", "licence", "license_name", "name", "overrides", "source")
+# Options that may be a URL: a data set, and what is not a path.
+_MAY_BE_URL = {"data", "records"}
+_MAY_BE_URL |= {"citation", "ids", "licence", "license_name", "name", "overrides", "source"}
 
 
 def check_paths(chosen: argparse.Namespace) -> None:
@@ -50,7 +51,7 @@ def check_paths(chosen: argparse.Namespace) -> None:
     """
     for name, value in vars(chosen).items():
         for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and name not in _TEXTS:
+            if isinstance(text, str) and name not in _MAY_BE_URL:
                 files.check_local(text.partition("=")[2] or text)  # SPLIT=DIR
 
 

@@ -160,6 +160,11 @@ def _grid_difference(one: _Opened, other: _Opened) -> str:
 def _open(path: str | os.PathLike[str]) -> _Opened:
     """Reads and checks the header only."""
     try:
+        with open(path, "rb"):  # nibabel hides why a file cannot be opened
+            pass
+    except OSError as error:
+        raise Rejected(f"cannot be read ({error.strerror or error})") from error
+    try:
         with quiet():
             image = _load(path)
             shape = tuple(int(n) for n in image.shape)

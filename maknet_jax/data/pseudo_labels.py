@@ -11,6 +11,7 @@ image alone, so shards can be labelled in any order and on any host.
 import hashlib
 import io
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -160,7 +161,7 @@ class PseudoSource:
             ) from None
         try:
             shards = [(path / shard["file"], shard["sha256"]) for shard in self.info["shards"]]
-            images, labels = pathlib.Path(self.info["records"]), tuple(self.info["labels"])
+            images, labels = os.fspath(self.info["records"]), tuple(self.info["labels"])
             fingerprint, split, _ = (self.info[key] for key in ("fingerprint", "split", "soft"))
         except (KeyError, TypeError) as error:
             raise InputError(

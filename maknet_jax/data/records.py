@@ -3,35 +3,32 @@
     OUT/dataset.json                                   contents and how they were prepared
     OUT/train/part-00000-of-00009.array_record         one msgpack record per example
 
-A record holds `id` (str), `image` (int16 HU `[S, S, 3]`), `labels` and `label_mask` (uint8 `[K]`)
-and `meta` (a dict: the source of the image). ArrayRecord checks every chunk: a flipped bit or a
-truncated file raises when it is read.
+A data set on s3:// or gs:// is copied to a local cache, see `object_store`.
 """
 
-import bisect
-import contextlib
 import dataclasses
-import errno
 import hashlib
-import itertools
 import json
 import operator
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent import futures
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
-import msgpack
 import numpy as np
-from array_record.python import array_record_module
 
 from maknet_jax import files
-from maknet_jax.data import readers
+from maknet_jax.data import object_store
+from maknet_jax.data.examples import Example as Example
+from maknet_jax.data.examples import ExampleSource as ExampleSource
+from maknet_jax.data.examples import RecordSource as RecordSource
+from maknet_jax.data.examples import decode as decode
+from maknet_jax.data.examples import encode as encode
+from maknet_jax.data.examples import write_shard as write_shard
 from maknet_jax.data.labels import Vocabulary
-from maknet_jax.errors import InputError, did_you_mean, system_error
+from maknet_jax.errors import InputError, did_you_mean
 
-T = TypeVar("T")
 FORMAT = 1
 # Kind -> source of the data; for other kinds the user states it to `maknet prepare`.
 _SOURCES = {
@@ -39,124 +36,27 @@ _SOURCES = {
     "lesions": "DeepLesion (lesion patches)",
     "phantom": "a generated CT phantom",
 }
-# One record per group, so that random access decompresses the requested record only.
-_OPTIONS = "group_size:1,zstd:3"
 _CHECK_THREADS = 16  # shards that are checked at once: on network storage, opening one takes long
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
-    """One image with its labels.
+class Dataset:
+    """A prepared folder, whose `dataset.json` was checked against the shards on disk.
 
     Attributes:
-      id: unique within the data set.
-      image: int16 `[S, S, 3]` in HU.
-      labels: uint8 `[K]`.
-      label_mask: uint8 `[K]`, 0 where the label is unknown.
-      meta: the source of the image, JSON-like; `box` for a lesion patch.
+      path: the folder; of a data set in an object store, the local cache.
+      info: `dataset.json`.
+      url: of a data set in an object store; its shards are copied when they are needed.
     """
-
-    id: str
-    image: np.ndarray
-    labels: np.ndarray
-    label_mask: np.ndarray
-    meta: dict[str, Any]
-
-
-class ExampleSource(Protocol):
-    """Random access to examples: a `RecordSource`, or a list of `Example`s."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Example: ...
-
-
-def encode(example: Example) -> bytes:
-    """Serialises an example.
-
-    Raises:
-      ValueError: the image is not int16 `[S, S, 3]`.
-    """
-    size = example.image.shape[0]
-    if example.image.shape != (size, size, 3) or example.image.dtype != np.int16:
-        raise ValueError(
-            f"image should be int16 [S, S, 3], not {example.image.dtype} {example.image.shape}"
-        )
-    return msgpack.packb(
-        {
-            "id": example.id,
-            "size": size,
-            # Planes compress better than interleaved channels.
-            "image": np.ascontiguousarray(example.image.transpose(2, 0, 1)).astype("<i2").tobytes(),
-            "labels": example.labels.astype(np.uint8).tobytes(),
-            "label_mask": example.label_mask.astype(np.uint8).tobytes(),
-            "meta": example.meta,
-        }
-    )
-
-
-def decode(payload: bytes) -> Example:
-    """The inverse of `encode`; the image is a read-only view if the byte order allows it."""
-    record = msgpack.unpackb(payload)
-    size = record["size"]
-    image = np.frombuffer(record["image"], "<i2").reshape(3, size, size).transpose(1, 2, 0)
-    return Example(
-        record["id"],
-        image,
-        np.frombuffer(record["labels"], np.uint8),
-        np.frombuffer(record["label_mask"], np.uint8),
-        record["meta"],
-    )
-
-
-def write_shard(path: str | os.PathLike, payloads: Iterable[bytes]) -> tuple[int, str]:
-    """Writes one shard atomically; returns (count, SHA-256 over the payloads in order).
-
-    Raises:
-      OSError: it cannot be written, for example because the disk is full.
-    """
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    digest, count = hashlib.sha256(), 0
-    with _os_errors(path):
-        writer = array_record_module.ArrayRecordWriter(str(temporary), _OPTIONS)
-    try:
-        for payload in payloads:
-            with _os_errors(path):
-                writer.write(payload)
-            digest.update(hashlib.sha256(payload).digest())
-            count += 1
-        with _os_errors(path):
-            writer.close()
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError), _os_errors(path):
-            if writer.is_open():
-                writer.close()
-        temporary.unlink(missing_ok=True)
-        raise
-    return count, digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _os_errors(path: pathlib.Path) -> Iterator[None]:
-    """ArrayRecord reports errors of the system as RuntimeError or ValueError."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        failure = system_error(error, path)
-        raise failure or OSError(errno.EIO, str(error)[:200], str(path)) from None
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """A prepared folder, whose `dataset.json` was checked against the shards on disk."""
 
     path: pathlib.Path
     info: dict[str, Any]
+    url: str = ""
+
+    @property
+    def address(self) -> str:
+        """The absolute path or the URL, as runs record it."""
+        return self.url or str(self.path.absolute())
 
     @property
     def size(self) -> int:
@@ -210,17 +110,19 @@ class Dataset:
         counts = split.get("known_counts", [split["count"]] * len(self.vocabulary))
         return np.asarray(counts, np.int64)
 
-    def source(self, name: str) -> "RecordSource":
+    def source(self, name: str) -> RecordSource:
         """A random-access `RecordSource` of a split."""
         return self.shards(self.split(name)["shards"])
 
-    def shards(self, entries: Sequence[dict[str, Any]]) -> "RecordSource":
+    def shards(self, entries: Sequence[dict[str, Any]]) -> RecordSource:
         """A random-access `RecordSource` of some shards of a split, which are checked.
 
         Raises:
           InputError: a shard is damaged or not the one that `dataset.json` describes. The check
             reads the first record of each shard; `maknet verify` reads all of them.
         """
+        if self.url:
+            object_store.copy_shards(self.url, self.path, entries)
         with futures.ThreadPoolExecutor(_CHECK_THREADS) as pool:
             for problem in filter(None, pool.map(self.first_problem, entries)):
                 raise InputError(f"{problem}: restore a copy or prepare the data again")
@@ -270,10 +172,16 @@ class Dataset:
 def open_dataset(path: str | os.PathLike) -> Dataset:
     """Reads `path/dataset.json`.
 
+    Args:
+      path: a folder, or an s3:// or gs:// URL.
+
     Raises:
       InputError: the folder is not a finished data set, its format is not supported, or a shard is
         missing.
     """
+    if object_store.is_url(path):
+        folder = object_store.copy_description(os.fspath(path))
+        return dataclasses.replace(read_description(folder), url=os.fspath(path))
     dataset = read_description(path)
     for split in dataset.info["splits"].values():
         for shard in split["shards"]:
@@ -347,54 +255,3 @@ def check_size(dataset: Dataset, size: int, name: str = "the network") -> None:
             f"{dataset.path} was prepared with --size {dataset.size}, but {name} needs {size}: "
             f"prepare it again with --size {size}"
         )
-
-
-class RecordSource:
-    """Random access to the examples of several shards; picklable, for grain."""
-
-    def __init__(
-        self, paths: Iterable[str | os.PathLike], counts: Sequence[int] | None = None
-    ) -> None:
-        """Opens shards.
-
-        Args:
-          paths: the files in order; an empty list gives an empty source.
-          counts: records per file; None reads them from the files.
-
-        Raises:
-          InputError: a shard is damaged. Reading an example can raise it, too.
-          OSError: the system cannot read a shard. Reading an example can raise it, too.
-        """
-        self._paths = [str(path) for path in paths]
-        if counts is None:
-            counts = [self._read(path, readers.POOL.count) for path in self._paths]
-        self._ends = list(itertools.accumulate(counts))
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        path, number = self._locate(index)
-        return self._read(path, lambda path: decode(readers.POOL.read(path, number)))
-
-    def payload(self, index: int) -> bytes:
-        """An example as it is stored, see `decode`."""
-        path, number = self._locate(index)
-        return self._read(path, lambda path: readers.POOL.read(path, number))
-
-    def _locate(self, index: int) -> tuple[str, int]:
-        """The shard of an example and its number there."""
-        shard = bisect.bisect_right(self._ends, index)
-        return self._paths[shard], index - (self._ends[shard - 1] if shard else 0)
-
-    @staticmethod
-    def _read(path: str, read: Callable[[str], T]) -> T:
-        try:
-            return read(path)
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            folder, name = os.path.split(path)
-            raise InputError(
-                f"a shard in {folder} is damaged ({name}: {error}): prepare the data again"
-            ) from error

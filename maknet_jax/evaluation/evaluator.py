@@ -81,7 +81,8 @@ class Evaluator:
         Args:
           source: the examples.
           predict: predict(variables, batch) -> dict of NumPy arrays over the rows of all
-            processes: `logits` [B, K] and the batch's labels, label_mask, weight and index.
+            processes: `logits` [B, K] and the batch's labels, label_mask, weight and index, and its
+            `stop` with several processes.
           batch_size: examples per step over all processes; the last batch is padded.
           process_index: of this process.
           process_count: number of processes.
@@ -135,7 +136,7 @@ class Evaluator:
             if self._shared:  # `predict` returns the rows of all processes
                 batch["stop"] = np.full(len(batch["weight"]), self._stop())
             outputs = self._predict(variables, batch)
-            if np.any(outputs["stop"]) if self._shared else self._stop():
+            if np.any(outputs.get("stop", False)) if self._shared else self._stop():
                 raise Stopped("the scoring was interrupted")
             real = outputs["weight"] > 0
             for name, column in columns.items():

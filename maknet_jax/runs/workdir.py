@@ -222,26 +222,6 @@ def find(source: str | os.PathLike[str], also: str = "") -> pathlib.Path:
     )
 
 
-def evaluations(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """The summaries of `maknet evaluate` in a workdir.
-
-    Raises:
-      InputError: one is damaged.
-    """
-    summaries = []
-    for path in sorted((folder / "evaluation").glob("summary_*.json")):
-        summary = files.read_json(path)
-        try:
-            _ = summary["checkpoint"], summary["step"], list(summary["splits"].items())
-            intact = all(isinstance(split, dict) for split in summary["splits"].values())
-        except (KeyError, TypeError, AttributeError):
-            intact = False
-        if not intact:
-            raise InputError(f"{path} is damaged: delete it, or run `maknet evaluate` again")
-        summaries.append(summary)
-    return summaries
-
-
 class Weights(NamedTuple):
     """Initial weights for training.
 

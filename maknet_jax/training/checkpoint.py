@@ -17,8 +17,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -37,10 +37,9 @@ from maknet_jax.training.digests import (
 )
 from maknet_jax.training.state import TrainState
 
+T = TypeVar("T")
 # The parts of a path of `jax.tree_util.keystr`: .params['stem']['conv']['kernel'].
 _NAME = re.compile(r"^\.(\w+)|\['(.*?)'\]")
-_DONE: concurrent.futures.Future[None] = concurrent.futures.Future()
-_DONE.set_result(None)
 _PAUSE = 0.2  # seconds before a failed checkpoint is read again
 _LISTINGS = 10  # how often a folder that changes while it is read is listed again
 
@@ -82,27 +81,23 @@ class Checkpoints:
           InputError: see `check_path`.
         """
         self.folder = pathlib.Path(folder).absolute()
-        self._background, self._writing = background, _DONE
-        # Process 0 writes, all read independently: no barriers, which block a background thread.
-        alone = ocp.options.MultiprocessingOptions(
+        self._background = background
+        self._writing: concurrent.futures.Future[None] | None = None
+        # Process 0 writes and all read independently, without barriers.
+        self._alone = ocp.options.MultiprocessingOptions(
             primary_host=jax.process_index(),
             active_processes={jax.process_index()},
             barrier_sync_key_prefix=f"process {jax.process_index()}",
         )
-        options = {"create": False, "enable_async_checkpointing": False}
+        options: dict[str, Any] = {"create": False, "enable_async_checkpointing": False}
         if writable:
             check_path(self.folder)
-            self.folder.mkdir(
-                parents=True, exist_ok=True
-            )  # Orbax creates none with active_processes
+            self.folder.mkdir(parents=True, exist_ok=True)  # Orbax would need all processes
             if jax.process_index() == 0:
                 self._remove_unfinished()
                 options["max_to_keep"] = keep
-        self._alone = alone
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(multiprocessing_options=alone, **options),
-        )
+        orbax = ocp.CheckpointManagerOptions(multiprocessing_options=self._alone, **options)
+        self._manager = _listed(lambda: ocp.CheckpointManager(self.folder, options=orbax))
 
     def _remove_unfinished(self) -> None:
         """Removes what a killed process or a full disk left of a checkpoint."""
@@ -145,7 +140,8 @@ class Checkpoints:
         """
         if self._background is None:
             return
-        self._writing.result()
+        if self._writing:
+            self._writing.result()
         error = self._background.take_error()
         (reason, *_) = sharding.exchange(str(error) if error else None)
         if error or reason:
@@ -186,14 +182,11 @@ class Checkpoints:
 
     def _check_written(self, step: int, content: Mapping[str, Any]) -> None:
         """Opens a new checkpoint: Orbax can write one without its manifest."""
-        folder = self.folder / str(step)
         self._manager.reload()
+        folder = self.folder / str(step)
         complete = (folder / "state" / "manifest.ocdbt").is_file()
         if not complete or self._read_content(step) != content:
-            raise InputError(
-                f"{folder} was written but cannot be opened: choose another --workdir, or check "
-                "its file system"
-            )
+            raise InputError(f"{folder} was written but cannot be opened: check its file system")
 
     def restore(self, like: TrainState | None = None) -> Restored:
         """Reads the newest intact checkpoint; for several processes see `agreement`.
@@ -212,7 +205,7 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for _ in range(_LISTINGS):
             before, damaged = self._listing(), {}
-            self._reload()
+            _listed(self._manager.reload)
             for candidate in sorted(self._manager.all_steps(), reverse=True):
                 try:
                     return Restored(*self._read_twice(like, candidate), damaged)
@@ -240,15 +233,8 @@ class Checkpoints:
         Raises:
           Exception: it is missing or damaged.
         """
-        self._reload()
+        _listed(self._manager.reload)
         return self._read_twice(like, step)
-
-    def _reload(self) -> None:
-        """Lists the folder again; Orbax fails if a step is deleted while it does so."""
-        for _ in range(_LISTINGS):
-            with contextlib.suppress(FileNotFoundError):
-                return self._manager.reload()
-        return self._manager.reload()
 
     def _listing(self) -> list[str]:
         """The names of all files, which change when a checkpoint is written or deleted."""
@@ -357,8 +343,17 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until the last checkpoint is written, and stops the manager's threads."""
-        self._writing.result()
+        if self._writing:
+            self._writing.result()
         self._manager.close()
+
+
+def _listed(read: Callable[[], T]) -> T:
+    """Repeats a listing of checkpoints that fails because a training deletes one meanwhile."""
+    for _ in range(_LISTINGS):
+        with contextlib.suppress(FileNotFoundError):
+            return read()
+    return read()
 
 
 def check_path(folder: str | os.PathLike[str]) -> None:
@@ -391,7 +386,11 @@ def _quiet() -> Iterator[None]:
 
     logger.addFilter(_drop)
     sys.unraisablehook = unless_closed
-    yield  # after an exception both stay
+    try:
+        yield
+    except BaseException:  # most threads end within the pause; for the others both stay in place
+        time.sleep(_PAUSE)
+        raise
     logger.removeFilter(_drop)
     sys.unraisablehook = hook
 

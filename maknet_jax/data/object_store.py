@@ -1,0 +1,133 @@
+"""Data sets on s3:// and gs://: copied to a local cache through fsspec, and checked there.
+
+    CACHE/NAME-FINGERPRINT/dataset.json and the shards that were needed
+
+CACHE is $MAKNET_CACHE or ~/.cache/maknet/data. A shard is in the cache only if its records matched
+their digest after the copy. A changed data set has another fingerprint and so another folder.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
+from typing import Any
+
+from maknet_jax import files
+from maknet_jax.data.examples import RecordSource
+from maknet_jax.errors import InputError
+
+SCHEMES = ("s3", "gs")
+_THREADS = 8  # shards that are copied at once
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether a data set can be copied from there."""
+    scheme, separator, _ = os.fspath(path).partition("://")
+    return bool(separator) and scheme in SCHEMES
+
+
+def cache() -> pathlib.Path:
+    """The folder of all copies."""
+    if folder := os.environ.get("MAKNET_CACHE"):
+        return pathlib.Path(folder)
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "maknet/data"
+
+
+def copy_description(url: str) -> pathlib.Path:
+    """Copies `dataset.json`; returns the folder of the data set in the cache.
+
+    Raises:
+      InputError: there is none, or the object store cannot be read.
+    """
+    with _one_line(url):
+        filesystem, root = _open(url)
+        content = filesystem.cat_file(f"{root}/dataset.json")
+    try:
+        info = json.loads(content)
+        fingerprint = hashlib.sha256(str(info["fingerprint"]).encode()).hexdigest()[:16]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{url}/dataset.json is damaged ({error}): copy it again") from None
+    folder = cache() / f"{pathlib.PurePosixPath(root).name}-{fingerprint}"
+    with files.write_whole(folder / "dataset.json", "wb") as file:
+        file.write(content)
+    return folder
+
+
+def copy_shards(url: str, folder: pathlib.Path, shards: Sequence[Mapping[str, Any]]) -> None:
+    """Copies the shards that are not in the cache yet.
+
+    Args:
+      url: of the data set.
+      folder: of the data set in the cache.
+      shards: entries of `dataset.json`.
+
+    Raises:
+      InputError: a shard cannot be read, or its records do not match their digest.
+    """
+    missing = [shard for shard in shards if not (folder / shard["file"]).is_file()]
+    if not missing:
+        return
+    with _one_line(url):
+        filesystem, root = _open(url)
+
+    def copy(shard: Mapping[str, Any]) -> None:
+        with _one_line(f"{url}/{shard['file']}"):
+            _copy(filesystem, f"{root}/{shard['file']}", folder / shard["file"], shard)
+
+    with futures.ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(copy, missing))
+
+
+def _copy(filesystem: Any, source: str, target: pathlib.Path, shard: Mapping[str, Any]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        with filesystem.open(source, "rb") as remote, temporary.open("wb") as file:
+            shutil.copyfileobj(remote, file, 1 << 20)
+            file.flush()
+            os.fsync(file.fileno())
+        if "digest" in shard and _digest(temporary) != shard["digest"]:
+            raise InputError("its records do not match their digest: copy the data set again")
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _digest(path: pathlib.Path) -> str:
+    """SHA-256 over the records of a shard, as `examples.write_shard` returns it."""
+    source, digest = RecordSource([path]), hashlib.sha256()
+    for number in range(len(source)):
+        digest.update(hashlib.sha256(source.payload(number)).digest())
+    source.close()
+    return digest.hexdigest()
+
+
+def _open(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it."""
+    import fsspec  # slow to import, and only needed here
+
+    filesystem, root = fsspec.core.url_to_fs(url)
+    return filesystem, root.rstrip("/")
+
+
+@contextlib.contextmanager
+def _one_line(url: str) -> Iterator[None]:
+    """Turns the errors of an object store, of any type, into one line that names the URL."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(
+            f"{url} needs a package that is not installed ({error}): pip install "
+            "'maknet-jax[cloud]', and gcsfs for gs://"
+        ) from None
+    except FileNotFoundError:
+        raise InputError(f"{url} does not exist, or is not a finished data set") from None
+    except Exception as error:
+        if isinstance(error, OSError) and str(error.filename).startswith(str(cache())):
+            raise  # a full disk, for example
+        raise InputError(f"{url}: {' '.join(str(error).split())[:300]}") from None
