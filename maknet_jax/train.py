@@ -38,7 +38,7 @@ from maknet_jax.training.state import TrainState
 # May change on resume, because no result depends on them. Moved data keep their fingerprint, moved
 # weights their digest.
 MAY_CHANGE = {"data.path", "data.threads", "pseudo.path", "init.path"}
-MAY_CHANGE |= {"domain_components", "checkpoint_minutes", "skip_nonfinite", "remat"}
+MAY_CHANGE |= configs.FREE_FIELDS
 MAY_CHANGE |= {"dataset.path", "dataset.labels", "dataset.size"}
 # Runs of earlier versions lack the origin; the fingerprint shows whether the data are the same.
 MAY_CHANGE |= {f"dataset.origin.{name}" for name in ("kind", "source", "citation", "licence")}

@@ -1,6 +1,9 @@
 """Gradient accumulation and rematerialisation: the same result with less memory."""
 
+import functools
+import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +126,47 @@ def temporary(program):
 def test_parts_need_less_memory():
     whole, parts = (temporary(compile_step(Plain(num_classes=3), n, rows=64)) for n in (1, 8))
     assert parts < whole / 3
+
+
+def test_rematerialised_blocks_give_the_same_step_with_less_memory():
+    """Loss, gradients (by SGD) and statistics; the tree of parameters is that of the network."""
+    options = {"stem": 8, "blocks": (1, 1), "growth_rates": (8, 16), "widths": (16, 32)}
+    results, bytes_ = [], []
+    for remat in (False, True):
+        model = models.build("maknet", 3, remat=remat, form="split", **options)
+        start = state.create(model, optax.sgd(0.1), size=64, seed=0)
+        program = compile_step(model, rows=8, size=64)
+        batch = sharding.put_batch(test_step.one_device(), next(test_step.batches(1, 8, 64)))
+        bytes_.append(temporary(program))
+        results.append(jax.tree.map(np.array, program(start, batch, jax.random.key(0))))
+    assert jax.tree.structure(results[0]) == jax.tree.structure(results[1])
+    close(*results)
+    assert bytes_[1] < 0.9 * bytes_[0], bytes_
+
+
+@pytest.mark.parametrize("name", ["vgg16", "resnet18", "lesanet"])
+def test_rematerialised_networks_have_the_same_parameters(name):
+    shapes = []
+    for remat in (False, True):
+        model, images = models.build(name, 3, remat=remat), jnp.zeros((1, 64, 64, 3))
+        init = functools.partial(model.init, train=False)
+        shapes.append(jax.eval_shape(init, jax.random.key(0), images))
+    assert shapes[0] == shapes[1]
+
+
+def test_a_run_may_switch_to_rematerialisation_even_if_its_config_lacks_the_field(data, tmp_path):
+    changes = {"epochs": 0.4, "checkpoint_every": 1}
+    train.train(toy.config(data, "smoke", changes), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    path = tmp_path / "run" / "config.json"
+    stored = json.loads(path.read_text())
+    del stored["remat"], stored["accumulate"]
+    path.write_text(json.dumps(stored))
+    train.train(toy.config(data, "smoke", changes | {"remat": True}), tmp_path / "run")
+    assert json.loads(path.read_text())["remat"] is True
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
+    with pytest.raises(InputError, match="remat"):
+        build.build_model(configs.load("linear", ["remat=True"]), 3)
 
 
 def test_no_image_moves_to_another_device():

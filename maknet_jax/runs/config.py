@@ -37,6 +37,9 @@ ADDED_FIELDS: dict[str, Value] = {
     "augment.translation_range": 0.1,  # not used at probability 0
 }
 
+# Those of them on which no result depends: a run that lacks them takes them from the command.
+FREE_FIELDS = {"domain_components", "checkpoint_minutes", "skip_nonfinite", "remat"}
+
 FROM_INIT = "from_init"  # model.name: the network of init.path, see `setup.set_up`
 
 
@@ -144,7 +147,7 @@ def as_stored(
     resumed = config.copy_and_resolve_references().unlock()
     changed: dict[str, Any] = {}
     for key, value in ADDED_FIELDS.items():
-        if isinstance(value, Mapping):  # a group, with paths in it: never replaced
+        if isinstance(value, Mapping) or key in FREE_FIELDS:  # a group has paths in it
             continue
         *groups, field = key.split(".")
         before: Any = stored
