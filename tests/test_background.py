@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+import two_commands
 from runs import newest_checkpoint
 from test_checkpoint import LIKE, at, equal, opened
 
@@ -189,3 +190,30 @@ def test_the_pause_of_a_save_is_that_of_a_copy(tmp_path, background):
     ratio = min(seconds["whole"]) / min(seconds["copy"])
     print(f"the pause of a save is {ratio:.1f} times shorter in the background")
     assert ratio > 2
+
+
+FULL = """
+import errno, os
+from maknet_jax.training import checkpoint
+original = checkpoint.Checkpoints._write
+def write(self, step, *rest):
+    if step == 8:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder / "8"))
+    original(self, step, *rest)
+checkpoint.Checkpoints._write = write
+"""
+
+
+@pytest.mark.slow
+def test_a_failed_save_of_process_0_ends_all_processes_with_its_reason(data, tmp_path):
+    changes = {"checkpoint_every": 4, "evaluate_every": 7.0}
+    overrides = [f"--config.{text}" for text in toy.overrides(data, "linear", **changes)]
+    command = ["train", "--config", "linear", "--workdir", tmp_path / "run", *overrides]
+    with two_commands.start(*command, script=FULL) as both:
+        codes, _ = both.codes(timeout=120)
+        assert codes == [2, 2]
+        for number in range(2):
+            (line,) = both.lines(number)
+            assert "No space left" in line and "checkpoints/8" in line
+    steps = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert steps == ["4"]
