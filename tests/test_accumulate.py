@@ -128,6 +128,7 @@ def test_parts_need_less_memory():
     assert parts < whole / 3
 
 
+@pytest.mark.slow
 def test_rematerialised_blocks_give_the_same_step_with_less_memory():
     """Loss, gradients (by SGD) and statistics; the tree of parameters is that of the network."""
     options = {"stem": 8, "blocks": (1, 1), "growth_rates": (8, 16), "widths": (16, 32)}
