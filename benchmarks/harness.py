@@ -276,6 +276,7 @@ class Network:
 
     def train(self) -> dict[str, jax.Array]:
         """Runs one training step and returns its metrics."""
+        assert self.assembly.train_step is not None  # given a training set
         self.state, metrics = self.assembly.train_step(self.state, self._batch, self._key)
         return metrics
 

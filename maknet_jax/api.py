@@ -17,26 +17,27 @@ import functools
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import jax
 import numpy as np
 import numpy.typing as npt
 
-from maknet_jax import predict
+from maknet_jax import console, predict
 from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.attribution import perturbation
-from maknet_jax.ct import arrays, reading
+from maknet_jax.ct import arrays, reading, search
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation import series_tables
 from maknet_jax.evaluation.series import SeriesResult
 from maknet_jax.explain.network import Network, make_network, network_name
 from maknet_jax.explain.options import PathOptions
-from maknet_jax.explain.selection import label_columns
+from maknet_jax.explain.selection import best_slices, group_of, label_columns
 from maknet_jax.runs import workdir
 from maknet_jax.training import sharding
 
-Source: TypeAlias = "str | os.PathLike[str] | np.ndarray"
+Source: TypeAlias = "search.Paths | np.ndarray"
+Images: TypeAlias = "search.Paths | np.ndarray | Prediction"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -174,8 +175,8 @@ class Model:
         maknet_jax.errors.InputError: an array of shape (4, 48, 48) with no geometry: pass ...
 
         Args:
-          source: a file or a folder of DICOM, NIfTI or PNG with any number of series, or one volume
-            as an array of HU with three axes in any order.
+          source: a file or a folder of DICOM, NIfTI or PNG with any number of series, or a list of
+            them; or one volume as an array of HU with three axes in any order.
           affine: of an array: `[4, 4]`, from indices to RAS in mm, as in nibabel.
           spacing: of an array, instead of the affine: mm along each axis.
           orientation: with `spacing`: three letters, the direction in which each axis increases.
@@ -191,7 +192,7 @@ class Model:
           InputError: an array has no geometry, or nothing can be read.
         """
         overrides = reading.Overrides(assume_hu, allow_lossy)
-        if isinstance(source, (str, os.PathLike)):
+        if search.is_path(source):
             if affine is not None or spacing is not None or orientation is not None:
                 raise InputError(
                     f"{source} stores its own geometry: omit affine, spacing and orientation"
@@ -208,7 +209,7 @@ class Model:
             )
             return Prediction(tuple(result for result, _ in each), tuple(failures))
         volume = arrays.volume_of_array(
-            source,
+            cast(np.ndarray, source),
             affine=affine,
             spacing=spacing,
             orientation=orientation,
@@ -217,17 +218,20 @@ class Model:
         result = predict.predict_volume(self.run, volume, batch_size, features=features)
         return Prediction((result,))
 
-    def logits(self, images: "np.ndarray | Prediction", *, batch_size: int = 16) -> np.ndarray:
+    def logits(self, images: Images, *, batch_size: int = 16) -> np.ndarray:
         """Logits float32 `[N, K]`; the confidences are their sigmoid.
 
         Args:
-          images: int16 HU `[N, S, S, 3]` as in prepared records, or a prediction, whose slices are
-            read again.
+          images: int16 HU `[N, S, S, 3]` as in prepared records; or a prediction, whose slices are
+            read again; or files and folders as in `predict`, whose rejected inputs are logged.
           batch_size: images per step.
+
+        Raises:
+          InputError: the images have another form, or nothing can be read.
         """
         return self._apply(images, batch_size)[0]
 
-    def features(self, images: "np.ndarray | Prediction", *, batch_size: int = 16) -> np.ndarray:
+    def features(self, images: Images, *, batch_size: int = 16) -> np.ndarray:
         """Pooled features float32 `[N, F]`, the classifier's input; arguments as in `logits`.
 
         >>> model.features(np.full((2, model.size, model.size, 3), -1000, np.int16)).shape[0]
@@ -235,10 +239,12 @@ class Model:
         """
         return self._apply(images, batch_size)[1]
 
-    def _apply(
-        self, images: "np.ndarray | Prediction", batch_size: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        self._check_box()
+    def _apply(self, images: Images, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+        if self.run.model.takes_box:
+            raise InputError(
+                f"{self.run.model_name} needs a lesion's box in addition to the image: use `maknet "
+                "retrieve` and `maknet evaluate`"
+            )
         batch_size = sharding.round_up_to_devices(batch_size, self.run.mesh.size)
         parts: list[tuple[np.ndarray, np.ndarray]] = []
         for batch in self._batches(images, batch_size):
@@ -248,15 +254,19 @@ class Model:
             parts.append((np.asarray(logits)[: len(batch)], np.asarray(pooled)[: len(batch)]))
         return np.concatenate([part[0] for part in parts]), np.concatenate([p[1] for p in parts])
 
-    def _check_box(self) -> None:
-        if self.run.model.takes_box:
-            raise InputError(
-                f"{self.run.model_name} needs a lesion's box in addition to the image: use `maknet "
-                "retrieve` and `maknet evaluate`"
-            )
+    def _predicted(self, images: Images) -> "np.ndarray | Prediction":
+        """The prediction of files and folders; arrays and predictions as they are."""
+        if not search.is_path(images):
+            return cast("np.ndarray | Prediction", images)
+        result = self.predict(images)
+        if result.failures:
+            file, reason = result.failures[0]
+            console.Log().say(f"rejected: {len(result.failures)} inputs; {file}: {reason}")
+        return result
 
-    def _batches(self, images: "np.ndarray | Prediction", batch_size: int) -> Iterator[np.ndarray]:
+    def _batches(self, images: Images, batch_size: int) -> Iterator[np.ndarray]:
         """Yields int16 `[at most batch_size, S, S, 3]`."""
+        images = self._predicted(images)
         if isinstance(images, Prediction):
             for series in images.series:
                 rest = series.images(range(len(series)), self.size)
@@ -285,19 +295,23 @@ class Model:
 
     def attribute(
         self,
-        images: "np.ndarray | Prediction",
+        images: Images,
         labels: Sequence[str] | None = None,
         *,
         top: int = 5,
+        limit: int | None = None,
         **path: Any,
     ) -> Explanation:
         """Integrated Gradients of labels.
 
         Args:
-          images: int16 HU `[B, S, S, 3]`; or a prediction, of which the slice with the highest
-            confidence for each label is explained (without `labels`, the most confident slice).
+          images: int16 HU `[B, S, S, 3]`; or a prediction, or files and folders as in `predict`, of
+            which the slice with the highest confidence for each label is explained (without
+            `labels`, the most confident slice).
           labels: explain these; None explains the `top` most confident labels of each image.
           top: number of labels if `labels` is None.
+          limit: of a prediction or of files: explain so many slices instead, of different series
+            first, as `maknet attribute --labels --limit`; see `explain.selection.best_slices`.
           **path: fields of `explain.options.PathOptions`: steps, method, baseline, output, refine,
             batch_size.
 
@@ -311,7 +325,7 @@ class Model:
             raise InputError(f"options {', '.join(path)}: choose from {known}") from None
         ig.check(options.method, options.steps, options.refinements, options.output)
         columns = label_columns(self.run, labels)
-        hu, ids = self._chosen(images, columns)
+        hu, ids = self._chosen(self._predicted(images), columns, limit)
         network, devices = self._network, self.run.mesh.size
         batch_size = sharding.round_up_to_devices(options.batch_size or devices, devices)
         labelled: list[tuple[str, ...]] = []
@@ -326,22 +340,28 @@ class Model:
                 targets = np.tile(np.asarray(columns, np.int64), (batch_size, 1))
             parts.append(network.attribute(put, targets, black, options))
             labelled += [tuple(self.labels[k] for k in row) for row in targets[: len(rows)]]
-        fields = {
-            name: np.concatenate([getattr(part, name) for part in parts])[: len(hu)]
-            for name in ("maps", "relative", "flagged", "start", "end")
-        }
+        names = ("maps", "relative", "flagged", "start", "end")
+        fields = {n: np.concatenate([getattr(p, n) for p in parts])[: len(hu)] for n in names}
         return Explanation(images=hu, ids=ids, labels=tuple(labelled), **fields)
 
     def _chosen(
-        self, images: "np.ndarray | Prediction", columns: Sequence[int]
+        self, images: "np.ndarray | Prediction", columns: Sequence[int], limit: int | None
     ) -> tuple[np.ndarray, tuple[str, ...]]:
         """(int16 HU `[B, S, S, 3]`, ids) of the images that are explained."""
         if not isinstance(images, Prediction):
-            hu = self._checked(images)
+            hu = self._checked(images)[:limit]
             return hu, tuple(str(row) for row in range(len(hu)))
-        scores = images.confidences
-        best = [int(np.argmax(scores[:, column])) for column in columns]
-        chosen = sorted(set(best or [int(np.argmax(scores.max(axis=1)))]))
+        scores, reached = images.confidences, images.confidences >= self.thresholds
+        if columns:
+            scores, reached = scores[:, columns], reached[:, columns]
+        else:
+            scores, reached = scores.max(axis=1, keepdims=True), reached.any(axis=1, keepdims=True)
+        groups = [
+            group_of(f"{series.id}:{number}", {"series": series.id})
+            for series in images.series
+            for number in range(len(series))
+        ]
+        chosen = best_slices(scores, reached, groups, limit)
         triplets: list[np.ndarray] = []
         ids: list[str] = []
         first = 0  # the number of the series' first slice among all

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from markupsafe import Markup
 
-from maknet_jax import console, files
+from maknet_jax import console, files, predict
 from maknet_jax.attribution import faithfulness, perturbation
 from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.evaluation import protocol
@@ -103,7 +103,8 @@ def attribute(
     networks = open_networks(folder, selection.compare, checkpoint=selection.checkpoint)
     run = networks[0].run
     columns = label_columns(run, selection.labels)
-    selected = select(run, selection)
+    score = functools.partial(predict.score_volume, run, png_window=selection.png_window)
+    selected = select(run, selection, score)
     devices = jax.local_device_count()
     batch_size = sharding.round_up_to_devices(path.batch_size or devices, devices)
     settings = results.shared_settings(networks, selection, path, display)

@@ -33,6 +33,21 @@ class InputError(ValueError):
     """
 
 
+class OutputExists(InputError):
+    """An output exists and would be overwritten.
+
+    Attributes:
+      command_message: the message in the words of the command line; the text of the exception is
+        in those of Python.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Args: path: the output."""
+        problem = f"{os.fspath(path)} exists: choose another name or "
+        super().__init__(f"{problem}pass overwrite=True")
+        self.command_message = f"{problem}add --overwrite"
+
+
 class NothingUsable(InputError):
     """Every input was rejected; the message counts the most frequent reasons.
 
@@ -102,16 +117,25 @@ def system_error(error: BaseException, path: str | os.PathLike[str]) -> OSError 
     return OSError(code, os.strerror(code), os.fspath(path))
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], *, likeness: float = 0) -> str:
     """A hint for an error: the three known names that are nearest to `name`.
 
     >>> did_you_mean("livr", ["liver", "left lung", "spleen", "lumbar spine"])
     "did you mean 'liver', 'lumbar spine' or 'spleen'?"
+    >>> did_you_mean("livr", ["liver", "left lung", "spleen", "lumbar spine"], likeness=0.6)
+    "did you mean 'liver'?"
+
+    Args:
+      name: the unknown name.
+      known: the names to choose from.
+      likeness: leave out names that are less alike, from 0 (none) to 1; "" if none is left.
     """
     import difflib  # only errors need it
 
     by_lower_case = {each.lower(): each for each in known}
-    near = difflib.get_close_matches(name.lower(), by_lower_case, n=3, cutoff=0)
+    near = difflib.get_close_matches(name.lower(), by_lower_case, n=3, cutoff=likeness)
+    if likeness and not near:
+        return ""
     if not near:
         return "there are no names to choose from."
     quoted = [repr(by_lower_case[each]) for each in near]

@@ -24,7 +24,7 @@ def export(
     checkpoint: str = "best",
     dtype: str = "float32",
     name: str | None = None,
-    license_name: str = "other",
+    license_name: str | None = None,
     data: str | os.PathLike[str] | None = None,
     zipped: bool = False,
     overwrite: bool = False,
@@ -37,8 +37,9 @@ def export(
       checkpoint: "best" or "last".
       dtype: of the stored kernels: "float32", "float16" or "bfloat16"; restored to float32 when the
         bundle is opened.
-      name: the title; None takes the name of the folder.
-      license_name: of the weights, as named by the Hugging Face Hub.
+      name: the title; None takes that of the bundle, or the name of the workdir.
+      license_name: of the weights, as named by the Hugging Face Hub; None takes that of the bundle,
+        and "other" for a workdir.
       data: the training data set, if it has moved; the bundle records its origin.
       zipped: also write OUT.zip.
       overwrite: replace an existing bundle at `out`.
@@ -63,8 +64,14 @@ def export(
         run.config, len(run.vocabulary), transfer.named(stored)
     )
     weights, _ = transfer.encode(**stored, metadata={"model": run.model_name})
+    title, licence = bundle.title(run.source.resolve()), "other"
+    checkpoint_digest = transfer.digest(params, batch_stats)
+    if run.is_bundle:
+        title, licence = run.metadata["name"], card.license_of(bundle.read_card(run.source))
+        # Of the weights before any rounding to another dtype.
+        checkpoint_digest = run.metadata["checkpoint"]["digest"]
     info = {
-        "name": name or bundle.title(run.source.resolve()),
+        "name": name or title,
         "config": bundle.without_paths(run.config),
         "labels": run.vocabulary.to_json(),
         "thresholds": run.thresholds.tolist(),
@@ -72,7 +79,7 @@ def export(
         "checkpoint": {
             "name": run.name,
             "step": run.step,
-            "digest": transfer.digest(params, batch_stats),
+            "digest": checkpoint_digest,
         },
         "weights": {
             "dtype": dtype,
@@ -89,7 +96,7 @@ def export(
     content = {
         bundle.WEIGHTS: weights,
         bundle.NETWORK: network,
-        bundle.CARD: card.model_card(info, license_name).encode(),
+        bundle.CARD: card.model_card(info, license_name or licence).encode(),
     }
     if run.domain:
         content[domain_file.FILE] = domain_file.encode(run.domain)

@@ -100,6 +100,26 @@ def write_whole(
         raise
 
 
+def check_file_name(path: str | os.PathLike[str], ending: str, option: str = "--out") -> None:
+    """Checks, before any work, that an output is named like a file and is not a folder.
+
+    Args:
+      path: the file to write.
+      ending: the expected ending, such as ".csv", in any case.
+      option: the option that names it, for the message.
+
+    Raises:
+      InputError: it is a folder, or has another ending.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        example = path / f"output{ending}"
+        raise InputError(f"{option} {path} is a folder: name a file in it, such as {example}")
+    if path.suffix.lower() != ending:
+        example = path.with_suffix(ending)
+        raise InputError(f"{option} {path} should end in {ending}: pass {example}")
+
+
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Adds the name of a file to errors of the block that lack one: writing to it, for example."""

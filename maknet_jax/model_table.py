@@ -17,7 +17,7 @@ from maknet_jax.runs import config as configs
 CONFIGS = {"maknet": "teacher", "vgg16": "vgg16", "resnet18": "resnet18"}
 SPEED = (
     "speed: benchmarks/speed/networks.py (images per second), makconv.py (forms of MAKConv), "
-    "against_pytorch.py and tpu_aot.py of a clone of the repository; results: benchmarks/RESULTS.md"
+    "against_pytorch.py and aot.py of a clone of the repository; results: benchmarks/RESULTS.md"
 )
 PAPER_MILLIONS = {"maknet": 4.50, "vgg16": 14.78, "resnet18": 11.25}  # table 1
 

@@ -1,5 +1,6 @@
 """`maknet perturb`: how labels change when parts of the image are changed (paper, 5.2)."""
 
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 from markupsafe import Markup
 
-from maknet_jax import console, files
+from maknet_jax import console, files, predict
 from maknet_jax.attribute import label_entry
 from maknet_jax.attribution import faithfulness, perturbation
 from maknet_jax.attribution import integrated_gradients as ig
@@ -99,7 +100,8 @@ def perturb(
         raise InputError(f"--share {share} should be above 0 and below 1")
     networks = open_networks(folder, selection.compare, checkpoint=selection.checkpoint)
     run = networks[0].run
-    selected = select(run, selection)
+    score = functools.partial(predict.score_volume, run, png_window=selection.png_window)
+    selected = select(run, selection, score)
     digest = None
     if {"neighbour", "patch"} & set(strategies):
         digest = check_masks(pathlib.Path(masks), organs) if masks else None

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import glob
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,10 +11,10 @@ import numpy as np
 from maknet_jax import console, files
 from maknet_jax.ct import paged, preprocess, pseudonym, reading, search, volumes
 from maknet_jax.errors import InputError, NothingUsable
-from maknet_jax.evaluation import metrics, series_tables
+from maknet_jax.evaluation import metrics, series_tables, structured_reports
 from maknet_jax.evaluation.domain import Domain
 from maknet_jax.evaluation.series import FLAGS, SeriesResult
-from maknet_jax.evaluation.series_tables import SERIES_COLUMNS, SLICE_COLUMNS
+from maknet_jax.evaluation.series_files import SeriesFiles
 from maknet_jax.figures import picture
 from maknet_jax.runs import workdir
 from maknet_jax.training import sharding
@@ -26,7 +24,7 @@ MIN_CHART_SLICES = 3  # a chart of a shorter series shows nothing
 
 def predict(
     folder: str | pathlib.Path,
-    path: str | pathlib.Path,
+    path: search.Paths,
     out: str | pathlib.Path,
     *,
     png_window: tuple[float, float] | None = None,
@@ -36,6 +34,7 @@ def predict(
     wide: bool = False,
     audit: bool = False,
     charts: bool = False,
+    sr: bool = False,
     features: str | pathlib.Path | None = None,
     overwrite: bool = False,
     pseudonyms: bool = False,
@@ -52,7 +51,7 @@ def predict(
 
     Args:
       folder: the workdir of `maknet train`, a bundle or a released name.
-      path: a file or a folder of DICOM, NIfTI or PNG, an archive, or a DICOMDIR.
+      path: a file or a folder of DICOM, NIfTI or PNG, an archive, or a DICOMDIR; or several.
       out: the CSV of slices, with one row per slice and predicted label. `STEM.series.csv`,
         `STEM.summary.json` and `STEM.log.jsonl` are written beside it, and `STEM.failures.csv` if
         inputs were rejected. One unreadable slice rejects its whole series. None of these files is
@@ -64,6 +63,8 @@ def predict(
       wide: also write `STEM.wide.csv`: one row per slice, the confidence of each label in a column.
       audit: also write `STEM.audit.csv`: whether BodyPartExamined agrees with what is seen.
       charts: draw `STEM.NNN.png` for each series: its labels from head to feet.
+      sr: write `STEM.NNN.sr.dcm` for each DICOM series: its coded labels as a DICOM structured
+        report, see `evaluation.structured_reports`. It names the patient.
       features: an .npz file for the pooled features of all slices: `features` float32 `[N, F]` and
         `ids`, SERIES:SLICE each.
       overwrite: replace existing outputs.
@@ -81,17 +82,19 @@ def predict(
       InputError: `out` is not a CSV file, an output exists, or no series could be read.
     """
     out = pathlib.Path(out)
-    if out.suffix != ".csv" or out.is_dir():
-        raise InputError(f"--out {out} should be a file whose name ends in .csv")
-    if features is not None and pathlib.Path(features).suffix != ".npz":
-        raise InputError(f"--features {features} should be a file whose name ends in .npz")
-    if not overwrite:
-        _check_free(out, features)
+    extras: dict[str, Any] = {"as_json": as_json, "wide": wide, "audit": audit}
+    outputs = SeriesFiles(
+        out, **extras, features=None if features is None else pathlib.Path(features)
+    )
+    outputs.check(overwrite=overwrite)
+    if sr:
+        structured_reports.require_highdicom()
+    if sr and pseudonyms:
+        raise InputError("--sr writes reports that name the patient: omit it or --pseudonyms")
     read_as = reading.Overrides(**overrides)
-    failures_file = out.with_suffix(".failures.csv")
     hidden = pseudonym.read_pseudonyms(pseudonyms, salt_file)
     results, views = [], []
-    with console.list_failures(failures_file, hidden):
+    with console.list_failures(outputs.beside("failures.csv"), hidden):
         series, failures = find_inputs(path, read_as)
         run = workdir.open_run(folder, checkpoint_name=checkpoint)
         scoring: dict[str, Any] = {"batch_size": batch_size, "png_window": png_window}
@@ -100,56 +103,52 @@ def predict(
             results.append(result)
             if charts:
                 views.append(picture.coronal(volume.hu, volume.spacing))
-    stale = _written_before(out)
-    slice_rows = (row for result in results for row in result.slice_rows())
-    cover_rows = [row for result in results for row in result.cover_rows()]
-    overview = [result.overview() for result in results]
-    written = [out, out.with_suffix(".series.csv")]
-    series_tables.write_rows(out, SLICE_COLUMNS, slice_rows)
-    series_tables.write_rows(written[1], SERIES_COLUMNS, cover_rows)
-    if wide:
-        written.append(out.with_suffix(".wide.csv"))
-        console.write_table(written[-1], *series_tables.wide(results))
-    if audit:
-        written.append(out.with_suffix(".audit.csv"))
-        series_tables.write_rows(written[-1], series_tables.AUDIT_COLUMNS, overview)
-    if as_json:
-        written.append(out.with_suffix(".json"))
-        document = series_tables.document(results, run.vocabulary.names, run.thresholds)
-        files.write_json(written[-1], document | dataclasses.asdict(read_as))
-    if features is not None:
-        written.append(pathlib.Path(features))
-        _write_features(written[-1], results)
+    stale = outputs.written_before()
+    written = outputs.write(results, read_as)
     if charts:
         written += _write_charts(out, run, results, views)
+    without_report = None
+    if sr:
+        reports, without_report = structured_reports.write_reports(
+            out, results, series, f"{run.source.resolve().name}, step {run.step}"
+        )
+        written += reports
     failures = hidden.failures(failures) if hidden else failures
-    console.write_failures(failures_file, failures)
+    console.write_failures(outputs.beside("failures.csv"), failures)
     summary = {
         "workdir": str(folder),
+        **_counts(run, results),
+        **dataclasses.asdict(read_as),
+        "copies": sum(ref.copies for ref in series),
+        "failures": len(failures),
+        "failures_file": str(outputs.beside("failures.csv")) if failures else None,
+        "without_report": without_report,
+        "files": [str(file) for file in written],
+    }
+    tables = {
+        "overview": [result.overview() for result in results],
+        "covers": [row for result in results for row in result.cover_rows() if row["label"]],
+    }
+    files.write_json(outputs.beside("summary.json"), summary | tables)
+    for file in stale - {file.absolute() for file in written}:
+        file.unlink(missing_ok=True)
+    with console.Log(outputs.beside("log.jsonl")) as log:
+        log.event(event="predicted", **summary)
+    return summary | tables
+
+
+def _counts(run: workdir.Run, results: Sequence[SeriesResult]) -> dict[str, Any]:
+    """What the network is, and how many series and slices it labelled and flagged."""
+    counts = {name: sum(name in result.flags for result in results) for name in FLAGS}
+    return {
         "checkpoint": run.name,
         "step": run.step,
         "trained_on": run.trained_on,
-        **dataclasses.asdict(read_as),
         "series": len(results),
         "slices": sum(map(len, results)),
-        "copies": sum(ref.copies for ref in series),
-        "failures": len(failures),
-        "failures_file": str(failures_file) if failures else None,
-        "flags": {
-            name: count
-            for name in FLAGS
-            if (count := sum(name in row["flags"] for row in overview))
-        },
+        "flags": {name: count for name, count in counts.items() if count},
         "domain": run.domain.about if run.domain else None,
-        "files": [str(file) for file in written],
     }
-    tables = {"overview": overview, "covers": [row for row in cover_rows if row["label"]]}
-    files.write_json(out.with_suffix(".summary.json"), summary | tables)
-    for file in stale - {file.absolute() for file in written}:
-        file.unlink(missing_ok=True)
-    with console.Log(out.with_suffix(".log.jsonl")) as log:
-        log.event(event="predicted", **summary)
-    return summary | tables
 
 
 def text(summary: dict[str, Any]) -> str:
@@ -170,22 +169,29 @@ def text(summary: dict[str, Any]) -> str:
         lines.append(
             "the network has no out-of-domain statistics: nothing marks CT unlike its training data"
         )
+    if summary["without_report"]:
+        lines.append(
+            f"series without a structured report: {summary['without_report']} (not DICOM, without "
+            "the UIDs that it refers to, or without a coded label)"
+        )
     if summary["failures"]:
         lines.append(f"rejected: {summary['failures']}, see {summary['failures_file']}")
     return "\n".join(lines)
 
 
 def find_inputs(
-    path: str | os.PathLike[str], overrides: reading.Overrides = reading.STRICT
+    path: search.Paths, overrides: reading.Overrides = reading.STRICT
 ) -> tuple[list[search.SeriesRef], list[tuple[str, str]]]:
-    """The CT series under a path, and (input, reason) of what cannot be used.
+    """The CT series under one or several paths, and (input, reason) of what cannot be used.
 
     Raises:
       NothingUsable: there is no series.
     """
     series, failures = search.find_series(path, overrides=overrides)
     if not series:
-        problem = f"{path} holds no readable series of DICOM, NIfTI or PNG"
+        first, *others = search.as_list(path)
+        named = f"{first} and {len(others)} other paths hold" if others else f"{first} holds"
+        problem = f"{named} no readable series of DICOM, NIfTI or PNG"
         problem += "" if failures else f": it holds {search.contents(path)}"
         raise NothingUsable(problem, failures)
     return series, failures
@@ -230,34 +236,6 @@ def predict_series(
             read_any = True
     if not read_any:
         raise NothingUsable(f"none of the {len(series)} series can be read", failures)
-
-
-def _check_free(out: pathlib.Path, features: str | pathlib.Path | None) -> None:
-    """Checks that no output exists; a log is continued, a list of failures replaced."""
-    endings = ("series.csv", "wide.csv", "audit.csv", "json", "summary.json")
-    outputs = [out, *(out.with_suffix(f".{ending}") for ending in endings)]
-    outputs += sorted(out.parent.glob(f"{glob.escape(out.stem)}.[0-9][0-9][0-9].png"))
-    outputs += [pathlib.Path(features)] if features is not None else []
-    for output in outputs:
-        if output.exists():
-            raise InputError(f"{output} exists: choose another name or add --overwrite")
-
-
-def _written_before(out: pathlib.Path) -> set[pathlib.Path]:
-    """The outputs of an earlier run with the same `out`, from its summary."""
-    try:
-        listed = files.read_json(out.with_suffix(".summary.json"))["files"]
-        paths = {(out.parent / pathlib.Path(file).name).absolute() for file in listed}
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return set()
-    return {path for path in paths if path.name.startswith(f"{out.stem}.")}
-
-
-def _write_features(path: pathlib.Path, results: Sequence[SeriesResult]) -> None:
-    pooled = [result.features for result in results if result.features is not None]
-    ids = [f"{result.id}:{number}" for result in results for number in range(len(result))]
-    with files.write_whole(path, "wb") as file:
-        np.savez(file, features=np.concatenate(pooled), ids=np.array(ids))
 
 
 def _write_charts(

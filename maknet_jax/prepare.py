@@ -1,9 +1,10 @@
 """`maknet prepare`: CT and labels -> records (paper, sections 2 and 4.1)."""
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic
 
 from maknet_jax import console, files
 from maknet_jax.ct import pseudonym, reading, search
@@ -93,17 +94,11 @@ def prepare_deeplesion(
     about["images_missing"] = len(missing)
     if (pathlib.Path(info).absolute().parents[1] / "phantom.json").is_file():
         about["phantom"] = True  # generated: results are not comparable with the paper's
-    return _write(
-        out,
-        splits,
-        key_slices.make_lesion if patches else key_slices.make_key_slice,
-        kind="lesions" if patches else "deeplesion",
-        size=size,
-        vocabulary=vocabulary,
-        about=about | read_as.used(),
-        workers=workers,
-        missing=missing,
-    )
+    make = key_slices.make_lesion if patches else key_slices.make_key_slice
+    kind = "lesions" if patches else "deeplesion"
+    about |= read_as.used()
+    content = _DataSet(kind, splits, make, size, vocabulary, about, missing=missing)
+    return _write(out, content, workers=workers)
 
 
 def prepare_dicom(
@@ -164,18 +159,11 @@ def prepare_dicom(
         with console.list_failures(pathlib.Path(out) / "failures.csv", hidden):
             raise NothingUsable(f"no usable series in {folder}: {why}", failures)
     salt = pseudonym.read_salt(salt_file, log=console.Log())
-    return _write(
-        out,
-        {"unlabelled": triplets.plan_series(usable, salt, size, read_as)},
-        triplets.make_series,
-        kind="dicom",
-        size=size,
-        vocabulary=labels.Vocabulary(()),
-        about=about | read_as.used(),
-        workers=workers,
-        failures=failures,
-        hidden=hidden,
-    )
+    splits = {"unlabelled": triplets.plan_series(usable, salt, size, read_as)}
+    about |= read_as.used()
+    none = labels.Vocabulary(())
+    content = _DataSet("dicom", splits, triplets.make_series, size, none, about, failures)
+    return _write(out, content, workers=workers, hidden=hidden)
 
 
 def prepare_table(
@@ -215,17 +203,11 @@ def prepare_table(
     rows, vocabulary = table.read_table(csv_file, warnings.append)
     for text in warnings:
         console.Log().say(f"warning: {csv_file}: {text}")
-    return _write(
-        out,
-        triplets.plan_table(rows, vocabulary, png_window, size, read_as),
-        triplets.make_table_volume,
-        kind="table",
-        size=size,
-        vocabulary=vocabulary,
-        about={"rows": len(rows), "png_window": png_window, "warnings": warnings} | read_as.used(),
-        workers=workers,
-        hidden=pseudonym.read_pseudonyms(pseudonyms, salt_file),
-    )
+    splits = triplets.plan_table(rows, vocabulary, png_window, size, read_as)
+    about = {"rows": len(rows), "png_window": png_window, "warnings": warnings} | read_as.used()
+    content = _DataSet("table", splits, triplets.make_table_volume, size, vocabulary, about)
+    hidden = pseudonym.read_pseudonyms(pseudonyms, salt_file)
+    return _write(out, content, workers=workers, hidden=hidden)
 
 
 def prepare_segmentations(
@@ -273,9 +255,8 @@ def prepare_segmentations(
         )
     secret = pseudonyms or any(case.ref.kind == "dicom" for case, _ in plan.members)
     salt = pseudonym.read_salt(salt_file, log=console.Log()) if secret else ""
-    return _write(
-        out,
-        segmentations.plan_cases(
+    content = _DataSet(
+        splits=segmentations.plan_cases(
             plan.members,
             plan.labels,
             rules=rules,
@@ -284,17 +265,16 @@ def prepare_segmentations(
             pseudonyms=pseudonyms,
             overrides=read_as,
         ),
-        segmentations.make_case,
+        make=segmentations.make_case,
         kind="segmentations",
         size=size,
         vocabulary=labels.Vocabulary.from_names(plan.labels),
         about={**(origin or {}), **plan.about, **read_as.used()},
-        workers=workers,
         failures=plan.failures,
         missing=plan.missing,
         cases=[(case.name, case.patient, split) for case, split in plan.members],
-        hidden=hidden,
     )
+    return _write(out, content, workers=workers, hidden=hidden)
 
 
 def _check(out: str | os.PathLike[str], size: int, step: int = 32) -> None:
@@ -305,79 +285,108 @@ def _check(out: str | os.PathLike[str], size: int, step: int = 32) -> None:
     shards.check_unfinished(out)
 
 
+@dataclasses.dataclass(frozen=True)
+class _DataSet(Generic[shards.AnyUnit]):
+    """What one form of input becomes.
+
+    Attributes:
+      kind: of the data set.
+      splits: split -> units of work.
+      make: unit -> its records.
+      size: the edge S in pixels.
+      vocabulary: the labels.
+      about: is recorded in `dataset.json`.
+      failures: (input, reason) of what was rejected while planning.
+      missing: the same of what was not there.
+      cases: (case, patient, split) for `cases.csv`.
+    """
+
+    kind: str
+    splits: Mapping[str, Sequence[shards.AnyUnit]]
+    make: Callable[[shards.AnyUnit], shards.UnitResult]
+    size: int
+    vocabulary: labels.Vocabulary
+    about: dict[str, Any]
+    failures: Sequence[tuple[str, str]] = ()
+    missing: Sequence[tuple[str, str]] = ()
+    cases: Sequence[tuple[str, str, str]] = ()
+
+
 def _write(
     out: str | os.PathLike[str],
-    splits: Mapping[str, Sequence[shards.AnyUnit]],
-    make: Callable[[shards.AnyUnit], shards.UnitResult],
+    content: _DataSet[shards.AnyUnit],
     *,
-    kind: str,
-    size: int,
-    vocabulary: labels.Vocabulary,
-    about: dict[str, Any],
     workers: int,
-    failures: Sequence[tuple[str, str]] = (),
-    missing: Sequence[tuple[str, str]] = (),
-    cases: Sequence[tuple[str, str, str]] = (),
     hidden: pseudonym.Pseudonyms | None = None,
 ) -> dict[str, Any]:
-    """Writes the shards, the contact sheet and the reports; returns the summary."""
+    """Writes the shards and the reports; returns the summary."""
     out = pathlib.Path(out)
     with (
         console.list_failures(out / "failures.csv", hidden),
-        console.progress(f"prepare {kind}", sum(map(len, splits.values()))) as advance,
+        console.progress(
+            f"prepare {content.kind}", sum(map(len, content.splits.values()))
+        ) as advance,
     ):
         info, failures = shards.write_shards(
             out,
-            splits,
-            make,
-            kind=kind,
-            size=size,
-            vocabulary=vocabulary,
-            about=about,
+            content.splits,
+            content.make,
+            kind=content.kind,
+            size=content.size,
+            vocabulary=content.vocabulary,
+            about=content.about,
             workers=workers,
             advance=advance,
-            failures=failures,
+            failures=content.failures,
         )
     info["counters"], info["volumes"] = overview.separate(info["counters"])
-    info["rejected"], info["missing"] = map(overview.by_reason, (failures, missing))
+    info["rejected"], info["missing"] = map(overview.by_reason, (failures, content.missing))
+    if content.kind == "lesions":
+        info["crop"] = lesions.RULE
+    summary = _write_reports(out, content, info, failures, hidden)
+    shards.finish(out, info)
+    return summary
+
+
+def _write_reports(
+    out: pathlib.Path,
+    content: _DataSet[shards.AnyUnit],
+    info: dict[str, Any],
+    failures: Sequence[tuple[str, str]],
+    hidden: pseudonym.Pseudonyms | None,
+) -> dict[str, Any]:
+    """Writes the contact sheet, the page and the tables; returns the summary."""
+    missing, cases = content.missing, content.cases
     if hidden:
         failures, missing = hidden.failures(failures), hidden.failures(missing)
         cases = [(hidden.name(name), hidden.name(patient), split) for name, patient, split in cases]
-    if kind == "lesions":
-        info["crop"] = lesions.RULE
     dataset = records.Dataset(out, info)
     examples = dataset.sample(_SHOWN)
-    contact_sheet.write_contact_sheet(out / "contact_sheet.png", examples, vocabulary.names)
+    names = content.vocabulary.names
+    contact_sheet.write_contact_sheet(out / "contact_sheet.png", examples, names)
     console.write_failures(out / "failures.csv", failures)
     console.write_failures(out / "missing.csv", missing)
     summary = {
         "out": str(out),
         "records": {name: split["count"] for name, split in info["splits"].items()},
-        "labels": len(vocabulary),
+        "labels": len(names),
         "failures": len(failures),
         "counters": info["counters"],
-        "about": about,
+        "about": content.about,
     }
     if cases:
         console.write_table(out / "cases.csv", ("case", "patient", "split"), cases)
-    if kind in ("segmentations", "table"):
-        rows = segmentations.label_rows(vocabulary, info["splits"])
+    if content.kind in ("segmentations", "table"):
+        rows = segmentations.label_rows(content.vocabulary, info["splits"])
         console.write_table(out / "label_counts.csv", overview.LABEL_COLUMNS, rows)
         summary["label_counts"] = rows
     with files.write_whole(out / "index.html") as page:
-        page.write(
-            dataset_page.render(
-                f"Data set: {dataset.origin['source'] or kind}",
-                info,
-                examples,
-                vocabulary.names,
-                overview.beside_the_paper(summary),
-            )
-        )
+        title = f"Data set: {dataset.origin['source'] or content.kind}"
+        beside = overview.beside_the_paper(summary)
+        page.write(dataset_page.render(title, info, examples, names, beside))
     files.write_json(out / "summary.json", summary)
     with console.Log(out / "log.jsonl") as log:
         log.event(event="prepared", **summary)
-    shards.finish(out, info)
     return summary
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from maknet_jax import console
+from maknet_jax import console, files
 from maknet_jax.ct import png, reading, volumes
 from maknet_jax.data import lesions, pipeline, records
 from maknet_jax.errors import InputError, Rejected
@@ -67,8 +67,7 @@ def retrieve(
       InputError: the run is not a LesaNet run, the image cannot be read, or `data` is not lesion
         data of the same size.
     """
-    if pathlib.Path(out).suffix.lower() != ".csv":
-        raise InputError(f"--out {out} should be a file whose name ends in .csv")
+    files.check_file_name(out, ".csv")
     run = workdir.open_run(folder, checkpoint_name=checkpoint)
     dataset = records.open_dataset(data)
     if not run.model.takes_box:

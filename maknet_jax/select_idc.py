@@ -11,7 +11,7 @@ from maknet_jax import console, files
 from maknet_jax.data import idc, idc_selection
 from maknet_jax.data.idc import Series
 from maknet_jax.data.idc_selection import Filters
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, OutputExists
 
 PAPER = {"series": 6568, "patients": 3653, "slices": 1_500_000}
 MANIFEST = "manifest.s5cmd"
@@ -110,7 +110,10 @@ def select_idc(
     if out is not None:
 
         def replace(folder: pathlib.Path) -> bool:
-            return overwrite and not files.has_foreign_files(folder, *_FILES)
+            mine = not files.has_foreign_files(folder, *_FILES)
+            if mine and not overwrite:
+                raise OutputExists(folder)
+            return mine
 
         with files.write_folder(out, replace=replace) as folder:
             _write(folder, selected, selection.segmentations, summary)

@@ -190,6 +190,8 @@ def test_an_array_in_any_order_equals_the_file(model, tmp_path):
     nibabel.save(nibabel.Nifti1Image(hu, affine), tmp_path / "ct.nii.gz")
     expected = model.predict(tmp_path / "ct.nii.gz")
     np.testing.assert_allclose(np.diff(expected.series[0].z_mm), 4.0)
+    assert {row["file"] for row in expected.table()} == {"ct.nii.gz"}
+    assert {row["file"] for row in expected.series[0].slice_rows()} == {"ct.nii.gz"}
     variants = {
         "affine": (hu, {"affine": affine}),
         "letters": (hu, {"spacing": (0.9, 0.8, 4.0), "orientation": "RAS"}),

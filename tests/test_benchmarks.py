@@ -24,7 +24,9 @@ from benchmarks.speed import (
     networks,
     startup,
     torch_worker,
+    verb_starts,
 )
+from maknet_jax.ct import search
 from maknet_jax.data import records
 from maknet_jax.errors import InputError, Stopped
 from maknet_jax.models import layers
@@ -325,6 +327,13 @@ def test_augmentation_is_a_share_of_the_step(config, tmp_path):
 def test_startup_rejects_an_unknown_config():
     with pytest.raises(InputError, match="'nowhere'"):
         startup.main(["--quick", "--config", "nowhere"])
+
+
+def test_repeated_slices_are_one_series(shared_data, tmp_path):
+    source = shared_data / "dicom" / "liver_j2k_20"
+    verb_starts.repeat_series(source, tmp_path / "long", 25, native=False)
+    (ref,), failures = search.find_series(tmp_path / "long")
+    assert (ref.count, failures) == (25, [])
 
 
 def test_repeated_shards_hold_at_least_the_requested_records(shards, tmp_path):

@@ -286,7 +286,7 @@ def test_writing_is_atomic_and_never_overwrites(exported, tmp_path, monkeypatch)
     content = {name: (exported / name).read_bytes() for name in info["files"]}
     out = tmp_path / "out"
     bundle.write(out, info, content)
-    with pytest.raises(InputError, match="out exists: choose another folder or add --overwrite"):
+    with pytest.raises(InputError, match="out exists: choose another name or pass overwrite=True"):
         bundle.write(out, info, content)
     original, calls = bundle.files.write_whole, []
 
@@ -333,8 +333,12 @@ def test_the_card_lists_the_intervals_of_every_label():
     labels["brainstem"] = {"patients": 0}
     intervals = {"patients": 33, "auc": [0.98, 0.97, 0.99], "f1": [0.9, 0.88, 0.92]}
     values = {"auc": 0.98, "f1": 0.9, "precision": 0.9, "recall": 0.9, "examples": 918}
-    text = card._scores({"test": values | {"intervals": intervals | {"labels": labels}}})
+    info = {"data": {"images": {"val": 749}}, "config": {"data": {"val_split": "val"}}}
+    tuning = {"validation": {name: values[name] for name in ("auc", "f1")}}
+    metrics = tuning | {"test": values | {"intervals": intervals | {"labels": labels}}}
+    text = card._scores(info | {"metrics": metrics})
+    assert "| tuning (split val) | 0.980 | 0.900 | - | - | 749 |" in text
     assert "33 patients" in text
     assert "| larynx | 16 | 0.971 (0.950 to 0.980) | 0.800 (0.700 to 0.900) |" in text
     assert "| brainstem | 0 | - | - |" in text
-    assert "33 patients" not in card._scores({"test": values})
+    assert "33 patients" not in card._scores(info | {"metrics": {"test": values}})

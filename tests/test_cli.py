@@ -22,6 +22,7 @@ VERBS = (
     ["prepare", "table"],
     ["prepare", "segmentations"],
     ["prepare", "openkbp"],
+    ["plan"],
     ["train"],
     ["import-weights"],
     ["pseudo-label"],
@@ -71,6 +72,7 @@ def test_help_shows_an_example(capsys, verb):
             ["train", "--config", "teacher", "--workdir", "x", "--config.data.path=no"],
             "dataset.json",
         ),
+        (["plan", "--config", "teacher", "--topology", "v9:2x2"], "v9:2x2"),
         (["evaluate", "--workdir", "nowhere"], "nowhere"),
         (["evaluate", "--workdir", "x", "--config.epochs=3"], "--config.epochs=3"),
         (["predict", "nowhere", "--workdir", "x", "--out", "y.csv"], "nowhere"),
@@ -269,6 +271,7 @@ REMOTE = [
     ["import-weights", "vgg.safetensors", "--model", "vgg16", "--out", "gs://bucket/w"],
     ["select", "idc", "--out", "gs://bucket/selection"],
     ["verify", "s3://bucket/shards"],
+    ["plan", "--config", "teacher", "--topology", "v5e:2x2", "--out", "gs://bucket/plan.json"],
 ]
 
 

@@ -96,7 +96,7 @@ def test_second_order_and_batched_gradients(size, strides):
 # Products on CPU: of the value (1 x 1 only), of the image's gradient (1 x 1), of the kernel's.
 @pytest.mark.parametrize("size, products", [((3, 3), 0 + 0 + 9), ((1, 1), 1 + 1 + 1)])
 def test_the_target_platform_decides_the_program(size, products):
-    """A host without accelerator lowers for TPU as a TPU would (`benchmarks/speed/tpu_aot.py`)."""
+    """A host without accelerator lowers for TPU as a TPU would (`benchmarks/speed/aot.py`)."""
     x, kernel = drawn(2, 8, 8, 16), drawn(*size, 16, 8, seed=1)
 
     def program(x, kernel):

@@ -17,7 +17,7 @@ import yaml
 import maknet_jax
 from maknet_jax import cli, evaluate, export, files, pseudo_label, train
 from maknet_jax.errors import InputError, Stopped
-from maknet_jax.runs import bundle, stablehlo, workdir
+from maknet_jax.runs import bundle, card, stablehlo, workdir
 from maknet_jax.runs import config as configs
 
 # Another program: neither this package nor Flax can be imported. Runs the snippet of the README,
@@ -197,6 +197,8 @@ def test_the_card_has_the_form_of_the_hub(exported):
         "## Intended use and limits",
         "Licence: not recorded",
         f"| test | {info['metrics']['test']['auc']:.3f} ",
+        f"| tuning (split val) | {info['metrics']['validation']['auc']:.3f} ",
+        f"| {info['data']['images']['val']} |",
         info["labels"][0]["name"],
         info["preprocessing"]["crop"],
     ):
@@ -277,6 +279,20 @@ def test_a_bundle_is_exported_again_in_another_dtype(exported, tmp_path):
     for field in ("data", "metrics", "labels", "thresholds", "preprocessing"):
         assert one[field] == two[field]
     assert two["weights"]["dtype"] == "float16"
+    export.export(tmp_path / "half", tmp_path / "again")
+    for folder in ("half", "again"):
+        assert info_of(tmp_path / folder)["checkpoint"] == one["checkpoint"]
+        assert info_of(tmp_path / folder)["name"] == "Torso"
+        run = workdir.open_run(tmp_path / folder)
+        assert run.trained_on == workdir.open_run(exported).trained_on
+        title = "---\n\n# Torso\n"
+        header, text = card_of(tmp_path / folder).split(title)
+        assert yaml.safe_load(header.strip("-\n"))["license"] == "cc-by-4.0"
+        assert text == card_of(exported).split(title)[1]
+    more = {"name": "New", "license_name": "mit"}
+    export.export(exported, tmp_path / "new", **more)
+    assert info_of(tmp_path / "new")["name"] == "New"
+    assert card.license_of(bundle.read_card(tmp_path / "new")) == "mit"
     with pytest.raises(InputError, match="itself"):
         export.export(tmp_path / "half", tmp_path / "half", overwrite=True)
 

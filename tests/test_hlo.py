@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.speed import hlo
+from maknet_jax.planning import hlo
 
 FUSED = """HloModule fused
 
@@ -38,6 +38,11 @@ FUSED = """HloModule fused
   %param_0 = f32[8,128]{1,0:T(8,128)} parameter(0)
   %new = f32[64,128]{1,0:T(8,128)} custom-call(), custom_call_target="AllocateBuffer"
   ROOT %dus.3 = f32[64,128]{1,0:T(8,128)} dynamic-update-slice(%new, %param_0, %zero, %zero)
+}
+
+%pair (param_0: f32[8,128]) -> (f32[8,128], f32[8,128]) {
+  %param_0 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %both = (f32[8,128]{1,0}, f32[8,128]{1,0}) custom-call(%param_0), custom_call_target="two"
 }
 
 %sliced (param_0: f32[64,128]) -> f32[16,128] {
@@ -78,6 +83,7 @@ CASES = {
     "%f = f32[64,128]{1,0:T(8,128)} fusion(%b, %a, %i), kind=kLoop, calls=%update": 2 * ROW,
     "%f = f32[64,128]{1,0:T(8,128)} fusion(%b, %near, %i), kind=kLoop, calls=%update": ROW,
     "%f = f32[64,128]{1,0:T(8,128)} fusion(%a), kind=kLoop, calls=%fill": 9 * ROW,
+    "%f = (f32[8,128]{1,0}, f32[8,128]{1,0}) fusion(%a), kind=kCustom, calls=%pair": 3 * ROW,
     "%c = f32[8,128]{1,0:T(8,128)} add(%a, %near)": 2 * ROW,
     "%g = f32[8,128]{1,0:T(8,128)} bitcast(%a)": 0,
     "%c = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) "

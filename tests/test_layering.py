@@ -21,8 +21,9 @@ ROOMS = {
     "evaluation": {"ct", "data"},
     "phantom": {"ct", "data"},
     "runs": {"ct", "data", "models", "training"},
+    "planning": {"ct", "data", "models", "training", "runs"},
     "explain": {"ct", "data", "models", "training", "runs", "attribution", "figures"},
-    "cli": {"", "runs", "explain"},  # the verbs, the config loader and the defaults of options
+    "cli": {"", "runs", "explain", "planning"},  # the verbs, configs, defaults of options, chips
 }
 ACCELERATOR = {"jax", "jaxlib", "flax", "optax"}
 WITHOUT_ACCELERATOR = {"ct", "data", "evaluation", "figures", "phantom"}  # NumPy only

@@ -3,14 +3,16 @@
 import doctest
 import types
 
+import numpy as np
 import pytest
 
-from maknet_jax import errors
+from maknet_jax import cli, errors
 from maknet_jax.cli import options
 from maknet_jax.data import records, segmentations
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError, did_you_mean
 from maknet_jax.explain import selection
+from maknet_jax.runs import workdir
 
 NAMES = [f"organ {number}" for number in range(113)] + ["liver", "fat, left side"]
 
@@ -76,3 +78,79 @@ def test_the_examples_of_the_docstrings_run():
     for module in (errors, selection):
         results = doctest.testmod(module)
         assert results.failed == 0 < results.attempted
+
+
+@pytest.mark.parametrize(
+    "argv, hint",
+    [
+        ("predict scans --modle head-neck --out x.csv", "did you mean '--model'"),
+        ("attribute --lables=liver --out y", "did you mean '--labels'"),
+        ("prepare dicom scans --otu y", "did you mean '--out'"),
+        ("train --config smoke --wrokdir x", "did you mean '--workdir'"),
+        ("predict scans --config.seed=3", "unknown option '--config.seed=3'"),
+        ("report x --zzzzzzzzz", "unknown option '--zzzzzzzzz' (see"),
+        ("report x -z", "unknown argument '-z'"),
+    ],
+)
+def test_an_unknown_option_names_the_nearest(argv, hint, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(argv.split())
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and hint in err and err.count("\n") == 1
+
+
+def test_words_that_are_not_options_are_not_checked():
+    parser = options.Parser(prog="x")
+    parser.add_argument("--note")
+    parser.add_argument("words", nargs="*")
+    chosen, rest = parser.parse_known_args(["--note", "--a b", "--config.a=1", "--", "--notes"])
+    assert (chosen.note, chosen.words, rest) == ("--a b", ["--notes"], ["--config.a=1"])
+
+
+def test_an_unknown_model_names_the_nearest_released_one():
+    with pytest.raises(InputError, match="head-nek not found: did you mean 'head-neck'. Or pass"):
+        workdir.find("head-nek")
+    with pytest.raises(InputError, match="runs/teacher not found: pass a workdir"):
+        workdir.find("runs/teacher")
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        ("export x --out b.zip", "pass b; `export --zip` also"),
+        ("attribute x --model y --out maps.csv", "pass maps"),
+        ("report x --out page.html", "pass page"),
+        ("prepare dicom x --out file", "file is a file: pass the name of a folder"),
+        ("train --config smoke --workdir file", "file is a file: pass the name of a folder"),
+    ],
+)
+def test_a_file_as_output_folder_is_refused(argv, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as exit:
+        cli.main(argv.split())
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and says in err and err.count("\n") == 1
+    assert options.folder("runs/rate-0.01") == "runs/rate-0.01"
+    (tmp_path / "odd.csv").mkdir()
+    assert options.folder("odd.csv") == "odd.csv"
+
+
+@pytest.mark.parametrize(
+    "limit, expected",
+    [
+        (None, [1, 4]),  # the best slice of each label
+        (1, [1]),
+        (2, [1, 4]),
+        (3, [1, 3, 4]),  # the second series before the second slice of the first
+        (4, [1, 2, 3, 4]),
+        (5, [1, 2, 3, 4, 5]),
+        (9, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_the_best_slices_are_of_different_series_first(limit, expected):
+    confidences = np.array(
+        [[0.1, 0.1], [0.9, 0.2], [0.8, 0.3], [0.7, 0.4], [0.2, 0.9], [0.3, 0.1]], np.float32
+    )
+    groups = ["a", "a", "a", "b", "b", "c"]
+    assert selection.best_slices(confidences, confidences >= 0.5, groups, limit) == expected

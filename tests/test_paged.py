@@ -41,12 +41,13 @@ def test_a_slice_of_another_shape_is_noticed():
     assert not slices.alike
 
 
-def test_a_full_disk_leaves_the_volume_in_memory(mapped, monkeypatch):
+def test_a_full_disk_leaves_the_volume_in_memory(mapped, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     assert type(paged.empty((2, 3))) is np.ndarray
+    assert "TMPDIR" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="pages are released on POSIX only")

@@ -9,14 +9,16 @@ import pytest
 
 from benchmarks.experiments import (
     parts,
+    patient_metrics,
     patients,
     table1_patients,
     table2_patients,
     transfer_patients,
 )
-from maknet_jax import evaluate
+from maknet_jax import evaluate, train
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
+from maknet_jax.runs import config as configs
 
 ORGANS = (
     "brainstem",
@@ -148,3 +150,20 @@ def test_trunks_are_compared_on_the_organs_left_out(openkbp, folder):
     assert set(seen.vocabulary.names) == set(transfer_patients.LEFT_OUT)
     taught = records.open_dataset(folder / "transfer" / "5-labelled" / "seed-0" / "five-organs")
     assert not set(taught.vocabulary.names) & set(transfer_patients.LEFT_OUT)
+
+
+@pytest.mark.slow  # two trainings, about five minutes
+def test_maknet_beats_the_linear_model_on_20_real_patients(shared_data, tmp_path):
+    runs = patients.Runs(tmp_path, shared_data / "openkbp")
+    data = runs.few_labels(tmp_path / "shards", 20, size=64, seed=0)
+    aucs = {}
+    for network, rate in (("linear", 0.003), ("maknet", 0.01)):  # the best of table 1
+        changes = (*patients.step_changes(data, 400, rate), f"data.path={data}")
+        config = configs.load("openkbp", changes)
+        if network == "linear":
+            config.model = configs.load("linear").model
+        train.train(config, tmp_path / network)
+        scores = patients.split_scores(tmp_path / network, patients.TUNING)
+        draws = patient_metrics.metric_draws(scores, np.ones((1, len(scores.patients))))
+        aucs[network] = float(patient_metrics.macro(draws["auc"])[0])
+    assert aucs["maknet"] > max(0.95, aucs["linear"] + 0.005), aucs

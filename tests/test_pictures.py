@@ -1,15 +1,16 @@
 """Pictures of CT slices: proportions, resolution, and figures with scale bars."""
 
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from maknet_jax.ct import preprocess
-from maknet_jax.data import records
+from maknet_jax.data import deeplesion, records
 from maknet_jax.errors import InputError
-from maknet_jax.explain import drawing, selection, source_slices
+from maknet_jax.explain import drawing, results, selection, source_slices
 from maknet_jax.figures import charts, panels, picture
 
 
@@ -119,6 +120,34 @@ def test_other_slices_are_not_drawn(shards, phantom, tmp_path):
     assert source_slices.read_slice(other, phantom["images"]) is None  # of another slice
     with pytest.raises(InputError, match="nowhere"):
         source_slices.check_folder(tmp_path / "nowhere")
+
+
+def test_a_folder_with_none_of_the_ct_is_refused(shards, phantom, tmp_path):
+    source = shards.source("test")
+    numbers = range(len(source))
+    source_slices.check_matches(source.__getitem__, numbers, phantom["images"])
+    with pytest.raises(InputError, match=rf"none of 8 images .* {source[0].id}: pass the CT"):
+        source_slices.check_matches(source.__getitem__, numbers, tmp_path)
+    # A folder with the CT of one of the records is enough.
+    whole = source_slices._plane(source[0].meta, phantom["images"])
+    assert whole is not None
+    first = source[0].meta["file"]
+    path = deeplesion.find_image(phantom["images"], first)
+    place = tmp_path / path.relative_to(phantom["images"])
+    place.parent.mkdir(parents=True)
+    shutil.copy(path, place)
+    source_slices.check_matches(source.__getitem__, numbers, tmp_path)
+    unnamed = records.Example("x", source[0].image, None, None, {"series": "a"})
+    with pytest.raises(InputError, match="do not name the slices they show: omit it"):
+        source_slices.check_matches(lambda number: unnamed, numbers, phantom["images"])
+
+
+def test_pictures_without_ct_are_counted(tmp_path):
+    forms = ({"picture": {"native": True}}, {"picture": {"native": False}}, {})
+    paths = [tmp_path / f"{number}.npz" for number in range(3)]
+    for path, metadata in zip(paths, forms, strict=True):
+        results.save(path, metadata, {"image": np.zeros((2, 2))})
+    assert [results._count_without_ct(paths[:n]) for n in range(4)] == [0, 0, 1, 2]
 
 
 def result(name, truths, **meta):

@@ -33,7 +33,7 @@ def written(trained, phantom, tmp_path_factory):
 def test_every_slice_has_rows_in_order_with_its_place_and_uid(written, phantom):
     out, summary = written
     rows, full = read(out), json.loads(out.with_suffix(".json").read_text())
-    assert tuple(rows[0]) == predict.SLICE_COLUMNS
+    assert tuple(rows[0]) == series_tables.SLICE_COLUMNS
     series, failures = search.find_series(phantom["dicom"])
     assert not failures
     assert (summary["series"], summary["slices"]) == (len(series), sum(r.count for r in series))
@@ -142,7 +142,11 @@ def test_outputs_are_never_overwritten_unless_told(trained, phantom, tmp_path, c
     argv = ["predict", str(scans), "--model", str(trained), "--out", str(out)]
     (tmp_path / "labels.json").write_text("mine")
     assert cli.main(argv) == 2 and (tmp_path / "labels.json").read_text() == "mine"
-    assert "labels.json exists" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "labels.json exists" in err and "--overwrite" in err and "=True" not in err
+    with pytest.raises(InputError, match="labels.json exists.* overwrite=True") as error:
+        predict.predict(trained, scans, out)
+    assert "--overwrite" not in str(error.value)
     (tmp_path / "labels.json").unlink()
     assert cli.main([*argv, "--charts", "--wide"]) == 0
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
@@ -155,6 +159,27 @@ def test_outputs_are_never_overwritten_unless_told(trained, phantom, tmp_path, c
     assert names == before.keys() - {"labels.000.png", "labels.wide.csv"} | {"features.npz"}
     again = ["predict", str(scans), "--model", str(trained), "--out", str(tmp_path / "b.csv")]
     assert cli.main([*again, *features]) == 2
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--out", "folder"], "folder is a folder: name a file in it, such as folder/output.csv"),
+        (["--out", "x.json"], "x.json: pass x.csv and add --json, which writes both"),
+        (["--out", "x"], "x should end in .csv: pass x.csv\n"),
+        (["--out", "x.csv", "--features", "folder"], "folder is a folder: name a file in it"),
+        (["--out", "x.csv", "--features", "x.npy"], "x.npy should end in .npz: pass x.npz"),
+    ],
+)
+def test_an_output_with_another_ending_or_a_folder_is_refused(
+    tmp_path, monkeypatch, capsys, argv, says
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    assert cli.main(["predict", "scans", "--model", "runs", *argv]) == 2
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
 
 
 def test_outputs_in_the_input_folder_are_not_inputs(trained, phantom, tmp_path):

@@ -222,8 +222,10 @@ def test_numbers_as_file_names_are_replaced(salt):
     names = pseudonym.Pseudonyms(salt.read_text().strip())
     volume = volumes.Volume(np.zeros((2, 4, 4)), (1, 1, 1), "s", (NUMBER, "7"), ("1.2", "1.3"))
     assert names.volume(volume).slices == (names.name("1.2"), names.name("1.3"))
-    indices = dataclasses.replace(volume, slices=("1", "0"))  # of a NIfTI
-    assert names.volume(indices).slices == ("1", "0")
+    numbered = dataclasses.replace(volume, slices=("1", "0"))  # of DICOM
+    assert names.volume(numbered).slices == (names.name("1.2"), names.name("1.3"))
+    hidden = names.volume(dataclasses.replace(numbered, file="Doe.nii"))
+    assert (hidden.slices, hidden.file) == (("1", "0"), names.name("Doe.nii"))
 
 
 def test_many_failures_of_one_folder_take_linear_time(tmp_path, monkeypatch):

@@ -140,9 +140,9 @@ def test_files_other_than_a_table_are_rejected(read, tmp_path):
         table.read_table(tmp_path / "binary.csv")
 
 
-def volume(*names):
+def volume(*names, file=""):
     hu = np.zeros((len(names), 4, 4), np.int16)
-    return volumes.Volume(hu, (1.0, 1.0, 1.0), "series", names, names)
+    return volumes.Volume(hu, (1.0, 1.0, 1.0), "series", names, names, file=file)
 
 
 def row(name):
@@ -151,7 +151,7 @@ def row(name):
 
 def test_a_slice_is_selected_by_stored_index_file_name_or_position():
     # NIfTI files are often stored from the feet up; slices are named by their stored index.
-    stored = volume("3", "2", "1", "0")
+    stored = volume("3", "2", "1", "0", file="a.nii")
     assert [table.slice_index(row(str(k)), stored, None) for k in range(4)] == [3, 2, 1, 0]
     files = volume("z.dcm", "a.dcm", "7.dcm")
     assert table.slice_index(row("a.dcm"), files, None) == 1
@@ -160,6 +160,10 @@ def test_a_slice_is_selected_by_stored_index_file_name_or_position():
     assert table.slice_index(row("2.0"), files, None) == 2
     assert table.slice_index(row("3.0"), stored, None) == 0
     assert table.slice_index(row("1.0"), volume("1.0", "0.0"), None) == 0
+    # DICOM files without suffix, whose names are numbers, also have positions.
+    numbered = volume("31", "30", "0")
+    names = [table.slice_index(row(str(k)), numbered, None) for k in (31, 30, 0, 1)]
+    assert names == [0, 1, 2, 1]
     # The path is a single slice.
     assert table.slice_index(row(""), files, 1) == 1
     assert table.slice_index(row(""), volume("0"), None) == 0
@@ -170,11 +174,13 @@ def test_a_slice_is_selected_by_stored_index_file_name_or_position():
     [
         ("", ("0", "1"), "a has 2 slices"),
         ("4", ("1", "0"), "slice 4 .*2 .*a"),
+        ("1", ("3", "2"), "slice 1 .*2 .*a"),  # part of a NIfTI: not a position
         ("3", ("a.dcm", "b.dcm", "c.dcm"), "slice 3 .*3 .*a"),
         ("x.dcm", ("a.dcm", "b.dcm"), "x.dcm .*series"),
         ("-1", ("a.dcm", "b.dcm"), "-1 .*series"),
     ],
 )
 def test_missing_slices_are_rejected(name, names, values):
+    file = "a.nii" if names[0].isdigit() else ""
     with pytest.raises(InputError, match=values):
-        table.slice_index(row(name), volume(*names), None)
+        table.slice_index(row(name), volume(*names, file=file), None)

@@ -244,7 +244,9 @@ def compare(
         for name, variables in weights.items():
             # The function stays the same, so that no variant is compiled again.
             other = dataclasses.replace(net, logit_fn=Partial(net.logit_fn.func, variables))
-            maps.append(other.attribute(images, [[column]], baseline, path).maps[0, 0].sum(-1))
+            maps.append(
+                other.attribute(images, np.array([[column]]), baseline, path).maps[0, 0].sum(-1)
+            )
             one, first = maps[-1][body], maps[0][body]
             row: Row = {
                 "patient": image.group,

@@ -97,7 +97,7 @@ def measure(
     rows, maps = [], []
     for column, region in regions.items():
         # One label per call, so that a single program is compiled for any number of labels.
-        result = net.attribute(hu, [[column]], baseline, how.path)
+        result = net.attribute(hu, np.array([[column]]), baseline, how.path)
         attribution = result.maps[0, 0].sum(axis=-1)
         maps.append(attribution)
         inside_body = body | region
@@ -120,7 +120,9 @@ def measure(
             row["areas"] = []
             for values in ordered:
                 order = faith.ranks(values[None])
-                curves = faith.curves(net.logit_fn, hu, [column], baseline, order, how.shares)
+                curves = faith.curves(
+                    net.logit_fn, hu, np.array([column]), baseline, order, how.shares
+                )
                 row["areas"] += [float(faith.area(curve, how.shares)[0]) for curve in curves]
         rows.append(row)
     return rows, np.array(maps)

@@ -38,8 +38,10 @@ TORSO = "nifti/torso_112/example_ct.nii.gz"
 TORSO_LABELS = "nifti/torso_112/example_seg_fast_force_split.nii.gz"
 LIVER = "dicom/liver_j2k_20"
 # Names in the torso's label map; a slice with any of them shows abdomen or pelvis.
-ABDOMEN = ("liver", "spleen", "stomach", "kidney_right", "kidney_left", "pancreas", "duodenum")
-ABDOMEN += ("small_bowel", "colon", "urinary_bladder", "sacrum", "hip_left", "hip_right")
+ABDOMEN = (
+    *("liver", "spleen", "stomach", "kidney_right", "kidney_left", "pancreas", "duodenum"),
+    *("small_bowel", "colon", "urinary_bladder", "sacrum", "hip_left", "hip_right"),
+)
 MATRIX = 512  # pixels of the resampled slices
 QUICK_PATIENTS = 2
 FLIPS = ("head and feet swapped", "front and back swapped", "left and right swapped")

@@ -272,19 +272,27 @@ class Runs:
         return split_scores(run, split)
 
     def by_seed(
-        self, network: str, recipe: Recipe, *, size: int, seeds: Sequence[int], **options: Any
+        self,
+        network: str,
+        recipe: Recipe,
+        *,
+        size: int,
+        seeds: Sequence[int],
+        split: str = VALIDATION,
+        **options: Any,
     ) -> dict[int, metrics.SplitScores]:
-        """Seed -> scores of the validation patients, of the runs that are not missing.
+        """Seed -> scores of a split, of the runs that are not missing.
 
         Args:
           network: name of the network.
           recipe: learning rate and epochs.
           size: edge of the images in pixels.
           seeds: of the runs.
+          split: to score; the validation patients by default.
           **options: see `scores`.
         """
         scored = {
-            seed: self.scores(network, recipe, size=size, seed=seed, split=VALIDATION, **options)
+            seed: self.scores(network, recipe, size=size, seed=seed, split=split, **options)
             for seed in seeds
         }
         return {seed: scores for seed, scores in scored.items() if scores is not None}

@@ -52,14 +52,8 @@ MEASURES = {
     "kept_control": lambda row: row["kept_control"],
 }
 HEADER = (
-    "change, network",
-    "patients",
-    "images",
-    "drop",
-    "drop, random region",
-    "difference",
-    "labels kept",
-    "kept, random",
+    *("change, network", "patients", "images", "drop", "drop, random region", "difference"),
+    *("labels kept", "kept, random"),
 )
 
 
@@ -126,12 +120,12 @@ def random_region(
     places = np.argwhere(fits > area - 0.5)
     result = np.zeros_like(region)
     if len(places):
-        top, left = generator.choice(places)
+        top, left = places[generator.integers(len(places))]
         result[top : top + shape.shape[0], left : left + shape.shape[1]] = shape
         return result
     pixels = np.argwhere(allowed)
     if len(pixels):
-        distance = ((pixels - generator.choice(pixels)) ** 2).sum(axis=1)
+        distance = ((pixels - pixels[generator.integers(len(pixels))]) ** 2).sum(axis=1)
         nearest = pixels[np.argsort(distance, kind="stable")[:area]]
         result[tuple(nearest.T)] = True
     return result
@@ -193,8 +187,9 @@ def perturbed(
                 else perturbation.delete(hu, mask, black)
                 for mask in (changed, *controls)
             ]
-            common.append((strategy, column, changed.sum() / body.sum(), forms[0], forms[1:]))
-    rows, arrays = [], {"image": hu[..., 1]}
+            common.append((strategy, column, np.mean(changed) / np.mean(body), forms[0], forms[1:]))
+    rows: list[list[Row]] = []
+    arrays = {"image": hu[..., 1]}
     for place, net in enumerate(networks):
         before = _confidences(net, [hu])[0]
         top = np.flatnonzero(before >= settings["least"])
@@ -209,7 +204,7 @@ def perturbed(
             generator = np.random.default_rng([number, draw_number])
             masks.append(random_pixels(values, body, int(mask.sum()), generator))
         deleted, *controls = [perturbation.delete(hu, one, base) for one in masks]
-        changes = [*common, ("attribution", -1, mask.sum() / body.sum(), deleted, controls)]
+        changes = [*common, ("attribution", -1, np.mean(mask) / np.mean(body), deleted, controls)]
         scores = _confidences(net, [form for *_, one, many in changes for form in (one, *many)])
         scores = scores.reshape(len(changes), 1 + settings["draws"], -1)
         measured = []
@@ -251,7 +246,8 @@ def _influential(
     path = PathOptions(steps=settings["steps"], baseline=settings["baseline"], refine=0)
     base = perturbation.make_baseline(hu, path.baseline)
     images, start = net.put(hu[None]), net.put(base[None])
-    maps = [net.attribute(images, [[column]], start, path).maps[0, 0] for column in columns]
+    targets = columns[:, None, None]
+    maps = [net.attribute(images, target, start, path).maps[0, 0] for target in targets]
     return base, np.sum(maps, axis=(0, 3))
 
 

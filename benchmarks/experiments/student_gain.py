@@ -79,7 +79,10 @@ def measure(folder: pathlib.Path, seed: int, form: dict[str, Any]) -> list[list[
     labelled, unlabelled = folder / "labelled", folder / "unlabelled"
     if not (labelled / "dataset.json").exists():
         restrict_labels(paths, form["labelled"], folder / "labels.json")
-        source = {**phantom.deeplesion_files(paths), "label_file": folder / "labels.json"}
+        source: dict[str, Any] = {
+            **phantom.deeplesion_files(paths),
+            "label_file": folder / "labels.json",
+        }
         prepare.prepare_deeplesion(out=labelled, size=form["size"], **source)
     if not (unlabelled / "dataset.json").exists():
         prepare.prepare_dicom(

@@ -154,8 +154,13 @@ def compare(
       InputError: the maps differ.
     """
     model = network.assembly.model
-    logit_fn = Partial(lambda v, x: model.apply(v, x, train=False).logits, network.state.variables)
-    images = jnp.asarray(network.assembly.to_input(network.batch["image"]))
+
+    def logits(variables: dict[str, Any], x: jax.Array) -> jax.Array:
+        output: Any = model.apply(variables, x, train=False)
+        return output.logits
+
+    logit_fn = Partial(logits, network.state.variables)
+    images = jnp.asarray(network.assembly.to_input(jnp.asarray(network.batch["image"])))
     labels = np.linspace(0, network.batch["labels"].shape[1] - 1, LABELS).astype(int).tolist()
     targets = np.array([labels])
     chunk = min(steps, ig.fit(logit_fn, images, LABELS)[0])

@@ -2,10 +2,11 @@
 
     python benchmarks/speed/augmentation.py [--batch 8] [--quick]
 
-For TPUs, compiled ahead of time: `python benchmarks/speed/tpu_aot.py --kinds train,student`.
+For TPUs, compiled ahead of time: `python benchmarks/speed/aot.py --kinds train,student`.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -41,13 +42,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = jax.random.uniform(jax.random.key(0), shape, jnp.float32)
     keys = jax.random.split(jax.random.key(1), chosen.batch)
     images, keys = jax.device_put((images, keys), sharding.split(mesh))
-    calls = {STEP: network.train}
+    calls: dict[str, Callable[[], Any]] = {STEP: network.train}
     for form in ("gather", "shear"):
-        apply = jax.jit(augment.make_augment(**settings, form=form, devices=mesh.size))
-        calls[f"augmentation, {form}"] = lambda apply=apply: apply(images, keys)
+        apply = augment.make_augment(**settings, form=form, devices=mesh.size)
+        assert apply is not None  # the config of a student augments
+        calls[f"augmentation, {form}"] = functools.partial(jax.jit(apply), images, keys)
     timers = {
-        name: timing.timer(lambda count, call=call: timing.elapsed(call, count))
-        for name, call in calls.items()
+        name: timing.timer(functools.partial(timing.elapsed, call)) for name, call in calls.items()
     }
     seconds = timing.take_turns(timers, chosen.repeats)
     rows, results = [], []

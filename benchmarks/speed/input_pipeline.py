@@ -27,7 +27,7 @@ from maknet_jax.data import pipeline, records
 from maknet_jax.runs import config as configs
 from maknet_jax.runs import workdir
 
-ROOFLINE = 1 / 48e-6  # images/s of training on one TPU v5e: 48 us per image, see tpu_aot.py
+ROOFLINE = 1 / 48e-6  # images/s of training on one TPU v5e: 48 us per image, see aot.py
 
 
 def repeat_shards(
@@ -148,7 +148,7 @@ def measure(
     per_core = float(np.median(threaded)) / cores
     notes = [
         f"records of {chosen.size} x {chosen.size} x 3; {per_core:.0f} images/s per core; a TPU "
-        f"v5e at {ROOFLINE:,.0f} images/s, the roofline of the compiled step (tpu_aot.py; nothing "
+        f"v5e at {ROOFLINE:,.0f} images/s, the roofline of the compiled step (aot.py; nothing "
         f"ran on a TPU), needs {ROOFLINE / per_core:.0f} such cores",
     ]
     row, overhead = labelling(chosen, folder, shards, split)

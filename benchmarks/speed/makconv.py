@@ -198,7 +198,9 @@ def _compile(
     variables = case.module.init(jax.random.key(1), x, *case.forward)
 
     def forward(variables: dict[str, Any], x: jax.Array) -> jax.Array:
-        return case.module.apply(variables, x, *case.forward)
+        output = case.module.apply(variables, x, *case.forward)
+        assert isinstance(output, jax.Array)  # nothing is mutable
+        return output
 
     def gradient(
         variables: dict[str, Any], x: jax.Array, cotangent: jax.Array
@@ -213,7 +215,7 @@ def _compile(
         return output, pull(cotangent)
 
     cotangent = jnp.ones_like(jax.eval_shape(forward, variables, x))
-    passes = {}
+    passes: dict[str, tuple[Callable[[], Any], dict[str, float]]] = {}
     for function, arguments in ((forward, (variables, x)), (gradient, (variables, x, cotangent))):
         compiled = jax.jit(function).lower(*arguments).compile()
         call = functools.partial(compiled, *arguments)

@@ -2,6 +2,7 @@
 
     python benchmarks/speed/startup.py [--config teacher] [--quick]
     python benchmarks/speed/startup.py --model RUN [--ct CT] [--series FOLDER] [--before CHECKOUT]
+        [--only-verbs]
 
 Each start is a new process that runs one step and is then stopped by SIGTERM. "cold" has an empty
 cache, "warm" a new workdir and the cache of an earlier run, and "restarted" resumes the warm one
@@ -12,7 +13,8 @@ With --model, `report` of six cases is timed in the same way; with --ct `predict
 slices (by the network of the training above) and to 2,000 slices. The parts of a start are CPU
 seconds or seconds of JAX's own log; the counts of imported modules and of traced and compiled
 programs do not depend on how busy the machine is. With --before, another checkout of this
-repository runs in turns with this one.
+repository runs in turns with this one. With --only-verbs the training is started once, for the
+network of the 300 slices, and not timed. Each start is reported on standard error when it ends.
 """
 
 import json
@@ -65,9 +67,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ct", help="CT for predict and attribute")
     parser.add_argument("--series", help="folder of a DICOM series to repeat")
     parser.add_argument("--before", help="checkout of another version to compare with")
+    parser.add_argument("--only-verbs", action="store_true", help="do not time the training")
     full = {"size": 256, "repeats": 3, "config": "teacher"}
     quick = {"size": 64, "repeats": 1, "config": "smoke"}
     chosen = harness.parse(parser, argv, full=full, quick=quick)
+    if chosen.only_verbs and not chosen.model:
+        parser.error("--only-verbs needs --model")
+    if chosen.only_verbs and not chosen.quick:
+        chosen.extent = "partial"
     configs.load(chosen.config)  # reports an unknown config in one line
     starts: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": [], "restarted": []}
     with tempfile.TemporaryDirectory() as temporary:
@@ -93,19 +100,25 @@ def main(argv: Sequence[str] | None = None) -> None:
             result = json.loads(process.stdout.splitlines()[-1])
             if result["stopped"] == resumes:  # the signal came too late or not at all
                 raise RuntimeError(f"a start did not run exactly one step: {result}")
+            console.Log().say(f"train {run}: first step after {result['first_step']:.1f} s")
             return result
 
         start(folder / "cache", "first")
-        for turn in range(chosen.repeats):
+        for turn in range(0 if chosen.only_verbs else chosen.repeats):
             starts["cold"].append(start(folder / f"empty-{turn}", f"cold-{turn}"))
             starts["warm"].append(start(folder / "cache", f"warm-{turn}"))
             starts["restarted"].append(start(folder / "cache", f"warm-{turn}", resumes=True))
         verbs: list[dict[str, Any]] = []
         if chosen.model:
             found = verb_starts.commands(
-                folder, chosen.model, chosen.ct, chosen.series, folder / "run-warm-0"
+                folder, chosen.model, chosen.ct, chosen.series, folder / "run-first"
             )
-            verbs = list(verb_starts.measure(folder, found, chosen.before, chosen.repeats))
+            for one in verb_starts.measure(folder, found, chosen.before, chosen.repeats):
+                console.Log().say(
+                    f"{one['name']}, {one['cache']} cache, {one['code']}: {one['total']:.1f} s, "
+                    f"{one['cpu']:.1f} CPU seconds"
+                )
+                verbs.append(one)
     names = ("imports", "compile", "longest", "first_step")
     rows = [
         [
@@ -116,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ),
         ]
         for kind, results in starts.items()
+        if results
     ]
     shares = {
         kind: timing.spread(
@@ -125,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ]
         )
         for kind in ("warm", "restarted")
+        if starts[kind]
     }
     notes = [
         "seconds; first step: from the end of the imports until one step is saved (reading data, "

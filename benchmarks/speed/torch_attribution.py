@@ -57,5 +57,4 @@ class Explained(torch_networks.Timed):
 
 
 if __name__ == "__main__":
-    torch_networks.Timed = Explained
-    torch_networks.main()
+    torch_networks.main(Explained)

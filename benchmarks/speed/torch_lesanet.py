@@ -135,5 +135,4 @@ class Timed(torch_networks.Timed):
 
 if __name__ == "__main__":
     torch_networks.NETWORKS["lesanet"] = LesaNet
-    torch_networks.Timed = Timed
-    torch_networks.main()
+    torch_networks.main(Timed)

@@ -335,16 +335,16 @@ class Timed:
         return loss.detach()
 
 
-def main() -> None:
+def main(timed: type[Timed] = Timed) -> None:
     """Answers requests until standard input ends; see the module's docstring."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     answer = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     print(json.dumps(answer), flush=True)
-    networks = {}
+    networks: dict[str, Timed] = {}
     for line in sys.stdin:
         request = json.loads(line)
         if "load" in request:
-            networks[request["name"]] = Timed(request["load"], request)
+            networks[request["name"]] = timed(request["load"], request)
             answer = {}
         else:
             step = getattr(networks[request["name"]], request["step"])

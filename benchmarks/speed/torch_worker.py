@@ -70,6 +70,8 @@ class Worker:
             raise InputError(
                 f"--torch-python {python}: {error.strerror}: pass a Python with torch and NumPy"
             ) from None
+        assert self._process.stdin is not None and self._process.stdout is not None  # pipes
+        self._requests, self._answers = self._process.stdin, self._process.stdout
         try:
             self.versions = self._answer()
         except InputError as error:
@@ -84,8 +86,8 @@ class Worker:
         Raises:
           InputError: the process ended; with the last line of its standard error.
         """
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
+        self._requests.write(json.dumps(request) + "\n")
+        self._requests.flush()
         return self._answer()
 
     def timer(self, name: str, step: str, *, at_least: float = 0.5) -> Callable[[], float]:
@@ -112,7 +114,8 @@ class Worker:
         with tempfile.TemporaryDirectory() as folder:
             file = pathlib.Path(folder) / "network.npz"
             arrays = {f"weights/{path}": np.asarray(array) for path, array in flat.items()}
-            np.savez(file, **arrays, **{f"batch/{key}": value for key, value in batch.items()})
+            arrays |= {f"batch/{key}": value for key, value in batch.items()}
+            np.savez(file, allow_pickle=False, **arrays)
             self.ask(
                 name=name,
                 load=str(file),
@@ -124,13 +127,13 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process."""
-        self._process.stdin.close()
+        self._requests.close()
         self._process.wait()
-        self._process.stdout.close()
+        self._answers.close()
         self._errors.close()
 
     def _answer(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
+        line = self._answers.readline()
         if not line:
             self._process.wait()
             self._errors.seek(0)

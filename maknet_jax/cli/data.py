@@ -52,7 +52,12 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
 
     verb = options.verb(forms, "openkbp", _run_openkbp)
     verb.add_argument("folder", help="a folder of the release that contains pt_N/ct.csv")
-    verb.add_argument("--out", required=True, help="folder to write; finished patients are skipped")
+    verb.add_argument(
+        "--out",
+        type=options.folder,
+        required=True,
+        help="folder to write; finished patients are skipped",
+    )
 
 
 def _add_segmentations(forms: argparse._SubParsersAction) -> None:
@@ -116,7 +121,7 @@ def _add_output_options(
     verb: argparse.ArgumentParser, size: str = "256", *, dicom: bool = True
 ) -> None:
     options.override_options(verb, dicom=dicom)
-    verb.add_argument("--out", required=True, help="folder to write")
+    verb.add_argument("--out", type=options.folder, required=True, help="folder to write")
     verb.add_argument(
         "--size",
         type=options.count,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from maknet_jax.cli.options import BAD_INPUT, DONE, STOPPED, show
-from maknet_jax.errors import ADVICE, InputError, Stopped
+from maknet_jax.errors import ADVICE, InputError, OutputExists, Stopped
 from maknet_jax.runs import stopping
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ def _others() -> "Peers | None":
 
 def _describe(error: Exception) -> tuple[str, int] | None:
     """(message, exit code) of an expected error; None for others."""
+    if isinstance(error, OutputExists):
+        return error.command_message, BAD_INPUT
     if isinstance(error, InputError):
         return str(error), BAD_INPUT
     if isinstance(error, OSError) and error.errno is not None:  # a full disk, a missing permission

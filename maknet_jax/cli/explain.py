@@ -21,7 +21,8 @@ def add_verbs(verbs: Any) -> None:
     verb = options.verb(verbs, "attribute", _run_attribute)
     _shared_options(
         verb,
-        labels="explain these labels; selects the images of the split that have any of them",
+        labels="explain these labels; selects the images of the split that have any of them, and "
+        "of CT files, with --limit, the slices that show them best",
         top="without --labels, explain the N most confident labels of each image",
     )
     verb.add_argument(
@@ -46,7 +47,8 @@ def add_verbs(verbs: Any) -> None:
     verb = options.verb(verbs, "perturb", _run_perturb)
     _shared_options(
         verb,
-        labels="only images of the split that have any of these labels",
+        labels="only images of the split that have any of these labels, and of CT files, with "
+        "--limit, the slices that show them best",
         top="compare the N most confident labels of each image",
         path_note="For --strategy attribution, which deletes the pixels that matter most. "
         "--baseline\nis also what attribution and random put in place of deleted pixels.",
@@ -72,7 +74,9 @@ def add_verbs(verbs: Any) -> None:
     )
     verb = options.verb(verbs, "report", _run_report)
     verb.add_argument("model", help="workdir of `maknet train`, or a bundle with --out and --data")
-    verb.add_argument("--out", help="folder to write (default: WORKDIR/report)")
+    verb.add_argument(
+        "--out", type=options.folder, help="folder to write (default: WORKDIR/report)"
+    )
     verb.add_argument("--split", help="split of the cases (default: test, otherwise validation)")
     verb.add_argument("--data", help="prepared data set (default: the one trained on)")
     _ct(verb)
@@ -109,7 +113,7 @@ def _shared_options(
         "path", nargs="?", help="CT files to explain instead of a split: DICOM, NIfTI or PNG"
     )
     options.model(verb)
-    verb.add_argument("--out", required=True, help="folder to write")
+    verb.add_argument("--out", type=options.folder, required=True, help="folder to write")
     which = verb.add_argument_group(
         "which images and labels", "Give CT files, or --split of a prepared data set."
     )
@@ -130,8 +134,9 @@ def _shared_options(
         "--limit",
         metavar="N",
         type=options.count,
-        help="take at most N images, the first ones in the order of the split or, of CT files, "
-        "from head to feet (default: all)",
+        help="take at most N images: with CT files and --labels, the slices with the highest "
+        "confidences of these labels, of different series first; otherwise the first ones in the "
+        "order of the split or from head to feet (default: all)",
     )
     which.add_argument(
         "--compare", metavar="MODEL", help="a second network, shown beside the first"

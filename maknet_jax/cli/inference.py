@@ -15,7 +15,9 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
 
 def _demo(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(verbs, "demo", _run_demo)
-    verb.add_argument("--out", default="demo", help="folder to write (default: demo)")
+    verb.add_argument(
+        "--out", type=options.folder, default="demo", help="folder to write (default: demo)"
+    )
     verb.add_argument(
         "--seed",
         type=int,
@@ -45,8 +47,9 @@ def _predict(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(verbs, "predict", _run_predict)
     verb.add_argument(
         "path",
-        help="file or folder of DICOM, NIfTI or PNG, a zip or tar of one, or a DICOMDIR; one slice "
-        "is read with its neighbours in the folder",
+        nargs="+",
+        help="files and folders of DICOM, NIfTI or PNG, zips or tars of them, or a DICOMDIR; one "
+        "slice is read with its neighbours in the folder",
     )
     options.model(verb)
     verb.add_argument(
@@ -77,6 +80,12 @@ def _predict(verbs: argparse._SubParsersAction) -> None:
         "--charts", action="store_true", help="also draw the labels of each series, head to feet"
     )
     verb.add_argument(
+        "--sr",
+        action="store_true",
+        help="also write STEM.NNN.sr.dcm: the coded labels of each DICOM series as a DICOM "
+        'structured report (TID 1500), which names the patient; needs pip install "maknet-jax[sr]"',
+    )
+    verb.add_argument(
         "--features",
         metavar="FILE.npz",
         help="also write the pooled features of all slices: features [N, F] and ids SERIES:SLICE",
@@ -101,9 +110,10 @@ def _run_predict(chosen: argparse.Namespace) -> int:
 
     options.start_jax()
     scoring = options.selected(chosen, "png_window", "checkpoint", "batch_size", *options.OVERRIDES)
-    names = ("as_json", "wide", "audit", "charts", "features", "overwrite")
+    names = ("as_json", "wide", "audit", "charts", "sr", "features", "overwrite")
     outputs = options.selected(chosen, *names, "pseudonyms", "salt_file")
-    summary = predict.predict(chosen.model, chosen.path, chosen.out, **scoring, **outputs)
+    path = chosen.path if len(chosen.path) > 1 else chosen.path[0]
+    summary = predict.predict(chosen.model, path, chosen.out, **scoring, **outputs)
     options.show(predict.text(summary))
     return options.SOME_REJECTED if summary["failures"] else options.DONE
 
@@ -111,7 +121,7 @@ def _run_predict(chosen: argparse.Namespace) -> int:
 def _export(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(verbs, "export", _run_export)
     verb.add_argument("workdir", help="workdir of `maknet train`, or a bundle to export again")
-    verb.add_argument("--out", required=True, help="folder to write")
+    verb.add_argument("--out", type=options.folder, required=True, help="folder to write")
     options.checkpoint(verb)
     verb.add_argument(
         "--dtype",
@@ -120,14 +130,16 @@ def _export(verbs: argparse._SubParsersAction) -> None:
         help="dtype of the stored kernels, converted to float32 on loading (default: float32)",
     )
     verb.add_argument("--zip", dest="zipped", action="store_true", help="also write OUT.zip")
-    verb.add_argument("--name", help="title of the model card (default: the folder's name)")
+    verb.add_argument(
+        "--name",
+        help="title of the model card (default: that of the bundle, or the workdir's name)",
+    )
     verb.add_argument(
         "--license",
         dest="license_name",
         metavar="LICENSE",
-        default="other",
         help="licence of the weights as named by the Hugging Face Hub, such as cc-by-4.0 "
-        "(default: other)",
+        "(default: that of the bundle; other for a workdir)",
     )
     verb.add_argument("--data", help="training data set, if it has moved")
     verb.add_argument("--overwrite", action="store_true", help="replace an existing bundle at OUT")

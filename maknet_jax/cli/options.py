@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import csv
 import inspect
+import itertools
 import math
 import os
 import pathlib
@@ -18,6 +19,7 @@ from maknet_jax import files
 from maknet_jax.errors import did_you_mean
 
 OVERRIDES = ("assume_hu", "allow_lossy")  # stored by `override_options`
+_FILES = (".csv", ".json", ".html", ".npz", ".png", ".zip")  # endings that no output folder has
 DONE, BAD_INPUT, SOME_REJECTED, STOPPED = 0, 2, 3, 75
 
 
@@ -26,6 +28,25 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Reports unknown options first: an error about a missing one would hide the typo."""
+        words = sys.argv[1:] if args is None else list(args)
+        if self._subparsers is None:
+            self._check_options(words)
+        return super().parse_known_args(words, namespace)
+
+    def _check_options(self, words: Sequence[str]) -> None:
+        """Reports an unknown option; fields of a config, if it takes them, are checked later."""
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        for word in itertools.takewhile(lambda word: word != "--", words):
+            name = word.partition("=")[0]
+            if not name.startswith("--") or " " in name or name in known:
+                continue
+            if name.startswith("--config.") and self.get_default("takes_config") is not False:
+                continue
+            hint = did_you_mean(name, known, likeness=0.6)
+            self.error(f"unknown option {word!r}{f': {hint}' if hint else ''}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Names the choices that are nearest to an unknown value; argparse calls it."""
@@ -207,6 +228,22 @@ def shares(text: str) -> dict[str, float]:
         raise argparse.ArgumentTypeError(
             f"{text!r} should be SPLIT=SHARE,..., as in train=0.8,val=0.2"
         ) from None
+
+
+def folder(text: str) -> str:
+    """The type of output folders: rejects the names of files."""
+    path = pathlib.Path(text)
+    if path.is_dir():
+        return text
+    if path.exists():
+        raise argparse.ArgumentTypeError(f"{text} is a file: pass the name of a folder")
+    if path.suffix.lower() in _FILES:
+        also = "; `export --zip` also writes the .zip" if path.suffix.lower() == ".zip" else ""
+        raise argparse.ArgumentTypeError(
+            f"{text} is the name of a file, but a folder is written: pass {path.with_suffix('')}"
+            f"{also}"
+        )
+    return text
 
 
 def count(text: str) -> int:

@@ -14,7 +14,9 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
     )
     forms = select.add_subparsers(dest="form", required=True, metavar="FORM")
     verb = options.verb(forms, "idc", _run_idc)
-    verb.add_argument("--out", help="folder to write (default: only print the counts)")
+    verb.add_argument(
+        "--out", type=options.folder, help="folder to write (default: only print the counts)"
+    )
     verb.add_argument(
         "--body-parts",
         nargs="+",

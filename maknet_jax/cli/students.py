@@ -15,7 +15,7 @@ def _pseudo_label(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(verbs, "pseudo-label", _run_pseudo_label)
     options.model(verb, "the teacher")
     verb.add_argument("--records", required=True, help="prepared data set of the images")
-    verb.add_argument("--out", required=True, help="folder to write")
+    verb.add_argument("--out", type=options.folder, required=True, help="folder to write")
     verb.add_argument(
         "--split", default="unlabelled", help="split of the records (default: unlabelled)"
     )
@@ -72,7 +72,7 @@ def _run_pseudo_label(chosen: argparse.Namespace) -> None:
 def _noisy_student(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(verbs, "noisy-student", _run_noisy_student, takes_config=True)
     verb.add_argument("--config", required=True, help="noisy_student (the paper's) or a .py file")
-    verb.add_argument("--workdir", required=True, help="folder of all rounds")
+    verb.add_argument("--workdir", type=options.folder, required=True, help="folder of all rounds")
     verb.usage = "maknet noisy-student --config NAME --workdir DIR [--config.FIELD=VALUE ...]"
     options.processes(verb)
 

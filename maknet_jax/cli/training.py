@@ -9,8 +9,9 @@ from maknet_jax.errors import InputError
 
 
 def add_verbs(verbs: argparse._SubParsersAction) -> None:
-    """Adds `import-weights`, `train` and `evaluate`."""
+    """Adds `import-weights`, `plan`, `train` and `evaluate`."""
     _import_weights(verbs)
+    _plan(verbs)
     _train(verbs)
     _evaluate(verbs)
 
@@ -57,6 +58,60 @@ def _run_import_weights(chosen: argparse.Namespace) -> None:
     options.show(f"  {summary['out']}  for --config.init.path; digest {summary['digest']}")
 
 
+def _plan(verbs: argparse._SubParsersAction) -> None:
+    verb = options.verb(verbs, "plan", _run_plan, takes_config=True)
+    verb.add_argument("--config", required=True, help="a config, as for `maknet train`")
+    verb.add_argument(
+        "--topology",
+        required=True,
+        help="TPU chips by axis, such as v5e:4x4, v5p:2x2x1 or v6e:2x2; or GPUs (a100, h100, h200, "
+        "b200): h100 for one, h100:8 for those of a host, h100:4x8 for four hosts",
+    )
+    verb.add_argument(
+        "--batch",
+        type=options.count,
+        metavar="N",
+        help="images per chip (default: those of the config, divided among the chips)",
+    )
+    verb.add_argument(
+        "--images",
+        type=options.count,
+        metavar="N",
+        help="labelled images of an epoch (default: those of data.path if it exists, else the "
+        "17,697 of DeepLesion)",
+    )
+    verb.add_argument(
+        "--labels",
+        type=options.count,
+        metavar="N",
+        help="number of labels (default: those of data.path if it exists, else 115)",
+    )
+    verb.add_argument("--out", help="also write the numbers to this JSON file")
+
+
+def _run_plan(chosen: argparse.Namespace) -> None:
+    """Compile the training step for a TPU or GPU that is not here: memory, bounds of step time,
+    throughput and hours, efficiency of many chips.
+
+        maknet plan --config teacher --topology v5e:4x4 --batch 128
+    """
+    from maknet_jax.planning import chips
+
+    chips.of_topology(chosen.topology)  # raises InputError
+    chips.use_host_only()  # before JAX is imported
+    import jax
+
+    # A program compiled for a device that is not present cannot be loaded from the cache.
+    jax.config.update("jax_enable_compilation_cache", False)
+
+    from maknet_jax import plan
+    from maknet_jax.runs import config as configs
+
+    config = configs.load(chosen.config, chosen.overrides)
+    names = ("batch", "images", "labels", "out")
+    print(plan.describe(plan.plan(config, chosen.topology, **options.selected(chosen, *names))))
+
+
 def _train(verbs: argparse._SubParsersAction) -> None:
     verb = options.verb(verbs, "train", _run_train, takes_config=True)
     verb.add_argument(
@@ -67,7 +122,9 @@ def _train(verbs: argparse._SubParsersAction) -> None:
         "(small); or the path of a .py file, of a config.json, or of a workdir, to train with the "
         "config of that run",
     )
-    verb.add_argument("--workdir", help="folder of the run; required unless --print-config")
+    verb.add_argument(
+        "--workdir", type=options.folder, help="folder of the run; required unless --print-config"
+    )
     verb.add_argument(
         "--print-config",
         action="store_true",
@@ -117,7 +174,9 @@ def _evaluate(verbs: argparse._SubParsersAction) -> None:
     )
     verb.add_argument("--data", help="another prepared data set with the same labels")
     verb.add_argument(
-        "--out", help="folder to write (default: WORKDIR/evaluation); required for a bundle"
+        "--out",
+        type=options.folder,
+        help="folder to write (default: WORKDIR/evaluation); required for a bundle",
     )
     options.checkpoint(verb)
     verb.add_argument(

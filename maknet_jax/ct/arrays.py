@@ -86,7 +86,7 @@ def volume_of_array(
     slices = tuple(names[::-1] if axes[0].flip else names)
     uids = tuple(f"{name}:{k}" for k in slices)
     standard = geometry.standard_affine(matrix, axes, hu.shape)
-    return Volume(volume, (steps[z], steps[y], steps[x]), name, slices, uids, standard)
+    return Volume(volume, (steps[z], steps[y], steps[x]), name, slices, uids, standard, file=name)
 
 
 def _affine(spacing: Sequence[float], orientation: str) -> np.ndarray:

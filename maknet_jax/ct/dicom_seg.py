@@ -87,8 +87,12 @@ def read_header(path: str | os.PathLike[str]) -> SegHeader:
     return SegHeader(str(path), patient, series[0], segments)
 
 
-def require_highdicom() -> Any:
+def require_highdicom(what: str = "DICOM SEG", extra: str = "dicom-seg") -> Any:
     """Imports highdicom.
+
+    Args:
+      what: what needs it, for the message.
+      extra: the extra of this package that installs it.
 
     Raises:
       InputError: it is not installed.
@@ -97,7 +101,7 @@ def require_highdicom() -> Any:
         import highdicom
     except ImportError:
         raise InputError(
-            'DICOM SEG needs highdicom: install it with pip install "maknet-jax[dicom-seg]"'
+            f'{what} needs highdicom: install it with pip install "maknet-jax[{extra}]"'
         ) from None
     return highdicom
 

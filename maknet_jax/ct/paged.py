@@ -13,12 +13,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import DTypeLike
 
+from maknet_jax import console
+
 IN_MEMORY = 128 << 20  # bytes; larger arrays are mapped
 BLOCK = 32 << 20  # bytes that are read or written before pages are released
 
 
 def empty(shape: Sequence[int], dtype: DTypeLike = np.int16) -> np.ndarray:
-    """A new array; a large one is mapped if the temporary folder has room for it."""
+    """A new array; a large one is mapped. Without room in the temporary folder, logs why not."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size <= IN_MEMORY:
         return np.empty(shape, dtype)
@@ -27,7 +29,11 @@ def empty(shape: Sequence[int], dtype: DTypeLike = np.int16) -> np.ndarray:
             if hasattr(os, "posix_fallocate"):  # otherwise a full disk ends the process
                 os.posix_fallocate(file.fileno(), 0, size)
             return np.memmap(file, dtype, "r+", shape=tuple(shape))
-    except OSError:
+    except OSError as error:
+        console.Log().say(
+            f"a volume of {size >> 20:,} MiB is kept in memory, because the temporary "
+            f"folder cannot hold it ({error.strerror or error}): set TMPDIR to one with more room"
+        )
         return np.empty(shape, dtype)
 
 

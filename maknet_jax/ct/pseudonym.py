@@ -105,14 +105,12 @@ class Pseudonyms:
         Stored indices stay, and so does BodyPartExamined if it consists of names of body parts.
         """
         uids = tuple(map(self.name, volume.uids))
-        # A file may be named by a number that identifies its patient.
-        indices = set(map(str, range(len(uids))))
-        slices = volume.slices if set(volume.slices) == indices else uids
         return dataclasses.replace(
             volume,
             series=self.name(volume.series),
-            slices=slices,
+            slices=volume.slices if volume.file else uids,
             uids=uids,
+            file=self.name(volume.file) if volume.file else "",
             body_part=volume.body_part if _BODY_PART.fullmatch(volume.body_part) else "",
         )
 

@@ -9,6 +9,7 @@ import itertools
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeAlias, TypeGuard
 
 from maknet_jax import files
 from maknet_jax.ct import archives, containers, dicom, dicomdir, nifti, own_outputs, png, reading
@@ -26,6 +27,7 @@ _OTHER_FORMATS = {
     ".nrrd": ("NRRD", _SIMPLE_ITK),
     ".nhdr": ("NRRD", _SIMPLE_ITK),
 }
+Paths: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]"
 _BATCH = 4096  # maximum number of queued files, for archives of any size
 
 
@@ -63,7 +65,7 @@ class _Search:
 
 
 def find_series(
-    path: str | os.PathLike[str],
+    path: Paths,
     *,
     workers: int = 1,
     overrides: reading.Overrides = reading.STRICT,
@@ -74,7 +76,8 @@ def find_series(
     to be images, and pictures that this package has written are skipped.
 
     Args:
-      path: a file, a folder, an archive, or a DICOMDIR, which lists the files to read.
+      path: a file, a folder, an archive, or a DICOMDIR, which lists the files to read; or several.
+        Names are relative to the folder or to that of the file, or to the common folder of several.
       workers: threads that read DICOM headers.
       overrides: what is read although it would be rejected.
 
@@ -83,19 +86,19 @@ def find_series(
       used). Slices of one DICOM series that share a reason make one entry.
 
     Raises:
-      InputError: the path does not exist, or is not a file or a folder.
+      InputError: a path does not exist, or is not a file or a folder.
     """
-    path = str(pathlib.Path(path))
-    folder = containers.is_folder(path)
-    if not folder and not containers.is_file(path):
-        state = "is neither a file nor a folder" if os.path.lexists(path) else "does not exist"
-        raise InputError(f"{path} {state}: pass a file or a folder of CT")
-    search = _Search(path if folder else os.path.dirname(path) or ".")
+    places = as_list(path)
+    for place in places:
+        if not containers.is_folder(place) and not containers.is_file(place):
+            state = "is neither a file nor a folder" if os.path.lexists(place) else "does not exist"
+            raise InputError(f"{place} {state}: pass a file or a folder of CT")
+    search = _Search(_root(places))
     headers: list[dicom.Header] = []
     pictures = []
     read = functools.partial(headers_of, overrides=overrides)
     with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
-        paths = _walk(path, folder, search.failures)
+        paths = _files(places, search.failures)
         while batch := list(itertools.islice(paths, _BATCH)):
             others = []
             for file in containers.in_order(batch):
@@ -124,6 +127,27 @@ def find_series(
     return ordered, sorted(search.failures)
 
 
+def is_path(source: object) -> TypeGuard[Paths]:
+    """Whether something is a path or a list with paths."""
+    several = source if isinstance(source, (list, tuple)) else [source]
+    return any(isinstance(one, (str, os.PathLike)) for one in several)
+
+
+def as_list(path: Paths) -> list[str]:
+    """One or several paths as a list.
+
+    Raises:
+      InputError: there is none, or one of them is not a path.
+    """
+    several = [path] if isinstance(path, (str, os.PathLike)) else list(path)
+    for one in several:
+        if not isinstance(one, (str, os.PathLike)):
+            raise InputError(f"{type(one).__name__} in a list of paths: pass files and folders")
+    if not several:
+        raise InputError("an empty list of paths: pass a file or a folder of CT")
+    return [str(pathlib.Path(one)) for one in several]
+
+
 def other_format(path: str | os.PathLike[str]) -> str:
     """Why a volume in another format is not read, and how to convert it; "" for other files."""
     name = os.path.basename(path).lower().removesuffix(".gz")
@@ -131,11 +155,14 @@ def other_format(path: str | os.PathLike[str]) -> str:
     return f"{kind} is not supported: convert it to NIfTI, as in {convert}" if kind else ""
 
 
-def contents(path: str | os.PathLike[str]) -> str:
-    """What a file or folder without CT holds, such as "3 other files (2 .jpg, 1 .pdf)"."""
-    names = [os.fspath(path)]
-    if containers.is_folder(path):
-        names = [name for _, _, files_here in containers.walk(path, []) for name in files_here]
+def contents(path: Paths) -> str:
+    """What files or folders without CT hold, such as "3 other files (2 .jpg, 1 .pdf)"."""
+    names: list[str] = []
+    for place in as_list(path):
+        if containers.is_folder(place):
+            names += [name for _, _, here in containers.walk(place, []) for name in here]
+        else:
+            names.append(place)
     kinds = collections.Counter(os.path.splitext(name)[1].lower() or "no suffix" for name in names)
     common = ", ".join(f"{count} {files.printable(kind)}" for kind, count in kinds.most_common(5))
     return f"{len(names)} other files ({common})" if names else "no file"
@@ -175,6 +202,33 @@ def series_key(group: Sequence[dicom.Header]) -> str:
 def relative_name(path: str, root: str) -> str:
     """`path` relative to `root`, with forward slashes; what cannot be printed is escaped."""
     return files.printable(pathlib.PurePath(os.path.relpath(path, root)).as_posix())
+
+
+def _root(places: Sequence[str]) -> str:
+    """The folder that names are relative to."""
+    folders = [
+        place if containers.is_folder(place) else os.path.dirname(place) or "." for place in places
+    ]
+    if len(places) == 1:
+        return folders[0]
+    try:
+        return os.path.commonpath(map(os.path.abspath, folders))
+    except ValueError:  # on different drives
+        return "."
+
+
+def _files(places: Sequence[str], failures: list[tuple[str, str]]) -> Iterator[str]:
+    """Yields the files of all places; one that is in several of them once."""
+    each = (_walk(place, containers.is_folder(place), failures) for place in places)
+    if len(places) == 1:
+        yield from next(each)
+        return
+    seen: set[str] = set()
+    for file in itertools.chain.from_iterable(each):
+        whole = os.path.abspath(file)
+        if whole not in seen:
+            seen.add(whole)
+            yield file
 
 
 def _walk(path: str, folder: bool, failures: list[tuple[str, str]]) -> Iterator[str]:

@@ -38,14 +38,16 @@ class Volume:
       spacing: mm between neighbours along (z, y, x); nan where unknown, and along z where the
         distance of slices changes.
       series: the SeriesInstanceUID, or the name relative to the root.
-      slices: a name for each slice: the file relative to the root; for NIfTI the index along the
-        stored z axis.
+      slices: a name for each slice: its file relative to the root; in a volume with a `file` the
+        index along the stored z axis.
       uids: for each slice the SOPInstanceUID, or an id computed from the content of the file.
       affine: `[4, 4]`, indices (x, y, z) of `hu` to RAS in mm; None where unknown.
       body_part: the tag BodyPartExamined of the first slice; "" without it.
       blocks: the division into evenly spaced blocks; empty if there is one block.
       context: the slices in the folder before the first and after the last one, which are its
         neighbours but not part of the volume; None where there is none.
+      file: the NIfTI file of all slices relative to the root, or the name of the array; "" where
+        each slice has its own file or frame.
     """
 
     hu: np.ndarray
@@ -57,6 +59,7 @@ class Volume:
     body_part: str = ""
     blocks: tuple[Block, ...] = ()
     context: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
+    file: str = ""
 
     def neighbours(self, centre: int) -> list[np.ndarray]:
         """The slice before, the slice, and the slice after it.
@@ -140,7 +143,8 @@ def load_series(
     except OSError as error:  # the file was removed or is not readable
         raise Rejected(f"cannot be read ({error.strerror or error})") from error
     uids = tuple(f"{digest}:{k}" for k in stored)
-    return Volume(hu, spacing, ref.key, stored, uids, affine)
+    file = search.relative_name(ref.paths[0], ref.root)
+    return Volume(hu, spacing, ref.key, stored, uids, affine, file=file)
 
 
 def load_all(

@@ -138,7 +138,7 @@ def slice_index(row: Row, volume: volumes.Volume, named: int | None) -> int:
     if name and (name in volume.slices or not name.isdigit()):
         return volumes.slice_of(volume, name)
     if name:
-        if int(name) < len(volume.hu) and not volume.slices[0].isdigit():
+        if int(name) < len(volume.hu) and not volume.file:
             return int(name)
         raise InputError(
             f"slice {row.slice} is not among the {len(volume.hu)} slices of {row.path}"

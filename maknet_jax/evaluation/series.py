@@ -67,6 +67,7 @@ class SeriesResult:
       confidences: float32 `[Z, K]`.
       predicted: bool `[Z, K]`: labels that reach their threshold, and parents of such labels.
       tag: BodyPartExamined of the file; "" without it.
+      file: of all slices, see `Volume.file`; "" where each slice has its own.
       features: float32 `[Z, F]`, pooled features; None if they were not requested.
       read: read() returns the CT; it may read the files again.
       png_window: (low, high), the HU of pixel values 0 and 255 in 8-bit PNGs.
@@ -83,6 +84,7 @@ class SeriesResult:
     confidences: np.ndarray
     predicted: np.ndarray
     tag: str
+    file: str
     features: np.ndarray | None
     read: Callable[[], Volume] = dataclasses.field(repr=False)
     png_window: tuple[float, float] | None = None
@@ -112,11 +114,16 @@ class SeriesResult:
             confidences=confidences,
             predicted=predicted,
             tag=volume.body_part,
+            file=volume.file,
             **more,
         )
 
     def __len__(self) -> int:
         return len(self.slices)
+
+    def file_of(self, number: int) -> str:
+        """The file of a slice."""
+        return self.file or self.slices[number]
 
     def columns(self, number: int) -> list[int]:
         """The predicted columns of a slice by decreasing confidence."""
@@ -183,9 +190,12 @@ class SeriesResult:
 
         A slice without a predicted label has one row with the label "".
         """
-        for number, name in enumerate(self.slices):
+        for number in range(len(self)):
             place = {"series": self.id, "slice": number, "z_mm": _number(self.z_mm[number], 3)}
-            source: dict[str, Any] = {"file": name, "sop_instance_uid": self.uids[number]}
+            source: dict[str, Any] = {
+                "file": self.file_of(number),
+                "sop_instance_uid": self.uids[number],
+            }
             source["flags"] = list(self.slice_flags.get(number, ()))
             for k in self.columns(number):
                 scores = {
@@ -224,8 +234,7 @@ class SeriesResult:
         part = self.body_part
         return {
             "series": self.id,
-            # The slices of a NIfTI are named by their index, and the series by the file.
-            "file": self.id if self.slices[0].isdigit() else self.slices[0],
+            "file": self.file_of(0),
             "slices": len(self),
             "mm": _number(self.z_mm[-1], 3),
             "body_part_examined": part.term,
@@ -256,14 +265,14 @@ class SeriesResult:
             {
                 "series": self.id,
                 "slice": number,
-                "file": name,
+                "file": self.file_of(number),
                 "uid": self.uids[number],
                 "z_mm": float(self.z_mm[number]),
                 "labels": self.labels[number],
                 "confidences": self.confidences[number, self.columns(number)].tolist(),
                 "flags": tuple(dict.fromkeys((*self.flags, *self.slice_flags.get(number, ())))),
             }
-            for number, name in enumerate(self.slices)
+            for number in range(len(self))
         ]
 
     def images(self, numbers: Iterable[int], size: int) -> Iterator[np.ndarray]:

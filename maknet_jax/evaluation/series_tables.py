@@ -57,7 +57,7 @@ def wide(results: Sequence[SeriesResult]) -> tuple[list[str], Iterator[list[Any]
     rows = (
         [
             *(result.id, number, "" if np.isnan(z_mm) else round(float(z_mm), 3)),
-            *("|".join(result.labels[number]), result.slices[number], result.uids[number]),
+            *("|".join(result.labels[number]), result.file_of(number), result.uids[number]),
             *np.round(result.confidences[number].astype(float), 4).tolist(),
         ]
         for result in results

@@ -183,11 +183,24 @@ class Job:
             batch_size=batch_size,
         )
         counts = {"images": len(paths), "failures": len(failures)}
+        if ct := self.selection.identity.get("ct"):
+            counts["without_ct"] = without = _count_without_ct(paths.values())
+            if without:
+                console.Log().say(
+                    f"{without} of {len(paths)} pictures have the resolution of the network: their "
+                    f"CT is not in {ct}, or it has changed"
+                )
         summary = self.settings | {"workdir": str(self.folder)} | counts
         if jax.process_index() == 0:
             names = [network.name for network in self.networks]
             summary |= write(Explained(self.out, paths, failures, summary, names, most_shown))
         return summary
+
+
+def _count_without_ct(paths: Iterable[pathlib.Path]) -> int:
+    """The number of results whose picture is not that of a CT slice."""
+    pictures = (load_metadata(path).get("picture", {}) for path in paths)
+    return sum(not fields.get("native", False) for fields in pictures)
 
 
 def _read(selection: Selection, numbers: Iterable[int]) -> tuple[Images, Failures]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from maknet_jax import console
 from maknet_jax.ct import preprocess, search, volumes
 from maknet_jax.ct.pseudonym import Pseudonyms, read_pseudonyms
 from maknet_jax.data import records
@@ -83,12 +84,18 @@ class Selection:
     identity: dict[str, Any]
 
 
-def select(run: workdir.Run, options: SelectionOptions) -> Selection:
-    """Selects images of a prepared split, or all slices of CT files.
+def select(
+    run: workdir.Run,
+    options: SelectionOptions,
+    score: Callable[[volumes.Volume], np.ndarray] | None = None,
+) -> Selection:
+    """Selects images of a prepared split, or slices of CT files.
 
     Args:
       run: the opened network.
       options: which images.
+      score: volume -> confidences `[Z, K]`. With `labels` and `limit`, the slices of CT files are
+        then those of `best_slices`; without it the first ones.
 
     Raises:
       InputError: no image is selected, or an id or a label is unknown.
@@ -101,9 +108,12 @@ def select(run: workdir.Run, options: SelectionOptions) -> Selection:
     identity: dict[str, Any]
     if path is not None and split is None:
         hidden = read_pseudonyms(options.pseudonyms, options.salt_file)
-        readers, known, series, failures = _slices(run, path, ids, options, hidden)
+        by_score = bool(score and columns and options.limit and not ids)
+        best = functools.partial(_best, run, score, columns) if score and by_score else None
+        readers, known, series, failures = _slices(run, path, ids, options, hidden, best)
         shown = hidden.name(str(path)) if hidden else str(path)
         identity = {"path": shown, "series": sorted({ref.key for ref in series})}
+        identity |= {"order": "confidence"} if by_score else {}
         identity["digest"] = digest([[ref.key, ref.count, *sizes(ref.paths)] for ref in series])
     elif split is not None and path is None:
         readers, known, unlabelled, dataset = _records(run, options, split, ids, columns)
@@ -132,6 +142,42 @@ def group_of(image_id: str, meta: Mapping[str, Any]) -> str:
         return patient[1]
     name = meta.get("patient") or meta.get("series")
     return name or image_id.rpartition(":")[0] or image_id
+
+
+def best_slices(
+    confidences: np.ndarray, reached: np.ndarray, groups: Sequence[str], limit: int | None
+) -> list[int]:
+    """The slices that show labels best, in ascending order.
+
+    The labels take turns. Each takes first the slices whose confidence reaches its threshold: the
+    best of each group, then the second of each, and so on; then the others in the same way.
+
+    >>> best = functools.partial(best_slices, np.c_[[0.9, 0.8, 0.1, 0.7]], np.c_[[1, 1, 0, 1]])
+    >>> best(["a", "a", "b", "c"], 2), best(["a", "a", "b", "c"], 3)
+    ([0, 3], [0, 1, 3])
+
+    Args:
+      confidences: `[N, T]`, of the labels.
+      reached: bool `[N, T]`: the confidence reaches the threshold.
+      groups: N names, the patient or the series of each slice.
+      limit: maximum number of slices; None takes the best slice of each label.
+    """
+    columns = []
+    for scores, above in zip(confidences.T, reached.T, strict=True):
+        taken: dict[str, int] = {}
+        order: list[tuple[bool, int, int, int]] = []
+        for number in np.argsort(-scores, kind="stable").tolist():
+            turn = taken[groups[number]] = taken.get(groups[number], -1) + 1
+            order.append((not above[number], turn, len(order), number))
+        columns.append([number for *_, number in sorted(order)])
+    chosen: dict[int, None] = {}
+    for row in zip(*columns, strict=True):
+        for number in row:
+            if limit is None or len(chosen) < limit:
+                chosen.setdefault(number)
+        if limit is None:
+            break
+    return sorted(chosen)
 
 
 def digest(value: Any) -> str:
@@ -228,6 +274,8 @@ def _records(
             elif ids:
                 unlabelled.append(image.id)
         numbers = chosen
+    if folder is not None:
+        source_slices.check_matches(source.__getitem__, numbers[: options.limit], folder)
     return [functools.partial(read, number) for number in numbers], read_ids, unlabelled, dataset
 
 
@@ -237,13 +285,17 @@ def _slices(
     ids: set[str] | None,
     options: SelectionOptions,
     hidden: Pseudonyms | None,
+    best: Callable[..., tuple[list[str], list[tuple[str, str]]]] | None,
 ) -> tuple[
     list[Callable[[], SelectedImage]],
     list[str],
     list[search.SeriesRef],
     list[tuple[str, str]],
 ]:
-    """(readers, their ids, series, failures); with pseudonyms if `hidden`."""
+    """(readers, their ids, series, failures); with pseudonyms if `hidden`.
+
+    `best` is `_best` with its first arguments; None selects all slices.
+    """
     series, failures = search.find_series(path, overrides=options.overrides)
     if hidden:
         series, failures = list(map(hidden.series, series)), hidden.failures(failures)
@@ -255,12 +307,15 @@ def _slices(
         volume = volumes.load_series(ref, png_window=window, overrides=options.overrides)
         return volume, preprocess.body_threshold(volume.hu, window)
 
-    def read(ref: search.SeriesRef, number: int) -> SelectedImage:
+    def load_or_reject(ref: search.SeriesRef) -> tuple[volumes.Volume, float]:
         try:
-            volume, threshold = load(ref)
+            return load(ref)
         except Rejected as error:
             failure = ref.paths[0], str(error)
             raise Rejected(*(hidden.failures([failure])[0] if hidden else failure)) from error
+
+    def read(ref: search.SeriesRef, number: int) -> SelectedImage:
+        volume, threshold = load_or_reject(ref)
         triplet = volume.neighbours(number)
         image, crop = preprocess.make_triplet(triplet, size, threshold=threshold)
         file = ref.paths[0] if ref.kind == "nifti" else volume.slices[number]
@@ -277,4 +332,36 @@ def _slices(
 
     places = {f"{ref.key}:{number}": (ref, number) for ref in series for number in range(ref.count)}
     selected = [key for key in places if not ids or key in ids]
+    if best is not None and options.limit and options.limit < len(selected):
+        selected, rejected = best(options.limit, series, load_or_reject)
+        failures = [*failures, *rejected]
     return [functools.partial(read, *places[key]) for key in selected], selected, series, failures
+
+
+def _best(
+    run: workdir.Run,
+    score: Callable[[volumes.Volume], np.ndarray],
+    columns: list[int],
+    limit: int,
+    series: Sequence[search.SeriesRef],
+    load: Callable[[search.SeriesRef], tuple[volumes.Volume, float]],
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """(ids of the slices that show some labels best, failures of series that were rejected)."""
+    ids, groups, confidences = [], [], []
+    failures: list[tuple[str, str]] = []
+    with console.progress("score slices", sum(ref.count for ref in series)) as advance:
+        for ref in series:
+            try:
+                scores = score(load(ref)[0])[:, columns]
+            except Rejected as error:
+                failures.append(error.args)
+            else:
+                confidences.append(scores)
+                ids += [f"{ref.key}:{number}" for number in range(len(scores))]
+                groups += [group_of(name, {"series": ref.key}) for name in ids[-len(scores) :]]
+            advance(ref.count)
+    if not ids:
+        return [], failures
+    stacked = np.concatenate(confidences)
+    chosen = best_slices(stacked, stacked >= run.thresholds[columns], groups, limit)
+    return [ids[number] for number in chosen], failures

@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from maknet_jax.data import deeplesion, records
 from maknet_jax.errors import InputError, Rejected
 
 _TOLERANCE = 1  # HU; of rounding
+_CHECKED = 8  # images
 
 
 def check_folder(folder: pathlib.Path) -> None:
@@ -23,6 +24,30 @@ def check_folder(folder: pathlib.Path) -> None:
     if not folder.is_dir():
         raise InputError(
             f"--ct {folder} is not a folder: pass the CT that --data was prepared from"
+        )
+
+
+def check_matches(
+    source: Callable[[int], records.Example], numbers: Sequence[int], folder: pathlib.Path
+) -> None:
+    """Checks that a folder holds the CT of any of some records, which are spread over `numbers`.
+
+    Args:
+      source: number -> record.
+      numbers: of the selected records.
+      folder: see `read_slice`.
+
+    Raises:
+      InputError: it holds none of them.
+    """
+    step = max(1, len(numbers) // _CHECKED)
+    checked = [source(number) for number in numbers[::step][:_CHECKED]]
+    if not any(map(_names_source, checked)):
+        raise InputError(f"--ct {folder}: the records do not name the slices they show: omit it")
+    if all(read_slice(example, folder) is None for example in checked):
+        raise InputError(
+            f"--ct {folder} holds the CT of none of {len(checked)} images that were checked, the "
+            f"first of which is {checked[0].id}: pass the CT that --data was prepared from"
         )
 
 
@@ -57,6 +82,11 @@ def part(plane: np.ndarray, crop: preprocess.Box) -> np.ndarray:
     """The pixels of a slice inside a box."""
     top, left, bottom, right = crop
     return preprocess.clean(plane[top:bottom, left:right])
+
+
+def _names_source(example: records.Example) -> bool:
+    """Whether a record names the slice that it shows, see `_plane`."""
+    return "slice_box" in example.meta or "case" in example.meta
 
 
 def _plane(meta: Mapping[str, Any], folder: pathlib.Path) -> np.ndarray | None:

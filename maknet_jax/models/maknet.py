@@ -25,7 +25,8 @@ class MAKNet(network.TrunkNetwork):
     at half the size would move more bytes than all blocks together.
 
     Attributes:
-      stem: channels of the 7 x 7 convolution with stride 4.
+      stem: channels of the 7 x 7 convolution.
+      stem_stride: its stride.
       blocks: MAKConv layers of each dense block.
       growth_rates: channels that each layer of a block adds.
       widths: output channels of each block.
@@ -38,6 +39,7 @@ class MAKNet(network.TrunkNetwork):
     """
 
     stem: int = 32
+    stem_stride: int = 4
     blocks: Sequence[int] = (3, 3, 6, 6)
     growth_rates: Sequence[int] = (16, 32, 112, 160)
     widths: Sequence[int] = (64, 128, 256, 384)
@@ -52,7 +54,7 @@ class MAKNet(network.TrunkNetwork):
     ) -> network.Outputs | list[jax.Array]:
         """`[B, H, W, 3]` -> `Outputs`.
 
-        With `stages`: the maps of the stem, `[B, H/4, W/4, stem]`, and of each block.
+        With `stages`: the maps of the stem, `[B, H/4, W/4, stem]` at stride 4, and of each block.
 
         Raises:
           InputError: `blocks`, `growth_rates` and `widths` differ in length, the form or a plain
@@ -70,7 +72,9 @@ class MAKNet(network.TrunkNetwork):
             )
         learning = train and not self.frozen
         x = layers.InputNorm(self.dtype, name="input")(images)
-        x = layers.ConvNorm(self.stem, (7, 7), 4, dtype=self.dtype, name="stem")(x, learning)
+        x = layers.ConvNorm(self.stem, (7, 7), self.stem_stride, dtype=self.dtype, name="stem")(
+            x, learning
+        )
         x = layers.mish(x)
         maps = [x]
         shapes = zip(self.blocks, self.growth_rates, self.widths, strict=True)

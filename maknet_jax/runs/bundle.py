@@ -36,7 +36,7 @@ from maknet_jax import files
 from maknet_jax.ct import preprocess
 from maknet_jax.data import lesions
 from maknet_jax.data.labels import Vocabulary
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, OutputExists
 from maknet_jax.runs import config as configs
 from maknet_jax.runs import domain_file
 from maknet_jax.runs.bundle_files import Member, damaged, open_members
@@ -261,9 +261,9 @@ def check_free(
         if not out.is_dir() or not is_bundle(out):
             raise InputError(f"--out {out} exists and is not a bundle: choose another folder")
         if not overwrite:
-            raise InputError(f"--out {out} exists: choose another folder or add --overwrite")
+            raise OutputExists(out)
     if zipped and archive.exists() and not (overwrite and archive.is_file()):
-        raise InputError(f"{archive} exists: choose another folder or add --overwrite")
+        raise OutputExists(archive)
 
 
 def read(path: str | os.PathLike[str]) -> Bundle:
@@ -284,6 +284,18 @@ def read(path: str | os.PathLike[str]) -> Bundle:
         statistics = _read_arrays(path, domain_file.FILE, content[domain_file.FILE])
         domain = domain_file.Statistics(statistics, info["out_of_domain"])
     return Bundle(info, *_described(path, info), arrays, domain, path)
+
+
+def read_card(path: str | os.PathLike[str]) -> str:
+    """The text of the model card of a bundle, checked against its digest.
+
+    Raises:
+      InputError: it is damaged.
+    """
+    path = pathlib.Path(path)
+    with open_members(path) as members:
+        info = _read_info(path, members)
+        return _read_checked(path, members, info, CARD).decode(errors="replace")
 
 
 def _read_info(path: pathlib.Path, members: Mapping[str, Member]) -> dict[str, Any]:

@@ -106,7 +106,7 @@ ways use the same `model.safetensors`:
 
 ## Scores
 
-{_scores(info["metrics"])}
+{_scores(info)}
 
 ## Intended use and limits
 
@@ -119,6 +119,15 @@ data.
 
 {_domain(info["out_of_domain"])}
 """
+
+
+def license_of(card: str) -> str:
+    """The licence in the header of a model card; "other" if it has none."""
+    for line in card.partition("\n---\n")[0].splitlines():
+        key, _, value = line.partition(": ")
+        if key == "license":
+            return value.strip('" ')
+    return "other"
 
 
 def _domain(about: Mapping[str, Any] | None) -> str:
@@ -162,18 +171,25 @@ def _data(data: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _scores(metrics: Mapping[str, Any]) -> str:
+def _scores(info: Mapping[str, Any]) -> str:
     """The table of all splits that were scored at this step."""
+    metrics, images = info["metrics"], info["data"].get("images", {})
+    tuning = info["config"]["data"]["val_split"]
     rows = []
-    for split, values in metrics.items():
-        cells = [values.get(name) for name in _METRICS]
+    for name, values in metrics.items():
+        # The metrics that the checkpoint was saved with; evaluated splits have their own name.
+        tuned = name == "validation" and "examples" not in values
+        split, shown = (tuning, f"tuning (split {tuning})") if tuned else (name, name)
+        cells = [values.get(metric) for metric in _METRICS]
         cells = ["-" if cell is None else f"{cell:.3f}" for cell in cells]
-        rows.append([split, *cells, str(values.get("examples", "-"))])
+        count = values.get("examples", images.get(split))
+        rows.append([shown, *cells, "-" if count is None else f"{count:,}"])
     if not rows:
         return "Not evaluated before the export."
     header = ["set", "AUC", "F1", "precision", "recall", "images"]
     parts = [
-        "Macro averages over the labels that have positives and negatives.",
+        "Macro averages over the labels that have positives and negatives. The tuning split chose "
+        "the checkpoint and the thresholds, so that its scores are optimistic.",
         console.markdown_table(header, rows),
     ]
     for split, values in metrics.items():

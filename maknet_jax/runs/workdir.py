@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from maknet_jax import console, files
 from maknet_jax.data.labels import Vocabulary
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, did_you_mean
 from maknet_jax.runs import build, bundle, domain_file
 from maknet_jax.runs import config as configs
 from maknet_jax.runs.progress import Progress
@@ -216,9 +216,10 @@ def find(source: str | os.PathLike[str], also: str = "") -> pathlib.Path:
     if str(source) in released:
         return released[str(source)]
     known = ", ".join(released) or "none in this version"
+    hint = did_you_mean(str(source), released, likeness=0.6)
     raise InputError(
-        f"{source} not found: pass {also}a workdir of `maknet train`, a bundle (folder or .zip) or "
-        f"the name of a released model ({known})"
+        f"{source} not found: {f'{hint} Or ' if hint else ''}pass {also}a workdir of `maknet "
+        f"train`, a bundle (folder or .zip) or the name of a released model ({known})"
     )
 
 

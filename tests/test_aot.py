@@ -1,4 +1,4 @@
-"""The benchmark of programs for TPUs, without compiling: that takes minutes and needs libtpu."""
+"""The benchmark of programs for absent chips, without compiling: that takes minutes."""
 
 import os
 import types
@@ -7,17 +7,18 @@ import jax
 import pytest
 
 from maknet_jax.errors import InputError
+from maknet_jax.planning import compiled
 
 
 @pytest.fixture(scope="module")
 def program():
     """The benchmark; restores the environment variables that its import sets."""
     environment = dict(os.environ)
-    from benchmarks.speed import tpu_aot
+    from benchmarks.speed import aot
 
     os.environ.clear()
     os.environ.update(environment)
-    return tpu_aot
+    return aot
 
 
 def test_the_largest_batch_is_extrapolated_and_confirmed(program):
@@ -66,7 +67,7 @@ def test_bad_arguments_are_rejected(program, monkeypatch):
             raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: not divisible")
         return types.SimpleNamespace(devices=[])
 
-    monkeypatch.setattr(program.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(program.topologies, "get_topology_desc", describe)
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(compiled.topologies, "get_topology_desc", describe)
     with pytest.raises(InputError, match="'v5e:9x9' .*not divisible"):
         program.main(["--topologies", "v5e:2x2,v5e:9x9"])

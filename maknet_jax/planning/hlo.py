@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -199,7 +200,7 @@ def _bytes_of(computation: Computation, computations: Mapping[str, Computation])
         elif _is_collective(kind):
             moved += _in_hbm(_collective_outputs(line)) + sum(read)
         elif kind == "while":
-            body = computations[re.search(r"body=%?([\w.\-]+)", rest)[1]]
+            body = computations[_named("body", rest)]
             moved += _trips(rest, computations) * _bytes_of(body, computations)
         elif kind == "conditional":
             moved += max((_bytes_of(branch, computations) for branch in called), default=0)
@@ -218,12 +219,24 @@ def _trips(rest: str, computations: Mapping[str, Computation]) -> int:
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
     if known:
         return int(known[1])
-    condition = computations[re.search(r"condition=%?([\w.\-]+)", rest)[1]]
+    condition = computations[_named("condition", rest)]
     limits = [line.rest for line in condition.values() if line.kind == "constant"]
     compared = any("direction=LT" in line.rest for line in condition.values())
     if len(limits) != 1 or not compared:
         raise ValueError(f"the trip count of a loop is not in the text: ...{rest[:100]}")
     return int(limits[0].split(")")[0])
+
+
+def _named(part: str, rest: str) -> str:
+    """The name of a loop's body or condition.
+
+    Raises:
+      ValueError: the text has none.
+    """
+    match = re.search(rf"{part}=%?([\w.\-]+)", rest)
+    if match is None:
+        raise ValueError(f"a loop has no {part}: ...{rest[:100]}")
+    return match[1]
 
 
 def _called(rest: str) -> list[str]:
@@ -247,7 +260,9 @@ def _fusion(computation: Computation, operands: Sequence[int], outputs: Sequence
             number = int(line.rest.split(")")[0])
             moved += min(operands[number], _read(computation, name))
     (root,) = (name for name, line in computation.items() if line.is_root)
-    written = computation[root].operands if computation[root].kind == "tuple" else [root]
+    written = [root] * len(outputs)  # an operation of several outputs, such as a library call
+    if computation[root].kind == "tuple":
+        written = computation[root].operands
     for name, output in zip(written, outputs, strict=True):
         moved += min(_in_hbm([output]), _updated(computation, name))
     return moved
@@ -260,18 +275,18 @@ def _without_bitcasts(computation: Computation, name: str) -> Line:
     return computation[name]
 
 
-def _updated(computation: Computation, name: str) -> float:
-    """Upper bound of the bytes that an operation writes: its update if in place, else infinity."""
+def _updated(computation: Computation, name: str) -> int:
+    """Upper bound of the bytes that an operation writes: its update if in place, else no bound."""
     line = _without_bitcasts(computation, name)
     if line.kind == "dynamic-update-slice":
         buffer = _without_bitcasts(computation, line.operands[0])
         if buffer.kind == "parameter" or _ALLOCATE in buffer.rest:
             return computation[line.operands[1]].arrays[0].padded_bytes
-    return math.inf
+    return sys.maxsize
 
 
-def _read(computation: Computation, name: str) -> float:
-    """Upper bound of the bytes read of a parameter: its slices if only sliced, else infinity."""
+def _read(computation: Computation, name: str) -> int:
+    """Upper bound of the bytes read of a parameter: its slices if only sliced, else no bound."""
     moved, names = 0, {name}
     for user, line in computation.items():
         if not names & set(line.operands):
@@ -281,5 +296,5 @@ def _read(computation: Computation, name: str) -> float:
         elif line.kind in ("slice", "dynamic-slice") and line.operands[0] in names:
             moved += line.arrays[0].padded_bytes
         elif line.kind != "dynamic-update-slice" or line.operands[0] not in names:
-            return math.inf
+            return sys.maxsize
     return moved

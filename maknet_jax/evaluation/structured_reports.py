@@ -1,0 +1,180 @@
+"""The coded labels of DICOM series as DICOM structured reports (PS3.16, TID 1500).
+
+A report has one measurement group (TID 1501) for the regions that the series shows, and one for
+each label with a SNOMED CT code: the code as finding site, with laterality, the slices with the
+label, and the mean confidence over them as Certainty of Finding in percent. Writing needs
+highdicom, the extra `sr`.
+"""
+
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pydicom
+from pydicom import uid as dicom_uid
+
+import maknet_jax
+from maknet_jax import files
+from maknet_jax.ct import containers, dicom_frames, dicom_seg, search
+from maknet_jax.evaluation import body_parts
+from maknet_jax.evaluation.series import SeriesResult
+
+EXTRA = "sr"
+_SIDES = {"L": ("7771000", "Left"), "R": ("24028007", "Right")}  # SNOMED CT
+
+
+def require_highdicom() -> Any:
+    """Imports highdicom.
+
+    Raises:
+      InputError: it is not installed.
+    """
+    return dicom_seg.require_highdicom("A DICOM SR", EXTRA)
+
+
+def write_reports(
+    out: pathlib.Path,
+    results: Sequence[SeriesResult],
+    series: Sequence[search.SeriesRef],
+    network: str,
+) -> tuple[list[pathlib.Path], int]:
+    """Writes STEM.NNN.sr.dcm for each DICOM series with a coded label.
+
+    Args:
+      out: the CSV of `maknet predict`.
+      results: number -> predictions.
+      series: the inputs, whose keys are the ids of the results.
+      network: what made the predictions.
+
+    Returns:
+      (the files, the number of series without report: other formats, files without the UIDs that a
+      report refers to, or no coded label).
+    """
+    written = []
+    paths: dict[str, tuple[str, ...]] = {
+        ref.key: ref.paths for ref in series if ref.kind == "dicom"
+    }
+    for number, result in enumerate(results):
+        data = report_of(result, _header(paths.get(result.id, ())), network)
+        if data is not None:
+            written.append(out.with_suffix(f".{number:03d}.sr.dcm"))
+            with files.write_whole(written[-1], "wb") as file:
+                data.save_as(file, enforce_file_format=True)
+    return written, len(results) - len(written)
+
+
+def report_of(
+    result: SeriesResult, header: pydicom.Dataset | None, network: str
+) -> pydicom.Dataset | None:
+    """The report of a series; None if nothing in it has a code, or a UID is missing.
+
+    Args:
+      result: the predictions.
+      header: of one of its files; None if it is not DICOM.
+      network: what made the predictions.
+    """
+    hd = require_highdicom()
+    required = ("SOPClassUID", "StudyInstanceUID", "SeriesInstanceUID")
+    if header is None or not all(header.get(name) for name in required):
+        return None
+    if not all(re.fullmatch(r"[0-9.]+(:[0-9]+)?", uid) for uid in result.uids):
+        return None
+    groups = [
+        _group(hd, header, result, name, part, slices, network)
+        for name, part, slices in _findings(result)
+    ]
+    if not groups:
+        return None
+    device = hd.sr.DeviceObserverIdentifyingAttributes(
+        uid=dicom_uid.generate_uid(entropy_srcs=["maknet-jax", network]),
+        name="maknet-jax",
+        model_name=network[:64],
+    )
+    observer = hd.sr.ObserverContext(hd.sr.CodedConcept("121007", "DCM", "Device"), device)
+    content = hd.sr.MeasurementReport(
+        hd.sr.ObservationContext(observer_device_context=observer),
+        hd.sr.CodedConcept("77477000", "SCT", "Computed tomography"),
+        groups,
+        title=hd.sr.CodedConcept("126000", "DCM", "Imaging Measurement Report"),
+    )
+    return hd.sr.EnhancedSR(
+        evidence=[_image(header, uid) for uid in dict.fromkeys(map(_instance, result.uids))],
+        content=content[0],
+        series_instance_uid=dicom_uid.generate_uid(),
+        series_number=1,
+        sop_instance_uid=dicom_uid.generate_uid(),
+        instance_number=1,
+        manufacturer="maknet-jax",
+    )
+
+
+def _header(paths: Sequence[str]) -> pydicom.Dataset | None:
+    """The header of the first file, without pixels."""
+    if not paths:
+        return None
+    with containers.open_file(dicom_frames.split_path(paths[0])[0]) as file:
+        return pydicom.dcmread(file, stop_before_pixels=True)
+
+
+def _findings(
+    result: SeriesResult,
+) -> list[tuple[str, body_parts.BodyPart, np.ndarray]]:
+    """(name, body part with a code, numbers of the slices with it)."""
+    findings = [("regions of the series", result.body_part, np.arange(len(result)))]
+    for cover in result.covers:
+        column = result.names.index(cover.label)
+        findings.append((cover.label, cover.body_part, np.flatnonzero(result.predicted[:, column])))
+    return [finding for finding in findings if finding[1].code != body_parts.NO_CODE]
+
+
+def _group(
+    hd: Any,
+    header: pydicom.Dataset,
+    result: SeriesResult,
+    name: str,
+    part: body_parts.BodyPart,
+    slices: np.ndarray,
+    network: str,
+) -> Any:
+    """A measurement group, TID 1501."""
+    side = _SIDES.get(part.laterality)
+    site = hd.sr.FindingSite(
+        hd.sr.CodedConcept(part.code, "SCT", part.meaning),
+        laterality=hd.sr.CodedConcept(side[0], "SCT", side[1]) if side else None,
+    )
+    measurements = []
+    if name in result.names:
+        confidence = float(result.confidences[slices, result.names.index(name)].mean())
+        certainty = hd.sr.CodedConcept("111012", "DCM", "Certainty of Finding")
+        percent = hd.sr.CodedConcept("%", "UCUM", "Percent")
+        measurements.append(hd.sr.Measurement(certainty, round(100 * confidence, 2), percent))
+    frames: dict[str, list[int]] = {}
+    for number in slices.tolist():
+        instance, _, frame = result.uids[number].partition(":")
+        frames.setdefault(instance, []).extend([int(frame)] if frame else [])
+    return hd.sr.MeasurementsAndQualitativeEvaluations(
+        tracking_identifier=hd.sr.TrackingIdentifier(dicom_uid.generate_uid(), name),
+        finding_type=hd.sr.CodedConcept("123037004", "SCT", "Body structure"),
+        algorithm_id=hd.sr.AlgorithmIdentification(network, maknet_jax.__version__),
+        finding_sites=[site],
+        measurements=measurements,
+        source_images=[
+            hd.sr.SourceImageForMeasurementGroup(header.SOPClassUID, instance, numbers or None)
+            for instance, numbers in frames.items()
+        ],
+    )
+
+
+def _instance(uid: str) -> str:
+    """The SOPInstanceUID of a slice that may be a frame."""
+    return uid.partition(":")[0]
+
+
+def _image(header: pydicom.Dataset, instance: str) -> pydicom.Dataset:
+    """The header of a file of the same series."""
+    image = pydicom.Dataset()
+    image.update({element.tag: element for element in header})
+    image.SOPInstanceUID = instance
+    return image
