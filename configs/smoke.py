@@ -79,6 +79,8 @@ def get_config():
             },
             "domain_components": 64,  # of the out-of-domain statistics, at most 64; 0 writes none
             "ema_decay": 0.0,  # above 0: scores a moving average of the weights with this decay
+            "accumulate": 1,  # parts of a batch that are processed one after the other
+            "remat": False,  # True: less memory, more time, the same values
             "evaluate_every": 2.0,  # epochs
             "checkpoint_every": 200,  # steps, in addition to a checkpoint after each evaluation
             "checkpoint_minutes": 30.0,  # and after this time; 0: by steps only

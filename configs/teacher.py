@@ -80,6 +80,13 @@ def get_config():
             },
             "domain_components": 64,  # of the out-of-domain statistics, at most 64; 0 writes none
             "ema_decay": 0.0,  # above 0: scores a moving average of the weights with this decay
+            # A batch is processed in so many equal parts, whose gradients are added: memory for one
+            # part. Without BatchNorm the result is that of 1. BatchNorm takes the statistics of
+            # each part, and the running ones move once per step, by the mean over the parts.
+            "accumulate": 1,
+            # True computes the activations inside a block again in the backward pass: less memory,
+            # more time, the same values. May be switched on resume.
+            "remat": False,
             "evaluate_every": 1.0,  # epochs
             "checkpoint_every": 500,  # steps, in addition to a checkpoint after each evaluation
             "checkpoint_minutes": 30.0,  # and after this time; 0: by steps only

@@ -32,12 +32,13 @@ from maknet_jax.runs.progress import Progress
 from maknet_jax.runs.setup import Setup, set_up
 from maknet_jax.training import agreement, checkpoint, sharding
 from maknet_jax.training import log as metric_log
+from maknet_jax.training.background import Background
 from maknet_jax.training.state import TrainState
 
 # May change on resume, because no result depends on them. Moved data keep their fingerprint, moved
 # weights their digest.
 MAY_CHANGE = {"data.path", "data.threads", "pseudo.path", "init.path"}
-MAY_CHANGE |= {"domain_components", "checkpoint_minutes", "skip_nonfinite"}
+MAY_CHANGE |= configs.FREE_FIELDS
 MAY_CHANGE |= {"dataset.path", "dataset.labels", "dataset.size"}
 # Runs of earlier versions lack the origin; the fingerprint shows whether the data are the same.
 MAY_CHANGE |= {f"dataset.origin.{name}" for name in ("kind", "source", "citation", "licence")}
@@ -71,10 +72,11 @@ def train(
         _claim(setup),
         console.Log(folder / "log.jsonl" if _is_main() else None) as log,
         stopping.noted_signals() as stop,
-        contextlib.closing(checkpoint.Checkpoints(last)) as last_checkpoints,
-        contextlib.closing(checkpoint.Checkpoints(best, keep=1)) as best_checkpoints,
+        contextlib.closing(Background()) as saving,
+        contextlib.closing(checkpoint.Checkpoints(last, background=saving)) as lasts,
+        contextlib.closing(checkpoint.Checkpoints(best, keep=1, background=saving)) as bests,
     ):
-        return _Loop(setup, log, stop, last=last_checkpoints, best=best_checkpoints).run()
+        return _Loop(setup, log, stop, saving, last=lasts, best=bests).run()
 
 
 def _is_main() -> bool:
@@ -136,12 +138,13 @@ class _Loop:
         setup: Setup,
         log: console.Log,
         stop: list[int],
+        saving: Background,
         *,
         last: checkpoint.Checkpoints,
         best: checkpoint.Checkpoints,
     ) -> None:
         self.setup, self.log, self.stop = setup, log, stop
-        self.last, self.best = last, best
+        self.saving, self.last, self.best = saving, last, best
         self.progress = Progress(init=setup.init)
         self.evaluator = _evaluator(setup, stop)
         self.parents = setup.dataset.vocabulary.parents
@@ -167,6 +170,7 @@ class _Loop:
             lambda: bool(self.stop),
             self.log.say,
             save_minutes=config.checkpoint_minutes,
+            has_failed=lambda: self.saving.failed,
             most_skipped=config.skip_nonfinite,
             skipped=self.progress.skipped,
         )
@@ -218,11 +222,18 @@ class _Loop:
                     self.last.save(state, self.progress.to_json())
                     steps.saved()
                 if ending and (not at_end or self.progress.evaluation_due):
+                    self._wait()
                     self.log.event(message=f"stopped at step {number} of {total}", step=number)
                     raise Stopped(f"{self._saved(number)}; {stopping.AGAIN}")
+        self._wait()
         summary = self._finish(int(state.step) - first, time.perf_counter() - began)
         self._measure_domain(state)
         return summary
+
+    def _wait(self) -> None:
+        """Waits until all checkpoints are written, the best one first."""
+        self.best.wait()
+        self.last.wait()
 
     def _saved(self, number: int) -> str:
         return f"step {number} of {self.setup.total} is saved in {self.setup.folder}"
@@ -281,6 +292,7 @@ class _Loop:
         self.last.discard(number)  # its metadata lacks the results
         self.last.save(state, self.progress.to_json())
         if not finished:
+            self._wait()
             raise Stopped(self._saved(number))
 
     def _evaluate(self, state: TrainState, number: int, metrics: metric_log.MetricLog) -> bool:

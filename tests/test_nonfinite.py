@@ -106,7 +106,7 @@ def test_a_state_that_is_not_finite_is_neither_saved_nor_resumed(data, tmp_path,
             saved.save(bad)
         assert saved.steps() == [1]
         with monkeypatch.context() as patch:  # as earlier versions did
-            patch.setattr(checkpoint, "_first_nonfinite", lambda tree: None)
+            patch.setattr(checkpoint, "first_nonfinite", lambda tree: None)
             saved.save(bad)
         for like in (state, None):
             restored = saved.restore(like)

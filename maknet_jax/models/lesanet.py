@@ -78,6 +78,7 @@ class LesaNet(network.Network):
       units: output channels of each scale.
       embedding: length of the embedding.
       frozen: the weights and BatchNorm statistics of the trunk do not change.
+      remat: of the trunk, see `network.TrunkNetwork`.
     """
 
     trunk: str = "vgg16"
@@ -85,6 +86,7 @@ class LesaNet(network.Network):
     units: int = 256
     embedding: int = 256
     frozen: bool = False
+    remat: bool = False
     takes_box: ClassVar[bool] = True
 
     @nn.compact
@@ -110,6 +112,7 @@ class LesaNet(network.Network):
             trunk = TRUNKS[self.trunk](
                 num_classes=self.num_classes,
                 frozen=self.frozen,
+                remat=self.remat,
                 dtype=self.dtype,
                 **(self.trunk_options or {}),
             )

@@ -88,7 +88,7 @@ class MAKNet(network.TrunkNetwork):
                     f"images of {images.shape[1]} x {images.shape[2]} are too small for "
                     f"{len(self.blocks)} blocks: use larger images or fewer blocks"
                 )
-            x = layers.DenseBlock(
+            x = self.block(layers.DenseBlock)(
                 count,
                 growth_rate,
                 features,

@@ -46,10 +46,18 @@ class TrunkNetwork(Network):
     Attributes:
       dropout_rate: before the classifier; 0.5 in the student (section 4.2), 0 in the teacher.
       frozen: the weights and BatchNorm statistics of the trunk do not change.
+      remat: the backward pass computes the activations inside a block again from the block's input,
+        instead of keeping them. Values, parameters and their names are the same.
     """
 
     dropout_rate: float = 0.0
     frozen: bool = False
+    remat: bool = False
+
+    @nn.nowrap
+    def block(self, kind: type[nn.Module]) -> type[nn.Module]:
+        """The class of a block `kind(...)(x, train)`, which with `remat` stores its input only."""
+        return nn.remat(kind, static_argnums=(2,)) if self.remat else kind
 
     @nn.nowrap
     def head(self, features: jax.Array, train: bool, *, propagate: bool = True) -> Outputs:

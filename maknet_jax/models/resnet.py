@@ -55,7 +55,8 @@ class ResNet18(network.TrunkNetwork):
             for number in range(2):
                 strides = 2 if stage > 1 and not number else 1
                 name = f"stage{stage}_{number}"
-                x = BasicBlock(features, strides, self.dtype, name=name)(x, learning)
+                block = self.block(BasicBlock)
+                x = block(features, strides, self.dtype, name=name)(x, learning)
             maps.append(x)
         if self.frozen:
             x, maps = jax.lax.stop_gradient((x, maps))

@@ -31,7 +31,8 @@ class VGG16(network.TrunkNetwork):
         for stage, widths in enumerate(STAGES, 1):
             for number, features in enumerate(widths):
                 name = f"stage{stage}_{number}"
-                x = layers.ConvNorm(features, (3, 3), dtype=self.dtype, name=name)(x, learning)
+                block = self.block(layers.ConvNorm)
+                x = block(features, (3, 3), dtype=self.dtype, name=name)(x, learning)
                 x = nn.relu(x)
             maps.append(x)
             x = pooling.max_pool(x)

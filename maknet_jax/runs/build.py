@@ -186,6 +186,8 @@ def assemble(
                 augment=build_augment(config, mesh.size, form=rotation),
                 ema_decay=config.ema_decay,
                 skip_nonfinite=config.skip_nonfinite > 0,
+                accumulate=config.accumulate,
+                devices=mesh.size,
             ),
             in_shardings=(whole, rows, whole),
             out_shardings=(whole, whole),
@@ -214,6 +216,8 @@ def build_model(config: ConfigDict, labels: int) -> nn.Module:
     options = config.model.options.to_dict()
     if "trunk_rate" in config.optimizer and config.optimizer.trunk_rate == 0:
         options["frozen"] = True
+    if config.remat:
+        options["remat"] = True
     model = models.build(config.model.name, labels, dtype=kinds[config.precision], **options)
     moving = [f"{kind}_probability" for kind in ("rotation", "translation", "crop")]
     positive = [f"augment.{name}" for name in moving if config.augment[name] > 0]
@@ -254,6 +258,11 @@ def build_loss(
 ) -> losses.LossFn:
     """The loss of a config; the class weights are computed from the counts of a `TrainingSet`."""
     options = config.loss.to_dict()
+    if config.accumulate > 1 and config.loss.name == "lesion":
+        raise InputError(
+            f"config accumulate {config.accumulate} is not supported for loss lesion, which draws "
+            "its triplets and hard examples from the whole batch: set it to 1"
+        )
     pos_weight, neg_weight = losses.class_weights(
         np.asarray(label_counts), examples, clamp=options.pop("clamp")
     )

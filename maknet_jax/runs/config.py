@@ -30,10 +30,15 @@ ADDED_FIELDS: dict[str, Value] = {
     "ema_decay": 0.0,  # no average of the weights
     "domain_components": 64,  # no result of the training depends on it
     "checkpoint_minutes": 30.0,  # no result depends on it
+    "accumulate": 1,  # the whole batch at once
+    "remat": False,
     "skip_nonfinite": 10,  # earlier versions stopped instead
     "augment.translation_probability": 0.0,
     "augment.translation_range": 0.1,  # not used at probability 0
 }
+
+# Those of them on which no result depends: a run that lacks them takes them from the command.
+FREE_FIELDS = {"domain_components", "checkpoint_minutes", "skip_nonfinite", "remat"}
 
 FROM_INIT = "from_init"  # model.name: the network of init.path, see `setup.set_up`
 
@@ -142,7 +147,7 @@ def as_stored(
     resumed = config.copy_and_resolve_references().unlock()
     changed: dict[str, Any] = {}
     for key, value in ADDED_FIELDS.items():
-        if isinstance(value, Mapping):  # a group, with paths in it: never replaced
+        if isinstance(value, Mapping) or key in FREE_FIELDS:  # a group has paths in it
             continue
         *groups, field = key.split(".")
         before: Any = stored
@@ -293,6 +298,8 @@ def validate(config: ml_collections.ConfigDict, size: int, devices: int) -> None
     if config.pseudo.path:
         batch_sizes["pseudo"] = config.pseudo.batch_size
     for name, batch_size in batch_sizes.items():
-        if batch_size < 1 or batch_size % devices:
+        if batch_size < 1 or batch_size % (devices * config.accumulate):
             rule = f"above 0 and a multiple of the {devices} device(s)"
+            if config.accumulate > 1:
+                rule += f" times accumulate {config.accumulate}"
             raise InputError(f"config {name}.batch_size {batch_size} should be {rule}")

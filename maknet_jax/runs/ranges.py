@@ -25,6 +25,7 @@ _RULES = {
     **dict.fromkeys(("rotation", "translation", "crop", "contrast", "grayscale"), _SHARE),
     **dict.fromkeys(("alpha", "decay_from"), _SHARE),
     **dict.fromkeys(("stem", "blocks", "growth_rates", "widths", "kernel_size"), _COUNT),
+    "accumulate": _COUNT,
     **dict.fromkeys(("units", "embedding", "edge", "rhem_draws", "triplets"), _COUNT),
 }
 

@@ -35,6 +35,7 @@ class Steps:
         say: Callable[..., None],
         *,
         save_minutes: float,
+        has_failed: Callable[[], bool] = lambda: False,
         most_skipped: int,
         skipped: tuple[int, int] = (0, 0),
     ) -> None:
@@ -44,10 +45,11 @@ class Steps:
           is_stopping: whether this process has received a signal.
           say: logs a line.
           save_minutes: minutes between requests to save; 0 makes none.
+          has_failed: whether a checkpoint was not saved in the background: the next save raises it.
           most_skipped: skipped steps in a row that stop the training.
           skipped: (`skipped`, `in_a_row`) of the checkpoint from which the run resumes.
         """
-        self._is_stopping, self._say = is_stopping, say
+        self._is_stopping, self._has_failed, self._say = is_stopping, has_failed, say
         self._save_seconds, self._most = 60 * save_minutes, most_skipped
         self.skipped, self.in_a_row = skipped
         self._shared = jax.process_count() > 1
@@ -63,6 +65,7 @@ class Steps:
         if self._is_stopping():
             return STOP
         overdue = time.monotonic() - self._saved > self._save_seconds > 0
+        overdue |= self._has_failed()
         return SAVE if overdue and jax.process_index() == 0 else NOTHING
 
     def mark(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

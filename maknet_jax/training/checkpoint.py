@@ -5,10 +5,10 @@ arrays and compared on reading; a damaged checkpoint is skipped and the previous
 error of the system (no permission, too many open files) is not damage: it is raised as OSError.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import glob
-import hashlib
 import json
 import logging
 import os
@@ -21,13 +21,20 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from maknet_jax import files
 from maknet_jax.errors import InputError, system_error
 from maknet_jax.training import sharding
+from maknet_jax.training.background import Background
+from maknet_jax.training.digests import (
+    check_content,
+    check_digests,
+    content_digest,
+    digests,
+    first_nonfinite,
+)
 from maknet_jax.training.state import TrainState
 
 T = TypeVar("T")
@@ -55,7 +62,12 @@ class Checkpoints:
     """The checkpoints of one folder; checkpoint N holds the state after N updates."""
 
     def __init__(
-        self, folder: str | os.PathLike[str], *, keep: int = 2, writable: bool = True
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        keep: int = 2,
+        writable: bool = True,
+        background: Background | None = None,
     ) -> None:
         """Opens a folder, or creates it.
 
@@ -63,32 +75,29 @@ class Checkpoints:
           folder: the folder of the checkpoints.
           keep: number of checkpoints to keep; 2 leaves one to fall back on if one is damaged.
           writable: False only reads, possibly while a training writes; changes nothing.
+          background: the thread that writes checkpoints; None writes them in `save`.
 
         Raises:
           InputError: see `check_path`.
         """
         self.folder = pathlib.Path(folder).absolute()
-        if writable:
-            check_path(self.folder)
-            if jax.process_index() == 0:
-                self._remove_unfinished()
-        # Several processes read independently, without barriers.
+        self._background = background
+        self._writing: concurrent.futures.Future[None] | None = None
+        # Process 0 writes and all read independently, without barriers.
         self._alone = ocp.options.MultiprocessingOptions(
             primary_host=jax.process_index(),
             active_processes={jax.process_index()},
             barrier_sync_key_prefix=f"process {jax.process_index()}",
         )
+        options: dict[str, Any] = {"create": False, "enable_async_checkpointing": False}
         if writable:
-            self._manager = self._reader = self._open(max_to_keep=keep, create=True)
-        if not writable or jax.process_count() > 1:
-            self._reader = self._open(create=False, multiprocessing_options=self._alone)
-        if not writable:
-            self._manager = self._reader
-
-    def _open(self, **options: Any) -> ocp.CheckpointManager:
-        options |= {"enable_async_checkpointing": False}
-        chosen = ocp.CheckpointManagerOptions(**options)
-        return _listed(lambda: ocp.CheckpointManager(self.folder, options=chosen))
+            check_path(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)  # Orbax would need all processes
+            if jax.process_index() == 0:
+                self._remove_unfinished()
+                options["max_to_keep"] = keep
+        orbax = ocp.CheckpointManagerOptions(multiprocessing_options=self._alone, **options)
+        self._manager = _listed(lambda: ocp.CheckpointManager(self.folder, options=orbax))
 
     def _remove_unfinished(self) -> None:
         """Removes what a killed process or a full disk left of a checkpoint."""
@@ -102,22 +111,53 @@ class Checkpoints:
     def save(self, state: TrainState, metadata: Mapping[str, Any] | None = None) -> None:
         """Writes `state` under its step with `metadata` (JSON), unless the step exists.
 
+        With a background thread it returns as soon as the state is copied; then `wait` or the next
+        save raises the errors. A collective if there are several processes: the first one writes.
+
         Raises:
-          InputError: a value is not finite; nothing is written.
+          InputError: a value is not finite, and nothing is written; there is a newer checkpoint; or
+            what was written cannot be opened.
           OSError: the disk is full, for example; the previous checkpoints are intact.
-          RuntimeError: there is a newer checkpoint, or what was written cannot be opened.
         """
+        self.wait()
         step = int(state.step)
-        if step in self.steps():
+        if jax.process_index() == 0 and step not in self.steps():
+            arrays = sharding.host_copy(state)  # the next training step donates the state
+            write = functools.partial(self._write, step, arrays, json.dumps(dict(metadata or {})))
+            if self._background is None:
+                write()
+            else:
+                self._writing = self._background.start(write)
+        if self._background is None:
+            sharding.wait_for_all(f"saved {step}")
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is written; a collective if there are several processes.
+
+        Raises:
+          InputError: see `save`; on the other processes for all of its errors.
+          OSError: see `save`.
+        """
+        if self._background is None:
             return
-        if name := _first_nonfinite(state):
+        if self._writing:
+            self._writing.result()
+        error = self._background.take_error()
+        (reason, *_) = sharding.exchange(str(error) if error else None)
+        if error or reason:
+            raise error or InputError(f"process 0 cannot save a checkpoint: {reason}")
+
+    def _write(self, step: int, state: TrainState, metadata: str) -> None:
+        """Writes a checkpoint; for errors see `save`."""
+        if name := first_nonfinite(state):
             raise InputError(
                 f"the state after step {step} is not saved, because {name} is not finite: run the "
                 f"same command to resume from step {max(self.steps(), default=0)}, or lower "
                 "optimizer.learning_rate and choose another --workdir"
             )
-        content: dict[str, Any] = {"digests": digests(state), "meta": dict(metadata or {})}
-        content["sha256"] = _content_digest(content)
+        content: dict[str, Any] = {"digests": digests(state), "meta": json.loads(metadata)}
+        content["sha256"] = content_digest(content)
+        folder = self.folder / str(step)
         try:
             with _quiet():
                 saved = self._manager.save(
@@ -129,19 +169,24 @@ class Checkpoints:
                 if saved:
                     self._check_written(step, content)
         except Exception as error:
-            if jax.process_index() == 0:
-                self._remove_unfinished()
-            raise system_error(error, self.folder / str(step)) or error from None
+            self._remove_unfinished()
+            if isinstance(error, InputError):
+                raise
+            # Orbax raises many types of errors.
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise system_error(error, folder) or InputError(
+                f"{folder} was not written ({reason}): run the same command to resume"
+            ) from None
         if not saved:
-            raise RuntimeError(f"checkpoint {step} was not written: {self.folder} has a newer one")
+            raise InputError(f"{folder} was not written, because {self.folder} has a newer one")
 
     def _check_written(self, step: int, content: Mapping[str, Any]) -> None:
         """Opens a new checkpoint: Orbax can write one without its manifest."""
+        self._manager.reload()
         folder = self.folder / str(step)
-        self._reader.reload()
         complete = (folder / "state" / "manifest.ocdbt").is_file()
-        if not complete or self._read_content(step) != json.loads(json.dumps(content)):
-            raise RuntimeError(f"{folder} was written but cannot be opened")
+        if not complete or self._read_content(step) != content:
+            raise InputError(f"{folder} was written but cannot be opened: check its file system")
 
     def restore(self, like: TrainState | None = None) -> Restored:
         """Reads the newest intact checkpoint; for several processes see `agreement`.
@@ -160,8 +205,8 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for _ in range(_LISTINGS):
             before, damaged = self._listing(), {}
-            _listed(self._reader.reload)
-            for candidate in sorted(self._reader.all_steps(), reverse=True):
+            _listed(self._manager.reload)
+            for candidate in sorted(self._manager.all_steps(), reverse=True):
                 try:
                     return Restored(*self._read_twice(like, candidate), damaged)
                 except Exception as error:
@@ -188,7 +233,7 @@ class Checkpoints:
         Raises:
           Exception: it is missing or damaged.
         """
-        _listed(self._reader.reload)
+        _listed(self._manager.reload)
         return self._read_twice(like, step)
 
     def _listing(self) -> list[str]:
@@ -214,10 +259,10 @@ class Checkpoints:
 
     def _read_content(self, step: int) -> dict[str, Any]:
         """The digests and the metadata of a checkpoint."""
-        content = self._reader.restore(
+        content = self._manager.restore(
             step, args=ocp.args.Composite(content=ocp.args.JsonRestore())
         ).content
-        _check_content(content)
+        check_content(content)
         return content
 
     def _read(self, like: TrainState | None, step: int) -> tuple[TrainState, dict[str, Any]]:
@@ -253,13 +298,13 @@ class Checkpoints:
             opt_state=(),
             ema=restored.get("ema", ()),
         )
-        _check_digests(state, expected)
+        check_digests(state, expected)
         return state, stored["meta"]
 
     def _read_all(self, like: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         # Restored as NumPy arrays: the caller decides on which devices to put them.
         as_numpy = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
-        restored = self._reader.restore(
+        restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(as_numpy), content=ocp.args.JsonRestore()
@@ -271,8 +316,8 @@ class Checkpoints:
             if array.shape != leaf.shape:
                 name = jax.tree_util.keystr(path)
                 raise ValueError(f"another network: {name} is {array.shape}, not {leaf.shape}")
-        _check_content(restored.content)
-        _check_digests(restored.state, restored.content["digests"])
+        check_content(restored.content)
+        check_digests(restored.state, restored.content["digests"])
         return restored.state, restored.content["meta"]
 
     def set_aside(self, step: int) -> None:
@@ -289,14 +334,18 @@ class Checkpoints:
         self._manager.reload()
 
     def discard(self, step: int) -> None:
-        """Removes a checkpoint."""
-        self._manager.delete(step)
+        """Removes a checkpoint; a collective if there are several processes."""
+        self.wait()
+        if jax.process_index() == 0:
+            self._manager.delete(step)
+        sharding.wait_for_all(f"discarded {step}")
+        self._manager.reload()
 
     def close(self) -> None:
-        """Stops the managers' threads."""
-        self._reader.close()
-        if self._manager is not self._reader:
-            self._manager.close()
+        """Waits until the last checkpoint is written, and stops the manager's threads."""
+        if self._writing:
+            self._writing.result()
+        self._manager.close()
 
 
 def _listed(read: Callable[[], T]) -> T:
@@ -348,47 +397,3 @@ def _quiet() -> Iterator[None]:
 
 def _drop(_: logging.LogRecord) -> bool:
     return False
-
-
-def _content_digest(content: Mapping[str, Any]) -> str:
-    """SHA-256 of the digests and the metadata of a checkpoint."""
-    values = [content["digests"], content["meta"]]
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _check_content(content: Mapping[str, Any]) -> None:
-    """Compares the metadata with their digest; earlier versions stored none."""
-    if content.get("sha256", _content_digest(content)) != _content_digest(content):
-        raise ValueError("the metadata do not match their digest")
-
-
-def _check_digests(state: TrainState, expected: Mapping[str, str]) -> None:
-    if name := _first_nonfinite(state):  # earlier versions saved such states
-        raise ValueError(f"{name} is not finite")
-    actual = digests(state)
-    if actual != expected:
-        wrong = [name for name in expected if actual.get(name) != expected[name]]
-        raise ValueError(f"{len(wrong)} arrays do not match their digest, first {wrong[:1]}")
-
-
-def _first_nonfinite(tree: Any) -> str | None:
-    """The path of the first array with a value that is not finite; None if all are finite."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    for path, leaf in leaves:
-        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.isfinite(np.asarray(leaf)).all():
-            return jax.tree_util.keystr(path)
-    return None
-
-
-def digests(tree: Any) -> dict[str, str]:
-    """Path of each array in a pytree -> SHA-256 of its type, shape and bytes.
-
-    The arrays must be fully replicated.
-    """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    result = {}
-    for path, leaf in leaves:
-        array = np.asarray(leaf)
-        head = f"{array.dtype}{array.shape}".encode()
-        result[jax.tree_util.keystr(path)] = hashlib.sha256(head + array.tobytes()).hexdigest()
-    return result

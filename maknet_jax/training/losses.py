@@ -107,21 +107,43 @@ def weighted_focal_loss(
     return -(positive + negative)
 
 
-def masked_mean(values: jax.Array, label_mask: jax.Array, weight: jax.Array) -> jax.Array:
+def known_elements(label_mask: jax.Array, weight: jax.Array) -> jax.Array:
+    """The divisor of `masked_mean`: max(sum(mask weight), 1), a scalar.
+
+    Args:
+      label_mask: `[B, K]`, 0 where the label is unknown.
+      weight: `[B]`, 0 for padding rows.
+    """
+    return jnp.maximum(jnp.sum(_element_weight(label_mask, weight)), 1.0)
+
+
+def _element_weight(label_mask: jax.Array, weight: jax.Array) -> jax.Array:
+    return label_mask.astype(jnp.float32) * weight.astype(jnp.float32)[:, None]
+
+
+def masked_mean(
+    values: jax.Array,
+    label_mask: jax.Array,
+    weight: jax.Array,
+    *,
+    total: jax.Array | None = None,
+) -> jax.Array:
     """Mean over the known elements of the real examples.
 
     Args:
       values: `[B, K]`.
       label_mask: `[B, K]`, 0 where the label is unknown.
       weight: `[B]`, 0 for padding rows.
+      total: the divisor; None takes `known_elements` of these rows. With that of a whole batch, the
+        results of its parts add up to its mean.
 
     Returns:
-      A scalar, sum(values mask weight) / max(sum(mask weight), 1): 0 for a batch of padding.
+      A scalar, sum(values mask weight) / total: 0 for a batch of padding.
     """
-    element_weight = label_mask.astype(jnp.float32) * weight.astype(jnp.float32)[:, None]
+    element_weight = _element_weight(label_mask, weight)
     # Masked before the product, because 0 * inf is nan.
     counted = jnp.where(element_weight > 0, values, 0.0) * element_weight
-    return jnp.sum(counted) / jnp.maximum(jnp.sum(element_weight), 1.0)
+    return jnp.sum(counted) / (known_elements(label_mask, weight) if total is None else total)
 
 
 def focal_loss_fn(
@@ -140,7 +162,8 @@ def focal_loss_fn(
       head_weights: of the losses before and after the score propagation layer, as in LesaNet.
 
     Returns:
-      A pure function. `batch` has labels `[B, K]`, label_mask `[B, K]` and weight `[B]`. metrics
+      A pure function. `batch` has labels `[B, K]`, label_mask `[B, K]` and weight `[B]`; if it is a
+      part of a larger batch, known_elements is the `total` of that, see `masked_mean`. metrics
       holds the scalars loss, loss_after_spl and, if there are two heads, loss_before_spl. A network
       with one head has only the second term, times head_weights[1].
 
@@ -155,7 +178,8 @@ def focal_loss_fn(
         values = weighted_focal_loss(
             logits, batch["labels"], pos_weight=pos_weight, neg_weight=neg_weight, gamma=gamma
         )
-        return masked_mean(values, batch["label_mask"], batch["weight"])
+        total = batch.get("known_elements")
+        return masked_mean(values, batch["label_mask"], batch["weight"], total=total)
 
     def loss_fn(outputs: Heads, batch: Batch) -> tuple[jax.Array, Metrics]:
         after = head_loss(outputs.logits, batch)

@@ -55,6 +55,14 @@ def gather(tree: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
+def host_copy(tree: Tree) -> Tree:
+    """Copies of replicated arrays as NumPy arrays, which stay when a step donates the tree."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array):
+            leaf.copy_to_host_async()
+    return jax.tree.map(np.array, tree)
+
+
 def wait_for_all(name: str) -> None:
     """Blocks until every process has called it; returns immediately if there is only one."""
     if jax.process_count() > 1:

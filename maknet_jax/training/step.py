@@ -9,7 +9,7 @@ import optax
 from flax import linen as nn
 
 from maknet_jax.errors import InputError
-from maknet_jax.training import checked
+from maknet_jax.training import checked, losses
 from maknet_jax.training.augment import Augment, ToInput
 from maknet_jax.training.losses import LossFn, Metrics
 from maknet_jax.training.state import TrainState, Variables
@@ -26,6 +26,8 @@ def make_train_step(
     augment: Augment | None = None,
     ema_decay: float = 0.0,
     skip_nonfinite: bool = False,
+    accumulate: int = 1,
+    devices: int = 1,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
     """Builds `train_step(state, batch, key) -> (state, metrics)`.
 
@@ -39,16 +41,28 @@ def make_train_step(
       ema_decay: decay of the moving average of weights and statistics, if the state has one.
       skip_nonfinite: a step whose loss or gradient norm is not finite changes nothing but the step
         number; the metric `skipped` is then True.
+      accumulate: the batch is processed in so many equal parts, one after the other, and their
+        gradients are added: the gradient of the whole batch with the activations of one part. Each
+        part has its own BatchNorm statistics, and the running ones move by the mean of their
+        changes.
+      devices: number of devices over which the batch is split in equal contiguous parts.
 
     Returns:
       The step. `key` is the run's key, into which the step number is folded. Augmentation also
-      folds in the record's number `batch["index"]`; dropout depends on the row in the global batch.
-      Neither depends on the mesh or the workers. The metric `request` is the largest value of
-      `batch["request"]`, if there is one, see `runs.steps`.
+      folds in the record's number `batch["index"]`; dropout depends on the row in the global batch,
+      with `accumulate` on the row in its part. Neither depends on the mesh or the workers. The
+      metric `request` is the largest value of `batch["request"]`, if there is one, see
+      `runs.steps`.
     """
 
-    def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
-        key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+    def gradient(
+        params: Variables,
+        stats: Variables,
+        batch: Batch,
+        key: jax.Array,
+        dropout_key: jax.Array,
+    ) -> tuple[Variables, tuple[jax.Array, Metrics], Variables]:
+        """(gradient, (loss, metrics), BatchNorm statistics) of a batch or of one part of it."""
         if augment is None:
             images = to_input(batch["image"])
         else:
@@ -57,7 +71,7 @@ def make_train_step(
 
         def loss(params: Variables) -> tuple[jax.Array, tuple[Metrics, Variables]]:
             outputs, updated = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
+                {"params": params, "batch_stats": stats},
                 images,
                 train=True,
                 mutable=["batch_stats"],
@@ -67,13 +81,51 @@ def make_train_step(
             value, metrics = loss_fn(outputs, batch | {"key": jax.random.fold_in(dropout_key, 1)})
             return value, (metrics, updated.get("batch_stats", {}))
 
-        (value, (metrics, stats)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+        (value, (metrics, after)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        return gradients, (value, metrics), after
+
+    def accumulated(
+        params: Variables,
+        stats: Variables,
+        batch: Batch,
+        key: jax.Array,
+        dropout_key: jax.Array,
+    ) -> tuple[Variables, tuple[jax.Array, Metrics], Variables]:
+        """`gradient` of a batch, computed in parts."""
+        # Each part is divided by the whole batch's sum of weights, so that their sum is its mean.
+        total = losses.known_elements(batch["label_mask"], batch["weight"])
+
+        def add(
+            sums: tuple[Variables, Variables], part: tuple[jax.Array, Batch]
+        ) -> tuple[tuple[Variables, Variables], tuple[jax.Array, Metrics]]:
+            number, rows = part
+            rows = rows | {"known_elements": total}
+            part_key = jax.random.fold_in(dropout_key, number)
+            gradients, values, after = gradient(params, stats, rows, key, part_key)
+            # Changes instead of values: statistics that do not change keep every bit.
+            change = jax.tree.map(jnp.subtract, after, stats)
+            return jax.tree.map(jnp.add, sums, (gradients, change)), values
+
+        zeros = jax.tree.map(jnp.zeros_like, (params, stats))
+        rows = {name: _parts(values, accumulate, devices) for name, values in batch.items()}
+        (gradients, change), values = jax.lax.scan(add, zeros, (jnp.arange(accumulate), rows))
+        stats = jax.tree.map(lambda old, sums: old + sums / accumulate, stats, change)
+        return gradients, jax.tree.map(lambda parts: parts.sum(axis=0), values), stats
+
+    def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+        key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+        batch = dict(batch)
+        request = batch.pop("request", None)
+        compute = gradient if accumulate == 1 else accumulated
+        gradients, (value, metrics), stats = compute(
+            state.params, state.batch_stats, batch, key, dropout_key
+        )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         norm = optax.tree.norm(gradients)
         metrics = metrics | {"gradient_norm": norm}
-        if "request" in batch:
-            metrics["request"] = batch["request"].max()
+        if request is not None:
+            metrics["request"] = request.max()
         average = jax.tree.map(
             lambda old, new: ema_decay * old + (1 - ema_decay) * new,
             state.ema,
@@ -88,6 +140,24 @@ def make_train_step(
         return after, metrics
 
     return train_step
+
+
+def _parts(rows: jax.Array, count: int, devices: int) -> jax.Array:
+    """Divides the rows of each device: `[B, ...]` -> `[count, B / count, ...]`.
+
+    Parts are contiguous on each device, so that labelled and pseudo-labelled images, which
+    alternate, have the same shares in each. No row moves to another device.
+
+    Raises:
+      ValueError: `count` does not divide the rows of a device.
+    """
+    share, remainder = divmod(len(rows), devices * count)
+    if remainder:
+        raise ValueError(
+            f"{len(rows)} rows cannot be split over {devices} devices and {count} parts"
+        )
+    split = rows.reshape(devices, count, share, *rows.shape[1:])
+    return jnp.swapaxes(split, 0, 1).reshape(count, devices * share, *rows.shape[1:])
 
 
 def make_predict_step(
