@@ -19,7 +19,7 @@ from maknet_jax import console, train
 from maknet_jax.data import pipeline
 from maknet_jax.errors import InputError, Stopped
 from maknet_jax.evaluation import evaluator
-from maknet_jax.runs import build, workdir
+from maknet_jax.runs import build, stopping, workdir
 from maknet_jax.training import checkpoint
 
 
@@ -349,7 +349,7 @@ def test_a_signal_may_arrive_while_rich_prints(monkeypatch, capfd):
     monkeypatch.setattr(console._console, "print", half_imported)
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        with train._stop_flag() as stop:
+        with stopping.noted_signals() as stop:
             signal.raise_signal(signal.SIGTERM)
             assert stop == [signal.SIGTERM]
     finally:
