@@ -39,6 +39,7 @@ def test_damaged_values_are_those_that_pydicom_returns(tmp_path):
     assert content.count(b"-1024") == 1
     path.write_bytes(content.replace(b"-1024", b"-10x4"))
     expected = pydicom.dcmread(path).get("RescaleIntercept")
-    assert value(pydicom.dcmread(path), "RescaleIntercept") == expected == "-10x4"
+    assert value(pydicom.dcmread(path), "RescaleIntercept") == expected
+    assert str(expected).startswith("-10x4")
     header = read_header(path)
     assert header is not None and header.problem.startswith("broken DICOM header")

@@ -101,7 +101,12 @@ def test_slurm_queues_a_stopped_job_again_and_no_other(launch, code):
 
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_box_passes_on_arguments_and_the_exit_code(launch, processes):
-    script = "import os, sys; print(sys.argv[1:], os.environ.get('JAX_PROCESS_ID')); sys.exit(75)"
+    script = (
+        "import os, sys\n"
+        "line = f'{sys.argv[1:]} {os.environ.get(\"JAX_PROCESS_ID\")}\\n'\n"
+        "os.write(1, line.encode())  # both processes write at once\n"
+        "sys.exit(75)\n"
+    )
     tool = launch.record / "tool.py"
     tool.write_text(script)
     variables = {"MAKNET": f"{sys.executable} {tool}", "PROCESSES": processes}

@@ -25,7 +25,7 @@ TINY = {
     "evaluate_every": 1.6,
     "checkpoint_every": 5,
     "log_every": 4,
-    "optimizer.learning_rate": 1e-3005,
+    "optimizer.learning_rate": 0.005,
     "model.options.edge": 4,
 }
 STUDENT = {"pseudo.batch_size": 16, "ema_decay": 0.5}

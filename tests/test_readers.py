@@ -42,7 +42,9 @@ def handles():
 def at_most(count):
     """Leaves `count` file handles free."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), hard))
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 2, hard)
+    )
     taken = []
     try:
         with contextlib.suppress(OSError):
