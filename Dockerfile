@@ -1,4 +1,4 @@
-# maknet on CPU. It was not built where this file was written.
+# maknet on CPU. Untested: no image has been built from this file.
 #
 #     docker build -t maknet .
 #     docker run --rm -v "$PWD:/data" maknet predict scans --model head-neck --out labels.csv

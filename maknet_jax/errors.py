@@ -96,7 +96,7 @@ class Stopped(BaseException):
 
 
 def system_error(error: BaseException, path: str | os.PathLike[str]) -> OSError | None:
-    """The error of the operating system behind an exception, or None: a full disk is no damage.
+    """The error of the operating system behind an exception, or None: a full disk is not damage.
 
     ArrayRecord, TensorStore and safetensors raise RuntimeError or ValueError with the text of the
     error in it, such as "open() failed: Too many open files; opening /x".

@@ -34,7 +34,7 @@ class Plan:
       images_per_second: of all chips at that time; an upper bound.
       hours: of the recipe at that rate; a lower bound.
       efficiency: chips -> share of the time of a step that is not spent in all-reduces, if nothing
-        overlaps; None for numbers of chips that the topology's links do not reach.
+        overlaps; empty for a topology of one chip, whose program has no all-reduces.
       loader: images/s that this host's loader delivered, or None if it was not measured.
     """
 
@@ -160,14 +160,12 @@ def describe(result: Plan) -> str:
     chip = chips.of_topology(result.topology)
     head = (
         f"{result.network} at {result.size} x {result.size} pixels, {result.labels} labels, "
-        f"{result.batch} images a chip on {result.topology} ({result.chips} "
+        f"{result.batch} images per chip on {result.topology} ({result.chips} "
         f"chip{'s' * (result.chips > 1)}), bfloat16"
     )
     costs = result.costs
     if costs is None:
-        return (
-            f"{head}\ndoes not fit the {chip.memory / 1e9:.0f} GB of a chip: use a smaller --batch"
-        )
+        return f"{head}\ndoes not fit into the {chip.memory / 1e9:.0f} GB of a chip: lower --batch"
     parts = {
         "FLOPs": costs.flops / chip.flops,
         "bandwidth": costs.hbm_bytes / chip.bandwidth,
@@ -175,14 +173,14 @@ def describe(result: Plan) -> str:
     }
     bound = max(parts, key=lambda name: parts[name])
     rows = [
-        ["memory", f"{costs.memory / 1e9:.2f} of {chip.memory / 1e9:.0f} GB a chip: fits"],
-        ["FLOPs of a step", f"{costs.flops / 1e9:,.0f} billion a chip"],
-        ["main memory traffic", f"{costs.hbm_bytes / 1e9:.2f} GB a chip and step"],
-        ["all-reduces", f"{costs.allreduces}, {costs.allreduce_bytes / 1e6:.1f} MB a step"],
+        ["memory", f"{costs.memory / 1e9:.2f} of {chip.memory / 1e9:.0f} GB per chip: fits"],
+        ["FLOPs per step", f"{costs.flops / 1e9:,.0f} billion per chip"],
+        ["main memory traffic", f"{costs.hbm_bytes / 1e9:.2f} GB per chip and step"],
+        ["all-reduces", f"{costs.allreduces}, {costs.allreduce_bytes / 1e6:.1f} MB per step"],
         ["step, at least", f"{result.step_seconds * 1e3:.2f} ms, bound by {bound}"],
         ["images per second, at most", f"{result.images_per_second:,.0f}"],
-        ["recipe, at least", f"{result.hours:.2f} h for {result.images:,} images an epoch"],
-        *[["efficiency", "needs the all-reduces: compile for several chips"]]
+        ["recipe, at least", f"{result.hours:.2f} h for {result.images:,} images per epoch"],
+        *[["efficiency", "not estimated for one chip: choose a topology of several"]]
         * (not result.efficiency),
         *(
             [f"efficiency at {number} chips", f"{share:.1%} if all-reduces do not overlap"]

@@ -288,19 +288,19 @@ def _check(out: str | os.PathLike[str], size: int, scheduler: str | None, step: 
 
 @dataclasses.dataclass(frozen=True)
 class _DataSet(Generic[shards.AnyUnit]):
-    """What one form of input becomes.
+    """The content of a data set before it is written.
 
     Attributes:
-      kind: of the data set.
+      kind: deeplesion, lesions, dicom, table or segmentations.
       splits: split -> units of work.
       make: unit -> its records.
       size: the edge S in pixels.
       vocabulary: the labels.
-      about: is recorded in `dataset.json`.
+      about: how the units were chosen, recorded in `dataset.json`.
       failures: (input, reason) of what was rejected while planning.
-      missing: the same of what was not there.
+      missing: (input, reason) of inputs that were not found.
       cases: (case, patient, split) for `cases.csv`.
-      division: of long units among the workers; None keeps units whole.
+      division: how long units are divided among the workers; None leaves them whole.
     """
 
     kind: str

@@ -172,11 +172,7 @@ def _is_done(out: pathlib.Path, shard: dict) -> bool:
     try:
         digest = files.read_json(out / _counts_name(shard))["sha256"]
         pseudo_labels.read_rows(out / _shard_name(shard), digest)
-    except (
-        InputError,
-        KeyError,
-        TypeError,
-    ):  # the labels were deleted or damaged after their counts were written
+    except (InputError, KeyError, TypeError):  # deleted or damaged after the counts were written
         return False
     return True
 

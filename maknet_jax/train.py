@@ -224,7 +224,7 @@ class _Loop:
                 if ending and (not at_end or self.progress.evaluation_due):
                     self._wait()
                     self.log.event(message=f"stopped at step {number} of {total}", step=number)
-                    raise Stopped(f"{self._saved(number)}; {stopping.AGAIN}")
+                    raise Stopped(self._saved(number))
         self._wait()
         summary = self._finish(int(state.step) - first, time.perf_counter() - began)
         self._measure_domain(state)
@@ -236,7 +236,8 @@ class _Loop:
         self.last.wait()
 
     def _saved(self, number: int) -> str:
-        return f"step {number} of {self.setup.total} is saved in {self.setup.folder}"
+        total, folder = self.setup.total, self.setup.folder
+        return f"step {number} of {total} is saved in {folder}; {stopping.AGAIN}"
 
     def _restore_or_create(self) -> TrainState:
         """The state of the newest intact checkpoint or a fresh one, replicated over the mesh."""

@@ -80,7 +80,7 @@ def fills_up(disk, size, argv, capfd):
         capfd.readouterr()
         assert cli.main(argv) == 2
         lines = capfd.readouterr().err.splitlines()
-        assert "Traceback" not in "\\n".join(lines)
+        assert "Traceback" not in "\n".join(lines)
         assert lines[-1].startswith(f"maknet: {folder}/out") and "No space left" in lines[-1]
         enlarge()
         assert cli.main(argv) == 0

@@ -99,6 +99,14 @@ def test_auto_means_what_it_does_on_an_accelerator():
     assert compiled.for_accelerator(float32).precision == "float32"
 
 
+def test_a_batch_in_parts_has_the_flops_of_the_whole_batch(monkeypatch):
+    one, two = (configs.load("linear", [f"accumulate={parts}"]) for parts in (1, 2))
+    assert compiled.count_flops(one, "train", 7) == compiled.count_flops(two, "train", 7) > 0
+    monkeypatch.setattr(compiled, "devices_of", lambda topology: [])
+    with pytest.raises(InputError, match="--batch 3, .* accumulate 2"):
+        compiled.compile_step(two, "train", 3, "v5e:2x2", labels=7)
+
+
 def test_lower_bounds_follow_from_the_shapes_of_the_layers():
     config = configs.load("teacher", ["data.size=64"])
     rows = {row.part: row for row in bounds.training_bounds(config, 7)}

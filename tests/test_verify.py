@@ -130,7 +130,12 @@ def change_a_count(info):
     info["splits"]["train"]["count"] -= 1
 
 
-@pytest.mark.parametrize("change", [reorder_labels, swap_names, change_a_count])
+def leave_the_folder(info):
+    info["splits"]["train"]["shards"][0]["file"] = "../data/train/x.array_record"
+    info["content"] = records.content_digest(info)
+
+
+@pytest.mark.parametrize("change", [reorder_labels, swap_names, change_a_count, leave_the_folder])
 def test_a_changed_description_is_refused(copy, change):
     edit(copy, change)
     with pytest.raises(InputError, match="dataset.json was changed"):
@@ -211,6 +216,9 @@ def test_pseudo_labels_and_bundles_are_verified(tmp_path, exported):
     rows["confidences"][0, 0] += 0.01
     np.save(pseudo / "all.npy", rows)
     assert problems(pseudo) == ["all.npy"]
+    for text in ("[]", "{}", '{"shards": [1]}', "{"):
+        (pseudo / "pseudo.json").write_text(text)
+        assert problems(pseudo) == ["pseudo.json"]
 
     assert problems(exported) == [] and len(verify.verify(exported)) >= 4
     bundle = pathlib.Path(shutil.copytree(exported, tmp_path / "torso"))

@@ -95,8 +95,8 @@ def content_id_of(file: IO[bytes]) -> str:
 def bounded(file: IO[bytes]) -> "IO[bytes] | Bounded":
     """A file of which a parser can read at most `MOST_READS` pieces.
 
-    An element takes at least eight bytes, so a small file in memory has fewer of them and is
-    returned as it is, because `Bounded` takes a tenth of the time to parse a header.
+    An element takes at least eight bytes, so a small file in memory has fewer of them. It is
+    returned as it is: `Bounded` would add a tenth to the time to parse a header.
     """
     small = isinstance(file, io.BytesIO) and file.getbuffer().nbytes < MOST_READS
     return file if small else Bounded(file)

@@ -216,7 +216,9 @@ def read_description(path: str | os.PathLike) -> Dataset:
         _ = Vocabulary.from_json(info["labels"]), operator.index(info["size"]), info["fingerprint"]
         intact = info.get("content", content_digest(info)) == content_digest(info)
         intact &= total == sum(operator.index(shard["count"]) for shard in shards)
-        intact &= all(isinstance(shard["file"], str) for shard in shards)
+        names = [pathlib.PurePosixPath(shard["file"]) for shard in shards]
+        # A foreign data set must not make `object_store` write outside of its cache.
+        intact &= not any(name.is_absolute() or ".." in name.parts for name in names)
     except (KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(

@@ -73,11 +73,11 @@ def _check_shard(dataset: records.Dataset, shard: dict[str, Any]) -> tuple[Check
         for number in range(len(source)):
             payload = source.payload(number)
             digest.update(hashlib.sha256(payload).digest())
-            example = source[number]
+            example = records.decode(payload)
             if problem := dataset.problem(example):
                 return Check(shard["file"], content, f"record {number} has {problem}"), 0
             counts += example.labels & example.label_mask, example.label_mask
-    except (InputError, OSError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return Check(shard["file"], problem=str(error)), 0
     problem = remark = ""
     if len(source) != shard["count"]:
@@ -91,11 +91,16 @@ def _check_shard(dataset: records.Dataset, shard: dict[str, Any]) -> tuple[Check
 
 def check_pseudo_labels(path: str | os.PathLike[str]) -> Iterator[Check]:
     """Reads all label shards of `maknet pseudo-label` and compares their digests."""
-    info = files.read_json(pathlib.Path(path) / "pseudo.json")
-    yield Check("pseudo.json", f"{len(info['shards'])} shards")
-    for shard in info["shards"]:
+    folder = pathlib.Path(path)
+    try:
+        info = files.read_json(folder / "pseudo.json")
+        shards = [(str(shard["file"]), str(shard["sha256"])) for shard in info["shards"]]
+    except (InputError, KeyError, TypeError) as error:
+        yield Check("pseudo.json", problem=f"{type(error).__name__}: {error}")
+        return
+    yield Check("pseudo.json", f"{len(shards)} shards")
+    for name, digest in shards:
         try:
-            rows = pseudo_labels.read_rows(pathlib.Path(path) / shard["file"], shard["sha256"])
-            yield Check(shard["file"], f"{len(rows):,} images")
+            yield Check(name, f"{len(pseudo_labels.read_rows(folder / name, digest)):,} images")
         except (InputError, OSError) as error:
-            yield Check(shard["file"], problem=str(error))
+            yield Check(name, problem=str(error))

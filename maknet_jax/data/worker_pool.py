@@ -112,7 +112,7 @@ class Processes(Pool):
     """Local processes.
 
     They are spawned, not forked: the threads of the parent (grain, JAX) do not survive a fork. They
-    ignore SIGINT and SIGTERM, which reach the whole process group: the parent handles them.
+    ignore `STOP_SIGNALS`, which reach the whole process group: the parent handles them.
     """
 
     advice = "run the command again with fewer --workers to resume"

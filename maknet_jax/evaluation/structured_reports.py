@@ -131,7 +131,7 @@ def _header(paths: Sequence[str]) -> pydicom.Dataset | None:
     if not paths:
         return None
     with containers.open_file(dicom_frames.split_path(paths[0])[0]) as file:
-        return pydicom.dcmread(file, stop_before_pixels=True)
+        return pydicom.dcmread(file, stop_before_pixels=True, force=True)  # without a preamble
 
 
 def _findings(

@@ -42,7 +42,7 @@ CHIPS = {
 }
 # Seconds that a small all-reduce takes: an assumption, not a figure of the makers.
 LATENCY = {"tpu": 10e-6, "cuda": 25e-6}
-# Without them libtpu asks the metadata server of a cloud machine, and locks the machine's TPUs.
+# Without these, libtpu queries the metadata server of a cloud machine and locks the machine's TPUs.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",

@@ -163,14 +163,14 @@ def compile_lowered(lowered: jax.stages.Lowered, *, flops: float | None = None) 
 
     Raises:
       InputError: the program does not fit the chip's memory.
-      ValueError: the text of the program is not understood.
+      ValueError: the text of the program cannot be parsed.
     """
     start = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
     cost, memory, text = compiled.cost_analysis(), compiled.memory_analysis(), compiled.as_text()
     if memory is None or text is None or (not cost and flops is None):
-        raise ValueError("the compiler does not tell what the program costs")
+        raise ValueError("the compiler does not report the costs of the program")
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes
     used += memory.temp_size_in_bytes - memory.alias_size_in_bytes
     count, moved = hlo.collectives(text)
@@ -193,6 +193,9 @@ def count_flops(config: ConfigDict, kind: str, labels: int) -> float:
       kind: "train" or "predict".
       labels: number of labels K.
     """
+    config = ConfigDict(config.copy_and_resolve_references())
+    with config.unlocked():
+        config.accumulate = 1  # XLA would count the loop over the parts once
     cost = lower(config, kind, 1, jax.local_devices(backend="cpu")[:1], labels).cost_analysis()
     if not cost:
         raise ValueError("XLA does not count the FLOPs of the program")
@@ -215,16 +218,23 @@ def compile_step(
       The costs per chip; None if the program does not fit its memory.
 
     Raises:
-      InputError: see `devices_of`.
+      InputError: see `devices_of`; or `batch` is not a multiple of `accumulate`.
     """
     configs.validate(config, config.data.size, 1)
     config, devices = for_accelerator(config), devices_of(topology)
-    gpu = chips.of_topology(topology).platform == "cuda"
-    flops = batch * count_flops(config, kind, labels) if gpu else None
+    parts = config.accumulate if kind == "train" else 1
+    if batch % parts:
+        raise InputError(
+            f"--batch {batch}, images per chip, should be a multiple of accumulate {parts}"
+        )
+    uncounted = chips.of_topology(topology).platform == "cuda" or parts > 1
+    flops = batch * count_flops(config, kind, labels) if uncounted else None
     try:
         costs = compile_lowered(lower(config, kind, batch, devices, labels), flops=flops)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             return None
         raise
+    if flops is not None:
+        costs = dataclasses.replace(costs, flops=flops)
     return costs if costs.memory <= chips.of_topology(topology).memory else None

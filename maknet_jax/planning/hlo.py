@@ -1,4 +1,4 @@
-"""Memory traffic and collectives of a program that XLA compiled for TPUs, from its text."""
+"""Memory traffic and collectives of a program that XLA compiled for TPUs or GPUs, from its text."""
 
 import math
 import re

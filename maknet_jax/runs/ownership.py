@@ -25,7 +25,7 @@ from maknet_jax.errors import InputError
 
 FILE = ".running.tmp"
 BEAT = 5.0  # seconds between renewals
-STALE = 30.0  # seconds after the last one in which the owner counts as alive
+STALE = 30.0  # seconds since the last one, after which the owner counts as dead
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -112,8 +112,8 @@ def _refusal(path: pathlib.Path, option: str) -> str:
     owner = _read(path)
     return (
         f"{path.parent} is in use by `{owner.get('command', 'maknet')}`, process "
-        f"{owner.get('pid', 'unknown')} on {owner.get('host', 'an unknown host')}: wait for its "
-        f"end, choose another {option}, or add --distributed if they belong together"
+        f"{owner.get('pid', 'unknown')} on {owner.get('host', 'an unknown host')}: wait until "
+        f"it ends, choose another {option}, or add --distributed if they belong together"
     )
 
 

@@ -131,17 +131,16 @@ def noted_signals() -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def time_limit(seconds: float | None, text: str | None = None) -> Iterator[None]:
+def time_limit(seconds: float | None) -> Iterator[None]:
     """Stops the command after `seconds` as a signal does; None sets no limit.
 
     Args:
       seconds: from now.
-      text: the limit as the user wrote it.
     """
     if seconds is None:
         yield
         return
-    timer = threading.Timer(seconds, request, [f"the time limit of {text or seconds} is over"])
+    timer = threading.Timer(seconds, request, [f"the time limit of {seconds:g} s has passed"])
     timer.daemon = True
     timer.start()
     try:
