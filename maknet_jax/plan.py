@@ -13,7 +13,7 @@ from maknet_jax.errors import InputError
 from maknet_jax.planning import chips, compiled
 
 SCALES = (8, 64, 256)  # chips
-DEEPLESION = (17_697, 115)  # images and labels of the paper's training set
+DEEPLESION = (compiled.EXAMPLES, 115)  # images and labels of the paper's training set
 LOADER_SECONDS = 5.0
 
 

@@ -27,6 +27,7 @@ from maknet_jax.data.segmentation_plan import SplitOptions
 from maknet_jax.data.segmentations import Rules
 from maknet_jax.errors import InputError, NothingUsable
 from maknet_jax.figures import contact_sheet, dataset_page
+from maknet_jax.runs import ownership
 
 SIZE, PATCH_SIZE = 256, 120  # pixels (section 4.1); mm, LesaNet's
 _RULES, _SPLITS = Rules(), SplitOptions()
@@ -327,6 +328,7 @@ def _write(
     out = pathlib.Path(out)
     units = sum(map(len, content.splits.values()))
     with (
+        ownership.owned(out, "maknet prepare", "--out"),
         console.list_failures(out / "failures.csv", hidden),
         console.progress(f"prepare {content.kind}", units) as advance,
     ):
@@ -344,12 +346,12 @@ def _write(
             failures=content.failures,
             division=content.division,
         )
-    info["counters"], info["volumes"] = overview.separate(info["counters"])
-    info["rejected"], info["missing"] = map(overview.by_reason, (failures, content.missing))
-    if content.kind == "lesions":
-        info["crop"] = lesions.RULE
-    summary = _write_reports(out, content, info, failures, hidden)
-    shards.finish(out, info)
+        info["counters"], info["volumes"] = overview.separate(info["counters"])
+        info["rejected"], info["missing"] = map(overview.by_reason, (failures, content.missing))
+        if content.kind == "lesions":
+            info["crop"] = lesions.RULE
+        summary = _write_reports(out, content, info, failures, hidden)
+        shards.finish(out, info)
     return summary
 
 

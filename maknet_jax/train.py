@@ -257,10 +257,11 @@ class _Loop:
         else:
             self.progress = Progress.from_json(metadata)
             self.log.say(f"resuming from step {int(state.step)} of {setup.total}")
-        newer = [number for number in self.best.steps() if number > int(state.step)]
-        for number in sharding.exchange(newer)[0]:  # these steps will be repeated
-            self.best.discard(number)
-        if not self.best.steps():
+        known = sharding.exchange(self.best.steps())[0]  # of process 0: a listing may be stale
+        for number in known:
+            if number > int(state.step):  # this step will be repeated
+                self.best.discard(number)
+        if not any(number <= int(state.step) for number in known):
             self.progress.best = self.progress.best_step = None
         return sharding.put_state(setup.assembly.mesh, state)
 
@@ -292,8 +293,8 @@ class _Loop:
         finished = self._evaluate(state, number, metrics)
         self.last.discard(number)  # its metadata lacks the results
         self.last.save(state, self.progress.to_json())
+        self._wait()  # until then the step has no checkpoint
         if not finished:
-            self._wait()
             raise Stopped(self._saved(number))
 
     def _evaluate(self, state: TrainState, number: int, metrics: metric_log.MetricLog) -> bool:

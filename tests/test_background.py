@@ -173,6 +173,7 @@ def test_a_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path):
         assert equal(restored.state._replace(ema=()), at(step))
 
 
+@pytest.mark.slow  # compares times
 def test_the_pause_of_a_save_is_that_of_a_copy(tmp_path, background):
     """Seconds for which the training waits, in one process, in turn: a ratio."""
     state = at(1)._replace(ema={"filler": jnp.ones((1 << 22,))})  # 16 MB

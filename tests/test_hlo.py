@@ -1,5 +1,7 @@
 """Memory traffic and collectives counted in the text of compiled programs."""
 
+import textwrap
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -145,11 +147,22 @@ def test_incomplete_text_is_rejected():
 
 def test_collectives_and_their_bytes():
     text = """
+    ENTRY %main (x: f32[64]) -> f32[64] {
       %a = f32[64]{0} all-reduce(f32[64]{0} %x), to_apply=%sum
       %b = (f32[8,2]{1,0}, bf16[4]{0}) all-reduce-start(f32[8,2]{1,0} %y, bf16[4]{0} %z)
       %g = (f32[8]{0:T(256)}, f32[32]{0}) all-gather-start(f32[8]{0:T(256)} %y), dimensions={0}
       %e = (f32[3]{0:T(256)}, f32[5]{0:T(256)}, /*index=2*/f32[7]{0:T(256)}) all-reduce(%x, %y, %z)
       %c = f32[9]{0} fusion(f32[9]{0} %all-reduce)
       %d = bf16[2,3]{1,0:T(8,128)(2,1)} all-gather(bf16[1,3]{1,0} %w)
+    }
     """
-    assert hlo.collectives(text) == [5, 64 * 4 + 16 * 4 + 4 * 2 + 32 * 4 + 6 * 2 + 15 * 4]
+    expected = [5, 64 * 4 + 16 * 4 + 4 * 2 + 32 * 4 + 6 * 2 + 15 * 4]
+    assert hlo.collectives(textwrap.dedent(text)) == expected
+
+
+def test_collectives_in_a_loop_count_once_per_iteration():
+    reducing = FUSED.replace("multiply(%state, %state)", "all-reduce(%state), to_apply=%double")
+    loop = "%w = f32[8,128]{1,0:T(8,128)} while(%a), condition=%five, body=%body"
+    assert hlo.collectives(reducing.replace("OPERATION", loop)) == [5, 5 * ROW]
+    without = loop.replace("%five", "%never")  # the trip count is not needed
+    assert hlo.collectives(FUSED.replace("OPERATION", without)) == [0, 0]

@@ -18,6 +18,7 @@ from maknet_jax.ct import png, preprocess
 from maknet_jax.data import deeplesion, key_slices, labels, records
 from maknet_jax.errors import InputError, Stopped
 from maknet_jax.phantom import deeplesion_files
+from maknet_jax.runs import ownership
 
 # The environment of a command, without the simulated devices of the tests.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
@@ -49,6 +50,17 @@ def real(shared_data, tmp_path_factory):
     """The partial download, prepared at the size of its slices: (summary, out)."""
     out = tmp_path_factory.mktemp("real") / "out"
     return of_real(shared_data, out), out
+
+
+def test_a_folder_that_another_command_writes_is_refused_and_unchanged(phantom, tmp_path):
+    out = tmp_path / "out"
+    with ownership.owned(out, "maknet prepare", "--out"):
+        before = sorted(out.rglob("*"))
+        with pytest.raises(InputError, match="in use by `maknet prepare`"):
+            of_phantom(phantom, out)
+        assert sorted(out.rglob("*")) == before
+    assert of_phantom(phantom, out)["records"]
+    assert not (out / ownership.FILE).exists()
 
 
 def test_lesions_of_a_partial_download_are_numbered_from_1(real, shared_data):

@@ -109,7 +109,8 @@ def _run_plan(chosen: argparse.Namespace) -> None:
 
     config = configs.load(chosen.config, chosen.overrides)
     names = ("batch", "images", "labels", "out")
-    print(plan.describe(plan.plan(config, chosen.topology, **options.selected(chosen, *names))))
+    planned = plan.plan(config, chosen.topology, **options.selected(chosen, *names))
+    options.show(plan.describe(planned))
 
 
 def _train(verbs: argparse._SubParsersAction) -> None:

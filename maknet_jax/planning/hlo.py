@@ -79,14 +79,34 @@ Computation = dict[str, Line]  # by name of the operation
 
 
 def collectives(text: str) -> list[int]:
-    """[count, bytes of their outputs] of the collectives in a compiled program."""
+    """[count, bytes of their outputs] of the collectives that a compiled program runs.
+
+    Those in the body of a loop count once per iteration.
+
+    Raises:
+      ValueError: see `hbm_bytes`.
+    """
+    computations = _parse(text)
+    return _collectives_of(computations["ENTRY"], computations)
+
+
+def _collectives_of(computation: Computation, computations: Mapping[str, Computation]) -> list[int]:
     count = moved = 0
-    for _, line in filter(None, map(_line, text.splitlines())):
+    for line in computation.values():
+        times, parts = 1, []
         if _is_collective(line.kind):
-            count += 1
-            moved += sum(
-                array.itemsize * math.prod(array.edges) for array in _collective_outputs(line)
-            )
+            sizes = (a.itemsize * math.prod(a.edges) for a in _collective_outputs(line))
+            parts = [[1, sum(sizes)]]
+        elif line.kind == "while":
+            parts = [_collectives_of(computations[_named("body", line.rest)], computations)]
+            times = _trips(line.rest, computations) if parts[0][0] else 0
+        elif line.kind in _CALLERS:
+            called = (computations[name] for name in _called(line.rest))
+            parts = [_collectives_of(each, computations) for each in called]
+            if line.kind == "conditional":
+                parts = [max(parts, default=[0, 0])]
+        count += times * sum(part[0] for part in parts)
+        moved += times * sum(part[1] for part in parts)
     return [count, moved]
 
 
