@@ -149,3 +149,13 @@ def test_a_copy_of_a_png_under_the_same_number_is_taken_once(tmp_path):
     shutil.copy(tmp_path / "2.png", tmp_path / "02.png")
     series, reasons = search.find_series(tmp_path)
     assert reasons == [] and [(ref.count, ref.copies) for ref in series] == [(2, 1), (1, 0)]
+
+
+def test_a_folder_that_is_named_in_several_ways_is_read_once(tmp_path, monkeypatch):
+    write_series(tmp_path / "s", [0, 5, 10], SeriesInstanceUID="")
+    (tmp_path / "link").symlink_to("s")
+    monkeypatch.chdir(tmp_path)
+    for paths in (["s", "link"], [tmp_path / "s" / "001.dcm", "s"], ["s/002.dcm", "link", "s"]):
+        (series,), reasons = search.find_series(paths)
+        assert (series.count, series.copies, reasons) == (3, 0, [])
+        assert [os.path.basename(path)[:3] for path in series.paths] == ["002", "001", "000"]

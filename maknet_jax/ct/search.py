@@ -225,17 +225,24 @@ def _root(places: Sequence[str]) -> str:
 
 
 def _files(places: Sequence[str], failures: list[tuple[str, str]]) -> Iterator[str]:
-    """Yields the files of all places; one that is in several of them once."""
+    """Yields the files of all places; one that is in several of them once.
+
+    A folder that is named in several ways, such as by a link, keeps the first name,
+    because the files of a folder may be one series.
+    """
     each = (_walk(place, containers.is_folder(place), failures) for place in places)
     if len(places) == 1:
         yield from next(each)
         return
-    seen: set[str] = set()
+    seen: set[tuple[str, str]] = set()
+    folders: dict[str, str] = {}  # real path -> the first name
+    real_path = functools.lru_cache(os.path.realpath)
     for file in itertools.chain.from_iterable(each):
-        whole = os.path.abspath(file)
-        if whole not in seen:
-            seen.add(whole)
-            yield file
+        folder, name = os.path.split(file)
+        whole = real_path(folder)
+        if (whole, name) not in seen:
+            seen.add((whole, name))
+            yield os.path.join(folders.setdefault(whole, folder), name)
 
 
 def _walk(path: str, folder: bool, failures: list[tuple[str, str]]) -> Iterator[str]:
