@@ -1,6 +1,7 @@
 """Signals interrupt a command once, or are noted; time limits act like signals."""
 
 import argparse
+import errno
 import os
 import signal
 import time
@@ -52,6 +53,28 @@ def test_a_signal_after_a_lost_one_raises_again():
         raise AssertionError("not stopped")
 
 
+def test_a_signal_during_the_import_of_compiled_code_stops_the_command(capsys):
+    def load():  # as `import numpy` does: C code raises an ImportError in place of any exception
+        try:
+            send()
+        except BaseException as error:
+            raise ImportError("numpy._core.multiarray failed to import") from error
+
+    assert exit_codes.exit_code("maknet", load) == 75
+    assert capsys.readouterr().err == "maknet: stopped: SIGTERM; run the same command to resume\n"
+
+
+def test_an_error_of_the_clean_up_after_a_signal_is_reported(capsys):
+    def work():
+        try:
+            send()
+        finally:
+            raise OSError(errno.ENOSPC, "No space left on device", "x")
+
+    assert exit_codes.exit_code("maknet", work) == 2
+    assert "x: No space left" in capsys.readouterr().err
+
+
 def test_signals_stay_ignored_after_the_end_of_a_process():
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
@@ -87,7 +110,7 @@ def test_noted_signals_are_raised_for_the_caller_at_the_end(monkeypatch):
 
 def test_a_time_limit_stops_like_a_signal(capsys):
     assert exit_codes.exit_code("maknet", lambda: time.sleep(5), seconds=0.05) == 75
-    assert "time limit" in capsys.readouterr().err
+    assert "the time limit of 0.05 s is over" in capsys.readouterr().err
     assert exit_codes.exit_code("maknet", lambda: None, seconds=0.05) == 0
     time.sleep(0.1)  # the timer of a command that has ended does nothing
     stopping.request("too late")

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any
 
 from maknet_jax import console
-from maknet_jax.errors import STOP_SIGNALS, Stopped
+from maknet_jax.errors import STOP_SIGNALS, InputError, Stopped
 
 AGAIN = "run the same command to resume"
 _reasons: list[str] = []  # of `request`, instead of a signal from outside
@@ -61,6 +61,7 @@ def raising_signals(*, final: bool = False) -> Iterator[None]:
 
     Signals that arrive while the exception propagates are ignored: they must not interrupt the
     clean-up. Should the exception be lost in the code that it interrupted, the next one raises it.
+    The import of compiled code makes another exception of it, which becomes `Stopped` again.
 
     Args:
       final: the process ends after the block: after a `Stopped`, signals stay ignored.
@@ -88,7 +89,13 @@ def raising_signals(*, final: bool = False) -> Iterator[None]:
         sys.unraisablehook = raise_again
     try:
         with _handlers(stop, final=final):
-            yield
+            try:
+                yield
+            except Exception as error:
+                stopped = _stopped_before(error)
+                if stopped is None or isinstance(error, (OSError, InputError)):
+                    raise
+                raise stopped from None
     finally:
         sys.unraisablehook = unraisable_hook
         if alarm is not None:
@@ -99,10 +106,14 @@ def raising_signals(*, final: bool = False) -> Iterator[None]:
 
 def _is_propagating() -> bool:
     """Whether the interrupted code runs because of a `Stopped`, as clean-up does."""
-    error = sys.exception()
+    return _stopped_before(sys.exception()) is not None
+
+
+def _stopped_before(error: BaseException | None) -> Stopped | None:
+    """The `Stopped` that led to an exception, or is it."""
     while error is not None and not isinstance(error, Stopped):
         error = error.__context__
-    return error is not None
+    return error
 
 
 @contextlib.contextmanager
@@ -132,15 +143,11 @@ def noted_signals() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
-    """Stops the command after `seconds` as a signal does; None sets no limit.
-
-    Args:
-      seconds: from now.
-    """
+    """Stops the command after `seconds` as a signal does; None sets no limit."""
     if seconds is None:
         yield
         return
-    timer = threading.Timer(seconds, request, [f"the time limit of {seconds:g} s has passed"])
+    timer = threading.Timer(seconds, request, [f"the time limit of {seconds:.10g} s has passed"])
     timer.daemon = True
     timer.start()
     try:
