@@ -182,7 +182,8 @@ def text(summary: dict[str, Any]) -> str:
     if summary["without_report"]:
         lines.append(
             f"series without a structured report: {summary['without_report']} (not DICOM, without "
-            "the UIDs that it refers to, or without a coded label)"
+            "the UIDs that it refers to, with elements that break the standard, or without a coded "
+            "label)"
         )
     if summary["failures"]:
         lines.append(f"rejected: {summary['failures']}, see {summary['failures_file']}")

@@ -110,7 +110,7 @@ def test_noted_signals_are_raised_for_the_caller_at_the_end(monkeypatch):
 
 def test_a_time_limit_stops_like_a_signal(capsys):
     assert exit_codes.exit_code("maknet", lambda: time.sleep(5), seconds=0.05) == 75
-    assert "the time limit of 0.05 s is over" in capsys.readouterr().err
+    assert "the time limit of 0.05 s has passed" in capsys.readouterr().err
     assert exit_codes.exit_code("maknet", lambda: None, seconds=0.05) == 0
     time.sleep(0.1)  # the timer of a command that has ended does nothing
     stopping.request("too late")

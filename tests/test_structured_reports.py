@@ -102,13 +102,64 @@ def test_an_anonymised_series_has_a_report():
     assert structured_reports.report_of(result, data, "torso").PatientID == ""
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("StudyDate", "2022-13-45"),
+        ("StudyTime", "99:99"),
+        ("PatientBirthDate", "19xx"),
+        ("PatientSex", "unknown"),
+        ("PatientName", ["A^B", "C^D"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Invalid value")
+def test_an_invalid_element_of_the_patient_is_left_empty(name, value):
+    data = header()
+    setattr(data, name, value)
+    result = result_of(tuple(f"1.2.3.{k}" for k in range(4)))
+    report = structured_reports.report_of(result, data, "torso")
+    assert not report.get(name)
+    assert report.PatientID == "p7"
+
+
+def test_names_in_other_character_sets_are_kept(tmp_path):
+    data = header()
+    data.SpecificCharacterSet = ["", "ISO 2022 IR 87"]  # as Japanese scanners write them
+    data.PatientName = "Yamada^Tarou=山田^太郎"
+    pydicom.dcmwrite(tmp_path / "a.dcm", data, implicit_vr=True, little_endian=True)
+    read = structured_reports._header([str(tmp_path / "a.dcm")])  # without preamble
+    result = result_of(tuple(f"1.2.3.{k}" for k in range(4)))
+    structured_reports.report_of(result, read, "torso").save_as(
+        tmp_path / "b.dcm", enforce_file_format=True
+    )
+    assert str(pydicom.dcmread(tmp_path / "b.dcm").PatientName) == "Yamada^Tarou=山田^太郎"
+
+
+def test_a_header_that_cannot_be_copied_is_counted(tmp_path, capfd, monkeypatch):
+    def fail(*_):
+        raise TypeError("unhashable")
+
+    monkeypatch.setattr(structured_reports, "report_of", fail)
+    results = [result_of(tuple(f"1.2.3.{k}" for k in range(4)))]
+    assert structured_reports.write_reports(tmp_path / "a.csv", results, [], "torso") == ([], 1)
+    assert "series 1.2.3 has no report: TypeError: unhashable" in capfd.readouterr().err
+
+
 def test_series_without_uids_or_codes_have_no_report():
     result = result_of(tuple(f"1.2.3.{k}" for k in range(4)))
     without = header()
     del without.StudyInstanceUID
+    several = header()
+    several.StudyInstanceUID = ["1.2", "1.3"]
     content = dataclasses.replace(result, uids=("sha256:ab",) * 4)
     nothing = dataclasses.replace(result, predicted=np.zeros((4, 3), bool))
-    for one, data in ((result, None), (result, without), (content, header()), (nothing, header())):
+    for one, data in (
+        (result, None),
+        (result, without),
+        (result, several),
+        (content, header()),
+        (nothing, header()),
+    ):
         assert structured_reports.report_of(one, data, "torso") is None
 
 

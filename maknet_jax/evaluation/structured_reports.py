@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pydicom
 from pydicom import uid as dicom_uid
+from pydicom import valuerep
 
 import maknet_jax
-from maknet_jax import files
-from maknet_jax.ct import containers, dicom_frames, dicom_seg, search
+from maknet_jax import console, files
+from maknet_jax.ct import containers, dicom_frames, dicom_seg, reading, search, transfer_syntax
 from maknet_jax.evaluation import body_parts
 from maknet_jax.evaluation.series import SeriesResult
 
@@ -63,14 +64,19 @@ def write_reports(
 
     Returns:
       (the files, the number of series without report: other formats, files without the UIDs that a
-      report refers to, or no coded label).
+      report refers to or with elements that highdicom refuses, or no coded label).
     """
     written = []
     paths: dict[str, tuple[str, ...]] = {
         ref.key: ref.paths for ref in series if ref.kind == "dicom"
     }
     for number, result in enumerate(results):
-        data = report_of(result, _header(paths.get(result.id, ())), network)
+        try:
+            with reading.quiet():
+                data = report_of(result, _header(paths.get(result.id, ())), network)
+        except Exception as error:  # headers may hold anything, and pydicom raises any exception
+            console.Log().say(f"series {result.id} has no report: {reading.one_line(error)}")
+            continue
         if data is not None:
             written.append(out.with_suffix(f".{number:03d}.sr.dcm"))
             with files.write_whole(written[-1], "wb") as file:
@@ -90,7 +96,9 @@ def report_of(
     """
     hd = require_highdicom()
     required = ("SOPClassUID", "StudyInstanceUID", "SeriesInstanceUID")
-    if header is None or not all(header.get(name) for name in required):
+    if header is None or not all(
+        header.get(name) and isinstance(header.get(name), str) for name in required
+    ):
         return None
     if not all(re.fullmatch(r"[0-9.]+(:[0-9]+)?", uid) for uid in result.uids):
         return None
@@ -131,7 +139,8 @@ def _header(paths: Sequence[str]) -> pydicom.Dataset | None:
     if not paths:
         return None
     with containers.open_file(dicom_frames.split_path(paths[0])[0]) as file:
-        return pydicom.dcmread(file, stop_before_pixels=True, force=True)  # without a preamble
+        whole = transfer_syntax.bounded(file)
+        return pydicom.dcmread(whole, stop_before_pixels=True, force=True)
 
 
 def _findings(
@@ -195,6 +204,25 @@ def _image(header: pydicom.Dataset, instance: str) -> pydicom.Dataset:
     image.update({e.tag: e for e in header if e.keyword != "SOPInstanceUID"})
     image.SOPInstanceUID = instance
     for name in _PATIENT:
-        if name not in image:  # anonymised
+        if not _is_valid(name, image.get(name)):  # or anonymised
+            image.pop(name, None)
             setattr(image, name, "")
+    image.pop("SpecificCharacterSet", None)  # the texts are decoded already
+    image.SpecificCharacterSet = "ISO_IR 192"
     return image
+
+
+def _is_valid(name: str, value: Any) -> bool:
+    """Whether highdicom copies a value of an element in `_PATIENT`."""
+    if name == "PatientSex":
+        return value in ("M", "F", "O")
+    if value is None or isinstance(value, pydicom.multival.MultiValue):
+        return False
+    try:
+        if name.endswith("Date"):
+            valuerep.DA(value)
+        elif name.endswith("Time"):
+            valuerep.TM(value)
+    except (ValueError, TypeError):
+        return False
+    return True
