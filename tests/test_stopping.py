@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import importlib
 import os
 import signal
 import time
@@ -62,6 +63,23 @@ def test_a_signal_during_the_import_of_compiled_code_stops_the_command(capsys):
 
     assert exit_codes.exit_code("maknet", load) == 75
     assert capsys.readouterr().err == "maknet: stopped: SIGTERM; run the same command to resume\n"
+
+
+def test_a_signal_during_an_import_waits_for_its_end(tmp_path, monkeypatch):
+    code = (
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(0.2)\nend = 1\n"
+    )
+    (tmp_path / "signalled.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    loaded = []
+
+    def work():
+        loaded.append(importlib.import_module("signalled").end)
+        time.sleep(5)
+
+    with pytest.raises(Stopped, match="SIGTERM"), stopping.raising_signals():
+        work()
+    assert loaded == [1]
 
 
 def test_an_error_of_the_clean_up_after_a_signal_is_reported(capsys):

@@ -61,18 +61,23 @@ def raising_signals(*, final: bool = False) -> Iterator[None]:
 
     Signals that arrive while the exception propagates are ignored: they must not interrupt the
     clean-up. Should the exception be lost in the code that it interrupted, the next one raises it.
-    The import of compiled code makes another exception of it, which becomes `Stopped` again.
+    Compiled code may make another exception of it, which becomes `Stopped` again. A signal during
+    an import waits for its end: an exception in the midst of that of jaxlib aborts the process.
 
     Args:
       final: the process ends after the block: after a `Stopped`, signals stay ignored.
     """
     names: list[str] = []
+    outside = _imports(sys._getframe())
     unraisable_hook = sys.unraisablehook
 
-    def stop(number: int, _: FrameType | None) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         if _is_propagating():
             return
         names.append(signal.Signals(number).name)  # the message names the first
+        if _imports(frame) > outside:
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            return
         raise Stopped(f"{(_reasons or names)[0]}; {AGAIN}")
 
     def raise_again(unraisable: "sys.UnraisableHookArgs") -> None:
@@ -102,6 +107,15 @@ def raising_signals(*, final: bool = False) -> Iterator[None]:
             # A pending alarm without a handler would kill the process.
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, alarm)
+
+
+def _imports(frame: FrameType | None) -> int:
+    """The number of frames of imports among a frame and its callers."""
+    count = 0
+    while frame is not None:
+        count += frame.f_code.co_filename == "<frozen importlib._bootstrap>"
+        frame = frame.f_back
+    return count
 
 
 def _is_propagating() -> bool:
