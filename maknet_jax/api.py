@@ -45,7 +45,8 @@ class Prediction:
     """The predictions of a network for one or several series.
 
     Attributes:
-      series: one result per series: `labels` and `confidences` by slice, what it shows
+      series: one result per series, in the order of the paths given, then of the files (a
+        path may hold several series, or none): `labels` and `confidences` by slice, what it shows
         (`body_part`), the range of each label in slices and mm (`covers`), and `flags`.
       failures: (input, reason) for each input that could not be read.
     """

@@ -26,6 +26,11 @@ STOP_SIGNALS = (
 )
 
 
+def installing(extra: str) -> str:
+    """How to install an extra of this package, for an error: it may come from a clone."""
+    return f"pip install 'maknet-jax[{extra}]', or '.[{extra}]' in a clone"
+
+
 class InputError(ValueError):
     """Bad arguments or input; the command prints the message and exits with code 2.
 

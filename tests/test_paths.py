@@ -27,22 +27,22 @@ def two(phantom, tmp_path_factory):
     return root, [shutil.copytree(path, root / str(n)) for n, path in enumerate(folders)]
 
 
-def test_several_paths_are_read_as_one_folder(model, two, tmp_path, trained):
+def test_several_paths_are_read_in_their_order(model, two, tmp_path, trained):
     root, folders = two
     expected, result = model.predict(root), model.predict([folders[1], str(folders[0])])
-    assert [s.id for s in result.series] == [s.id for s in expected.series]
-    np.testing.assert_array_equal(result.confidences, expected.confidences)
-    assert result.table()[0]["file"] == expected.table()[0]["file"]  # relative to the common folder
+    assert [s.id for s in result.series] == [s.id for s in reversed(expected.series)]
+    second = len(expected.series[0])
+    np.testing.assert_array_equal(result.confidences[-second:], expected.confidences[:second])
+    # Names are relative to the common folder.
+    assert result.table()[-second]["file"] == expected.table()[0]["file"]
     overlapping = model.predict([root, folders[0], folders[0]])
     assert len(overlapping) == len(expected) and not overlapping.failures
     argv = ["predict", *map(str, folders), "--model", str(trained)]
     assert cli.main([*argv, "--out", str(tmp_path / "both.csv")]) == 0
     assert cli.main(["predict", str(root), *argv[3:], "--out", str(tmp_path / "one.csv")]) == 0
     assert (tmp_path / "both.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
-    np.testing.assert_array_equal(
-        model.features(folders[0]), model.features(result)[: len(expected.series[0])]
-    )
-    np.testing.assert_array_equal(model.logits([root]), model.logits(result))
+    np.testing.assert_array_equal(model.features(folders[0]), model.features(result)[-second:])
+    np.testing.assert_array_equal(model.logits([root]), model.logits(expected))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pydicom import uid as dicom_uid
 
 from maknet_jax.ct import containers, dicom, geometry, transfer_syntax
 from maknet_jax.ct.reading import one_line, quiet
-from maknet_jax.errors import InputError, Rejected
+from maknet_jax.errors import InputError, Rejected, installing
 
 # pydicom 3.0 has no name for the second, Label Map Segmentation Storage.
 SEGMENTATIONS = (dicom_uid.SegmentationStorage, "1.2.840.10008.5.1.4.1.1.66.7")
@@ -100,9 +100,7 @@ def require_highdicom(what: str = "DICOM SEG", extra: str = "dicom-seg") -> Any:
     try:
         import highdicom
     except ImportError:
-        raise InputError(
-            f'{what} needs highdicom: install it with pip install "maknet-jax[{extra}]"'
-        ) from None
+        raise InputError(f"{what} needs highdicom: {installing(extra)}") from None
     return highdicom
 
 

@@ -12,7 +12,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeGuard
 
 from maknet_jax import files
-from maknet_jax.ct import archives, containers, dicom, dicomdir, nifti, own_outputs, png, reading
+from maknet_jax.ct import (
+    archives,
+    containers,
+    dicom,
+    dicom_frames,
+    dicomdir,
+    nifti,
+    own_outputs,
+    png,
+    reading,
+)
 from maknet_jax.ct.blocks import Block
 from maknet_jax.ct.reading import content_id, one_line
 from maknet_jax.ct.stacks import Stack, find_stacks, order_slices
@@ -89,8 +99,9 @@ def find_series(
       overrides: what is read although it would be rejected.
 
     Returns:
-      (series in a fixed order, (path, reason) of each file, folder and archive that cannot be
-      used). Slices of one DICOM series that share a reason make one entry.
+      (series in the order of the paths given, then of their files; (path, reason) of each file,
+      folder and archive that cannot be used). Slices of one DICOM series that share a reason make
+      one entry.
 
     Raises:
       InputError: a path does not exist, or is not a file or a folder.
@@ -130,8 +141,14 @@ def find_series(
                     headers += result
     _add_dicom(sorted(headers, key=lambda header: header.path), search)
     _add_png(sorted(pictures), search)
-    ordered = sorted(search.series, key=lambda ref: (ref.paths[0], ref.key))
-    return ordered, sorted(search.failures)
+    roots = [os.path.abspath(place) for place in places]
+
+    def order(ref: SeriesRef) -> tuple[int, str, str]:
+        file = os.path.abspath(dicom_frames.split_path(ref.paths[0])[0])
+        inside = [file == root or file.startswith(root + os.sep) for root in roots]
+        return (*inside, True).index(True), ref.paths[0], ref.key
+
+    return sorted(search.series, key=order), sorted(search.failures)
 
 
 def is_path(source: object) -> TypeGuard[Paths]:

@@ -16,7 +16,7 @@ import maknet_jax
 from maknet_jax.ct import containers
 from maknet_jax.ct.reading import one_line
 from maknet_jax.data import worker_pool
-from maknet_jax.errors import InputError, Rejected
+from maknet_jax.errors import InputError, Rejected, installing
 
 _PATIENCE = 5  # seconds until a scheduler answers and has a worker
 _NO_WORKER = 60  # seconds without any worker; a supervisor may restart them
@@ -67,9 +67,7 @@ class Cluster(worker_pool.Pool):
         try:
             import distributed
         except ImportError:
-            raise InputError(
-                '--scheduler needs dask.distributed: install it with pip install "maknet-jax[dask]"'
-            ) from None
+            raise InputError(f"--scheduler needs dask.distributed: {installing('dask')}") from None
         for name in ("distributed", "distributed.client", "distributed.core", "tornado"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are reported here
         self._dask, self._address = distributed, address

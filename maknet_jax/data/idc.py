@@ -9,9 +9,9 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, installing
 
-_INSTALL = "install it with `pip install 'maknet-jax[idc]'`, or pass --index FILE"
+_INSTALL = f"{installing('idc')}; or pass --index FILE"
 _COLUMNS = {
     "uid": "SeriesInstanceUID",
     "study": "StudyInstanceUID",
@@ -156,7 +156,7 @@ def _query(path: str | os.PathLike[str], sql: str, *values: str) -> list[tuple[A
     try:
         import duckdb
     except ModuleNotFoundError:
-        raise InputError("duckdb is not installed: `pip install 'maknet-jax[idc]'`") from None
+        raise InputError(f"duckdb is not installed: {installing('idc')}") from None
     if not pathlib.Path(path).is_file():
         raise InputError(f"{path} is not a file: pass a parquet file of IDC")
     try:

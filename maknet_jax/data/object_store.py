@@ -19,7 +19,7 @@ from typing import Any
 
 from maknet_jax import files
 from maknet_jax.data.examples import RecordSource
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, installing
 
 SCHEMES = ("s3", "gs")
 _THREADS = 8  # shards that are copied at once
@@ -122,8 +122,8 @@ def _one_line(url: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise InputError(
-            f"{url} needs a package that is not installed ({error}): pip install "
-            "'maknet-jax[cloud]', and gcsfs for gs://"
+            f"{url} needs a package that is not installed ({error}): {installing('cloud')}; for "
+            "gs:// also gcsfs"
         ) from None
     except FileNotFoundError:
         raise InputError(f"{url} does not exist, or is not a finished data set") from None

@@ -120,7 +120,8 @@ def select(
         identity = {"fingerprint": dataset.fingerprint, "split": split}
         identity |= {"ct": str(options.ct)} if options.ct else {}
     else:
-        raise InputError("pass either --split or CT files, not both")
+        given = "nothing" if path is None else "both"
+        raise InputError(f"{given} to explain was given: pass either --split or CT files")
     unknown = sorted((ids or set()) - set(known))
     if unknown:
         raise InputError(f"--ids {unknown[0]!r} is not among the images of {path or split}")

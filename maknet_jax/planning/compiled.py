@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, installing
 from maknet_jax.planning import chips, cuda, hlo
 from maknet_jax.runs import build
 from maknet_jax.runs import config as configs
@@ -72,10 +72,7 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
     except ModuleNotFoundError:  # the parent of a dotted name
         found = None
     if found is None:
-        raise InputError(
-            f"compiling for {topology} needs {package}: pip install "
-            f"'maknet-jax[{chip.platform}]', or .[{chip.platform}] in a clone"
-        )
+        raise InputError(f"compiling for {topology} needs {package}: {installing(chip.platform)}")
     if chip.platform == "cuda":
         hosts, _, each = shape.rpartition("x")
         if not re.fullmatch(r"([1-9]\d*x)?[1-9]\d*|", shape):

@@ -4,7 +4,7 @@ import importlib.util
 import mmap
 import pathlib
 
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, installing
 
 PLUGIN = "jax_plugins.xla_cuda13"
 NAMES = {
@@ -27,7 +27,7 @@ def target_config(name: str) -> str:
     spec = importlib.util.find_spec(PLUGIN)
     library = pathlib.Path(str(spec and spec.origin)).with_name("xla_cuda_plugin.so")
     if not library.is_file():
-        raise InputError(f"{PLUGIN} is not installed: pip install 'maknet-jax[cuda]'")
+        raise InputError(f"{PLUGIN} is not installed: {installing('cuda')}")
     mark = f'device_description_str: "{NAMES[name]}"\n'.encode()
     # The descriptions are C strings of the shared library: from one zero byte to the next.
     with (
