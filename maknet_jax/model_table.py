@@ -2,16 +2,14 @@
 
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from flax import linen as nn
 
 from maknet_jax import console, files, models
 from maknet_jax.errors import InputError
-from maknet_jax.models.layers import ConvNorm, MAKConv
+from maknet_jax.models import layer_shapes
 from maknet_jax.runs import config as configs
 
 CONFIGS = {"maknet": "teacher", "vgg16": "vgg16", "resnet18": "resnet18"}
@@ -51,35 +49,14 @@ def measure(name: str, *, num_classes: int = 115, size: int = 256) -> list[Cost]
     if name not in CONFIGS:
         raise InputError(f"model {name!r} is unknown: choose one of {', '.join(CONFIGS)}")
     model = models.build(name, num_classes, **configs.load(CONFIGS[name]).model.options.to_dict())
-    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    calls = []  # (path, input shape, output shape, elements of the kernels)
-
-    def record(
-        next_call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
-    ) -> Any:
-        outputs = next_call(*args, **kwargs)
-        counted = isinstance(context.module, (nn.Conv, nn.Dense, ConvNorm, MAKConv))
-        if counted and context.method_name == "__call__":
-            leaves = jax.tree.leaves(context.module.variables["params"])
-            kernels = sum(leaf.size for leaf in leaves if leaf.ndim > 1)  # no biases
-            calls.append((context.module.path, args[0].shape, outputs.shape, kernels))
-        return outputs
-
-    def run(x: jax.Array) -> dict[str, Any]:
-        variables = model.init(jax.random.key(0), x, train=False)
-        with nn.intercept_methods(record):
-            model.apply(variables, x, train=False)
-        return variables["params"]
-
-    params = jax.eval_shape(run, image)
-    names = [path[0] for path, *_ in calls]
-    parts = {part: [0, 0, 0] for part in dict.fromkeys([*names, *params])}
+    layers, params = layer_shapes.trace(model, size)
+    parts = {part: [0, 0, 0] for part in dict.fromkeys([*(one.part for one in layers), *params])}
     for part, tree in params.items():
         parts[part][0] = sum(leaf.size for leaf in jax.tree.leaves(tree))
-    for path, inputs, outputs, kernels in calls:
+    for part, inputs, outputs, kernels in layers:
         # Every element of a kernel is used once at every position of the output.
-        parts[path[0]][1] += 2 * math.prod(outputs[:-1]) * kernels
-        parts[path[0]][2] += 4 * (math.prod(inputs) + math.prod(outputs) + kernels)
+        parts[part][1] += 2 * math.prod(outputs[:-1]) * kernels
+        parts[part][2] += 4 * (math.prod(inputs) + math.prod(outputs) + kernels)
     return [Cost(part, *numbers) for part, numbers in parts.items()]
 
 

@@ -5,16 +5,13 @@ above the first one, and close to the second one where nothing but convolutions 
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-from flax import linen as nn
 from ml_collections import ConfigDict
 
 from maknet_jax import models
-from maknet_jax.models.layers import ConvNorm, MAKConv
+from maknet_jax.models import layer_shapes
 
 ACTIVATION, PARAMETER = 2, 4  # bytes: bfloat16 and float32
 STATES = 4  # arrays like the parameters: themselves, two moments and the slow weights of Ranger
@@ -49,31 +46,16 @@ def training_bounds(config: ConfigDict, labels: int) -> list[Bound]:
     Returns:
       One row per part, in the order of the network.
     """
-    size = config.data.size
     model = models.build(config.model.name, labels, **config.model.options.to_dict())
-    calls: list[tuple[str, int, int]] = []  # (part, elements of the input, of the output)
-
-    def record(
-        next_call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
-    ) -> Any:
-        outputs = next_call(*args, **kwargs)
-        counted = isinstance(context.module, (nn.Conv, nn.Dense, ConvNorm, MAKConv))
-        if counted and context.method_name == "__call__":
-            sizes = math.prod(args[0].shape), math.prod(outputs.shape)
-            calls.append((context.module.path[0], *sizes))
-        return outputs
-
-    def run(image: jax.Array) -> Any:
-        variables = model.init(jax.random.key(0), image, train=False)
-        with nn.intercept_methods(record):
-            model.apply(variables, image, train=False)
-        return variables["params"]
-
-    params = jax.eval_shape(run, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
-    parts = dict.fromkeys([*(part for part, *_ in calls), *params])
+    layers, params = layer_shapes.trace(model, config.data.size)
+    parts = dict.fromkeys([*(layer.part for layer in layers), *params])
     rows = []
     for part in parts:
-        shapes = [(inputs, outputs) for name, inputs, outputs in calls if name == part]
+        shapes = [
+            (math.prod(layer.inputs), math.prod(layer.outputs))
+            for layer in layers
+            if layer.part == part
+        ]
         parameters = sum(leaf.size for leaf in jax.tree.leaves(params.get(part, {})))
         rows.append(
             Bound(

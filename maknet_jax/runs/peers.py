@@ -7,6 +7,7 @@ that waits for it would never return.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -86,13 +87,9 @@ class Peers:
             f"--distributed: some processes did not start within {seconds:g} s: start all of them, "
             "or raise --start-timeout"
         )
-        timer = threading.Timer(seconds, self._end_after_grace, (_FAILED, message, 0.0))
-        timer.daemon = True
-        timer.start()
-        try:
+        end = functools.partial(self._end_after_grace, _FAILED, message, 0.0)
+        with stopping.timer(seconds, end):
             yield
-        finally:
-            timer.cancel()
 
     def watch(self, client: Any, index: int, count: int) -> None:
         """Starts to watch.

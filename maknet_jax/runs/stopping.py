@@ -1,10 +1,11 @@
 """What signals do: they interrupt a command, or are noted while a loop must save its state."""
 
 import contextlib
+import functools
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -156,15 +157,23 @@ def noted_signals() -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
+def timer(seconds: float, call: Callable[[], None]) -> Iterator[None]:
+    """Calls a function in another thread if the block takes longer than `seconds`."""
+    waiting = threading.Timer(seconds, call)
+    waiting.daemon = True
+    waiting.start()
+    try:
+        yield
+    finally:
+        waiting.cancel()
+
+
+@contextlib.contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
     """Stops the command after `seconds` as a signal does; None sets no limit."""
     if seconds is None:
         yield
         return
-    timer = threading.Timer(seconds, request, [f"the time limit of {seconds:.10g} s has passed"])
-    timer.daemon = True
-    timer.start()
-    try:
+    reason = f"the time limit of {seconds:.10g} s has passed"
+    with timer(seconds, functools.partial(request, reason)):
         yield
-    finally:
-        timer.cancel()
