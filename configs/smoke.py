@@ -84,8 +84,8 @@ def get_config():
             "evaluate_every": 2.0,  # epochs
             "checkpoint_every": 200,  # steps, in addition to a checkpoint after each evaluation
             "checkpoint_minutes": 30.0,  # and after this time; 0: by steps only
-            # Steps whose gradient is not finite are skipped; so many in a row stop the training. 0
-            # skips none, and a loss that is not finite stops it.
+            # Steps whose gradient is not finite are skipped; this many in a row stop the
+            # training. 0 skips none, and a loss that is not finite stops it.
             "skip_nonfinite": 10,
             "log_every": 10,  # steps
         }

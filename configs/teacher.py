@@ -80,9 +80,9 @@ def get_config():
             },
             "domain_components": 64,  # of the out-of-domain statistics, at most 64; 0 writes none
             "ema_decay": 0.0,  # above 0: scores a moving average of the weights with this decay
-            # A batch is processed in so many equal parts, whose gradients are added: memory for one
-            # part. Without BatchNorm the result is that of 1. BatchNorm takes the statistics of
-            # each part, and the running ones move once per step, by the mean over the parts.
+            # A batch is processed in this many equal parts, whose gradients are added: memory for
+            # one part. Without BatchNorm the result is that of 1. BatchNorm takes the statistics
+            # of each part, and the running ones move once per step, by the mean over the parts.
             "accumulate": 1,
             # True computes the activations inside a block again in the backward pass: less memory,
             # more time, the same values. May be switched on resume.
@@ -90,8 +90,8 @@ def get_config():
             "evaluate_every": 1.0,  # epochs
             "checkpoint_every": 500,  # steps, in addition to a checkpoint after each evaluation
             "checkpoint_minutes": 30.0,  # and after this time; 0: by steps only
-            # Steps whose gradient is not finite are skipped; so many in a row stop the training. 0
-            # skips none, and a loss that is not finite stops it.
+            # Steps whose gradient is not finite are skipped; this many in a row stop the
+            # training. 0 skips none, and a loss that is not finite stops it.
             "skip_nonfinite": 10,
             "log_every": 20,  # steps
         }

@@ -311,8 +311,8 @@ class Model:
             `labels`, the most confident slice).
           labels: explain these; None explains the `top` most confident labels of each image.
           top: number of labels if `labels` is None.
-          limit: of a prediction or of files: explain so many slices instead, of different series
-            first, as `maknet attribute --labels --limit`; see `explain.selection.best_slices`.
+          limit: the number of slices to explain instead, those of different series first, as in
+            `maknet attribute --labels --limit`; see `explain.selection.best_slices`.
           **path: fields of `explain.options.PathOptions`: steps, method, baseline, output, refine,
             batch_size.
 

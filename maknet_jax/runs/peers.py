@@ -59,7 +59,7 @@ class Peers:
     """
 
     def __init__(self, heartbeat: float) -> None:
-        """Args: heartbeat: a process that is silent for so many seconds is lost."""
+        """Args: heartbeat: a process that is silent for this many seconds is lost."""
         self.verdict: tuple[int, str] | None = None
         self._heartbeat = heartbeat
         self._entry: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "beat": 0}
@@ -223,7 +223,7 @@ def start(heartbeat: float, start_timeout: float) -> None:
     """Joins the other processes of the command and watches them.
 
     Args:
-      heartbeat: a process that is silent for so many seconds is lost, and all others end.
+      heartbeat: a process that is silent for this many seconds is lost, and all others end.
       start_timeout: seconds to wait for all processes to start.
 
     Raises:

@@ -41,7 +41,7 @@ def make_train_step(
       ema_decay: decay of the moving average of weights and statistics, if the state has one.
       skip_nonfinite: a step whose loss or gradient norm is not finite changes nothing but the step
         number; the metric `skipped` is then True.
-      accumulate: the batch is processed in so many equal parts, one after the other, and their
+      accumulate: the batch is processed in this many equal parts, one after the other, and their
         gradients are added: the gradient of the whole batch with the activations of one part. Each
         part has its own BatchNorm statistics, and the running ones move by the mean of their
         changes.
