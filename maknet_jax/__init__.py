@@ -12,6 +12,7 @@ them, write `from maknet_jax.train import train`.
 """
 
 import importlib
+import os
 import sys
 import types
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,9 @@ _API = ("Model", "load")  # of `maknet_jax.api`
 
 def __getattr__(name: str) -> Any:
     """Imports a name of the API, a verb or a subpackage on first use."""
+    if not name.startswith("_") and "jax" not in sys.modules:
+        # JAX is imported soon. Its C++ logs "Very slow compile?" as an error: level 3 hides it.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if name in _API:
         return getattr(importlib.import_module(f"{__name__}.api"), name)
     if not name.startswith("_"):

@@ -23,16 +23,18 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from maknet_jax import console, predict
+from maknet_jax import console, predict, scoring
 from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.attribution import perturbation
 from maknet_jax.ct import arrays, reading, search
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation import series_tables
 from maknet_jax.evaluation.series import SeriesResult
+from maknet_jax.explain.explanation import Explanation
+from maknet_jax.explain.label_names import label_columns
 from maknet_jax.explain.network import Network, make_network, network_name
 from maknet_jax.explain.options import PathOptions
-from maknet_jax.explain.selection import best_slices, group_of, label_columns
+from maknet_jax.explain.selection import best_slices, group_of
 from maknet_jax.runs import workdir
 from maknet_jax.training import sharding
 
@@ -85,37 +87,6 @@ class Prediction:
             )
             for series in self.series
         )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Explanation:
-    """Integrated Gradients of B images for T labels each.
-
-    Attributes:
-      images: int16 HU `[B, S, S, 3]`.
-      ids: of the images: SERIES:SLICE, or the row of the array.
-      labels: B tuples of the T explained labels.
-      maps: float32 `[B, T, S, S, 3]`: the contribution of each value to the confidence.
-      relative: `[B, T]`, completeness error relative to the explained change.
-      flagged: bool `[B, T]`, True where `relative` exceeds 1 %.
-      start: `[B, T]`, the confidence at the baseline.
-      end: `[B, T]`, the confidence at the image.
-    """
-
-    images: np.ndarray
-    ids: tuple[str, ...]
-    labels: tuple[tuple[str, ...], ...]
-    maps: np.ndarray
-    relative: np.ndarray
-    flagged: np.ndarray
-    start: np.ndarray
-    end: np.ndarray
-
-    def __repr__(self) -> str:
-        shape = " x ".join(map(str, self.maps.shape))
-        names = ", ".join(dict.fromkeys(name for row in self.labels for name in row))
-        flagged = f"{int(self.flagged.sum())} of {self.flagged.size} incomplete"
-        return f"<Integrated Gradients of {names}: maps {shape}, {flagged}>"
 
 
 class Model:
@@ -326,32 +297,38 @@ class Model:
             raise InputError(f"options {', '.join(path)}: choose from {known}") from None
         ig.check(options.method, options.steps, options.refinements, options.output)
         columns = label_columns(self.run, labels)
-        hu, ids = self._chosen(self._predicted(images), columns, limit)
+        hu, ids, flags = self._chosen(self._predicted(images), columns, limit)
         network, devices = self._network, self.run.mesh.size
         batch_size = sharding.round_up_to_devices(options.batch_size or devices, devices)
         labelled: list[tuple[str, ...]] = []
         parts: list[ig.Attribution] = []
-        for start in range(0, len(hu), batch_size):
-            rows = hu[start : start + batch_size]
-            batch = np.concatenate([rows, rows[-1:].repeat(batch_size - len(rows), axis=0)])
-            base = np.stack([perturbation.make_baseline(one, options.baseline) for one in batch])
-            put, black = network.put(batch), network.put(base)
-            targets = np.argsort(-network.confidences(put), axis=1, kind="stable")[:, :top]
-            if columns:
-                targets = np.tile(np.asarray(columns, np.int64), (batch_size, 1))
-            parts.append(network.attribute(put, targets, black, options))
-            labelled += [tuple(self.labels[k] for k in row) for row in targets[: len(rows)]]
+        with console.progress("attribute", len(hu)) as advance:
+            advance(0, note="compiling")
+            for start in range(0, len(hu), batch_size):
+                rows = hu[start : start + batch_size]
+                batch = np.concatenate([rows, rows[-1:].repeat(batch_size - len(rows), axis=0)])
+                base = np.stack(
+                    [perturbation.make_baseline(one, options.baseline) for one in batch]
+                )
+                put, black = network.put(batch), network.put(base)
+                targets = np.argsort(-network.confidences(put), axis=1, kind="stable")[:, :top]
+                if columns:
+                    targets = np.tile(np.asarray(columns, np.int64), (batch_size, 1))
+                parts.append(network.attribute(put, targets, black, options))
+                labelled += [tuple(self.labels[k] for k in row) for row in targets[: len(rows)]]
+                advance(len(rows), note="")
         names = ("maps", "relative", "flagged", "start", "end")
         fields = {n: np.concatenate([getattr(p, n) for p in parts])[: len(hu)] for n in names}
-        return Explanation(images=hu, ids=ids, labels=tuple(labelled), **fields)
+        return Explanation(images=hu, ids=ids, labels=tuple(labelled), flags=flags, **fields)
 
     def _chosen(
         self, images: "np.ndarray | Prediction", columns: Sequence[int], limit: int | None
-    ) -> tuple[np.ndarray, tuple[str, ...]]:
-        """(int16 HU `[B, S, S, 3]`, ids) of the images that are explained."""
+    ) -> tuple[np.ndarray, tuple[str, ...], tuple[tuple[str, ...], ...]]:
+        """(int16 HU `[B, S, S, 3]`, ids, flags) of the images that are explained."""
         if not isinstance(images, Prediction):
             hu = self._checked(images)[:limit]
-            return hu, tuple(str(row) for row in range(len(hu)))
+            flags = scoring.network_flags(self.run)
+            return hu, tuple(str(row) for row in range(len(hu))), (flags,) * len(hu)
         scores, reached = images.confidences, images.confidences >= self.thresholds
         if columns:
             scores, reached = scores[:, columns], reached[:, columns]
@@ -365,14 +342,16 @@ class Model:
         chosen = best_slices(scores, reached, groups, limit)
         triplets: list[np.ndarray] = []
         ids: list[str] = []
+        doubts: list[tuple[str, ...]] = []
         first = 0  # the number of the series' first slice among all
         for series in images.series:
             numbers = [number - first for number in chosen if 0 <= number - first < len(series)]
             if numbers:
                 triplets += series.images(numbers, self.size)
                 ids += [f"{series.id}:{number}" for number in numbers]
+                doubts += map(series.flags_of, numbers)
             first += len(series)
-        return np.stack(triplets), tuple(ids)
+        return np.stack(triplets), tuple(ids), tuple(doubts)
 
 
 def load(

@@ -11,15 +11,17 @@ import jax
 import numpy as np
 from markupsafe import Markup
 
-from maknet_jax import console, files, predict
+from maknet_jax import console, files, predict, scoring
 from maknet_jax.attribution import faithfulness, perturbation
 from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.evaluation import protocol
+from maknet_jax.evaluation.series import FLAGS, OF_NETWORK, describe_flags
 from maknet_jax.explain import drawing, results
+from maknet_jax.explain.label_names import label_columns
 from maknet_jax.explain.network import Network, open_networks
 from maknet_jax.explain.nifti_maps import write_maps
 from maknet_jax.explain.options import DISPLAY, PATH, DisplayOptions, PathOptions, SelectionOptions
-from maknet_jax.explain.selection import SelectedImage, label_columns, select
+from maknet_jax.explain.selection import SelectedImage, select
 from maknet_jax.explain.truth import outcome
 from maknet_jax.figures import overlay, page
 from maknet_jax.runs.workdir import Run
@@ -40,6 +42,7 @@ COLUMNS = (
     "residual",
     "relative",
     "flagged",
+    "flags",
     "file",
 )
 
@@ -103,8 +106,8 @@ def attribute(
     networks = open_networks(folder, selection.compare, checkpoint=selection.checkpoint)
     run = networks[0].run
     columns = label_columns(run, selection.labels)
-    score = functools.partial(predict.score_volume, run, png_window=selection.png_window)
-    selected = select(run, selection, score)
+    score = functools.partial(predict.predict_volume, run, png_window=selection.png_window)
+    selected = select(run, selection, score, scoring.network_flags(run))
     devices = jax.local_device_count()
     batch_size = sharding.round_up_to_devices(path.batch_size or devices, devices)
     settings = results.shared_settings(networks, selection, path, display)
@@ -227,11 +230,21 @@ def _result(
             model["areas"] = dict(zip(AREAS, batch.areas[row].tolist(), strict=True))
             model["areas_of"] = names[targets[0]]
         models.append(model)
-    metadata = {"id": image.id, "group": image.group, "meta": image.public_meta, "models": models}
     fields, drawn = drawing.store_picture(image, settings["display"])
-    metadata, arrays = metadata | fields, arrays | drawn
+    metadata, arrays = image.metadata(models) | fields, arrays | drawn
     drawing.write_overlays(out / "overlays" / f"{number:05d}.png", metadata, arrays, settings)
     return metadata, arrays
+
+
+def warnings(summary: Mapping[str, Any]) -> list[str]:
+    """One line for each flag of the images of a summary of `attribute` or `perturb`."""
+    return describe_flags(summary["flags"], f"{summary['images']} images")
+
+
+def describe(metadata: Mapping[str, Any]) -> list[str]:
+    """The flags of a result with their meanings, without those of the network, of all results."""
+    names = [name for name in metadata.get("flags", ()) if name not in OF_NETWORK]
+    return [f"{name}: {FLAGS[name]}" for name in names]
 
 
 def cards(
@@ -263,6 +276,7 @@ def cards(
             metadata["models"],
             facts=drawing.facts(metadata, drawn, display),
             notes=[*([f"annotated: {present}"] if present else []), *notes.get(path, ())],
+            warnings=describe(metadata),
             aspect=drawn.grey.shape[1] / drawn.grey.shape[0],
             right=drawing.is_oriented(metadata["meta"]),
         )
@@ -298,6 +312,7 @@ def _write(explained: results.Explained, *, nifti: bool) -> dict[str, Any]:
                     continue
                 flags.setdefault(name, []).append(entry["flagged"])
                 values = {"id": metadata["id"], "model": name, "file": file} | entry
+                values["flags"] = "|".join(metadata.get("flags", ()))
                 rows.append([values[column] for column in COLUMNS])
     files.write_json(out / "index.json", index)
     console.write_table(out / "attributions.csv", COLUMNS, rows)
@@ -322,7 +337,7 @@ def _write(explained: results.Explained, *, nifti: bool) -> dict[str, Any]:
     slices = drawing.by_slice(zip(explained.files.values(), index, strict=True))
     shown = slices[: explained.most_shown]
     with files.write_whole(out / "index.html") as page_file:
-        lead = page.attribution_lead(summary | more, len(shown), len(slices))
+        lead = page.attribution_lead(summary | more, len(shown), len(slices), warnings(summary))
         drawn = cards(shown, summary["display"], names)
         page_file.write(page.document("Attributions", lead, drawn))
     written = ["index.html", "attributions.csv", "index.json", "cases", "overlays"]

@@ -17,6 +17,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
@@ -24,6 +25,7 @@ from rich.table import Table
 from maknet_jax import files
 from maknet_jax.errors import InputError, NothingUsable
 
+NOTICE = "Research software, not a diagnosis."
 INTERVAL_HEADER = ("label", "patients", "AUC (95 %)", "F1 (95 %)")  # of `interval_rows`
 _WIDE = 10_000  # columns of output that is not a terminal, so that nothing wraps
 # Of the eight lines of a rich box, only the rule under the header; ASCII works in every encoding.
@@ -92,6 +94,7 @@ def progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )

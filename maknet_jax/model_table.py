@@ -1,4 +1,4 @@
-"""`maknet models`: parameters, FLOPs and bytes of the networks, block by block, beside table 1."""
+"""`maknet models`: costs of the networks, block by block, beside table 1; the released models."""
 
 import math
 import pathlib
@@ -11,6 +11,7 @@ from maknet_jax import console, files, models
 from maknet_jax.errors import InputError
 from maknet_jax.models import layer_shapes
 from maknet_jax.runs import config as configs
+from maknet_jax.runs import released
 
 CONFIGS = {"maknet": "teacher", "vgg16": "vgg16", "resnet18": "resnet18"}
 SPEED = (
@@ -105,7 +106,9 @@ def model_table(
     header = ["", "parameters", "paper", "GFLOP forward", "MB moved at least"]
     lines.append(console.format_table(header, totals))
     lines.append(f"\n{num_classes} labels, one image of {size} x {size}, float32")
-    lines.append(SPEED)
+    lines += [SPEED, "\nreleased models, for --model NAME and maknet_jax.load(NAME):"]
+    header = ["name", "network", "labels", "image size", "trained on"]
+    lines.append(console.format_table(header, released.describe()))
     if out is not None:
         files.write_json(out, {"num_classes": num_classes, "size": size, "networks": costs})
     return "\n".join(lines), costs

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from markupsafe import Markup
 
-from maknet_jax import console, files, predict
-from maknet_jax.attribute import label_entry
+from maknet_jax import console, files, predict, scoring
+from maknet_jax.attribute import describe, label_entry, warnings
 from maknet_jax.attribution import faithfulness, perturbation
 from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.errors import InputError
@@ -42,6 +42,7 @@ COLUMNS = (
     "rank_before",
     "rank_after",
     "fell_out",
+    "flags",
 )
 
 
@@ -100,8 +101,8 @@ def perturb(
         raise InputError(f"--share {share} should be above 0 and below 1")
     networks = open_networks(folder, selection.compare, checkpoint=selection.checkpoint)
     run = networks[0].run
-    score = functools.partial(predict.score_volume, run, png_window=selection.png_window)
-    selected = select(run, selection, score)
+    score = functools.partial(predict.predict_volume, run, png_window=selection.png_window)
+    selected = select(run, selection, score, scoring.network_flags(run))
     digest = None
     if {"neighbour", "patch"} & set(strategies):
         digest = check_masks(pathlib.Path(masks), organs) if masks else None
@@ -186,8 +187,7 @@ def _perturbed(
         models.append({"name": network.name, "columns": columns})
         arrays[f"pictures_{place}"] = picture.to_grey(stack[..., 1], settings["display"])
     fields, drawn = drawing.store_picture(image, settings["display"])
-    metadata = {"id": image.id, "group": image.group, "meta": image.public_meta, "models": models}
-    metadata, arrays = metadata | fields, arrays | drawn
+    metadata, arrays = image.metadata(models) | fields, arrays | drawn
     drawing.write_perturbed(out / "pictures" / f"{number:05d}.png", metadata, arrays, settings)
     return metadata, arrays
 
@@ -257,6 +257,7 @@ def _write(explained: results.Explained) -> dict[str, Any]:
                             old["rank"],
                             entry["rank"],
                             entry["state"] == "gone",
+                            "|".join(metadata.get("flags", ())),
                         ]
                     )
                 drop = np.mean([entry["before"] - entry["confidence"] for entry in first])
@@ -288,7 +289,7 @@ def _write(explained: results.Explained) -> dict[str, Any]:
     shown = [group[0] for group in slices[: explained.most_shown]]
     with files.write_whole(out / "index.html") as file:
         lead = page.perturbation_lead(
-            summary | {"results": by_network}, *table(by_network), len(shown)
+            summary | {"results": by_network}, *table(by_network), len(shown), warnings(summary)
         )
         drawn = (_card(path, summary["display"], names) for path in shown)
         file.write(page.document("Perturbations", lead, drawn))
@@ -336,6 +337,7 @@ def _card(path: pathlib.Path, display: Sequence[float], names: Sequence[str]) ->
         metadata["id"],
         metadata["models"],
         facts=drawing.facts(metadata, drawn, display),
+        warnings=describe(metadata),
         aspect=drawn.grey.shape[1] / drawn.grey.shape[0],
         right=drawing.is_oriented(metadata.get("meta", {})),
     )

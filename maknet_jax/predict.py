@@ -13,8 +13,9 @@ from maknet_jax.ct import pseudonym, reading, search, volumes
 from maknet_jax.data import cluster
 from maknet_jax.errors import InputError, NothingUsable
 from maknet_jax.evaluation import series_tables, structured_reports
-from maknet_jax.evaluation.series import FLAGS, SeriesResult
+from maknet_jax.evaluation.series import FLAGS, SeriesResult, count_flags, describe_flags
 from maknet_jax.evaluation.series_files import SeriesFiles
+from maknet_jax.evaluation.series_tables import MOST_SERIES
 from maknet_jax.figures import picture
 from maknet_jax.runs import workdir
 from maknet_jax.scoring import predict_volume as predict_volume
@@ -117,9 +118,9 @@ def predict(
     written = outputs.write(results, read_as)
     if charts:
         written += _write_charts(out, run, results, views)
-    without_report = None
+    no_report = None
     if sr:
-        reports, without_report = structured_reports.write_reports(
+        reports, no_report = structured_reports.write_reports(
             out, results, series, f"{run.source.resolve().name}, step {run.step}"
         )
         written += reports
@@ -132,7 +133,9 @@ def predict(
         "copies": sum(ref.copies for ref in series),
         "failures": len(failures),
         "failures_file": str(outputs.beside("failures.csv")) if failures else None,
-        "without_report": without_report,
+        "without_chart": sum(len(r) < MIN_CHART_SLICES for r in results) if charts else None,
+        "without_report": None if no_report is None else len(no_report),
+        "no_report": no_report,
         "files": [str(file) for file in written],
     }
     tables = {
@@ -149,14 +152,13 @@ def predict(
 
 def _counts(run: workdir.Run, results: Sequence[SeriesResult]) -> dict[str, Any]:
     """What the network is, and how many series and slices it labelled and flagged."""
-    counts = {name: sum(name in result.flags for result in results) for name in FLAGS}
     return {
         "checkpoint": run.name,
         "step": run.step,
         "trained_on": run.trained_on,
         "series": len(results),
         "slices": sum(map(len, results)),
-        "flags": {name: count for name, count in counts.items() if count},
+        "flags": count_flags(result.flags for result in results),
         "domain": run.domain.about if run.domain else None,
     }
 
@@ -171,22 +173,24 @@ def text(summary: dict[str, Any]) -> str:
     lines += [f"  {file}" for file in summary["files"]]
     if summary["trained_on"]:
         lines.append(f"trained on {summary['trained_on']}")
-    for flag, count in summary["flags"].items():
-        lines.append(f"flag {flag} on {count} of {summary['series']} series: {FLAGS[flag]}")
+    lines += describe_flags(summary["flags"], f"{summary['series']} series")
     if summary["copies"]:
         lines.append(f"copies of slices, taken once: {summary['copies']}")
     if summary["domain"] is None:
         lines.append(
             "the network has no out-of-domain statistics: nothing marks CT unlike its training data"
         )
+    if summary["without_chart"]:
+        why = f"fewer than {MIN_CHART_SLICES} slices"
+        lines.append(f"series without a chart: {summary['without_chart']} ({why})")
     if summary["without_report"]:
-        lines.append(
-            f"series without a structured report: {summary['without_report']} (not DICOM, without "
-            "the UIDs that it refers to, with elements that break the standard, or without a coded "
-            "label)"
-        )
+        lines.append(f"series without a structured report: {summary['without_report']}")
+        lines += [f"  {name}: {why}" for name, why in summary["no_report"][:MOST_SERIES]]
+        if summary["without_report"] > MOST_SERIES:
+            lines.append(f"  ... and {summary['without_report'] - MOST_SERIES} more (no_report)")
     if summary["failures"]:
         lines.append(f"rejected: {summary['failures']}, see {summary['failures_file']}")
+    lines.append(console.NOTICE)
     return "\n".join(lines)
 
 
@@ -275,6 +279,7 @@ def _write_charts(
                 notes=[f"series {result.id}", network]
                 + [f"{flag}: {FLAGS[flag]}" for flag in result.flags],
                 coronal=view,
+                outside=None if result.verdict is None else result.verdict.outside,
                 spacing=spacing,
             )
     return charts

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from markupsafe import Markup
 
-from maknet_jax import attribute, evaluate, files
+from maknet_jax import attribute, evaluate, files, scoring
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation.evaluator import Evaluator
+from maknet_jax.evaluation.series import FLAGS
 from maknet_jax.explain import network, results, selection, truth
 from maknet_jax.explain.options import PathOptions, SelectionOptions
 from maknet_jax.figures import charts, contact_sheet, overlay, page, picture
@@ -42,9 +43,9 @@ def report(
 ) -> pathlib.Path:
     """Writes curves, tables, scores per label, the best and worst cases and sample images.
 
-    Cases are ranked by their mean cross entropy over the known labels. Best cases have at least one
-    label that is present. The best cases are of different patients with different labels, and so
-    are the worst.
+    Cases are ranked by their mean cross entropy over the scored labels. Best cases have at least
+    one label that is present. The best cases are of different patients with different labels, and
+    so are the worst.
 
     Args:
       folder: the workdir of `maknet train`; results of `maknet evaluate` are shown if present. A
@@ -81,6 +82,9 @@ def report(
         labels=len(run.vocabulary),
         size=run.size,
         data=dataset.address,
+        trained_on=run.trained_on,
+        complete=truth.labels_are_complete(dataset.info, split),
+        warnings=[f"{name}: {FLAGS[name]}" for name in scoring.network_flags(run)],
         numbers=_headline(scores),
         curves=curves,
         unplotted=unplotted,
@@ -183,11 +187,11 @@ def _cases(
     has_label = (scores.labels * scores.label_mask).any(axis=1)
     best = _varied([k for k in order if has_label[k]], source, count)
     worst = _varied([k for k in order[::-1] if k not in best], source, count)
-    known = scores.label_mask.sum(axis=1)
+    scored = scores.label_mask.sum(axis=1)
     cases = []
     for kind, numbers in (("best", best), ("worst", worst)):
         notes = [
-            f"mean cross entropy {loss[k]:.3f} over {known[k]:.0f} known labels" for k in numbers
+            f"mean cross entropy {loss[k]:.3f} over {scored[k]:.0f} scored labels" for k in numbers
         ]
         if numbers:
             drawn = _cards(run, folder, out, dataset, split, kind, numbers, notes, steps, ct)

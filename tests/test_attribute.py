@@ -8,7 +8,6 @@ import shutil
 import types
 
 import jax
-import nibabel
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,7 +16,6 @@ from test_page import check_page
 from maknet_jax import attribute, cli, train
 from maknet_jax.attribution import faithfulness, perturbation
 from maknet_jax.attribution import integrated_gradients as ig
-from maknet_jax.ct import search, volumes
 from maknet_jax.errors import InputError
 from maknet_jax.explain import results
 from maknet_jax.explain.network import open_networks
@@ -298,33 +296,6 @@ def test_labels_select_images_and_targets(trained, shards, tmp_path):
     which = SelectionOptions(split="test", ids=[has[0].id, without], labels=[name])
     with pytest.raises(InputError, match=f"{without}.*{name}"):
         attribute.attribute(trained, tmp_path / "no", which)
-
-
-def test_ct_files_are_explained(trained, phantom, tmp_path):
-    scans, out = tmp_path / "scans", tmp_path / "out"
-    shutil.copytree(sorted(phantom["dicom"].iterdir())[0], scans)
-    series = search.find_series(scans)[0][0]
-    ids = [f"{series.key}:3", f"{series.key}:0"]
-    options = SelectionOptions(path=scans, ids=ids), PathOptions(steps=2)
-    summary = attribute.attribute(trained, out, *options)
-    assert (summary["images"], summary["groups"]) == (2, 1)
-    rows = rows_of(out)
-    assert {row["id"] for row in rows} == set(ids) and {row["truth"] for row in rows} == {"unknown"}
-    volume = volumes.load_series(series)
-    assert {(entry["series"], entry["label"]) for entry in summary["nifti"]} == {
-        (series.key, row["label"]) for row in rows
-    }
-    for entry in summary["nifti"]:
-        image = nibabel.load(entry["file"])
-        assert image.shape == volume.hu.shape[::-1]
-        np.testing.assert_allclose(image.affine, volume.affine, atol=1e-4)
-        shown = {int(row["id"][-1]) for row in rows if row["label"] == entry["label"]}
-        assert set(np.flatnonzero(np.any(image.dataobj, axis=(0, 1)))) == shown
-        assert entry["slices"] == len(shown)
-    # With another number of slices, slice 3 may be another image.
-    pathlib.Path(series.paths[-1]).unlink()
-    with pytest.raises(InputError, match="selection"):
-        attribute.attribute(trained, out, *options)
 
 
 def test_networks_that_take_a_box_are_refused(trained, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Labels and series in DICOM's terms, checked against pydicom's CID 4, and the audit of tags."""
 
+import dataclasses
 import doctest
 
 import numpy as np
@@ -8,7 +9,8 @@ from pydicom.sr._concepts_dict import concepts
 
 from maknet_jax.ct.volumes import Volume
 from maknet_jax.data import labels
-from maknet_jax.evaluation import body_parts
+from maknet_jax.evaluation import body_parts, series_tables
+from maknet_jax.evaluation.domain import Verdict
 from maknet_jax.evaluation.series import SeriesResult
 
 KNOWN = frozenset({"CHEST", "ABDOMEN", "PELVIS"})
@@ -116,6 +118,43 @@ def test_a_series_shows_the_regions_of_enough_slices():
     assert twice.body_part.term == "CHESTABDOMEN" and twice.flags == ()
     vague = series("CHEST", muscle=slice(0, 40))
     assert vague.body_part.term == "" and vague.audit == "nothing seen"
+
+
+def verdict_of(outside, *, series=False, disordered=False):
+    return Verdict(np.ones(40), np.asarray(outside), 1.0, -1.0, series, disordered)
+
+
+def test_a_series_outside_the_domain_is_not_judged():
+    usual = series("HEAD", liver=slice(5, 30))
+    some = np.arange(40) >= 38
+    for verdict in (
+        verdict_of(some, series=True, disordered=True),
+        verdict_of(np.ones(40, bool), disordered=True),  # no threshold for series
+    ):
+        result = dataclasses.replace(usual, run_flags=("phantom",), verdict=verdict)
+        assert result.outside and result.flags == ("phantom", "outside")
+        assert result.body_part == body_parts.BodyPart() and result.audit == "outside the domain"
+        overview, rows = result.overview(), list(result.cover_rows())
+        assert (overview["body_part_examined"], overview["sct_code"]) == ("", "no code")
+        assert overview["audit"] == "outside the domain"
+        assert result.to_json()["flags"] == overview["flags"] == rows[0]["flags"]
+        assert {tuple(row["flags"]) for row in result.slice_rows()} == {result.flags}
+        assert {row["flags"] for row in result.table()} == {result.flags}
+        header, wide = series_tables.wide([result])
+        assert {row[header.index("flags")] for row in wide} == {"phantom|outside"}
+        text = series_tables.describe(overview, rows)
+        assert "outside the domain" in text.splitlines()[0] and "shows" not in text
+        assert "ABDOMEN" not in text and "liver" in text and "unreliable" in text
+
+
+def test_slices_outside_the_domain_show_no_region():
+    both = series("CHEST", liver=slice(5, 30), hilum=slice(36, 40))
+    assert both.body_part.term == "CHESTABDOMEN" and both.flags == ()
+    result = dataclasses.replace(both, verdict=verdict_of(np.arange(40) >= 36, disordered=True))
+    assert result.body_part.term == "ABDOMEN" and result.flags == ("tag", "order")
+    assert result.flags_of(0) == ("tag", "order")
+    assert result.flags_of(39) == ("tag", "order", "outside")
+    assert "shows ABDOMEN" in series_tables.describe(result.overview(), [])
 
 
 def test_rows_say_from_where_to_where():

@@ -51,6 +51,9 @@ def test_other_features_are_outside(statistics):
     results = list(verdicts(statistics, patients(10, 3, shift=0.6)))
     assert np.mean(np.concatenate([result.outside for result in results])) > 0.9
     assert all(result.series_outside for result in results)
+    turned = list(verdicts(statistics, patients(10, 3, shift=0.6), reverse=True))
+    assert all(result.series_outside and result.order < 0 for result in turned)
+    assert not any(result.out_of_order for result in turned)  # not judged outside the domain
 
 
 def test_only_the_other_slices_of_a_series_are_outside(statistics):
@@ -86,8 +89,10 @@ def test_short_series_and_series_without_positions_are_judged(statistics):
     unknown = statistics.judge(one.features, np.full(len(one.mm), np.nan))
     known = statistics.judge(one.features, np.arange(len(one.mm)) * domain.SPACING)
     np.testing.assert_array_equal(unknown.distances, known.distances)
-    still = statistics.judge(np.repeat(one.features[:1], 60, axis=0), 3.0 * np.arange(60))
-    assert still.order == 0 and still.out_of_order
+    usual = statistics.distances(one.features).argmin()  # inside the domain
+    still = np.repeat(one.features[usual : usual + 1], 60, axis=0)
+    still = statistics.judge(still, 3.0 * np.arange(60))
+    assert still.order == 0 and still.out_of_order and not still.series_outside
 
 
 def test_the_distance_is_mahalanobis(monkeypatch):

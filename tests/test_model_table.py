@@ -8,6 +8,7 @@ import pytest
 
 from maknet_jax import cli, model_table
 from maknet_jax.errors import InputError
+from maknet_jax.runs import released
 
 
 def total(name, column, **sizes):
@@ -72,4 +73,11 @@ def test_the_speed_benchmarks_that_the_table_names_exist():
     speed = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "speed"
     names = re.findall(r"(\w+\.py)", model_table.SPEED)
     assert len(names) == 4 and all((speed / name).is_file() for name in names)
-    assert model_table.model_table(["resnet18"], size=32)[0].endswith(model_table.SPEED)
+    assert model_table.SPEED in model_table.model_table(["resnet18"], size=32)[0].splitlines()
+
+
+def test_the_released_models_are_listed():
+    (listed,) = released.describe()
+    assert listed == ("head-neck", "maknet", 7, 128, "OpenKBP: head, neck, upper chest")
+    last = model_table.model_table(["resnet18"], size=32)[0].splitlines()[-1]
+    assert last.split()[:4] == ["head-neck", "maknet", "7", "128"]

@@ -11,7 +11,7 @@ from maknet_jax.cli import options
 from maknet_jax.data import records, segmentations
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError, did_you_mean
-from maknet_jax.explain import selection
+from maknet_jax.explain import label_names, selection
 from maknet_jax.runs import workdir
 
 NAMES = [f"organ {number}" for number in range(113)] + ["liver", "fat, left side"]
@@ -23,7 +23,7 @@ def run(names=NAMES):
 
 def test_an_unknown_label_lists_three_near_ones_not_all():
     with pytest.raises(InputError, match="did you mean 'liver',") as error:
-        selection.label_columns(run(), ["Livr"])
+        label_names.label_columns(run(), ["Livr"])
     message = str(error.value)
     assert sum(f"'{name}'" in message for name in NAMES) == 3 and len(message) < 150
     with pytest.raises(InputError, match="did you mean 'organ 1', "):
@@ -61,21 +61,21 @@ def test_hints_of_few_names(name, known, hint):
     ],
 )
 def test_a_label_may_contain_a_comma(text, columns):
-    assert selection.label_columns(run(), options.words(text)) == columns
+    assert label_names.label_columns(run(), options.words(text)) == columns
 
 
 def test_words_that_are_labels_are_not_joined():
     known = run(["a", "b", "a, b", "c, a, b"])
-    assert selection.label_columns(known, ["a", "b"]) == [0, 1]
-    assert selection.label_columns(known, ["c", "a", "b"]) == [3]
-    assert selection.label_columns(known, ["a, b"]) == [2]
-    assert selection.label_columns(known, "a, b") == [2]  # one label as a string
+    assert label_names.label_columns(known, ["a", "b"]) == [0, 1]
+    assert label_names.label_columns(known, ["c", "a", "b"]) == [3]
+    assert label_names.label_columns(known, ["a, b"]) == [2]
+    assert label_names.label_columns(known, "a, b") == [2]  # one label as a string
     with pytest.raises(InputError, match="'c' is unknown"):
-        selection.label_columns(known, ["c", "a"])
+        label_names.label_columns(known, ["c", "a"])
 
 
 def test_the_examples_of_the_docstrings_run():
-    for module in (errors, selection):
+    for module in (errors, label_names, selection):
         results = doctest.testmod(module)
         assert results.failed == 0 < results.attempted
 

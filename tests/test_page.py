@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from maknet_jax import console
 from maknet_jax.explain.truth import outcome
 from maknet_jax.figures import page
 
@@ -95,6 +96,37 @@ def test_pictures_have_alternative_texts():
     alternatives = re.findall(r'alt="([^"]*)"', card)
     assert alternatives == ["CT slice a:7", "CT slice a:7", "map of liver"]
     assert 'data-label="lung"' in card and "split test" in card
+
+
+def test_a_card_opens_on_the_most_confident_label_that_has_a_map():
+    def model(*confidences):
+        entries = [
+            {"label": f"label {k}", "outcome": "unknown", "reason": "", "flagged": False}
+            | {"confidence": confidence, "threshold": 0.3, "predicted": True, "map": k}
+            for k, confidence in enumerate(confidences)
+        ]
+        entries[-1]["map"] = None
+        uris = [f"data:image/{k}" for k in range(len(confidences) - 1)]
+        return {"name": "m", "missed": [], "uris": uris, "labels": entries}
+
+    card = str(page.attribution_card("a", "data:image/z", [model(0.2, 0.7, 0.9)]))
+    assert 'class="map" src="data:image/1" alt="map of label 1"' in card
+    pressed = re.findall(r'data-label="([^"]*)"\s+aria-pressed="true"', card)
+    assert pressed == ["label 1"] and card.count("no map") == 1
+    # Two networks show the same label.
+    both = [model(0.2, 0.7, 0.9), model(0.8, 0.1, 0.1)]
+    card = str(page.attribution_card("a", "data:image/z", both))
+    assert card.count('alt="map of label 1"') == 2 and card.count('aria-pressed="true"') == 2
+
+
+def test_pages_carry_the_notice_and_cards_their_warnings():
+    model = {"name": "m", "labels": [], "missed": [], "uris": ["data:image/x"]}
+    cards = [
+        page.attribution_card("i", "data:image/x", [model], warnings=["outside: <unlike>"]),
+        page.perturbation_card("i", [{"name": "m", "columns": []}], warnings=["outside: <unlike>"]),
+    ]
+    text = page.document("t", "", cards)
+    assert text.count("outside: &lt;unlike&gt;") == 2 and text.count(console.NOTICE) == 1
 
 
 def test_names_and_titles_are_escaped():

@@ -111,6 +111,8 @@ def test_each_image_is_shown_before_and_after(done):
 def test_labels_that_leave_the_first_are_marked_and_counted(done):
     out, summary = done
     rows = rows_of(out)
+    assert {row["flags"] for row in rows} == {"phantom"} and summary["flags"] == {"phantom": 6}
+    assert "flag phantom on 6 of 6 images" in (out / "index.html").read_text()
     for path in sorted(out.glob("cases/*")):
         metadata, _ = results.load(path)
         for model in metadata["models"]:

@@ -93,6 +93,26 @@ def test_label_charts_show_the_coronal_view(tmp_path):
     assert pictures[1].shape[1] > pictures[0].shape[1] and black[1] > black[0] + 0.1 < black[2]
 
 
+def test_long_notes_are_wrapped_and_slices_outside_the_domain_hatched(tmp_path):
+    note = "outside: unlike the training data, labels are unreliable " + "x" * 50
+    lines = charts._wrap(["title", note], 24)
+    assert lines[0] == "title" and all(len(line) <= 24 for line in lines)
+    assert " ".join(lines[1:-1]) == note.rpartition(" ")[0] and "…" in lines[-1]
+    confidences = np.zeros((12, 2))
+    charts.write_label_chart(tmp_path / "a.png", confidences, confidences > 0, ["a", "b"])
+    outside = {"notes": [note], "outside": np.arange(12) > 3}
+    charts.write_label_chart(
+        tmp_path / "b.png", confidences, confidences > 0, ["a", "b"], **outside
+    )
+    amber, heights = [], []
+    for name in "ab":
+        with Image.open(tmp_path / f"{name}.png") as opened:
+            red, green, blue = np.moveaxis(np.asarray(opened.convert("RGB")).astype(int), -1, 0)
+        amber.append((red > green + 25) & (green > blue + 25))
+        heights.append(len(red))
+    assert amber[0].sum() == 0 < amber[1].sum() and heights[1] > heights[0]
+
+
 def deeplesion_record(shards, number=0):
     return shards.source("test")[number]
 

@@ -151,6 +151,9 @@ def test_outputs_are_never_overwritten_unless_told(trained, phantom, tmp_path, c
     assert cli.main([*argv, "--charts", "--wide"]) == 0
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert {"labels.000.png", "labels.wide.csv", "labels.summary.json"} <= set(before)
+    summary = json.loads((tmp_path / "labels.summary.json").read_text())
+    assert summary["without_chart"] == 0 and "without a chart" not in predict.text(summary)
+    assert "without a chart: 2" in predict.text(summary | {"without_chart": 2})
     assert cli.main([*argv, "--charts", "--wide"]) == 2
     assert before == {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     features = ["--features", str(tmp_path / "features.npz")]

@@ -37,6 +37,9 @@ def test_the_report_is_one_page_with_curves_scores_and_cases(trained, tmp_path):
         assert f"<b>{values['auc']:.3f}</b> <span>AUC on {split}," in text
         assert f"on {split}: {values['labels_evaluated']} labels</summary>" in text
     assert text.count('id="mix"') == 1
+    assert "trained on a generated CT phantom" in text and "not on patients" in text
+    # Labels that a report does not mention are scored, but not called known.
+    assert "scored labels" in text and "known labels" not in text and "scored as absent" in text
 
 
 def test_best_have_a_lower_loss_than_worst(trained, shards, tmp_path):

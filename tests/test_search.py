@@ -3,6 +3,7 @@
 import os
 import shutil
 
+import nibabel
 import numpy as np
 import pydicom
 import pytest
@@ -73,6 +74,23 @@ def test_other_volume_formats_are_rejected_by_name(tmp_path):
     for name in names:
         with pytest.raises(Rejected, match="convert"):
             volumes.load_series_of(tmp_path / name)
+
+
+def test_a_nifti_file_that_is_alone_is_named_with_its_folder(tmp_path):
+    for name in ("p1/ct.nii.gz", "p2/ct.nii.gz", "p2/second.nii.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), tmp_path / name)
+
+    def keys(*paths):
+        return [ref.key for ref in search.find_series([tmp_path / path for path in paths])[0]]
+
+    assert keys("p1/ct.nii.gz") == keys("p1") == ["p1/ct.nii.gz"]
+    assert keys("p2/ct.nii.gz") == ["p2/ct.nii.gz"]
+    assert keys("p2") == ["ct.nii.gz", "second.nii.gz"]
+    assert keys(".") == ["p1/ct.nii.gz", "p2/ct.nii.gz", "p2/second.nii.gz"]
+    assert keys("p2/ct.nii.gz", "p1") == ["p2/ct.nii.gz", "p1/ct.nii.gz"]
+    ((ref,), _) = search.find_series(tmp_path / "p1")
+    assert search.relative_name(ref.paths[0], ref.root) == "ct.nii.gz"
 
 
 def write_dicomdir(path, names):

@@ -12,8 +12,9 @@ from maknet_jax import cli, files, predict
 from maknet_jax.ct import search
 from maknet_jax.ct.volumes import Volume
 from maknet_jax.data.labels import Vocabulary
-from maknet_jax.errors import InputError
+from maknet_jax.errors import InputError, Rejected
 from maknet_jax.evaluation import structured_reports
+from maknet_jax.evaluation.domain import Verdict
 from maknet_jax.evaluation.series import SeriesResult
 
 hd = pytest.importorskip("highdicom")
@@ -135,17 +136,19 @@ def test_names_in_other_character_sets_are_kept(tmp_path):
     assert str(pydicom.dcmread(tmp_path / "b.dcm").PatientName) == "Yamada^Tarou=山田^太郎"
 
 
-def test_a_header_that_cannot_be_copied_is_counted(tmp_path, capfd, monkeypatch):
+def test_a_header_that_cannot_be_copied_is_named(tmp_path, monkeypatch):
     def fail(*_):
         raise TypeError("unhashable")
 
     monkeypatch.setattr(structured_reports, "report_of", fail)
     results = [result_of(tuple(f"1.2.3.{k}" for k in range(4)))]
-    assert structured_reports.write_reports(tmp_path / "a.csv", results, [], "torso") == ([], 1)
-    assert "series 1.2.3 has no report: TypeError: unhashable" in capfd.readouterr().err
+    written, without = structured_reports.write_reports(tmp_path / "a.csv", results, [], "torso")
+    assert written == [] and without == [
+        ("1.2.3", "its header breaks the standard (TypeError: unhashable)")
+    ]
 
 
-def test_series_without_uids_or_codes_have_no_report():
+def test_series_without_a_report_have_a_reason(tmp_path):
     result = result_of(tuple(f"1.2.3.{k}" for k in range(4)))
     without = header()
     del without.StudyInstanceUID
@@ -153,14 +156,20 @@ def test_series_without_uids_or_codes_have_no_report():
     several.StudyInstanceUID = ["1.2", "1.3"]
     content = dataclasses.replace(result, uids=("sha256:ab",) * 4)
     nothing = dataclasses.replace(result, predicted=np.zeros((4, 3), bool))
-    for one, data in (
-        (result, None),
-        (result, without),
-        (result, several),
-        (content, header()),
-        (nothing, header()),
+    verdict = Verdict(np.ones(4), np.ones(4, bool), 1.0, None, True, False)
+    outside = dataclasses.replace(result, verdict=verdict)
+    for one, data, reason in (
+        (result, None, "not DICOM"),
+        (result, without, "StudyInstanceUID"),
+        (result, several, "StudyInstanceUID"),
+        (content, header(), "SOPInstanceUID"),
+        (nothing, header(), "SNOMED CT"),
+        (outside, header(), "outside the domain"),
     ):
-        assert structured_reports.report_of(one, data, "torso") is None
+        with pytest.raises(Rejected, match=reason):
+            structured_reports.report_of(one, data, "torso")
+    written = structured_reports.write_reports(tmp_path / "a.csv", [result, outside], [], "torso")
+    assert written == ([], [("1.2.3", "not DICOM")] * 2)
 
 
 def test_predict_writes_a_report_for_each_series(trained, phantom, tmp_path, capsys, monkeypatch):
@@ -169,7 +178,7 @@ def test_predict_writes_a_report_for_each_series(trained, phantom, tmp_path, cap
     argv = ["predict", str(scans), "--model", str(trained), "--out", str(out), "--sr"]
     assert cli.main(argv) == 0
     summary = files.read_json(tmp_path / "labels.summary.json")
-    assert summary["without_report"] == 0
+    assert summary["without_report"] == 0 and summary["no_report"] == []
     _, groups = groups_of(tmp_path / "labels.000.sr.dcm")
     coded = {row["label"]: row for row in summary["covers"] if row["sct_code"] != "no code"}
     assert set(coded) == set(groups) - {"regions of the series"} and coded

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 from typing import Any
 
+from maknet_jax import console
 from maknet_jax.cli import options
 from maknet_jax.explain.options import (
     METHODS,
@@ -110,7 +111,9 @@ def _shared_options(
       path_note: when the options of Integrated Gradients matter.
     """
     verb.add_argument(
-        "path", nargs="?", help="CT files to explain instead of a split: DICOM, NIfTI or PNG"
+        "path",
+        nargs="*",
+        help="files and folders of CT to explain instead of a split: DICOM, NIfTI or PNG",
     )
     options.model(verb)
     verb.add_argument("--out", type=options.folder, required=True, help="folder to write")
@@ -195,6 +198,7 @@ def _chosen(
         {field.name: getattr(chosen, field.name) for field in dataclasses.fields(kind)}
         for kind in (SelectionOptions, PathOptions, DisplayOptions)
     )
+    selection["path"] = selection["path"] or None
     return SelectionOptions(**selection), PathOptions(**path), DisplayOptions(**display)
 
 
@@ -202,8 +206,9 @@ def _run_attribute(chosen: argparse.Namespace) -> int:
     """Map the pixels that support each label (Integrated Gradients); resumes if interrupted.
 
     maknet attribute --model runs/teacher --split test --labels liver,spleen --out maps
+    maknet attribute scans/ --model head-neck --labels larynx --limit 5 --out maps
     """
-    from maknet_jax import attribute, console
+    from maknet_jax import attribute
 
     summary = attribute.attribute(
         chosen.model,
@@ -216,7 +221,7 @@ def _run_attribute(chosen: argparse.Namespace) -> int:
         flagged = summary["flagged"][name]
         options.show(
             f"{name}: {summary['images']} images, {share:.1%} of maps complete to 1 %, {flagged} "
-            "flagged"
+            "incomplete"
         )
     areas = {
         f"{name}: {area}": values
@@ -227,6 +232,10 @@ def _run_attribute(chosen: argparse.Namespace) -> int:
         options.show(f"{name} {console.format_interval(values)}")
     if areas:
         options.show(console.describe_groups(summary["groups"]))
+    if summary.get("without_geometry"):
+        options.show(
+            f"series without NIfTI maps: {summary['without_geometry']} (their position is unknown)"
+        )
     return _ended(summary)
 
 
@@ -235,7 +244,7 @@ def _run_perturb(chosen: argparse.Namespace) -> int:
 
     maknet perturb --model runs/teacher --split test --strategy patch,attribution --out out
     """
-    from maknet_jax import console, perturb
+    from maknet_jax import perturb
 
     summary = perturb.perturb(
         chosen.model,
@@ -252,10 +261,17 @@ def _run_perturb(chosen: argparse.Namespace) -> int:
 
 
 def _ended(summary: dict[str, Any]) -> int:
+    from maknet_jax import attribute
+
+    if summary["trained_on"]:
+        options.show(f"trained on {summary['trained_on']}")
+    for line in attribute.warnings(summary):
+        options.show(line)
     for file in summary.get("files", ()):
         options.show(f"  {file}")
     if summary["failures"]:
         options.show(f"rejected: {summary['failures']}, see {summary.get('failures_file')}")
+    options.show(console.NOTICE)
     return options.SOME_REJECTED if summary["failures"] else options.DONE
 
 

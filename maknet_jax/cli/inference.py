@@ -185,8 +185,8 @@ def _models(verbs: argparse._SubParsersAction) -> None:
 
 
 def _run_models(chosen: argparse.Namespace) -> None:
-    """Print parameters, FLOPs and bytes of the networks beside the paper's numbers; name the
-    benchmarks of their speed.
+    """Print parameters, FLOPs and bytes of the networks beside the paper's numbers; list the
+    released models, and name the benchmarks of speed.
 
         maknet models maknet vgg16 --size 256
     """

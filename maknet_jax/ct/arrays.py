@@ -52,6 +52,12 @@ def volume_of_array(
     Raises:
       InputError: the geometry is missing, incomplete or contradictory, or the values are not HU.
     """
+    if (nibabel := hasattr(hu, "get_fdata")) or not _is_array(hu):
+        voxels = "image.get_fdata() and affine=image.affine" if nibabel else "an array of HU"
+        raise InputError(
+            f"a {type(hu).__name__} is neither a path nor an array: pass the path of its file, or "
+            f"{voxels}"
+        )
     hu = np.asarray(hu)
     if hu.ndim != 3 or min(hu.shape) < 1 or max(hu.shape) > LARGEST_MATRIX:
         raise InputError(
@@ -87,6 +93,12 @@ def volume_of_array(
     uids = tuple(f"{name}:{k}" for k in slices)
     standard = geometry.standard_affine(matrix, axes, hu.shape)
     return Volume(volume, (steps[z], steps[y], steps[x]), name, slices, uids, standard, file=name)
+
+
+def _is_array(value: object) -> bool:
+    """Whether NumPy takes a value for an array; any other object would become one of objects."""
+    names = ("__array__", "__array_interface__", "__dlpack__")
+    return isinstance(value, (list, tuple)) or any(hasattr(value, name) for name in names)
 
 
 def _affine(spacing: Sequence[float], orientation: str) -> np.ndarray:

@@ -49,7 +49,7 @@ class SeriesRef:
     Attributes:
       kind: "dicom", "nifti" or "png".
       paths: the files, head to feet.
-      key: the SeriesInstanceUID, or a name relative to the root.
+      key: the SeriesInstanceUID, or a name relative to the root, see `find_series`.
       count: the number of slices.
       root: the folder that was searched.
       copies: the number of dropped copies of slices; they do not change the records.
@@ -95,6 +95,7 @@ def find_series(
     Args:
       path: a file, a folder, an archive, or a DICOMDIR, which lists the files to read; or several.
         Names are relative to the folder or to that of the file, or to the common folder of several.
+        The key of the only NIfTI file in it begins with its name, as in patient-7/ct.nii.gz.
       workers: threads that read DICOM headers.
       overrides: what is read although it would be rejected.
 
@@ -141,6 +142,7 @@ def find_series(
                     headers += result
     _add_dicom(sorted(headers, key=lambda header: header.path), search)
     _add_png(sorted(pictures), search)
+    _name_folder(search)
     roots = [os.path.abspath(place) for place in places]
 
     def order(ref: SeriesRef) -> tuple[int, str, str]:
@@ -152,9 +154,9 @@ def find_series(
 
 
 def is_path(source: object) -> TypeGuard[Paths]:
-    """Whether something is a path or a list with paths."""
+    """Whether something is a path, or a list with paths or without anything."""
     several = source if isinstance(source, (list, tuple)) else [source]
-    return any(isinstance(one, (str, os.PathLike)) for one in several)
+    return not several or any(isinstance(one, (str, os.PathLike)) for one in several)
 
 
 def as_list(path: Paths) -> list[str]:
@@ -283,6 +285,15 @@ def _add_nifti(path: str, search: _Search) -> None:
         search.failures.append((path, str(error)))
     else:
         search.add("nifti", (path,), relative_name(path, search.root), count)
+
+
+def _name_folder(search: _Search) -> None:
+    """Adds the name of the root to the key of the only NIfTI file in it: ct.nii.gz says little."""
+    folder = os.path.basename(os.path.abspath(search.root))
+    alone = [ref for ref in search.series if ref.kind == "nifti" and "/" not in ref.key]
+    if folder and len(alone) == 1:
+        place, key = search.series.index(alone[0]), f"{files.printable(folder)}/{alone[0].key}"
+        search.series[place] = dataclasses.replace(alone[0], key=key)
 
 
 def _add_dicom(headers: Sequence[dicom.Header], search: _Search) -> None:

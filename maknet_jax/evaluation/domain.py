@@ -45,7 +45,8 @@ class Verdict:
       order: correlation of the changes of the features from head to feet with the expected ones, -1
         to 1; None for a series that is too short.
       series_outside: the series is outside the domain.
-      out_of_order: the features do not change from head to feet as expected.
+      out_of_order: the series is inside the domain, but its features do not change from head to
+        feet as expected.
     """
 
     distances: np.ndarray
@@ -199,13 +200,16 @@ class Domain:
             limit = self.slice_threshold if len(mm) < SMALLEST_WINDOW else self.window_threshold
         elif self.order_threshold is not None:
             order = self.order(features, mm)
+        outside = limit is not None and distance > limit
         return Verdict(
             distances=averaged,
             outside=averaged > limits,
             distance=distance,
             order=order,
-            series_outside=limit is not None and distance > limit,
-            out_of_order=order is not None and order < (self.order_threshold or 0.0),
+            series_outside=outside,
+            out_of_order=(
+                not outside and order is not None and order < (self.order_threshold or 0.0)
+            ),
         )
 
 

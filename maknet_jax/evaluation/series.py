@@ -1,9 +1,10 @@
 """The predictions of a network for a CT series, per slice and for the whole series."""
 
+import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,12 @@ from maknet_jax.evaluation.domain import Verdict
 FLAGS = {
     "phantom": "the network was trained on a generated phantom, not on patients",
     "tag": "the tag BodyPartExamined contradicts what is seen",
-    "outside": "unlike the training data: labels are unreliable",
+    "outside": "unlike the training data (another body region, scanner or direction): labels are "
+    "unreliable",
     "order": "does not run from head to feet as the training data: upside down, turned or flipped",
 }
+OF_NETWORK = ("phantom",)  # flags of all series, because of the network
+OUTSIDE = "outside the domain"  # the audit of such a series
 SEEN = 0.05  # share of the slices in which the labels of a region make it a part of the series
 
 
@@ -148,24 +152,35 @@ class SeriesResult:
                 covers.append(Cover(name, first, last, len(slices), mean, *place))
         return sorted(covers, key=lambda cover: (cover.first_slice, cover.last_slice))
 
+    @property
+    def outside(self) -> bool:
+        """Whether the series, or each of its slices, is outside the domain of the network."""
+        verdict = self.verdict
+        return verdict is not None and bool(verdict.series_outside or verdict.outside.all())
+
     @functools.cached_property
     def body_part(self) -> body_parts.BodyPart:
         """The regions of the body that the series shows, in DICOM's terms.
 
         A region is seen if labels of organs that lie in it alone are predicted in at least `SEEN`
-        of the slices.
+        of the slices. Slices outside the domain do not count, and a series outside shows nothing.
         """
         shows = {region: np.zeros(len(self), bool) for region in body_parts.REGIONS}
+        if self.outside:
+            return body_parts.BodyPart()
+        inside = True if self.verdict is None else ~self.verdict.outside
         for column, name in enumerate(self.names):
             for region in body_parts.of_label(name).regions:
-                shows[region] |= self.predicted[:, column]
+                shows[region] |= self.predicted[:, column] & inside
         return body_parts.of_regions(
             region for region, rows in shows.items() if rows.any() and rows.mean() >= SEEN
         )
 
     @functools.cached_property
     def audit(self) -> str:
-        """How the tag agrees with `body_part`, see `body_parts.audit`."""
+        """How the tag agrees with `body_part`, see `body_parts.audit`; `OUTSIDE` if outside."""
+        if self.outside:
+            return OUTSIDE
         known = {region for name in self.names for region in body_parts.of_label(name).regions}
         return body_parts.audit(self.tag, frozenset(self.body_part.regions), frozenset(known))
 
@@ -174,16 +189,20 @@ class SeriesResult:
         """Names of `FLAGS` that hold for the series."""
         holds = {
             "tag": self.audit == "contradicts",
-            "outside": self.verdict is not None and self.verdict.series_outside,
-            "order": self.verdict is not None and self.verdict.out_of_order,
+            "outside": self.outside,
+            "order": self.verdict is not None and self.verdict.out_of_order and not self.outside,
         }
         return (*self.run_flags, *(name for name, value in holds.items() if value))
 
     @functools.cached_property
     def slice_flags(self) -> dict[int, tuple[str, ...]]:
-        """Slice number -> names of `FLAGS` that hold for this slice, if any."""
+        """Number of each slice that has flags of its own -> their names."""
         outside = [] if self.verdict is None else np.flatnonzero(self.verdict.outside).tolist()
         return {number: ("outside",) for number in outside}
+
+    def flags_of(self, number: int) -> tuple[str, ...]:
+        """The flags of the series and those of a slice."""
+        return tuple(dict.fromkeys((*self.flags, *self.slice_flags.get(number, ()))))
 
     def slice_rows(self) -> Iterator[dict[str, Any]]:
         """Yields one dict per slice and predicted label, by decreasing confidence in each slice.
@@ -196,7 +215,7 @@ class SeriesResult:
                 "file": self.file_of(number),
                 "sop_instance_uid": self.uids[number],
             }
-            source["flags"] = list(self.slice_flags.get(number, ()))
+            source["flags"] = list(self.flags_of(number))
             for k in self.columns(number):
                 scores = {
                     "label": self.names[k],
@@ -270,7 +289,7 @@ class SeriesResult:
                 "z_mm": float(self.z_mm[number]),
                 "labels": self.labels[number],
                 "confidences": self.confidences[number, self.columns(number)].tolist(),
-                "flags": tuple(dict.fromkeys((*self.flags, *self.slice_flags.get(number, ())))),
+                "flags": self.flags_of(number),
             }
             for number in range(len(self))
         ]
@@ -285,6 +304,17 @@ class SeriesResult:
         for number in numbers:
             around = volume.neighbours(number)
             yield preprocess.make_triplet(around, size, threshold=threshold)[0]
+
+
+def count_flags(flags: Iterable[Iterable[str]]) -> dict[str, int]:
+    """Flag -> the number of series or images for which it holds, in the order of `FLAGS`."""
+    counts = collections.Counter(name for names in flags for name in names)
+    return {name: counts[name] for name in FLAGS if counts[name]}
+
+
+def describe_flags(counts: Mapping[str, int], total: str) -> list[str]:
+    """One line for each flag: on how many of `total`, such as "3 series", and its meaning."""
+    return [f"flag {name} on {count} of {total}: {FLAGS[name]}" for name, count in counts.items()]
 
 
 def _number(value: float, digits: int = 4) -> float | None:

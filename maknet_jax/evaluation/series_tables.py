@@ -53,11 +53,13 @@ def write_rows(path: pathlib.Path, columns: Sequence[str], rows: Iterable[Row]) 
 
 def wide(results: Sequence[SeriesResult]) -> tuple[list[str], Iterator[list[Any]]]:
     """(header, rows) of the wide table: one row per slice, one column per label."""
-    header = ["series", "slice", "z_mm", "labels", "file", "sop_instance_uid", *results[0].names]
+    places = ("series", "slice", "z_mm", "labels", "flags", "file", "sop_instance_uid")
+    header = [*places, *results[0].names]
     rows = (
         [
             *(result.id, number, "" if np.isnan(z_mm) else round(float(z_mm), 3)),
-            *("|".join(result.labels[number]), result.file_of(number), result.uids[number]),
+            *("|".join(result.labels[number]), "|".join(result.flags_of(number))),
+            *(result.file_of(number), result.uids[number]),
             *np.round(result.confidences[number].astype(float), 4).tolist(),
         ]
         for result in results
@@ -91,14 +93,17 @@ def describe(overview: Row, covers: Sequence[Row], most: int | None = None) -> s
       most: maximum number of labels, those in the most slices; None shows all.
     """
     span = "" if overview["mm"] is None else f", {overview['mm']:.0f} mm"
-    shown = overview["body_part_examined"].replace("|", " and ") or "no region"
+    outside = "outside" in overview["flags"]
+    shown = f"shows {overview['body_part_examined'].replace('|', ' and ') or 'no region'}"
+    shown = "outside the domain of the network, not judged" if outside else shown
     tag = f" (tag {overview['tag']})" if overview["tag"] else ""
-    lines = [f"{overview['series']}: {overview['slices']} slices{span}; shows {shown}{tag}"]
+    lines = [f"{overview['series']}: {overview['slices']} slices{span}; {shown}{tag}"]
     lines += [f"  {flag}: {FLAGS[flag]}" for flag in overview["flags"]]
     if overview["flagged_slices"]:
         lines.append(f"  slices with flags: {overview['flagged_slices']}")
     if not covers:
         return "\n".join([*lines, "  no label reaches its threshold"])
+    lines += ["  unreliable labels, which reach their thresholds all the same:"] if outside else []
     largest = sorted(range(len(covers)), key=lambda k: -covers[k]["slices"])[:most]
     rows = [
         (

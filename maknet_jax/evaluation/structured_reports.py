@@ -18,8 +18,9 @@ from pydicom import uid as dicom_uid
 from pydicom import valuerep
 
 import maknet_jax
-from maknet_jax import console, files
+from maknet_jax import files
 from maknet_jax.ct import containers, dicom_frames, dicom_seg, reading, search, transfer_syntax
+from maknet_jax.errors import Rejected
 from maknet_jax.evaluation import body_parts
 from maknet_jax.evaluation.series import SeriesResult
 
@@ -53,7 +54,7 @@ def write_reports(
     results: Sequence[SeriesResult],
     series: Sequence[search.SeriesRef],
     network: str,
-) -> tuple[list[pathlib.Path], int]:
+) -> tuple[list[pathlib.Path], list[tuple[str, str]]]:
     """Writes STEM.NNN.sr.dcm for each DICOM series with a coded label.
 
     Args:
@@ -63,10 +64,10 @@ def write_reports(
       network: what made the predictions.
 
     Returns:
-      (the files, the number of series without report: other formats, files without the UIDs that a
-      report refers to or with elements that highdicom refuses, or no coded label).
+      The files, and (series, reason) of each series without a report.
     """
-    written = []
+    written: list[pathlib.Path] = []
+    without: list[tuple[str, str]] = []
     paths: dict[str, tuple[str, ...]] = {
         ref.key: ref.paths for ref in series if ref.kind == "dicom"
     }
@@ -74,40 +75,48 @@ def write_reports(
         try:
             with reading.quiet():
                 data = report_of(result, _header(paths.get(result.id, ())), network)
+        except Rejected as error:
+            without.append((result.id, str(error)))
         except Exception as error:  # headers may hold anything, and pydicom raises any exception
-            console.Log().say(f"series {result.id} has no report: {reading.one_line(error)}")
-            continue
-        if data is not None:
+            problem = f"its header breaks the standard ({reading.one_line(error)})"
+            without.append((result.id, problem))
+        else:
             written.append(out.with_suffix(f".{number:03d}.sr.dcm"))
             with files.write_whole(written[-1], "wb") as file:
                 data.save_as(file, enforce_file_format=True)
-    return written, len(results) - len(written)
+    return written, without
 
 
 def report_of(
     result: SeriesResult, header: pydicom.Dataset | None, network: str
-) -> pydicom.Dataset | None:
-    """The report of a series; None if nothing in it has a code, or a UID is missing.
+) -> pydicom.Dataset:
+    """The report of a series.
 
     Args:
       result: the predictions.
       header: of one of its files; None if it is not DICOM.
       network: what made the predictions.
+
+    Raises:
+      Rejected: it is not DICOM, a UID is missing, nothing in it has a code, or it is outside the
+        domain of the network.
     """
     hd = require_highdicom()
-    required = ("SOPClassUID", "StudyInstanceUID", "SeriesInstanceUID")
-    if header is None or not all(
-        header.get(name) and isinstance(header.get(name), str) for name in required
-    ):
-        return None
+    if header is None:
+        raise Rejected("not DICOM")
+    if result.outside:
+        raise Rejected("outside the domain of the network, not judged")
+    for name in ("SOPClassUID", "StudyInstanceUID", "SeriesInstanceUID"):
+        if not header.get(name) or not isinstance(header.get(name), str):
+            raise Rejected(f"its files have no single {name}")
     if not all(re.fullmatch(r"[0-9.]+(:[0-9]+)?", uid) for uid in result.uids):
-        return None
+        raise Rejected("its files have no valid SOPInstanceUID")
     groups = [
         _group(hd, header, result, name, part, slices, network)
         for name, part, slices in _findings(result)
     ]
     if not groups:
-        return None
+        raise Rejected("no predicted label has a SNOMED CT code")
     device = hd.sr.DeviceObserverIdentifyingAttributes(
         uid=dicom_uid.generate_uid(entropy_srcs=["maknet-jax", network]),
         name="maknet-jax",

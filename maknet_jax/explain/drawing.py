@@ -172,6 +172,7 @@ def write_overlays(
         ", ".join([metadata["id"], *facts(metadata, drawn, settings["display"])]),
         f"Integrated Gradients of the {settings['output']}, {settings['steps']} steps, "
         f"{settings['method']} rule, baseline {settings['baseline']}",
+        *_flags(metadata),
     ]
     right = is_oriented(metadata["meta"])
     panels.write_panels(path, rows, caption=caption, mm=drawn.mm, right=right)
@@ -202,8 +203,14 @@ def write_perturbed(
             row.append(panels.Panel(column["title"], note, _colourless(form)))
         rows.append((model["name"], row))
     caption = [", ".join([metadata["id"], *facts(metadata, drawn, settings["display"])])]
+    caption += _flags(metadata)
     right = is_oriented(metadata["meta"])
     panels.write_panels(path, rows, caption=caption, mm=drawn.mm, right=right, colour_bar=False)
+
+
+def _flags(metadata: Mapping[str, Any]) -> list[str]:
+    """A line that names the flags of a result, if it has any."""
+    return [f"flags: {', '.join(metadata['flags'])}"] if metadata.get("flags") else []
 
 
 def _colourless(grey: np.ndarray) -> np.ndarray:

@@ -33,7 +33,8 @@ class SelectionOptions:
     Either `path` or `split` is needed.
 
     Attributes:
-      path: a file or folder of CT; the id of a slice is SERIES:NUMBER, as in `maknet predict`.
+      path: a file or folder of CT, or several; the id of a slice is SERIES:NUMBER, as in `maknet
+        predict`.
       split: a split of `data`.
       data: a prepared data set; None takes the training data.
       ids: only these images.
@@ -54,7 +55,7 @@ class SelectionOptions:
       allow_lossy: read DICOM with lossy compression.
     """
 
-    path: str | pathlib.Path | None = None
+    path: str | pathlib.Path | Sequence[str | pathlib.Path] | None = None
     split: str | None = None
     data: str | pathlib.Path | None = None
     ids: Sequence[str] | None = None

@@ -1,5 +1,6 @@
 """Explains a selection in batches, resuming if interrupted, and stores the results."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -91,12 +92,13 @@ def explain(
         todo = [number for number in mine if not paths[number].exists()]
         batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
         with console.progress(title, len(mine), done=len(mine) - len(todo)) as advance:
+            advance(0, note="compiling" if todo else "")
             for numbers, content in read_ahead(functools.partial(_read, selection), batches):
                 images, _ = content.result()
                 results = explain_batch(images) if images else []
                 for number, result in zip(images, results, strict=True):
                     save(paths[number], *result)
-                advance(len(numbers))
+                advance(len(numbers), note="")
         sharding.wait_for_all("explained")
         done = {number: path for number, path in paths.items() if path.exists()}
         # Images without a result are read again for the reason: another process may have rejected
@@ -182,7 +184,11 @@ class Job:
             explain_batch,
             batch_size=batch_size,
         )
-        counts = {"images": len(paths), "failures": len(failures)}
+        run = self.networks[0].run
+        counts: dict[str, Any] = {"images": len(paths), "failures": len(failures)}
+        counts["trained_on"] = run.trained_on
+        each = (load_metadata(path).get("flags", ()) for path in paths.values())
+        counts["flags"] = dict(collections.Counter(name for names in each for name in names))
         if ct := self.selection.identity.get("ct"):
             counts["without_ct"] = without = _count_without_ct(paths.values())
             if without:

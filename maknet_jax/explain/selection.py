@@ -6,8 +6,8 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -15,8 +15,9 @@ from maknet_jax import console
 from maknet_jax.ct import preprocess, search, volumes
 from maknet_jax.ct.pseudonym import Pseudonyms, read_pseudonyms
 from maknet_jax.data import records
-from maknet_jax.errors import InputError, Rejected, did_you_mean
+from maknet_jax.errors import InputError, Rejected
 from maknet_jax.explain import source_slices
+from maknet_jax.explain.label_names import label_columns
 from maknet_jax.explain.options import SelectionOptions
 from maknet_jax.explain.truth import Annotation, Truth, labels_are_complete
 from maknet_jax.runs import workdir
@@ -37,6 +38,7 @@ class SelectedImage:
       private: the fields of `meta` that are not written.
       slice_hu: int16 HU `[H, W]`, the part of the CT slice that the image shows, at the resolution
         of the CT; None if the CT is not available.
+      flags: what is doubtful about it, as `maknet predict` flags its series and slice.
     """
 
     id: str
@@ -46,6 +48,7 @@ class SelectedImage:
     regions: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     private: tuple[str, ...] = ()
     slice_hu: np.ndarray | None = None
+    flags: tuple[str, ...] = ()
 
     @property
     def public_meta(self) -> dict[str, Any]:
@@ -62,6 +65,11 @@ class SelectedImage:
         if self.annotation is None:
             return np.zeros(0, np.int64)
         return np.flatnonzero((self.annotation.labels > 0) & (self.annotation.label_mask > 0))
+
+    def metadata(self, models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The metadata of its result, see `results.save`; `models` has one entry per network."""
+        fields = {"id": self.id, "group": self.group, "meta": self.public_meta}
+        return fields | {"flags": list(self.flags), "models": list(models)}
 
     @property
     def group(self) -> str:
@@ -84,18 +92,34 @@ class Selection:
     identity: dict[str, Any]
 
 
+class Scored(Protocol):
+    """The predictions of the slices of a volume, `evaluation.series.SeriesResult`."""
+
+    @property
+    def confidences(self) -> np.ndarray:
+        """`[Z, K]`."""
+
+    def flags_of(self, number: int) -> tuple[str, ...]:
+        """The flags of the series and those of a slice."""
+
+
+Score: TypeAlias = Callable[[volumes.Volume], Scored]
+
+
 def select(
     run: workdir.Run,
     options: SelectionOptions,
-    score: Callable[[volumes.Volume], np.ndarray] | None = None,
+    score: Score | None = None,
+    flags: tuple[str, ...] = (),
 ) -> Selection:
     """Selects images of a prepared split, or slices of CT files.
 
     Args:
       run: the opened network.
       options: which images.
-      score: volume -> confidences `[Z, K]`. With `labels` and `limit`, the slices of CT files are
-        then those of `best_slices`; without it the first ones.
+      score: volume -> predictions, from which images of CT files have their flags. With `labels`
+        and `limit`, their slices are then those of `best_slices`; without it the first ones.
+      flags: those of images of a split, and of CT files without `score`.
 
     Raises:
       InputError: no image is selected, or an id or a label is unknown.
@@ -109,22 +133,30 @@ def select(
     if path is not None and split is None:
         hidden = read_pseudonyms(options.pseudonyms, options.salt_file)
         by_score = bool(score and columns and options.limit and not ids)
-        best = functools.partial(_best, run, score, columns) if score and by_score else None
-        readers, known, series, failures = _slices(run, path, ids, options, hidden, best)
-        shown = hidden.name(str(path)) if hidden else str(path)
-        identity = {"path": shown, "series": sorted({ref.key for ref in series})}
+        best = functools.partial(_best, run, columns) if by_score else None
+        judge = score or (lambda volume: None)
+        readers, known, series, failures = _slices(
+            run, path, ids, options, hidden, judge, flags, best
+        )
+        names = [path] if isinstance(path, (str, pathlib.Path)) else path
+        shown = [hidden.name(str(name)) if hidden else str(name) for name in names]
+        identity = {
+            "path": shown[0] if len(shown) == 1 else shown,
+            "series": sorted({ref.key for ref in series}),
+        }
         identity |= {"order": "confidence"} if by_score else {}
         identity["digest"] = digest([[ref.key, ref.count, *sizes(ref.paths)] for ref in series])
     elif split is not None and path is None:
-        readers, known, unlabelled, dataset = _records(run, options, split, ids, columns)
+        readers, known, unlabelled, dataset = _records(run, options, split, ids, columns, flags)
         identity = {"fingerprint": dataset.fingerprint, "split": split}
         identity |= {"ct": str(options.ct)} if options.ct else {}
     else:
         given = "nothing" if path is None else "both"
         raise InputError(f"{given} to explain was given: pass either --split or CT files")
+    named = split if path is None else ", ".join(search.as_list(path))
     unknown = sorted((ids or set()) - set(known))
     if unknown:
-        raise InputError(f"--ids {unknown[0]!r} is not among the images of {path or split}")
+        raise InputError(f"--ids {unknown[0]!r} is not among the images of {named}")
     if unlabelled:
         raise InputError(
             f"--ids {unlabelled[0]!r} has none of --labels {','.join(labels or ())}, which also "
@@ -132,7 +164,7 @@ def select(
         )
     if not readers:
         why = f": {failures[0][0]}: {failures[0][1]}" if failures else ": check --ids and --labels"
-        raise InputError(f"no image of {path or split} is selected{why}")
+        raise InputError(f"no image of {named} is selected{why}")
     identity |= {"ids": sorted(ids or ()), "labels": list(labels or ()), "limit": options.limit}
     return Selection(readers[: options.limit], failures, identity)
 
@@ -191,56 +223,13 @@ def sizes(paths: Iterable[str | pathlib.Path]) -> list[list[str | int]]:
     return [[path.name, path.stat().st_size] for path in map(pathlib.Path, paths)]
 
 
-def label_columns(run: workdir.Run, labels: Sequence[str] | None) -> list[int]:
-    """The columns of label names.
-
-    Raises:
-      InputError: a name is unknown.
-    """
-    index = run.vocabulary.index
-    labels = [labels] if isinstance(labels, str) else list(labels or ())
-    for name in (labels := join_labels(labels, index)):
-        if name not in index:
-            raise InputError(
-                f"label {name!r} is unknown: {did_you_mean(name, index)} The network has "
-                f"{len(index)} labels"
-            )
-    return [index[name] for name in labels]
-
-
-def join_labels(words: Sequence[str], known: Collection[str]) -> list[str]:
-    """Joins words that a comma inside a label has separated.
-
-    >>> join_labels(["liver", "fat", "left side"], ["liver", "fat, left side"])
-    ['liver', 'fat, left side']
-
-    Args:
-      words: the comma-separated parts of a list of labels.
-      known: the labels; words that are labels themselves stay as they are.
-    """
-    parts = {tuple(part.strip() for part in name.split(",")): name for name in known}
-    joined: list[str] = []
-    position = 0
-    while position < len(words):
-        ends = range(len(words), position + 1, -1)  # the longest label first
-        if words[position] in known:
-            ends = range(0)
-        for end in ends:
-            if name := parts.get(tuple(words[position:end])):
-                break
-        else:
-            name, end = words[position], position + 1
-        joined.append(name)
-        position = end
-    return joined
-
-
 def _records(
     run: workdir.Run,
     options: SelectionOptions,
     split: str,
     ids: set[str] | None,
     columns: list[int],
+    flags: tuple[str, ...],
 ) -> tuple[list[Callable[[], SelectedImage]], list[str], list[str], records.Dataset]:
     """(readers, ids that were read, ids without any of the labels, data set)."""
     dataset = records.open_dataset(options.data or run.data_path)
@@ -259,7 +248,9 @@ def _records(
             annotation = Annotation(example.labels, example.label_mask, complete, vocabulary)
         drawn = None if folder is None else source_slices.read_slice(example, folder)
         meta = example.meta | {"split": split}
-        return SelectedImage(example.id, example.image, annotation, meta, slice_hu=drawn)
+        return SelectedImage(
+            example.id, example.image, annotation, meta, slice_hu=drawn, flags=flags
+        )
 
     numbers: Sequence[int] = range(len(source))
     read_ids, unlabelled = [], []
@@ -282,10 +273,12 @@ def _records(
 
 def _slices(
     run: workdir.Run,
-    path: str | pathlib.Path,
+    path: search.Paths,
     ids: set[str] | None,
     options: SelectionOptions,
     hidden: Pseudonyms | None,
+    judge: Callable[[volumes.Volume], Scored | None],
+    flags: tuple[str, ...],
     best: Callable[..., tuple[list[str], list[tuple[str, str]]]] | None,
 ) -> tuple[
     list[Callable[[], SelectedImage]],
@@ -295,7 +288,8 @@ def _slices(
 ]:
     """(readers, their ids, series, failures); with pseudonyms if `hidden`.
 
-    `best` is `_best` with its first arguments; None selects all slices.
+    `judge` is `score` of `select`, and `best` is `_best` with its first arguments; None selects all
+    slices.
     """
     series, failures = search.find_series(path, overrides=options.overrides)
     if hidden:
@@ -315,8 +309,20 @@ def _slices(
             failure = ref.paths[0], str(error)
             raise Rejected(*(hidden.failures([failure])[0] if hidden else failure)) from error
 
+    known_flags: dict[str, list[tuple[str, ...]]] = {}
+
+    def predictions(ref: search.SeriesRef) -> Scored | None:
+        volume = load_or_reject(ref)[0]
+        scored = judge(volume)
+        known_flags[ref.key] = [
+            scored.flags_of(number) if scored else flags for number in range(len(volume.hu))
+        ]
+        return scored
+
     def read(ref: search.SeriesRef, number: int) -> SelectedImage:
         volume, threshold = load_or_reject(ref)
+        if ref.key not in known_flags:
+            predictions(ref)
         triplet = volume.neighbours(number)
         image, crop = preprocess.make_triplet(triplet, size, threshold=threshold)
         file = ref.paths[0] if ref.kind == "nifti" else volume.slices[number]
@@ -328,24 +334,29 @@ def _slices(
         part = source_slices.part(volume.hu[number], crop)
         private = ("file",) if hidden else ()
         return SelectedImage(
-            f"{ref.key}:{number}", image, None, meta, private=private, slice_hu=part
+            f"{ref.key}:{number}",
+            image,
+            None,
+            meta,
+            private=private,
+            slice_hu=part,
+            flags=known_flags[ref.key][number],
         )
 
     places = {f"{ref.key}:{number}": (ref, number) for ref in series for number in range(ref.count)}
     selected = [key for key in places if not ids or key in ids]
     if best is not None and options.limit and options.limit < len(selected):
-        selected, rejected = best(options.limit, series, load_or_reject)
+        selected, rejected = best(options.limit, series, predictions)
         failures = [*failures, *rejected]
     return [functools.partial(read, *places[key]) for key in selected], selected, series, failures
 
 
 def _best(
     run: workdir.Run,
-    score: Callable[[volumes.Volume], np.ndarray],
     columns: list[int],
     limit: int,
     series: Sequence[search.SeriesRef],
-    load: Callable[[search.SeriesRef], tuple[volumes.Volume, float]],
+    predictions: Callable[[search.SeriesRef], Scored],
 ) -> tuple[list[str], list[tuple[str, str]]]:
     """(ids of the slices that show some labels best, failures of series that were rejected)."""
     ids, groups, confidences = [], [], []
@@ -353,7 +364,7 @@ def _best(
     with console.progress("score slices", sum(ref.count for ref in series)) as advance:
         for ref in series:
             try:
-                scores = score(load(ref)[0])[:, columns]
+                scores = predictions(ref).confidences[:, columns]
             except Rejected as error:
                 failures.append(error.args)
             else:

@@ -2,7 +2,8 @@
 
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -11,8 +12,9 @@ from matplotlib.ticker import MaxNLocator
 
 from maknet_jax import files
 
-_BLUE, _RED = "#1f5f9e", "#b51218"
-_CHART_HEIGHT, _PITCH = 4.2, 0.18  # inches: the slices of a label chart, a label
+_BLUE, _RED, _AMBER = "#1f5f9e", "#b51218", "#8a4b00"
+# Inches: the slices of a label chart, a label, a line of text.
+_CHART_HEIGHT, _PITCH, _LINE = 4.2, 0.18, 0.17
 
 
 def write_label_chart(
@@ -26,6 +28,7 @@ def write_label_chart(
     coronal: np.ndarray | None = None,
     spacing: tuple[float, float] = (math.nan, math.nan),
     max_labels: int = 40,
+    outside: np.ndarray | None = None,
 ) -> None:
     """Writes a PNG of the labels along a series, from head to feet, beside a coronal view.
 
@@ -35,11 +38,12 @@ def write_label_chart(
       predicted: bool `[Z, K]`; only labels predicted in some slice are shown, with a line beside
         the cells of those slices.
       names: the K label names.
-      title: the title of the chart; the middle of a long one is left out.
-      notes: lines below the title.
+      title: the title of the chart.
+      notes: lines below the title. Long lines are wrapped.
       coronal: uint8 `[Z, W]`, see `picture.coronal`; None draws none.
       spacing: mm between slices and between the columns of `coronal`; nan if unknown.
       max_labels: maximum number of labels; the most frequently predicted ones are shown.
+      outside: bool `[Z]`, the slices outside the domain of the network, which are hatched.
     """
     count, slices = len(confidences), predicted.sum(axis=0)
     shown = [k for k in np.argsort(-slices, kind="stable") if slices[k]][:max_labels]
@@ -50,7 +54,8 @@ def write_label_chart(
         across, height, stretch = _view_size(coronal.shape, spacing)
     cells_width = max(2.4, _PITCH * len(shown))
     widths = [across, cells_width] if across else [cells_width]
-    figure = _figure((1.3 + sum(widths), height + 2.2))
+    lines = _wrap((title, *notes), int(11 * (1.3 + sum(widths))))
+    figure = _figure((1.3 + sum(widths), height + 1.7 + _LINE * len(lines)))
     grid = figure.subplots(1, len(widths), sharey=True, squeeze=False, width_ratios=widths)[0]
     axes = grid[-1]
     extent = (-0.5, max(1, len(shown)) - 0.5, count - 0.5, -0.5)
@@ -62,6 +67,10 @@ def write_label_chart(
         axes.axvspan(column + 0.2, column + 0.5, color="white")
         for start, end in _runs(predicted[:, label]):
             axes.plot([column + 0.34] * 2, [start - 0.5, end + 0.5], color=_RED, linewidth=2)
+    hatched = [] if outside is None else list(_runs(outside))
+    for start, end in hatched:
+        place = {"ymin": start - 0.5, "ymax": end + 0.5, "linewidth": 0, "alpha": 0.6}
+        axes.axhspan(**place, facecolor="none", edgecolor=_AMBER, hatch="//")
     axes.set_xticks(range(len(shown)), [names[k] for k in shown], rotation=90, fontsize=10)
     axes.tick_params(axis="x", top=True, labeltop=True, bottom=False, labelbottom=False, length=2)
     if coronal is not None:
@@ -83,11 +92,10 @@ def write_label_chart(
         mm.set_ylabel("mm below the first slice", fontsize=10)
         mm.tick_params(labelsize=10)
     bar = figure.colorbar(image, ax=list(grid), orientation="horizontal", fraction=0.04, pad=0.03)
-    bar.set_label("confidence; red line: predicted", fontsize=10)
+    meaning = "confidence; red line: predicted" + "\nhatched: outside the domain" * bool(hatched)
+    bar.set_label(meaning, fontsize=10)
     bar.ax.tick_params(labelsize=10)
-    letters = int(11 * (1.3 + sum(widths)))
-    lines = "\n".join(_shorten(files.printable(line), letters) for line in (title, *notes))
-    figure.suptitle(lines, fontsize=10, x=0.02, ha="left", parse_math=False)
+    figure.suptitle("\n".join(lines), fontsize=10, x=0.02, ha="left", parse_math=False)
     _write(figure, path)
 
 
@@ -101,6 +109,17 @@ def _view_size(shape: tuple[int, int], spacing: tuple[float, float]) -> tuple[fl
     height = float(np.clip(3.2 / share, 1.6, _CHART_HEIGHT))
     across = float(np.clip(height * share, 1.0, 3.2))
     return across, height, height * share / across
+
+
+def _wrap(texts: Iterable[str], letters: int) -> list[str]:
+    """The words of texts in lines of at most `letters`; the middle of a longer word is left out."""
+    return [
+        _shorten(line, letters)
+        for text in texts
+        for line in textwrap.wrap(
+            files.printable(text), letters, break_long_words=False, break_on_hyphens=False
+        )
+    ]
 
 
 def _shorten(text: str, letters: int) -> str:

@@ -19,6 +19,7 @@ _templates = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+_templates.globals["notice"] = console.NOTICE
 
 
 def render(template: str, **values: object) -> Markup:
@@ -36,13 +37,16 @@ def document(title: str, lead: Markup, cards: Iterable[Markup]) -> str:
     return render("document", title=title, lead=lead, cards=cards)
 
 
-def attribution_lead(summary: Mapping[str, Any], shown: int, slices: int) -> Markup:
+def attribution_lead(
+    summary: Mapping[str, Any], shown: int, slices: int, warnings: Sequence[str] = ()
+) -> Markup:
     """The text and tables above the cards of `maknet attribute`.
 
     Args:
       summary: its `summary.json`.
       shown: number of slices on the page.
       slices: number of slices; several images can show lesions of one slice.
+      warnings: what is doubtful about the network or the images.
     """
     areas = summary.get("faithfulness", {})
     share = min(summary["complete"].values())
@@ -57,6 +61,7 @@ def attribution_lead(summary: Mapping[str, Any], shown: int, slices: int) -> Mar
         summary=summary,
         shown=shown,
         slices=slices,
+        warnings=warnings,
         numbers=numbers,
         intervals=console.describe_groups(summary["groups"]),
         area_header=["network", *next(iter(areas.values()), ())],
@@ -78,10 +83,13 @@ def attribution_card(
     *,
     facts: Sequence[str] = (),
     notes: Sequence[str] = (),
+    warnings: Sequence[str] = (),
     aspect: float = 1.0,
     right: bool = False,
 ) -> Markup:
-    """One image, and for each network its map and its labels (figure 3).
+    """One image, and for each network a map and its labels (figure 3).
+
+    The map is that of the first network's most confident label.
 
     Args:
       title: the image's id.
@@ -91,17 +99,25 @@ def attribution_card(
         "false_positive", "true_negative", "false_negative" or "unknown".
       facts: phrases below the title: split, slice, window, resolution.
       notes: lines below the CT.
+      warnings: what is doubtful about the image.
       aspect: width / height of the CT; the maps are stretched to it.
       right: mark the left edge as the patient's right.
     """
+    mapped = [
+        {entry["label"]: entry for entry in model["labels"] if entry["map"] is not None}
+        for model in models
+    ]
+    first = max(mapped[0], key=lambda name: mapped[0][name]["confidence"], default="")
+    shown = [entries.get(first, {"label": "", "map": 0}) for entries in mapped]
     return render(
         "attribution_card",
         title=title,
         ct=ct,
         alt=f"CT slice {title}",
-        models=models,
+        models=[dict(model) | {"shown": one} for model, one in zip(models, shown, strict=True)],
         facts=facts,
         notes=notes,
+        warnings=warnings,
         aspect=aspect,
         right=right,
     )
@@ -112,6 +128,7 @@ def perturbation_lead(
     header: Sequence[str],
     rows: Sequence[Sequence[object]],
     shown: int,
+    warnings: Sequence[str] = (),
 ) -> Markup:
     """The text and the table above the cards of `maknet perturb`.
 
@@ -120,6 +137,7 @@ def perturbation_lead(
       header: of the table of results.
       rows: of the table of results.
       shown: number of images on the page.
+      warnings: what is doubtful about the network or the images.
     """
     results = summary["results"]
     first = [row for row in results if row["model"] == results[0]["model"]]
@@ -129,6 +147,7 @@ def perturbation_lead(
         header=header,
         rows=rows,
         shown=shown,
+        warnings=warnings,
         numbers=[
             (
                 f"{-row['fall'][0]:+.2f}".replace("-", "\N{MINUS SIGN}"),
@@ -145,6 +164,7 @@ def perturbation_card(
     models: Sequence[Mapping[str, Any]],
     *,
     facts: Sequence[str] = (),
+    warnings: Sequence[str] = (),
     aspect: float = 1.0,
     right: bool = False,
 ) -> Markup:
@@ -156,9 +176,16 @@ def perturbation_card(
         reason, confidence, threshold, state). The state is "gone" for a label that dropped out of
         the original's top labels, "new" for one that entered them, "" otherwise.
       facts: phrases below the title: split, slice, window, resolution.
+      warnings: what is doubtful about the image.
       aspect: width / height of the pictures.
       right: mark the left edge as the patient's right.
     """
     return render(
-        "perturbation_card", title=title, models=models, facts=facts, aspect=aspect, right=right
+        "perturbation_card",
+        title=title,
+        models=models,
+        facts=facts,
+        warnings=warnings,
+        aspect=aspect,
+        right=right,
     )

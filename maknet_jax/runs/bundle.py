@@ -277,7 +277,7 @@ def read(path: str | os.PathLike[str]) -> Bundle:
     """
     path = pathlib.Path(path)
     with open_members(path) as members:
-        info = _read_info(path, members)
+        info = read_info(path, members)
         content = {name: _read_checked(path, members, info, name) for name in contained(info)}
     arrays, domain = _read_arrays(path, WEIGHTS, content[WEIGHTS]), None
     if domain_file.FILE in content:
@@ -294,11 +294,11 @@ def read_card(path: str | os.PathLike[str]) -> str:
     """
     path = pathlib.Path(path)
     with open_members(path) as members:
-        info = _read_info(path, members)
+        info = read_info(path, members)
         return _read_checked(path, members, info, CARD).decode(errors="replace")
 
 
-def _read_info(path: pathlib.Path, members: Mapping[str, Member]) -> dict[str, Any]:
+def read_info(path: pathlib.Path, members: Mapping[str, Member]) -> dict[str, Any]:
     """`bundle.json`, checked against its digest and against the list of files."""
     if INFO not in members:
         raise InputError(f"{path} is not a bundle: it has no {INFO}")
