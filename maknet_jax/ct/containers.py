@@ -118,6 +118,11 @@ def reading_order(path: str) -> tuple[str, int]:
     return inside[0], _archive(inside[0]).offset(inside[1])
 
 
+def is_sequential(path: str) -> bool:
+    """Whether a path is that of a member of a compressed tar."""
+    return bool(reading_order(path)[0])
+
+
 def walk(root: Path, failures: list[tuple[str, str]]) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yields (folder, names of its folders, names of its files), like `os.walk`, all sorted.
 

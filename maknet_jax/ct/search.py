@@ -8,7 +8,7 @@ import functools
 import itertools
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeGuard
 
 from maknet_jax import files
@@ -39,6 +39,7 @@ _OTHER_FORMATS = {
     ".nhdr": ("NRRD", _SIMPLE_ITK),
 }
 Paths: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]"
+Headers: TypeAlias = list[dicom.Header] | OSError  # the result of `headers_of`
 _BATCH = 4096  # maximum number of queued files, for archives of any size
 
 
@@ -86,6 +87,7 @@ def find_series(
     *,
     workers: int = 1,
     overrides: reading.Overrides = reading.STRICT,
+    read_headers: Callable[[Sequence[str], reading.Overrides], Iterable[Headers]] | None = None,
 ) -> tuple[list[SeriesRef], list[tuple[str, str]]]:
     """Finds all CT series in a file or a folder tree; only headers are read.
 
@@ -97,6 +99,7 @@ def find_series(
         Names are relative to the folder or to that of the file, or to the common folder of several.
       workers: threads that read DICOM headers.
       overrides: what is read although it would be rejected.
+      read_headers: `headers_of` for several files outside of archives, which replaces the threads.
 
     Returns:
       (series in the order of the paths given, then of their files; (path, reason) of each file,
@@ -128,10 +131,13 @@ def find_series(
                         pictures.append(file)
                 else:
                     others.append(file)
-            # A compressed tar is read in its order, by one thread.
-            one_by_one = [file for file in others if containers.reading_order(file)[0]]
-            at_once = [file for file in others if not containers.reading_order(file)[0]]
-            each = itertools.chain(map(read, one_by_one), pool.map(read, at_once))
+            # A compressed tar is read in its order, by one thread; other processes would have to
+            # open any archive again.
+            in_turn = containers.in_archive if read_headers else containers.is_sequential
+            one_by_one = [file for file in others if in_turn(file)]
+            at_once = [file for file in others if not in_turn(file)]
+            many = read_headers(at_once, overrides) if read_headers else pool.map(read, at_once)
+            each = itertools.chain(map(read, one_by_one), many)
             for file, result in zip(one_by_one + at_once, each, strict=True):
                 if isinstance(result, OSError):
                     search.failures.append((file, f"cannot be read ({result.strerror})"))
@@ -192,9 +198,7 @@ def contents(path: Paths) -> str:
     return f"{len(names)} other files ({common})" if names else "no file"
 
 
-def headers_of(
-    path: str, overrides: reading.Overrides = reading.STRICT
-) -> list[dicom.Header] | OSError:
+def headers_of(path: str, overrides: reading.Overrides = reading.STRICT) -> Headers:
     """The headers of a DICOM file, none for any other file, or the error that reading raised."""
     try:
         return dicom.read_headers(path, overrides) if dicom.looks_like_dicom(path) else []
