@@ -156,8 +156,7 @@ def prepare_dicom(
         about |= read_as.used()
         make, division, none = triplets.make_series, triplets.DIVISION, labels.Vocabulary(())
         content = _DataSet("dicom", splits, make, size, none, about, failures, division=division)
-        how = {"workers": workers, "scheduler": scheduler, "pool": pool}
-        return _write(out, content, hidden=hidden, **how)
+        return _write(out, content, workers=workers, scheduler=scheduler, pool=pool, hidden=hidden)
 
 
 def prepare_table(

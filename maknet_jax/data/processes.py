@@ -22,6 +22,7 @@ from maknet_jax.errors import InputError
 FORK = sys.platform == "linux"
 _START = "import sys; from maknet_jax.data import processes; processes.{}(int(sys.argv[1]), {!r})"
 _INTEGER = struct.Struct("q")
+_CLOSED = (BrokenPipeError, ConnectionResetError)  # the other end of a pipe
 _PATIENCE = 1.0  # seconds until a worker that has closed its pipe is killed
 
 
@@ -196,7 +197,7 @@ class _Server:
         """
         try:
             socket.send_fds(self._end, [_INTEGER.pack(request)], descriptors)
-        except (BrokenPipeError, ConnectionResetError):
+        except _CLOSED:
             raise EOFError from None
         return self._answer()
 
@@ -251,7 +252,7 @@ def serve_forks(descriptor: int, module: str) -> None:
     """Forks workers until the parent closes its end: the main function of the server."""
     children.ignore_stop_signals()
     importlib.import_module(module)
-    with socket.socket(fileno=descriptor) as end:
+    with socket.socket(fileno=descriptor) as end, contextlib.suppress(*_CLOSED):
         end.sendall(_INTEGER.pack(1))
         while True:
             content, descriptors, _, _ = socket.recv_fds(end, _INTEGER.size, 1)
@@ -298,11 +299,8 @@ def serve(descriptor: int, module: str | None = None) -> None:
     if module is not None:
         importlib.import_module(module)
     pipe = children.Connection(descriptor)
-    pipe.send("started")
-    while True:
-        try:
+    with contextlib.suppress(EOFError, *_CLOSED):
+        pipe.send("started")
+        while True:
             function, unit = pipe.recv()
-        except (EOFError, ConnectionResetError):  # the parent has closed the pipe, or has died
-            return
-        with contextlib.suppress(BrokenPipeError):
             pipe.send(worker_pool.call(function, unit))
