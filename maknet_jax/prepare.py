@@ -151,6 +151,8 @@ def prepare_dicom(
         )
         with console.list_failures(pathlib.Path(out) / "failures.csv", hidden):
             usable, about = series_search.choose(folder, series, failures, min_slices)
+        if pool and not pool.is_ready() and series_search.is_small(usable):
+            pool, workers = None, 1
         salt = pseudonym.read_salt(salt_file, log=console.Log())
         splits = {"unlabelled": triplets.plan_series(usable, salt, size, read_as)}
         about |= read_as.used()

@@ -17,6 +17,7 @@ from maknet_jax.ct import (
     containers,
     dicom,
     dicom_frames,
+    dicom_pixels,
     dicomdir,
     nifti,
     own_outputs,
@@ -56,6 +57,7 @@ class SeriesRef:
       copies: the number of dropped copies of slices; they do not change the records.
       blocks: the division of a DICOM series by its headers; empty if unknown.
       spacing: mm along (y, x) by the headers of a DICOM series.
+      encoded: whether its pixels are compressed, by the headers of a DICOM series.
     """
 
     kind: str
@@ -66,6 +68,7 @@ class SeriesRef:
     copies: int = dataclasses.field(default=0, repr=False)
     blocks: tuple[Block, ...] = dataclasses.field(default=(), repr=False, compare=False)
     spacing: tuple[float, ...] = dataclasses.field(default=(), repr=False, compare=False)
+    encoded: bool = dataclasses.field(default=False, repr=False, compare=False)
 
 
 @dataclasses.dataclass
@@ -309,12 +312,14 @@ def _add_dicom(headers: Sequence[dicom.Header], search: _Search) -> None:
 
 
 def _layout(stack: Stack) -> dict[str, Any]:
-    """The geometry that reading the series in order will give; empty if it will be rejected."""
+    """What reading the series in order will give; empty if it will be rejected."""
     try:
         again = order_slices(stack.headers)
     except Rejected:
         return {}
-    return {"blocks": again.blocks, "spacing": again.headers[0].standard_spacing}
+    first = again.headers[0]
+    encoded = first.syntax not in dicom_pixels.NATIVE
+    return {"blocks": again.blocks, "spacing": first.standard_spacing, "encoded": encoded}
 
 
 def _add_png(paths: Sequence[str], search: _Search) -> None:

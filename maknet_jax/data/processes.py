@@ -1,5 +1,6 @@
 """Local worker processes, forked from a process that has imported what they need."""
 
+import atexit
 import contextlib
 import errno
 import importlib
@@ -25,6 +26,20 @@ _INTEGER = struct.Struct("q")
 _CLOSED = (BrokenPipeError, ConnectionResetError)  # the other end of a pipe
 _PATIENCE = 1.0  # seconds until a worker that has closed its pipe is killed
 
+_early: dict[str, "_Server"] = {}  # module -> a server that no `Processes` has taken yet
+
+
+def start_early(module: str) -> None:
+    """Starts the server of the next `Processes` with this module."""
+    if FORK and module not in _early:
+        _early[module] = _Server(module)
+
+
+@atexit.register
+def _close_early() -> None:
+    while _early:
+        _early.popitem()[1].close()
+
 
 class Processes(worker_pool.Pool):
     """Local processes.
@@ -46,7 +61,7 @@ class Processes(worker_pool.Pool):
         """
         self.size = count
         self._module = module
-        self._server = _Server(module) if FORK else None
+        self._server = (_early.pop(module, None) or _Server(module)) if FORK else None
         self._workers: dict[int, _Worker] = {}
 
     def is_ready(self) -> bool:

@@ -3,13 +3,15 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from maknet_jax.ct import reading, search
 from maknet_jax.data import processes, worker_pool
 from maknet_jax.errors import NothingUsable
 
+_START = 1.0  # seconds until workers have imported what they need
+_NATIVE, _ENCODED = 0.004, 0.02  # seconds to read a slice and to resample it
 _CHUNK = 32  # files, about 40 ms
 
 
@@ -81,6 +83,12 @@ def choose(
             why = f"it holds {search.contents(path)}; expected DICOM, NIfTI or PNG"
         raise NothingUsable(f"no usable series in {path}: {why}", failures)
     return usable, counts
+
+
+def is_small(series: Iterable[search.SeriesRef]) -> bool:
+    """Whether this process would read some series before workers have started."""
+    seconds = sum(ref.count * (_ENCODED if ref.encoded else _NATIVE) for ref in series)
+    return seconds < _START
 
 
 def _read(
