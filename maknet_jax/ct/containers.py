@@ -175,9 +175,11 @@ def _listing(folder: str, failures: list[tuple[str, str]]) -> tuple[list[str], l
                     folders.append(entry.name)
                 elif entry.is_file():
                     files.append(entry.name)
-                elif entry.is_symlink():
+                elif entry.is_symlink() and not os.path.exists(entry.path):
                     reason = f"a dead link to {os.readlink(entry.path)}"
                     failures.append((entry.path, reason))
+                else:  # a named pipe, a socket or a device
+                    failures.append((entry.path, "neither a file nor a folder"))
             except OSError as error:
                 failures.append((entry.path, f"cannot be read ({error.strerror})"))
     return folders, files
