@@ -96,8 +96,8 @@ def reading(folder: pathlib.Path, repeats: int) -> list[float]:
 
 def workers(
     folder: pathlib.Path, scratch: pathlib.Path, repeats: int, *, command: bool = False
-) -> list[float]:
-    """The speed with two workers relative to one, one ratio per turn.
+) -> dict[str, Any]:
+    """The speed with two workers relative to one, over the turns, and the seconds of both.
 
     Args:
       folder: the data.
@@ -121,7 +121,8 @@ def workers(
 
     prepared(1)  # creates the salt, and fills the page cache
     seconds = timing.take_turns({n: functools.partial(prepared, n) for n in (1, 2)}, repeats)
-    return [one / two for one, two in zip(seconds[1], seconds[2], strict=True)]
+    ratios = [one / two for one, two in zip(seconds[1], seconds[2], strict=True)]
+    return _of(ratios) | {"seconds": {str(n): timing.spread(seconds[n]) for n in (1, 2)}}
 
 
 def measure(chosen: argparse.Namespace, folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -132,19 +133,26 @@ def measure(chosen: argparse.Namespace, folder: pathlib.Path) -> list[dict[str, 
         ratios = reading(data, chosen.repeats)
         rows.append({"what": f"reading {name} relative to pydicom", "target": 0.6} | _of(ratios))
     short = f"{chosen.series} series of {SLICES} slices"
-    inputs = {
-        f"{short}, native": folder / "native",
-        f"{short}, JPEG 2000": folder / "JPEG 2000",
-        f"one series of {chosen.slices} slices, native": write_data(
-            folder / "long", 1, chosen.slices, compressed=False
+    jpeg, native, many = folder / "JPEG 2000", folder / "native", folder / "many"
+    cases = [
+        (f"two workers relative to one, {short}, native", native, False),
+        (f"two workers relative to one, {short}, JPEG 2000", jpeg, False),
+        (
+            f"two workers relative to one, one series of {chosen.slices} slices, native",
+            write_data(folder / "long", 1, chosen.slices, compressed=False),
+            False,
         ),
-        f"{COPIES} x {short}, native": write_copies(folder / "native", folder / "many", COPIES),
-    }
-    for command in (False, True):
-        what = "the command line with two workers" if command else "two workers"
-        for name, data in inputs.items():
-            ratios = workers(data, folder, chosen.repeats, command=command)
-            rows.append({"what": f"{what} relative to one, {name}", "target": 1.7} | _of(ratios))
+        (
+            f"two workers relative to one, {COPIES} x {short}, native",
+            write_copies(native, many, COPIES),
+            False,
+        ),
+        (f"command line, two workers relative to one, {short}, native", native, True),
+        (f"command line, two workers relative to one, {COPIES} x {short}, native", many, True),
+    ]
+    for what, data, command in cases:
+        measured = workers(data, folder, chosen.repeats, command=command)
+        rows.append({"what": what, "target": 1.7} | measured)
     return rows
 
 
