@@ -110,8 +110,9 @@ def workers(
     def prepared(count: int) -> float:
         start = time.perf_counter()
         if command:
-            call = [sys.executable, "-m", "maknet_jax", "prepare", "dicom", folder, "--out", out]
-            call += ["--salt-file", salt, "--min-slices", "3", "--workers", str(count)]
+            call = [sys.executable, "-m", "maknet_jax", "prepare", "dicom", str(folder)]
+            call += ["--out", str(out), "--salt-file", str(salt)]
+            call += ["--min-slices", "3", "--workers", str(count)]
             subprocess.run(call, check=True, stdout=subprocess.DEVNULL)
         else:
             prepare.prepare_dicom(folder, out, salt_file=salt, min_slices=3, workers=count)
