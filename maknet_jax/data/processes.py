@@ -24,6 +24,7 @@ FORK = sys.platform == "linux"
 _START = "import sys; from maknet_jax.data import processes; processes.{}(int(sys.argv[1]), {!r})"
 _INTEGER = struct.Struct("q")
 _CLOSED = (BrokenPipeError, ConnectionResetError)  # the other end of a pipe
+_LARGEST_BLOCK = 31 << 20  # bytes; glibc considers blocks of up to 32 MiB
 _PATIENCE = 1.0  # seconds until a worker that has closed its pipe is killed
 
 _early: dict[str, "_Server"] = {}  # module -> a server that no `Processes` has taken yet
@@ -313,6 +314,9 @@ def serve(descriptor: int, module: str | None = None) -> None:
     children.ignore_stop_signals()
     if module is not None:
         importlib.import_module(module)
+    # glibc returns memory to the system from twice the size of the largest freed block, and every
+    # slice would be allocated from there again.
+    bytearray(_LARGEST_BLOCK)
     pipe = children.Connection(descriptor)
     with contextlib.suppress(EOFError, *_CLOSED):
         pipe.send("started")
