@@ -67,6 +67,24 @@ def test_workers_that_cannot_start_are_one_line(monkeypatch):
         pool.close()
 
 
+@pytest.mark.skipif(not processes.FORK, reason="workers are forked on Linux only")
+def test_a_server_is_started_early_for_one_module_and_folder(tmp_path, monkeypatch):
+    started = []
+    server = processes._Server
+    monkeypatch.setattr(
+        processes, "_Server", lambda module: started.append(module) or server(module)
+    )
+    processes.start_early(__name__)
+    pool = processes.Processes(1, __name__)
+    assert started == [__name__] and run(pool, [1])[0][0] == 1
+    pool.close()
+    processes.start_early(__name__)
+    monkeypatch.chdir(tmp_path)  # relative paths would be those of another folder
+    processes.Processes(1, __name__).close()
+    assert started == [__name__] * 3
+    processes._close_early()
+
+
 SCRIPT = """
 import time
 from maknet_jax.data import processes

@@ -27,13 +27,20 @@ _CLOSED = (BrokenPipeError, ConnectionResetError)  # the other end of a pipe
 _LARGEST_BLOCK = 31 << 20  # bytes; glibc considers blocks of up to 32 MiB
 _PATIENCE = 1.0  # seconds until a worker that has closed its pipe is killed
 
-_early: dict[str, "_Server"] = {}  # module -> a server that no `Processes` has taken yet
+_early: dict[tuple[str, int, int], "_Server"] = {}  # servers that no `Processes` has taken yet
 
 
 def start_early(module: str) -> None:
     """Starts the server of the next `Processes` with this module."""
-    if FORK and module not in _early:
-        _early[module] = _Server(module)
+    _close_early()
+    if FORK:
+        _early[_key(module)] = _Server(module)
+
+
+def _key(module: str) -> tuple[str, int, int]:
+    """The module and the current folder: a server of another one does not see relative paths."""
+    here = os.stat(".")
+    return module, here.st_dev, here.st_ino
 
 
 @atexit.register
@@ -62,7 +69,7 @@ class Processes(worker_pool.Pool):
         """
         self.size = count
         self._module = module
-        self._server = (_early.pop(module, None) or _Server(module)) if FORK else None
+        self._server = (_early.pop(_key(module), None) or _Server(module)) if FORK else None
         self._workers: dict[int, _Worker] = {}
 
     def is_ready(self) -> bool:
