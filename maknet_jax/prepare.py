@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic
 
 from maknet_jax import console, files
-from maknet_jax.ct import pseudonym, reading, search
+from maknet_jax.ct import pseudonym, reading
 from maknet_jax.data import (
+    cluster,
     deeplesion,
     key_slices,
     labels,
@@ -17,15 +18,17 @@ from maknet_jax.data import (
     records,
     segmentation_plan,
     segmentations,
+    series_search,
     shards,
     table,
     triplets,
+    worker_pool,
 )
 from maknet_jax.data.openkbp import prepare_openkbp as prepare_openkbp
 from maknet_jax.data.overview import describe as describe
 from maknet_jax.data.segmentation_plan import SplitOptions
 from maknet_jax.data.segmentations import Rules
-from maknet_jax.errors import InputError, NothingUsable
+from maknet_jax.errors import InputError
 from maknet_jax.figures import contact_sheet, dataset_page
 from maknet_jax.runs import ownership
 
@@ -142,33 +145,20 @@ def prepare_dicom(
     read_as = reading.Overrides(**overrides)
     _check(out, size, scheduler)
     hidden = pseudonym.read_pseudonyms(pseudonyms, salt_file)
-    series, failures = search.find_series(folder, workers=workers, overrides=read_as)
-    small = [ref for ref in series if ref.count < min_slices]
-    usable = [ref for ref in series if ref.count >= min_slices]
-    about = {
-        "series": len(usable),
-        "min_slices": min_slices,
-        "series_too_small": len(small),
-        "series_unreadable": len(failures),
-        "copies_of_slices": sum(ref.copies for ref in series),
-    }
-    few = f"slices, fewer than --min-slices {min_slices}"
-    failures += [(ref.paths[0], f"{ref.count} {few}") for ref in small]
-    if not usable:
-        why = (
-            f"{len(series)} series found, {len(small)} of fewer than {min_slices} slices "
-            f"(--min-slices), {len(failures) - len(small)} unreadable"
+    with cluster.start_early(workers, scheduler, module=triplets.__name__) as pool:
+        series, failures = series_search.find_series(
+            folder, pool, workers=workers, overrides=read_as
         )
-        if not failures:
-            why = f"it holds {search.contents(folder)}; expected DICOM, NIfTI or PNG"
         with console.list_failures(pathlib.Path(out) / "failures.csv", hidden):
-            raise NothingUsable(f"no usable series in {folder}: {why}", failures)
-    salt = pseudonym.read_salt(salt_file, log=console.Log())
-    splits = {"unlabelled": triplets.plan_series(usable, salt, size, read_as)}
-    about |= read_as.used()
-    make, division, none = triplets.make_series, triplets.DIVISION, labels.Vocabulary(())
-    content = _DataSet("dicom", splits, make, size, none, about, failures, division=division)
-    return _write(out, content, workers=workers, scheduler=scheduler, hidden=hidden)
+            usable, about = series_search.choose(folder, series, failures, min_slices)
+        if pool and not pool.is_ready() and series_search.is_small(usable):
+            pool, workers = None, 1
+        salt = pseudonym.read_salt(salt_file, log=console.Log())
+        splits = {"unlabelled": triplets.plan_series(usable, salt, size, read_as)}
+        about |= read_as.used()
+        make, division, none = triplets.make_series, triplets.DIVISION, labels.Vocabulary(())
+        content = _DataSet("dicom", splits, make, size, none, about, failures, division=division)
+        return _write(out, content, workers=workers, scheduler=scheduler, pool=pool, hidden=hidden)
 
 
 def prepare_table(
@@ -322,6 +312,7 @@ def _write(
     *,
     workers: int,
     scheduler: str | None,
+    pool: worker_pool.Pool | None = None,
     hidden: pseudonym.Pseudonyms | None = None,
 ) -> dict[str, Any]:
     """Writes the shards and the reports; returns the summary."""
@@ -342,6 +333,7 @@ def _write(
             about=content.about,
             workers=workers,
             scheduler=scheduler,
+            pool=pool,
             advance=advance,
             failures=content.failures,
             division=content.division,

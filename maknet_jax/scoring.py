@@ -104,7 +104,7 @@ def on_cluster(
     read_any = False
     with (
         console.progress("predict", sum(ref.count for ref in series)) as advance,
-        cluster.start(1, scheduler) as pool,
+        cluster.start(1, scheduler, module=__name__) as pool,
     ):
 
         def died(unit: _Unit, how: str) -> Any:

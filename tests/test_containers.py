@@ -141,7 +141,7 @@ def test_a_damaged_member_of_a_zip_is_rejected_alone(tmp_path, members):
     assert {ref.kind: len(ref.paths) for ref in series} == {"dicom": 3, "nifti": 1}
 
 
-def test_links_are_followed_once_and_dead_ones_are_listed(tmp_path):
+def test_links_are_followed_once_and_dead_ones_and_pipes_are_listed(tmp_path):
     write_series(tmp_path / "elsewhere", [0, 5, 10])
     (tmp_path / "in" / "deep").mkdir(parents=True)
     (tmp_path / "in" / "patient").symlink_to(tmp_path / "elsewhere")
@@ -152,8 +152,8 @@ def test_links_are_followed_once_and_dead_ones_are_listed(tmp_path):
     os.mkfifo(tmp_path / "in" / "pipe.dcm")
     series, failures = search.find_series(tmp_path / "in")
     assert [ref.count for ref in series] == [3]
-    assert [os.path.basename(path) for path, _ in failures] == ["dead.dcm", "loop"]
-    assert "nowhere" in failures[0][1]
+    assert [os.path.basename(path) for path, _ in failures] == ["dead.dcm", "loop", "pipe.dcm"]
+    assert "nowhere" in failures[0][1] and "neither a file" in failures[2][1]
     with pytest.raises(InputError, match="neither a file nor a folder"):
         search.find_series(tmp_path / "in" / "pipe.dcm")
 

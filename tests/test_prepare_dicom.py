@@ -22,7 +22,7 @@ from test_search import write_pngs
 
 from maknet_jax import prepare
 from maknet_jax.ct import search
-from maknet_jax.data import triplets
+from maknet_jax.data import processes, series_search, triplets
 from maknet_jax.errors import InputError
 
 
@@ -31,6 +31,12 @@ def salt(tmp_path):
     path = tmp_path / "salt"
     path.write_text("a secret of the user, long enough\n")
     return path
+
+
+@pytest.fixture(autouse=True)
+def no_job_is_small(monkeypatch):
+    """So that two workers are two processes."""
+    monkeypatch.setattr(series_search, "is_small", lambda series: False)
 
 
 def of_dicom(folder, out, salt, **options):
@@ -315,6 +321,17 @@ def test_pieces_of_a_long_series_give_the_bytes_of_the_whole(long_series, salt, 
         *((k, 5) for k in (1, 4, 8, 12, 15)),
         *((k, 12) for k in (19, 22)),
     ]
+
+
+@pytest.mark.parametrize(("small", "ready"), [(True, False), (True, True), (False, False)])
+def test_a_small_job_waits_for_no_worker(long_series, salt, tmp_path, monkeypatch, small, ready):
+    used = []
+    send = processes.Processes.send
+    monkeypatch.setattr(processes.Processes, "send", lambda *args: used.append(1) or send(*args))
+    monkeypatch.setattr(processes.Processes, "is_ready", lambda pool: ready)
+    monkeypatch.setattr(series_search, "is_small", lambda series: small)
+    of_dicom(tmp_path / "in", tmp_path / "out", salt, workers=2)
+    assert bool(used) == (ready or not small)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

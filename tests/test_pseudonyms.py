@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 import shutil
 import zipfile
 
@@ -14,8 +15,9 @@ from prepared import examples, read_csv
 from pydicom.datadict import DicomDictionary, keyword_for_tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from maknet_jax import attribute, perturb, predict, prepare
-from maknet_jax.ct import pseudonym, volumes
+from maknet_jax import attribute, console, files, perturb, predict, prepare
+from maknet_jax.ct import pseudonym, search, volumes
+from maknet_jax.data import patient_splits
 from maknet_jax.errors import InputError
 from maknet_jax.explain import selection
 from maknet_jax.explain.options import PathOptions, SelectionOptions
@@ -247,6 +249,35 @@ def test_a_selection_with_pseudonyms(scans, salt, trained):
     chosen = SelectionOptions(path=scans, pseudonyms=True, salt_file=salt, ids=[images[1].id])
     (read,) = selection.select(workdir.open_run(trained), chosen).readers
     assert read().id == images[1].id
+
+
+def test_names_that_are_not_utf8_or_not_printable_are_replaced(salt, tmp_path):
+    names = pseudonym.Pseudonyms(salt.read_text().strip())
+    folder = tmp_path / os.fsdecode(b"M\xfcller")
+    folder.mkdir()
+    path = folder / "\x1b[31mHans.dcm"
+    path.write_bytes(b"")
+    printed = files.printable(path.name)
+    ((file, reason),) = names.failures([(str(path), f"{printed}: broken")])
+    assert file == names.name(str(path)) == names.name(files.printable(str(path)))
+    assert reason == f"{names.name(path.name)}: broken"
+    assert patient_splits.hashed_split(folder.name, {"train": 1.0}, seed=0) == "train"
+
+
+def test_the_target_of_a_dead_link_is_replaced(salt, tmp_path):
+    names = pseudonym.Pseudonyms(salt.read_text().strip())
+    (tmp_path / "scan").symlink_to(f"/nowhere/{MARKER}/Hans.dcm")
+    _, failures = search.find_series(tmp_path)
+    assert MARKER in failures[0][1]
+    for hidden in (names, pseudonym.Redaction()):
+        ((_, reason),) = hidden.failures(failures)
+        assert "link to" in reason and MARKER not in reason and "Hans" not in reason
+
+
+def test_a_salt_that_is_not_utf8_is_an_error(tmp_path):
+    (tmp_path / "salt").write_bytes(b"\xff" * 32)
+    with pytest.raises(InputError, match="is not UTF-8"):
+        pseudonym.read_salt(tmp_path / "salt", log=console.Log())
 
 
 def test_messages_keep_their_words_and_pseudonyms_are_stable(scans, salt):

@@ -1,13 +1,15 @@
 """Records and shards on disk: exact, checked, atomic."""
 
+import errno
 import json
 import pickle
 import re
+import time
 
 import numpy as np
 import pytest
 
-from maknet_jax.data import records
+from maknet_jax.data import examples, records
 from maknet_jax.errors import InputError
 
 
@@ -149,3 +151,26 @@ def test_unfinished_and_damaged_data_sets_are_rejected(tmp_path):
     (tmp_path / info["splits"]["train"]["shards"][1]["file"]).unlink()
     with pytest.raises(InputError, match="part-00001.array_record"):
         records.open_dataset(tmp_path)
+
+
+def test_a_failed_flush_is_an_error_even_if_the_system_reports_it_once(tmp_path, monkeypatch):
+    calls = []
+
+    def fsync(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, "broken disk")
+
+    def payloads():
+        yield b"one"
+        deadline = time.monotonic() + 30
+        while not calls and time.monotonic() < deadline:
+            time.sleep(0.001)
+        yield b"two"
+
+    monkeypatch.setattr(examples, "_FLUSH", 0.0)
+    monkeypatch.setattr(examples.os, "fsync", fsync)
+    with pytest.raises(OSError, match="broken disk"):
+        records.write_shard(tmp_path / "shard", payloads())
+    assert calls and not list(tmp_path.iterdir())
+    assert records.write_shard(tmp_path / "shard", [b"one"])[0] == 1

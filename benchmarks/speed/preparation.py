@@ -3,14 +3,18 @@
     python benchmarks/speed/preparation.py  # about ten minutes on two cores; --quick: a minute
 
 On generated slices of 512 x 512 pixels: reading series relative to bare decoding with pydicom
-(CPU seconds of one core, in turns; targets: 0.6), and the seconds of the whole command with one and
-with two workers (in turns; targets: 1.7), on 12 series of 20 slices and on one long series.
+(CPU seconds of one core, in turns; targets: 0.6), and the seconds of `prepare.prepare_dicom` with
+one and with two workers (in turns; targets: 1.7), on 12 series of 20 slices, on one long series,
+and on as many slices in short series. Each call starts its workers. The same for the command line,
+whose seconds contain the imports.
 """
 
 import argparse
 import functools
 import pathlib
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import pydicom
-from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless
+from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, generate_uid
 
 from benchmarks import harness, timing
 from maknet_jax import files, prepare
@@ -27,6 +31,7 @@ from maknet_jax.ct import search, volumes
 from maknet_jax.phantom import formats
 
 SERIES, SLICES = 12, 20
+COPIES = 8  # of each short series, under other UIDs, for the case of many series
 EDGE = 512  # pixels
 
 
@@ -55,6 +60,21 @@ def write_data(folder: pathlib.Path, series: int, slices: int, *, compressed: bo
     return folder
 
 
+def write_copies(source: pathlib.Path, folder: pathlib.Path, copies: int) -> pathlib.Path:
+    """Writes each series several times under other UIDs; returns the folder."""
+    for path in sorted(source.rglob("*.dcm")):
+        data = pydicom.dcmread(path)
+        series, slice_uid = data.SeriesInstanceUID, data.SOPInstanceUID
+        for number in range(copies):
+            place = folder / f"{number}-{path.parent.name}"
+            place.mkdir(parents=True, exist_ok=True)
+            data.SeriesInstanceUID = generate_uid(entropy_srcs=[series, str(number)])
+            data.SOPInstanceUID = generate_uid(entropy_srcs=[slice_uid, str(number)])
+            data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID
+            data.save_as(place / path.name)
+    return folder
+
+
 def cpu_seconds(call: Callable[[], Any]) -> float:
     """CPU seconds of a call, of all threads of this process."""
     start = time.process_time()
@@ -74,20 +94,36 @@ def reading(folder: pathlib.Path, repeats: int) -> list[float]:
     return [a / b for a, b in zip(seconds["bare"], seconds["series"], strict=True)]
 
 
-def workers(folder: pathlib.Path, scratch: pathlib.Path, repeats: int) -> list[float]:
-    """The speed of the command with two workers relative to one, one ratio per turn."""
+def workers(
+    folder: pathlib.Path, scratch: pathlib.Path, repeats: int, *, command: bool = False
+) -> dict[str, Any]:
+    """The speed with two workers relative to one, over the turns, and the seconds of both.
+
+    Args:
+      folder: the data.
+      scratch: for the salt and the output.
+      repeats: turns.
+      command: run the command line in a new process instead of calling its function.
+    """
+    salt, out = scratch / "salt", scratch / "out"
 
     def prepared(count: int) -> float:
         start = time.perf_counter()
-        salt, out = scratch / "salt", scratch / "out"
-        prepare.prepare_dicom(folder, out, salt_file=salt, min_slices=3, workers=count)
+        if command:
+            call = [sys.executable, "-m", "maknet_jax", "prepare", "dicom", str(folder)]
+            call += ["--out", str(out), "--salt-file", str(salt)]
+            call += ["--min-slices", "3", "--workers", str(count)]
+            subprocess.run(call, check=True, stdout=subprocess.DEVNULL)
+        else:
+            prepare.prepare_dicom(folder, out, salt_file=salt, min_slices=3, workers=count)
         seconds = time.perf_counter() - start
         shutil.rmtree(out)
         return seconds
 
     prepared(1)  # creates the salt, and fills the page cache
     seconds = timing.take_turns({n: functools.partial(prepared, n) for n in (1, 2)}, repeats)
-    return [one / two for one, two in zip(seconds[1], seconds[2], strict=True)]
+    ratios = [one / two for one, two in zip(seconds[1], seconds[2], strict=True)]
+    return _of(ratios) | {"seconds": {str(n): timing.spread(seconds[n]) for n in (1, 2)}}
 
 
 def measure(chosen: argparse.Namespace, folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -97,15 +133,27 @@ def measure(chosen: argparse.Namespace, folder: pathlib.Path) -> list[dict[str, 
         data = write_data(folder / name, chosen.series, SLICES, compressed=compressed)
         ratios = reading(data, chosen.repeats)
         rows.append({"what": f"reading {name} relative to pydicom", "target": 0.6} | _of(ratios))
-    long = write_data(folder / "long", 1, chosen.slices, compressed=False)
-    inputs = {
-        f"{chosen.series} series of {SLICES} slices, native": folder / "native",
-        f"{chosen.series} series of {SLICES} slices, JPEG 2000": folder / "JPEG 2000",
-        f"one series of {chosen.slices} slices, native": long,
-    }
-    for name, data in inputs.items():
-        ratios = workers(data, folder, chosen.repeats)
-        rows.append({"what": f"two workers relative to one, {name}", "target": 1.7} | _of(ratios))
+    short = f"{chosen.series} series of {SLICES} slices"
+    jpeg, native, many = folder / "JPEG 2000", folder / "native", folder / "many"
+    cases = [
+        (f"two workers relative to one, {short}, native", native, False),
+        (f"two workers relative to one, {short}, JPEG 2000", jpeg, False),
+        (
+            f"two workers relative to one, one series of {chosen.slices} slices, native",
+            write_data(folder / "long", 1, chosen.slices, compressed=False),
+            False,
+        ),
+        (
+            f"two workers relative to one, {COPIES} x {short}, native",
+            write_copies(native, many, COPIES),
+            False,
+        ),
+        (f"command line, two workers relative to one, {short}, native", native, True),
+        (f"command line, two workers relative to one, {COPIES} x {short}, native", many, True),
+    ]
+    for what, data, command in cases:
+        measured = workers(data, folder, chosen.repeats, command=command)
+        rows.append({"what": what, "target": 1.7} | measured)
     return rows
 
 

@@ -141,6 +141,7 @@ def _run_deeplesion(chosen: argparse.Namespace) -> int:
             --hand-labels hand_labeled_test_set.json \
             --ontology lesion_ontology_181022.xlsx --out shards/deeplesion
     """
+    _start_workers(chosen, "data.key_slices")
     from maknet_jax import prepare
 
     return _report(
@@ -160,6 +161,7 @@ def _run_dicom(chosen: argparse.Namespace) -> int:
 
     maknet prepare dicom TCIA --out shards/tcia
     """
+    _start_workers(chosen, "data.triplets")
     from maknet_jax import prepare
 
     return _report(
@@ -177,6 +179,7 @@ def _run_table(chosen: argparse.Namespace) -> int:
 
     maknet prepare table labels.csv --out shards/mine --png-window=-175,275
     """
+    _start_workers(chosen, "data.triplets")
     from maknet_jax import prepare
 
     return _report(
@@ -195,6 +198,7 @@ def _run_segmentations(chosen: argparse.Namespace) -> int:
             --shares train=0.82,val=0.18 --unknown-below spinal_cord,esophagus \
             --every 3 --size 64 --source "OpenKBP: head, neck, upper chest" --out shards/openkbp
     """
+    _start_workers(chosen, "data.segmentations")
     from maknet_jax import prepare
 
     rules = prepare.Rules(
@@ -231,6 +235,12 @@ def _run_openkbp(chosen: argparse.Namespace) -> int:
     if summary["failures"]:
         options.show(f"rejected: {summary['failures']}, see {summary['out']}/failures.csv")
     return options.SOME_REJECTED if summary["failures"] else options.DONE
+
+
+def _start_workers(chosen: argparse.Namespace, module: str) -> None:
+    from maknet_jax import workers  # before `prepare`, whose import takes about a second
+
+    workers.start_early(chosen.workers, chosen.scheduler, module)
 
 
 def _output_options(chosen: argparse.Namespace) -> dict[str, Any]:

@@ -118,6 +118,11 @@ def reading_order(path: str) -> tuple[str, int]:
     return inside[0], _archive(inside[0]).offset(inside[1])
 
 
+def is_sequential(path: str) -> bool:
+    """Whether a path is that of a member of a compressed tar."""
+    return bool(reading_order(path)[0])
+
+
 def walk(root: Path, failures: list[tuple[str, str]]) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yields (folder, names of its folders, names of its files), like `os.walk`, all sorted.
 
@@ -170,9 +175,11 @@ def _listing(folder: str, failures: list[tuple[str, str]]) -> tuple[list[str], l
                     folders.append(entry.name)
                 elif entry.is_file():
                     files.append(entry.name)
-                elif entry.is_symlink():
+                elif entry.is_symlink() and not os.path.exists(entry.path):
                     reason = f"a dead link to {os.readlink(entry.path)}"
                     failures.append((entry.path, reason))
+                else:  # a named pipe, a socket or a device
+                    failures.append((entry.path, "neither a file nor a folder"))
             except OSError as error:
                 failures.append((entry.path, f"cannot be read ({error.strerror})"))
     return folders, files

@@ -3,12 +3,8 @@
 import atexit
 import contextlib
 import functools
-import multiprocessing.connection
 import os
-import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import threading
 from typing import Any
@@ -17,8 +13,9 @@ import numpy as np
 import pydicom
 from pydicom.pixels import get_decoder
 
+from maknet_jax.ct import children
 from maknet_jax.ct.reading import one_line, quiet
-from maknet_jax.errors import STOP_SIGNALS, Rejected
+from maknet_jax.errors import Rejected
 
 TIME_LIMIT = 60.0  # seconds per slice in the child process; a large slice takes one
 
@@ -70,7 +67,7 @@ class _Child:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._pipe: multiprocessing.connection.Connection | None = None
+        self._pipe: children.Connection | None = None
         atexit.register(self._stop)
 
     def decode(self, call: tuple[Any, ...]) -> np.ndarray:
@@ -100,19 +97,10 @@ class _Child:
         except (BrokenPipeError, ConnectionResetError):
             raise EOFError from None
 
-    def _start(self) -> multiprocessing.connection.Connection:
-        ours, theirs = socket.socketpair()
-        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        pipe = multiprocessing.connection.Connection(ours.detach())
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _START, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": paths},
-            )
+    def _start(self) -> children.Connection:
+        null = subprocess.DEVNULL
+        self._process, ours = children.start(_START, stdin=null, stdout=null, stderr=null)
+        pipe = children.connection(ours)
         try:
             pipe.recv()
         except (EOFError, ConnectionResetError):
@@ -135,9 +123,8 @@ def serve(descriptor: int) -> None:
     On damaged data libjpeg writes "Corrupt JPEG data" to stderr, fills in the rest of the image and
     reports success, so this line is the only sign of damage.
     """
-    for number in STOP_SIGNALS:  # the parent handles them
-        signal.signal(number, signal.SIG_IGN)
-    pipe = multiprocessing.connection.Connection(descriptor)
+    children.ignore_stop_signals()
+    pipe = children.Connection(descriptor)
     with contextlib.suppress(EOFError, OSError), tempfile.TemporaryFile() as printed, quiet():
         os.dup2(printed.fileno(), 2)
         pipe.send("ready")

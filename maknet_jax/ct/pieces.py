@@ -30,7 +30,7 @@ def can_divide(ref: SeriesRef) -> bool:
     The members of a compressed tar can only be read in order.
     """
     return bool(ref.blocks) and not any(
-        dicom_frames.split_path(path)[1] is not None or containers.reading_order(path)[0]
+        dicom_frames.split_path(path)[1] is not None or containers.is_sequential(path)
         for path in ref.paths
     )
 

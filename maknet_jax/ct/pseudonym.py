@@ -66,7 +66,13 @@ def read_salt(path: str | os.PathLike[str] | None, *, log: console.Log) -> str:
         log.say(
             f"created {salt_file}, the salt of the pseudonymous ids: keep it to get the same ids"
         )
-    salt = salt_file.read_text(encoding="utf-8").strip()
+    try:
+        salt = salt_file.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        raise InputError(
+            f"salt file {salt_file} is not UTF-8: restore the file, or remove it to create a new "
+            "salt"
+        ) from None
     if len(salt) < 16:
         raise InputError(
             f"salt file {salt_file} has {len(salt)} characters, expected at least 16: restore the "
@@ -76,8 +82,8 @@ def read_salt(path: str | os.PathLike[str] | None, *, log: console.Log) -> str:
 
 
 def pseudonym(salt: str, uid: str) -> str:
-    """16 hexadecimal digits of the HMAC-SHA256 of a UID."""
-    return hmac.new(salt.encode(), uid.encode(), hashlib.sha256).hexdigest()[:16]
+    """16 hexadecimal digits of the HMAC-SHA256 of a UID, or of a name as it is printed."""
+    return hmac.new(salt.encode(), files.printable(uid).encode(), hashlib.sha256).hexdigest()[:16]
 
 
 class Pseudonyms:
@@ -170,9 +176,12 @@ def _mentioned(message: str, names: Sequence[frozenset[str]]) -> set[str]:
 
 
 def _names_near(path: str) -> list[frozenset[str]]:
-    """The parts of a path, and the names and stems of the files beside it or in it."""
+    """The parts of a path and of its link, and the names and stems of files beside it or in it."""
     place = pathlib.Path(path)
     names = [_with_stems([path, *place.parts])]
+    if os.path.islink(path):
+        target = os.readlink(path)
+        names.append(_with_stems([target, *pathlib.Path(target).parts]))
     exists = os.path.lexists(path) or containers.is_file(path) or containers.is_folder(path)
     for folder in map(str, (place, place.parent)) if exists else ():
         if containers.is_folder(folder):
@@ -192,7 +201,8 @@ def _names_in(folder: str, _mtime_ns: int) -> frozenset[str]:
 
 def _with_stems(names: Sequence[str]) -> frozenset[str]:
     stems = (stem for name in names for stem in (name.partition(".")[0], png.split_name(name)[0]))
-    return frozenset([*names, *stems])
+    raw = [*names, *stems]
+    return frozenset([*raw, *map(files.printable, raw)])
 
 
 def _paths_in(message: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ import functools
 import itertools
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeGuard
 
 from maknet_jax import files
@@ -17,6 +17,7 @@ from maknet_jax.ct import (
     containers,
     dicom,
     dicom_frames,
+    dicom_pixels,
     dicomdir,
     nifti,
     own_outputs,
@@ -39,6 +40,7 @@ _OTHER_FORMATS = {
     ".nhdr": ("NRRD", _SIMPLE_ITK),
 }
 Paths: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]"
+Headers: TypeAlias = list[dicom.Header] | OSError  # the result of `headers_of`
 _BATCH = 4096  # maximum number of queued files, for archives of any size
 
 
@@ -55,6 +57,7 @@ class SeriesRef:
       copies: the number of dropped copies of slices; they do not change the records.
       blocks: the division of a DICOM series by its headers; empty if unknown.
       spacing: mm along (y, x) by the headers of a DICOM series.
+      encoded: whether its pixels are compressed, by the headers of a DICOM series.
     """
 
     kind: str
@@ -65,6 +68,7 @@ class SeriesRef:
     copies: int = dataclasses.field(default=0, repr=False)
     blocks: tuple[Block, ...] = dataclasses.field(default=(), repr=False, compare=False)
     spacing: tuple[float, ...] = dataclasses.field(default=(), repr=False, compare=False)
+    encoded: bool = dataclasses.field(default=False, repr=False, compare=False)
 
 
 @dataclasses.dataclass
@@ -86,6 +90,7 @@ def find_series(
     *,
     workers: int = 1,
     overrides: reading.Overrides = reading.STRICT,
+    read_headers: Callable[[Sequence[str], reading.Overrides], Iterable[Headers]] | None = None,
 ) -> tuple[list[SeriesRef], list[tuple[str, str]]]:
     """Finds all CT series in a file or a folder tree; only headers are read.
 
@@ -98,6 +103,7 @@ def find_series(
         The key of the only NIfTI file in it begins with its name, as in patient-7/ct.nii.gz.
       workers: threads that read DICOM headers.
       overrides: what is read although it would be rejected.
+      read_headers: `headers_of` for several files outside of archives, which replaces the threads.
 
     Returns:
       (series in the order of the paths given, then of their files; (path, reason) of each file,
@@ -129,10 +135,13 @@ def find_series(
                         pictures.append(file)
                 else:
                     others.append(file)
-            # A compressed tar is read in its order, by one thread.
-            one_by_one = [file for file in others if containers.reading_order(file)[0]]
-            at_once = [file for file in others if not containers.reading_order(file)[0]]
-            each = itertools.chain(map(read, one_by_one), pool.map(read, at_once))
+            # A compressed tar is read in its order, by one thread; other processes would have to
+            # open any archive again.
+            in_turn = containers.in_archive if read_headers else containers.is_sequential
+            one_by_one = [file for file in others if in_turn(file)]
+            at_once = [file for file in others if not in_turn(file)]
+            many = read_headers(at_once, overrides) if read_headers else pool.map(read, at_once)
+            each = itertools.chain(map(read, one_by_one), many)
             for file, result in zip(one_by_one + at_once, each, strict=True):
                 if isinstance(result, OSError):
                     search.failures.append((file, f"cannot be read ({result.strerror})"))
@@ -194,9 +203,7 @@ def contents(path: Paths) -> str:
     return f"{len(names)} other files ({common})" if names else "no file"
 
 
-def headers_of(
-    path: str, overrides: reading.Overrides = reading.STRICT
-) -> list[dicom.Header] | OSError:
+def headers_of(path: str, overrides: reading.Overrides = reading.STRICT) -> Headers:
     """The headers of a DICOM file, none for any other file, or the error that reading raised."""
     try:
         return dicom.read_headers(path, overrides) if dicom.looks_like_dicom(path) else []
@@ -316,12 +323,14 @@ def _add_dicom(headers: Sequence[dicom.Header], search: _Search) -> None:
 
 
 def _layout(stack: Stack) -> dict[str, Any]:
-    """The geometry that reading the series in order will give; empty if it will be rejected."""
+    """What reading the series in order will give; empty if it will be rejected."""
     try:
         again = order_slices(stack.headers)
     except Rejected:
         return {}
-    return {"blocks": again.blocks, "spacing": again.headers[0].standard_spacing}
+    first = again.headers[0]
+    encoded = first.syntax not in dicom_pixels.NATIVE
+    return {"blocks": again.blocks, "spacing": first.standard_spacing, "encoded": encoded}
 
 
 def _add_png(paths: Sequence[str], search: _Search) -> None:

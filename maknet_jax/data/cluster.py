@@ -15,7 +15,7 @@ from typing import Any
 import maknet_jax
 from maknet_jax.ct import containers
 from maknet_jax.ct.reading import one_line
-from maknet_jax.data import worker_pool
+from maknet_jax.data import processes, worker_pool
 from maknet_jax.errors import InputError, Rejected, installing
 
 _PATIENCE = 5  # seconds until a scheduler answers and has a worker
@@ -23,21 +23,43 @@ _NO_WORKER = 60  # seconds without any worker; a supervisor may restart them
 
 
 @contextlib.contextmanager
-def start(count: int, scheduler: str | None = None) -> Iterator[worker_pool.Pool]:
+def start(count: int, scheduler: str | None = None, *, module: str) -> Iterator[worker_pool.Pool]:
     """Starts workers, and ends their work when the block ends: they hold no state.
 
     Args:
       count: the number of local processes.
+      module: the module of the functions that they will call.
       scheduler: the address of a Dask scheduler, whose workers are used instead.
 
     Raises:
       InputError: see `Cluster`.
     """
-    pool = worker_pool.Processes(count) if scheduler is None else Cluster(scheduler)
+    pool = processes.Processes(count, module) if scheduler is None else Cluster(scheduler)
     try:
         yield pool
     finally:
         pool.close()
+
+
+@contextlib.contextmanager
+def start_early(
+    count: int, scheduler: str | None, *, module: str
+) -> Iterator[processes.Processes | None]:
+    """Starts local workers before their work is known, so that they import it meanwhile.
+
+    Args:
+      count: the number of processes.
+      scheduler: a Dask scheduler, whose workers run already.
+      module: the module of the functions that they will call.
+
+    Yields:
+      The workers; None for one process or with a scheduler.
+    """
+    if count <= 1 or scheduler is not None:
+        yield None
+        return
+    with contextlib.closing(processes.Processes(count, module)) as pool:
+        yield pool
 
 
 def check(scheduler: str | None) -> None:

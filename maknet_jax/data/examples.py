@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import os
 import pathlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -26,6 +27,7 @@ from maknet_jax.errors import InputError, system_error
 T = TypeVar("T")
 # One record per group, so that random access decompresses the requested record only.
 _OPTIONS = "group_size:1,zstd:3"
+_FLUSH = 0.2  # seconds between flushes of a shard that is being written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,15 +108,14 @@ def write_shard(path: str | os.PathLike, payloads: Iterable[bytes]) -> tuple[int
     with _os_errors(path):
         writer = array_record_module.ArrayRecordWriter(str(temporary), _OPTIONS)
     try:
-        for payload in payloads:
+        with _flushing(temporary):
+            for payload in payloads:
+                with _os_errors(path):
+                    writer.write(payload)
+                digest.update(hashlib.sha256(payload).digest())
+                count += 1
             with _os_errors(path):
-                writer.write(payload)
-            digest.update(hashlib.sha256(payload).digest())
-            count += 1
-        with _os_errors(path):
-            writer.close()
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+                writer.close()
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError), _os_errors(path):
@@ -123,6 +124,38 @@ def write_shard(path: str | os.PathLike, payloads: Iterable[bytes]) -> tuple[int
         temporary.unlink(missing_ok=True)
         raise
     return count, digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _flushing(path: pathlib.Path) -> Iterator[None]:
+    """Flushes a file to the disk while the block writes it, and completely at its end.
+
+    A large file takes the disk about a second, in which nothing else would happen at its end.
+
+    Raises:
+      OSError: it cannot be flushed.
+    """
+    done = threading.Event()
+    errors: list[OSError] = []
+
+    def flush() -> None:
+        try:
+            while not done.wait(_FLUSH):
+                os.fsync(file.fileno())
+        except OSError as error:  # the system reports it once only
+            errors.append(error)
+
+    with path.open("rb") as file:
+        thread = threading.Thread(target=flush, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+        if errors:
+            raise errors[0]
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import openpyxl
 
 from maknet_jax.errors import InputError
 
@@ -142,6 +141,8 @@ def read_ontology(path: str | os.PathLike) -> dict[str, Label]:
     Raises:
       InputError: the file is missing, is not an xlsx file, or lacks a column.
     """
+    import openpyxl  # here, because importing it takes long, and workers do not need it
+
     path = pathlib.Path(path)
     try:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)

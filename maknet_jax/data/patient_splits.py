@@ -14,6 +14,7 @@ import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
+from maknet_jax import files
 from maknet_jax.ct import containers
 from maknet_jax.data import table
 from maknet_jax.errors import InputError
@@ -112,7 +113,7 @@ def hashed_split(patient: str, shares: Mapping[str, float], seed: int) -> str:
 
     Adding or removing patients does not change the split of others. The shares hold on average.
     """
-    digest = hashlib.sha256(f"{seed}:{patient}".encode()).digest()
+    digest = hashlib.sha256(files.printable(f"{seed}:{patient}").encode()).digest()
     place = int.from_bytes(digest[:8], "big") / 2**64
     end = 0.0
     for split, share in shares.items():

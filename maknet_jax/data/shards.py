@@ -12,17 +12,16 @@ import hashlib
 import itertools
 import os
 import pathlib
-import pickle
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import IO, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from maknet_jax import files
 from maknet_jax.ct import preprocess
-from maknet_jax.data import cluster, records, worker_pool
+from maknet_jax.data import cluster, records, spools, worker_pool
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError, NothingUsable
 
@@ -78,37 +77,6 @@ class Division:
     join: Callable[[Any, Sequence[UnitResult], Collection[Encoded]], UnitResult]
 
 
-class _Spool(Collection[Encoded]):
-    """The records of a long unit, in an unnamed file until all of its pieces are checked."""
-
-    def __init__(self, file: IO[bytes], folder: pathlib.Path) -> None:
-        self._file, self._folder, self._count = file, folder, 0
-
-    def extend(self, examples: Iterable[Encoded]) -> None:
-        """Appends records.
-
-        Raises:
-          OSError: the disk is full; with the folder.
-        """
-        try:
-            for example in examples:
-                pickle.dump(example, self._file)
-                self._count += 1
-            self._file.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._folder)) from None
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[Encoded]:
-        self._file.seek(0)
-        return (pickle.load(self._file) for _ in range(self._count))
-
-    def __contains__(self, example: object) -> bool:
-        return any(example is other for other in self)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Part:
     """One finished shard, as stored in its sidecar in `.parts`."""
@@ -136,6 +104,7 @@ def write_shards(
     failures: Sequence[tuple[str, str]] = (),
     division: Division | None = None,
     scheduler: str | None = None,
+    pool: worker_pool.Pool | None = None,
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Writes all splits; returns (info for `finish`, failures).
 
@@ -152,6 +121,7 @@ def write_shards(
       failures: inputs that were rejected before; they come first in the returned failures.
       division: how large units are divided; None leaves them whole.
       scheduler: the address of a Dask scheduler, whose workers are used instead of processes.
+      pool: workers that run already; None starts them.
 
     Raises:
       NothingUsable: no unit gave a record.
@@ -172,7 +142,8 @@ def write_shards(
         if not _sidecar(out, name).exists()
         for unit in units
     ]
-    with _results(make, missing, workers, scheduler, division, out / ".parts") as results:
+    deaths = _Deaths(out / ".parts" / "killed.json")
+    with _results(make, missing, workers, scheduler, division, deaths, pool) as results:
         for split, parts in plan.items():
             shards, label_counts, known_counts = [], *np.zeros((2, len(vocabulary)), np.int64)
             for name, units in parts:
@@ -336,20 +307,25 @@ def _results(
     workers: int,
     scheduler: str | None,
     division: Division | None,
-    folder: pathlib.Path,
+    deaths: "_Deaths",
+    pool: worker_pool.Pool | None,
 ) -> Iterator[Iterator[UnitResult]]:
     """Yields an iterator over make(unit) for each unit, in order."""
-    deaths = _Deaths(folder / "killed.json")
     divided = [division.pieces(unit) if division else [unit] for unit in units]
     pieces = list(itertools.chain.from_iterable(divided))
     here = workers <= 1 and scheduler is None and not any(map(deaths.by, pieces))
     if here or not pieces:
-        yield _joined(units, divided, map(make, pieces), division, folder)
+        yield _joined(units, divided, map(make, pieces), division, deaths.folder)
         return
-    with cluster.start(min(workers, len(pieces)), scheduler) as pool:
+    started = (
+        contextlib.nullcontext(pool)
+        if pool
+        else cluster.start(min(workers, len(pieces)), scheduler, module=make.__module__)
+    )
+    with started as pool:
         died = functools.partial(deaths.add, pool)
         made = pool.map(make, pieces, alone=deaths.by, died=died)
-        yield _joined(units, divided, made, division, folder)
+        yield _joined(units, divided, made, division, deaths.folder)
 
 
 def _joined(
@@ -364,7 +340,8 @@ def _joined(
             yield next(results)
             continue
         with tempfile.TemporaryFile(dir=folder) as file:
-            spool, made = _Spool(file, folder), []
+            spool: spools.Spool[Encoded] = spools.Spool(file, folder)
+            made = []
             for result in itertools.islice(results, len(pieces)):
                 spool.extend(result.examples)
                 made.append(dataclasses.replace(result, examples=()))
@@ -379,7 +356,7 @@ class _Deaths:
     """
 
     def __init__(self, path: pathlib.Path) -> None:
-        self._path = path
+        self._path, self.folder = path, path.parent
         self._digests = set(files.read_json(path)) if path.exists() else set()
 
     def by(self, unit: Unit) -> bool:

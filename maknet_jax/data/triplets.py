@@ -1,6 +1,8 @@
 """Triplets of CT volumes as records: unlabelled series, and the slices in a table."""
 
+import collections
 import dataclasses
+import itertools
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -141,7 +143,7 @@ def make_series(unit: _Series | _Piece) -> shards.UnitResult:
     examples = [
         _triplet(
             unit,
-            volume.neighbours(centre),
+            preprocess.make_triplet(volume.neighbours(centre), unit.size),
             volume.uids[centre],
             slice=centre,
             slices=len(volume.hu),
@@ -170,34 +172,40 @@ def join_series(
 
 
 def _make_piece(unit: _Piece) -> shards.UnitResult:
-    planes: list[np.ndarray] = []
-    evidence = pieces.read_slices(unit.ref, planes.append, unit.unit.overrides)
-    examples = []
-    for centre, distance in unit.triplets:
-        place = centre - unit.first
-        header = evidence.headers[place]
-        examples.append(
-            _triplet(
-                unit.unit,
-                planes[place - 1 : place + 2],
-                header.uid,
-                slice=centre,
-                slices=unit.unit.ref.count,
-                spacing=(distance, *unit.ref.spacing),
-            )
+    middles = {centre - unit.first for centre, _ in unit.triplets}
+    recent: collections.deque[np.ndarray] = collections.deque(maxlen=3)
+    images: list[tuple[np.ndarray, preprocess.Box]] = []
+    places = itertools.count(-1)  # of the middle of `recent` in the piece
+
+    def add(plane: np.ndarray) -> None:
+        recent.append(plane)
+        if next(places) in middles:
+            images.append(preprocess.make_triplet(list(recent), unit.unit.size))
+
+    evidence = pieces.read_slices(unit.ref, add, unit.unit.overrides)
+    examples = tuple(
+        _triplet(
+            unit.unit,
+            image,
+            evidence.headers[centre - unit.first].uid,
+            slice=centre,
+            slices=unit.unit.ref.count,
+            spacing=(distance, *unit.ref.spacing),
         )
-    return shards.UnitResult(tuple(examples), evidence=evidence)
+        for image, (centre, distance) in zip(images, unit.triplets, strict=True)
+    )
+    return shards.UnitResult(examples, evidence=evidence)
 
 
 def _triplet(
     unit: _Series,
-    planes: Sequence[np.ndarray],
+    cut: tuple[np.ndarray, preprocess.Box],
     uid: str,
     *,
     spacing: Sequence[float],
     **place: int,
 ) -> shards.Encoded:
-    image, box = preprocess.make_triplet(planes, unit.size)
+    image, box = cut
     series = pseudonym.pseudonym(unit.salt, unit.ref.key)
     meta = {"series": series, **place, "crop": box, "spacing": volumes.spacing_json(spacing)}
     name = f"{series}-{pseudonym.pseudonym(unit.salt, uid)}"

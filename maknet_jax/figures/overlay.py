@@ -48,5 +48,7 @@ def to_uri(picture: np.ndarray, *, lossy: bool = True) -> str:
     """uint8 `[H, W]`, `[H, W, 3]` or `[H, W, 4]` as a data URI: WebP, or PNG if not `lossy`."""
     file = io.BytesIO()
     kind = "webp" if lossy else "png"
-    Image.fromarray(picture).save(file, format=kind, **({"quality": 80} if lossy else {}))
+    # Method 1 takes a fifth of the time of the default, 4, for files of the same size.
+    options = {"quality": 80, "method": 1} if lossy else {}
+    Image.fromarray(picture).save(file, format=kind, **options)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -64,7 +64,8 @@ def write_png(path: str | pathlib.Path, image: Image.Image) -> None:
     info = PngInfo()
     info.add_text("Software", files.PNG_SOFTWARE)
     with files.write_whole(path, "wb") as file:
-        image.save(file, format="PNG", pnginfo=info)
+        # Level 3 takes half of the time of the default, 6, for files of the same size.
+        image.save(file, format="PNG", pnginfo=info, compress_level=3)
 
 
 def resample(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
