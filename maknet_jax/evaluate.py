@@ -105,7 +105,7 @@ def evaluate(
         )
     if jax.process_index() == 0:
         _write(out, summary, reports, thresholds, run.vocabulary.names)
-        with console.Log((out if run.is_bundle else run.source) / "log.jsonl") as log:
+        with console.Log((out if run.is_read_only else run.source) / "log.jsonl") as log:
             log.event(event="evaluated", **summary)
     return summary
 

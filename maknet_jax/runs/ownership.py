@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from maknet_jax import console
@@ -94,7 +94,7 @@ def _lock(path: pathlib.Path, option: str) -> int:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InputError(_refusal(path, option)) from None
+                raise InputError(refusal(path.parent, _read(path), option)) from None
             except OSError as error:  # the file system has no locks: the time stamp decides
                 if error.errno not in _UNSUPPORTED:
                     raise
@@ -108,10 +108,16 @@ def _lock(path: pathlib.Path, option: str) -> int:
         os.close(handle)  # its owner has just ended and removed it
 
 
-def _refusal(path: pathlib.Path, option: str) -> str:
-    owner = _read(path)
+def refusal(place: object, owner: Mapping[str, Any], option: str) -> str:
+    """The message for a command that wants a place which another one owns.
+
+    Args:
+      place: the folder or the URL.
+      owner: its host, process and command.
+      option: the option that names the place.
+    """
     return (
-        f"{path.parent} is in use by `{owner.get('command', 'maknet')}`, process "
+        f"{place} is in use by `{owner.get('command', 'maknet')}`, process "
         f"{owner.get('pid', 'unknown')} on {owner.get('host', 'an unknown host')}: wait until "
         f"it ends, choose another {option}, or add --distributed if they belong together"
     )
@@ -137,7 +143,7 @@ def _wait_until_stale(path: pathlib.Path, option: str) -> None:
         if not path.exists():
             return
         if path.stat().st_mtime != before:
-            raise InputError(_refusal(path, option))
+            raise InputError(refusal(path.parent, _read(path), option))
 
 
 def _age(path: pathlib.Path) -> float:
