@@ -104,26 +104,6 @@ def test_a_missing_package_is_named(monkeypatch):
         records.open_dataset("s3://bucket/set")
 
 
-@pytest.fixture
-def bucket(monkeypatch):
-    """An S3 server on this machine with one bucket; yields its file system."""
-    server_module = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
-    server = server_module.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key"}
-    settings |= {"AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    fsspec.filesystem("s3").clear_instance_cache()
-    store = fsspec.filesystem("s3")
-    store.mkdir("bucket")
-    yield store
-    store.clear_instance_cache()
-    server.stop()
-
-
 def test_train_and_evaluate_read_from_s3(bucket, tmp_path, cache, capsys):
     data = toy.write(tmp_path / "data")
     bucket.put(str(data), "bucket/shards/toy", recursive=True)

@@ -159,7 +159,7 @@ class Copy:
     def _download_files(self) -> None:
         """Copies the files that are not of a checkpoint. TensorBoard's are only written."""
         names = [path.removeprefix(f"{self._root}/") for path in self._find()]
-        names = [name for name in names if "/" not in name and name[0] != "."]
+        names = [name for name in names if "/" not in name and _is_plain(name)]
         if "config.json" not in names and not self._may_be_new:
             raise FileNotFoundError(self.url)
         for path in self.folder.glob("*") if self.folder.is_dir() else ():
@@ -210,7 +210,7 @@ class Copy:
     def _upload_files(self) -> None:
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
-            if name.startswith((*CHECKPOINTS, ".")) or path.name[0] == "." or not path.is_file():
+            if not _is_plain(name) or not path.is_file():
                 continue
             version = path.stat().st_size, path.stat().st_mtime_ns
             if self._uploaded.get(name) != version:
@@ -252,6 +252,12 @@ class Copy:
         with futures.ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(put, described))
         return {"folder": folder, "files": described}
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a file is neither of a checkpoint, nor the manifest, nor temporary."""
+    hidden = any(part.startswith(".") for part in name.split("/"))
+    return not hidden and name != MANIFEST and not name.startswith(CHECKPOINTS)
 
 
 def _items(entry: dict[str, Any]) -> list[list[Any]]:
