@@ -65,6 +65,30 @@ def claim(
         yield
 
 
+@contextlib.contextmanager
+def owned(folder: pathlib.Path, command: str, option: str = "--out") -> Iterator[None]:
+    """Owns an output folder that describes no run; a collective if there are several processes.
+
+    Args:
+      folder: see `ownership.owned`.
+      command: see `ownership.owned`.
+      option: see `ownership.owned`.
+
+    Raises:
+      InputError: another command that runs owns it.
+    """
+    with contextlib.ExitStack() as stack:
+        problem = ""
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(ownership.owned(folder, command, option))
+            except InputError as error:
+                problem = str(error)
+        if problem := sharding.exchange(problem)[0]:
+            raise InputError(problem)
+        yield
+
+
 def _check_shared(folder: pathlib.Path, token: str | None) -> None:
     """Checks that every process sees the file of the owner, which is process 0.
 
