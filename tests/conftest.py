@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import urllib.request
 
 # Before jax is imported. Programs are compiled once for all test modules, processes and commands.
 CACHE = tempfile.mkdtemp(prefix="maknet-tests-")
@@ -135,6 +136,8 @@ def bucket(monkeypatch):
         monkeypatch.setenv(name, value)
     fsspec.filesystem("s3").clear_instance_cache()
     store = fsspec.filesystem("s3")
+    reset = urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")
+    urllib.request.urlopen(reset).close()  # all servers of a process share their buckets
     store.mkdir("bucket")
     yield store
     store.clear_instance_cache()

@@ -96,7 +96,7 @@ def test_what_is_no_data_set_is_one_line(remote, content):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    def missing(_):
+    def missing(*_, **__):
         raise ImportError("install s3fs")
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)

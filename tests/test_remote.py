@@ -260,6 +260,7 @@ def arguments(data, url):
     ]
 
 
+@pytest.mark.slow
 def test_training_in_a_bucket_equals_training_in_a_folder(
     bucket, data, tmp_path, cache, monkeypatch, capsys
 ):

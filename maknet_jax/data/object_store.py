@@ -107,7 +107,11 @@ def _copy_shard(store: Any, source: str, target: pathlib.Path, shard: Mapping[st
     unchecked = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         copy_object(store, source, unchecked)
-        if "digest" in shard and _digest(unchecked) != shard["digest"]:
+        try:
+            actual = _digest(unchecked)
+        except InputError as error:  # names the copy, not the object
+            raise ValueError(str(error)) from None
+        if actual != shard.get("digest", actual):
             raise ValueError("its records do not match their digest: copy the data set again")
         unchecked.replace(target)
     except OSError as error:

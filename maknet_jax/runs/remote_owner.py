@@ -36,7 +36,7 @@ class Owner:
         """Args: as those of `owned`."""
         self.token = uuid.uuid4().hex
         self._store, self._path, self._url = store, f"{root}/{ownership.FILE}", url
-        self._entry = {
+        self._entry: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "command": command,
