@@ -1,5 +1,6 @@
 """Data sets in object stores: copied to a local cache, checked, and used as local ones."""
 
+import errno
 import os
 import pathlib
 import shutil
@@ -9,9 +10,10 @@ import pytest
 import test_records
 import toy
 
-from maknet_jax import cli, files
+from maknet_jax import cli, files, plan
 from maknet_jax.data import object_store, records
 from maknet_jax.errors import InputError
+from maknet_jax.runs import config
 
 URL = "memory://bucket/set"
 
@@ -82,6 +84,26 @@ def test_a_changed_data_set_has_another_folder(remote, tmp_path):
     files.write_json(tmp_path / "set" / "dataset.json", info | {"fingerprint": "g"})
     remote.put(str(tmp_path / "set" / "dataset.json"), "/bucket/set/dataset.json")
     assert records.open_dataset(URL).path != first
+
+
+def test_a_plan_takes_the_counts_of_a_data_set_and_copies_no_shard(remote):
+    dataset = plan._dataset(config.load("teacher", [f"data.path={URL}"]))
+    assert dataset.split("train")["count"] == 8
+    assert not list(dataset.path.rglob("*.array_record"))
+
+
+def test_a_full_cache_names_the_file(remote, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    dataset = records.open_dataset(URL)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError) as caught:
+            dataset.source("train")
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename.startswith(str(dataset.path / "train" / "part-0000"))
+    assert not [path for path in dataset.path.rglob("*") if path.suffix == ".tmp"]
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"format": 1}', None])
