@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import fsspec
 import pytest
 import runs
 import toy
+import two_commands
 
 from maknet_jax import cli, train
 from maknet_jax.data import object_store
@@ -114,6 +116,9 @@ def test_the_bucket_decides_and_only_what_differs_is_copied(store, monkeypatch):
     (folder / "summary.json").write_text("{}")
     with opened(URL) as copy:
         assert content(folder) == expected and not (folder / "summary.json").exists()
+    store.store.clear()
+    with opened(URL):
+        assert not folder.exists()
 
 
 class Killed(BaseException):
@@ -296,6 +301,24 @@ def test_training_in_a_bucket_equals_training_in_a_folder(
     lines = capsys.readouterr().err.splitlines()
     assert len([line for line in lines if line.startswith("maknet: ")]) == 2
     assert not bucket.exists(f"bucket/runs/teacher/{ownership.FILE}")
+
+
+@pytest.mark.slow
+def test_two_processes_train_in_a_bucket(bucket, data, cache):
+    """The first one uploads, and each resumes from a copy of its own."""
+    url = "s3://bucket/runs/teacher"
+    with two_commands.start(*arguments(data, url)) as both:
+        both.wait_for_batch()
+        both.send(signal.SIGTERM, 1)
+        assert both.codes(120)[0] == [75, 75], both.messages
+    shutil.rmtree(cache)
+    with two_commands.start(*arguments(data, url)) as both:
+        assert both.codes(120)[0] == [0, 0], both.messages
+        assert "resuming from step" in both.messages[0]
+    assert (cache / "workdirs-1").is_dir()
+    view = remote.view(url)
+    assert json.loads((view / "summary.json").read_text())["steps"] == 40
+    assert (view / "domain.safetensors").is_file() and (view / "checkpoints" / "40").is_dir()
 
 
 def test_errors_of_the_object_store_are_one_line(bucket, data, monkeypatch, capsys):

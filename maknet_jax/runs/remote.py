@@ -160,8 +160,11 @@ class Copy:
         """Copies the files that are not of a checkpoint. TensorBoard's are only written."""
         names = [path.removeprefix(f"{self._root}/") for path in self._find()]
         names = [name for name in names if "/" not in name and _is_plain(name)]
-        if "config.json" not in names and not self._may_be_new:
-            raise FileNotFoundError(self.url)
+        if "config.json" not in names:
+            if not self._may_be_new:
+                raise FileNotFoundError(self.url)
+            shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was never uploaded
+            return
         for path in self.folder.glob("*") if self.folder.is_dir() else ():
             if path.name not in (*names, ownership.FILE) and not path.name.startswith(CHECKPOINTS):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
