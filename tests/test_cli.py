@@ -264,7 +264,7 @@ REMOTE = [
         "--data",
         "d",
         "--out",
-        "o",
+        "o.csv",
     ],
     ["export", "run", "--out", "gs://bucket/bundle"],
     ["models", "--out", "gs://bucket/models.json"],

@@ -257,8 +257,8 @@ def test_the_owner_renews_its_object(store, monkeypatch):
             pass
 
 
-def arguments(data, url):
-    changes = toy.overrides(data, "linear", **{"domain_components": 4})
+def arguments(data, url, domain=4):
+    changes = toy.overrides(data, "linear", domain_components=domain)
     return ["train", "--config", "linear", *(f"--config.{each}" for each in changes)] + [
         "--workdir",
         url,
@@ -322,15 +322,19 @@ def test_two_processes_train_in_a_bucket(bucket, data, cache):
 
 
 def test_errors_of_the_object_store_are_one_line(bucket, data, monkeypatch, capsys):
-    cases = {"s3://absent/run": {}, "s3://bucket/run": {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}}
-    for url, environment in cases.items():
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        fsspec.filesystem("s3").clear_instance_cache()
-        for command in (arguments(data, url), ["verify", url]):
-            assert cli.main(command) == 2
-            (line,) = capsys.readouterr().err.splitlines()
-            assert line.startswith(f"maknet: {url}")
+    def fails(command, url):
+        assert cli.main(command) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"maknet: {url}")
+
+    for url in ("s3://absent/run", "s3://bucket/absent"):
+        fails(["verify", url], url)
+    fails(arguments(data, "s3://absent/run"), "s3://absent/run")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(type(bucket), "retries", 1)
+    bucket.clear_instance_cache()
+    fails(arguments(data, "s3://bucket/run"), "s3://bucket/run")
 
 
 def test_a_failed_upload_stops_the_training_and_it_resumes(bucket, data, monkeypatch, capsys):
@@ -345,8 +349,8 @@ def test_a_failed_upload_stops_the_training_and_it_resumes(bucket, data, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(remote.Copy, "_upload_checkpoint", fail)
-        assert cli.main(arguments(data, url)) == 2
+        assert cli.main(arguments(data, url, domain=0)) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"maknet: {url}: the network is gone"
-    assert train.train(toy.config(data, "linear", {"domain_components": 4}), url)["steps"] == 40
+    assert train.train(toy.config(data, "linear"), url)["steps"] == 40
     assert "resuming from step 8 of 40" in capsys.readouterr().err
     assert pathlib.Path("s3:").exists() is False

@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         address, number = chosen.process.split(",")
         print(json.dumps(_time_flag(address, int(number), chosen.repeats)))
         return
-    rows, results = [], []
+    rows: list[list[str]] = []
+    results: list[dict[str, Any]] = []
     for name in chosen.networks:
         seconds = _time_skipping(name, chosen)
         rows.append(_add(results, f"skip_nonfinite, {name}", WITH, seconds))
