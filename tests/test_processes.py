@@ -40,7 +40,12 @@ def command(verb, data, run, out):
     explain = ["--model", run, "--split", "train", "--limit", "12", "--steps", "2", "--out", out]
     tiny = toy.overrides(data, "linear", epochs=3.2, checkpoint_every=5)
     tiny = [each for each in tiny if not each.startswith("data.path")]
-    fields = {"labelled": data, "unlabelled": data / "unlabelled", "rounds": 1, "evaluate": "val"}
+    fields = {
+        "labelled": data,
+        "unlabelled": data / "unlabelled",
+        "rounds": 1,
+        "evaluate": ("val",),
+    }
     fields |= {"teacher": "linear", "student": "linear", "teacher_changes": tuple(tiny)}
     fields |= {"student_changes": (*tiny, "pseudo.batch_size=16")}
     rounds = ["--config", "noisy_student", *(f"--config.{k}={v}" for k, v in fields.items())]
