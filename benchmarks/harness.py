@@ -209,6 +209,12 @@ def config_of(network: str) -> tuple[str, str]:
     return pathlib.Path(network).stem, CONFIGS.get(network, network)
 
 
+def replicated_key(mesh: jax.sharding.Mesh) -> jax.Array:
+    """A random key on all devices of a mesh, also of several processes."""
+    whole = sharding.replicated(mesh)
+    return jax.jit(lambda: jax.random.key(0), out_shardings=whole)()
+
+
 class Network:
     """A network on random images, with the steps that `maknet train` compiles.
 
@@ -274,7 +280,7 @@ class Network:
             edges = rng.uniform(0.1, 0.4, (batch_size, 2)) * size
             self.batch["box"] = np.concatenate([corner, corner + edges], axis=1, dtype=np.float32)
         self.state = sharding.put_state(mesh, self.assembly.create(0, place))
-        self._key = sharding.put_state(mesh, jax.random.key(0))
+        self._key = replicated_key(mesh)
         self._batch = sharding.put_batch(mesh, self.batch)
 
     def train(self) -> dict[str, jax.Array]:

@@ -123,7 +123,7 @@ def _time_flag(address: str, number: int, repeats: int) -> dict[str, list[float]
     )
     step, mesh = network.assembly.train_step, network.assembly.mesh
     assert step is not None  # assembled for training
-    key, ids = sharding.put_state(mesh, jax.random.key(0)), ["image"] * _FLAG_BATCH
+    key, ids = harness.replicated_key(mesh), ["image"] * _FLAG_BATCH
 
     def train(kind: str, calls: int) -> None:
         """`calls` steps of the training loop, with one in flight."""
