@@ -94,8 +94,9 @@ def test_10_000_steps_need_constant_memory_and_handles(data, tmp_path):
     config = toy.config(data, "linear", changes)
     ended = start(config, tmp_path / "run", "measure", 1000)
     assert ended.returncode == 0, ended.stderr
-    rows = [list(map(int, line.split())) for line in ended.stdout.splitlines() if line[0].isdigit()]
-    steps, memory, handles, threads = np.array([row for row in rows if len(row) == 4]).T
+    lines = [line.split() for line in ended.stdout.splitlines()]
+    rows = [list(map(int, line)) for line in lines if len(line) == 4 and "".join(line).isdigit()]
+    steps, memory, handles, threads = np.array(rows).T
     assert steps.tolist() == list(range(150, 10_000, 1000))
     print(json.dumps({"MiB": (memory / 1024).round(1).tolist(), "handles": handles.tolist()}))
     assert memory[2:].max() < memory[1] + 24 * 1024  # the first steps and validation compile

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--networks", type=harness.words, help="networks, or configs")
     parser.add_argument("--batch", type=int, help="images per step")
     parser.add_argument("--process", help=argparse.SUPPRESS)  # ADDRESS,NUMBER: one of the two
-    full = {"batch": 8, "size": 128, "repeats": 9, "networks": ["maknet", "linear"]}
+    full = {"batch": 8, "size": 128, "repeats": 5, "networks": ["maknet", "linear"]}
     quick = {"batch": 8, "size": 32, "repeats": 3, "networks": ["linear"]}
     chosen = harness.parse(parser, argv, full=full, quick=quick)
     if chosen.process:
