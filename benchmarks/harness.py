@@ -209,6 +209,12 @@ def config_of(network: str) -> tuple[str, str]:
     return pathlib.Path(network).stem, CONFIGS.get(network, network)
 
 
+def replicated_key(mesh: jax.sharding.Mesh) -> jax.Array:
+    """A random key on all devices of a mesh, also of several processes."""
+    whole = sharding.replicated(mesh)
+    return jax.jit(lambda: jax.random.key(0), out_shardings=whole)()
+
+
 class Network:
     """A network on random images, with the steps that `maknet train` compiles.
 
@@ -230,6 +236,7 @@ class Network:
         place: state.Place | None = None,
         labels: int = LABELS,
         devices: Sequence[jax.Device] | None = None,
+        changes: Mapping[str, Any] | None = None,
     ) -> None:
         """Assembles the network.
 
@@ -241,12 +248,14 @@ class Network:
           place: changes the initial variables, see `state.create`.
           labels: number of labels K.
           devices: devices of the mesh; all by default.
+          changes: other fields of the config.
 
         Raises:
           InputError: `batch_size` is not a multiple of the number of devices.
         """
-        changes = {"data.size": size, "data.batch_size": batch_size, "precision": precision}
-        overrides = [f"{name}={value}" for name, value in changes.items()]
+        fields = {"data.size": size, "data.batch_size": batch_size, "precision": precision}
+        fields |= changes or {}
+        overrides = [f"{name}={value}" for name, value in fields.items()]
         self.config = configs.load(config_of(network)[1], overrides)
         rng = np.random.default_rng(0)
         self.batch = {
@@ -271,7 +280,7 @@ class Network:
             edges = rng.uniform(0.1, 0.4, (batch_size, 2)) * size
             self.batch["box"] = np.concatenate([corner, corner + edges], axis=1, dtype=np.float32)
         self.state = sharding.put_state(mesh, self.assembly.create(0, place))
-        self._key = sharding.put_state(mesh, jax.random.key(0))
+        self._key = replicated_key(mesh)
         self._batch = sharding.put_batch(mesh, self.batch)
 
     def train(self) -> dict[str, jax.Array]:

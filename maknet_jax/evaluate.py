@@ -13,7 +13,7 @@ from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation import bootstrap, protocol
 from maknet_jax.evaluation.evaluator import Evaluator, Scores
-from maknet_jax.runs import workdir
+from maknet_jax.runs import claim, workdir
 from maknet_jax.training import sharding
 
 DEFAULT_SPLITS = ("test", "hand")
@@ -64,6 +64,21 @@ def evaluate(
     protocol.find_rules(rules)  # before anything is scored
     run = workdir.open_run(folder, checkpoint_name=checkpoint)
     out = pathlib.Path(out) if out else run.output_folder("evaluation")
+    with claim.owned(out, "maknet evaluate"):
+        return _evaluate(run, folder, splits, data, batch_size, rules, intervals, out)
+
+
+def _evaluate(
+    run: workdir.Run,
+    folder: pathlib.Path | str,
+    splits: Sequence[str] | None,
+    data: pathlib.Path | str | None,
+    batch_size: int | None,
+    rules: str,
+    intervals: bool,
+    out: pathlib.Path,
+) -> dict:
+    """See `evaluate`."""
     dataset = records.open_dataset(data or run.data_path)
     other = dataset.fingerprint != run.dataset.get("fingerprint")
     if dataset.vocabulary.names != run.vocabulary.names:
@@ -105,7 +120,7 @@ def evaluate(
         )
     if jax.process_index() == 0:
         _write(out, summary, reports, thresholds, run.vocabulary.names)
-        with console.Log((out if run.is_bundle else run.source) / "log.jsonl") as log:
+        with console.Log((out if run.is_read_only else run.source) / "log.jsonl") as log:
             log.event(event="evaluated", **summary)
     return summary
 

@@ -12,7 +12,7 @@ import maknet_jax
 from maknet_jax import console, evaluate
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
-from maknet_jax.runs import bundle, card, domain_file, stablehlo, workdir
+from maknet_jax.runs import bundle, card, domain_file, ownership, stablehlo, workdir
 from maknet_jax.runs.progress import Progress
 from maknet_jax.training import transfer
 
@@ -51,8 +51,24 @@ def export(
       InputError: `folder` is not a run, `data` is not its training data, or `out` exists.
     """
     bundle.check_free(out, zipped=zipped, overwrite=overwrite)
-    run = workdir.open_run(folder, checkpoint_name=checkpoint, devices=jax.local_devices())
     out = pathlib.Path(out).absolute()
+    with ownership.owned(out.parent, "maknet export", "--out", file=out.name):
+        return _export(folder, out, checkpoint, dtype, name, license_name, data, zipped, overwrite)
+
+
+def _export(
+    folder: str | os.PathLike[str],
+    out: pathlib.Path,
+    checkpoint: str,
+    dtype: str,
+    name: str | None,
+    license_name: str | None,
+    data: str | os.PathLike[str] | None,
+    zipped: bool,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """See `export`."""
+    run = workdir.open_run(folder, checkpoint_name=checkpoint, devices=jax.local_devices())
     if run.source.resolve() in (out.resolve(), out.with_name(f"{out.name}.zip").resolve()):
         raise InputError(f"--out {out} is {folder} itself: choose another folder")
     params, batch_stats = (

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from maknet_jax import console, files
-from maknet_jax.data import pipeline, records
+from maknet_jax.data import object_store, pipeline, records
 from maknet_jax.errors import InputError
 from maknet_jax.planning import chips, compiled
 
@@ -102,7 +102,8 @@ def plan(
         images=images,
         labels=labels,
         costs=compiled.compile_step(config, "train", batch, topology, labels=labels),
-        loader=_loader_rate(config, dataset) if dataset else None,
+        # Of a data set in an object store, only the description is copied.
+        loader=_loader_rate(config, dataset) if dataset and not dataset.url else None,
     )
     if result.costs is not None:
         result = _with_times(result, chip, config.epochs * per_step / config.data.batch_size)
@@ -114,6 +115,8 @@ def plan(
 
 def _dataset(config: ConfigDict) -> records.Dataset | None:
     """The data set of a config; None where the path does not exist."""
+    if object_store.is_url(config.data.path):
+        return records.open_dataset(config.data.path)
     path = pathlib.Path(config.data.path)
     return records.open_dataset(path) if (path / "dataset.json").is_file() else None
 
@@ -188,7 +191,7 @@ def describe(result: Plan) -> str:
         ),
     ]
     if result.loader is None:
-        rows.append(["loader", "not measured: data.path does not exist here"])
+        rows.append(["loader", "not measured: data.path is not on this host"])
     else:
         need = result.images_per_second * min(1, chip.per_host / result.chips)
         enough = "enough" if result.loader >= need else "too slow: the chips would wait"

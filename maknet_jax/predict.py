@@ -1,5 +1,6 @@
 """`maknet predict`: any folder of CT -> body parts per slice and per series."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -17,7 +18,7 @@ from maknet_jax.evaluation.series import FLAGS, SeriesResult, count_flags, descr
 from maknet_jax.evaluation.series_files import SeriesFiles
 from maknet_jax.evaluation.series_tables import MOST_SERIES
 from maknet_jax.figures import picture
-from maknet_jax.runs import workdir
+from maknet_jax.runs import ownership, workdir
 from maknet_jax.scoring import predict_volume as predict_volume
 from maknet_jax.scoring import score_volume as score_volume
 
@@ -100,9 +101,13 @@ def predict(
     hidden = pseudonym.read_pseudonyms(pseudonyms, salt_file)
     results, views = [], []
     cluster.check(scheduler)
-    with console.list_failures(outputs.beside("failures.csv"), hidden):
+    with (
+        contextlib.ExitStack() as owning,
+        console.list_failures(outputs.beside("failures.csv"), hidden),
+    ):
         series, failures = find_inputs(path, read_as)
         run = workdir.open_run(folder, checkpoint_name=checkpoint)
+        owning.enter_context(ownership.owned(out.parent, "maknet predict", "--out", file=out.name))
         options: dict[str, Any] = {"batch_size": batch_size, "png_window": png_window}
         options |= {"features": features is not None, "hidden": hidden, "overrides": read_as}
         if scheduler is None:
@@ -114,39 +119,39 @@ def predict(
             results.append(result)
             if view is not None:
                 views.append(view)
-    stale = outputs.written_before()
-    written = outputs.write(results, read_as)
-    if charts:
-        written += _write_charts(out, run, results, views)
-    no_report = None
-    if sr:
-        reports, no_report = structured_reports.write_reports(
-            out, results, series, f"{run.source.resolve().name}, step {run.step}"
-        )
-        written += reports
-    failures = hidden.failures(failures) if hidden else failures
-    console.write_failures(outputs.beside("failures.csv"), failures)
-    summary = {
-        "workdir": str(folder),
-        **_counts(run, results),
-        **dataclasses.asdict(read_as),
-        "copies": sum(ref.copies for ref in series),
-        "failures": len(failures),
-        "failures_file": str(outputs.beside("failures.csv")) if failures else None,
-        "without_chart": sum(len(r) < MIN_CHART_SLICES for r in results) if charts else None,
-        "without_report": None if no_report is None else len(no_report),
-        "no_report": no_report,
-        "files": [str(file) for file in written],
-    }
-    tables = {
-        "overview": [result.overview() for result in results],
-        "covers": [row for result in results for row in result.cover_rows() if row["label"]],
-    }
-    files.write_json(outputs.beside("summary.json"), summary | tables)
-    for file in stale - {file.absolute() for file in written}:
-        file.unlink(missing_ok=True)
-    with console.Log(outputs.beside("log.jsonl")) as log:
-        log.event(event="predicted", **summary)
+        stale = outputs.written_before()
+        written = outputs.write(results, read_as)
+        if charts:
+            written += _write_charts(out, run, results, views)
+        no_report = None
+        if sr:
+            reports, no_report = structured_reports.write_reports(
+                out, results, series, f"{run.source.resolve().name}, step {run.step}"
+            )
+            written += reports
+        failures = hidden.failures(failures) if hidden else failures
+        console.write_failures(outputs.beside("failures.csv"), failures)
+        summary = {
+            "workdir": str(folder),
+            **_counts(run, results),
+            **dataclasses.asdict(read_as),
+            "copies": sum(ref.copies for ref in series),
+            "failures": len(failures),
+            "failures_file": str(outputs.beside("failures.csv")) if failures else None,
+            "without_chart": sum(len(r) < MIN_CHART_SLICES for r in results) if charts else None,
+            "without_report": None if no_report is None else len(no_report),
+            "no_report": no_report,
+            "files": [str(file) for file in written],
+        }
+        tables = {
+            "overview": [result.overview() for result in results],
+            "covers": [row for result in results for row in result.cover_rows() if row["label"]],
+        }
+        files.write_json(outputs.beside("summary.json"), summary | tables)
+        for file in stale - {file.absolute() for file in written}:
+            file.unlink(missing_ok=True)
+        with console.Log(outputs.beside("log.jsonl")) as log:
+            log.event(event="predicted", **summary)
     return summary | tables
 
 

@@ -88,7 +88,7 @@ def pseudo_label(
     weights = jax.tree.map(np.asarray, run.variables)
     result = {
         "format": pseudo_labels.FORMAT,
-        "teacher": str(run.source.absolute()),
+        "teacher": run.address,
         "teacher_digest": transfer.digest(weights["params"], weights.get("batch_stats", {})),
         "teacher_step": run.step,
         "records": dataset.address,

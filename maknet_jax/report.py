@@ -16,7 +16,7 @@ from maknet_jax.evaluation.series import FLAGS
 from maknet_jax.explain import network, results, selection, truth
 from maknet_jax.explain.options import PathOptions, SelectionOptions
 from maknet_jax.figures import charts, contact_sheet, overlay, page, picture
-from maknet_jax.runs import workdir
+from maknet_jax.runs import ownership, workdir
 from maknet_jax.training import sharding, transfer
 
 METRICS = {
@@ -64,8 +64,22 @@ def report(
       InputError: `folder` is not a run, or its data is missing.
     """
     run = workdir.open_run(folder)
-    folder = run.source
     out = run.output_folder("report") if out is None else pathlib.Path(out)
+    with ownership.owned(out, "maknet report", "--out"):
+        return _report(run, out, split, data, count, steps, ct)
+
+
+def _report(
+    run: workdir.Run,
+    out: pathlib.Path,
+    split: str | None,
+    data: str | pathlib.Path | None,
+    count: int,
+    steps: int,
+    ct: str | pathlib.Path | None,
+) -> pathlib.Path:
+    """See `report`."""
+    folder = run.source
     dataset = records.open_dataset(data or run.data_path)
     if split is None:
         known = dataset.info["splits"]

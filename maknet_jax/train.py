@@ -11,7 +11,6 @@ import os
 import pathlib
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -20,28 +19,19 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from maknet_jax import console, files
-from maknet_jax.data import pipeline
+from maknet_jax.data import object_store, pipeline
 from maknet_jax.errors import InputError, Stopped
 from maknet_jax.evaluation import domain_fit
 from maknet_jax.evaluation.evaluator import Evaluator
-from maknet_jax.runs import config as configs
-from maknet_jax.runs import domain_file, stopping, workdir
+from maknet_jax.runs import domain_file, remote, stopping, workdir
 from maknet_jax.runs import steps as step_results
-from maknet_jax.runs.claim import claim
 from maknet_jax.runs.progress import Progress
 from maknet_jax.runs.setup import Setup, set_up
+from maknet_jax.runs.training_claim import claim_workdir
 from maknet_jax.training import agreement, checkpoint, sharding
 from maknet_jax.training import log as metric_log
 from maknet_jax.training.background import Background
 from maknet_jax.training.state import TrainState
-
-# May change on resume, because no result depends on them. Moved data keep their fingerprint, moved
-# weights their digest.
-MAY_CHANGE = {"data.path", "data.threads", "pseudo.path", "init.path"}
-MAY_CHANGE |= configs.FREE_FIELDS
-MAY_CHANGE |= {"dataset.path", "dataset.labels", "dataset.size"}
-# Runs of earlier versions lack the origin; the fingerprint shows whether the data are the same.
-MAY_CHANGE |= {f"dataset.origin.{name}" for name in ("kind", "source", "citation", "licence")}
 
 
 def train(
@@ -54,7 +44,8 @@ def train(
 
     Args:
       config: a locked config, see `configs/teacher.py`.
-      folder: the workdir; created if needed. A run in it must have the same config and data.
+      folder: the workdir, or its s3:// or gs:// URL; created if needed. A run in it must have the
+        same config and data.
       devices: the devices to train on; None takes all.
 
     Returns:
@@ -64,54 +55,40 @@ def train(
       InputError: the data do not match the config, or the workdir holds another run.
       Stopped: a signal; the state is saved.
     """
-    folder = pathlib.Path(folder)
+    if not object_store.is_url(folder):
+        return _train(config, pathlib.Path(folder), devices)
+    with remote.opened(os.fspath(folder), "maknet train") as copy:
+        return _train(config, copy.folder, devices, copy)
+
+
+def _train(
+    config: ConfigDict,
+    folder: pathlib.Path,
+    devices: Sequence[jax.Device] | None,
+    copy: remote.Copy | None = None,
+) -> dict[str, Any]:
+    """See `train`; with a `copy`, `folder` is that of a workdir in an object store."""
     checkpoint.check_path(folder)
     setup = set_up(config, folder, devices=devices)  # raises InputError before anything is written
     last, best = (folder / workdir.FOLDERS[name] for name in ("last", "best"))
+    saving = Background()
+    options: dict[str, Any] = {"background": saving} | ({"written": copy.upload} if copy else {})
     with (
-        _claim(setup),
+        claim_workdir(setup, shared=copy is None),
+        contextlib.closing(saving),
         console.Log(folder / "log.jsonl" if _is_main() else None) as log,
         stopping.noted_signals() as stop,
-        contextlib.closing(Background()) as saving,
-        contextlib.closing(checkpoint.Checkpoints(last, background=saving)) as lasts,
-        contextlib.closing(checkpoint.Checkpoints(best, keep=1, background=saving)) as bests,
+        contextlib.closing(checkpoint.Checkpoints(last, **options)) as lasts,
+        contextlib.closing(checkpoint.Checkpoints(best, keep=1, **options)) as bests,
     ):
-        return _Loop(setup, log, stop, saving, last=lasts, best=bests).run()
+        if copy:
+            copy.upload()  # the claim
+        return _Loop(setup, log, stop, saving, last=lasts, best=bests, copy=copy).run()
 
 
 def _is_main() -> bool:
     """Whether this process writes the logs: only the first one does."""
     return jax.process_index() == 0
-
-
-def _claim(setup: Setup) -> AbstractContextManager[None]:
-    """Writes config.json and dataset.json, or checks that they belong to the same run."""
-    dataset = setup.dataset
-    description = {
-        "labels": dataset.info["labels"],
-        "size": dataset.size,
-        "fingerprint": dataset.fingerprint,
-        "path": dataset.address,
-        "origin": dataset.origin,
-        "pseudo_labels": setup.pseudo.fingerprint if setup.pseudo else None,
-        "initial_weights": setup.initial_weights,
-    }
-
-    def upgrade(name: str, record: dict[str, Any]) -> dict[str, Any]:
-        if name == "config.json":
-            return configs.to_json(configs.from_json(record))
-        # Earlier versions did not record the initial weights; without a checkpoint they are placed
-        # only now.
-        return ({"initial_weights": setup.initial_weights} if setup.place else {}) | record
-
-    return claim(
-        setup.folder,
-        {"dataset.json": description, "config.json": configs.to_json(setup.config)},
-        command="maknet train",
-        option="--workdir",
-        may_change=MAY_CHANGE,
-        upgrade=upgrade,
-    )
 
 
 def _evaluator(setup: Setup, stop: list[int]) -> Evaluator | None:
@@ -142,7 +119,9 @@ class _Loop:
         *,
         last: checkpoint.Checkpoints,
         best: checkpoint.Checkpoints,
+        copy: remote.Copy | None = None,
     ) -> None:
+        self.copy, self.address = copy, copy.url if copy else str(setup.folder)
         self.setup, self.log, self.stop = setup, log, stop
         self.saving, self.last, self.best = saving, last, best
         self.progress = Progress(init=setup.init)
@@ -236,8 +215,8 @@ class _Loop:
         self.last.wait()
 
     def _saved(self, number: int) -> str:
-        total, folder = self.setup.total, self.setup.folder
-        return f"step {number} of {total} is saved in {folder}; {stopping.AGAIN}"
+        total = self.setup.total
+        return f"step {number} of {total} is saved in {self.address}; {stopping.AGAIN}"
 
     def _restore_or_create(self) -> TrainState:
         """The state of the newest intact checkpoint or a fresh one, replicated over the mesh."""
@@ -291,9 +270,8 @@ class _Loop:
         number = int(state.step)
         self.progress.evaluation_due = False
         finished = self._evaluate(state, number, metrics)
-        self.last.discard(number)  # its metadata lacks the results
-        self.last.save(state, self.progress.to_json())
-        self._wait()  # until then the step has no checkpoint
+        self.last.replace(state, self.progress.to_json())  # its metadata lack the results
+        self._wait()
         if not finished:
             raise Stopped(self._saved(number))
 
@@ -332,7 +310,7 @@ class _Loop:
     def _finish(self, steps: int, seconds: float) -> dict[str, Any]:
         setup, progress = self.setup, self.progress
         summary = {
-            "workdir": str(setup.folder),
+            "workdir": self.address,
             "steps": setup.total,
             "parameters": setup.parameters,
             "val": progress.metrics,
@@ -357,6 +335,8 @@ class _Loop:
         # Boxes show lesions, not the body: `maknet predict` does not take such networks.
         if not config.domain_components or self.evaluator is None or setup.assembly.model.takes_box:
             return
+        if self.copy and not _is_main():
+            self.copy.download()  # the best checkpoint, which the first process has uploaded
         with contextlib.suppress(InputError):  # every one is damaged; other verbs use the last, too
             best = agreement.restore(self.best, setup.assembly.shapes).state
             state = state if best is None else sharding.put_state(setup.assembly.mesh, best)
@@ -377,7 +357,7 @@ class _Loop:
                 threads=config.data.threads,
             )
         except Stopped:
-            raise Stopped(f"{setup.folder} is trained; run the same command to finish it") from None
+            raise Stopped(f"{self.address} is trained; run the same command to finish it") from None
         if measured is None:
             self.log.say("too few patients for out-of-domain statistics: predictions are unchecked")
         elif _is_main():

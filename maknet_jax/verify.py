@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import jax
 
 from maknet_jax import console, files
-from maknet_jax.data import verification
+from maknet_jax.data import object_store, verification
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.data.verification import Check
 from maknet_jax.errors import InputError
@@ -23,8 +23,8 @@ def verify(path: str | os.PathLike[str]) -> list[Check]:
     """Reads everything and compares it with what was recorded when it was written.
 
     Args:
-      path: a prepared data set, the output of `maknet pseudo-label`, a workdir of `maknet train`, a
-        bundle (folder or .zip), or the name of a released one.
+      path: a prepared data set, the output of `maknet pseudo-label`, a workdir of `maknet train` or
+        its s3:// or gs:// URL, a bundle (folder or .zip), or the name of a released one.
 
     Returns:
       One check per file or checkpoint.
@@ -32,7 +32,7 @@ def verify(path: str | os.PathLike[str]) -> list[Check]:
     Raises:
       InputError: it is none of these.
     """
-    folder = pathlib.Path(path)
+    folder = workdir.find(path) if object_store.is_url(path) else pathlib.Path(path)
     if (folder / "config.json").is_file():
         checks = _check_workdir(folder)
     elif (folder / "pseudo.json").is_file():

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import urllib.request
 
 # Before jax is imported. Programs are compiled once for all test modules, processes and commands.
 CACHE = tempfile.mkdtemp(prefix="maknet-tests-")
@@ -118,3 +119,26 @@ def exported(trained, tmp_path_factory):
     out = tmp_path_factory.mktemp("bundles") / "torso"
     maknet_jax.export(trained, out, zipped=True)
     return out
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An S3 server on this machine with one bucket; yields its file system."""
+    fsspec = pytest.importorskip("fsspec")
+    server_module = pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    server = server_module.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key"}
+    settings |= {"AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    fsspec.filesystem("s3").clear_instance_cache()
+    store = fsspec.filesystem("s3")
+    reset = urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")
+    urllib.request.urlopen(reset).close()  # all servers of a process share their buckets
+    store.mkdir("bucket")
+    yield store
+    store.clear_instance_cache()
+    server.stop()

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import Killed, kill
 
 from maknet_jax import models
 from maknet_jax.errors import InputError
@@ -266,6 +267,35 @@ def test_what_a_killed_save_left_is_removed_by_the_next_training_only(folder):
         assert left.is_dir()
     with opened(folder) as saved:
         assert not left.parent.exists() and saved.steps() == [10, 20]
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_or_the_new_one(
+    folder, monkeypatch, renames
+):
+    original, done = pathlib.Path.rename, []
+
+    def rename(self, target):
+        if self.name == "20":
+            if len(done) == renames:
+                raise Killed
+            done.append(self.parent.name)
+        return original(self, target)
+
+    with monkeypatch.context() as patch, opened(folder) as saved:
+        patch.setattr(pathlib.Path, "rename", rename)
+        patch.setattr(saved, "_restore_replaced", kill)  # after kill -9 nothing cleans up
+        with pytest.raises(Killed):
+            saved.replace(at(20), {"best": "new"})
+    assert done == ["checkpoints", "checkpoints_new"][:renames]
+    with opened(folder) as saved:
+        restored = saved.restore(LIKE)
+        assert saved.steps() == [10, 20] and equal(restored.state, at(20))
+        assert restored.metadata["best"] == (20 / 7 if renames < 2 else "new")
+        assert [path.name for path in folder.parent.iterdir()] == ["checkpoints"]
+        saved.replace(at(20), {"best": "newer"})
+        assert saved.restore(LIKE).metadata["best"] == "newer"
+    assert [path.name for path in folder.parent.iterdir()] == ["checkpoints"]
 
 
 def fails_with(monkeypatch, error, times):

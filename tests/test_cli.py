@@ -264,13 +264,13 @@ REMOTE = [
         "--data",
         "d",
         "--out",
-        "o",
+        "o.csv",
     ],
     ["export", "run", "--out", "gs://bucket/bundle"],
     ["models", "--out", "gs://bucket/models.json"],
     ["import-weights", "vgg.safetensors", "--model", "vgg16", "--out", "gs://bucket/w"],
     ["select", "idc", "--out", "gs://bucket/selection"],
-    ["verify", "s3://bucket/shards"],
+    ["verify", "hdfs://name/shards"],
     ["plan", "--config", "teacher", "--topology", "v5e:2x2", "--out", "gs://bucket/plan.json"],
 ]
 

@@ -9,6 +9,7 @@ import pytest
 import toy
 from runs import equal_runs, newest_checkpoint, signal_after
 
+from benchmarks.speed import safeguards
 from maknet_jax import train
 from maknet_jax.data import pipeline
 from maknet_jax.errors import InputError, Stopped
@@ -128,3 +129,13 @@ def test_checkpoints_by_time(data, tmp_path, monkeypatch):
         page = toy.config(data, "linear", changes | {"checkpoint_minutes": minutes})
         train.train(page, tmp_path / str(minutes))
         assert saved == expected
+
+
+@pytest.mark.slow
+def test_the_cost_of_the_safeguards_is_measured(tmp_path):
+    argv = ["--quick", "--repeats", "2", "--out", str(tmp_path / "s.json")]
+    safeguards.main(argv)
+    rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+    names = ["skip_nonfinite, linear", "stop flag, with", "stop flag, with an all-gather"]
+    assert [row["what"] for row in rows] == names
+    assert all(0.1 < row["ratio"]["median"] < 50 for row in rows)

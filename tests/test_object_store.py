@@ -1,5 +1,6 @@
 """Data sets in object stores: copied to a local cache, checked, and used as local ones."""
 
+import errno
 import os
 import pathlib
 import shutil
@@ -9,9 +10,10 @@ import pytest
 import test_records
 import toy
 
-from maknet_jax import cli, files
+from maknet_jax import cli, files, plan
 from maknet_jax.data import object_store, records
 from maknet_jax.errors import InputError
+from maknet_jax.runs import config
 
 URL = "memory://bucket/set"
 
@@ -84,6 +86,26 @@ def test_a_changed_data_set_has_another_folder(remote, tmp_path):
     assert records.open_dataset(URL).path != first
 
 
+def test_a_plan_takes_the_counts_of_a_data_set_and_copies_no_shard(remote):
+    dataset = plan._dataset(config.load("teacher", [f"data.path={URL}"]))
+    assert dataset.split("train")["count"] == 8
+    assert not list(dataset.path.rglob("*.array_record"))
+
+
+def test_a_full_cache_names_the_file(remote, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    dataset = records.open_dataset(URL)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError) as caught:
+            dataset.source("train")
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename.startswith(str(dataset.path / "train" / "part-0000"))
+    assert not [path for path in dataset.path.rglob("*") if path.suffix == ".tmp"]
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"format": 1}', None])
 def test_what_is_no_data_set_is_one_line(remote, content):
     if content is None:
@@ -96,32 +118,12 @@ def test_what_is_no_data_set_is_one_line(remote, content):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    def missing(_):
+    def missing(*_, **__):
         raise ImportError("install s3fs")
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
     with pytest.raises(InputError, match=r"s3://bucket/set .*maknet-jax\[cloud\]"):
         records.open_dataset("s3://bucket/set")
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    """An S3 server on this machine with one bucket; yields its file system."""
-    server_module = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
-    server = server_module.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key"}
-    settings |= {"AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    fsspec.filesystem("s3").clear_instance_cache()
-    store = fsspec.filesystem("s3")
-    store.mkdir("bucket")
-    yield store
-    store.clear_instance_cache()
-    server.stop()
 
 
 def test_train_and_evaluate_read_from_s3(bucket, tmp_path, cache, capsys):

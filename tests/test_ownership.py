@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from maknet_jax import cli
 from maknet_jax.errors import InputError
 from maknet_jax.runs import ownership
 
@@ -92,3 +93,30 @@ def test_the_time_stamp_is_renewed(tmp_path, monkeypatch):
         before = (tmp_path / ownership.FILE).stat().st_mtime_ns
         time.sleep(0.3)
         assert (tmp_path / ownership.FILE).stat().st_mtime_ns > before
+
+
+def test_a_file_and_its_folder_are_owned_separately(tmp_path):
+    def output(name):
+        return ownership.owned(tmp_path / "new", "maknet test", "--out", file=name)
+
+    with output("a.csv"), output("b.csv"), owned(tmp_path / "new"):
+        with pytest.raises(InputError, match="a.csv is in use"), output("a.csv"):
+            pass
+    assert not (tmp_path / "new").exists()  # nothing was written into it
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "report", "export", "predict"])
+def test_two_commands_do_not_write_one_output(trained, phantom, tmp_path, capsys, verb):
+    out = tmp_path / ("out.csv" if verb == "predict" else "out")
+    arguments = {
+        "evaluate": ["--model", str(trained), "--split", "val", "--out", str(out)],
+        "report": [str(trained), "--out", str(out)],
+        "export": [str(trained), "--out", str(out)],
+        "predict": [str(phantom["dicom"]), "--model", str(trained), "--out", str(out)],
+    }[verb]
+    place = (tmp_path, out.name) if verb in ("export", "predict") else (out, None)
+    with ownership.owned(place[0], "maknet test", "--out", file=place[1]):
+        assert cli.main([verb, *arguments]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"maknet: {out} is in use by `maknet test`, process {os.getpid()}")
+    assert not list(tmp_path.iterdir())

@@ -38,6 +38,17 @@ def run(data, tmp_path_factory):
 def command(verb, data, run, out):
     """The arguments of a verb, and a file that it writes last."""
     explain = ["--model", run, "--split", "train", "--limit", "12", "--steps", "2", "--out", out]
+    tiny = toy.overrides(data, "linear", epochs=3.2, checkpoint_every=5)
+    tiny = [each for each in tiny if not each.startswith("data.path")]
+    fields = {
+        "labelled": data,
+        "unlabelled": data / "unlabelled",
+        "rounds": 1,
+        "evaluate": ("val",),
+    }
+    fields |= {"teacher": "linear", "student": "linear", "teacher_changes": tuple(tiny)}
+    fields |= {"student_changes": (*tiny, "pseudo.batch_size=16")}
+    rounds = ["--config", "noisy_student", *(f"--config.{k}={v}" for k, v in fields.items())]
     return {
         "train": (["train", *TRAIN, out, *changes(data)], "checkpoints"),
         "evaluate": (
@@ -49,6 +60,7 @@ def command(verb, data, run, out):
             "pseudo.json",
         ),
         "attribute": (["attribute", *explain], "summary.json"),
+        "noisy-student": (["noisy-student", *rounds, "--workdir", out], "summary.json"),
         "perturb": (["perturb", *explain, "--strategy", "attribution"], "summary.json"),
     }[verb]
 
@@ -66,6 +78,8 @@ def command(verb, data, run, out):
         ("pseudo-label", signal.SIGUSR2, (0, 1)),
         ("attribute", signal.SIGTERM, (0,)),
         ("perturb", signal.SIGTERM, (1,)),
+        ("noisy-student", signal.SIGTERM, (0,)),
+        ("noisy-student", signal.SIGUSR1, (0, 1)),
     ],
 )
 def test_a_signal_ends_all_processes_and_the_command_resumes(

@@ -5,6 +5,8 @@ import errno
 import importlib
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -146,3 +148,23 @@ def test_durations(text, seconds):
 def test_other_texts_are_not_durations(text):
     with pytest.raises(argparse.ArgumentTypeError, match="11h50m"):
         options.duration(text)
+
+
+EARLY = """
+import os, signal, sys
+from maknet_jax import __main__
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "maknet_jax.cli":
+            os.kill(os.getpid(), signal.{})
+sys.meta_path.insert(0, Finder())
+sys.exit(__main__.main())
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_before_the_command_line_is_read_stops_the_command(name):
+    script = [sys.executable, "-c", EARLY.format(name), "--version"]
+    ended = subprocess.run(script, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (75, "")
+    assert ended.stderr == f"maknet: stopped: {name}; run the same command to resume\n"

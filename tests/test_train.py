@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import toy
-from runs import NOISE, equal_runs, newest_checkpoint, signal_after
+from runs import NOISE, Killed, equal_runs, kill, newest_checkpoint, on_call, signal_after
 
 from maknet_jax import console, train
 from maknet_jax.data import pipeline
@@ -98,6 +98,10 @@ def test_a_signal_interrupts_validation_and_the_next_run_repeats_it(
     assert {row["step"] for row in toy.lines(tmp_path / "run") if "val/auc" in row} < {
         row["step"] for row in toy.lines(folder) if "val/auc" in row
     }
+    with monkeypatch.context() as patch:  # while the checkpoint is replaced by one with the results
+        on_call(patch, checkpoint.Checkpoints, "_check_written", kill)
+        with pytest.raises(Killed):
+            train.train(page, tmp_path / "run")
     train.train(page, tmp_path / "run")
     equal_runs(folder, tmp_path / "run", page)
 

@@ -8,10 +8,11 @@ from maknet_jax.cli import options
 def add_verbs(verbs: argparse._SubParsersAction) -> None:
     """Adds `verify`."""
     verb = options.verb(verbs, "verify", _run_verify)
+    verb.set_defaults(may_be_url={"path"})
     verb.add_argument(
         "path",
-        help="a prepared data set, pseudo-labels, a workdir of `maknet train`, a bundle (folder or "
-        ".zip) or the name of a released model",
+        help="a prepared data set, pseudo-labels, a workdir of `maknet train` or its s3:// URL, a "
+        "bundle (folder or .zip) or the name of a released model",
     )
 
 

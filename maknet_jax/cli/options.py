@@ -59,8 +59,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-# Options that may be a URL: a data set, and what is not a path.
-_MAY_BE_URL = {"data", "records"}
+# Options that may be a URL: a data set, a workdir that is read, and what is not a path.
+_MAY_BE_URL = {"data", "records", "model"}
 _MAY_BE_URL |= {"citation", "ids", "licence", "license_name", "name", "overrides", "scheduler"}
 _MAY_BE_URL |= {"source"}
 
@@ -71,9 +71,10 @@ def check_paths(chosen: argparse.Namespace) -> None:
     Raises:
       InputError: one is; object stores are not supported there.
     """
+    allowed = _MAY_BE_URL | getattr(chosen, "may_be_url", set())
     for name, value in vars(chosen).items():
         for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and name not in _MAY_BE_URL:
+            if isinstance(text, str) and name not in allowed:
                 files.check_local(text.partition("=")[2] or text)  # SPLIT=DIR
 
 
@@ -146,7 +147,8 @@ def model(verb: argparse.ArgumentParser, text: str = "the trained network") -> N
         "--model",
         "--workdir",
         required=True,
-        help=f"{text}: a workdir of `maknet train`, a bundle (folder or .zip) of `maknet export`, "
+        help=f"{text}: a workdir of `maknet train` or its s3:// URL, a bundle (folder or .zip) of "
+        "`maknet export`, "
         "or the name of a released model",
     )
 

@@ -124,8 +124,12 @@ def _train(verbs: argparse._SubParsersAction) -> None:
         "config of that run",
     )
     verb.add_argument(
-        "--workdir", type=options.folder, help="folder of the run; required unless --print-config"
+        "--workdir",
+        type=options.folder,
+        help="folder of the run, or its s3:// or gs:// URL (extra `cloud`); required unless "
+        "--print-config",
     )
+    verb.set_defaults(may_be_url={"workdir"})
     verb.add_argument(
         "--print-config",
         action="store_true",

@@ -190,7 +190,8 @@ def _exists(path: str) -> bool:
 def versions() -> dict[str, str]:
     """The versions that results depend on."""
     return {"maknet-jax": maknet_jax.__version__} | {
-        name: importlib.metadata.version(name) for name in ("numpy", "pillow", "pydicom")
+        name: importlib.metadata.version(name)
+        for name in ("jax", "nibabel", "numpy", "pillow", "pydicom", "python-gdcm")
     }
 
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
@@ -44,8 +43,8 @@ def copy_description(url: str) -> pathlib.Path:
     Raises:
       InputError: there is none, or the object store cannot be read.
     """
-    with _one_line(url):
-        filesystem, root = _open(url)
+    filesystem, root = open_store(url)
+    with one_line(url):
         content = filesystem.cat_file(f"{root}/dataset.json")
     try:
         info = json.loads(content)
@@ -72,30 +71,55 @@ def copy_shards(url: str, folder: pathlib.Path, shards: Sequence[Mapping[str, An
     missing = [shard for shard in shards if not (folder / shard["file"]).is_file()]
     if not missing:
         return
-    with _one_line(url):
-        filesystem, root = _open(url)
+    filesystem, root = open_store(url)
 
     def copy(shard: Mapping[str, Any]) -> None:
-        with _one_line(f"{url}/{shard['file']}"):
-            _copy(filesystem, f"{root}/{shard['file']}", folder / shard["file"], shard)
+        with one_line(f"{url}/{shard['file']}"):
+            _copy_shard(filesystem, f"{root}/{shard['file']}", folder / shard["file"], shard)
 
     with futures.ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(copy, missing))
 
 
-def _copy(filesystem: Any, source: str, target: pathlib.Path, shard: Mapping[str, Any]) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+def copy_object(store: Any, source: str, target: pathlib.Path) -> str:
+    """Copies an object to a file, atomically; returns the SHA-256 of its bytes.
+
+    Args:
+      store: see `open_store`.
+      source: the path of the object in it.
+      target: the file; its folder is created.
+
+    Raises:
+      OSError: the disk is full, for example; its `filename` is `target`.
+      Exception: the object store cannot be read, see `one_line`.
+    """
+    digest = hashlib.sha256()
+    with files.write_whole(target, "wb") as file, store.open(source, "rb") as remote:
+        while part := remote.read(1 << 20):
+            with files.naming(target):
+                file.write(part)
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _copy_shard(store: Any, source: str, target: pathlib.Path, shard: Mapping[str, Any]) -> None:
+    """Copies a shard, which appears under its name only if its records match their digest."""
+    unchecked = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        with filesystem.open(source, "rb") as remote, temporary.open("wb") as file:
-            shutil.copyfileobj(remote, file, 1 << 20)
-            file.flush()
-            os.fsync(file.fileno())
-        if "digest" in shard and _digest(temporary) != shard["digest"]:
-            raise InputError("its records do not match their digest: copy the data set again")
-        temporary.replace(target)
+        copy_object(store, source, unchecked)
+        try:
+            actual = _digest(unchecked)
+        except InputError as error:  # names the copy, not the object
+            raise ValueError(str(error)) from None
+        if actual != shard.get("digest", actual):
+            raise ValueError("its records do not match their digest: copy the data set again")
+        unchecked.replace(target)
+    except OSError as error:
+        if error.filename == str(unchecked):
+            raise OSError(error.errno, error.strerror, str(target)) from None
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        unchecked.unlink(missing_ok=True)
 
 
 def _digest(path: pathlib.Path) -> str:
@@ -107,17 +131,32 @@ def _digest(path: pathlib.Path) -> str:
     return digest.hexdigest()
 
 
-def _open(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path in it."""
+def open_store(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it.
+
+    Raises:
+      InputError: its package is not installed, or the URL is malformed.
+    """
     import fsspec  # slow to import, and only needed here
 
-    filesystem, root = fsspec.core.url_to_fs(url)
+    with one_line(url):
+        filesystem, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
     return filesystem, root.rstrip("/")
 
 
 @contextlib.contextmanager
-def _one_line(url: str) -> Iterator[None]:
-    """Turns the errors of an object store, of any type, into one line that names the URL."""
+def one_line(
+    url: str, missing: str = "does not exist, or is not a finished data set"
+) -> Iterator[None]:
+    """Turns the errors of an object store, of any type, into one line that names the URL.
+
+    Args:
+      url: of the object.
+      missing: what is said of the URL if there is no such object or bucket.
+
+    Raises:
+      InputError: in place of any error but those of local files.
+    """
     try:
         yield
     except ImportError as error:
@@ -126,7 +165,9 @@ def _one_line(url: str) -> Iterator[None]:
             "gs:// also gcsfs"
         ) from None
     except FileNotFoundError:
-        raise InputError(f"{url} does not exist, or is not a finished data set") from None
+        raise InputError(f"{url} {missing}") from None
+    except InputError:
+        raise
     except Exception as error:
         if isinstance(error, OSError) and str(error.filename).startswith(str(cache())):
             raise  # a full disk, for example

@@ -19,13 +19,23 @@ _PATIENCE = 10.0  # seconds in which a shared file system shows a new file to ot
 
 @contextlib.contextmanager
 def claim(
-    folder: pathlib.Path, records: Mapping[str, Mapping[str, Any]], **rule: Any
+    folder: pathlib.Path,
+    records: Mapping[str, Mapping[str, Any]],
+    *,
+    shared: bool = True,
+    **rule: Any,
 ) -> Iterator[None]:
     """Claims a folder, or checks that it is claimed by a run with the same records.
 
     No other command can claim it within the block. Every process checks before the first one
     writes. Otherwise a slower process could see a folder that is no longer empty but not yet
-    claimed. For the arguments see `files.check_claim`.
+    claimed.
+
+    Args:
+      folder: see `files.check_claim`.
+      records: see `files.check_claim`.
+      shared: whether all processes use the same folder; False for copies, see `remote`.
+      **rule: see `files.check_claim`.
 
     Raises:
       InputError: the folder holds foreign files or another run, another command is running in it,
@@ -45,12 +55,37 @@ def claim(
         told = sharding.exchange([problem, token])
         if problems := [problem or other for other, _ in told if other]:
             raise InputError(problems[0])
-        _check_shared(folder, told[0][1])
+        if shared:
+            _check_shared(folder, told[0][1])
         sharding.wait_for_all("checked claim")
         if first:
             for name, record in records.items():
                 files.write_json(folder / name, record)
         sharding.wait_for_all("claimed")
+        yield
+
+
+@contextlib.contextmanager
+def owned(folder: pathlib.Path, command: str, option: str = "--out") -> Iterator[None]:
+    """Owns an output folder that describes no run; a collective if there are several processes.
+
+    Args:
+      folder: see `ownership.owned`.
+      command: see `ownership.owned`.
+      option: see `ownership.owned`.
+
+    Raises:
+      InputError: another command that runs owns it.
+    """
+    with contextlib.ExitStack() as stack:
+        problem = ""
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(ownership.owned(folder, command, option))
+            except InputError as error:
+                problem = str(error)
+        if problem := sharding.exchange(problem)[0]:
+            raise InputError(problem)
         yield
 
 

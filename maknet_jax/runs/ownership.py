@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from maknet_jax import console
@@ -30,21 +30,26 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextlib.contextmanager
-def owned(folder: pathlib.Path, command: str, option: str) -> Iterator[str]:
+def owned(
+    folder: pathlib.Path, command: str, option: str, *, file: str | None = None
+) -> Iterator[str]:
     """Owns a folder within the block; yields a token that is written in it.
 
     Args:
-      folder: the output folder; created if needed.
+      folder: the output folder; created if needed, and removed if it stays empty.
       command: that owns it, for messages: "maknet train".
       option: the option that names the folder, for messages: "--workdir".
+      file: owns only this file or folder in it, and those named after it.
 
     Raises:
       InputError: another command that runs owns it.
     """
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    path, token = folder / FILE, uuid.uuid4().hex
+    path, token = folder / (f".{file}{FILE}" if file else FILE), uuid.uuid4().hex
     me = {"host": socket.gethostname(), "pid": os.getpid(), "command": command, "token": token}
-    handle = _lock(path, option)
+    place = folder / file if file else folder
+    handle = _lock(path, place, option)
     try:
         try:
             os.ftruncate(handle, 0)
@@ -65,6 +70,9 @@ def owned(folder: pathlib.Path, command: str, option: str) -> Iterator[str]:
         with contextlib.suppress(OSError):
             path.unlink()
         os.close(handle)
+        if is_new:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
 
 
 def read_token(folder: pathlib.Path) -> str | None:
@@ -86,7 +94,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _lock(path: pathlib.Path, option: str) -> int:
+def _lock(path: pathlib.Path, place: pathlib.Path, option: str) -> int:
     """An open file at `path`, locked by this process and without another owner."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -94,13 +102,13 @@ def _lock(path: pathlib.Path, option: str) -> int:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InputError(_refusal(path, option)) from None
+                raise InputError(refusal(place, _read(path), option)) from None
             except OSError as error:  # the file system has no locks: the time stamp decides
                 if error.errno not in _UNSUPPORTED:
                     raise
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), path.stat()):
-                    _wait_until_stale(path, option)
+                    _wait_until_stale(path, place, option)
                     return handle
         except BaseException:
             os.close(handle)
@@ -108,16 +116,22 @@ def _lock(path: pathlib.Path, option: str) -> int:
         os.close(handle)  # its owner has just ended and removed it
 
 
-def _refusal(path: pathlib.Path, option: str) -> str:
-    owner = _read(path)
+def refusal(place: object, owner: Mapping[str, Any], option: str) -> str:
+    """The message for a command that wants a place which another one owns.
+
+    Args:
+      place: the folder or the URL.
+      owner: its host, process and command.
+      option: the option that names the place.
+    """
     return (
-        f"{path.parent} is in use by `{owner.get('command', 'maknet')}`, process "
+        f"{place} is in use by `{owner.get('command', 'maknet')}`, process "
         f"{owner.get('pid', 'unknown')} on {owner.get('host', 'an unknown host')}: wait until "
         f"it ends, choose another {option}, or add --distributed if they belong together"
     )
 
 
-def _wait_until_stale(path: pathlib.Path, option: str) -> None:
+def _wait_until_stale(path: pathlib.Path, place: pathlib.Path, option: str) -> None:
     """Waits for the owner that an earlier command on another host may still be.
 
     Raises:
@@ -130,14 +144,14 @@ def _wait_until_stale(path: pathlib.Path, option: str) -> None:
     if _age(path) < STALE:
         console.Log().say(
             f"waiting up to {STALE:g} s to see whether process {owner.get('pid')} on "
-            f"{owner.get('host')} is still running in {path.parent}"
+            f"{owner.get('host')} is still running in {place}"
         )
     while _age(path) < STALE:
         time.sleep(min(1.0, BEAT))
         if not path.exists():
             return
         if path.stat().st_mtime != before:
-            raise InputError(_refusal(path, option))
+            raise InputError(refusal(place, _read(path), option))
 
 
 def _age(path: pathlib.Path) -> float:

@@ -69,6 +69,8 @@ class Peers:
         self._writing = threading.Lock()
         self._waiting = threading.Event()  # the main thread waits for the others
         self._ending = threading.Event()  # the main thread ends the process
+        self._left = threading.Event()  # all processes have done their work
+        self._exchanging = threading.Thread(target=self._exchange, daemon=True)
         # Python runs signal handlers between bytecodes, so they wait for a long call of C++ to
         # return. This socket tells a thread of the signal at once.
         self._wake, self._wakened = socket.socketpair()
@@ -103,8 +105,8 @@ class Peers:
         self._client, self._index, self._answered = client, index, now
         unknown = {"host": "another host", "pid": "unknown"}
         self._others = {n: _Peer(now, unknown) for n in range(count) if n != index}
-        for target in (self._exchange, self._judge):
-            threading.Thread(target=target, daemon=True).start()
+        self._exchanging.start()
+        threading.Thread(target=self._judge, daemon=True).start()
 
     def leave(self, code: int) -> None:
         """Waits until all processes have done their work, then leaves JAX's cluster.
@@ -120,6 +122,9 @@ class Peers:
         while not all(peer.code in _FINE for peer in self._others.values()):
             time.sleep(0.05)
         self._ending.set()
+        # A thread that returns from C++ while Python ends would abort the process.
+        self._left.set()
+        self._exchanging.join(_LEAVING)
         jax.distributed.shutdown()
 
     def conclude(self, code: int, message: str, *, unexpected: bool) -> tuple[int, str]:
@@ -154,7 +159,7 @@ class Peers:
 
     def _exchange(self) -> None:
         """Writes the own entry and reads those of the others; blocks if process 0 is lost."""
-        while True:
+        while not self._left.is_set():
             # Errors are those of a store that is gone; `_judge` sees the silence.
             with contextlib.suppress(Exception):
                 self._publish()
@@ -165,7 +170,7 @@ class Peers:
                         peer.heard, peer.entry = time.monotonic(), entry
                 self._answered = time.monotonic()
             hurried = self._waiting.is_set() or self._ending.is_set()
-            time.sleep(0.1 if hurried else min(1.0, self._heartbeat / 8))
+            self._left.wait(0.1 if hurried else min(1.0, self._heartbeat / 8))
 
     def _publish(self) -> None:
         with self._writing:

@@ -10,37 +10,34 @@ import contextlib
 import functools
 import glob
 import json
-import logging
 import os
 import pathlib
-import re
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from maknet_jax import files
 from maknet_jax.errors import InputError, system_error
 from maknet_jax.training import sharding
 from maknet_jax.training.background import Background
 from maknet_jax.training.digests import (
     check_content,
     check_digests,
+    check_shapes,
     content_digest,
     digests,
     first_nonfinite,
+    tree_of,
 )
+from maknet_jax.training.orbax_quirks import PAUSE, check_path, quiet
 from maknet_jax.training.state import TrainState
 
 T = TypeVar("T")
-# The parts of a path of `jax.tree_util.keystr`: .params['stem']['conv']['kernel'].
-_NAME = re.compile(r"^\.(\w+)|\['(.*?)'\]")
-_PAUSE = 0.2  # seconds before a failed checkpoint is read again
+_PAUSE = PAUSE  # before a failed checkpoint is read again
 _LISTINGS = 10  # how often a folder that changes while it is read is listed again
 
 
@@ -68,6 +65,7 @@ class Checkpoints:
         keep: int = 2,
         writable: bool = True,
         background: Background | None = None,
+        written: Callable[[], None] = lambda: None,
     ) -> None:
         """Opens a folder, or creates it.
 
@@ -76,12 +74,14 @@ class Checkpoints:
           keep: number of checkpoints to keep; 2 leaves one to fall back on if one is damaged.
           writable: False only reads, possibly while a training writes; changes nothing.
           background: the thread that writes checkpoints; None writes them in `save`.
+          written: called after each write by the thread that wrote it, as to copy it elsewhere; its
+            errors are those of the write.
 
         Raises:
           InputError: see `check_path`.
         """
         self.folder = pathlib.Path(folder).absolute()
-        self._background = background
+        self._background, self._written = background, written
         self._writing: concurrent.futures.Future[None] | None = None
         # Process 0 writes and all read independently, without barriers.
         self._alone = ocp.options.MultiprocessingOptions(
@@ -95,6 +95,7 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)  # Orbax would need all processes
             if jax.process_index() == 0:
                 self._remove_unfinished()
+                self._restore_replaced()
                 options["max_to_keep"] = keep
         orbax = ocp.CheckpointManagerOptions(multiprocessing_options=self._alone, **options)
         self._manager = _listed(lambda: ocp.CheckpointManager(self.folder, options=orbax))
@@ -103,6 +104,18 @@ class Checkpoints:
         """Removes what a killed process or a full disk left of a checkpoint."""
         for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)
+
+    def _aside(self, kind: str) -> pathlib.Path:
+        """A folder beside this one, for checkpoints that are not part of it."""
+        return self.folder.with_name(f"{self.folder.name}_{kind}")
+
+    def _restore_replaced(self) -> None:
+        """Completes or undoes a `replace` that was killed."""
+        for old in sorted(self._aside("replaced").glob("*")):
+            if not (self.folder / old.name).exists():
+                old.rename(self.folder / old.name)
+        for kind in ("new", "replaced"):
+            shutil.rmtree(self._aside(kind), ignore_errors=True)
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints, oldest first."""
@@ -120,14 +133,38 @@ class Checkpoints:
           OSError: the disk is full, for example; the previous checkpoints are intact.
         """
         self.wait()
+        self._start(self._write, state, metadata, wanted=int(state.step) not in self.steps())
+
+    def replace(self, state: TrainState, metadata: Mapping[str, Any] | None = None) -> None:
+        """Writes `state` in place of the checkpoint of its step, which stays until it is written.
+
+        Like `save` otherwise. A kill leaves the old or the new checkpoint; between two renames, the
+        next opening of the folder restores the old one.
+
+        Raises:
+          InputError: see `save`.
+          OSError: see `save`.
+        """
+        self.wait()
+        self._start(self._replace, state, metadata)
+
+    def _start(
+        self,
+        write: Callable[[int, TrainState, str], None],
+        state: TrainState,
+        metadata: Mapping[str, Any] | None,
+        *,
+        wanted: bool = True,
+    ) -> None:
+        """Writes on process 0 if it is wanted there, in the background if there is one."""
         step = int(state.step)
-        if jax.process_index() == 0 and step not in self.steps():
+        if jax.process_index() == 0 and wanted:
             arrays = sharding.host_copy(state)  # the next training step donates the state
-            write = functools.partial(self._write, step, arrays, json.dumps(dict(metadata or {})))
+            task = functools.partial(write, step, arrays, json.dumps(dict(metadata or {})))
             if self._background is None:
-                write()
+                task()
             else:
-                self._writing = self._background.start(write)
+                self._writing = self._background.start(task)
         if self._background is None:
             sharding.wait_for_all(f"saved {step}")
 
@@ -159,7 +196,7 @@ class Checkpoints:
         content["sha256"] = content_digest(content)
         folder = self.folder / str(step)
         try:
-            with _quiet():
+            with quiet():
                 saved = self._manager.save(
                     step,
                     args=ocp.args.Composite(
@@ -179,6 +216,22 @@ class Checkpoints:
             ) from None
         if not saved:
             raise InputError(f"{folder} was not written, because {self.folder} has a newer one")
+        self._written()
+
+    def _replace(self, step: int, state: TrainState, metadata: str) -> None:
+        """Writes a checkpoint beside the old one and swaps them; for errors see `save`."""
+        old, new = self.folder / str(step), self._aside("new")
+        shutil.rmtree(new, ignore_errors=True)
+        try:
+            with contextlib.closing(Checkpoints(new)) as writer:
+                writer._write(step, state, metadata)
+            self._aside("replaced").mkdir(exist_ok=True)
+            old.rename(self._aside("replaced") / str(step))
+            (new / str(step)).rename(old)
+        finally:
+            self._restore_replaced()
+        self._manager.reload()
+        self._written()
 
     def _check_written(self, step: int, content: Mapping[str, Any]) -> None:
         """Opens a new checkpoint: Orbax can write one without its manifest."""
@@ -276,12 +329,7 @@ class Checkpoints:
             for name, digest in stored["digests"].items()
             if not name.startswith(".opt_state")
         }
-        tree: dict[str, Any] = {}
-        for name in expected:
-            *groups, last = (field or key for field, key in _NAME.findall(name))
-            functools.reduce(lambda inner, group: inner.setdefault(group, {}), groups, tree)[
-                last
-            ] = 0
+        tree = tree_of(expected)
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         # Not by the manager, which reads and writes an item in one way only.
         handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=self._alone)
@@ -310,12 +358,7 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(as_numpy), content=ocp.args.JsonRestore()
             ),
         )
-        # Orbax silently restores an array whose shape is not the requested one.
-        leaves, _ = jax.tree_util.tree_flatten_with_path(like)
-        for (path, leaf), array in zip(leaves, jax.tree.leaves(restored.state), strict=True):
-            if array.shape != leaf.shape:
-                name = jax.tree_util.keystr(path)
-                raise ValueError(f"another network: {name} is {array.shape}, not {leaf.shape}")
+        check_shapes(restored.state, like)
         check_content(restored.content)
         check_digests(restored.state, restored.content["digests"])
         return restored.state, restored.content["meta"]
@@ -326,7 +369,7 @@ class Checkpoints:
         A collective if there are several processes.
         """
         if jax.process_index() == 0:
-            target = self.folder.with_name(f"{self.folder.name}_damaged") / str(step)
+            target = self._aside("damaged") / str(step)
             target.parent.mkdir(exist_ok=True)
             shutil.rmtree(target, ignore_errors=True)
             shutil.move(self.folder / str(step), target)
@@ -354,46 +397,3 @@ def _listed(read: Callable[[], T]) -> T:
         with contextlib.suppress(FileNotFoundError):
             return read()
     return read()
-
-
-def check_path(folder: str | os.PathLike[str]) -> None:
-    """Checks that Orbax can write checkpoints below a folder.
-
-    Raises:
-      InputError: the path contains a character of a pattern. Orbax searches its files by pattern,
-        misses those below such a folder, and writes checkpoints that cannot be read.
-    """
-    files.check_local(folder)
-    path = os.path.abspath(folder)
-    if wrong := sorted(set(path) & set("[*?")):
-        raise InputError(
-            f"checkpoints below {path} could not be read, because its path contains "
-            f"{' '.join(wrong)}: choose a folder without [ * ? in its whole path"
-        )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps log lines and tracebacks of Orbax's threads off the terminal; its error is raised.
-
-    After a failure, threads that write other arrays still report theirs, long after the block.
-    """
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
-
-    def unless_closed(unraisable: "sys.UnraisableHookArgs") -> None:
-        if "Event loop is closed" not in str(unraisable.exc_value):
-            hook(unraisable)
-
-    logger.addFilter(_drop)
-    sys.unraisablehook = unless_closed
-    try:
-        yield
-    except BaseException:  # most threads end within the pause; for the others both stay in place
-        time.sleep(_PAUSE)
-        raise
-    logger.removeFilter(_drop)
-    sys.unraisablehook = hook
-
-
-def _drop(_: logging.LogRecord) -> bool:
-    return False

@@ -1,8 +1,10 @@
 """Digests of the arrays and the metadata of a checkpoint."""
 
+import functools
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -10,6 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from maknet_jax.training.state import TrainState
+
+# The parts of a path of `jax.tree_util.keystr`: .params['stem']['conv']['kernel'].
+_NAME = re.compile(r"^\.(\w+)|\['(.*?)'\]")
 
 
 def content_digest(content: Mapping[str, Any]) -> str:
@@ -64,3 +69,26 @@ def digests(tree: Any) -> dict[str, str]:
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # without a copy
         result[jax.tree_util.keystr(path)] = digest.hexdigest()
     return result
+
+
+def tree_of(names: Iterable[str]) -> dict[str, Any]:
+    """The nested dicts that the keys of `digests` name, with 0 in place of each array."""
+    tree: dict[str, Any] = {}
+    for name in names:
+        *groups, last = (field or key for field, key in _NAME.findall(name))
+        inner = functools.reduce(lambda node, group: node.setdefault(group, {}), groups, tree)
+        inner[last] = 0
+    return tree
+
+
+def check_shapes(state: TrainState, like: TrainState) -> None:
+    """Compares shapes: Orbax silently restores an array whose shape is not the requested one.
+
+    Raises:
+      ValueError: an array has another shape.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(like)
+    for (path, leaf), array in zip(leaves, jax.tree.leaves(state), strict=True):
+        if array.shape != leaf.shape:
+            name = jax.tree_util.keystr(path)
+            raise ValueError(f"another network: {name} is {array.shape}, not {leaf.shape}")
