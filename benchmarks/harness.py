@@ -230,6 +230,7 @@ class Network:
         place: state.Place | None = None,
         labels: int = LABELS,
         devices: Sequence[jax.Device] | None = None,
+        changes: Mapping[str, Any] | None = None,
     ) -> None:
         """Assembles the network.
 
@@ -241,12 +242,13 @@ class Network:
           place: changes the initial variables, see `state.create`.
           labels: number of labels K.
           devices: devices of the mesh; all by default.
+          changes: values of further fields of the config.
 
         Raises:
           InputError: `batch_size` is not a multiple of the number of devices.
         """
-        changes = {"data.size": size, "data.batch_size": batch_size, "precision": precision}
-        overrides = [f"{name}={value}" for name, value in changes.items()]
+        values = {"data.size": size, "data.batch_size": batch_size, "precision": precision}
+        overrides = [f"{name}={value}" for name, value in (values | dict(changes or {})).items()]
         self.config = configs.load(config_of(network)[1], overrides)
         rng = np.random.default_rng(0)
         self.batch = {

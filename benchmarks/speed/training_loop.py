@@ -1,6 +1,6 @@
 """The rate of `maknet train` from records relative to its bare training step.
 
-    python benchmarks/speed/training_loop.py  # about eight minutes on two cores; --quick: a minute
+    python benchmarks/speed/training_loop.py [--size 96]  # about three minutes; --quick: one
 
 The loop is that of users: it reads, decompresses and shuffles records of generated CT, mixes the
 student's two streams, transfers, augments, trains, logs and saves. The bare step trains on one
@@ -106,26 +106,20 @@ class Clock:
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes data to a temporary folder, measures, prints the table and writes the JSON."""
     parser = harness.parser(__file__, __doc__)
-    parser.add_argument("--sizes", type=harness.counts, help="pixels per side: 96,128,256")
     parser.add_argument("--configs", type=harness.words, help="teacher,student")
     parser.add_argument("--batch", type=options.count, help="images per step, of all streams")
     parser.add_argument("--seconds", type=options.count, help="seconds of training per log line")
-    full = {"size": 0, "sizes": [96, 128, 256], "configs": ["teacher", "student"], "batch": 16}
-    full |= {"repeats": 3, "seconds": 4}
-    quick = {"sizes": [32], "batch": 4, "repeats": 1, "seconds": 1}
+    full = {"size": 256, "configs": ["teacher", "student"], "batch": 16, "repeats": 3, "seconds": 4}
+    quick = {"size": 32, "batch": 4, "repeats": 1, "seconds": 1}
     chosen = harness.parse(parser, argv, full=full, quick=quick)
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for size in chosen.sizes:
-            data = write_data(pathlib.Path(folder) / str(size), size)
-            for name in chosen.configs:
-                rows.append(measure(chosen, name, size, *data))
-    header = ["", "pixels", "loop, images/s", "bare step, images/s", "loop / bare step"]
+        data = write_data(pathlib.Path(folder), chosen.size)
+        rows = [measure(chosen, name, *data) for name in chosen.configs]
+    header = ["", "loop, images/s", "bare step, images/s", "loop / bare step"]
     header += ["waited for data", "ms per step", "augmentation", *PARTS, "validation, images/s"]
     table = [
         [
             row["config"],
-            row["size"],
             timing.format_spread(row["loop"]),
             timing.format_spread(row["bare"]),
             timing.format_spread(row["share"]),
@@ -136,8 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in rows
     ]
     notes = [
-        f"batches of {chosen.batch}; target: {TARGET}; reached by "
-        f"{sum(row['share']['median'] >= TARGET for row in rows)} of {len(rows)}",
+        f"{chosen.size} x {chosen.size} pixels, batches of {chosen.batch}; target: {TARGET}",
         "ms per step; those after the augmentation are of the host while a step runs:",
         *(f"  {name}: {text}" for name, text in PARTS.items()),
     ]
@@ -166,11 +159,11 @@ def write_data(folder: pathlib.Path, size: int) -> tuple[pathlib.Path, pathlib.P
 
 
 def measure(
-    chosen: argparse.Namespace, name: str, size: int, data: pathlib.Path, pseudo: pathlib.Path
+    chosen: argparse.Namespace, name: str, data: pathlib.Path, pseudo: pathlib.Path
 ) -> dict[str, Any]:
     """Runs the loop and the bare step in turns; returns a row of the JSON."""
     precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    network = harness.Network(name, size=size, batch_size=chosen.batch, precision=precision)
+    network = harness.Network(name, size=chosen.size, batch_size=chosen.batch, precision=precision)
     network.train()  # compiles
     step = timing.timer(functools.partial(timing.elapsed, network.train), at_least=chosen.seconds)
     steps = max(2, math.ceil(chosen.seconds / step()))
@@ -178,7 +171,7 @@ def measure(
     labelled = chosen.batch // (1 + has_two_streams)
     overrides = {
         "data.path": data,
-        "data.size": size,
+        "data.size": chosen.size,
         "data.batch_size": labelled,
         "epochs": (1 + WINDOWS) * steps * labelled / IMAGES,
         "log_every": steps,
@@ -210,7 +203,6 @@ def measure(
         ms["augmentation"] = 1e3 * timing.timer(functools.partial(timing.elapsed, call))()
     return {
         "config": name,
-        "size": size,
         "steps": steps,
         "loop": timing.spread(loop),
         "bare": timing.spread(bare),
