@@ -4,9 +4,9 @@
 
 The loop is that of users: it reads, decompresses and shuffles records of generated CT, mixes the
 student's two streams, transfers, augments, trains, logs and saves. The bare step trains on one
-batch that stays on the device. Both run in turns. The rate of the loop is that of the lines of
-`metrics.jsonl` after the first one, which contains the compilation; validation does not count and
-is timed apart. For the parts of an iteration see `PARTS`.
+batch that stays on the device, in the same program. Both run in turns. The rate of the loop is that
+of the lines of `metrics.jsonl` after the first one, which contains the compilation; validation does
+not count and is timed apart. For the parts of an iteration see `PARTS`.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from benchmarks import harness, timing
 from benchmarks.speed import input_pipeline
@@ -31,7 +32,7 @@ from maknet_jax import files, phantom, prepare, train
 from maknet_jax.cli import options
 from maknet_jax.data import pipeline, pseudo_labels, records
 from maknet_jax.evaluation import evaluator
-from maknet_jax.runs import build
+from maknet_jax.runs import build, setup
 from maknet_jax.runs import config as configs
 from maknet_jax.training import checkpoint, log, sharding
 
@@ -123,9 +124,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             timing.format_spread(row["loop"]),
             timing.format_spread(row["bare"]),
             timing.format_spread(row["share"]),
-            f"{row['data_wait']:.1%}",
+            f"{row['data_wait']['median']:.1%}",
             *(f"{row['ms'].get(part, 0.0):.3g}" for part in ("step", "augmentation", *PARTS)),
-            timing.format_spread(row["validation"]),
+            f"{row['validation']:.3g}",
         ]
         for row in rows
     ]
@@ -162,55 +163,79 @@ def measure(
     chosen: argparse.Namespace, name: str, data: pathlib.Path, pseudo: pathlib.Path
 ) -> dict[str, Any]:
     """Runs the loop and the bare step in turns; returns a row of the JSON."""
-    precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    network = harness.Network(name, size=chosen.size, batch_size=chosen.batch, precision=precision)
-    network.train()  # compiles
-    step = timing.timer(functools.partial(timing.elapsed, network.train), at_least=chosen.seconds)
-    steps = max(2, math.ceil(chosen.seconds / step()))
-    has_two_streams = bool(network.config.pseudo.path)
-    labelled = chosen.batch // (1 + has_two_streams)
+    base = configs.load(name)
+    streams = 1 + bool(base.pseudo.path)
     overrides = {
         "data.path": data,
         "data.size": chosen.size,
-        "data.batch_size": labelled,
-        "epochs": (1 + WINDOWS) * steps * labelled / IMAGES,
-        "log_every": steps,
+        "data.batch_size": chosen.batch // streams,
         "evaluate_every": 1e6,  # at the end only
         "domain_components": 0,
-        "precision": precision,
     }
-    if has_two_streams:
-        overrides |= {"pseudo.path": pseudo, "pseudo.batch_size": labelled}
-    config = configs.load(name, [f"{key}={value}" for key, value in overrides.items()])
+    if streams == 2:
+        overrides |= {"pseudo.path": pseudo, "pseudo.batch_size": chosen.batch // streams}
+
+    def config(**changes: object) -> ConfigDict:
+        return configs.load(name, [f"{k}={v}" for k, v in (overrides | changes).items()])
+
+    step, augment = bare_step(config())
+    timer = timing.timer(functools.partial(timing.elapsed, step), at_least=chosen.seconds)
+    steps = max(2, math.ceil(chosen.seconds / timer()))
+    epochs = (1 + WINDOWS) * steps * overrides["data.batch_size"] / IMAGES
     clock = Clock()
     loop, bare, waits = [], [], []
     for _ in range(chosen.repeats):
-        bare.append(chosen.batch / step())
+        bare.append(chosen.batch / timer())
         with tempfile.TemporaryDirectory() as folder, clock.observing():
-            train.train(config, pathlib.Path(folder) / "run")
-            lines = (pathlib.Path(folder) / "run/metrics.jsonl").read_text().splitlines()
+            run = pathlib.Path(folder) / "run"
+            train.train(config(epochs=epochs, log_every=steps), run)
+            lines = (run / "metrics.jsonl").read_text().splitlines()
         rows = [row for row in map(json.loads, lines) if "train/loss" in row][1:]
-        seconds = [1 / row["train/images_per_second"] for row in rows]
-        loop.append(len(rows) / sum(seconds))
+        loop.append(len(rows) / sum(1 / row["train/images_per_second"] for row in rows))
         waits += [row["train/data_wait"] for row in rows]
-    total = chosen.repeats * (1 + WINDOWS) * steps
     validation = clock.seconds.pop("validation") / chosen.repeats
+    total = chosen.repeats * (1 + WINDOWS) * steps
     ms = {part: 1e3 * value / total for part, value in clock.seconds.items()}
-    ms |= {"step": 1e3 * chosen.batch / timing.spread(bare)["median"]}
-    if augment := build.build_augment(network.config, 1):
-        keys = jax.random.split(jax.random.key(1), chosen.batch)
-        call = functools.partial(jax.jit(augment), network.batch["image"], keys)
-        ms["augmentation"] = 1e3 * timing.timer(functools.partial(timing.elapsed, call))()
+    ms["step"] = 1e3 * chosen.batch / timing.spread(bare)["median"]
+    if augment is not None:
+        ms["augmentation"] = 1e3 * timing.timer(functools.partial(timing.elapsed, augment))()
     return {
         "config": name,
         "steps": steps,
         "loop": timing.spread(loop),
         "bare": timing.spread(bare),
         "share": timing.ratios(loop, bare),
-        "data_wait": timing.spread(waits)["median"],
+        "data_wait": timing.spread(waits),
         "ms": ms,
-        "validation": timing.spread([VALIDATION / validation]),
+        "validation": VALIDATION / validation,
     }
+
+
+def bare_step(config: ConfigDict) -> tuple[Callable[[], Any], Callable[[], Any] | None]:
+    """The training step of a config on one batch that stays on the device, and its augmentation.
+
+    Returns:
+      (step, augment): calls; the second is None without augmentation.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        run = setup.set_up(config, pathlib.Path(folder) / "run")
+        batch = next(pipeline.mixed_batches(run.sources, run.batch_sizes, seed=config.seed))
+    mesh, train_step = run.assembly.mesh, run.assembly.train_step
+    assert train_step is not None  # assembled for training
+    state = sharding.put_state(mesh, run.assembly.create(config.seed, None))
+    on_mesh, key = sharding.put_batch(mesh, batch), jax.random.key(config.seed + 1)
+
+    def step() -> Any:
+        nonlocal state
+        state, metrics = train_step(state, on_mesh, key)
+        return metrics
+
+    augment = build.build_augment(config, mesh.size)
+    if augment is None:
+        return step, None
+    keys = sharding.put_batch(mesh, {"keys": batch["index"]})["keys"]
+    split = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))(key, keys)
+    return step, functools.partial(jax.jit(augment), on_mesh["image"], split)
 
 
 if __name__ == "__main__":
