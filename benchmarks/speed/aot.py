@@ -230,7 +230,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "collectives",
         "compilation s",
     ]
-    rows, results, notes = [], [], []
+    rows, results = [], []
+    notes: list[str] = []
 
     def measure(network: str, topology: str, kind: str, batch: int) -> Row | None:
         """Compiles a step and records its row; None if it does not fit the chip."""

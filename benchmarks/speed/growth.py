@@ -147,8 +147,17 @@ def attribution(network: harness.Network) -> Callable[[], Any]:
     chunk, rows = ig.fit(logit_fn, images, 1)
 
     def explain() -> np.ndarray:
-        settings = {"steps": STEPS, "method": "midpoint", "chunk": min(chunk, STEPS), "rows": rows}
-        return ig.integrated_gradients(logit_fn, images, targets, 0.0, **settings).maps
+        explained = ig.integrated_gradients(
+            logit_fn,
+            images,
+            targets,
+            0.0,
+            steps=STEPS,
+            method="midpoint",
+            chunk=min(chunk, STEPS),
+            rows=rows,
+        )
+        return explained.maps
 
     return explain
 
