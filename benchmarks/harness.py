@@ -248,14 +248,13 @@ class Network:
           place: changes the initial variables, see `state.create`.
           labels: number of labels K.
           devices: devices of the mesh; all by default.
-          changes: other fields of the config.
+          changes: values of further fields of the config.
 
         Raises:
           InputError: `batch_size` is not a multiple of the number of devices.
         """
-        fields = {"data.size": size, "data.batch_size": batch_size, "precision": precision}
-        fields |= changes or {}
-        overrides = [f"{name}={value}" for name, value in fields.items()]
+        values = {"data.size": size, "data.batch_size": batch_size, "precision": precision}
+        overrides = [f"{name}={value}" for name, value in (values | dict(changes or {})).items()]
         self.config = configs.load(config_of(network)[1], overrides)
         rng = np.random.default_rng(0)
         self.batch = {

@@ -9,8 +9,7 @@ XLA_FLAGS=--xla_gpu_deterministic_ops=true; tested on CPU only.)
 import contextlib
 import os
 import pathlib
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +26,7 @@ from maknet_jax.runs import domain_file, remote, stopping, workdir
 from maknet_jax.runs import steps as step_results
 from maknet_jax.runs.progress import Progress
 from maknet_jax.runs.setup import Setup, set_up
+from maknet_jax.runs.throughput import Throughput
 from maknet_jax.runs.training_claim import claim_workdir
 from maknet_jax.training import agreement, checkpoint, sharding
 from maknet_jax.training import log as metric_log
@@ -154,9 +154,8 @@ class _Loop:
             skipped=self.progress.skipped,
         )
         every = max(1, round(config.evaluate_every * setup.epoch_steps))
-        began = window_began = time.perf_counter()
-        logged = first
         with (
+            contextlib.closing(Throughput(setup.images, step=first)) as throughput,
             contextlib.closing(
                 metric_log.MetricLog(setup.folder if _is_main() else None, step=first)
             ) as metrics,
@@ -165,10 +164,11 @@ class _Loop:
             if self.progress.evaluation_due:
                 self._repeat_evaluation(state, metrics)
             for number in range(first + 1, total + 1):
-                batch = steps.mark(next(batches))
+                batch = steps.mark(throughput.take(batches))
                 state, values = train_step(
                     state, sharding.put_batch(setup.assembly.mesh, batch), key
                 )
+                throughput.started(values)
                 # One step in flight: the host never runs far ahead of the device.
                 steps.add(number, values, batch["id"].tolist())
                 self.progress.pending.append(values)
@@ -187,16 +187,18 @@ class _Loop:
                         _check_finite(values["loss"], number)
                 if logging:
                     means = metric_log.averages(self.progress.pending)
-                    now = time.perf_counter()
-                    rate = (number - logged) * setup.images / (now - window_began)
-                    means["images_per_second"] = rate
-                    metrics.write(number, {f"train/{k}": v for k, v in means.items()})
-                    advance(0, f"loss {_format(means.get('loss'))}, {rate:.1f} images/s")
-                    self.progress.pending, window_began, logged = [], now, number
+                    rates = throughput.read(number)
+                    metrics.write(number, {f"train/{k}": v for k, v in (means | rates).items()})
+                    advance(
+                        0,
+                        f"loss {_format(means.get('loss'))}, "
+                        f"{rates['images_per_second']:.1f} images/s, "
+                        f"{rates['data_wait']:.0%} waiting for data",
+                    )
+                    self.progress.pending = []
                 if evaluating:
-                    paused = time.perf_counter()
-                    ending |= not self._evaluate(state, number, metrics)
-                    window_began += time.perf_counter() - paused
+                    with throughput.paused():
+                        ending |= not self._evaluate(state, number, metrics)
                 if saving:
                     self.last.save(state, self.progress.to_json())
                     steps.saved()
@@ -204,8 +206,8 @@ class _Loop:
                     self._wait()
                     self.log.event(message=f"stopped at step {number} of {total}", step=number)
                     raise Stopped(self._saved(number))
-        self._wait()
-        summary = self._finish(int(state.step) - first, time.perf_counter() - began)
+            self._wait()
+            summary = self._finish(int(state.step) - first, throughput.total(total))
         self._measure_domain(state)
         return summary
 
@@ -307,7 +309,7 @@ class _Loop:
         )
         return True
 
-    def _finish(self, steps: int, seconds: float) -> dict[str, Any]:
+    def _finish(self, steps: int, rates: Mapping[str, float | None]) -> dict[str, Any]:
         setup, progress = self.setup, self.progress
         summary = {
             "workdir": self.address,
@@ -319,7 +321,7 @@ class _Loop:
             "init": progress.init,
             "skipped_steps": progress.skipped[0],
             "devices": f"{setup.assembly.mesh.size} x {jax.devices()[0].device_kind}",
-            "images_per_second": steps * setup.images / seconds if steps else None,
+            **rates,
         }
         if _is_main() and (steps or not (setup.folder / "summary.json").exists()):
             files.write_json(setup.folder / "summary.json", summary)

@@ -38,7 +38,7 @@ def equal_runs(one, two, page):
     assert toy.lines(one) == toy.lines(two)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, two)]
     for summary in summaries:
-        del summary["workdir"], summary["images_per_second"]
+        del summary["workdir"], summary["images_per_second"], summary["data_wait"]
     assert summaries[0] == summaries[1]
 
 

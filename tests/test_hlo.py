@@ -129,6 +129,28 @@ def test_bytes_of_a_compiled_program():
     assert hlo.hbm_bytes(text) == 3 * 4 * x.size
 
 
+def test_operations_name_their_source_and_the_memory_of_their_outputs():
+    far = '%c = f32[8,100]{1,0:T(8,128)} add(%a, %near), metadata={op_name="jit(f)/block/add"}'
+    text = FUSED.replace("OPERATION", far)
+    operations = {each.name: each for each in hlo.operations(text)}
+    assert "a" not in operations  # a parameter
+    assert sum(each.moved for each in operations.values()) == hlo.hbm_bytes(text)
+    assert operations["c"] == hlo.Operation(
+        "c",
+        "jit(f)/block/add",
+        2 * ROW,
+        [hlo.Buffer("jit(f)/block/add", [8, 100], ROW, "HBM")],
+    )
+    near = {"{1,0:T(8,128)S(1)}": "VMEM", "{1,0:T(8,128)S(5)}": "S(5)", "{1,0}": "HBM"}
+    for layout, memory in near.items():
+        changed = FUSED.replace("OPERATION", f"%c = f32[8,128]{layout} add(%a, %near)")
+        (found,) = (each for each in hlo.operations(changed) if each.name == "c")
+        assert [each.memory for each in found.outputs] == [memory]
+    started = "%c = (f32[8,128]{1,0:S(1)}, f32[8,128]{1,0}, u32[]) copy-start(%a)"
+    (start,) = (e for e in hlo.operations(FUSED.replace("OPERATION", started)) if e.name == "c")
+    assert start.outputs == []  # those of its end
+
+
 def test_incomplete_text_is_rejected():
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.hbm_bytes("HloModule empty")

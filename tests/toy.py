@@ -10,6 +10,7 @@ from maknet_jax.data.labels import Label, Vocabulary
 from maknet_jax.runs import config as configs
 
 SIZE, TRAIN, VAL, BATCH = 32, 40, 13, 8
+SPEED = ("train/images_per_second", "train/data_wait")
 VOCABULARY = Vocabulary(
     (Label("top left"), Label("top right"), Label("bottom left"), Label("bottom right"))
 )
@@ -125,6 +126,6 @@ def config(data, name, changes=None):
 
 
 def lines(folder):
-    """The metrics of a run without its speed, which differs between runs."""
+    """The metrics of a run without its `SPEED`, which differs between runs."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "images_per_second" not in k} for row in rows]
+    return [{k: v for k, v in row.items() if k not in SPEED} for row in rows]

@@ -6,13 +6,14 @@
 
 XLA's compiler reports FLOPs, bytes (of TPUs) and memory per chip. Its bytes include a TPU's fast
 memory; those of main memory (HBM) alone are counted from the compiled program by
-maknet_jax/planning/hlo.py. The roofline time is the larger of FLOPs / peak and HBM bytes /
-bandwidth; the table also has it with XLA's bytes. Both are lower bounds: nothing is run. Batch
-sizes are per chip. A batch of 128 fills a TPU's lanes and takes longer to compile. XLA counts the
-body of a loop once, so its FLOPs and bytes of the student's augmentation are too low; HBM bytes
-count every iteration. For GPUs, FLOPs are those of the program before optimisation; without the
-device XLA tunes nothing, so that kernels and their workspaces may differ from those of a real run,
-and what cuDNN moves inside a convolution is not counted.
+maknet_jax/planning/hlo.py, and the largest buffers are named with the memory that holds them. The
+roofline time is the larger of FLOPs / peak and HBM bytes / bandwidth; the table also has it with
+XLA's bytes. Both are lower bounds: nothing is run. Batch sizes are per chip. A batch of 128 fills a
+TPU's lanes and takes longer to compile. XLA counts the body of a loop once, so its FLOPs and bytes
+of the student's augmentation are too low; HBM bytes count every iteration. For GPUs, FLOPs are
+those of the program before optimisation; without the device XLA tunes nothing, so that kernels and
+their workspaces may differ from those of a real run, and what cuDNN moves inside a convolution is
+not counted.
 
 `maknet plan` compiles the step of one config in the same way.
 """
@@ -193,6 +194,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", type=harness.counts, help="images per chip: 16,32")
     parser.add_argument("--form", help="form of MAKConv (default: fused)")
     parser.add_argument(
+        "--buffers", type=int, default=5, help="number of buffers to name (default: 5)"
+    )
+    parser.add_argument(
         "--confirm", action="store_true", help="find the largest batch that fits by compiling"
     )
     full: dict[str, Any] = {"networks": list(NETWORKS), "kinds": ["train", "student", "predict"]}
@@ -227,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "compilation s",
     ]
     rows, results = [], []
+    notes: list[str] = []
 
     def measure(network: str, topology: str, kind: str, batch: int) -> Row | None:
         """Compiles a step and records its row; None if it does not fit the chip."""
@@ -256,9 +261,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         print("  ".join(str(cell) for cell in rows[-1]), flush=True)
         results.append(key | row)
+        notes.extend(
+            f"{network}, {kind}, {topology}, {batch}: {buffer['size'] / batch / 1e6:.2f} MB an "
+            f"image in {buffer['memory']}, {buffer['edges']}: {buffer['source']}"
+            for buffer in row["buffers"][: chosen.buffers]
+        )
         return row
 
-    notes = []
     measured = {}
     for topology in chosen.topologies:
         memory = chips.of_topology(topology).memory

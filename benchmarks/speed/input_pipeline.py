@@ -4,7 +4,8 @@
 
 Compares the loader (shuffling, threads, batching) with sequential reading and decompression of the
 same shards, `maknet pseudo-label` with its prediction step alone on a batch in memory, and both
-with many records (shards repeated by symbolic links) and with few.
+with many records (shards repeated by symbolic links) and with few. `training_loop.py` measures the
+training loop, from records to weights.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -176,6 +177,44 @@ def row_of(
     }
 
 
+def write_labelled(
+    out: pathlib.Path, data: pathlib.Path, labels: int, counts: Mapping[str, int]
+) -> pathlib.Path:
+    """Writes a labelled data set: images of an unlabelled one, with arbitrary labels.
+
+    Args:
+      out: the folder to write.
+      data: the data set of unlabelled images.
+      labels: number of labels K.
+      counts: records by split; images are repeated if there are too few.
+
+    Returns:
+      `out`.
+    """
+    info = files.read_json(data / "dataset.json")
+    images = records.open_dataset(data).source("unlabelled")
+    vocabulary = [
+        {"name": f"label {n}", "class": "", "parents": [], "exclusive": []} for n in range(labels)
+    ]
+    splits, digests = {}, []
+    for split, count in counts.items():
+        examples = []
+        for number in range(count):
+            one_hot = np.arange(labels) == number % labels
+            image, mask = images[number % len(images)].image, np.ones(labels, np.uint8)
+            name = f"{split}-{number}"
+            examples.append(records.Example(name, image, one_hot.astype(np.uint8), mask, {}))
+        name = f"{split}/part-0.array_record"
+        _, digest = records.write_shard(out / name, map(records.encode, examples))
+        known = np.sum([example.labels for example in examples], axis=0, dtype=int).tolist()
+        shard = {"file": name, "count": count, "digest": digest}
+        splits[split] = {"count": count, "label_counts": known, "shards": [shard]}
+        digests.append(digest)
+    info |= {"labels": vocabulary, "splits": splits, "fingerprint": "".join(digests)}
+    files.write_json(out / "dataset.json", info | {"content": records.content_digest(info)})
+    return out
+
+
 def train_teacher(
     folder: pathlib.Path, data: pathlib.Path, name: str, size: int, labels: int = 5
 ) -> pathlib.Path:
@@ -191,24 +230,7 @@ def train_teacher(
     Returns:
       The workdir.
     """
-    info = files.read_json(data / "dataset.json")
-    examples = records.open_dataset(data).source("unlabelled")
-    vocabulary = [
-        {"name": f"label {n}", "class": "", "parents": [], "exclusive": []} for n in range(labels)
-    ]
-    labelled = []
-    for number in range(8):
-        one_hot = np.arange(labels) == number % labels
-        image, mask = examples[number].image, np.ones(labels, np.uint8)
-        labelled.append(records.Example(f"x{number}", image, one_hot.astype(np.uint8), mask, {}))
-    out = folder / f"labelled-{name}-{size}"
-    _, digest = records.write_shard(
-        out / "train/part-0.array_record", map(records.encode, labelled)
-    )
-    shard = {"file": "train/part-0.array_record", "count": 8, "digest": digest}
-    entry = {"count": 8, "label_counts": [2] * labels, "shards": [shard]}
-    info |= {"labels": vocabulary, "splits": {"train": entry}, "fingerprint": digest}
-    files.write_json(out / "dataset.json", info | {"content": records.content_digest(info)})
+    out = write_labelled(folder / f"labelled-{name}-{size}", data, labels, {"train": 8})
     config = configs.load(
         name,
         [

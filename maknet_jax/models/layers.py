@@ -118,7 +118,10 @@ FORMS = ("split", "matmul", "fused")
 
 
 def choose_form(form: str) -> str:
-    """The form itself, or for "auto" the fastest one (measured by `benchmarks/speed/makconv.py`).
+    """The form itself, or for "auto" the fastest one.
+
+    On CPU as measured by `benchmarks/speed/makconv.py`; on TPUs and GPUs by the traffic of the
+    compiled program, see `benchmarks/speed/aot.py`.
 
     "auto" refers to the default backend of this process: to compile ahead of time for another
     platform, pass the form.

@@ -24,6 +24,7 @@ from maknet_jax.training import sharding
 
 KINDS = ("train", "predict")
 PACKAGES = {"tpu": "libtpu", "cuda": cuda.PLUGIN}  # by platform
+NAMED = 12  # operations and buffers in `Costs`
 EXAMPLES = 17_697  # of the training set of DeepLesion; the program does not depend on it
 
 
@@ -39,6 +40,8 @@ class Costs:
       allreduces: number of collectives.
       allreduce_bytes: bytes that they reduce.
       compile_seconds: seconds of the compilation.
+      moves: the operations that move most, by decreasing bytes.
+      buffers: the largest arrays that operations write, by decreasing size.
     """
 
     flops: float
@@ -48,6 +51,8 @@ class Costs:
     allreduces: int
     allreduce_bytes: float
     compile_seconds: float
+    moves: Sequence[hlo.Operation] = ()
+    buffers: Sequence[hlo.Buffer] = ()
 
     def seconds(self, chip: chips.Chip) -> float:
         """The roofline time: the larger of FLOPs / peak and bytes / bandwidth."""
@@ -171,14 +176,18 @@ def compile_lowered(lowered: jax.stages.Lowered, *, flops: float | None = None) 
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes
     used += memory.temp_size_in_bytes - memory.alias_size_in_bytes
     count, moved = hlo.collectives(text)
+    operations = hlo.operations(text)
+    buffers = [buffer for each in operations for buffer in each.outputs]
     return Costs(
         flops=cost["flops"] if cost else flops or 0.0,
-        hbm_bytes=hlo.hbm_bytes(text),
+        hbm_bytes=sum(operation.moved for operation in operations),
         xla_bytes=cost["bytes accessed"] if cost else None,
         memory=used + memory.generated_code_size_in_bytes,
         allreduces=count,
         allreduce_bytes=moved,
         compile_seconds=seconds,
+        moves=sorted(operations, key=lambda each: -each.moved)[:NAMED],
+        buffers=sorted(buffers, key=lambda each: -each.size)[:NAMED],
     )
 
 

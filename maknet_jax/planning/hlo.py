@@ -1,5 +1,6 @@
 """Memory traffic and collectives of a program that XLA compiled for TPUs or GPUs, from its text."""
 
+import dataclasses
 import math
 import re
 import sys
@@ -33,6 +34,7 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
 _ALLOCATE, _CONCATENATE = '"AllocateBuffer"', '"ConcatBitcast"'
 # Operations that run other computations once.
 _CALLERS = {"fusion", "conditional", "call", "async-start"}
+SPACES = {"": "HBM", "1": "VMEM"}  # by number in S(...); a layout without one is main memory
 
 
 class Array(NamedTuple):
@@ -41,6 +43,12 @@ class Array(NamedTuple):
     edges: list[int]
     itemsize: int
     layout: str
+
+    @property
+    def memory(self) -> str:
+        """The memory that holds the array, as the compiler states it: HBM, VMEM or S(number)."""
+        number = re.search(r"S\((\d+)\)", self.layout)
+        return SPACES.get(number[1] if number else "", number[0] if number else "")
 
     @property
     def in_hbm(self) -> bool:
@@ -76,6 +84,40 @@ class Line(NamedTuple):
 
 
 Computation = dict[str, Line]  # by name of the operation
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """An array that an operation writes.
+
+    Attributes:
+      source: of the operation, see `Operation`.
+      edges: its shape.
+      size: bytes including the padding of its tiles.
+      memory: the memory that holds it, see `Array.memory`.
+    """
+
+    source: str
+    edges: list[int]
+    size: int
+    memory: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """What an operation of the entry computation moves, a loop with all its iterations.
+
+    Attributes:
+      name: of the operation in the program.
+      source: the path of modules and functions that it was compiled from.
+      moved: bytes that it reads from and writes to main memory.
+      outputs: the arrays that it writes; those of an asynchronous one belong to its end.
+    """
+
+    name: str
+    source: str
+    moved: int
+    outputs: list[Buffer]
 
 
 def collectives(text: str) -> list[int]:
@@ -139,10 +181,28 @@ def hbm_bytes(text: str) -> int:
       ValueError: there is no entry computation, the trip count of a loop is unknown, or an operand
         or a type is unknown.
     """
+    return sum(operation.moved for operation in operations(text))
+
+
+def operations(text: str) -> list[Operation]:
+    """The operations of the entry computation that move or allocate something, in their order.
+
+    For the arguments and errors see `hbm_bytes`, which is the sum of what they move.
+    """
     computations = _parse(text)
     if "ENTRY" not in computations:
         raise ValueError("no ENTRY computation in the text: pass compiled.as_text()")
-    return _bytes_of(computations["ENTRY"], computations)
+    entry, result = computations["ENTRY"], []
+    for name, line in entry.items():
+        if line.kind in _FREE or _CONCATENATE in line.rest:
+            continue
+        named = re.search(r'op_name="([^"]*)"', line.rest)
+        source = named[1] if named else ""
+        written = [] if line.kind.endswith("-start") else line.arrays
+        outputs = [Buffer(source, each.edges, each.padded_bytes, each.memory) for each in written]
+        moved = _moved(line, entry, computations)
+        result.append(Operation(name, source, moved, outputs))
+    return result
 
 
 def _parse(text: str) -> dict[str, Computation]:
@@ -199,39 +259,40 @@ def _in_hbm(arrays: Sequence[Array]) -> int:
 
 def _bytes_of(computation: Computation, computations: Mapping[str, Computation]) -> int:
     """Bytes of main memory that a computation reads and writes."""
-    moved = 0
-    for line in computation.values():
-        kind, rest = line.kind, line.rest
-        if kind in _FREE or kind.endswith("-done") or _ALLOCATE in rest or _CONCATENATE in rest:
-            continue
-        missing = [name for name in line.operands if name not in computation]
-        if missing or (not line.operands and not rest.startswith(")")):
-            raise ValueError(f"the operands of {kind} are unknown: {missing or rest[:60]}")
-        read = [computation[name].hbm_bytes for name in line.operands]
-        called = [computations[name] for name in _called(rest)] if kind in _CALLERS else []
-        if kind == "fusion":
-            moved += _fusion(called[0], read, line.arrays)
-        elif kind in ("slice", "dynamic-slice", "slice-start", "dynamic-slice-start"):
-            # A start returns ((operands), result, ...). It reads as much as it returns.
-            result = line.arrays[len(read) if kind.endswith("-start") else 0]
-            moved += _in_hbm([result]) + (result.padded_bytes if read[0] else 0)
-        elif kind == "copy-start":
-            moved += line.hbm_bytes  # returns (target, source, ...)
-        elif _is_collective(kind):
-            moved += _in_hbm(_collective_outputs(line)) + sum(read)
-        elif kind == "while":
-            body = computations[_named("body", rest)]
-            moved += _trips(rest, computations) * _bytes_of(body, computations)
-        elif kind == "conditional":
-            moved += max((_bytes_of(branch, computations) for branch in called), default=0)
-        elif kind in ("call", "async-start"):
-            moved += sum(_bytes_of(one, computations) for one in called)
-        elif kind == "dynamic-update-slice":
-            update = computation[line.operands[1]].arrays[0]
-            moved += read[1] + (update.padded_bytes if line.hbm_bytes else 0)
-        else:
-            moved += line.hbm_bytes + sum(read)
-    return moved
+    return sum(_moved(line, computation, computations) for line in computation.values())
+
+
+def _moved(line: Line, computation: Computation, computations: Mapping[str, Computation]) -> int:
+    """Bytes of main memory that an operation of a computation reads and writes."""
+    kind, rest = line.kind, line.rest
+    if kind in _FREE or kind.endswith("-done") or _ALLOCATE in rest or _CONCATENATE in rest:
+        return 0
+    missing = [name for name in line.operands if name not in computation]
+    if missing or (not line.operands and not rest.startswith(")")):
+        raise ValueError(f"the operands of {kind} are unknown: {missing or rest[:60]}")
+    read = [computation[name].hbm_bytes for name in line.operands]
+    called = [computations[name] for name in _called(rest)] if kind in _CALLERS else []
+    if kind == "fusion":
+        return _fusion(called[0], read, line.arrays)
+    if kind in ("slice", "dynamic-slice", "slice-start", "dynamic-slice-start"):
+        # A start returns ((operands), result, ...). It reads as much as it returns.
+        result = line.arrays[len(read) if kind.endswith("-start") else 0]
+        return _in_hbm([result]) + (result.padded_bytes if read[0] else 0)
+    if kind == "copy-start":
+        return line.hbm_bytes  # returns (target, source, ...)
+    if _is_collective(kind):
+        return _in_hbm(_collective_outputs(line)) + sum(read)
+    if kind == "while":
+        body = computations[_named("body", rest)]
+        return _trips(rest, computations) * _bytes_of(body, computations)
+    if kind == "conditional":
+        return max((_bytes_of(branch, computations) for branch in called), default=0)
+    if kind in ("call", "async-start"):
+        return sum(_bytes_of(one, computations) for one in called)
+    if kind == "dynamic-update-slice":
+        update = computation[line.operands[1]].arrays[0]
+        return read[1] + (update.padded_bytes if line.hbm_bytes else 0)
+    return line.hbm_bytes + sum(read)
 
 
 def _trips(rest: str, computations: Mapping[str, Computation]) -> int:
