@@ -7,6 +7,7 @@ tiles of F(4 x 4, 3 x 3) would lose a digit. Images are `[B, H, W, C]`, padded b
 side, kernels `[3, 3, C, F]`, strides 1.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
@@ -14,24 +15,44 @@ import jax.numpy as jnp
 
 Grid = Sequence[Sequence[jax.Array]]
 LEAST_SAVING = 32  # C F / (C + F), see `is_faster`
+LEAST_TILES = 64
 
 
 def is_faster(x: jax.Array, kernel: jax.Array, strides: int) -> bool:
     """True if the transforms take less time than the products that they save.
 
-    The transforms grow with C + F and the products with C F. In other dtypes than float32 the
-    sums of the transforms would be rounded too coarsely.
+    The transforms of images grow with C + F and the products with C F; that of the kernel does not
+    depend on the number of tiles. In other dtypes than float32 the sums of the transforms would be
+    rounded too coarsely.
     """
     *size, channels, features = kernel.shape
     saving = channels * features / max(1, channels + features)
-    return (*size, strides) == (3, 3, 1) and x.dtype == jnp.float32 and saving >= LEAST_SAVING
+    images = x.shape[0] if isinstance(x.shape[0], int) else 1  # may be symbolic
+    tiles = images * math.prod(-(-edge // 2) for edge in x.shape[1:3])
+    fits = (*size, strides) == (3, 3, 1) and x.dtype == jnp.float32
+    return fits and saving >= LEAST_SAVING and tiles >= LEAST_TILES
 
 
 def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`[B, H, W, C]`, `[3, 3, C, F]` -> `[B, H, W, F]`."""
+    return _convolve(x, _on_both_axes(_of_kernel, kernel), over_features=0)
+
+
+def gradient_of_input(kernel: jax.Array, cotangent: jax.Array) -> jax.Array:
+    """`[3, 3, C, F]`, `[B, H, W, F]` -> `[B, H, W, C]`: a convolution with the kernel turned.
+
+    Turned by 180 degrees, the transformed kernel has its first and last rows and columns swapped.
+    """
     weights = _on_both_axes(_of_kernel, kernel)
+    turned = [[weights[row][column] for column in (3, 1, 2, 0)] for row in (3, 1, 2, 0)]
+    return _convolve(cotangent, turned, over_features=1)
+
+
+def _convolve(x: jax.Array, weights: Grid, over_features: int) -> jax.Array:
+    """A convolution with a transformed kernel, whose axis `over_features` is summed over."""
+    contract = (((3,), (over_features,)), ((), ()))
     products = [
-        [tile @ weight for tile, weight in zip(*rows, strict=True)]
+        [jax.lax.dot_general(tile, weight, contract) for tile, weight in zip(*rows, strict=True)]
         for rows in zip(_input_tiles(x), weights, strict=True)
     ]
     corners = _on_both_axes(_to_output, products)
@@ -42,22 +63,22 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return outputs[:, : x.shape[1], : x.shape[2]]
 
 
-def gradient_of_input(kernel: jax.Array, cotangent: jax.Array) -> jax.Array:
-    """`[3, 3, C, F]`, `[B, H, W, F]` -> `[B, H, W, C]`: a convolution with the kernel turned."""
-    return convolve(cotangent, kernel[::-1, ::-1].swapaxes(2, 3))
-
-
 def gradient_of_kernel(x: jax.Array, cotangent: jax.Array) -> jax.Array:
     """`[B, H, W, C]`, `[B, H, W, F]` -> `[3, 3, C, F]`."""
     odd = [(0, edge % 2) for edge in cotangent.shape[1:3]]
     cotangent = jnp.pad(cotangent, ((0, 0), *odd, (0, 0)))
     corners = [[cotangent[:, row::2, column::2] for column in (0, 1)] for row in (0, 1)]
-    over_pixels = (((0, 1, 2), (0, 1, 2)), ((), ()))
     products = [
-        [jax.lax.dot_general(tile, spread, over_pixels) for tile, spread in zip(*rows, strict=True)]
+        [_sum_over_pixels(tile, spread) for tile, spread in zip(*rows, strict=True)]
         for rows in zip(_input_tiles(x), _on_both_axes(_from_output, corners), strict=True)
     ]
     return jnp.stack([jnp.stack(row) for row in _on_both_axes(_to_kernel, products)])
+
+
+def _sum_over_pixels(tile: jax.Array, spread: jax.Array) -> jax.Array:
+    """`[B, h, w, C]`, `[B, h, w, F]` -> `[C, F]`."""
+    tile, spread = (each.reshape(-1, each.shape[-1]) for each in (tile, spread))
+    return jax.lax.dot_general(tile, spread, (((0,), (0,)), ((), ())))
 
 
 def _input_tiles(x: jax.Array) -> Grid:
