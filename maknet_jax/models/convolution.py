@@ -2,9 +2,10 @@
 
 Images are `[B, H, W, C]`, kernels HWIO with odd edges, padded as in torch: by half the edge on
 every side ("SAME" would shift the grid of strided ones). Accelerators run XLA's own convolution.
-On CPU the gradients of XLA's convolutions are slower than matrix products, especially those of
-1 x 1 kernels (`benchmarks/speed/makconv.py` times both), and its convolutions of images of 2 x 2
-are over a hundred times slower (ResNet18's last stage at 64 x 64).
+On CPU 3 x 3 convolutions of many channels use Winograd's method (`winograd.py`). The gradients of
+the others are matrix products: those of XLA's convolutions are slower, especially of 1 x 1 kernels
+(`benchmarks/speed/makconv.py` times both). XLA's convolutions of images of 2 x 2 are over a hundred
+times slower than a product (ResNet18's last stage at 64 x 64).
 
 The gradients are written by hand, so forward-mode differentiation (`jax.jvp`) raises a TypeError.
 """
