@@ -21,6 +21,7 @@ from maknet_jax.errors import did_you_mean
 
 OVERRIDES = ("assume_hu", "allow_lossy")  # stored by `override_options`
 _FILES = (".csv", ".json", ".html", ".npz", ".png", ".zip")  # endings that no output folder has
+ACCELERATORS = ("accel*", "nvidia[0-9]*", "kfd", "vfio/[0-9]*")  # in /dev: TPUs and GPUs
 DONE, BAD_INPUT, SOME_REJECTED, STOPPED = 0, 2, 3, 75
 
 
@@ -318,8 +319,7 @@ def _reuse_freed_memory() -> None:
     that size to the kernel, which clears every page of the next one: a third of MAKNet's training
     time on CPU. Values in the environment have precedence.
     """
-    accelerators = ("accel*", "nvidia[0-9]*", "kfd", "vfio/[0-9]*")
-    if any(next(pathlib.Path("/dev").glob(pattern), None) for pattern in accelerators):
+    if any(next(pathlib.Path("/dev").glob(pattern), None) for pattern in ACCELERATORS):
         return
     if any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ):
         return
