@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import platform
 import pwd
 import re
 import subprocess
@@ -235,6 +236,37 @@ def test_jax_starts_without_a_home_folder(monkeypatch):
     with pytest.raises(RuntimeError):
         pathlib.Path.home()
     options.start_jax()  # programs are compiled each time
+
+
+REUSE = """
+import pathlib, resource
+from maknet_jax.cli import options
+
+def resident():
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+options.start_jax()
+before = resident()
+block = bytearray(200_000_000)
+del block
+print((resident() - before) / 200_000_000)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+@pytest.mark.parametrize("setting, kept", [({}, True), ({"MALLOC_ARENA_MAX": "8"}, False)])
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise(setting, kept):
+    if any(next(pathlib.Path("/dev").glob(name), None) for name in options.ACCELERATORS):
+        pytest.skip("memory is left alone beside an accelerator")
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name != "GLIBC_TUNABLES" and not name.startswith("MALLOC_")
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", REUSE], env=inherited | setting, capture_output=True, text=True
+    )
+    assert (float(run.stdout) > 0.5) == kept, run.stderr
 
 
 REMOTE = [

@@ -75,9 +75,12 @@ def test_kernels_may_be_larger_than_images_and_batches_empty(shape):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("size, strides", [((3, 3), 1), ((3, 3), 2), ((1, 1), 1), ((1, 1), 2)])
-def test_second_order_and_batched_gradients(size, strides):
-    x, kernels = drawn(3, 2, 6, 6, 16), drawn(3, *size, 16, 4, seed=1)
+@pytest.mark.parametrize(
+    "size, strides, channels",
+    [((3, 3), 1, 16), ((3, 3), 1, 64), ((3, 3), 2, 16), ((1, 1), 1, 16), ((1, 1), 2, 16)],
+)
+def test_second_order_and_batched_gradients(size, strides, channels):
+    x, kernels = drawn(3, 8, 6, 6, channels), drawn(3, *size, channels, channels, seed=1)
 
     def penalty(convolve, kernel, x):
         gradient = jax.grad(lambda x: (convolve(x, kernel, strides) ** 2).sum())(x)
@@ -85,7 +88,7 @@ def test_second_order_and_batched_gradients(size, strides):
 
     for axes, kernel in ((None, kernels[0]), (0, kernels)):
         gradients = [
-            jax.vmap(jax.grad(functools.partial(penalty, convolve)), (axes, 0))(kernel, x)
+            jax.jit(jax.vmap(jax.grad(functools.partial(penalty, convolve)), (axes, 0)))(kernel, x)
             for convolve in (convolution.convolve, xla)
         ]
         np.testing.assert_allclose(
@@ -93,11 +96,40 @@ def test_second_order_and_batched_gradients(size, strides):
         )
 
 
-# Products on CPU: of the value (1 x 1 only), of the image's gradient (1 x 1), of the kernel's.
-@pytest.mark.parametrize("size, products", [((3, 3), 0 + 0 + 9), ((1, 1), 1 + 1 + 1)])
-def test_the_target_platform_decides_the_program(size, products):
+@pytest.mark.parametrize("shape", [(4, 9, 8, 64), (8, 3, 7, 48)])
+def test_winograd(shape):
+    """With many channels; sums of 96 features are as far from float64 as those of XLA."""
+    x, kernel = drawn(*shape), drawn(3, 3, shape[-1], 96, seed=1)
+    cotangent = drawn(*shape[:-1], 96, seed=2)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def value_and_gradients(convolve, x, kernel, cotangent):
+        value, pull = jax.vjp(lambda *both: convolve(*both, 1), x, kernel)
+        return value, *pull(cotangent)
+
+    ours = value_and_gradients(convolution.convolve, x, kernel, cotangent)
+    for a, b in zip(ours, value_and_gradients(xla, x, kernel, cotangent), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    by_hand = kernel_gradient_loop(x, cotangent, kernel.shape, 1)
+    np.testing.assert_allclose(ours[2], by_hand, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype, strides", [(jnp.bfloat16, 1), (jnp.float32, 2)])
+def test_winograd_is_for_float32_without_strides(dtype, strides):
+    x, kernel = (jnp.zeros(shape, dtype) for shape in ((4, 8, 8, 64), (3, 3, 64, 64)))
+    text = jax.jit(convolution.convolve, static_argnums=2).lower(x, kernel, strides).as_text()
+    assert "stablehlo.convolution" in text and "stablehlo.dot_general" not in text
+
+
+# Products on CPU: of the value (not of 3 x 3 kernels with few channels), of the image's gradient,
+# of the kernel's.
+@pytest.mark.parametrize(
+    "size, features, products",
+    [((3, 3), 8, 0 + 0 + 9), ((3, 3), 64, 16 + 16 + 16), ((1, 1), 8, 1 + 1 + 1)],
+)
+def test_the_target_platform_decides_the_program(size, features, products):
     """A host without accelerator lowers for TPU as a TPU would (`benchmarks/speed/aot.py`)."""
-    x, kernel = drawn(2, 8, 8, 16), drawn(*size, 16, 8, seed=1)
+    x, kernel = drawn(4, 8, 8, 64), drawn(*size, 64, features, seed=1)
 
     def program(x, kernel):
         return jax.value_and_grad(lambda *both: (convolution.convolve(*both) ** 2).sum(), (0, 1))(

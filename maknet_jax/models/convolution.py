@@ -2,9 +2,10 @@
 
 Images are `[B, H, W, C]`, kernels HWIO with odd edges, padded as in torch: by half the edge on
 every side ("SAME" would shift the grid of strided ones). Accelerators run XLA's own convolution.
-On CPU the gradients of XLA's convolutions are slower than matrix products, especially those of
-1 x 1 kernels (`benchmarks/speed/makconv.py` times both), and its convolutions of images of 2 x 2
-are over a hundred times slower (ResNet18's last stage at 64 x 64).
+On CPU 3 x 3 convolutions of many channels use Winograd's method (`winograd.py`). The gradients of
+the others are matrix products: those of XLA's convolutions are slower, especially of 1 x 1 kernels
+(`benchmarks/speed/makconv.py` times both). XLA's convolutions of images of 2 x 2 are over a hundred
+times slower than a product (ResNet18's last stage at 64 x 64).
 
 The gradients are written by hand, so forward-mode differentiation (`jax.jvp`) raises a TypeError.
 """
@@ -16,6 +17,8 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+
+from maknet_jax.models import winograd
 
 FEW_CHANNELS = 16  # with fewer, one matrix product per kernel position is slower than XLA
 SMALL_EDGE = 2  # pixels; outputs up to this height or width are computed by im2col
@@ -39,10 +42,13 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: int = 1) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve(x: jax.Array, kernel: jax.Array, strides: int, precision: str | None) -> jax.Array:
     by_xla = functools.partial(_convolve_by_xla, strides=strides)
-    if kernel.shape[:2] != (1, 1) and not _is_small(x.shape, strides):
+    small = kernel.shape[:2] == (1, 1) or _is_small(x.shape, strides)
+    if not small and not winograd.is_faster(x, kernel, strides):
         return by_xla(x, kernel)
 
     def on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        if not small:
+            return winograd.convolve(x, kernel)
         return _im2col(x, kernel.shape, strides) @ kernel.reshape(-1, kernel.shape[3])
 
     # Chosen by the platform for which the program is compiled, not by the one that traces it.
@@ -92,6 +98,7 @@ def _backward(
     x, kernel = residuals
     rows, columns, channels, _ = kernel.shape
     by_xla = functools.partial(_convolve_by_xla, strides=strides)
+    by_winograd = not _is_small(x.shape, strides) and winograd.is_faster(x, kernel, strides)
 
     def input_by_xla(kernel: jax.Array, cotangent: jax.Array) -> jax.Array:
         return jax.linear_transpose(lambda x: by_xla(x, kernel), x)(cotangent)[0]
@@ -99,6 +106,8 @@ def _backward(
     def input_on_cpu(kernel: jax.Array, cotangent: jax.Array) -> jax.Array:
         if (rows, columns, strides) == (1, 1, 1):
             return cotangent @ kernel[0, 0].T
+        if by_winograd:
+            return winograd.gradient_of_input(kernel, cotangent)
         if not _is_small(x.shape, strides):
             return input_by_xla(kernel, cotangent)
         pixels = cotangent @ kernel.reshape(-1, kernel.shape[3]).T
@@ -110,6 +119,8 @@ def _backward(
 
     def kernel_on_cpu(x: jax.Array, cotangent: jax.Array) -> jax.Array:
         """For each position in the kernel, the product of the pixels there and the cotangent."""
+        if by_winograd:
+            return winograd.gradient_of_kernel(x, cotangent)
         if channels < FEW_CHANNELS:
             return kernel_by_xla(x, cotangent)
         cotangent = cotangent.reshape(-1, cotangent.shape[-1])

@@ -290,6 +290,9 @@ def make_augment(
                 shift=shift,
                 reach=reach,
             )
+            if reach is None:
+                # Else XLA gathers again for the minimum, the maximum and the result of the stretch.
+                image = jax.lax.optimization_barrier(image)
         if contrast_probability > 0:
             stretched = jax.random.bernoulli(contrast, contrast_probability)
             image = jnp.where(stretched, auto_contrast(image), image)
