@@ -188,12 +188,34 @@ def test_a_damaged_checkpoint_is_skipped_and_the_previous_one_is_used(store, cac
         remote.view(URL)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"checkpoints": {"checkpoints/1": {"files": {}}}}'])
-def test_a_damaged_manifest_is_one_line(store, text):
-    start()
+def manifest(name, folder, file, description):
+    return json.dumps({"checkpoints": {name: {"folder": folder, "files": {file: description}}}})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"checkpoints": {"checkpoints/1": {"files": {}}}}',
+        manifest("checkpoints/1", "checkpoints/1", "a", [1]),
+        manifest("checkpoints/1", "checkpoints/1", "a", ["1", "digest"]),
+        # Paths that would be deleted or written outside of the copy or the workdir.
+        manifest("checkpoints/../..", "checkpoints/../..", "a", [1, "digest"]),
+        manifest("checkpoints/1", "", "a", [1, "digest"]),
+        manifest("checkpoints/1", "checkpoints/1", "../../a", [1, "digest"]),
+        manifest("checkpoints/1", "checkpoints/1", "/a", [1, "digest"]),
+    ],
+)
+def test_a_damaged_manifest_is_one_line_and_changes_nothing(store, cache, text):
+    expected = start()
+    view = remote.view(URL)
     store.pipe_file("/bucket/run/manifest.json", text.encode())
-    with pytest.raises(InputError, match="manifest.json is damaged"):
-        remote.view(URL)
+    before = dict(store.store)
+    for read in (remote.view, lambda url: opened(url).__enter__()):
+        with pytest.raises(InputError, match="manifest.json is damaged"):
+            read(URL)
+    assert content(view) == expected and store.store.keys() == before.keys()
 
 
 def test_other_objects_are_not_touched_and_what_is_no_run_is_not_opened(store):

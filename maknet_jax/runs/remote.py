@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import pathlib
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -147,8 +148,8 @@ class Copy:
             return {}
         try:
             saved = json.loads(content)["checkpoints"]
-            for entry in saved.values():
-                _ = entry["folder"] + "", [(size + 0, sha + "") for size, sha in _items(entry)]
+            for name, entry in saved.items():
+                _check_entry(name, entry)
             return saved
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
@@ -201,7 +202,7 @@ class Copy:
 
             def copy(name: str) -> None:
                 source = f"{self._root}/{entry['folder']}/{name}"
-                for _ in range(2):  # an error on the way passes
+                for _ in range(2):  # an error of the transfer may pass
                     if object_store.copy_object(self._store, source, folder / name) == sha[name]:
                         return
                 raise _Damaged(f"{name} does not match its digest")
@@ -263,8 +264,22 @@ def _is_plain(name: str) -> bool:
     return not hidden and name != MANIFEST and not name.startswith(CHECKPOINTS)
 
 
-def _items(entry: dict[str, Any]) -> list[list[Any]]:
-    return list(entry["files"].values())
+def _check_entry(name: str, entry: dict[str, Any]) -> None:
+    """Checks an entry of a manifest, whose names become paths on this host and in the bucket.
+
+    Raises:
+      ValueError: a name is not that of a checkpoint or of a file in it, or a file has no size or
+        digest. Entries of other types raise a KeyError, TypeError or AttributeError.
+    """
+    if not re.fullmatch(rf"({'|'.join(CHECKPOINTS)})/\d+", name):
+        raise ValueError(f"{name!r} does not name a checkpoint")
+    if not re.fullmatch(rf"{name}(-[0-9a-f]{{8}})?", entry["folder"]):
+        raise ValueError(f"{entry['folder']!r} is not a folder of {name}")
+    for file, (size, digest) in entry["files"].items():
+        if not isinstance(size, int) or not isinstance(digest, str):
+            raise ValueError(f"{name}/{file} has no size and digest")
+        if file.startswith("/") or {"", ".", ".."} & set(file.split("/")):
+            raise ValueError(f"{file!r} is not below {name}")
 
 
 def _describe(folder: pathlib.Path) -> dict[str, list[Any]]:
