@@ -33,6 +33,7 @@ from maknet_jax.training import sharding
 
 MANIFEST = "manifest.json"
 CHECKPOINTS = ("checkpoints", "best")
+_CLAIM = ("dataset.json", "config.json")  # in the order in which a run claims its workdir
 _NO_RUN = "does not exist, or is not a workdir of `maknet train`"
 _THREADS = 8  # objects that are copied at once
 _ATTEMPTS = 5  # how often a workdir that changes while it is read is read again
@@ -119,7 +120,8 @@ class Copy:
         """
         with object_store.one_line(self.url):
             names = {path.removeprefix(f"{self._root}/") for path in self._find()}
-        if names - {ownership.FILE} and "config.json" not in names:
+        # The first object of the claim may be that of a killed command.
+        if names - {ownership.FILE, _CLAIM[0]} and _CLAIM[-1] not in names:
             raise InputError(
                 f"{self.url} holds something other than output of `maknet train`: choose a new "
                 "--workdir"
@@ -161,7 +163,7 @@ class Copy:
         """Copies the files that are not of a checkpoint. TensorBoard's are only written."""
         names = [path.removeprefix(f"{self._root}/") for path in self._find()]
         names = [name for name in names if "/" not in name and _is_plain(name)]
-        if "config.json" not in names:
+        if _CLAIM[-1] not in names:
             if not self._may_be_new:
                 raise FileNotFoundError(self.url)
             shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was never uploaded
@@ -212,8 +214,10 @@ class Copy:
                 list(pool.map(copy, sha))
 
     def _upload_files(self) -> None:
-        for path in sorted(self.folder.rglob("*")):
-            name = path.relative_to(self.folder).as_posix()
+        """Uploads the files that are not of a checkpoint, those of the claim first."""
+        names = {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*")}
+        for name in (*_CLAIM, *sorted(names - {*_CLAIM})):
+            path = self.folder / name
             if not _is_plain(name) or not path.is_file():
                 continue
             version = path.stat().st_size, path.stat().st_mtime_ns
