@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-_LAST_STEP = 10.0  # seconds to wait for the step that runs when the loop fails
+_LAST_STEP = 5.0  # seconds to wait for the step that runs when the loop fails
 
 
 class Throughput:
