@@ -86,7 +86,7 @@ def choose(
 
 
 def is_small(series: Iterable[search.SeriesRef]) -> bool:
-    """Whether this process would read some series before workers have started."""
+    """Whether this process can read the series before the workers would have started."""
     seconds = sum(ref.count * (_ENCODED if ref.encoded else _NATIVE) for ref in series)
     return seconds < _START
 
