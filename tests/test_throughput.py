@@ -78,6 +78,15 @@ def test_each_line_has_its_own_time_and_validation_has_none(throughput):
     assert throughput.total(10) == {"images_per_second": None, "data_wait": None}
 
 
+def test_closing_waits_for_the_last_step():
+    """Its thread would return from C++ while Python ends, which aborts the process."""
+    throughput, step = Throughput(8, step=0), Step()
+    throughput.started(step)
+    threading.Timer(WAIT, step.end.set).start()
+    throughput.close()
+    assert step.end.is_set() and not throughput._watching.is_alive()
+
+
 @pytest.mark.parametrize("streams", [1, 2])
 def test_a_run_logs_the_share_of_time_that_it_waited(data, tmp_path, monkeypatch, streams):
     original = pipeline.train_batches

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-_LAST_STEP = 5.0  # seconds to wait for the step that runs when the loop fails
+_LAST_STEP = 5.0  # seconds to wait for a step of several processes when the loop fails
 
 
 class Throughput:
@@ -95,6 +95,6 @@ class Throughput:
     def close(self) -> None:
         """Ends the thread when the last step is done."""
         self._running.put(None)
-        # A thread that returns from C++ while Python ends would abort the process. The step never
-        # ends if another process is lost.
-        self._watching.join(_LAST_STEP)
+        # A thread that returns from C++ while Python ends would abort the process. If another
+        # process is lost, the step may never end.
+        self._watching.join(None if jax.process_count() == 1 else _LAST_STEP)
