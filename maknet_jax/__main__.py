@@ -15,7 +15,7 @@ def main() -> int:
     """
     for number in STOP_SIGNALS:
         # `nohup` ignores SIGHUP, and the command must survive the end of its terminal.
-        if signal.getsignal(number) != signal.SIG_IGN:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _stop)
 
     from maknet_jax import cli  # slow to import
