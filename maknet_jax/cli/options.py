@@ -317,8 +317,8 @@ def keep_freed_memory() -> None:
 
     XLA allocates the temporary arrays of a step at each call. By default glibc returns blocks of
     that size to the kernel, which clears every page of the next one: a third of the CPU time of
-    MAKNet's training step. Prediction has smaller arrays, which are reused anyway, and gets slower
-    with a single arena. Values in the environment have precedence.
+    MAKNet's training step. Prediction of small batches was slower with it
+    (`benchmarks/RESULTS.md`). Values in the environment have precedence.
     """
     if any(next(pathlib.Path("/dev").glob(pattern), None) for pattern in ACCELERATORS):
         return
