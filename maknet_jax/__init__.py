@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _API = ("Model", "load")  # of `maknet_jax.api`
+_COMMAND = ("cli", "console", "errors", "files")  # import no JAX; the command sets the level itself
 
 
 def __getattr__(name: str) -> Any:
     """Imports a name of the API, a verb or a subpackage on first use."""
-    if not name.startswith("_") and "jax" not in sys.modules:
+    if not name.startswith("_") and name not in _COMMAND and "jax" not in sys.modules:
         # JAX is imported soon. Its C++ logs "Very slow compile?" as an error: level 3 hides it.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if name in _API:

@@ -145,7 +145,7 @@ def prepare_dicom(
     read_as = reading.Overrides(**overrides)
     _check(out, size, scheduler)
     hidden = pseudonym.read_pseudonyms(pseudonyms, salt_file)
-    with cluster.start_early(workers, scheduler, module=triplets.__name__) as pool:
+    with cluster.start_local(workers, scheduler, module=triplets.__name__) as pool:
         series, failures = series_search.find_series(
             folder, pool, workers=workers, overrides=read_as
         )

@@ -96,6 +96,8 @@ def test_importing_the_package_imports_no_jax_and_verbs_can_be_called():
         "import os, sys, maknet_jax\n"
         "assert 'TF_CPP_MIN_LOG_LEVEL' not in os.environ\n"
         "assert not {'jax', 'numpy', 'flax'} & set(sys.modules), 'imported'\n"
+        "from maknet_jax import cli\n"  # chooses the level itself, see `cli.main`
+        "assert 'TF_CPP_MIN_LOG_LEVEL' not in os.environ\n"
         "import inspect\n"
         "from maknet_jax import train\n"
         "import maknet_jax.evaluate, maknet_jax.data\n"

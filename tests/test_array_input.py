@@ -1,4 +1,4 @@
-"""Arrays that are no CT volume, or have no usable geometry."""
+"""Arrays that are not a CT volume, or have no usable geometry."""
 
 import nibabel
 import numpy as np

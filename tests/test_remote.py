@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import fsspec
 import pytest
@@ -171,6 +172,29 @@ def test_a_kill_at_any_request_of_an_upload_leaves_the_old_or_the_new_checkpoint
     assert names == expected | {f"{folder}/{file}" for folder in folders for file in FILES}
 
 
+@pytest.mark.parametrize("requests", [0, 1, 2])
+def test_a_kill_while_a_run_is_claimed_leaves_a_whole_claim_or_none(store, monkeypatch, requests):
+    done, original = [], type(store).pipe_file
+
+    def pipe_file(self, path, value, **options):
+        if not options:  # those of the owner's object
+            if len(done) == requests:
+                raise Killed
+            done.append(path.rpartition("/")[2])
+        return original(self, path, value, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed), opened(URL) as copy:
+        claim(copy.folder)
+        (copy.folder / "dataset.json").write_text("{}")
+        patch.setattr(type(store), "pipe_file", pipe_file)
+        copy.upload()
+        raise Killed
+    assert done == ["dataset.json", "config.json"][:requests]
+    with opened(URL) as copy:
+        names = sorted(path.name for path in copy.folder.glob("*.json"))
+        assert names == (["config.json", "dataset.json"] if requests == 2 else [])
+
+
 def _manifest(store):
     return json.loads(store.cat_file("/bucket/run/manifest.json"))["checkpoints"]
 
@@ -188,15 +212,35 @@ def test_a_damaged_checkpoint_is_skipped_and_the_previous_one_is_used(store, cac
         remote.view(URL)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"checkpoints": {"checkpoints/1": {"files": {}}}}'])
-def test_a_damaged_manifest_is_one_line(store, text):
-    start()
+def manifest(name, folder, file, description):
+    return json.dumps({"checkpoints": {name: {"folder": folder, "files": {file: description}}}})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"checkpoints": {"checkpoints/1": {"files": {}}}}',
+        manifest("checkpoints/1", "checkpoints/1", "a", ["1", "digest"]),
+        # Paths that would be deleted or written outside of the copy or the workdir.
+        manifest("checkpoints/../..", "checkpoints/../..", "a", [1, "digest"]),
+        manifest("checkpoints/1", "", "a", [1, "digest"]),
+        manifest("checkpoints/1", "checkpoints/1", "../../a", [1, "digest"]),
+    ],
+)
+def test_a_damaged_manifest_is_one_line_and_changes_nothing(store, cache, text):
+    expected = start()
+    view = remote.view(URL)
     store.pipe_file("/bucket/run/manifest.json", text.encode())
-    with pytest.raises(InputError, match="manifest.json is damaged"):
-        remote.view(URL)
+    before = dict(store.store)
+    for read in (remote.view, lambda url: opened(url).__enter__()):
+        with pytest.raises(InputError, match="manifest.json is damaged"):
+            read(URL)
+    assert content(view) == expected and store.store.keys() == before.keys()
 
 
-def test_other_objects_are_not_touched_and_what_is_no_run_is_not_opened(store):
+def test_other_objects_are_not_touched_and_only_runs_are_opened(store):
     store.pipe_file("/bucket/run/photo.jpg", b"x")
     with pytest.raises(InputError, match="something other than output of `maknet train`"):
         with opened(URL):
@@ -225,7 +269,7 @@ def test_an_owner_that_renews_is_waited_for_and_refused(store, monkeypatch):
     assert json.loads(store.cat_file(OWNER))["token"] == "t"
 
 
-def test_a_dead_owner_is_succeeded(store, monkeypatch):
+def test_the_place_of_a_dead_owner_is_taken(store, monkeypatch):
     start()
     foreign(store)
     monkeypatch.setattr(remote_owner, "STALE", 0.3)
@@ -253,16 +297,15 @@ def test_the_owner_renews_its_object(store, monkeypatch):
     monkeypatch.setattr(remote_owner, "BEAT", 0.02)
     with opened(URL) as copy:
         claim(copy.folder)
+        deadline = time.monotonic() + 30
         while json.loads(store.cat_file(OWNER))["beat"] < 3:
-            pass
+            assert time.monotonic() < deadline
 
 
 def arguments(data, url, domain=4):
     changes = toy.overrides(data, "linear", domain_components=domain)
-    return ["train", "--config", "linear", *(f"--config.{each}" for each in changes)] + [
-        "--workdir",
-        url,
-    ]
+    fields = [f"--config.{each}" for each in changes]
+    return ["train", "--config", "linear", *fields, "--workdir", url]
 
 
 @pytest.mark.slow
@@ -353,4 +396,4 @@ def test_a_failed_upload_stops_the_training_and_it_resumes(bucket, data, monkeyp
     assert capsys.readouterr().err.splitlines()[-1] == f"maknet: {url}: the network is gone"
     assert train.train(toy.config(data, "linear"), url)["steps"] == 40
     assert "resuming from step 8 of 40" in capsys.readouterr().err
-    assert pathlib.Path("s3:").exists() is False
+    assert not pathlib.Path("s3:").exists()

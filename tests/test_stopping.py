@@ -13,7 +13,7 @@ import pytest
 
 from maknet_jax import console
 from maknet_jax.cli import exit_codes, options
-from maknet_jax.errors import STOP_SIGNALS, Stopped
+from maknet_jax.errors import STOP_SIGNALS, InputError, Stopped
 from maknet_jax.runs import stopping
 
 
@@ -148,6 +148,20 @@ def test_durations(text, seconds):
 def test_other_texts_are_not_durations(text):
     with pytest.raises(argparse.ArgumentTypeError, match="11h50m"):
         options.duration(text)
+
+
+def test_a_request_after_the_command_reaches_no_other_handler():
+    """Such as that of `maknet_jax.__main__`, which would hide the error that is being reported."""
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        with pytest.raises(InputError), stopping.raising_signals():
+            raise InputError("a full disk")
+        stopping.request("another process failed")
+        time.sleep(0.05)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == []
 
 
 EARLY = """

@@ -58,6 +58,20 @@ def test_a_dead_worker_is_replaced_and_the_others_continue(pool):
         assert not os.path.exists(f"/proc/{worker}/cmdline")
 
 
+def sleep(unit):
+    """When the call ended, after as many seconds as the number of the unit."""
+    time.sleep(unit.number)
+    return time.monotonic()
+
+
+def test_a_long_first_unit_does_not_keep_the_other_workers_waiting():
+    pool = processes.Processes(2, __name__)
+    units = [Unit(1), Unit(0), Unit(0)]
+    long, _, last = pool.map(sleep, units, alone=lambda unit: False, died=died)
+    pool.close()
+    assert last < long
+
+
 def test_workers_that_cannot_start_are_one_line(monkeypatch):
     for forked in (True, False):
         monkeypatch.setattr(processes, "FORK", forked and processes.FORK)
@@ -114,7 +128,8 @@ def test_a_script_needs_no_guard_and_its_workers_end_with_it(tmp_path):
     assert len(others) == 3
     for number in others:
         os.kill(number, signal.SIGTERM)
-    assert all(os.path.exists(f"/proc/{number}/cmdline") for number in others)
+    time.sleep(0.2)
+    assert all(map(running, others))
     process.kill()
     _, error = process.communicate(timeout=60)
     assert error == ""

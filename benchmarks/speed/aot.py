@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("  ".join(str(cell) for cell in rows[-1]), flush=True)
         results.append(key | row)
         notes.extend(
-            f"{network}, {kind}, {topology}, {batch}: {buffer['size'] / batch / 1e6:.2f} MB an "
+            f"{network}, {kind}, {topology}, {batch}: {buffer['size'] / batch / 1e6:.2f} MB per "
             f"image in {buffer['memory']}, {buffer['edges']}: {buffer['source']}"
             for buffer in row["buffers"][: chosen.buffers]
         )

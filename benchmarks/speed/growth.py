@@ -4,7 +4,7 @@
     python benchmarks/speed/growth.py --axes batch,size
 
 One axis varies at a time, on a small MAKNet: images per step, pixels per side, labels, layers of
-the dense block; and records of the data set, for reading. Costs are divided by the work of an image
+the dense block; and records of the data set, for reading. Costs are divided by the work per image
 (the FLOPs of its convolutions and dense layers) or by the records; "growth" is that quotient
 relative to the smallest value of the axis, all values of an axis timed in turns. A growth above
 `LIMIT` is marked: there the cost grows faster than the work.

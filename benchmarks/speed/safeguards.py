@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from benchmarks import harness, timing
+from maknet_jax.cli import options
 from maknet_jax.errors import InputError
 from maknet_jax.runs import steps
 from maknet_jax.training import sharding
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Times both, prints the table and writes the JSON."""
     parser = harness.parser(__file__, __doc__)
     parser.add_argument("--networks", type=harness.words, help="networks, or configs")
-    parser.add_argument("--batch", type=int, help="images per step")
+    parser.add_argument("--batch", type=options.count, help="images per step")
     parser.add_argument("--process", help=argparse.SUPPRESS)  # ADDRESS,NUMBER: one of the two
     full = {"batch": 8, "size": 128, "repeats": 5, "networks": ["maknet", "linear"]}
     quick = {"batch": 8, "size": 32, "repeats": 3, "networks": ["linear"]}

@@ -42,10 +42,10 @@ def start(count: int, scheduler: str | None = None, *, module: str) -> Iterator[
 
 
 @contextlib.contextmanager
-def start_early(
+def start_local(
     count: int, scheduler: str | None, *, module: str
 ) -> Iterator[processes.Processes | None]:
-    """Starts local workers before their work is known, so that they import it meanwhile.
+    """Starts local workers before their work is known, so that they import its module meanwhile.
 
     Args:
       count: the number of processes.

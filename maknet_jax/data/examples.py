@@ -130,7 +130,7 @@ def write_shard(path: str | os.PathLike, payloads: Iterable[bytes]) -> tuple[int
 def _flushing(path: pathlib.Path) -> Iterator[None]:
     """Flushes a file to the disk while the block writes it, and completely at its end.
 
-    A large file takes the disk about a second, in which nothing else would happen at its end.
+    Flushing a large shard at its end takes about a second, in which the writer would only wait.
 
     Raises:
       OSError: it cannot be flushed.

@@ -6,7 +6,6 @@ import errno
 import importlib
 import multiprocessing.connection
 import os
-import select
 import signal
 import socket
 import struct
@@ -24,7 +23,7 @@ FORK = sys.platform == "linux"
 _START = "import sys; from maknet_jax.data import processes; processes.{}(int(sys.argv[1]), {!r})"
 _INTEGER = struct.Struct("q")
 _CLOSED = (BrokenPipeError, ConnectionResetError)  # the other end of a pipe
-_LARGEST_BLOCK = 31 << 20  # bytes; glibc considers blocks of up to 32 MiB
+_BLOCK = 31 << 20  # bytes; glibc adapts its thresholds to freed blocks of up to 32 MiB
 _PATIENCE = 1.0  # seconds until a worker that has closed its pipe is killed
 
 _early: dict[tuple[str, int, int], "_Server"] = {}  # servers that no `Processes` has taken yet
@@ -104,7 +103,8 @@ class Processes(worker_pool.Pool):
                     raise _cannot_start(how) from None
                 yield place, worker_pool.Died(how)
             else:
-                yield place, answer
+                if answer is not None:
+                    yield place, answer
 
     def close(self) -> None:
         """Kills the processes."""
@@ -141,18 +141,19 @@ class _Worker:
             self.pipe.send(call)
 
     def receive(self) -> Any:
-        """(result, None) or (None, exception) of the call.
+        """(result, None) or (None, exception) of the call; None when the process has started.
 
         Raises:
           EOFError: the process has died.
         """
         try:
-            if not self.started:
-                self.pipe.recv()
-                self.started = True
-            return self.pipe.recv()
+            message = self.pipe.recv()
         except ConnectionResetError:
             raise EOFError from None
+        if self.started:
+            return message
+        self.started = True
+        return None
 
     def kill(self) -> None:
         """Ends the process at once."""
@@ -184,7 +185,7 @@ class _Server:
 
     def is_ready(self) -> bool:
         """Whether it has imported its modules."""
-        return self._started or bool(select.select([self._end], [], [], 0)[0])
+        return self._started or bool(multiprocessing.connection.wait([self._end], 0))
 
     def fork(self) -> _Worker:
         """Forks a worker.
@@ -321,9 +322,9 @@ def serve(descriptor: int, module: str | None = None) -> None:
     children.ignore_stop_signals()
     if module is not None:
         importlib.import_module(module)
-    # glibc returns memory to the system from twice the size of the largest freed block, and every
-    # slice would be allocated from there again.
-    bytearray(_LARGEST_BLOCK)
+    # glibc maps large blocks anew and unmaps them when they are freed, so that the kernel clears
+    # every page of every slice. Freeing a block raises its thresholds, and smaller ones are reused.
+    bytearray(_BLOCK)
     pipe = children.Connection(descriptor)
     with contextlib.suppress(EOFError, *_CLOSED):
         pipe.send("started")

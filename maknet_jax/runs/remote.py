@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import pathlib
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from maknet_jax.training import sharding
 
 MANIFEST = "manifest.json"
 CHECKPOINTS = ("checkpoints", "best")
+_CLAIM = ("dataset.json", "config.json")  # in the order in which a run claims its workdir
 _NO_RUN = "does not exist, or is not a workdir of `maknet train`"
 _THREADS = 8  # objects that are copied at once
 _ATTEMPTS = 5  # how often a workdir that changes while it is read is read again
@@ -118,7 +120,8 @@ class Copy:
         """
         with object_store.one_line(self.url):
             names = {path.removeprefix(f"{self._root}/") for path in self._find()}
-        if names - {ownership.FILE} and "config.json" not in names:
+        # The first object of the claim may be that of a killed command.
+        if names - {ownership.FILE, _CLAIM[0]} and _CLAIM[-1] not in names:
             raise InputError(
                 f"{self.url} holds something other than output of `maknet train`: choose a new "
                 "--workdir"
@@ -147,8 +150,8 @@ class Copy:
             return {}
         try:
             saved = json.loads(content)["checkpoints"]
-            for entry in saved.values():
-                _ = entry["folder"] + "", [(size + 0, sha + "") for size, sha in _items(entry)]
+            for name, entry in saved.items():
+                _check_entry(name, entry)
             return saved
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
@@ -160,7 +163,7 @@ class Copy:
         """Copies the files that are not of a checkpoint. TensorBoard's are only written."""
         names = [path.removeprefix(f"{self._root}/") for path in self._find()]
         names = [name for name in names if "/" not in name and _is_plain(name)]
-        if "config.json" not in names:
+        if _CLAIM[-1] not in names:
             if not self._may_be_new:
                 raise FileNotFoundError(self.url)
             shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was never uploaded
@@ -201,7 +204,7 @@ class Copy:
 
             def copy(name: str) -> None:
                 source = f"{self._root}/{entry['folder']}/{name}"
-                for _ in range(2):  # an error on the way passes
+                for _ in range(2):  # an error of the transfer may pass
                     if object_store.copy_object(self._store, source, folder / name) == sha[name]:
                         return
                 raise _Damaged(f"{name} does not match its digest")
@@ -211,8 +214,10 @@ class Copy:
                 list(pool.map(copy, sha))
 
     def _upload_files(self) -> None:
-        for path in sorted(self.folder.rglob("*")):
-            name = path.relative_to(self.folder).as_posix()
+        """Uploads the files that are not of a checkpoint, those of the claim first."""
+        names = {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*")}
+        for name in (*_CLAIM, *sorted(names - {*_CLAIM})):
+            path = self.folder / name
             if not _is_plain(name) or not path.is_file():
                 continue
             version = path.stat().st_size, path.stat().st_mtime_ns
@@ -263,8 +268,22 @@ def _is_plain(name: str) -> bool:
     return not hidden and name != MANIFEST and not name.startswith(CHECKPOINTS)
 
 
-def _items(entry: dict[str, Any]) -> list[list[Any]]:
-    return list(entry["files"].values())
+def _check_entry(name: str, entry: dict[str, Any]) -> None:
+    """Checks an entry of a manifest, whose names become paths on this host and in the bucket.
+
+    Raises:
+      ValueError: a name is not that of a checkpoint or of a file in it, or a file has no size or
+        digest. Entries of other types raise a KeyError, TypeError or AttributeError.
+    """
+    if not re.fullmatch(rf"({'|'.join(CHECKPOINTS)})/\d+", name):
+        raise ValueError(f"{name!r} does not name a checkpoint")
+    if not re.fullmatch(rf"{name}(-[0-9a-f]{{8}})?", entry["folder"]):
+        raise ValueError(f"{entry['folder']!r} is not a folder of {name}")
+    for file, (size, digest) in entry["files"].items():
+        if not isinstance(size, int) or not isinstance(digest, str):
+            raise ValueError(f"{name}/{file} has no size and digest")
+        if file.startswith("/") or {"", ".", ".."} & set(file.split("/")):
+            raise ValueError(f"{file!r} is not below {name}")
 
 
 def _describe(folder: pathlib.Path) -> dict[str, list[Any]]:

@@ -33,7 +33,7 @@ class Owner:
     """
 
     def __init__(self, store: Any, root: str, url: str, command: str) -> None:
-        """Args: as those of `owned`."""
+        """For the arguments see `owned`."""
         self.token = uuid.uuid4().hex
         self._store, self._path, self._url = store, f"{root}/{ownership.FILE}", url
         self._entry: dict[str, Any] = {

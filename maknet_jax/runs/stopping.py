@@ -15,16 +15,17 @@ from maknet_jax.errors import STOP_SIGNALS, InputError, Stopped
 AGAIN = "run the same command to resume"
 _reasons: list[str] = []  # of `request`, instead of a signal from outside
 _noting = 0  # number of active `noted_signals`
+_handling = 0  # number of active `_handlers`
 
 
 def request(reason: str) -> None:
-    """Stops the command as a signal does; any thread may call it.
+    """Stops the command as a signal does, unless it has ended; any thread may call it.
 
     Args:
       reason: replaces the name of the signal in the message.
     """
-    if signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, signal.SIG_IGN, None):
-        return  # the command has already ended
+    if not _handling:
+        return
     _reasons.append(reason.removesuffix(f"; {AGAIN}"))
     main = threading.main_thread().ident
     assert main is not None
@@ -39,6 +40,7 @@ def is_noting() -> bool:
 @contextlib.contextmanager
 def _handlers(handler: Any, *, final: bool = False) -> Iterator[None]:
     """Installs `handler` for all `STOP_SIGNALS`; does nothing outside of the main thread."""
+    global _handling
     before = {}
     with contextlib.suppress(ValueError):
         for number in STOP_SIGNALS:
@@ -46,12 +48,14 @@ def _handlers(handler: Any, *, final: bool = False) -> Iterator[None]:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 before[number] = signal.signal(number, handler)
     ignored = False
+    _handling += bool(before)
     try:
         yield
     except Stopped:
         ignored = final
         raise
     finally:
+        _handling -= bool(before)
         for number, previous in before.items():
             signal.signal(number, signal.SIG_IGN if ignored else previous)
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+_LAST_STEP = 5.0  # seconds to wait for the step that runs when the loop fails
+
 
 class Throughput:
     """Counts the images of the steps since `read` was last called, and the seconds they took.
@@ -32,7 +34,8 @@ class Throughput:
         self._started = 0
         self._done = 0, self._began  # steps that are done, and when the last one was
         self._running: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        threading.Thread(target=self._watch, name="throughput", daemon=True).start()
+        self._watching = threading.Thread(target=self._watch, name="throughput", daemon=True)
+        self._watching.start()
 
     def _watch(self) -> None:
         for number, values in enumerate(iter(self._running.get, None), start=1):
@@ -92,3 +95,6 @@ class Throughput:
     def close(self) -> None:
         """Ends the thread when the last step is done."""
         self._running.put(None)
+        # A thread that returns from C++ while Python ends would abort the process. The step never
+        # ends if another process is lost.
+        self._watching.join(_LAST_STEP)
