@@ -38,7 +38,8 @@ OUT = BENCHMARKS / "out"  # ignored by git
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Runs a benchmark as a command, with the compilation cache and exit codes of `maknet`."""
+    """Runs a benchmark as a command, with the settings and exit codes of `maknet train`."""
+    options.keep_freed_memory()
     options.start_jax()
     sys.exit(exit_codes.exit_code(f"benchmarks/{pathlib.Path(sys.argv[0]).name}", main))
 

@@ -245,7 +245,7 @@ from maknet_jax.cli import options
 def resident():
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
-options.start_jax()
+options.keep_freed_memory()
 before = resident()
 block = bytearray(200_000_000)
 del block

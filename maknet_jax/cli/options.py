@@ -314,12 +314,13 @@ def duration(text: str) -> float:
     return seconds
 
 
-def _reuse_freed_memory() -> None:
-    """Makes glibc keep freed memory, on hosts without an accelerator.
+def keep_freed_memory() -> None:
+    """Makes glibc keep freed memory, on hosts without an accelerator, to train faster.
 
     XLA allocates the temporary arrays of a step at each call. By default glibc returns blocks of
-    that size to the kernel, which clears every page of the next one: a third of MAKNet's training
-    time on CPU. Values in the environment have precedence.
+    that size to the kernel, which clears every page of the next one: a third of the CPU time of
+    MAKNet's training step. Prediction of small batches was slower with it
+    (`benchmarks/RESULTS.md`). Values in the environment have precedence.
     """
     if any(next(pathlib.Path("/dev").glob(pattern), None) for pattern in ACCELERATORS):
         return
@@ -344,7 +345,6 @@ def start_jax(chosen: argparse.Namespace | None = None) -> None:
     Raises:
       InputError: the environment does not say which process this is.
     """
-    _reuse_freed_memory()
     import jax
 
     if chosen is not None and chosen.distributed:

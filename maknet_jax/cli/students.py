@@ -86,6 +86,7 @@ def _run_noisy_student(chosen: argparse.Namespace) -> None:
     from maknet_jax import evaluate, noisy_student
     from maknet_jax.runs import config
 
+    options.keep_freed_memory()
     options.start_jax(chosen)
     summary = noisy_student.noisy_student(
         config.load(chosen.config, chosen.overrides), chosen.workdir

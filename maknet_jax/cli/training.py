@@ -160,6 +160,7 @@ def _run_train(chosen: argparse.Namespace) -> None:
 
     from maknet_jax import train
 
+    options.keep_freed_memory()
     options.start_jax(chosen)
     summary = train.train(config, chosen.workdir)
     best = "no validation AUC"
