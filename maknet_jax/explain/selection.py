@@ -134,7 +134,7 @@ def select(
         hidden = read_pseudonyms(options.pseudonyms, options.salt_file)
         by_score = bool(score and columns and options.limit and not ids)
         best = functools.partial(_best, run, columns) if by_score else None
-        judge = score or (lambda volume: None)
+        judge: Callable[[volumes.Volume], Scored | None] = score or (lambda volume: None)
         readers, known, series, failures = _slices(
             run, path, ids, options, hidden, judge, flags, best
         )
