@@ -157,9 +157,10 @@ def test_invalid_arguments_are_rejected(trained, tmp_path):
 def test_templates_escape_text_and_need_all_their_values():
     model = {"name": "<m>", "columns": [{"title": "<t>", "labels": [], "uri": "data:image/x"}]}
     card = page.perturbation_card("<i>", [model])
-    lead = page.perturbation_lead({"images": 2, "top": 5, "results": []}, ["<h>"], [["<c>"]], 1)
+    summary = {"images": 2, "top": 5, "results": [], "trained_on": "<o>", "flags": {}}
+    lead = page.perturbation_lead(summary, ["<h>"], [["<c>"]], 1)
     text = page.document("<d>", lead, [card])
-    for tag in ("<m>", "<t>", "<i>", "<d>", "<h>", "<c>"):
+    for tag in ("<m>", "<t>", "<i>", "<d>", "<h>", "<c>", "<o>"):
         assert tag not in text and f"&lt;{tag[1]}&gt;" in text
     del model["columns"][0]["uri"]
     with pytest.raises(jinja2.UndefinedError, match="uri"):

@@ -22,6 +22,14 @@ def send(number=signal.SIGTERM):
     time.sleep(0.01)
 
 
+@pytest.fixture(autouse=True)
+def default_hangup():
+    """The tests themselves may run under `nohup`, which ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_each_signal_raises_and_the_handlers_are_handed_back(number):
     before = [signal.getsignal(each) for each in STOP_SIGNALS]
