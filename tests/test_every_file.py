@@ -98,6 +98,9 @@ def test_no_damage_of_any_file_is_read_silently(data, tmp_path):
     ):
         counts = check(folder, read, tmp_path, harmless)
         print(folder.name, *counts)
+        assert counts[2] > 0
         totals += counts
+    # Orbax's descriptions of a checkpoint are not read when it is restored: their damage changes
+    # nothing, and `check` has compared what was read.
     files, cases, reported = totals
-    assert files > 17 and reported > cases // 2
+    assert files > 17 and reported > cases // 3
