@@ -152,7 +152,7 @@ def one_line(
 
     Args:
       url: of the object.
-      missing: what is said of the URL if there is no such object or bucket.
+      missing: the message if the object or the bucket does not exist.
 
     Raises:
       InputError: in place of any error but those of local files.

@@ -96,7 +96,7 @@ class Owner:
 
         Raises:
           InputError: it renews its object.
-          FileNotFoundError: there is no owner.
+          FileNotFoundError: no command owns it.
         """
         before = self._store.cat_file(self._path)
         owner, ends = _parse(before), time.monotonic() + STALE
