@@ -84,9 +84,21 @@ def owned(folder: pathlib.Path, command: str, option: str = "--out") -> Iterator
                 stack.enter_context(ownership.owned(folder, command, option))
             except InputError as error:
                 problem = str(error)
-        if problem := sharding.exchange(problem)[0]:
-            raise InputError(problem)
+        raise_any(problem)
         yield
+
+
+def raise_any(problem: str) -> None:
+    """Raises the first problem of the processes on all of them; a collective.
+
+    Args:
+      problem: of this process; empty if there is none.
+
+    Raises:
+      InputError: a process has a problem.
+    """
+    if problems := [each for each in sharding.exchange(problem) if each]:
+        raise InputError(problems[0])
 
 
 def _check_shared(folder: pathlib.Path, token: str | None) -> None:

@@ -28,7 +28,7 @@ import jax
 from maknet_jax import console, files
 from maknet_jax.data import object_store
 from maknet_jax.errors import InputError, Stopped
-from maknet_jax.runs import ownership, remote_owner
+from maknet_jax.runs import claim, ownership, remote_owner
 from maknet_jax.training import sharding
 
 MANIFEST = "manifest.json"
@@ -332,7 +332,7 @@ def opened(url: str, command: str) -> Iterator[Copy]:
                 stack.enter_context(copy.owned(command))
         except InputError as error:
             problem = str(error)
-        _raise_any(problem)
+        claim.raise_any(problem)
         owner = sharding.exchange(copy.owner.token if copy.owner else None)[0]
         try:
             if copy.read_token() != owner:
@@ -345,19 +345,13 @@ def opened(url: str, command: str) -> Iterator[Copy]:
                 copy.clean()
         except InputError as error:
             problem = str(error)
-        _raise_any(problem)
+        claim.raise_any(problem)
         try:
             yield copy
         except Stopped:
             copy.upload()
             raise
         copy.upload()
-
-
-def _raise_any(problem: str) -> None:
-    """Raises the error of any process on all of them."""
-    if problems := [each for each in sharding.exchange(problem) if each]:
-        raise InputError(problems[0])
 
 
 def view(url: str) -> pathlib.Path:
