@@ -19,6 +19,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from benchmarks.real_data import DATA  # noqa: E402
+from maknet_jax.data import object_store  # noqa: E402
 
 
 def pytest_unconfigure():
@@ -119,6 +120,14 @@ def exported(trained, tmp_path_factory):
     out = tmp_path_factory.mktemp("bundles") / "torso"
     maknet_jax.export(trained, out, zipped=True)
     return out
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The local cache; fsspec's file system in memory stands for an object store."""
+    monkeypatch.setenv("MAKNET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(object_store, "SCHEMES", ("s3", "gs", "memory"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture

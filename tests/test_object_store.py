@@ -11,19 +11,13 @@ import test_records
 import toy
 
 from maknet_jax import cli, files, plan
-from maknet_jax.data import object_store, records
+from maknet_jax.data import records
 from maknet_jax.errors import InputError
 from maknet_jax.runs import config
 
 URL = "memory://bucket/set"
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """The local cache; fsspec's file system in memory stands for an object store."""
-    monkeypatch.setenv("MAKNET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(object_store, "SCHEMES", ("s3", "gs", "memory"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

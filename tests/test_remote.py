@@ -26,13 +26,7 @@ URL = "memory://bucket/run"
 OWNER = f"/bucket/run/{ownership.FILE}"
 FILES = ("state/d/0", "state/manifest.ocdbt", "content/metadata")
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """The local cache; fsspec's file system in memory stands for an object store."""
-    monkeypatch.setenv("MAKNET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(object_store, "SCHEMES", ("s3", "gs", "memory"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
