@@ -6,15 +6,16 @@ import json
 import jax
 import numpy as np
 import pytest
+import test_step
 import toy
 from runs import equal_runs, newest_checkpoint, signal_after
 
 from benchmarks.speed import safeguards
-from maknet_jax import train
+from maknet_jax import models, train
 from maknet_jax.data import pipeline
 from maknet_jax.errors import InputError, Stopped
 from maknet_jax.runs import setup
-from maknet_jax.training import checkpoint, sharding
+from maknet_jax.training import checkpoint, ranger, sharding, state
 
 
 def poison(monkeypatch, *steps):
@@ -63,6 +64,45 @@ def test_with_finite_gradients_the_option_changes_nothing(data, tmp_path):
         states.append(newest_checkpoint(tmp_path / str(most), page).state)
     for one, other in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("devices, parts", [(1, 1), (4, 2)])
+def test_one_row_of_one_device_skips_the_step_on_all(devices, parts):
+    """Of a finite step, every bit is that of the step without the option."""
+    model, optimizer = models.build("linear", 3, edge=4), ranger.ranger(0.01)
+    mesh = sharding.data_mesh(jax.devices()[:devices])
+    start = state.create(model, optimizer, size=32, seed=0)
+    batch = next(test_step.batches(1))
+    options = {"accumulate": parts, "devices": devices}
+    plain, safe = (
+        test_step.compiled(model, optimizer, mesh, skip_nonfinite=skip, **options)
+        for skip in (False, True)
+    )
+
+    def digests(train_step, batch):
+        after, values = test_step.changed(train_step, mesh, start, batch)
+        return checkpoint.digests(after), values.get("skipped")
+
+    assert digests(safe, batch) == (digests(plain, batch)[0], False)
+    batch["weight"][-1] = np.inf
+    assert digests(safe, batch) == (checkpoint.digests(start._replace(step=start.step + 1)), True)
+
+
+def test_no_second_state_is_kept_until_the_gradient_is_known():
+    """Beyond the gradient, of which each parameter has one number, nothing is stored."""
+    model, optimizer = models.build("linear", 3, edge=32), ranger.ranger(0.01)
+    like = state.shapes(model, optimizer, size=32)
+    mesh, batch = test_step.one_device(), next(test_step.batches(1))
+    memory = [
+        test_step.compiled(model, optimizer, mesh, skip_nonfinite=skip)
+        .lower(like, sharding.put_batch(mesh, batch), jax.random.key(0))
+        .compile()
+        .memory_analysis()
+        for skip in (False, True)
+    ]
+    size = sum(4 * leaf.size for leaf in jax.tree.leaves(like.params))
+    assert memory[1].temp_size_in_bytes - memory[0].temp_size_in_bytes <= size
+    assert memory[1].alias_size_in_bytes == memory[0].alias_size_in_bytes > 4 * size
 
 
 def test_skipped_steps_are_counted_and_logged_also_after_a_restart(data, tmp_path, monkeypatch):

@@ -146,3 +146,24 @@ def test_mixpool_that_is_not_learned_has_no_parameter():
     assert not pool.init(jax.random.key(0), x)
     halves = layers.MixPool().apply({"params": {"share": jnp.float32(0.5)}}, x)
     np.testing.assert_array_equal(pool.apply({}, x), halves)
+
+
+@pytest.mark.parametrize("axes", [(1, 2), (-1,)])
+@pytest.mark.parametrize("values", [drawn, tied])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_maximum_and_its_gradient_are_those_of_jax(values, axes, dtype):
+    x = values(2, 6, 5, 3).astype(dtype)
+    ours, pull_ours = jax.vjp(lambda x: pooling.maximum(x, axes), x)
+    expected, pull_theirs = jax.vjp(lambda x: x.max(axes), x)
+    np.testing.assert_array_equal(ours, expected)
+    cotangent = drawn(*ours.shape, seed=1).astype(dtype)
+    np.testing.assert_array_equal(pull_ours(cotangent)[0], pull_theirs(cotangent)[0])
+
+
+def test_the_maximum_saves_no_mask():
+    """x itself is saved by its other readers too; a mask would be a second array of its size."""
+    x = drawn(2, 6, 5, 3)
+    saved = jax.tree.leaves(jax.vjp(lambda x: pooling.maximum(x, (1, 2)), x)[1])
+    large, small = sorted(saved, key=jnp.size, reverse=True)
+    assert small.shape == (2, 3)
+    np.testing.assert_array_equal(large, x)

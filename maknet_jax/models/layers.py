@@ -201,7 +201,7 @@ class MixPool(nn.Module):
 def global_concat_pool(x: jax.Array) -> jax.Array:
     """Global concatenate pooling: `[B, H, W, C]` -> float32 `[B, 2C]`, maxima then means."""
     means = x.mean(axis=(1, 2), dtype=jnp.float32)
-    return jnp.concatenate([x.max(axis=(1, 2)).astype(jnp.float32), means], axis=-1)
+    return jnp.concatenate([pooling.maximum(x, (1, 2)).astype(jnp.float32), means], axis=-1)
 
 
 class CBAM(nn.Module):
@@ -221,10 +221,10 @@ class CBAM(nn.Module):
         channels = x.shape[-1]
         hidden = nn.Dense(max(1, channels // self.ratio), dtype=self.dtype, name="mlp_hidden")
         output = nn.Dense(channels, dtype=self.dtype, name="mlp_output")
-        pooled = jnp.stack([x.mean(axis=(1, 2)), x.max(axis=(1, 2))])
+        pooled = jnp.stack([x.mean(axis=(1, 2)), pooling.maximum(x, (1, 2))])
         attention = output(nn.relu(hidden(pooled))).sum(axis=0)
         x = x * nn.sigmoid(attention)[:, None, None]
-        pooled = jnp.stack([x.max(axis=-1), x.mean(axis=-1)], axis=-1)
+        pooled = jnp.stack([pooling.maximum(x, (-1,)), x.mean(axis=-1)], axis=-1)
         conv = nn.Conv(1, (7, 7), padding=3, use_bias=False, dtype=self.dtype, name="places")
         attention = batch_norm(self.dtype, train, name="places_norm")(conv(pooled))
         return x * nn.sigmoid(attention)

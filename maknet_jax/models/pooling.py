@@ -1,15 +1,17 @@
-"""2 x 2 pooling with stride 2 whose backward pass needs neither the image nor a scatter.
+"""Pooling with a cheap backward pass: 2 x 2 with stride 2, and maxima over whole axes.
 
 The gradient of XLA's own pooling is select-and-scatter, which is slow and is rejected by the
-deterministic GPU mode (flax #4233). Here the forward pass saves the index of the largest of the
-four pixels, one byte per window (mixed pooling also saves its difference from the mean), and the
-backward pass selects by it. Values are equal to XLA's, NaN included. Gradients are also equal: the
-first of equal pixels gets the gradient. The only exception is a window with a NaN: here the NaN
-gets the gradient, in XLA another pixel. Images are `[B, H, W, C]`; the last row and column of odd
-sizes are dropped. Forward-mode differentiation raises a TypeError.
+deterministic GPU mode (flax #4233). Here the backward pass needs neither the image nor a scatter:
+the forward pass saves the index of the largest of the four pixels, one byte per window (mixed
+pooling also saves its difference from the mean), and the backward pass selects by it. Values are
+equal to XLA's, NaN included. Gradients are also equal: the first of equal pixels gets the gradient.
+The only exception is a window with a NaN: here the NaN gets the gradient, in XLA another pixel.
+Images are `[B, H, W, C]`; the last row and column of odd sizes are dropped. Forward-mode
+differentiation raises a TypeError.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -103,3 +105,35 @@ def _mix_pool_backward(residuals: _Residuals, cotangent: jax.Array) -> tuple[jax
 
 
 _mix_pool.defvjp(_mix_pool_forward, _mix_pool_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def maximum(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """`x.max(axes)`, which saves no mask of the size of x for the backward pass.
+
+    JAX's own maximum saves where x has it, in the dtype of x. The gradients are equal: those of
+    equal maxima share the cotangent.
+
+    Args:
+      x: any shape.
+      axes: the axes to reduce, which the result lacks.
+    """
+    return x.max(axes)
+
+
+def _maximum_forward(
+    x: jax.Array, axes: Sequence[int]
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    largest = x.max(axes)
+    return largest, (x, largest)
+
+
+def _maximum_backward(
+    axes: Sequence[int], residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array]:
+    x, largest = residuals
+    is_largest = (x == jnp.expand_dims(largest, axes)).astype(x.dtype)
+    return (is_largest * jnp.expand_dims(cotangent / is_largest.sum(axes), axes),)
+
+
+maximum.defvjp(_maximum_forward, _maximum_backward)

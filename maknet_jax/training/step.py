@@ -112,6 +112,20 @@ def make_train_step(
         stats = jax.tree.map(lambda old, sums: old + sums / accumulate, stats, change)
         return gradients, jax.tree.map(lambda parts: parts.sum(axis=0), values), stats
 
+    def update(state: TrainState, gradients: Variables, stats: Variables) -> TrainState:
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = jax.tree.map(
+            lambda old, new: ema_decay * old + (1 - ema_decay) * new,
+            state.ema,
+            {"params": params, "batch_stats": stats} if state.ema else (),
+        )
+        return TrainState(state.step + 1, params, stats, opt_state, average)
+
+    def skip(state: TrainState, gradients: Variables, stats: Variables) -> TrainState:
+        del gradients, stats
+        return state._replace(step=state.step + 1)
+
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
         batch = dict(batch)
@@ -120,23 +134,16 @@ def make_train_step(
         gradients, (value, metrics), stats = compute(
             state.params, state.batch_stats, batch, key, dropout_key
         )
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
         norm = optax.tree.norm(gradients)
         metrics = metrics | {"gradient_norm": norm}
         if request is not None:
             metrics["request"] = request.max()
-        average = jax.tree.map(
-            lambda old, new: ema_decay * old + (1 - ema_decay) * new,
-            state.ema,
-            {"params": params, "batch_stats": stats} if state.ema else (),
-        )
-        after = TrainState(state.step + 1, params, stats, opt_state, average)
-        if skip_nonfinite:
-            finite = jnp.isfinite(value) & jnp.isfinite(norm)
-            metrics["skipped"] = ~finite
-            kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
-            after = kept._replace(step=state.step + 1)
+        if not skip_nonfinite:
+            return update(state, gradients, stats), metrics
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        metrics["skipped"] = ~finite
+        # A choice per leaf by `jnp.where` instead would copy the old state at every step on CPU.
+        after = jax.lax.cond(finite, update, skip, state, gradients, stats)
         return after, metrics
 
     return train_step
