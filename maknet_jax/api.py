@@ -35,7 +35,7 @@ from maknet_jax.explain.label_names import label_columns
 from maknet_jax.explain.network import Network, make_network, network_name
 from maknet_jax.explain.options import PathOptions
 from maknet_jax.explain.ranking import best_slices, group_of, label_scores
-from maknet_jax.runs import workdir
+from maknet_jax.runs import released, workdir
 from maknet_jax.training import sharding
 
 Source: TypeAlias = "search.Paths | np.ndarray"
@@ -102,8 +102,8 @@ class Model:
     def __repr__(self) -> str:
         run = self.run
         return (
-            f"<{run.model_name} of {run.source}: {len(self.labels)} labels, {self.size} x "
-            f"{self.size}, {run.name} checkpoint, step {run.step}>"
+            f"<{run.model_name} of {released.shown_name(run.source)}: {len(self.labels)} labels, "
+            f"{self.size} x {self.size}, {run.name} checkpoint, step {run.step}>"
         )
 
     @property

@@ -149,7 +149,7 @@ def _scores(folder: pathlib.Path) -> list[tuple[str, list[float | None]]]:
 def _headline(scores: Sequence[tuple[str, list[float | None]]]) -> list[tuple[str, str]]:
     """(AUC, the split) of each evaluation for which it is defined."""
     return [
-        (f"{auc:.3f}", f"AUC on {split}, {images:.0f} images")
+        (f"{auc:.3f}", f"AUC, split {split} ({images:.0f} images)")
         for split, (auc, *_, images) in scores
         if auc is not None and images is not None
     ]

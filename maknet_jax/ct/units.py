@@ -21,7 +21,8 @@ _METAL = 3100  # HU; denser than bone, and above the 12-bit range of most scanne
 _LOSS = 8  # HU; how far lossy compression moves padding
 _CHUNK = 1 << 15  # values that are counted at once, so that they stay in the cache
 _SMALLEST_SPAN = 20  # HU; the noise of a phantom spans more
-_MOST_LABELS = 160  # of a label map; display images have 200 to 256 values
+# Most values of a label map, and voxels per value; display images have 200 to 256 values.
+_MOST_LABELS, _LABEL_VOXELS = 160, 500
 _MOST_DEEP, _MOST_METAL = 0.05, 0.07  # shares of all values, and of the body
 
 
@@ -114,7 +115,8 @@ class Values:
             return "an empty mask or image" if len(self) and values[0] == self._high else ""
         if len(values) == 2:
             return "a binary mask"
-        return f"a label map of {len(values) - 1} values" if len(values) <= _MOST_LABELS else ""
+        many = min(_MOST_LABELS, len(self) // _LABEL_VOXELS)
+        return f"a label map of {len(values) - 1} values" if len(values) <= many else ""
 
     def _evidence(self) -> str:
         """Why the values are not HU, or ""."""

@@ -53,6 +53,9 @@ def facts(
     """Where an image comes from and how it is drawn, one phrase each."""
     meta = metadata.get("meta", {})
     lines = [f"split {meta['split']}"] if meta.get("split") else []
+    if metadata.get("id", "").startswith("sha256:") and meta.get("file"):
+        # The files have no SeriesInstanceUID: their folder tells a reader more than a digest.
+        lines.append("/".join(pathlib.PurePath(meta["file"]).parts[-2:]))
     if meta.get("slice") is not None:
         last = f", {meta['slices'] - 1}: feet" if meta.get("slices") else ""
         lines.append(f"slice {meta['slice']} (0: head{last})")
