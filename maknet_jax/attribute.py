@@ -341,6 +341,7 @@ def _write(explained: results.Explained, *, nifti: bool) -> dict[str, Any]:
         ]
         reached += any_reached(mapped)
         known |= any(entry["truth"] != "unknown" for entry in mapped)
+        known |= any(model["missed"] for model in metadata["models"])
         for model in metadata["models"]:
             name = model["name"]
             per_image.setdefault(name, []).append(list(model.get("areas", {}).values()))
