@@ -103,7 +103,8 @@ def describe_change(entry: Mapping[str, Any], output: str) -> str:
       output: one of `options.OUTPUTS`.
     """
     baseline = f"baseline {entry['baseline']:.2f}, " if "baseline" in entry else ""
-    change = f"{entry['change']:+.2f}".replace("-", "\N{MINUS SIGN}")
+    rounded = round(entry["change"], 2) + 0.0  # not -0.00
+    change = f"{rounded:+.2f}".replace("-", "\N{MINUS SIGN}")
     return f"{baseline}{'change' if output == 'probability' else 'logit'} {change}"
 
 
