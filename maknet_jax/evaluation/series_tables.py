@@ -111,7 +111,10 @@ def describe(overview: Row, covers: Sequence[Row], most: int | None = None) -> s
     shown = f"shows {overview['body_part_examined'].replace('|', ' and ') or 'no region'}"
     shown = _unjudged(overview) if outside else shown
     tag = f" (tag {overview['tag']})" if overview["tag"] else ""
-    lines = [f"{overview['series']}: {overview['slices']} slices{span}; {shown}{tag}"]
+    name = overview["series"]
+    if name.startswith("sha256:"):  # no SeriesInstanceUID: the file says more than a digest
+        name += f" ({overview['file']})"
+    lines = [f"{name}: {overview['slices']} slices{span}; {shown}{tag}"]
     lines += [f"  {flag}: {FLAGS[flag]}" for flag in overview["flags"]]
     if overview["flagged_slices"]:
         lines.append(f"  slices with flags: {overview['flagged_slices']}")
