@@ -34,8 +34,8 @@ from maknet_jax.explain.explanation import Explanation
 from maknet_jax.explain.label_names import label_columns
 from maknet_jax.explain.network import Network, make_network, network_name
 from maknet_jax.explain.options import PathOptions
-from maknet_jax.explain.selection import best_slices, group_of
-from maknet_jax.runs import workdir
+from maknet_jax.explain.ranking import best_slices, group_of, label_scores
+from maknet_jax.runs import released, workdir
 from maknet_jax.training import sharding
 
 Source: TypeAlias = "search.Paths | np.ndarray"
@@ -102,8 +102,8 @@ class Model:
     def __repr__(self) -> str:
         run = self.run
         return (
-            f"<{run.model_name} of {run.source}: {len(self.labels)} labels, {self.size} x "
-            f"{self.size}, {run.name} checkpoint, step {run.step}>"
+            f"<{run.model_name} of {released.shown_name(run.source)}: {len(self.labels)} labels, "
+            f"{self.size} x {self.size}, {run.name} checkpoint, step {run.step}>"
         )
 
     @property
@@ -283,7 +283,7 @@ class Model:
           labels: explain these; None explains the `top` most confident labels of each image.
           top: number of labels if `labels` is None.
           limit: the number of slices to explain instead, those of different series first, as in
-            `maknet attribute --labels --limit`; see `explain.selection.best_slices`.
+            `maknet attribute --limit`; see `explain.ranking.best_slices`.
           **path: fields of `explain.options.PathOptions`: steps, method, baseline, output, refine,
             batch_size.
 
@@ -329,11 +329,7 @@ class Model:
             hu = self._checked(images)[:limit]
             flags = scoring.network_flags(self.run)
             return hu, tuple(str(row) for row in range(len(hu))), (flags,) * len(hu)
-        scores, reached = images.confidences, images.confidences >= self.thresholds
-        if columns:
-            scores, reached = scores[:, columns], reached[:, columns]
-        else:
-            scores, reached = scores.max(axis=1, keepdims=True), reached.any(axis=1, keepdims=True)
+        scores, reached = label_scores(images.confidences, self.thresholds, columns)
         groups = [
             group_of(f"{series.id}:{number}", {"series": series.id})
             for series in images.series

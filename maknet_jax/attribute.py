@@ -14,7 +14,7 @@ from markupsafe import Markup
 from maknet_jax import console, files, predict, scoring
 from maknet_jax.attribution import faithfulness, perturbation
 from maknet_jax.attribution import integrated_gradients as ig
-from maknet_jax.evaluation import protocol
+from maknet_jax.evaluation import metrics, protocol
 from maknet_jax.evaluation.series import FLAGS, OF_NETWORK, describe_flags
 from maknet_jax.explain import drawing, results
 from maknet_jax.explain.label_names import label_columns
@@ -23,7 +23,7 @@ from maknet_jax.explain.nifti_maps import write_maps
 from maknet_jax.explain.options import DISPLAY, PATH, DisplayOptions, PathOptions, SelectionOptions
 from maknet_jax.explain.selection import SelectedImage, select
 from maknet_jax.explain.truth import outcome
-from maknet_jax.figures import overlay, page
+from maknet_jax.figures import overlay, page, picture
 from maknet_jax.runs.workdir import Run
 from maknet_jax.training import sharding
 
@@ -38,6 +38,7 @@ COLUMNS = (
     "confidence",
     "threshold",
     "predicted",
+    "baseline",
     "change",
     "residual",
     "relative",
@@ -218,13 +219,19 @@ def _result(
             entry = label_entry(image, batch.network.run, column, scores) | {"map": None}
             if column in targets:
                 at = targets.index(column)
-                entry |= {"map": at}
+                start = attribution.start[row, at]
+                start = metrics.sigmoid(start) if settings["output"] == "logit" else start
+                entry |= {"map": at, "baseline": float(start)}
                 entry["change"] = float(attribution.end[row, at] - attribution.start[row, at])
                 entry |= {"residual": float(attribution.residual[row, at])}
                 entry |= {"relative": float(attribution.relative[row, at])}
                 entry |= {"flagged": bool(attribution.flagged[row, at])}
             entries.append(entry)
-        missed = [[names[k], float(scores[k])] for k in image.labelled if k not in listed]
+        missed = [
+            [names[k], float(scores[k]), float(batch.network.run.thresholds[k])]
+            for k in image.labelled
+            if k not in listed
+        ]
         model: dict[str, Any] = {"name": batch.network.name, "labels": entries, "missed": missed}
         if batch.areas is not None:
             model["areas"] = dict(zip(AREAS, batch.areas[row].tolist(), strict=True))
@@ -236,9 +243,25 @@ def _result(
     return metadata, arrays
 
 
+def any_reached(labels: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether any of some labels of an image, see `label_entry`, reaches its threshold."""
+    return any(entry["predicted"] for entry in labels)
+
+
 def warnings(summary: Mapping[str, Any]) -> list[str]:
-    """One line for each flag of the images of a summary of `attribute` or `perturb`."""
-    return describe_flags(summary["flags"], f"{summary['images']} images")
+    """What is doubtful about the images of a summary of `attribute` or `perturb`, a line each.
+
+    These are their flags, and images in which no label reaches its threshold.
+    """
+    images, lines = summary["images"], describe_flags(summary["flags"], _count(summary["images"]))
+    if without := images - summary.get("reached", images):
+        where = f"{without} of {_count(images)}" if without < images else f"any of {_count(images)}"
+        lines.append(f"none of the labels shown reaches its threshold in {where}")
+    return lines
+
+
+def _count(images: int) -> str:
+    return f"{images} image{'s' * (images != 1)}"
 
 
 def describe(metadata: Mapping[str, Any]) -> list[str]:
@@ -249,7 +272,7 @@ def describe(metadata: Mapping[str, Any]) -> list[str]:
 
 def cards(
     slices: Iterable[Sequence[pathlib.Path]],
-    display: tuple[float, float],
+    settings: Mapping[str, Any],
     names: Sequence[str] = (),
     notes: Mapping[pathlib.Path, Sequence[str]] = types.MappingProxyType({}),
 ) -> Iterator[Markup]:
@@ -257,7 +280,7 @@ def cards(
 
     Args:
       slices: files of results, those of one slice together, see `drawing.by_slice`.
-      display: (low, high) in HU of the pictures.
+      settings: of the run: display and output.
       names: of the networks, see `results.load_metadata`.
       notes: file of a result -> lines below its CT.
     """
@@ -266,9 +289,13 @@ def cards(
         metadata = drawing.merge_truth(
             metadata, [results.load_metadata(other, names) for other in others]
         )
+        display, output = settings["display"], settings["output"]
         drawn = drawing.load_picture(metadata, arrays, display)
         for place, model in enumerate(metadata["models"]):
             model["uris"] = [overlay.to_uri(layer) for layer in drawing.map_layers(arrays, place)]
+            for entry in model["labels"]:
+                if entry["map"] is not None:
+                    entry["effect"] = drawing.describe_change(entry, output)
         present = ", ".join(drawing.annotated(metadata))
         yield page.attribution_card(
             metadata["id"],
@@ -278,7 +305,8 @@ def cards(
             notes=[*([f"annotated: {present}"] if present else []), *notes.get(path, ())],
             warnings=describe(metadata),
             aspect=drawn.grey.shape[1] / drawn.grey.shape[0],
-            right=drawing.is_oriented(metadata["meta"]),
+            right=picture.is_oriented(metadata["meta"]),
+            scale=(drawing.colour_scale(arrays), drawing.scale_unit(arrays, output)),
         )
 
 
@@ -297,6 +325,7 @@ def _write(explained: results.Explained, *, nifti: bool) -> dict[str, Any]:
     out, summary, names = explained.out, explained.summary, explained.names
     index, rows, groups = [], [], []
     flags: dict[str, list[bool]] = {}
+    reached, known = 0, False
     per_image: dict[str, list[list[float]]] = {}
     for number, path in explained.files.items():
         metadata = results.load_metadata(path, names)
@@ -304,6 +333,15 @@ def _write(explained: results.Explained, *, nifti: bool) -> dict[str, Any]:
         index.append({"number": number, "file": file, "overlay": f"overlays/{path.stem}.png"})
         index[-1] |= metadata
         groups.append(metadata["group"])
+        mapped = [
+            entry
+            for model in metadata["models"]
+            for entry in model["labels"]
+            if entry["map"] is not None
+        ]
+        reached += any_reached(mapped)
+        known |= any(entry["truth"] != "unknown" for entry in mapped)
+        known |= any(model["missed"] for model in metadata["models"])
         for model in metadata["models"]:
             name = model["name"]
             per_image.setdefault(name, []).append(list(model.get("areas", {}).values()))
@@ -313,7 +351,7 @@ def _write(explained: results.Explained, *, nifti: bool) -> dict[str, Any]:
                 flags.setdefault(name, []).append(entry["flagged"])
                 values = {"id": metadata["id"], "model": name, "file": file} | entry
                 values["flags"] = "|".join(metadata.get("flags", ()))
-                rows.append([values[column] for column in COLUMNS])
+                rows.append([values.get(column, "") for column in COLUMNS])
     files.write_json(out / "index.json", index)
     console.write_table(out / "attributions.csv", COLUMNS, rows)
     console.write_failures(out / "failures.csv", explained.failures)
@@ -321,6 +359,7 @@ def _write(explained: results.Explained, *, nifti: bool) -> dict[str, Any]:
         "complete": {name: float(1 - np.mean(each)) for name, each in flags.items()},
         "flagged": {name: int(np.sum(each)) for name, each in flags.items()},
         "groups": len(set(groups)),
+        "reached": reached,
     }
     if summary["faithful"]:
         areas = {
@@ -337,8 +376,11 @@ def _write(explained: results.Explained, *, nifti: bool) -> dict[str, Any]:
     slices = drawing.by_slice(zip(explained.files.values(), index, strict=True))
     shown = slices[: explained.most_shown]
     with files.write_whole(out / "index.html") as page_file:
-        lead = page.attribution_lead(summary | more, len(shown), len(slices), warnings(summary))
-        drawn = cards(shown, summary["display"], names)
+        everything = summary | more
+        lead = page.attribution_lead(
+            everything, len(shown), len(slices), warnings(everything), truth_known=known
+        )
+        drawn = cards(shown, summary, names)
         page_file.write(page.document("Attributions", lead, drawn))
     written = ["index.html", "attributions.csv", "index.json", "cases", "overlays"]
     if nifti:

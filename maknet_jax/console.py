@@ -80,6 +80,12 @@ def say_from_signal(text: str) -> None:
         os.write(2, f"{clear}{files.printable(text)}\n".encode())
 
 
+def say_off_terminal(text: str) -> None:
+    """Prints one line on standard error if it is not a terminal, where no bar shows progress."""
+    if not sys.stderr.isatty():
+        Log().say(text)
+
+
 @contextlib.contextmanager
 def progress(
     description: str, total: int | None, *, done: int = 0

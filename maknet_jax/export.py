@@ -25,6 +25,7 @@ def export(
     dtype: str = "float32",
     name: str | None = None,
     license_name: str | None = None,
+    note: str | None = None,
     data: str | os.PathLike[str] | None = None,
     zipped: bool = False,
     overwrite: bool = False,
@@ -40,6 +41,7 @@ def export(
       name: the title; None takes that of the bundle, or the name of the workdir.
       license_name: of the weights, as named by the Hugging Face Hub; None takes that of the bundle,
         and "other" for a workdir.
+      note: a known limit of the network, for the model card; None takes that of the bundle.
       data: the training data set, if it has moved; the bundle records its origin.
       zipped: also write OUT.zip.
       overwrite: replace an existing bundle at `out`.
@@ -53,7 +55,9 @@ def export(
     bundle.check_free(out, zipped=zipped, overwrite=overwrite)
     out = pathlib.Path(out).absolute()
     with ownership.owned(out.parent, "maknet export", "--out", file=out.name):
-        return _export(folder, out, checkpoint, dtype, name, license_name, data, zipped, overwrite)
+        return _export(
+            folder, out, checkpoint, dtype, name, license_name, note, data, zipped, overwrite
+        )
 
 
 def _export(
@@ -63,6 +67,7 @@ def _export(
     dtype: str,
     name: str | None,
     license_name: str | None,
+    note: str | None,
     data: str | os.PathLike[str] | None,
     zipped: bool,
     overwrite: bool,
@@ -86,6 +91,7 @@ def _export(
         title, licence = run.metadata["name"], card.license_of(bundle.read_card(run.source))
         # Of the weights before any rounding to another dtype.
         checkpoint_digest = run.metadata["checkpoint"]["digest"]
+        note = note or run.metadata.get("note")
     info = {
         "name": name or title,
         "config": bundle.without_paths(run.config),
@@ -109,10 +115,11 @@ def _export(
         "versions": {"maknet-jax": maknet_jax.__version__}
         | {each: importlib.metadata.version(each) for each in ("jax", "flax", "safetensors")},
     }
+    info |= {"note": note} if note else {}
     content = {
         bundle.WEIGHTS: weights,
         bundle.NETWORK: network,
-        bundle.CARD: card.model_card(info, license_name or licence).encode(),
+        bundle.CARD: card.model_card(info, license_name or licence, out.name).encode(),
     }
     if run.domain:
         content[domain_file.FILE] = domain_file.encode(run.domain)
@@ -156,6 +163,7 @@ def _data(run: workdir.Run, path: str | os.PathLike[str] | None) -> dict[str, An
     return known | {
         "origin": dataset.origin,
         "images": {name: split["count"] for name, split in dataset.info["splits"].items()},
+        "choice": dataset.choice,
     }
 
 

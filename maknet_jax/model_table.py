@@ -61,6 +61,18 @@ def measure(name: str, *, num_classes: int = 115, size: int = 256) -> list[Cost]
     return [Cost(part, *numbers) for part, numbers in parts.items()]
 
 
+def _released() -> list[str]:
+    """The released models and their labels, as lines."""
+    lines = ["released models, for --model NAME and maknet_jax.load(NAME):"]
+    for model in released.describe():
+        lines.append(
+            f"  {model.name}: {model.network}, images of {model.size} x {model.size}, trained on "
+            f"{model.trained_on}"
+        )
+        lines.append(f"    {len(model.labels)} labels: {', '.join(model.labels)}")
+    return lines
+
+
 def model_table(
     names: Sequence[str] = tuple(CONFIGS),
     *,
@@ -82,7 +94,7 @@ def model_table(
     Raises:
       InputError: an unknown network.
     """
-    lines, costs, totals = [], {}, []
+    lines, costs, totals = [*_released(), ""], {}, []
     for name in names:
         parts = measure(name, num_classes=num_classes, size=size)
         total = Cost("all", *map(sum, zip(*(part[1:] for part in parts), strict=True)))
@@ -106,9 +118,7 @@ def model_table(
     header = ["", "parameters", "paper", "GFLOP forward", "MB moved at least"]
     lines.append(console.format_table(header, totals))
     lines.append(f"\n{num_classes} labels, one image of {size} x {size}, float32")
-    lines += [SPEED, "\nreleased models, for --model NAME and maknet_jax.load(NAME):"]
-    header = ["name", "network", "labels", "image size", "trained on"]
-    lines.append(console.format_table(header, released.describe()))
+    lines.append(SPEED)
     if out is not None:
         files.write_json(out, {"num_classes": num_classes, "size": size, "networks": costs})
     return "\n".join(lines), costs

@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from maknet_jax import console, files, predict, scoring
-from maknet_jax.attribute import describe, label_entry, warnings
+from maknet_jax.attribute import any_reached, describe, label_entry, warnings
 from maknet_jax.attribution import faithfulness, perturbation
 from maknet_jax.attribution import integrated_gradients as ig
 from maknet_jax.errors import InputError
@@ -235,6 +235,13 @@ def _write(explained: results.Explained) -> dict[str, Any]:
     stays: dict[tuple[str, str], list[float]] = {}
     groups: dict[tuple[str, str], list[str]] = {}
     loaded = [(path, results.load_metadata(path, names)) for path in explained.files.values()]
+    # Labels of the original of each image.
+    originals = [
+        [entry for model in metadata["models"] for entry in model["columns"][0]["labels"]]
+        for _, metadata in loaded
+    ]
+    reached = sum(map(any_reached, originals))
+    known = any(entry["truth"] != "unknown" for entries in originals for entry in entries)
     for _, metadata in loaded:
         for model in metadata["models"]:
             original, *columns = model["columns"]
@@ -288,14 +295,20 @@ def _write(explained: results.Explained) -> dict[str, Any]:
         slices = drawing.by_slice(loaded)  # without regions, lesions of a slice look the same
     shown = [group[0] for group in slices[: explained.most_shown]]
     with files.write_whole(out / "index.html") as file:
+        everything = summary | {"results": by_network, "reached": reached}
         lead = page.perturbation_lead(
-            summary | {"results": by_network}, *table(by_network), len(shown), warnings(summary)
+            everything,
+            *table(by_network),
+            len(shown),
+            warnings(everything),
+            truth_known=known,
         )
         drawn = (_card(path, summary["display"], names) for path in shown)
         file.write(page.document("Perturbations", lead, drawn))
     written = ("index.html", "perturbations.csv", "cases", "pictures")
     more: dict[str, Any] = {
         "results": by_network,
+        "reached": reached,
         "files": [str(out / name) for name in written],
         "failures_file": str(out / "failures.csv") if explained.failures else None,
     }
@@ -339,5 +352,5 @@ def _card(path: pathlib.Path, display: Sequence[float], names: Sequence[str]) ->
         facts=drawing.facts(metadata, drawn, display),
         warnings=describe(metadata),
         aspect=drawn.grey.shape[1] / drawn.grey.shape[0],
-        right=drawing.is_oriented(metadata.get("meta", {})),
+        right=picture.is_oriented(metadata.get("meta", {})),
     )

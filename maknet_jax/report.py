@@ -15,6 +15,7 @@ from maknet_jax.evaluation.evaluator import Evaluator
 from maknet_jax.evaluation.series import FLAGS
 from maknet_jax.explain import network, results, selection, truth
 from maknet_jax.explain.options import PathOptions, SelectionOptions
+from maknet_jax.explain.ranking import group_of
 from maknet_jax.figures import charts, contact_sheet, overlay, page, picture
 from maknet_jax.runs import ownership, workdir
 from maknet_jax.training import sharding, transfer
@@ -148,7 +149,7 @@ def _scores(folder: pathlib.Path) -> list[tuple[str, list[float | None]]]:
 def _headline(scores: Sequence[tuple[str, list[float | None]]]) -> list[tuple[str, str]]:
     """(AUC, the split) of each evaluation for which it is defined."""
     return [
-        (f"{auc:.3f}", f"AUC on {split}, {images:.0f} images")
+        (f"{auc:.3f}", f"AUC, split {split} ({images:.0f} images)")
         for split, (auc, *_, images) in scores
         if auc is not None and images is not None
     ]
@@ -226,7 +227,7 @@ def _varied(numbers: Sequence[int], source: records.RecordSource, count: int) ->
         if len(chosen) == count:
             break
         example = source[number]
-        patient, present = selection.group_of(example.id, example.meta), example.labels.tobytes()
+        patient, present = group_of(example.id, example.meta), example.labels.tobytes()
         if patient in chosen:
             continue
         if present in sets:
@@ -268,7 +269,7 @@ def _cards(
     options = SelectionOptions(split=split, ids=ids, data=dataset.address, ct=ct)
     attribute.attribute(folder, explained, options, PathOptions(steps=steps))
     paths = {results.load_metadata(file)["id"]: file for file in explained.glob("cases/*.npz")}
-    display = files.read_json(explained / "settings.json")["display"]
+    stored = files.read_json(explained / "settings.json")
     names = [network.network_name(run)]
     lines = {paths[name]: [note] for name, note in zip(ids, notes, strict=True)}
-    return list(attribute.cards([[paths[name]] for name in ids], display, names, lines))
+    return list(attribute.cards([[paths[name]] for name in ids], stored, names, lines))

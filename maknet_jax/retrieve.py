@@ -13,7 +13,7 @@ from maknet_jax import console, files
 from maknet_jax.ct import png, reading, volumes
 from maknet_jax.data import lesions, pipeline, records
 from maknet_jax.errors import InputError, Rejected
-from maknet_jax.explain import selection
+from maknet_jax.explain.ranking import group_of
 from maknet_jax.figures import contact_sheet
 from maknet_jax.runs import workdir
 from maknet_jax.training import sharding
@@ -204,4 +204,4 @@ def _embedded(
 
 def _patient_of(name: str) -> str:
     """The patient of a record or series of DeepLesion; other names stand for themselves."""
-    return selection.group_of(name, {})
+    return group_of(name, {})

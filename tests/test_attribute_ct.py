@@ -2,8 +2,10 @@
 
 import collections
 import csv
+import dataclasses
 import json
 import pathlib
+import re
 import shutil
 
 import nibabel
@@ -69,7 +71,42 @@ def test_several_paths_and_flags_on_the_terminal(trained, phantom, tmp_path, cap
     assert cli.main(["attribute", *paths, *argv]) == 0
     printed = capsys.readouterr().out
     assert "flag phantom on 2 of 2 images" in printed and "trained on" in printed
+    label = argv[argv.index("--labels") + 1]
+    assert re.search(
+        rf"^selected: the 2 of \d+ slices with the highest confidence in {label}:", printed, re.M
+    )
     assert printed.splitlines()[-1] == console.NOTICE
     assert len({row["id"].rpartition(":")[0] for row in rows_of(tmp_path / "out")}) == 2
     stored = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert stored["selection"]["path"] == paths
+
+
+@pytest.mark.parametrize("factor", [1, 0])
+def test_without_labels_the_most_confident_slices_are_explained(
+    trained, phantom, tmp_path, capsys, monkeypatch, factor
+):
+    """As by `Model.attribute`, with the rule; with thresholds out of reach it says so."""
+    run = workdir.open_run(trained)
+    thresholds = np.quantile(run.thresholds, 0.5) * np.ones(len(run.vocabulary))
+    changed = dataclasses.replace(run, thresholds=thresholds if factor else thresholds + 2)
+    monkeypatch.setattr(workdir, "open_run", lambda *_, **__: changed)
+    path, out = str(sorted(phantom["dicom"].iterdir())[0]), tmp_path / "out"
+    argv = ["attribute", path, "--model", str(trained), "--out", str(out), "--steps", "2"]
+    assert cli.main([*argv, "--limit", "3", "--top", "1", "--refine", "0"]) == 0
+    printed, said = capsys.readouterr()
+    rule = r"^selected: the 3 of \d+ slices with the highest confidence in any label:"
+    assert re.search(rule, printed, re.M)
+    assert said.count("maknet attribute: 3 images") == 1 and "compiled" in said
+    model = maknet_jax.api.Model(changed)
+    maps = model.attribute(model.predict(path), limit=3, top=1, steps=2, refine=0)
+    rows = rows_of(out)
+    assert {row["id"] for row in rows} == set(maps.ids)
+    for row, start, end in zip(rows, maps.start[:, 0], maps.end[:, 0], strict=True):
+        assert float(row["baseline"]) == pytest.approx(start, abs=1e-5)
+        assert float(row["confidence"]) == pytest.approx(end, abs=1e-5)
+    reached = json.loads((out / "summary.json").read_text())["reached"]
+    assert reached == sum(row["predicted"] == "True" for row in rows)
+    if not factor:
+        assert reached == 0
+        line = "none of the labels shown reaches its threshold in any of 3 images"
+        assert line in printed and line in (out / "index.html").read_text()

@@ -147,6 +147,47 @@ def test_a_series_outside_the_domain_is_not_judged():
         assert "ABDOMEN" not in text and "liver" in text and "unreliable" in text
 
 
+def test_tables_hold_the_distances_and_their_thresholds():
+    usual = series("HEAD", liver=slice(5, 30))
+    far = verdict_of(np.arange(40) >= 38, series=True)
+    thresholds = {"thresholds": np.full(40, 0.7), "threshold": 0.5, "order_threshold": 0.2}
+    result = dataclasses.replace(usual, verdict=dataclasses.replace(far, **thresholds))
+    overview, (row, *_), slices = result.overview(), result.cover_rows(), result.slice_rows()
+    for each in (overview, row, result.to_json()["domain"]):
+        assert (each["distance"], each["distance_threshold"]) == (1.0, 0.5)
+        assert (each["order"], each["order_threshold"]) == (-1.0, 0.2)
+    assert result.to_json()["domain"]["thresholds"] == [0.7] * 40
+    assert {(each["distance"], each["distance_threshold"]) for each in slices} == {(1.0, 0.7)}
+    first = series_tables.describe(overview, []).splitlines()[0]
+    assert "distance 1.00, threshold 0.50" in first and "order of its slices" in first
+    every = dataclasses.replace(usual, verdict=verdict_of(np.ones(40, bool)))
+    assert "all of its slices are" in series_tables.describe(every.overview(), [])
+    for each in (usual.overview(), next(usual.cover_rows()), next(usual.slice_rows())):
+        assert each["distance"] is None and each["distance_threshold"] is None
+
+
+def test_slices_have_the_position_of_the_scanner_and_no_uid_without_dicom():
+    usual = series("HEAD", liver=slice(0, 2))
+    (first, *_) = usual.slice_rows()
+    assert first["position_mm"] is None and np.isnan(usual.table()[3]["position_mm"])
+    volume = usual.read()
+    affine = np.diag([1.0, 1.0, -2.5, 1.0])
+    affine[2, 3] = 310.0
+    volume = dataclasses.replace(volume, affine=affine, file="a/ct.nii.gz")
+    vocabulary = labels.Vocabulary.from_names(usual.names)
+    more = {"features": None, "read": lambda: volume}
+    placed = SeriesResult.of_scores(volume, vocabulary, usual.thresholds, usual.confidences, **more)
+    rows = list(placed.slice_rows())
+    assert [row["position_mm"] for row in rows[:3]] == [310.0, 307.5, 305.0]
+    assert placed.table()[2]["position_mm"] == placed.to_json()["position_mm"][2] == 305.0
+    assert {row["sop_instance_uid"] for row in rows} == {""}  # NIfTI has none
+    assert rows[0]["z_mm"] == 0.0 and placed.to_json()["uids"] == list(volume.uids)
+    png = dataclasses.replace(usual, uids=("sha256:ab",) * 40)
+    assert {row["sop_instance_uid"] for row in png.slice_rows()} == {""}
+    unnamed = dataclasses.replace(usual, id="sha256:cd").overview()
+    assert series_tables.describe(unnamed, []).startswith("sha256:cd (0.dcm): 40 slices")
+
+
 def test_slices_outside_the_domain_show_no_region():
     both = series("CHEST", liver=slice(5, 30), hilum=slice(36, 40))
     assert both.body_part.term == "CHESTABDOMEN" and both.flags == ()

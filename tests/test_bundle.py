@@ -13,6 +13,7 @@ import safetensors.numpy
 from bundles import info_of, refused, resign
 
 import maknet_jax
+from maknet_jax.data import records
 from maknet_jax.errors import InputError
 from maknet_jax.runs import bundle, card, workdir
 from maknet_jax.training import transfer
@@ -342,3 +343,14 @@ def test_the_card_lists_the_intervals_of_every_label():
     assert "| larynx | 16 | 0.971 (0.950 to 0.980) | 0.800 (0.700 to 0.900) |" in text
     assert "| brainstem | 0 | - | - |" in text
     assert "33 patients" not in card._scores(info | {"metrics": {"test": values}})
+
+
+def test_the_card_says_how_the_images_were_chosen():
+    about = {"rules": {"every": 3, "min_area_mm2": 50.0}, "patients": {"train": 140, "test": 33}}
+    about["splits"] = {"by folder": 33}
+    dataset = records.Dataset(pathlib.Path(), {"about": about, "splits": {}})
+    text = card._data({"choice": dataset.choice, "images": {"test": 918}})
+    assert "- Patients: 140 train, 33 test" in text and "one slice of 3" in text
+    assert "by folder (33 cases)" in text and "918 test" in text
+    others = records.Dataset(pathlib.Path(), {"about": {"numbering": "by file"}})
+    assert others.choice == {} and "Choice" not in card._data({"choice": {}})

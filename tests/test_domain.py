@@ -53,6 +53,10 @@ def test_other_features_are_outside(statistics):
     assert all(result.series_outside for result in results)
     turned = list(verdicts(statistics, patients(10, 3, shift=0.6), reverse=True))
     assert all(result.series_outside and result.order < 0 for result in turned)
+    for result in results:  # the thresholds are those that decided
+        np.testing.assert_array_equal(result.outside, result.distances > result.thresholds)
+        assert result.distance > result.threshold == statistics.series_threshold
+        assert result.order_threshold == statistics.order_threshold
     assert not any(result.out_of_order for result in turned)  # not judged outside the domain
 
 

@@ -288,10 +288,18 @@ def test_a_bundle_is_exported_again_in_another_dtype(exported, tmp_path):
         title = "---\n\n# Torso\n"
         header, text = card_of(tmp_path / folder).split(title)
         assert yaml.safe_load(header.strip("-\n"))["license"] == "cc-by-4.0"
-        assert text == card_of(exported).split(title)[1]
-    more = {"name": "New", "license_name": "mit"}
+        first = card_of(exported).split(title)[1]
+        named = [text for text in (f"--model {exported.name} ", f'load("{exported.name}")')]
+        assert all(name in first for name in named)
+        for name in named:
+            first = first.replace(name, name.replace(exported.name, folder))
+        assert text.replace(f"`{folder}`", f"`{exported.name}`") == first
+    more = {"name": "New", "license_name": "mit", "note": "Sees only **left** lungs."}
     export.export(exported, tmp_path / "new", **more)
     assert info_of(tmp_path / "new")["name"] == "New"
+    export.export(tmp_path / "new", tmp_path / "newer")  # keeps the note
+    for folder in ("new", "newer"):
+        assert info_of(tmp_path / folder)["note"] in card_of(tmp_path / folder)
     assert card.license_of(bundle.read_card(tmp_path / "new")) == "mit"
     with pytest.raises(InputError, match="itself"):
         export.export(tmp_path / "half", tmp_path / "half", overwrite=True)

@@ -11,7 +11,7 @@ from maknet_jax.cli import options
 from maknet_jax.data import records, segmentations
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError, did_you_mean
-from maknet_jax.explain import label_names, selection
+from maknet_jax.explain import label_names, ranking
 from maknet_jax.runs import workdir
 
 NAMES = [f"organ {number}" for number in range(113)] + ["liver", "fat, left side"]
@@ -75,7 +75,7 @@ def test_words_that_are_labels_are_not_joined():
 
 
 def test_the_examples_of_the_docstrings_run():
-    for module in (errors, label_names, selection):
+    for module in (errors, label_names, ranking):
         results = doctest.testmod(module)
         assert results.failed == 0 < results.attempted
 
@@ -153,4 +153,17 @@ def test_the_best_slices_are_of_different_series_first(limit, expected):
         [[0.1, 0.1], [0.9, 0.2], [0.8, 0.3], [0.7, 0.4], [0.2, 0.9], [0.3, 0.1]], np.float32
     )
     groups = ["a", "a", "a", "b", "b", "c"]
-    assert selection.best_slices(confidences, confidences >= 0.5, groups, limit) == expected
+    assert ranking.best_slices(confidences, confidences >= 0.5, groups, limit) == expected
+
+
+def test_without_labels_each_slice_counts_with_the_best_label_that_reaches_its_threshold():
+    confidences = np.array([[0.6, 0.5], [0.1, 0.2], [0.9, 0.8], [0.65, 0.1]])
+    thresholds = np.array([0.7, 0.3])
+    scores, reached = ranking.label_scores(confidences, thresholds, [])
+    np.testing.assert_allclose(scores[:, 0], [0.5, 0.2, 0.9, 0.65])
+    assert reached[:, 0].tolist() == [True, False, True, False]
+    # The best of the second series comes before the second of the first, as both reach theirs.
+    assert ranking.best_slices(scores, reached, ["a", "a", "b", "a"], 2) == [0, 2]
+    scores, reached = ranking.label_scores(confidences, np.array([0.7, 1.0]), [1, 0])
+    np.testing.assert_allclose(scores, confidences[:, [1, 0]])
+    assert reached.tolist() == [[False, False], [False, False], [False, True], [False, False]]

@@ -60,7 +60,8 @@ def test_only_false_positives_are_crossed_out(known, predicted, mark):
     assert (both.count("✗") > 0) == (entry["outcome"] == "false_positive")
     assert "<why>" not in both
     # The threshold is a number and a tick; the confidence is bold where it is reached.
-    assert both.count("(0.30)") == both.count("--p:50.0%;--t:30.0%") == 2
+    assert both.count("≥ 0.30" if predicted else "&lt; 0.30") == 2
+    assert both.count("--p:50.0%;--t:30.0%") == 2
     assert both.count("<b>0.50</b>") == 2 * predicted
 
 
@@ -127,6 +128,29 @@ def test_pages_carry_the_notice_and_cards_their_warnings():
     ]
     text = page.document("t", "", cards)
     assert text.count("outside: &lt;unlike&gt;") == 2 and text.count(console.NOTICE) == 1
+
+
+def test_cards_state_the_change_its_scale_and_thresholds_of_missed_labels():
+    entry = {"label": "liver", "outcome": "unknown", "reason": "", "flagged": False}
+    entry |= {"confidence": 0.46, "threshold": 0.5, "predicted": False, "map": 0}
+    entry["effect"] = "baseline 0.01, change +0.45"
+    model = {"name": "m", "labels": [entry], "uris": ["data:image/x"]}
+    model["missed"] = [["lung", 0.2, 0.35], ["of an earlier version", 0.1]]
+    scale = (0.00123, "change of the confidence per pixel")
+    card = str(page.attribution_card("i", "data:image/x", [model], scale=scale))
+    assert entry["effect"] in card and "change of the confidence per pixel" in card
+    assert "−0.0012 lowers" in card and "raises +0.0012" in card
+    assert "lung 0.20 (threshold 0.35)," in card and "earlier version 0.10" in card
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_key_explains_truth_only_where_something_is_annotated(known):
+    summary = {"trained_on": "", "output": "probability", "steps": 2, "refine": 0, "images": 1}
+    summary |= {"method": "trapezoid", "baseline": "black", "complete": {"m": 1.0}, "groups": 1}
+    summary |= {"flagged": {"m": 0}, "selected": "the first 1 of 3 slices"}
+    lead = str(page.attribution_lead(summary, 1, 1, truth_known=known))
+    assert "the first 1 of 3 slices" in lead and "not annotated" in lead
+    assert [mark in lead for mark in "✓✗–"] == [known] * 3
 
 
 def test_names_and_titles_are_escaped():

@@ -130,7 +130,8 @@ def test_records_of_deeplesion_are_drawn_from_its_images(shards, phantom):
     drawn = drawing.load_picture(fields, arrays, (-160, 240))
     assert drawn.native and drawn.stored == part.shape
     facts = drawing.facts({"meta": example.meta | {"split": "test"}}, drawn, (-160, 240))
-    assert facts[0] == "split test" and "of the CT" in facts[-1]
+    assert facts[0] == "split test" and "of the CT" in facts[-2]
+    assert "which side is right" in facts[-1]  # DeepLesion's PNGs do not store directions
 
 
 def test_other_slices_are_not_drawn(shards, phantom, tmp_path):
@@ -176,7 +177,7 @@ def result(name, truths, **meta):
         {"label": label, "truth": truth, "reason": f"{name} {truth}", "outcome": truth}
         for label, truth in zip(("liver", "lung"), truths, strict=True)
     ]
-    model = {"name": "m", "labels": labels, "missed": [[f"missed by {name}", 0.1]]}
+    model = {"name": "m", "labels": labels, "missed": [[f"missed by {name}", 0.1, 0.3]]}
     return {"id": f"s#{name}", "meta": meta, "models": [model]}
 
 
@@ -219,7 +220,61 @@ def test_only_changed_pixels_of_perturbed_pictures_are_coarse():
     ],
 )
 def test_the_side_is_marked_where_it_is_known(meta, known):
-    assert drawing.is_oriented(meta) is known
+    assert picture.is_oriented(meta) is known
+
+
+def explained(*changes):
+    """(metadata, arrays) of a result whose two maps sum to `changes`, with 4 x 4 pixels."""
+    maps = np.zeros((2, 64, 64, 3), np.float16)
+    maps[:, 20:40, 20:40] = 1
+    scale = np.array(changes, np.float32) / (400 * 3)
+    labels = [
+        {"label": name, "map": k, "flagged": False, "predicted": k == 0, "threshold": 0.4}
+        | {"confidence": 0.01 + change, "baseline": 0.01, "change": change}
+        for k, (name, change) in enumerate(zip(("liver", "lung"), changes, strict=True))
+    ]
+    metadata = {"id": "a:1", "meta": {"kind": "dicom"}}
+    metadata |= {"models": [{"name": "m", "labels": labels, "missed": []}]}
+    arrays = {"image": np.zeros((64, 64), np.int16), "maps_0": maps, "scale_0": scale}
+    return metadata, arrays
+
+
+def test_all_maps_of_an_image_share_one_scale():
+    """A label of confidence 0.01 looks weaker than one of 0.83, by the ratio of the maps."""
+    metadata, arrays = explained(0.82, -0.0082)
+    assert drawing.colour_scale(arrays) == pytest.approx(0.82 / 400, rel=0.02)  # per pixel
+    strong, weak = drawing.map_layers(arrays, 0)
+    assert strong[..., 3].max() == 255 and weak[..., 3].max() == round(255 * 0.01**0.7)
+    # A second network shares it, too.
+    _, other = explained(8.2, 0.82)
+    both = arrays | {"maps_1": other["maps_0"], "scale_1": other["scale_0"]}
+    assert drawing.colour_scale(both) == pytest.approx(8.2 / 400, rel=0.02)
+    arrays["scale_0"] = np.zeros(2, np.float32)
+    assert drawing.colour_scale(arrays) == 1.0  # nothing is drawn, and nothing is divided by 0
+
+
+def test_figures_state_confidence_threshold_baseline_and_scale(tmp_path, monkeypatch):
+    metadata, arrays = explained(0.82, -0.0082)
+    drawn = {}
+    monkeypatch.setattr(
+        panels, "write_panels", lambda path, rows, **more: drawn.update(more, rows=rows)
+    )
+    settings = {"display": (-160, 240), "output": "probability", "steps": 50}
+    settings |= {"method": "trapezoid", "baseline": "black"}
+    drawing.write_overlays(tmp_path / "a.png", metadata, arrays, settings)
+    ((_, (_, liver, lung)),) = drawn["rows"]
+    assert liver.note.splitlines() == [
+        "0.83, above its threshold 0.40",
+        "baseline 0.01, change +0.82",
+    ]
+    assert lung.note.splitlines()[0] == "0.00, below its threshold 0.40"
+    assert lung.note.endswith("change \N{MINUS SIGN}0.01")
+    assert drawn["colour_bar"] == drawing.colour_scale(arrays)
+    unit = "change of the confidence per pixel of the network's input (64 x 64)"
+    assert unit in drawn["caption"][0]
+    assert "change of the logit" in drawing.scale_unit(arrays, "logit")
+    del metadata["models"][0]["labels"][0]["baseline"]  # of an earlier version
+    assert drawing.describe_change(metadata["models"][0]["labels"][0], "logit") == "logit +0.82"
 
 
 @pytest.mark.parametrize("width, length", [(400, 100), (300, 50), (60, 10), (20, 5), (5, 5)])

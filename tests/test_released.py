@@ -49,8 +49,15 @@ def test_released_models_are_small_and_complete():
         "doi:10.1002/mp.14845",
         "33 patients",
         "larynx",
+        "one slice of 3",
+        "--model head-neck --out",
+        "vertebra",
     ):
         assert part in card
+
+
+def test_a_released_model_is_shown_by_its_name(model):
+    assert repr(model).startswith("<maknet of head-neck: 7 labels")
 
 
 def test_confidences_are_those_of_the_training_run(model):

@@ -34,7 +34,7 @@ def test_the_report_is_one_page_with_curves_scores_and_cases(trained, tmp_path):
         assert f"<h2>{heading}</h2>" in text
     for split, values in evaluated["splits"].items():
         assert f"<td>{split}</td><td>{values['auc']:.4g}</td>" in text
-        assert f"<b>{values['auc']:.3f}</b> <span>AUC on {split}," in text
+        assert f"<b>{values['auc']:.3f}</b> <span>AUC, split {split} (" in text
         assert f"on {split}: {values['labels_evaluated']} labels</summary>" in text
     assert text.count('id="mix"') == 1
     assert "trained on a generated CT phantom" in text and "not on patients" in text

@@ -80,6 +80,8 @@ REJECTED = {
     "offset, padded -976": corners(body() + 1024, -976),
     "window 0..400": np.clip(body(), 0, 400),
     "0..255": np.rint(np.clip((body() + 160) / 400, 0, 1) * 255).astype(np.int32),
+    "mask": (body() > 200).astype(np.int32),
+    "empty mask": np.zeros(SHAPE, np.int32),
     "labels": np.where(body() > 200, 7, np.where(body() > -50, 25, 0)),
     "z-scores": scores(body()),
     "clipped z-scores": np.clip(scores(body()), -3, 3),
@@ -91,6 +93,14 @@ REJECTED = {
     "labels, no offset": np.where(body() > 400, -32760, -32768),
     "intercept 30000": body() + 30000,
     "intercept -30000": np.maximum(body() - 30000, -32768),
+}
+
+
+MASKS = {
+    "mask": "values from 0 to 1 are not HU: a binary mask; remove it",
+    "empty mask": "an empty mask",
+    "labels": "values from 0 to 25 are not HU: a label map of 2 values; remove it",
+    "labels, no offset": "a binary mask",
 }
 
 
@@ -146,8 +156,9 @@ def test_each_reader_gives_the_same_verdict(tmp_path, case, reader):
         np.testing.assert_array_equal(read(tmp_path, ACCEPTED[case]).hu, ACCEPTED[case])
         return
     values = REJECTED[case]
-    with pytest.raises(Rejected, match="--assume-hu"):
+    with pytest.raises(Rejected, match=MASKS.get(case, "--assume-hu")) as error:
         read(tmp_path, values)
+    assert ("remove it" in str(error.value)) == (case in MASKS)
     expected = np.clip(np.rint(values), -32768, 32767)
     np.testing.assert_array_equal(read(tmp_path, values, assume_hu=True).hu, expected)
 

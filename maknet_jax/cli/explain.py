@@ -22,8 +22,7 @@ def add_verbs(verbs: Any) -> None:
     verb = options.verb(verbs, "attribute", _run_attribute)
     _shared_options(
         verb,
-        labels="explain these labels; selects the images of the split that have any of them, and "
-        "of CT files, with --limit, the slices that show them best",
+        labels="explain these labels, and only images of the split that have any of them",
         top="without --labels, explain the N most confident labels of each image",
     )
     verb.add_argument(
@@ -48,8 +47,7 @@ def add_verbs(verbs: Any) -> None:
     verb = options.verb(verbs, "perturb", _run_perturb)
     _shared_options(
         verb,
-        labels="only images of the split that have any of these labels, and of CT files, with "
-        "--limit, the slices that show them best",
+        labels="only images of the split that have any of these labels; see also --limit",
         top="compare the N most confident labels of each image",
         path_note="For --strategy attribution, which deletes the pixels that matter most. "
         "--baseline\nis also what attribution and random put in place of deleted pixels.",
@@ -137,9 +135,9 @@ def _shared_options(
         "--limit",
         metavar="N",
         type=options.count,
-        help="take at most N images: with CT files and --labels, the slices with the highest "
-        "confidences of these labels, of different series first; otherwise the first ones in the "
-        "order of the split or from head to feet (default: all)",
+        help="take at most N images: of CT files the slices with the highest confidences, of "
+        "--labels or of any label (those that reach their threshold and different series first); "
+        "of a split the first ones (default: all)",
     )
     which.add_argument(
         "--compare", metavar="MODEL", help="a second network, shown beside the first"
@@ -220,8 +218,8 @@ def _run_attribute(chosen: argparse.Namespace) -> int:
     for name, share in summary.get("complete", {}).items():
         flagged = summary["flagged"][name]
         options.show(
-            f"{name}: {summary['images']} images, {share:.1%} of maps complete to 1 %, {flagged} "
-            "incomplete"
+            f"{name}: {summary['images']} images, {share:.1%} of maps sum to the change of the "
+            f"output within 1 %, {flagged} do not"
         )
     areas = {
         f"{name}: {area}": values
@@ -263,6 +261,7 @@ def _run_perturb(chosen: argparse.Namespace) -> int:
 def _ended(summary: dict[str, Any]) -> int:
     from maknet_jax import attribute
 
+    options.show(f"selected: {summary['selected']}")
     if summary["trained_on"]:
         options.show(f"trained on {summary['trained_on']}")
     for line in attribute.warnings(summary):

@@ -55,8 +55,9 @@ def _predict(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument(
         "--out",
         required=True,
-        help="CSV file to write: one row per slice and predicted label; STEM.series.csv, with one "
-        "row per series and label, and others are written beside it",
+        help="CSV file to write: one row per slice and predicted label (z_mm: mm below the first "
+        "slice of the series; position_mm: the scanner's z); STEM.series.csv, with one row per "
+        "series and label, and others are written beside it",
     )
     verb.add_argument("--overwrite", action="store_true", help="replace existing outputs")
     verb.add_argument(
@@ -142,6 +143,10 @@ def _export(verbs: argparse._SubParsersAction) -> None:
         help="licence of the weights as named by the Hugging Face Hub, such as cc-by-4.0 "
         "(default: that of the bundle; other for a workdir)",
     )
+    verb.add_argument(
+        "--note",
+        help="a known limit of the network, for the model card (default: that of the bundle)",
+    )
     verb.add_argument("--data", help="training data set, if it has moved")
     verb.add_argument("--overwrite", action="store_true", help="replace an existing bundle at OUT")
 
@@ -156,7 +161,7 @@ def _run_export(chosen: argparse.Namespace) -> None:
     from maknet_jax import export
 
     options.start_jax()
-    names = ("checkpoint", "dtype", "name", "license_name", "data", "zipped", "overwrite")
+    names = ("checkpoint", "dtype", "name", "license_name", "note", "data", "zipped", "overwrite")
     summary = export.export(chosen.workdir, chosen.out, **options.selected(chosen, *names))
     splits = ", ".join(summary["splits"]) or "none: run `maknet evaluate` before the export"
     options.show(
@@ -185,8 +190,8 @@ def _models(verbs: argparse._SubParsersAction) -> None:
 
 
 def _run_models(chosen: argparse.Namespace) -> None:
-    """Print parameters, FLOPs and bytes of the networks beside the paper's numbers; list the
-    released models, and name the benchmarks of speed.
+    """List the released models with their labels; print parameters, FLOPs and bytes of the
+    networks beside the paper's numbers, and name the benchmarks of speed.
 
         maknet models maknet vgg16 --size 256
     """

@@ -21,6 +21,8 @@ _METAL = 3100  # HU; denser than bone, and above the 12-bit range of most scanne
 _LOSS = 8  # HU; how far lossy compression moves padding
 _CHUNK = 1 << 15  # values that are counted at once, so that they stay in the cache
 _SMALLEST_SPAN = 20  # HU; the noise of a phantom spans more
+# Most values of a label map, and voxels per value; display images have 200 to 256 values.
+_MOST_LABELS, _LABEL_VOXELS = 160, 500
 _MOST_DEEP, _MOST_METAL = 0.05, 0.07  # shares of all values, and of the body
 
 
@@ -88,12 +90,33 @@ class Values:
           Rejected: it is not, unless `overrides.assume_hu`. The message gives the evidence.
         """
         evidence = "" if overrides.assume_hu else self._evidence()
-        if evidence:
-            low, high = (f"{value:.6g}" for value in (self._low, self._high))
-            raise Rejected(
-                f"values from {low} to {high} are not HU: {evidence}; store Hounsfield units "
-                "(water 0, air -1000), or add --assume-hu (assume_hu=True) if they are"
+        if not evidence:
+            return
+        low, high = (f"{value:.6g}" for value in (self._low, self._high))
+        advice = (
+            "store Hounsfield units (water 0, air -1000), or add --assume-hu (assume_hu=True) if "
+            "they are"
+        )
+        if labels := self._labels():
+            evidence = labels
+            advice = (
+                "remove it from the input, which should be CT (`maknet prepare segmentations` "
+                "reads masks beside their CT)"
             )
+        raise Rejected(f"values from {low} to {high} are not HU: {evidence}; {advice}")
+
+    def _labels(self) -> str:
+        """Which kind of mask has these values, which are not HU; "" if none has."""
+        values = np.sort(np.flatnonzero(self._patterns).astype(np.uint16).view(np.int16))
+        # 0 is the background of a mask; 16-bit PNGs are read with an offset.
+        if self._fractions or self._above or not len(values) or values[0] not in (0, LOWEST):
+            return ""
+        if len(values) == 1:
+            return "an empty mask or image" if len(self) and values[0] == self._high else ""
+        if len(values) == 2:
+            return "a binary mask"
+        many = min(_MOST_LABELS, len(self) // _LABEL_VOXELS)
+        return f"a label map of {len(values) - 1} values" if len(values) <= many else ""
 
     def _evidence(self) -> str:
         """Why the values are not HU, or ""."""

@@ -97,6 +97,15 @@ class Volume:
         )
 
     @property
+    def position_mm(self) -> np.ndarray:
+        """Float `[Z]`: the scanner's z of each slice (of its first voxel), which decreases towards
+        the feet; nan where the affine is unknown, as in series whose distances change.
+        """
+        if self.affine is None:
+            return np.full(len(self.hu), math.nan)
+        return self.affine[2, 3] + self.affine[2, 2] * np.arange(len(self.hu))
+
+    @property
     def json_spacing(self) -> list[float | None]:
         """The spacing for JSON: None where it is unknown."""
         return spacing_json(self.spacing)

@@ -81,6 +81,18 @@ class Dataset:
         named = {name: entries.get(name) or None for name in ("source", "citation", "licence")}
         return {"kind": kind} | named | {"source": named["source"] or _SOURCES.get(kind or "")}
 
+    @property
+    def choice(self) -> dict[str, Any]:
+        """How images were chosen, as far as `dataset.json` records it.
+
+        The fields are every (N: each N-th slice), patients (split -> number) and splits (how cases
+        were divided -> number of cases).
+        """
+        entries = self.info.get("about", {})
+        every = (entries.get("rules") or {}).get("every")
+        known = {"every": every, **{name: entries.get(name) for name in ("patients", "splits")}}
+        return {name: value for name, value in known.items() if value}
+
     def split(self, name: str) -> dict[str, Any]:
         """The entry of a split: count, label_counts, known_counts, shards.
 

@@ -47,6 +47,10 @@ class Verdict:
       series_outside: the series is outside the domain.
       out_of_order: the series is inside the domain, but its features do not change from head to
         feet as expected.
+      thresholds: float `[Z]`, the largest distance of each slice inside the domain; None in results
+        of unknown thresholds.
+      threshold: the largest distance of a series inside the domain; None if there is none.
+      order_threshold: the smallest order of a series that runs as expected; None if there is none.
     """
 
     distances: np.ndarray
@@ -55,17 +59,30 @@ class Verdict:
     order: float | None
     series_outside: bool
     out_of_order: bool
+    thresholds: np.ndarray | None = None
+    threshold: float | None = None
+    order_threshold: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All numbers, rounded."""
         return {
             "distances": np.round(self.distances, 3).tolist(),
             "outside": np.flatnonzero(self.outside).tolist(),
-            "distance": round(self.distance, 3),
-            "order": None if self.order is None else round(self.order, 3),
+            "thresholds": [] if self.thresholds is None else np.round(self.thresholds, 3).tolist(),
+            **self.numbers(),
             "series_outside": self.series_outside,
             "out_of_order": self.out_of_order,
         }
+
+    def numbers(self) -> dict[str, float | None]:
+        """The numbers of the series and their thresholds, rounded; None where there is none."""
+        values = {
+            "distance": self.distance,
+            "distance_threshold": self.threshold,
+            "order": self.order,
+            "order_threshold": self.order_threshold,
+        }
+        return {name: None if value is None else round(value, 3) for name, value in values.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -210,6 +227,9 @@ class Domain:
             out_of_order=(
                 not outside and order is not None and order < (self.order_threshold or 0.0)
             ),
+            thresholds=limits,
+            threshold=limit,
+            order_threshold=None if order is None else self.order_threshold,
         )
 
 

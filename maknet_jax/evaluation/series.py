@@ -66,6 +66,7 @@ class SeriesResult:
       slices: the name of each slice, see `Volume.slices`.
       uids: the SOPInstanceUID of each slice, see `Volume.uids`.
       z_mm: `[Z]`, mm below the first slice; nan where the spacing is unknown.
+      position_mm: `[Z]`, the scanner's z, see `Volume.position_mm`; nan where it is unknown.
       names: the K label names.
       thresholds: `[K]`.
       confidences: float32 `[Z, K]`.
@@ -83,6 +84,7 @@ class SeriesResult:
     slices: tuple[str, ...]
     uids: tuple[str, ...]
     z_mm: np.ndarray
+    position_mm: np.ndarray
     names: tuple[str, ...]
     thresholds: np.ndarray
     confidences: np.ndarray
@@ -113,6 +115,7 @@ class SeriesResult:
             slices=volume.slices,
             uids=volume.uids,
             z_mm=volume.z_mm,
+            position_mm=volume.position_mm,
             names=vocabulary.names,
             thresholds=thresholds,
             confidences=confidences,
@@ -128,6 +131,11 @@ class SeriesResult:
     def file_of(self, number: int) -> str:
         """The file of a slice."""
         return self.file or self.slices[number]
+
+    def uid_of(self, number: int) -> str:
+        """The SOPInstanceUID of a slice, or its pseudonym; "" if the file has none."""
+        uid = self.uids[number]
+        return "" if self.file or uid.startswith("sha256:") else uid
 
     def columns(self, number: int) -> list[int]:
         """The predicted columns of a slice by decreasing confidence."""
@@ -213,8 +221,14 @@ class SeriesResult:
             place = {"series": self.id, "slice": number, "z_mm": _number(self.z_mm[number], 3)}
             source: dict[str, Any] = {
                 "file": self.file_of(number),
-                "sop_instance_uid": self.uids[number],
+                "sop_instance_uid": self.uid_of(number),
+                "position_mm": _number(self.position_mm[number], 3),
+                "distance": None,
+                "distance_threshold": None,
             }
+            if (verdict := self.verdict) is not None and verdict.thresholds is not None:
+                source["distance"] = _number(verdict.distances[number], 3)
+                source["distance_threshold"] = _number(verdict.thresholds[number], 3)
             source["flags"] = list(self.flags_of(number))
             for k in self.columns(number):
                 scores = {
@@ -246,6 +260,7 @@ class SeriesResult:
                 "sct_code": part.code,
                 "sct_meaning": part.meaning,
                 "flags": list(self.flags),
+                **self._numbers(),
             }
 
     def overview(self) -> dict[str, Any]:
@@ -263,7 +278,15 @@ class SeriesResult:
             "audit": self.audit,
             "flags": list(self.flags),
             "flagged_slices": len(self.slice_flags),
+            **self._numbers(),
         }
+
+    def _numbers(self) -> dict[str, float | None]:
+        """The distance and the order of the series and their thresholds, see `Verdict`."""
+        if self.verdict is None:
+            names = ("distance", "distance_threshold", "order", "order_threshold")
+            return dict.fromkeys(names)
+        return self.verdict.numbers()
 
     def to_json(self) -> dict[str, Any]:
         """Everything that the tables hold, and all confidences, for JSON."""
@@ -271,6 +294,7 @@ class SeriesResult:
             "slices": list(self.slices),
             "uids": list(self.uids),
             "z_mm": [_number(mm, 3) for mm in self.z_mm],
+            "position_mm": [_number(mm, 3) for mm in self.position_mm],
             "labels": [list(labels) for labels in self.labels],
             "confidences": np.round(self.confidences.astype(float), 4).tolist(),
             "covers": [row for row in self.cover_rows() if row["label"]],
@@ -279,7 +303,9 @@ class SeriesResult:
         }
 
     def table(self) -> list[dict[str, Any]]:
-        """One dict per slice: series, slice, file, uid, z_mm, labels, confidences, flags."""
+        """One dict per slice: series, slice, file, uid, z_mm, position_mm, labels, confidences,
+        flags.
+        """
         return [
             {
                 "series": self.id,
@@ -287,6 +313,7 @@ class SeriesResult:
                 "file": self.file_of(number),
                 "uid": self.uids[number],
                 "z_mm": float(self.z_mm[number]),
+                "position_mm": float(self.position_mm[number]),
                 "labels": self.labels[number],
                 "confidences": self.confidences[number, self.columns(number)].tolist(),
                 "flags": self.flags_of(number),

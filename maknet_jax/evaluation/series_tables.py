@@ -20,7 +20,11 @@ SLICE_COLUMNS = (
     "flags",
     "file",
     "sop_instance_uid",
+    "position_mm",
+    "distance",
+    "distance_threshold",
 )
+_NUMBERS = ("distance", "distance_threshold", "order", "order_threshold")  # of a series
 SERIES_COLUMNS = (
     "series",
     "label",
@@ -35,8 +39,18 @@ SERIES_COLUMNS = (
     "sct_code",
     "sct_meaning",
     "flags",
+    *_NUMBERS,
 )
-AUDIT_COLUMNS = ("series", "file", "tag", "body_part_examined", "sct_code", "audit", "flags")
+AUDIT_COLUMNS = (
+    "series",
+    "file",
+    "tag",
+    "body_part_examined",
+    "sct_code",
+    "audit",
+    "flags",
+    *_NUMBERS,
+)
 MOST_SERIES, MOST_LABELS = 20, 8  # printed; the tables hold all
 
 Row = Mapping[str, Any]
@@ -59,7 +73,7 @@ def wide(results: Sequence[SeriesResult]) -> tuple[list[str], Iterator[list[Any]
         [
             *(result.id, number, "" if np.isnan(z_mm) else round(float(z_mm), 3)),
             *("|".join(result.labels[number]), "|".join(result.flags_of(number))),
-            *(result.file_of(number), result.uids[number]),
+            *(result.file_of(number), result.uid_of(number)),
             *np.round(result.confidences[number].astype(float), 4).tolist(),
         ]
         for result in results
@@ -95,9 +109,12 @@ def describe(overview: Row, covers: Sequence[Row], most: int | None = None) -> s
     span = "" if overview["mm"] is None else f", {overview['mm']:.0f} mm"
     outside = "outside" in overview["flags"]
     shown = f"shows {overview['body_part_examined'].replace('|', ' and ') or 'no region'}"
-    shown = "outside the domain of the network, not judged" if outside else shown
+    shown = _unjudged(overview) if outside else shown
     tag = f" (tag {overview['tag']})" if overview["tag"] else ""
-    lines = [f"{overview['series']}: {overview['slices']} slices{span}; {shown}{tag}"]
+    name = overview["series"]
+    if name.startswith("sha256:"):  # no SeriesInstanceUID: the file says more than a digest
+        name += f" ({overview['file']})"
+    lines = [f"{name}: {overview['slices']} slices{span}; {shown}{tag}"]
     lines += [f"  {flag}: {FLAGS[flag]}" for flag in overview["flags"]]
     if overview["flagged_slices"]:
         lines.append(f"  slices with flags: {overview['flagged_slices']}")
@@ -121,6 +138,18 @@ def describe(overview: Row, covers: Sequence[Row], most: int | None = None) -> s
     if len(rows) < len(covers):
         lines.append(f"  ... and {len(covers) - len(rows)} more labels")
     return "\n".join(lines)
+
+
+def _unjudged(overview: Row) -> str:
+    """Why a series is outside the domain, and what is not judged because of it."""
+    distance, threshold = overview.get("distance"), overview.get("distance_threshold")
+    why = "all of its slices are"
+    if distance is not None and threshold is not None and distance > threshold:
+        why = f"distance {distance:.2f}, threshold {threshold:.2f}"
+    return (
+        f"outside the domain of the network ({why}): its region of the body and the order of its "
+        "slices are not judged"
+    )
 
 
 def describe_all(overviews: Sequence[Row], covers: Iterable[Row]) -> str:

@@ -105,7 +105,7 @@ def report_of(
     if header is None:
         raise Rejected("not DICOM")
     if result.outside:
-        raise Rejected("outside the domain of the network, not judged")
+        raise Rejected("outside the domain of the network: its labels are unreliable")
     for name in ("SOPClassUID", "StudyInstanceUID", "SeriesInstanceUID"):
         if not header.get(name) or not isinstance(header.get(name), str):
             raise Rejected(f"its files have no single {name}")

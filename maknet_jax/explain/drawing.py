@@ -1,5 +1,6 @@
 """The pictures of results: the CT slice, its description, and the maps over it."""
 
+import itertools
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,8 +13,6 @@ from maknet_jax.figures import overlay, panels, picture
 Arrays = Mapping[str, np.ndarray]
 _TRUTHS = ("true", "false", "unknown")
 _SHARPEST = 192  # pixels; smaller maps are enlarged smoothly, larger ones are drawn as they are
-# Kinds of files that store the directions of their axes, so that the patient's right is known.
-_ORIENTED = ("dicom", "nifti")
 
 
 def store_picture(
@@ -54,28 +53,59 @@ def facts(
     """Where an image comes from and how it is drawn, one phrase each."""
     meta = metadata.get("meta", {})
     lines = [f"split {meta['split']}"] if meta.get("split") else []
+    if metadata.get("id", "").startswith("sha256:") and meta.get("file"):
+        # The files have no SeriesInstanceUID: their folder tells a reader more than a digest.
+        lines.append("/".join(pathlib.PurePath(meta["file"]).parts[-2:]))
     if meta.get("slice") is not None:
         last = f", {meta['slices'] - 1}: feet" if meta.get("slices") else ""
         lines.append(f"slice {meta['slice']} (0: head{last})")
-    return [*lines, picture.describe_window(window), drawn.resolution]
-
-
-def is_oriented(meta: Mapping[str, Any]) -> bool:
-    """Whether the left side of a picture is known to be the patient's right.
-
-    It is if the files store directions. PNGs do not, and some of DeepLesion's are mirrored.
-    """
-    if "kind" in meta:
-        return meta["kind"] in _ORIENTED
-    return "case" in meta or "series" in meta
+    side = [] if picture.is_oriented(meta) else ["the file does not say which side is right"]
+    return [*lines, picture.describe_window(window), drawn.resolution, *side]
 
 
 def map_layers(arrays: Arrays, place: int) -> Iterator[np.ndarray]:
     """The maps of the network at `place` as RGBA uint8 `[H, W, 4]` layers for pages."""
+    scale = colour_scale(arrays)
     for smoothed in _smoothed(arrays, place):
         edge = max(_SHARPEST, len(smoothed))
         drawn = smoothed if edge == len(smoothed) else picture.resample(smoothed, (edge, edge))
-        yield overlay.colours(drawn, overlay.scale_of(smoothed))
+        yield overlay.colours(drawn, scale)
+
+
+def colour_scale(arrays: Arrays) -> float:
+    """The attribution per pixel that is drawn in full colour.
+
+    It is one value for all maps of an image, of all labels and networks: a label whose confidence
+    hardly changes has a faint map.
+    """
+    places = itertools.takewhile(lambda place: f"maps_{place}" in arrays, itertools.count())
+    return overlay.scale_of(*(one for place in places for one in _smoothed(arrays, place)))
+
+
+def scale_unit(arrays: Arrays, output: str) -> str:
+    """What the colours of the maps measure; `output` is one of `options.OUTPUTS`."""
+    size = "{} x {}".format(*arrays["image"].shape)
+    name = "confidence" if output == "probability" else "logit"
+    return f"change of the {name} per pixel of the network's input ({size})"
+
+
+def describe_confidence(entry: Mapping[str, Any]) -> str:
+    """A confidence, and on which side of its threshold it is."""
+    side = "above" if entry["predicted"] else "below"
+    return f"{entry['confidence']:.2f}, {side} its threshold {entry['threshold']:.2f}"
+
+
+def describe_change(entry: Mapping[str, Any], output: str) -> str:
+    """The confidence at the baseline, and the change that a map explains.
+
+    Args:
+      entry: a label with a map; those of earlier versions lack the baseline.
+      output: one of `options.OUTPUTS`.
+    """
+    baseline = f"baseline {entry['baseline']:.2f}, " if "baseline" in entry else ""
+    rounded = round(entry["change"], 2) + 0.0  # not -0.00
+    change = f"{rounded:+.2f}".replace("-", "\N{MINUS SIGN}")
+    return f"{baseline}{'change' if output == 'probability' else 'logit'} {change}"
 
 
 def perturbed_pictures(grey: np.ndarray, forms: np.ndarray) -> list[np.ndarray]:
@@ -125,8 +155,8 @@ def merge_truth(metadata: dict[str, Any], others: Iterable[Mapping[str, Any]]) -
                 twin = listed.get(entry["label"], entry)
                 if _TRUTHS.index(twin["truth"]) < _TRUTHS.index(entry["truth"]):
                     entry |= {name: twin[name] for name in ("truth", "reason", "outcome")}
-            missed = dict(map(tuple, model["missed"] + same["missed"]))
-            model["missed"] = [list(pair) for pair in missed.items()]
+            missed = {values[0]: values for values in model["missed"] + same["missed"]}
+            model["missed"] = list(missed.values())
     return metadata
 
 
@@ -134,12 +164,16 @@ def annotated(metadata: Mapping[str, Any]) -> list[str]:
     """The annotated labels of a result of `maknet attribute`, in alphabetical order."""
     first = metadata["models"][0]
     names = [entry["label"] for entry in first["labels"] if entry["truth"] == "true"]
-    return sorted([*names, *(name for name, _ in first["missed"])])
+    return sorted([*names, *(name for name, *_ in first["missed"])])
 
 
 def _smoothed(arrays: Arrays, place: int) -> list[np.ndarray]:
+    """The maps `[S, S]` of the network at `place`, blurred for display."""
     maps = arrays[f"maps_{place}"].astype(np.float32).sum(axis=-1)
-    return [overlay.smooth(one) for one in maps]
+    return [
+        overlay.smooth(one * scale)
+        for one, scale in zip(maps, arrays[f"scale_{place}"], strict=True)
+    ]
 
 
 def write_overlays(
@@ -155,6 +189,7 @@ def write_overlays(
     """
     drawn = load_picture(metadata, arrays, settings["display"])
     low, high = settings["display"]
+    scale, output = colour_scale(arrays), settings["output"]
     ct = panels.Panel("CT", f"{low:g} to {high:g} HU", _colourless(drawn.grey))
     rows = []
     for place, model in enumerate(metadata["models"]):
@@ -163,19 +198,21 @@ def write_overlays(
         smoothed = _smoothed(arrays, place)
         for entry in entries:
             one = smoothed[entry["map"]]
-            rgba = overlay.colours(picture.resample(one, drawn.grey.shape), overlay.scale_of(one))
-            note = f"confidence {entry['confidence']:.2f}, threshold {entry['threshold']:.2f}"
+            rgba = overlay.colours(picture.resample(one, drawn.grey.shape), scale)
+            note = f"{describe_confidence(entry)}\n{describe_change(entry, output)}"
             title = entry["label"] + ", incomplete map" * entry["flagged"]
             row.append(panels.Panel(title, note, overlay.over(drawn.grey, rgba)))
         rows.append((model["name"], row))
     caption = [
+        f"Colours: {scale_unit(arrays, output)}, the same scale for all maps of this image; full "
+        "colour at the largest of their 99.5th percentiles",
         ", ".join([metadata["id"], *facts(metadata, drawn, settings["display"])]),
-        f"Integrated Gradients of the {settings['output']}, {settings['steps']} steps, "
+        f"Integrated Gradients of the {output}, {settings['steps']} steps, "
         f"{settings['method']} rule, baseline {settings['baseline']}",
         *_flags(metadata),
     ]
-    right = is_oriented(metadata["meta"])
-    panels.write_panels(path, rows, caption=caption, mm=drawn.mm, right=right)
+    right = picture.is_oriented(metadata["meta"])
+    panels.write_panels(path, rows, caption=caption, mm=drawn.mm, right=right, colour_bar=scale)
 
 
 def write_perturbed(
@@ -199,13 +236,13 @@ def write_perturbed(
         top = model["columns"][0]["labels"][0]["label"]
         for column, form in zip(model["columns"], forms, strict=True):
             entry = next(entry for entry in column["labels"] if entry["label"] == top)
-            note = f"{top} {entry['confidence']:.2f}, threshold {entry['threshold']:.2f}"
+            note = f"{top} {describe_confidence(entry)}"
             row.append(panels.Panel(column["title"], note, _colourless(form)))
         rows.append((model["name"], row))
     caption = [", ".join([metadata["id"], *facts(metadata, drawn, settings["display"])])]
     caption += _flags(metadata)
-    right = is_oriented(metadata["meta"])
-    panels.write_panels(path, rows, caption=caption, mm=drawn.mm, right=right, colour_bar=False)
+    right = picture.is_oriented(metadata["meta"])
+    panels.write_panels(path, rows, caption=caption, mm=drawn.mm, right=right)
 
 
 def _flags(metadata: Mapping[str, Any]) -> list[str]:

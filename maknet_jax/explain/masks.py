@@ -217,7 +217,7 @@ def _mask_of(
 
 
 def _is_nifti(masks: pathlib.Path) -> bool:
-    return masks.name.lower().endswith((".nii", ".nii.gz"))
+    return masks.name.lower().endswith((".nii", ".nii.gz")) and not masks.is_dir()
 
 
 def _organ_values(masks: pathlib.Path) -> dict[str, str]:

@@ -41,8 +41,8 @@ class SelectionOptions:
       labels: explain these labels; in a labelled split, only images that have any of them. None
         explains the `top` most confident labels of each image.
       top: number of labels per image.
-      limit: maximum number of images: with `labels` and `path` the slices of `best_slices`, else
-        the first ones.
+      limit: maximum number of images: with `path` and without `ids` the slices of
+        `ranking.best_slices`, of `labels` or of any label; else the first ones.
       compare: a second workdir, shown beside the first.
       checkpoint: "best" or "last".
       png_window: (low, high) in HU of 8-bit PNGs.

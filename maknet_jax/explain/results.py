@@ -91,6 +91,11 @@ def explain(
         mine = range(jax.process_index(), len(paths), jax.process_count())
         todo = [number for number in mine if not paths[number].exists()]
         batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
+        if todo:
+            console.say_off_terminal(
+                f"{title}: {len(todo)} images; the network is compiled first, which can take "
+                "minutes if it is not in the compile cache"
+            )
         with console.progress(title, len(mine), done=len(mine) - len(todo)) as advance:
             advance(0, note="compiling" if todo else "")
             for numbers, content in read_ahead(functools.partial(_read, selection), batches):
@@ -186,7 +191,7 @@ class Job:
         )
         run = self.networks[0].run
         counts: dict[str, Any] = {"images": len(paths), "failures": len(failures)}
-        counts["trained_on"] = run.trained_on
+        counts |= {"trained_on": run.trained_on, "selected": self.selection.rule}
         each = (load_metadata(path).get("flags", ()) for path in paths.values())
         counts["flags"] = dict(collections.Counter(name for names in each for name in names))
         if ct := self.selection.identity.get("ct"):

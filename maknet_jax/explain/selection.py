@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import pathlib
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -19,6 +18,7 @@ from maknet_jax.errors import InputError, Rejected
 from maknet_jax.explain import source_slices
 from maknet_jax.explain.label_names import label_columns
 from maknet_jax.explain.options import SelectionOptions
+from maknet_jax.explain.ranking import best_slices, group_of, label_scores
 from maknet_jax.explain.truth import Annotation, Truth, labels_are_complete
 from maknet_jax.runs import workdir
 
@@ -85,11 +85,13 @@ class Selection:
       readers: one function per image that reads it; raises Rejected(input, reason).
       failures: (input, reason) of inputs that could not even be listed.
       identity: JSON, equal for equal selections.
+      rule: the number of images, and the rule that selected them.
     """
 
     readers: list[Callable[[], SelectedImage]]
     failures: list[tuple[str, str]]
     identity: dict[str, Any]
+    rule: str = ""
 
 
 class Scored(Protocol):
@@ -117,8 +119,9 @@ def select(
     Args:
       run: the opened network.
       options: which images.
-      score: volume -> predictions, from which images of CT files have their flags. With `labels`
-        and `limit`, their slices are then those of `best_slices`; without it the first ones.
+      score: volume -> predictions, from which images of CT files have their flags. With `limit`
+        but without `ids`, their slices are then those of `ranking.best_slices`; without it the
+        first ones.
       flags: those of images of a split, and of CT files without `score`.
 
     Raises:
@@ -132,7 +135,7 @@ def select(
     identity: dict[str, Any]
     if path is not None and split is None:
         hidden = read_pseudonyms(options.pseudonyms, options.salt_file)
-        by_score = bool(score and columns and options.limit and not ids)
+        by_score = bool(score and options.limit and not ids)
         best = functools.partial(_best, run, columns) if by_score else None
         judge: Callable[[volumes.Volume], Scored | None] = score or (lambda volume: None)
         readers, known, series, failures = _slices(
@@ -144,10 +147,14 @@ def select(
             "path": shown[0] if len(shown) == 1 else shown,
             "series": sorted({ref.key for ref in series}),
         }
-        identity |= {"order": "confidence"} if by_score else {}
+        total = sum(ref.count for ref in series)
+        # Earlier versions ranked slices only for labels.
+        ranked = by_score and bool(columns or len(readers) < total)
+        identity |= {"order": "confidence"} if ranked else {}
         identity["digest"] = digest([[ref.key, ref.count, *sizes(ref.paths)] for ref in series])
     elif split is not None and path is None:
         readers, known, unlabelled, dataset = _records(run, options, split, ids, columns, flags)
+        by_score, total = False, len(dataset.source(split))
         identity = {"fingerprint": dataset.fingerprint, "split": split}
         identity |= {"ct": str(options.ct)} if options.ct else {}
     else:
@@ -166,51 +173,34 @@ def select(
         why = f": {failures[0][0]}: {failures[0][1]}" if failures else ": check --ids and --labels"
         raise InputError(f"no image of {named} is selected{why}")
     identity |= {"ids": sorted(ids or ()), "labels": list(labels or ()), "limit": options.limit}
-    return Selection(readers[: options.limit], failures, identity)
+    rule = _rule(len(readers), total, options, by_score=by_score)
+    return Selection(readers[: options.limit], failures, identity, rule)
 
 
-def group_of(image_id: str, meta: Mapping[str, Any]) -> str:
-    """The patient of a record or slice, else its series, else its id."""
-    if patient := re.search(r"(\d{6})_\d\d_\d\d", image_id):  # DeepLesion's file names
-        return patient[1]
-    name = meta.get("patient") or meta.get("series")
-    return name or image_id.rpartition(":")[0] or image_id
-
-
-def best_slices(
-    confidences: np.ndarray, reached: np.ndarray, groups: Sequence[str], limit: int | None
-) -> list[int]:
-    """The slices that show labels best, in ascending order.
-
-    The labels take turns. Each takes first the slices whose confidence reaches its threshold: the
-    best of each group, then the second of each, and so on; then the others in the same way.
-
-    >>> best = functools.partial(best_slices, np.c_[[0.9, 0.8, 0.1, 0.7]], np.c_[[1, 1, 0, 1]])
-    >>> best(["a", "a", "b", "c"], 2), best(["a", "a", "b", "c"], 3)
-    ([0, 3], [0, 1, 3])
+def _rule(matching: int, total: int, options: SelectionOptions, *, by_score: bool) -> str:
+    """The rule of a selection, for people.
 
     Args:
-      confidences: `[N, T]`, of the labels.
-      reached: bool `[N, T]`: the confidence reaches the threshold.
-      groups: N names, the patient or the series of each slice.
-      limit: maximum number of slices; None takes the best slice of each label.
+      matching: the number of images that were selected before `options.limit`.
+      total: the number of images of the split or of slices of the CT files.
+      options: which images.
+      by_score: slices with high confidences were preferred.
     """
-    columns = []
-    for scores, above in zip(confidences.T, reached.T, strict=True):
-        taken: dict[str, int] = {}
-        order: list[tuple[bool, int, int, int]] = []
-        for number in np.argsort(-scores, kind="stable").tolist():
-            turn = taken[groups[number]] = taken.get(groups[number], -1) + 1
-            order.append((not above[number], turn, len(order), number))
-        columns.append([number for *_, number in sorted(order)])
-    chosen: dict[int, None] = {}
-    for row in zip(*columns, strict=True):
-        for number in row:
-            if limit is None or len(chosen) < limit:
-                chosen.setdefault(number)
-        if limit is None:
-            break
-    return sorted(chosen)
+    count = min(matching, options.limit or matching)
+    unit = "slices" if options.split is None else f"images of split {options.split}"
+    labels = ", ".join(options.labels or ())
+    if options.ids:
+        return f"{count} of {total} {unit}, by --ids"
+    if by_score and count < total:
+        return (
+            f"the {count} of {total} slices with the highest confidence in {labels or 'any label'}:"
+            " confidences that reach their threshold first, different series first"
+        )
+    if options.split is not None and labels and matching < total:
+        total, unit = matching, f"{unit} with {' or '.join(options.labels or ())}"
+    if count < total:
+        return f"the first {count} of {total} {unit}"
+    return f"all {total} {unit}"
 
 
 def digest(value: Any) -> str:
@@ -358,22 +348,25 @@ def _best(
     series: Sequence[search.SeriesRef],
     predictions: Callable[[search.SeriesRef], Scored],
 ) -> tuple[list[str], list[tuple[str, str]]]:
-    """(ids of the slices that show some labels best, failures of series that were rejected)."""
-    ids, groups, confidences = [], [], []
+    """(ids of the slices that show some labels best, failures of series that were rejected).
+
+    Without columns, any label counts.
+    """
+    ids, groups, scores = [], [], []
     failures: list[tuple[str, str]] = []
     with console.progress("score slices", sum(ref.count for ref in series)) as advance:
         for ref in series:
             try:
-                scores = predictions(ref).confidences[:, columns]
+                confidences = predictions(ref).confidences
             except Rejected as error:
                 failures.append(error.args)
             else:
-                confidences.append(scores)
-                ids += [f"{ref.key}:{number}" for number in range(len(scores))]
-                groups += [group_of(name, {"series": ref.key}) for name in ids[-len(scores) :]]
+                scores.append(label_scores(confidences, run.thresholds, columns))
+                names = [f"{ref.key}:{number}" for number in range(len(confidences))]
+                ids += names
+                groups += [group_of(name, {"series": ref.key}) for name in names]
             advance(ref.count)
     if not ids:
         return [], failures
-    stacked = np.concatenate(confidences)
-    chosen = best_slices(stacked, stacked >= run.thresholds[columns], groups, limit)
-    return [ids[number] for number in chosen], failures
+    stacked, reached = map(np.concatenate, zip(*scores, strict=True))
+    return [ids[number] for number in best_slices(stacked, reached, groups, limit)], failures

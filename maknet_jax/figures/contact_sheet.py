@@ -106,6 +106,7 @@ def make_tiles(
                 "uri": overlay.to_uri(grey),
                 "alt": f"CT slice {example.id}: {labels}",
                 "aspect": shape[1] / shape[0],
+                "right": picture.is_oriented(example.meta),
                 "title": example.id,
                 "note": example.meta.get("split", ""),
                 "labels": labels,

@@ -13,9 +13,12 @@ RAISES, LOWERS = (255, 120, 0), (0, 140, 255)
 BLUR = 64  # maps are blurred by their height / BLUR
 
 
-def scale_of(attribution: np.ndarray, quantile: float = 0.995) -> float:
-    """The value with full opacity: a quantile, so that one pixel cannot hide the others."""
-    return float(np.quantile(np.abs(attribution), quantile)) or 1.0
+def scale_of(*maps: np.ndarray, quantile: float = 0.995) -> float:
+    """The value with full opacity in each of several maps, which can then be compared.
+
+    It is the largest of their quantiles of absolute values: one pixel cannot hide the others.
+    """
+    return max((float(np.quantile(np.abs(one), quantile)) for one in maps), default=0.0) or 1.0
 
 
 def smooth(attribution: np.ndarray, sigma: float | None = None) -> np.ndarray:

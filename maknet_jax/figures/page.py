@@ -38,7 +38,12 @@ def document(title: str, lead: Markup, cards: Iterable[Markup]) -> str:
 
 
 def attribution_lead(
-    summary: Mapping[str, Any], shown: int, slices: int, warnings: Sequence[str] = ()
+    summary: Mapping[str, Any],
+    shown: int,
+    slices: int,
+    warnings: Sequence[str] = (),
+    *,
+    truth_known: bool = True,
 ) -> Markup:
     """The text and tables above the cards of `maknet attribute`.
 
@@ -47,11 +52,12 @@ def attribution_lead(
       shown: number of slices on the page.
       slices: number of slices; several images can show lesions of one slice.
       warnings: what is doubtful about the network or the images.
+      truth_known: any label of any image is annotated; otherwise the key explains no marks.
     """
     areas = summary.get("faithfulness", {})
     share = min(summary["complete"].values())
     numbers: list[tuple[object, str]] = [(slices, "slice" if slices == 1 else "slices")]
-    numbers += [(f"{100 * share:.1f} %", "of maps are complete to 1 %")]
+    numbers += [(f"{100 * share:.1f} %", "of maps sum to the change of the output within 1 %")]
     for name, each in areas.items():
         deleted, random = (each[area][0] for area in ("deletion", "random deletion"))
         text = f"{name}: deletion, lower is better; random pixels: {random:.2f}"
@@ -62,6 +68,7 @@ def attribution_lead(
         shown=shown,
         slices=slices,
         warnings=warnings,
+        truth_known=truth_known,
         numbers=numbers,
         intervals=console.describe_groups(summary["groups"]),
         area_header=["network", *next(iter(areas.values()), ())],
@@ -86,6 +93,7 @@ def attribution_card(
     warnings: Sequence[str] = (),
     aspect: float = 1.0,
     right: bool = False,
+    scale: tuple[float, str] | None = None,
 ) -> Markup:
     """One image, and for each network a map and its labels (figure 3).
 
@@ -95,13 +103,15 @@ def attribution_card(
       title: the image's id.
       ct: the CT slice as a data URI.
       models: dicts of name, labels (label, outcome, reason, confidence, threshold, map, flagged),
-        missed ([label, confidence]) and uris, one per map. The outcome is "true_positive",
-        "false_positive", "true_negative", "false_negative" or "unknown".
+        missed ([label, confidence, threshold]) and uris, one per map. The outcome is
+        "true_positive", "false_positive", "true_negative", "false_negative" or "unknown". A label
+        can have an effect: what its map explains, in words.
       facts: phrases below the title: split, slice, window, resolution.
       notes: lines below the CT.
       warnings: what is doubtful about the image.
       aspect: width / height of the CT; the maps are stretched to it.
       right: mark the left edge as the patient's right.
+      scale: (the value of full colour, its unit), of all maps.
     """
     mapped = [
         {entry["label"]: entry for entry in model["labels"] if entry["map"] is not None}
@@ -120,6 +130,7 @@ def attribution_card(
         warnings=warnings,
         aspect=aspect,
         right=right,
+        scale=scale,
     )
 
 
@@ -129,6 +140,8 @@ def perturbation_lead(
     rows: Sequence[Sequence[object]],
     shown: int,
     warnings: Sequence[str] = (),
+    *,
+    truth_known: bool = True,
 ) -> Markup:
     """The text and the table above the cards of `maknet perturb`.
 
@@ -138,6 +151,7 @@ def perturbation_lead(
       rows: of the table of results.
       shown: number of images on the page.
       warnings: what is doubtful about the network or the images.
+      truth_known: any label of any image is annotated; otherwise the key explains no marks.
     """
     results = summary["results"]
     first = [row for row in results if row["model"] == results[0]["model"]]
@@ -148,6 +162,7 @@ def perturbation_lead(
         rows=rows,
         shown=shown,
         warnings=warnings,
+        truth_known=truth_known,
         numbers=[
             (
                 f"{-row['fall'][0]:+.2f}".replace("-", "\N{MINUS SIGN}"),

@@ -21,7 +21,7 @@ class Panel:
 
     Attributes:
       title: above the picture.
-      note: below the title.
+      note: below the title; can have several lines.
       pixels: uint8 `[h, w, 3]`.
     """
 
@@ -37,7 +37,7 @@ def write_panels(
     caption: Sequence[str] = (),
     mm: float | None = None,
     right: bool = False,
-    colour_bar: bool = True,
+    colour_bar: float | None = None,
 ) -> None:
     """Writes a PNG of rows of panels, each with a heading.
 
@@ -47,7 +47,8 @@ def write_panels(
       caption: lines below the panels.
       mm: the edge of a pixel of the panels, for the scale bars; None draws none.
       right: mark the left edges as the patient's right.
-      colour_bar: draw the colours of attribution maps.
+      colour_bar: draw the colours of attribution maps, from minus to plus this value; None draws
+        none.
     """
     lines: list[tuple[str, Sequence[Panel]]] = []
     for heading, panels in rows:
@@ -56,8 +57,10 @@ def write_panels(
     columns = max(2, *(len(panels) for _, panels in lines))
     width = columns * (_WIDTH + _GAP) + _GAP
     below = [part for line in caption for part in text.wrap(line, width - 2 * _GAP, text.font(14))]
-    heights = [_heading(heading) + 2 * _LINE + _tallest(panels) + _GAP for heading, panels in lines]
-    height = _GAP + sum(heights) + _LINE * (len(below) + 3 * colour_bar) + _GAP
+    above = _LINE * (1 + max(len(_notes(panel)) for _, panels in lines for panel in panels))
+    heights = [_heading(heading) + above + _tallest(panels) + _GAP for heading, panels in lines]
+    bar = 3 * _LINE if colour_bar else 0
+    height = _GAP + sum(heights) + _LINE * len(below) + bar + _GAP
     figure = Image.new("RGB", (width, height), (255, 255, 255))
     draw = ImageDraw.Draw(figure)
     top = _GAP
@@ -67,7 +70,7 @@ def write_panels(
             draw.text((_GAP, top), fitted, fill=_INK, font=text.font(17, bold=True))
         for column, panel in enumerate(panels):
             left = _GAP + column * (_WIDTH + _GAP)
-            corner = left, top + _heading(heading) + 2 * _LINE
+            corner = left, top + _heading(heading) + above
             _draw_panel(figure, draw, corner, panel)
             shape = _WIDTH, _tallest([panel])
             if right:
@@ -77,8 +80,8 @@ def write_panels(
                 _draw_scale_bar(draw, (corner[0] + 10, corner[1] + shape[1] - 10), scale)
         top += line_height
     if colour_bar:
-        _draw_colour_bar(figure, draw, (_GAP, top))
-        top += 3 * _LINE
+        _draw_colour_bar(figure, draw, (_GAP, top), colour_bar)
+        top += bar
     for number, line in enumerate(below):
         draw.text((_GAP, top + _LINE * number), line, fill=_QUIET, font=text.font(14))
     picture.write_png(path, figure)
@@ -86,6 +89,11 @@ def write_panels(
 
 def _heading(heading: str) -> int:
     return _LINE + 8 if heading else 0
+
+
+def _notes(panel: Panel) -> list[str]:
+    """The lines below the title."""
+    return panel.note.splitlines() or [""]
 
 
 def _tallest(panels: Sequence[Panel]) -> int:
@@ -98,9 +106,12 @@ def _draw_panel(
     """Draws a picture with its top left at `corner`, and its title and note above."""
     left, top = corner
     bold, face = text.font(15, bold=True), text.font(14)
-    title, note = text.shorten(panel.title, _WIDTH, bold), text.shorten(panel.note, _WIDTH, face)
-    draw.text((left, top - 2 * _LINE), title, fill=_INK, font=bold)
-    draw.text((left, top - _LINE), note, fill=_QUIET, font=face)
+    notes = _notes(panel)
+    title = text.shorten(panel.title, _WIDTH, bold)
+    draw.text((left, top - _LINE * (1 + len(notes))), title, fill=_INK, font=bold)
+    for number, note in enumerate(notes):
+        place = left, top - _LINE * (len(notes) - number)
+        draw.text(place, text.shorten(note, _WIDTH, face), fill=_QUIET, font=face)
     pixels = Image.fromarray(panel.pixels)
     shape = _WIDTH, _tallest([panel])
     figure.paste(pixels.resize(shape, Image.Resampling.BICUBIC), corner)
@@ -129,9 +140,9 @@ def _draw_white(draw: ImageDraw.ImageDraw, place: tuple[int, int], label: str) -
 
 
 def _draw_colour_bar(
-    figure: Image.Image, draw: ImageDraw.ImageDraw, corner: tuple[int, int]
+    figure: Image.Image, draw: ImageDraw.ImageDraw, corner: tuple[int, int], largest: float
 ) -> None:
-    """Draws the colours of attribution maps over a middle grey, with their meaning."""
+    """Draws the colours of attribution maps over a middle grey, with the values at its ends."""
     left, top = corner
     values = np.repeat(np.linspace(-1, 1, _WIDTH, dtype=np.float32)[None], 14, axis=0)
     grey = np.full(values.shape, 96, np.uint8)
@@ -139,8 +150,7 @@ def _draw_colour_bar(
     figure.paste(Image.fromarray(bar), (left, top))
     face = text.font(14)
     middle = left + _WIDTH / 2 - face.getlength("0") / 2
-    right = left + _WIDTH - face.getlength("raises confidence")
-    for place, label in ((left, "lowers confidence"), (middle, "0"), (right, "raises confidence")):
+    lowers, raises = f"\N{MINUS SIGN}{largest:.2g} lowers", f"raises +{largest:.2g}"
+    right = left + _WIDTH - face.getlength(raises)
+    for place, label in ((left, lowers), (middle, "0"), (right, raises)):
         draw.text((place, top + 17), label, fill=_INK, font=face)
-    note = "full colour at the 99.5th percentile of each map"
-    draw.text((left + _WIDTH + _GAP, top), note, fill=_QUIET, font=face)

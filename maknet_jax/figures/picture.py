@@ -14,6 +14,8 @@ from maknet_jax import files
 from maknet_jax.errors import InputError
 
 SOFT_TISSUE = (-160.0, 240.0)  # HU, the usual abdominal display window
+# Kinds of files that store the directions of their axes, so that the patient's right is known.
+_ORIENTED = ("dicom", "nifti")
 LONGEST = 384  # pixels; smaller pictures are enlarged, so that their longer side has at least these
 
 
@@ -38,7 +40,9 @@ class Picture:
     def resolution(self) -> str:
         """The resolution in words."""
         size = "{} x {} pixels".format(*self.stored[::-1])
-        return f"{size} of the CT" if self.native else f"enlarged from the network's {size}"
+        if self.native:
+            return f"crop of the CT, {size}"
+        return f"enlarged from the input of the network, {size}"
 
 
 def to_grey(hu: np.ndarray, window: tuple[float, float] = SOFT_TISSUE) -> np.ndarray:
@@ -89,6 +93,16 @@ def pixel_spacing(meta: Mapping[str, Any]) -> tuple[float, float] | None:
     )
     known = all(mm is not None and math.isfinite(mm) and mm > 0 for mm in (y, x))
     return (float(y), float(x)) if known else None
+
+
+def is_oriented(meta: Mapping[str, Any]) -> bool:
+    """Whether the left side of a picture is known to be the patient's right.
+
+    It is if the files store directions. PNGs do not, and some of DeepLesion's are mirrored.
+    """
+    if "kind" in meta:
+        return meta["kind"] in _ORIENTED
+    return "case" in meta or "series" in meta
 
 
 def extent(meta: Mapping[str, Any], size: int) -> tuple[float, float]:

@@ -7,8 +7,8 @@
     BUNDLE/domain.safetensors   optional: out-of-domain statistics, `evaluation.domain.Domain`
 
 A bundle is this folder, or a .zip of it whose members are at the top level or in one folder.
-`bundle.json` has the fields of `FIELDS`. Its `sha256` is the digest of its own JSON without this
-field, with sorted keys and without white space.
+`bundle.json` has the fields of `FIELDS`, and can have a `note` on known limits. Its `sha256` is the
+digest of its own JSON without this field, with sorted keys and without white space.
 
 Reading a bundle does not execute, unpickle or extract anything. It checks names, sizes, digests and
 shapes, and reads the weights from the safetensors. Hidden files in a folder (.DS_Store,

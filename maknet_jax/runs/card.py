@@ -23,12 +23,13 @@ confidences = 1 / (1 + np.exp(-np.asarray(outputs["logits"])))  # [2, {labels}]
 features = np.asarray(outputs["features"])"""
 
 
-def model_card(info: Mapping[str, Any], license_name: str) -> str:
+def model_card(info: Mapping[str, Any], license_name: str, folder: str) -> str:
     """The text of README.md.
 
     Args:
       info: the fields of `bundle.json`, see `bundle.FIELDS`.
       license_name: an identifier of the Hub, such as apache-2.0 or cc-by-4.0, or "other".
+      folder: the name of the folder of the bundle, or of the released model.
     """
     data, rules = info["data"], info["preprocessing"]
     names = Vocabulary.from_json(info["labels"]).names
@@ -67,16 +68,17 @@ decide about the care of a patient.
 
 ## Use
 
-With maknet-jax:
+With maknet-jax, where `{folder}` is the path of this folder or of its .zip (the name alone is
+enough for a model that comes with the package, see `maknet models`):
 
 ```
-maknet predict scans/ --model THIS_FOLDER --out labels.csv
+maknet predict scans/ --model {folder} --out labels.csv
 ```
 
 ```python
 import maknet_jax
 
-model = maknet_jax.load("THIS_FOLDER")  # or the .zip
+model = maknet_jax.load("{folder}")
 print(model.predict("scans/series"))
 ```
 
@@ -117,7 +119,7 @@ may get confident wrong labels. Confidences are not calibrated probabilities. La
 in the training data are unreliable: `maknet evaluate` reports the scores per label on your own
 data.
 
-{_domain(info["out_of_domain"])}
+{_note(info)}{_domain(info["out_of_domain"])}
 """
 
 
@@ -128,6 +130,11 @@ def license_of(card: str) -> str:
         if key == "license":
             return value.strip('" ')
     return "other"
+
+
+def _note(info: Mapping[str, Any]) -> str:
+    """The known limits of this network, as a paragraph; "" without any."""
+    return f"{info['note']}\n\n" if info.get("note") else ""
 
 
 def _domain(about: Mapping[str, Any] | None) -> str:
@@ -163,12 +170,29 @@ def _data(data: Mapping[str, Any]) -> str:
     counts = [f"{count:,} {name}" for name, count in data.get("images", {}).items()]
     if counts:
         lines.append(f"- Images: {', '.join(counts)}")
+    lines += _choice(data.get("choice") or {})
     if data.get("pseudo_labels"):
         lines.append("- Images with pseudo-labels of another network were added (noisy student).")
     for field in ("source", "citation", "licence"):
         value = origin.get(field) or "not recorded"
         lines.append(f"- {field.title()}: {value}")
     return "\n".join(lines)
+
+
+def _choice(choice: Mapping[str, Any]) -> list[str]:
+    """How the images were chosen, see `records.Dataset.choice`; bundles of earlier versions and
+    some data sets do not know it.
+    """
+    lines = []
+    if counts := choice.get("patients"):
+        lines.append(f"- Patients: {', '.join(f'{n:,} {name}' for name, n in counts.items())}")
+    if every := choice.get("every"):
+        which = "all slices" if every == 1 else f"one slice of {every}, evenly spaced,"
+        lines.append(f"- Choice of images: {which} of each volume, in all splits")
+    if ways := choice.get("splits"):
+        each = "; ".join(f"{way} ({count:,} cases)" for way, count in ways.items())
+        lines.append(f"- Division into splits: {each}")
+    return lines
 
 
 def _scores(info: Mapping[str, Any]) -> str:
