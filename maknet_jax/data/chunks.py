@@ -55,7 +55,7 @@ def compress(records: Iterable[bytes]) -> Chunks:
     """Compresses records; the only work on a shard that takes long.
 
     Raises:
-      RuntimeError: the system has no room for them; with its message.
+      OSError: the system has no room for them; without a file name.
     """
     lengths, digests = [], []
 
@@ -104,7 +104,12 @@ class Layout:
     def end(self) -> list[memoryview]:
         """The last bytes of the file: the places and sizes of its records."""
         place, count = self.size, len(self._sizes)
-        about = {1: _VERSION, 2: count, 3: count, 4: _written_options().encode()}
+        about: dict[int, int | bytes] = {
+            1: _VERSION,
+            2: count,
+            3: count,
+            4: _written_options().encode(),
+        }
         footers = [_message({1: _message(about)})]
         starts = _place(np.cumsum([_SIGNATURE, *self._sizes[:-1]])) if count else np.zeros(0)
         for start, length in zip(starts.tolist(), self._lengths, strict=True):
@@ -157,13 +162,17 @@ def _place(raw: np.ndarray | int) -> np.ndarray:
 
 def _write(records: Iterable[bytes], options: str) -> tuple[memoryview, list[int]]:
     """(the chunks of an ArrayRecord file without block headers, the size of each chunk)."""
-    with _file() as path, os_errors(path):
-        writer = array_record_module.ArrayRecordWriter(path, options)
+    with _file() as path:
         try:
-            for record in records:
-                writer.write(record)
-        finally:
-            writer.close()
+            writer = array_record_module.ArrayRecordWriter(path, options)
+            try:
+                for record in records:
+                    writer.write(record)
+            finally:
+                writer.close()
+        except (RuntimeError, ValueError) as error:  # those of the system, too
+            failure = system_error(error, path) or OSError(errno.EIO, str(error)[:200])
+            raise OSError(failure.errno, failure.strerror) from None
         content = np.fromfile(path, np.uint8)
     stream = memoryview(content.reshape(-1, _BLOCK)[:, _BLOCK_HEADER:].ravel())
     sizes, offset = [], 0
@@ -185,16 +194,6 @@ def _file() -> Iterator[str]:
         yield f"/proc/self/fd/{descriptor}"
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def os_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """ArrayRecord reports errors of the system as RuntimeError or ValueError."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        failure = system_error(error, path)
-        raise failure or OSError(errno.EIO, str(error)[:200], os.fspath(path)) from None
 
 
 @functools.cache

@@ -19,23 +19,18 @@ _BATCH = 16  # records that are compressed at once
 class Shard:
     """A shard that is being written, see `open_shard`."""
 
-    def __init__(self, file: IO[bytes], path: pathlib.Path) -> None:
-        """Starts an empty shard.
-
-        Args:
-          file: an empty file.
-          path: its final path, for errors.
-        """
-        self._file, self._path, self._layout = file, path, chunks.Layout()
+    def __init__(self, file: IO[bytes]) -> None:
+        """Starts an empty shard in an empty file."""
+        self._file, self._layout = file, chunks.Layout()
         self._digests: list[bytes] = []
-        self._write(self._layout.start())
+        self._file.writelines(self._layout.start())
 
     def __len__(self) -> int:
         return len(self._digests)
 
     def add(self, records: chunks.Chunks) -> None:
         """Appends records."""
-        self._write(self._layout.add(records))
+        self._file.writelines(self._layout.add(records))
         self._digests += records.digests
 
     def keep(self, count: int) -> None:
@@ -43,15 +38,13 @@ class Shard:
         if count < len(self):
             self._layout.keep(count)
             del self._digests[count:]
-            with files.naming(self._path):
-                self._file.seek(self._layout.size)
-                self._file.truncate()
+            self._file.seek(self._layout.size)
+            self._file.truncate()
 
     def end(self) -> None:
         """Completes the file."""
-        self._write(self._layout.end())
-        with files.naming(self._path):
-            self._file.flush()
+        self._file.writelines(self._layout.end())
+        self._file.flush()
 
     @property
     def digest(self) -> str:
@@ -63,24 +56,21 @@ class Shard:
         """SHA-256 of the first record; "" without one."""
         return self._digests[0].hex() if self._digests else ""
 
-    def _write(self, pieces: Iterable[memoryview]) -> None:
-        with files.naming(self._path):
-            self._file.writelines(pieces)
-
 
 @contextlib.contextmanager
 def open_shard(path: str | os.PathLike[str]) -> Iterator[Shard]:
     """Yields a new shard, which replaces the file if the block succeeds.
 
     Raises:
-      OSError: it cannot be written, for example because the disk is full; its `filename` is `path`.
+      OSError: it cannot be written, for example because the disk is full; its `filename` is `path`,
+        as that of all errors of the block that name no file.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file, _flushing(file, path):
-            shard = Shard(file, path)
+        with files.naming(path), temporary.open("wb") as file, _flushing(file):
+            shard = Shard(file)
             yield shard
             shard.end()
         os.replace(temporary, path)
@@ -105,13 +95,13 @@ def write_shard(path: str | os.PathLike[str], payloads: Iterable[bytes]) -> tupl
 
 
 @contextlib.contextmanager
-def _flushing(file: IO[bytes], path: pathlib.Path) -> Iterator[None]:
+def _flushing(file: IO[bytes]) -> Iterator[None]:
     """Flushes a file to the disk while the block writes it, and completely at its end.
 
     Flushing a large shard at its end takes about a second, in which the writer would only wait.
 
     Raises:
-      OSError: it cannot be flushed; its `filename` is `path`.
+      OSError: it cannot be flushed.
     """
     done = threading.Event()
     errors: list[OSError] = []
@@ -130,7 +120,6 @@ def _flushing(file: IO[bytes], path: pathlib.Path) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-    with files.naming(path):
-        if errors:
-            raise errors[0]
-        os.fsync(file.fileno())
+    if errors:
+        raise errors[0]
+    os.fsync(file.fileno())
