@@ -14,7 +14,7 @@ from maknet_jax.data import overview, records, shards, table
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError, Rejected
 
-PIECE = 32  # triplets, of 96 slices: the largest unit of work of a long series
+PIECE = 16  # triplets, of 48 slices: the largest unit of work of a long series
 
 
 # An unfinished data set resumes only if the `repr` of its units is unchanged: do not rename the
