@@ -56,7 +56,9 @@ def test_chunks_and_padding_that_end_at_block_boundaries(expected, monkeypatch):
     for length in [*range(65105, 65160), *range(65400, 65410)]:
         payloads = [rng.bytes(length), b"next"]
         ends.add((40 + chunks.compress(payloads[:1]).sizes[0]) % 65512)
-        assert put_together([payloads[:1], payloads[1:]]) == expected(payloads)
+        whole = expected(payloads)
+        assert put_together([payloads]) == whole
+        assert put_together([payloads[:1], payloads[1:]]) == whole
     assert {65511, 0, 1} <= ends, sorted(ends)
     assert {40, 65512 + 39, 65512 + 1} <= padded, sorted(padded)
 
