@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from typing import Any, Generic
 
 from maknet_jax import console, files
@@ -361,7 +362,6 @@ def _write_reports(
         cases = [(hidden.name(name), hidden.name(patient), split) for name, patient, split in cases]
     examples = (dataset := records.Dataset(out, info)).sample(_SHOWN)
     names = content.vocabulary.names
-    contact_sheet.write_contact_sheet(out / "contact_sheet.png", examples, names)
     console.write_failures(out / "failures.csv", failures)
     console.write_failures(out / "missing.csv", missing)
     summary = {
@@ -378,10 +378,13 @@ def _write_reports(
         rows = segmentations.label_rows(content.vocabulary, info["splits"])
         console.write_table(out / "label_counts.csv", overview.LABEL_COLUMNS, rows)
         summary["label_counts"] = rows
-    with files.write_whole(out / "index.html") as page:
+    with futures.ThreadPoolExecutor(1) as thread, files.write_whole(out / "index.html") as page:
+        sheet = out / "contact_sheet.png", examples, names
+        written = thread.submit(contact_sheet.write_contact_sheet, *sheet)
         title = f"Data set: {dataset.origin['source'] or content.kind}"
         beside = overview.beside_the_paper(summary)
         page.write(dataset_page.render(title, info, examples, names, beside))
+        written.result()
     files.write_json(out / "summary.json", summary)
     with console.Log(out / "log.jsonl") as log:
         log.event(event="prepared", **summary)

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from maknet_jax.data import examples, records
+from maknet_jax.data import records, shard_files
 from maknet_jax.errors import InputError
 
 
@@ -168,8 +168,8 @@ def test_a_failed_flush_is_an_error_even_if_the_system_reports_it_once(tmp_path,
             time.sleep(0.001)
         yield b"two"
 
-    monkeypatch.setattr(examples, "_FLUSH", 0.0)
-    monkeypatch.setattr(examples.os, "fsync", fsync)
+    monkeypatch.setattr(shard_files, "_FLUSH", 0.0)
+    monkeypatch.setattr(shard_files.os, "fsync", fsync)
     with pytest.raises(OSError, match="broken disk"):
         records.write_shard(tmp_path / "shard", payloads())
     assert calls and not list(tmp_path.iterdir())

@@ -191,7 +191,15 @@ def versions() -> dict[str, str]:
     """The versions that results depend on."""
     return {"maknet-jax": maknet_jax.__version__} | {
         name: importlib.metadata.version(name)
-        for name in ("jax", "nibabel", "numpy", "pillow", "pydicom", "python-gdcm")
+        for name in (
+            "array-record",
+            "jax",
+            "nibabel",
+            "numpy",
+            "pillow",
+            "pydicom",
+            "python-gdcm",
+        )
     }
 
 

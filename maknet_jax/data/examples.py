@@ -1,4 +1,4 @@
-"""Examples and the shards that hold them: encoding, atomic writing, random access.
+"""Examples and the shards that hold them: encoding and random access.
 
 A record holds `id` (str), `image` (int16 HU `[S, S, 3]`), `labels` and `label_mask` (uint8 `[K]`)
 and `meta` (a dict: the source of the image). ArrayRecord checks every chunk: a flipped bit or a
@@ -6,28 +6,19 @@ truncated file raises when it is read.
 """
 
 import bisect
-import contextlib
 import dataclasses
-import errno
-import hashlib
 import itertools
 import os
-import pathlib
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import msgpack
 import numpy as np
-from array_record.python import array_record_module
 
 from maknet_jax.data import readers
-from maknet_jax.errors import InputError, system_error
+from maknet_jax.errors import InputError
 
 T = TypeVar("T")
-# One record per group, so that random access decompresses the requested record only.
-_OPTIONS = "group_size:1,zstd:3"
-_FLUSH = 0.2  # seconds between flushes of a shard that is being written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,79 +84,6 @@ def decode(payload: bytes) -> Example:
         np.frombuffer(record["label_mask"], np.uint8),
         record["meta"],
     )
-
-
-def write_shard(path: str | os.PathLike, payloads: Iterable[bytes]) -> tuple[int, str]:
-    """Writes one shard atomically; returns (count, SHA-256 over the payloads in order).
-
-    Raises:
-      OSError: it cannot be written, for example because the disk is full.
-    """
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    digest, count = hashlib.sha256(), 0
-    with _os_errors(path):
-        writer = array_record_module.ArrayRecordWriter(str(temporary), _OPTIONS)
-    try:
-        with _flushing(temporary):
-            for payload in payloads:
-                with _os_errors(path):
-                    writer.write(payload)
-                digest.update(hashlib.sha256(payload).digest())
-                count += 1
-            with _os_errors(path):
-                writer.close()
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError), _os_errors(path):
-            if writer.is_open():
-                writer.close()
-        temporary.unlink(missing_ok=True)
-        raise
-    return count, digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _flushing(path: pathlib.Path) -> Iterator[None]:
-    """Flushes a file to the disk while the block writes it, and completely at its end.
-
-    Flushing a large shard at its end takes about a second, in which the writer would only wait.
-
-    Raises:
-      OSError: it cannot be flushed.
-    """
-    done = threading.Event()
-    errors: list[OSError] = []
-
-    def flush() -> None:
-        try:
-            while not done.wait(_FLUSH):
-                os.fsync(file.fileno())
-        except OSError as error:  # the system reports it once only
-            errors.append(error)
-
-    with path.open("rb") as file:
-        thread = threading.Thread(target=flush, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-        if errors:
-            raise errors[0]
-        os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _os_errors(path: pathlib.Path) -> Iterator[None]:
-    """ArrayRecord reports errors of the system as RuntimeError or ValueError."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        failure = system_error(error, path)
-        raise failure or OSError(errno.EIO, str(error)[:200], str(path)) from None
 
 
 class RecordSource:

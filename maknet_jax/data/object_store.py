@@ -123,7 +123,7 @@ def _copy_shard(store: Any, source: str, target: pathlib.Path, shard: Mapping[st
 
 
 def _digest(path: pathlib.Path) -> str:
-    """SHA-256 over the records of a shard, as `examples.write_shard` returns it."""
+    """SHA-256 over the records of a shard, as `shard_files.write_shard` returns it."""
     source, digest = RecordSource([path]), hashlib.sha256()
     for number in range(len(source)):
         digest.update(hashlib.sha256(source.payload(number)).digest())

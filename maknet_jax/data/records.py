@@ -25,8 +25,8 @@ from maknet_jax.data.examples import ExampleSource as ExampleSource
 from maknet_jax.data.examples import RecordSource as RecordSource
 from maknet_jax.data.examples import decode as decode
 from maknet_jax.data.examples import encode as encode
-from maknet_jax.data.examples import write_shard as write_shard
 from maknet_jax.data.labels import Vocabulary
+from maknet_jax.data.shard_files import write_shard as write_shard
 from maknet_jax.errors import InputError, did_you_mean
 
 FORMAT = 1

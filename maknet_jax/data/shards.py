@@ -7,74 +7,30 @@ set is finished when `dataset.json` exists (see `finish`).
 import collections
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import os
 import pathlib
 import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from maknet_jax import files
 from maknet_jax.ct import preprocess
-from maknet_jax.data import cluster, records, spools, worker_pool
+from maknet_jax.data import cluster, records, shard_files, worker_pool
 from maknet_jax.data.labels import Vocabulary
+from maknet_jax.data.unit_results import AnyUnit as AnyUnit
+from maknet_jax.data.unit_results import Divided, Pack, Packed
+from maknet_jax.data.unit_results import Division as Division
+from maknet_jax.data.unit_results import Encoded as Encoded
+from maknet_jax.data.unit_results import Unit as Unit
+from maknet_jax.data.unit_results import UnitResult as UnitResult
 from maknet_jax.errors import InputError, NothingUsable
 
 SHARD_RECORDS = 512  # about 100 MB at 256 x 256
 WINDOW = (-1024.0, 3071.0)  # HU; LesaNet's, the default of the configs
-
-Encoded = tuple[bytes, np.ndarray, np.ndarray]  # a record, its labels and its label mask
-
-
-@dataclasses.dataclass(frozen=True)
-class UnitResult:
-    """The records of one unit of work, and what was rejected.
-
-    Attributes:
-      examples: encoded records with their labels and label masks, uint8 `[K]` each.
-      failures: (input, reason) pairs.
-      counters: summed over the run, for example {"neighbours repeated": 1}.
-      evidence: of a piece of a unit, for `Division.join`.
-    """
-
-    examples: Collection[Encoded] = ()
-    failures: tuple[tuple[str, str], ...] = ()
-    counters: dict[str, int] = dataclasses.field(default_factory=dict)
-    evidence: Any = None
-
-
-class Unit(Protocol):
-    """A unit of work: a picklable dataclass whose `repr` determines its records and the plan."""
-
-    @property
-    def count(self) -> int:
-        """The expected number of records."""
-
-    @property
-    def source(self) -> str:
-        """The path of its input, for messages."""
-
-
-AnyUnit = TypeVar("AnyUnit", bound=Unit)
-
-
-@dataclasses.dataclass(frozen=True)
-class Division:
-    """How large units are divided among workers.
-
-    Attributes:
-      pieces: unit -> its pieces in order, which are units, too; [unit] for a small one.
-      join: (unit, results of its pieces in order without their records, all records) -> result of
-        the unit; not called for [unit].
-    """
-
-    pieces: Callable[[Any], Sequence[Any]]
-    join: Callable[[Any, Sequence[UnitResult], Collection[Encoded]], UnitResult]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,19 +91,24 @@ def write_shards(
     failures = list(failures)
     counters: collections.Counter[str] = collections.Counter()
     plan = {split: list(_named_parts(split, units)) for split, units in splits.items()}
-    # One sequence over all shards, so that workers do not wait for each other at the end of each.
-    missing = [
-        unit
+    missing = {
+        name: [Divided.of(unit, division) for unit in units]
         for name, units in itertools.chain.from_iterable(plan.values())
         if not _sidecar(out, name).exists()
-        for unit in units
-    ]
+    }
+    # One sequence over all shards, so that workers do not wait for each other at the end of each.
+    pieces = [piece for units in missing.values() for unit in units for piece in unit.pieces]
+    pack = Pack(make, len(vocabulary))
     deaths = _Deaths(out / ".parts" / "killed.json")
-    with _results(make, missing, workers, scheduler, division, deaths, pool) as results:
+    with _results(pack, pieces, workers, scheduler, deaths, pool) as results:
         for split, parts in plan.items():
             shards, label_counts, known_counts = [], *np.zeros((2, len(vocabulary)), np.int64)
             for name, units in parts:
-                done = _write_part(out, name, len(units), results, len(vocabulary), advance)
+                if name in missing:
+                    done = _write_part(out, name, missing[name], results, len(vocabulary), advance)
+                else:
+                    done = _read_part(_sidecar(out, name))
+                    advance(len(units))
                 label_counts += np.asarray(done.label_counts, np.int64)
                 known_counts += np.asarray(done.known_counts, np.int64)
                 failures.extend(done.failures)
@@ -254,98 +215,77 @@ def _sidecar(out: pathlib.Path, name: str) -> pathlib.Path:
     return out / ".parts" / f"{name.replace('/', '.')}.json"
 
 
+def _read_part(sidecar: pathlib.Path) -> _Part:
+    content = files.read_json(sidecar)
+    try:
+        failed = [(name, reason) for name, reason in content["failures"]]
+        return _Part(**content | {"failures": failed})
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{sidecar} is damaged ({error}): delete it and run the command again"
+        ) from None
+
+
 def _write_part(
     out: pathlib.Path,
     name: str,
-    unit_count: int,
-    results: Iterator[UnitResult],
+    units: Iterable[Divided],
+    results: Iterator[Packed],
     label_count: int,
     advance: Callable[[int], None],
 ) -> _Part:
-    """Writes one shard of the next `unit_count` results, unless it exists."""
-    sidecar = _sidecar(out, name)
-    if sidecar.exists():
-        advance(unit_count)
-        content = files.read_json(sidecar)
-        try:
-            failed = [(name, reason) for name, reason in content["failures"]]
-            return _Part(**content | {"failures": failed})
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"{sidecar} is damaged ({error}): delete it and run the command again"
-            ) from None
-    label_counts, known_counts = np.zeros((2, label_count), np.int64)
+    """Writes one shard of the next results."""
+    counts = np.zeros((2, label_count), np.int64)
     failures: list[tuple[str, str]] = []
     counters: collections.Counter[str] = collections.Counter()
-    first = ""
-
-    def payloads() -> Iterator[bytes]:
-        nonlocal first
-        for result in itertools.islice(results, unit_count):
+    with shard_files.open_shard(out / name) as shard:
+        for unit in units:
+            before = len(shard)
+            made = []
+            for packed in itertools.islice(results, len(unit.pieces)):
+                shard.add(packed.chunks)
+                made.append((packed.result, packed.counts))
+            result, kept = unit.join([result for result, _ in made], len(shard) - before)
+            if kept:
+                counts += sum(added for _, added in made)
+            else:
+                shard.keep(before)
             failures.extend(result.failures)
             counters.update(result.counters)
-            for payload, labels, label_mask in result.examples:
-                np.add(label_counts, labels & label_mask, out=label_counts)
-                np.add(known_counts, label_mask, out=known_counts)
-                first = first or hashlib.sha256(payload).hexdigest()
-                yield payload
             advance(1)
-
-    count, digest = records.write_shard(out / name, payloads())
-    if not count:
+    if not len(shard):
         (out / name).unlink()
-    counts = label_counts.tolist(), known_counts.tolist()
-    part = _Part(count, digest, *counts, failures, dict(counters), first)
-    files.write_json(sidecar, dataclasses.asdict(part))
+    labelled, known = counts.tolist()
+    part = _Part(len(shard), shard.digest, labelled, known, failures, dict(counters), shard.first)
+    files.write_json(_sidecar(out, name), dataclasses.asdict(part))
     return part
 
 
 @contextlib.contextmanager
 def _results(
-    make: Callable[[AnyUnit], UnitResult],
-    units: Sequence[AnyUnit],
+    pack: Pack[AnyUnit],
+    pieces: Sequence[Any],
     workers: int,
     scheduler: str | None,
-    division: Division | None,
     deaths: "_Deaths",
     pool: worker_pool.Pool | None,
-) -> Iterator[Iterator[UnitResult]]:
-    """Yields an iterator over make(unit) for each unit, in order."""
-    divided = [division.pieces(unit) if division else [unit] for unit in units]
-    pieces = list(itertools.chain.from_iterable(divided))
+) -> Iterator[Iterator[Packed]]:
+    """Yields an iterator over pack(piece) for each piece, in order."""
     here = workers <= 1 and scheduler is None and not any(map(deaths.by, pieces))
     if here or not pieces:
-        yield _joined(units, divided, map(make, pieces), division, deaths.folder)
+        yield map(pack, pieces)
         return
     started = (
         contextlib.nullcontext(pool)
         if pool
-        else cluster.start(min(workers, len(pieces)), scheduler, module=make.__module__)
+        else cluster.start(min(workers, len(pieces)), scheduler, module=pack.make.__module__)
     )
     with started as pool:
-        died = functools.partial(deaths.add, pool)
-        made = pool.map(make, pieces, alone=deaths.by, died=died)
-        yield _joined(units, divided, made, division, deaths.folder)
 
+        def died(piece: Unit, how: str) -> Packed:
+            return pack.pack(deaths.add(pool, piece, how))
 
-def _joined(
-    units: Sequence[AnyUnit],
-    divided: Sequence[Sequence[Any]],
-    results: Iterator[UnitResult],
-    division: Division | None,
-    folder: pathlib.Path,
-) -> Iterator[UnitResult]:
-    for unit, pieces in zip(units, divided, strict=True):
-        if division is None or len(pieces) == 1:
-            yield next(results)
-            continue
-        with tempfile.TemporaryFile(dir=folder) as file:
-            spool: spools.Spool[Encoded] = spools.Spool(file, folder)
-            made = []
-            for result in itertools.islice(results, len(pieces)):
-                spool.extend(result.examples)
-                made.append(dataclasses.replace(result, examples=()))
-            yield division.join(unit, made, spool)
+        yield pool.map(pack, pieces, alone=deaths.by, died=died)
 
 
 class _Deaths:
@@ -356,7 +296,7 @@ class _Deaths:
     """
 
     def __init__(self, path: pathlib.Path) -> None:
-        self._path, self.folder = path, path.parent
+        self._path = path
         self._digests = set(files.read_json(path)) if path.exists() else set()
 
     def by(self, unit: Unit) -> bool:

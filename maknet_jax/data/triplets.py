@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from maknet_jax.data import overview, records, shards, table
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError, Rejected
 
-PIECE = 32  # triplets, of 96 slices: the largest unit of work of a long series
+PIECE = 16  # triplets, of 48 slices: the largest unit of work of a long series
 
 
 # An unfinished data set resumes only if the `repr` of its units is unchanged: do not rename the
@@ -151,13 +151,20 @@ def make_series(unit: _Series | _Piece) -> shards.UnitResult:
         )
         for centre, distance in volume.triplets()
     ]
-    return _series_result(unit, examples, volume.spacing, len(volume.hu))
+    result = _series_result(unit, len(examples), volume.spacing, len(volume.hu))
+    return dataclasses.replace(result, examples=examples)
 
 
 def join_series(
-    unit: _Series, results: Sequence[shards.UnitResult], examples: Collection[shards.Encoded]
+    unit: _Series, results: Sequence[shards.UnitResult], count: int
 ) -> shards.UnitResult:
-    """The result of a series from those of its pieces: the checks of `make_series` as a whole."""
+    """The result of a series from those of its pieces: the checks of `make_series` as a whole.
+
+    Args:
+      unit: the series.
+      results: of its pieces, in order.
+      count: the number of their records.
+    """
     for result in results:
         if result.failures:
             ((_, reason),) = result.failures
@@ -168,7 +175,7 @@ def join_series(
     except Rejected as error:
         return _rejected(unit.source, error)
     spacing = (stack.distance, *stack.headers[0].standard_spacing)
-    return _series_result(unit, examples, spacing, len(stack.headers))
+    return _series_result(unit, count, spacing, len(stack.headers))
 
 
 def _make_piece(unit: _Piece) -> shards.UnitResult:
@@ -213,13 +220,14 @@ def _triplet(
 
 
 def _series_result(
-    unit: _Series, examples: Collection[shards.Encoded], spacing: Sequence[float], slices: int
+    unit: _Series, count: int, spacing: Sequence[float], slices: int
 ) -> shards.UnitResult:
-    if not examples:
+    """The result of a series, without its records."""
+    if not count:
         return _rejected(unit.source, Rejected(f"no three consecutive slices among {slices}"))
     counters = overview.of_volume(spacing, slices)
-    counters["slices left over"] = slices - 3 * len(examples)
-    return shards.UnitResult(examples, counters=counters)
+    counters["slices left over"] = slices - 3 * count
+    return shards.UnitResult(counters=counters)
 
 
 def _rejected(path: str, error: Rejected) -> shards.UnitResult:

@@ -72,12 +72,6 @@ class Pool(abc.ABC):
         busy: dict[int, int] = {}  # place of a worker -> number of its unit
         sent = yielded = 0
         while yielded < len(units):
-            while yielded in results:
-                result, error = results.pop(yielded)
-                if error is not None:
-                    raise error
-                yield result
-                yielded += 1
             for place in range(self.size):
                 ahead = sent - yielded < _AHEAD * self.size
                 if place in busy or sent == len(units) or not ahead:
@@ -88,6 +82,13 @@ class Pool(abc.ABC):
                 self.send(place, function, units[sent])
                 busy[place] = sent
                 sent += 1
+            if yielded in results:  # after all workers have work, which the caller may delay
+                result, error = results.pop(yielded)
+                if error is not None:
+                    raise error
+                yield result
+                yielded += 1
+                continue
             for place, answer in self.receive(busy) if busy else ():
                 number = busy.pop(place)
                 if isinstance(answer, Died):
