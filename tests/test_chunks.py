@@ -5,6 +5,7 @@ import pytest
 from array_record.python import array_record_module
 
 from maknet_jax.data import chunks, records, shard_files
+from maknet_jax.errors import InputError
 
 
 @pytest.fixture
@@ -81,3 +82,11 @@ def test_errors_without_a_file_name_get_that_of_the_shard(tmp_path):
     with pytest.raises(OSError) as caught, shard_files.open_shard(tmp_path / "shard"):
         raise OSError(28, "No space left on device")
     assert caught.value.filename == str(tmp_path / "shard") and not list(tmp_path.iterdir())
+
+
+def test_another_file_format_is_refused(monkeypatch):
+    chunks.check_format()
+    chunks.check_format.cache_clear()
+    monkeypatch.setattr(chunks, "_VERSION", 2)
+    with pytest.raises(InputError, match="another file format"):
+        chunks.Layout().start()

@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import importlib.metadata
 import os
 import struct
 import tempfile
@@ -20,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from array_record.python import array_record_module
 
-from maknet_jax.errors import system_error
+from maknet_jax.errors import InputError, system_error
 
 # One record per group, so that random access decompresses the requested record only.
 _OPTIONS = "group_size:1,zstd:3"
@@ -86,7 +87,15 @@ class Layout:
         return int(_place(self._raw))
 
     def start(self) -> list[memoryview]:
-        """The first bytes of the file."""
+        """The first bytes of the file.
+
+        Raises:
+          InputError: see `check_format`.
+        """
+        check_format()
+        return self._signature()
+
+    def _signature(self) -> list[memoryview]:
         stream, _ = _write((), _OPTIONS)
         return self._place_chunks(stream[:_SIGNATURE], [_SIGNATURE])
 
@@ -154,6 +163,28 @@ class Layout:
         return [*pieces, view[done:]]
 
 
+@functools.cache
+def check_format() -> None:
+    """Checks, once in a process, that files are those that the installed ArrayRecord writes.
+
+    Raises:
+      InputError: they are not: the version is unknown to this module.
+    """
+    noise = np.random.default_rng(0).bytes(_BLOCK)  # does not compress: the file has three blocks
+    examples = [noise, b"", noise[:99]]
+    layout = Layout()
+    pieces = [*layout._signature(), *layout.add(compress(examples)), *layout.end()]
+    with _file() as path:
+        _write_file(path, examples, _OPTIONS)
+        expected = np.fromfile(path, np.uint8).tobytes()
+    if b"".join(pieces) != expected:
+        version = importlib.metadata.version("array-record")
+        raise InputError(
+            f"array-record {version} writes another file format than maknet-jax knows: install the "
+            "version of constraints.txt"
+        )
+
+
 def _place(raw: np.ndarray | int) -> np.ndarray:
     """The places in a file of the ends of chunks, from the bytes without block headers."""
     blocks, rest = np.divmod(raw, _USABLE)
@@ -163,16 +194,7 @@ def _place(raw: np.ndarray | int) -> np.ndarray:
 def _write(records: Iterable[bytes], options: str) -> tuple[memoryview, list[int]]:
     """(the chunks of an ArrayRecord file without block headers, the size of each chunk)."""
     with _file() as path:
-        try:
-            writer = array_record_module.ArrayRecordWriter(path, options)
-            try:
-                for record in records:
-                    writer.write(record)
-            finally:
-                writer.close()
-        except (RuntimeError, ValueError) as error:  # those of the system, too
-            failure = system_error(error, path) or OSError(errno.EIO, str(error)[:200])
-            raise OSError(failure.errno, failure.strerror) from None
+        _write_file(path, records, options)
         content = np.fromfile(path, np.uint8)
     stream = memoryview(content.reshape(-1, _BLOCK)[:, _BLOCK_HEADER:].ravel())
     sizes, offset = [], 0
@@ -180,6 +202,19 @@ def _write(records: Iterable[bytes], options: str) -> tuple[memoryview, list[int
         sizes.append(_CHUNK_HEADER.size + _CHUNK_HEADER.unpack_from(stream, offset)[1])
         offset += sizes[-1]
     return stream, sizes
+
+
+def _write_file(path: str, records: Iterable[bytes], options: str) -> None:
+    try:
+        writer = array_record_module.ArrayRecordWriter(path, options)
+        try:
+            for record in records:
+                writer.write(record)
+        finally:
+            writer.close()
+    except (RuntimeError, ValueError) as error:  # those of the system, too
+        failure = system_error(error, path) or OSError(errno.EIO, str(error)[:200])
+        raise OSError(failure.errno, failure.strerror) from None
 
 
 @contextlib.contextmanager
