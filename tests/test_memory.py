@@ -39,8 +39,10 @@ def write_files(folder, series, slices):
 
 def peak(folder, out, *options):
     """MB of the largest process of `maknet prepare dicom`."""
-    command = [sys.executable, "-c", COMMAND, "prepare", "dicom", folder, "--out", out]
-    ran = subprocess.run([*map(str, command), *options], capture_output=True, text=True)
+    # A shell starts it: the peak of a child includes that of the process that started it.
+    command = ["sh", "-c", '"$@" || exit', "sh", sys.executable, "-c", COMMAND]
+    command += ["prepare", "dicom", str(folder), "--out", str(out), *options]
+    ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     return int(ran.stdout.rpartition("peak ")[2])
 
