@@ -213,7 +213,7 @@ def test_annotated_labels_outside_the_first_are_listed(done, shards):
         truth = {names[k] for k in np.flatnonzero(shards.source("test")[number].labels)}
         for model in case["models"]:
             shown = {label["label"] for label in model["labels"]}
-            assert {name for name, _ in model["missed"]} == truth - shown
+            assert {name for name, *_ in model["missed"]} == truth - shown
 
 
 def test_an_interrupted_run_neither_repeats_nor_loses_an_image(
