@@ -256,6 +256,7 @@ def warnings(summary: Mapping[str, Any]) -> list[str]:
     images, lines = summary["images"], describe_flags(summary["flags"], _count(summary["images"]))
     if without := images - summary.get("reached", images):
         where = f"{without} of {_count(images)}" if without < images else f"any of {_count(images)}"
+        where = "the only image" if images == 1 else where
         lines.append(f"none of the labels shown reaches its threshold in {where}")
     return lines
 

@@ -184,6 +184,7 @@ def test_slices_have_the_position_of_the_scanner_and_no_uid_without_dicom():
     assert rows[0]["z_mm"] == 0.0 and placed.to_json()["uids"] == list(volume.uids)
     png = dataclasses.replace(usual, uids=("sha256:ab",) * 40)
     assert {row["sop_instance_uid"] for row in png.slice_rows()} == {""}
+    assert {row["uid"] for row in (*png.table(), *placed.table())} == {""}
     unnamed = dataclasses.replace(usual, id="sha256:cd").overview()
     assert series_tables.describe(unnamed, []).startswith("sha256:cd (0.dcm): 40 slices")
 

@@ -1,5 +1,7 @@
 """Shards that are put together from chunks have the bytes of one ArrayRecord writer."""
 
+import pathlib
+
 import numpy as np
 import pytest
 from array_record.python import array_record_module
@@ -88,5 +90,15 @@ def test_another_file_format_is_refused(monkeypatch):
     chunks.check_format()
     chunks.check_format.cache_clear()
     monkeypatch.setattr(chunks, "_VERSION", 2)
-    with pytest.raises(InputError, match="another file format"):
+    with pytest.raises(InputError, match="not support"):
+        chunks.Layout().start()
+
+
+@pytest.mark.parametrize("content", [b"no block", bytes(1 << 16), b"\xff" * (1 << 16)])
+def test_a_file_format_without_chunks_is_refused(monkeypatch, content):
+    monkeypatch.setattr(
+        chunks, "_write_file", lambda path, *_: pathlib.Path(path).write_bytes(content)
+    )
+    chunks.check_format.cache_clear()
+    with pytest.raises(InputError, match="not support"):
         chunks.Layout().start()

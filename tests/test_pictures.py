@@ -264,7 +264,7 @@ def test_figures_state_confidence_threshold_baseline_and_scale(tmp_path, monkeyp
     drawing.write_overlays(tmp_path / "a.png", metadata, arrays, settings)
     ((_, (_, liver, lung)),) = drawn["rows"]
     assert liver.note.splitlines() == [
-        "0.83, above its threshold 0.40",
+        "0.83, at or above its threshold 0.40",
         "baseline 0.01, change +0.82",
     ]
     assert lung.note.splitlines()[0] == "0.00, below its threshold 0.40"

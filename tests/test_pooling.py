@@ -160,6 +160,12 @@ def test_maximum_and_its_gradient_are_those_of_jax(values, axes, dtype):
     np.testing.assert_array_equal(pull_ours(cotangent)[0], pull_theirs(cotangent)[0])
 
 
+def test_many_equal_maxima_in_bfloat16_share_the_whole_cotangent():
+    x = jnp.zeros((1, 64, 64, 2), jnp.bfloat16)
+    gradient = jax.grad(lambda x: pooling.maximum(x, (1, 2)).sum())(x)
+    np.testing.assert_array_equal(gradient.astype(jnp.float32), 1 / 64**2)
+
+
 def test_the_maximum_saves_no_mask():
     """x itself is saved by its other readers too; a mask would be a second array of its size."""
     x = drawn(2, 6, 5, 3)

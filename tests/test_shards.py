@@ -67,7 +67,7 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(shards, "SHARD_RECORDS", 6)
 
 
-def write(out, make=make, splits=SPLITS, workers=1, size=8, finish=True):
+def write(out, make=make, splits=SPLITS, workers=1, size=8, finish=True, division=None):
     advanced = []
     info, failures = shards.write_shards(
         out,
@@ -79,6 +79,7 @@ def write(out, make=make, splits=SPLITS, workers=1, size=8, finish=True):
         about={"why": "test"},
         workers=workers,
         advance=advanced.append,
+        division=division,
     )
     assert sum(advanced) == sum(map(len, splits.values()))
     if finish:
@@ -122,6 +123,32 @@ def test_all_records_are_written_in_order_and_counted(whole):
     assert dataset.vocabulary == VOCABULARY and dataset.size == 8
     assert info["counters"] == {"seen": 17} and info["about"] == {"why": "test"}
     assert not list(out.rglob(".*")), "temporary files are left"
+
+
+def test_a_rejected_unit_leaves_nothing_of_its_pieces_in_its_shard(tmp_path):
+    """Neither records nor counts, in the middle of a shard, at its end, or as all of it."""
+
+    def join(unit, results, count):
+        assert count == 2 and [result.examples for result in results] == [(), (), ()]
+        return shards.UnitResult(failures=((unit.source, "rejected as a whole"),))
+
+    def pieces(unit):
+        # The second piece is a multiple of 7 and gives no record.
+        return [Unit(1, 1), Unit(7, 1), Unit(2, 1)] if unit.number in (30, 31, 32) else [unit]
+
+    kept = [Unit(1, 1), Unit(2, 1), Unit(3, 2), Unit(4, 2)]
+    longer = [kept[0], Unit(30, 1), kept[1], Unit(31, 1), *kept[2:], Unit(32, 6)]
+    division = shards.Division(pieces, join)
+    info, failures = write(tmp_path / "long", splits={"train": longer}, division=division)
+    assert [name for name, _ in failures] == ["unit 30", "unit 31", "unit 32"]
+    dataset = records.open_dataset(tmp_path / "long")
+    source = dataset.source("train")
+    expected = [f"{unit.number}-{k}" for unit in kept for k in range(unit.count)]
+    assert [source[k].id for k in range(len(source))] == expected
+    other, _ = write(tmp_path / "short", splits={"train": kept})
+    for name in ("count", "label_counts", "known_counts"):
+        assert info["splits"]["train"][name] == other["splits"]["train"][name]
+    assert info["counters"] == other["counters"]
 
 
 def test_failures_are_returned(tmp_path):

@@ -85,7 +85,7 @@ class Dataset:
     def choice(self) -> dict[str, Any]:
         """How images were chosen, as far as `dataset.json` records it.
 
-        The fields are every (N: each N-th slice), patients (split -> number) and splits (how cases
+        The fields are every (N: every N-th slice), patients (split -> number) and splits (how cases
         were divided -> number of cases).
         """
         entries = self.info.get("about", {})

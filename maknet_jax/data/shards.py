@@ -191,7 +191,7 @@ def _claim(out: pathlib.Path, plan: str) -> None:
     files.write_json(out / name, record)
 
 
-def _chunks(units: Iterable[AnyUnit]) -> list[list[AnyUnit]]:
+def _unit_groups(units: Iterable[AnyUnit]) -> list[list[AnyUnit]]:
     parts: list[list[AnyUnit]] = [[]]
     filled = 0
     for unit in units:
@@ -205,7 +205,7 @@ def _chunks(units: Iterable[AnyUnit]) -> list[list[AnyUnit]]:
 
 def _named_parts(split: str, units: Iterable[AnyUnit]) -> Iterator[tuple[str, list[AnyUnit]]]:
     """Yields (path of the shard, its units)."""
-    parts = _chunks(units)
+    parts = _unit_groups(units)
     for number, part in enumerate(parts):
         yield f"{split}/part-{number:05d}-of-{len(parts):05d}.array_record", part
 

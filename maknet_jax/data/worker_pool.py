@@ -82,7 +82,7 @@ class Pool(abc.ABC):
                 self.send(place, function, units[sent])
                 busy[place] = sent
                 sent += 1
-            if yielded in results:  # after all workers have work, which the caller may delay
+            if yielded in results:  # workers get units first: the caller may take long with it
                 result, error = results.pop(yielded)
                 if error is not None:
                     raise error

@@ -311,7 +311,7 @@ class SeriesResult:
                 "series": self.id,
                 "slice": number,
                 "file": self.file_of(number),
-                "uid": self.uids[number],
+                "uid": self.uid_of(number),
                 "z_mm": float(self.z_mm[number]),
                 "position_mm": float(self.position_mm[number]),
                 "labels": self.labels[number],

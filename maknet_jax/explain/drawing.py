@@ -91,7 +91,7 @@ def scale_unit(arrays: Arrays, output: str) -> str:
 
 def describe_confidence(entry: Mapping[str, Any]) -> str:
     """A confidence, and on which side of its threshold it is."""
-    side = "above" if entry["predicted"] else "below"
+    side = "at or above" if entry["predicted"] else "below"
     return f"{entry['confidence']:.2f}, {side} its threshold {entry['threshold']:.2f}"
 
 

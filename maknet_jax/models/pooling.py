@@ -112,7 +112,8 @@ def maximum(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     """`x.max(axes)`, which saves no mask of the size of x for the backward pass.
 
     JAX's own maximum saves where x has it, in the dtype of x. The gradients are equal: those of
-    equal maxima share the cotangent.
+    equal maxima share the cotangent. The only exception is more than 256 equal maxima in bfloat16,
+    which JAX counts in bfloat16 and too low; here they are counted in float32.
 
     Args:
       x: any shape.

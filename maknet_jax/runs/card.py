@@ -180,9 +180,7 @@ def _data(data: Mapping[str, Any]) -> str:
 
 
 def _choice(choice: Mapping[str, Any]) -> list[str]:
-    """How the images were chosen, see `records.Dataset.choice`; bundles of earlier versions and
-    some data sets do not know it.
-    """
+    """How the images were chosen, as far as it is recorded, see `records.Dataset.choice`."""
     lines = []
     if counts := choice.get("patients"):
         lines.append(f"- Patients: {', '.join(f'{n:,} {name}' for name, n in counts.items())}")
