@@ -184,7 +184,7 @@ def check_format() -> None:
         version = importlib.metadata.version("array-record")
         raise InputError(
             f"array-record {version} writes a file format that maknet-jax does not support: "
-            "install the version of constraints.txt"
+            "pip install 'array-record<0.9'"
         )
 
 
