@@ -64,15 +64,25 @@ def test_the_coronal_view_is_a_projection_along_the_rows():
 
 
 @pytest.mark.parametrize(
-    "shape, spacing, expected",
-    [
-        ((100, 100), (4.2, 2.0), (2.0, 4.2, 1.0)),  # to scale
-        ((20, 200), (2.0, 2.0), (3.2, 1.6, 5.0)),  # short: stretched five times
-        ((100, 100), (float("nan"),) * 2, (3.2, 4.0, 1.0)),
-    ],
+    "count, short", [(60, False), (20, False), (4, True)], ids=["long", "lower", "short"]
 )
-def test_the_coronal_view_is_to_scale_unless_it_is_short(shape, spacing, expected):
-    assert charts._view_size(shape, spacing) == pytest.approx(expected)
+def test_the_coronal_view_is_to_scale_unless_it_is_short(tmp_path, monkeypatch, count, short):
+    """Its size is that of the drawn axes, which titles, names and the colour bar make smaller."""
+    drawn = []
+    monkeypatch.setattr(charts, "_write", lambda figure, path: drawn.append(figure))
+    confidences = np.full((count, 3), 0.9)
+    charts.write_label_chart(
+        tmp_path / "a.png",
+        *(confidences, confidences > 0.5, ["a long name of a label", "b", "c"]),
+        coronal=np.zeros((count, 80), np.uint8),
+        spacing=(5.0, 2.0),
+    )
+    drawn[0].draw_without_rendering()
+    view = drawn[0].axes[0]
+    box = view.get_window_extent()
+    stretch = (box.height / (count * 5)) / (box.width / 160)
+    assert stretch > 2 if short else stretch == pytest.approx(1, abs=0.04)
+    assert view.get_xlabel() == (f"stretched {stretch:.1f} x along z" if short else "")
 
 
 def test_label_charts_show_the_coronal_view(tmp_path):

@@ -169,6 +169,17 @@ def test_a_copy_of_a_png_under_the_same_number_is_taken_once(tmp_path):
     assert reasons == [] and [(ref.count, ref.copies) for ref in series] == [(2, 1), (1, 0)]
 
 
+@pytest.mark.parametrize("uid", ["", "1.2.3"])
+def test_a_copied_folder_is_one_series_with_and_without_a_uid(tmp_path, uid):
+    """Without one, a series is named by its slices, and two had the same name and ids."""
+    write_series(tmp_path / "a", [0, 5, 10], SeriesInstanceUID=uid)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    write_series(tmp_path / "c", [0, 5], SeriesInstanceUID=uid and "1.2.4")
+    series, reasons = search.find_series(tmp_path)
+    assert reasons == [] and sorted((ref.count, ref.copies) for ref in series) == [(2, 0), (3, 3)]
+    assert len({ref.key for ref in series}) == 2
+
+
 def test_a_folder_that_is_named_in_several_ways_is_read_once(tmp_path, monkeypatch):
     write_series(tmp_path / "s", [0, 5, 10], SeriesInstanceUID="")
     (tmp_path / "link").symlink_to("s")

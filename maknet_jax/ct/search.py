@@ -312,14 +312,26 @@ def _add_dicom(headers: Sequence[dicom.Header], search: _Search) -> None:
     for (key, problem), paths in rejected.items():
         more = f" ({len(paths)} files of series {key})" if len(paths) > 1 else ""
         search.failures.append((paths[0], problem + more))
+    keys: set[str] = set()
     for group in group_by_series(header for header in headers if not header.problem):
         key = series_key(group)
+        if key in keys:  # a copied folder of slices without a SeriesInstanceUID
+            _add_copies(key, len(group), search)
+            continue
+        keys.add(key)
         stacks, failures = find_stacks(group)
         search.failures += [(path, f"series {key}: {reason}") for path, reason in failures]
         for number, stack in enumerate(stacks, start=1):
             ordered = tuple(header.path for header in stack.headers)
             name = f"{key}:{number}" if len(stacks) > 1 else key
             search.add("dicom", ordered, name, len(ordered), len(stack.copies), **_layout(stack))
+
+
+def _add_copies(key: str, count: int, search: _Search) -> None:
+    """Counts copies of the slices of a series at its first stack, if it is usable."""
+    for place, ref in enumerate(search.series):
+        if ref.kind == "dicom" and ref.key in (key, f"{key}:1"):
+            search.series[place] = dataclasses.replace(ref, copies=ref.copies + count)
 
 
 def _layout(stack: Stack) -> dict[str, Any]:

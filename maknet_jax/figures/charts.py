@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -14,7 +15,7 @@ from maknet_jax import files
 
 _BLUE, _RED, _AMBER = "#1f5f9e", "#b51218", "#8a4b00"
 # Inches: the slices of a label chart, a label, a line of text.
-_CHART_HEIGHT, _PITCH, _LINE = 4.2, 0.18, 0.17
+_CHART_HEIGHT, _SMALLEST_VIEW, _PITCH, _LINE = 4.2, 1.6, 0.18, 0.17
 
 
 def write_label_chart(
@@ -49,9 +50,9 @@ def write_label_chart(
     shown = [k for k in np.argsort(-slices, kind="stable") if slices[k]][:max_labels]
     # From head to feet by the mean slice, in the order of the body.
     shown.sort(key=lambda k: (np.flatnonzero(predicted[:, k]).mean(), k))
-    across, height, stretch = 0.0, _CHART_HEIGHT, 1.0
+    across, height = 0.0, _CHART_HEIGHT
     if coronal is not None:
-        across, height, stretch = _view_size(coronal.shape, spacing)
+        across, height = _view_size(coronal.shape, spacing)
     cells_width = max(2.4, _PITCH * len(shown))
     widths = [across, cells_width] if across else [cells_width]
     lines = _wrap((title, *notes), int(11 * (1.3 + sum(widths))))
@@ -80,35 +81,55 @@ def write_label_chart(
         sides = ["R", "L"] if math.isfinite(spacing[1]) else ["", ""]
         view.set_xticks([0.04, 0.96], sides, fontsize=10)
         view.tick_params(axis="x", length=0)
-        if stretch > 1.2:
-            view.set_xlabel(f"stretched {stretch:.1f} x along z", fontsize=10)
     grid[0].set_ylabel("slice, head to feet", fontsize=10)
     grid[0].tick_params(axis="y", labelsize=10)
-    grid[0].yaxis.set_major_locator(MaxNLocator(7, integer=True))
+    ticks = max(2, min(7, int(2.5 * height)))
+    grid[0].yaxis.set_major_locator(MaxNLocator(ticks, integer=True))
     if math.isfinite(spacing[0]):
         mm = axes.secondary_yaxis(
             "right", functions=(lambda z: z * spacing[0], lambda mm: mm / spacing[0])
         )
         mm.set_ylabel("mm below the first slice", fontsize=10)
         mm.tick_params(labelsize=10)
+        mm.yaxis.set_major_locator(MaxNLocator(ticks))
     bar = figure.colorbar(image, ax=list(grid), orientation="horizontal", fraction=0.04, pad=0.03)
     meaning = "confidence; red line: predicted" + "\nhatched: outside the domain" * bool(hatched)
     bar.set_label(meaning, fontsize=10)
     bar.ax.tick_params(labelsize=10)
     figure.suptitle("\n".join(lines), fontsize=10, x=0.02, ha="left", parse_math=False)
+    if coronal is not None and math.isfinite(spacing[0] + spacing[1]):
+        _set_scale(figure, grid[0], (count * spacing[0], coronal.shape[1] * spacing[1]))
     _write(figure, path)
 
 
-def _view_size(shape: tuple[int, int], spacing: tuple[float, float]) -> tuple[float, float, float]:
-    """(inches across, inches along z, stretch along z) of a coronal view.
+def _set_scale(figure: Figure, view: Axes, mm: tuple[float, float]) -> None:
+    """Sets the height of a figure so that a view is to scale, or says how it is stretched.
 
-    It is to scale unless the series is so short that its labels would have no space.
+    The layout gives the view what colour bar, names and title leave. A series so short that its
+    slices would have no space keeps `_SMALLEST_VIEW`.
+
+    Args:
+      figure: the figure.
+      view: its axes.
+      mm: the lengths that the view shows, (along z, across).
     """
+    stretch = 1.0
+    for _ in range(3):
+        figure.draw_without_rendering()
+        box = view.get_window_extent().transformed(figure.dpi_scale_trans.inverted())
+        height = max(_SMALLEST_VIEW, box.width * mm[0] / mm[1])
+        width, whole = figure.get_size_inches()
+        figure.set_size_inches(width, whole + height - box.height)
+        stretch = height / box.width * mm[1] / mm[0]
+        view.set_xlabel(f"stretched {stretch:.1f} x along z" if stretch > 1.05 else "", fontsize=10)
+
+
+def _view_size(shape: tuple[int, int], spacing: tuple[float, float]) -> tuple[float, float]:
+    """(inches across, inches along z) of a coronal view, approximately to scale."""
     length, width = (count * mm for count, mm in zip(shape, spacing, strict=True))
     share = width / length if math.isfinite(width / length) else 0.8
-    height = float(np.clip(3.2 / share, 1.6, _CHART_HEIGHT))
-    across = float(np.clip(height * share, 1.0, 3.2))
-    return across, height, height * share / across
+    height = float(np.clip(3.2 / share, _SMALLEST_VIEW, _CHART_HEIGHT))
+    return float(np.clip(height * share, 1.0, 3.2)), height
 
 
 def _wrap(texts: Iterable[str], letters: int) -> list[str]:
