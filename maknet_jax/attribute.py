@@ -291,9 +291,10 @@ def cards(
             metadata, [results.load_metadata(other, names) for other in others]
         )
         display, output = settings["display"], settings["output"]
-        drawn = drawing.load_picture(metadata, arrays, display)
+        drawn, scale = drawing.load_picture(metadata, arrays, display), drawing.colour_scale(arrays)
         for place, model in enumerate(metadata["models"]):
-            model["uris"] = [overlay.to_uri(layer) for layer in drawing.map_layers(arrays, place)]
+            layers = drawing.map_layers(arrays, place, scale)
+            model["uris"] = [overlay.to_uri(layer) for layer in layers]
             for entry in model["labels"]:
                 if entry["map"] is not None:
                     entry["effect"] = drawing.describe_change(entry, output)
@@ -307,7 +308,7 @@ def cards(
             warnings=describe(metadata),
             aspect=drawn.grey.shape[1] / drawn.grey.shape[0],
             right=picture.is_oriented(metadata["meta"]),
-            scale=(drawing.colour_scale(arrays), drawing.scale_unit(arrays, output)),
+            scale=(scale, drawing.scale_unit(arrays, output)),
         )
 
 

@@ -253,7 +253,7 @@ def test_all_maps_of_an_image_share_one_scale():
     """A label of confidence 0.01 looks weaker than one of 0.83, by the ratio of the maps."""
     metadata, arrays = explained(0.82, -0.0082)
     assert drawing.colour_scale(arrays) == pytest.approx(0.82 / 400, rel=0.02)  # per pixel
-    strong, weak = drawing.map_layers(arrays, 0)
+    strong, weak = drawing.map_layers(arrays, 0, drawing.colour_scale(arrays))
     assert strong[..., 3].max() == 255 and weak[..., 3].max() == round(255 * 0.01**0.7)
     # A second network shares it, too.
     _, other = explained(8.2, 0.82)

@@ -63,9 +63,14 @@ def facts(
     return [*lines, picture.describe_window(window), drawn.resolution, *side]
 
 
-def map_layers(arrays: Arrays, place: int) -> Iterator[np.ndarray]:
-    """The maps of the network at `place` as RGBA uint8 `[H, W, 4]` layers for pages."""
-    scale = colour_scale(arrays)
+def map_layers(arrays: Arrays, place: int, scale: float) -> Iterator[np.ndarray]:
+    """The maps of the network at `place` as RGBA uint8 `[H, W, 4]` layers for pages.
+
+    Args:
+      arrays: of a result.
+      place: of the network.
+      scale: `colour_scale` of the result.
+    """
     for smoothed in _smoothed(arrays, place):
         edge = max(_SHARPEST, len(smoothed))
         drawn = smoothed if edge == len(smoothed) else picture.resample(smoothed, (edge, edge))
