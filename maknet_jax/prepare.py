@@ -23,6 +23,7 @@ from maknet_jax.data import (
     shards,
     table,
     triplets,
+    unit_results,
     worker_pool,
 )
 from maknet_jax.data.openkbp import prepare_openkbp as prepare_openkbp
@@ -279,7 +280,7 @@ def _check(out: str | os.PathLike[str], size: int, scheduler: str | None, step: 
 
 
 @dataclasses.dataclass(frozen=True)
-class _DataSet(Generic[shards.AnyUnit]):
+class _DataSet(Generic[unit_results.AnyUnit]):
     """The content of a data set before it is written.
 
     Attributes:
@@ -296,20 +297,20 @@ class _DataSet(Generic[shards.AnyUnit]):
     """
 
     kind: str
-    splits: Mapping[str, Sequence[shards.AnyUnit]]
-    make: Callable[[shards.AnyUnit], shards.UnitResult]
+    splits: Mapping[str, Sequence[unit_results.AnyUnit]]
+    make: Callable[[unit_results.AnyUnit], unit_results.UnitResult]
     size: int
     vocabulary: labels.Vocabulary
     about: dict[str, Any]
     failures: Sequence[tuple[str, str]] = ()
     missing: Sequence[tuple[str, str]] = ()
     cases: Sequence[tuple[str, str, str]] = ()
-    division: shards.Division | None = None
+    division: unit_results.Division | None = None
 
 
 def _write(
     out: str | os.PathLike[str],
-    content: _DataSet[shards.AnyUnit],
+    content: _DataSet[unit_results.AnyUnit],
     *,
     workers: int,
     scheduler: str | None,
@@ -350,7 +351,7 @@ def _write(
 
 def _write_reports(
     out: pathlib.Path,
-    content: _DataSet[shards.AnyUnit],
+    content: _DataSet[unit_results.AnyUnit],
     info: dict[str, Any],
     failures: Sequence[tuple[str, str]],
     hidden: pseudonym.Pseudonyms | None,

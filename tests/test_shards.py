@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from maknet_jax.data import labels, records, shards
+from maknet_jax.data import labels, records, shards, unit_results
 from maknet_jax.errors import InputError
 
 VOCABULARY = labels.Vocabulary.from_names(["even", "any"])
@@ -29,7 +29,7 @@ class Unit:
 def make(unit):
     """`count` records of a unit; multiples of 7 fail."""
     if unit.number % 7 == 0:
-        return shards.UnitResult(failures=((f"unit {unit.number}", "a multiple of 7"),))
+        return unit_results.UnitResult(failures=((f"unit {unit.number}", "a multiple of 7"),))
     examples = []
     for k in range(unit.count):
         rng = np.random.default_rng([unit.number, k])
@@ -38,7 +38,7 @@ def make(unit):
         mask = np.array([unit.number % 3 == 0, 1], np.uint8)
         example = records.Example(f"{unit.number}-{k}", image, vector, mask, {})
         examples.append((records.encode(example), vector, mask))
-    return shards.UnitResult(tuple(examples), counters={"seen": 1})
+    return unit_results.UnitResult(tuple(examples), counters={"seen": 1})
 
 
 class Stopping:
@@ -130,7 +130,7 @@ def test_a_rejected_unit_leaves_nothing_of_its_pieces_in_its_shard(tmp_path):
 
     def join(unit, results, count):
         assert count == 2 and [result.examples for result in results] == [(), (), ()]
-        return shards.UnitResult(failures=((unit.source, "rejected as a whole"),))
+        return unit_results.UnitResult(failures=((unit.source, "rejected as a whole"),))
 
     def pieces(unit):
         # The second piece is a multiple of 7 and gives no record.
@@ -138,7 +138,7 @@ def test_a_rejected_unit_leaves_nothing_of_its_pieces_in_its_shard(tmp_path):
 
     kept = [Unit(1, 1), Unit(2, 1), Unit(3, 2), Unit(4, 2)]
     longer = [kept[0], Unit(30, 1), kept[1], Unit(31, 1), *kept[2:], Unit(32, 6)]
-    division = shards.Division(pieces, join)
+    division = unit_results.Division(pieces, join)
     info, failures = write(tmp_path / "long", splits={"train": longer}, division=division)
     assert [name for name, _ in failures] == ["unit 30", "unit 31", "unit 32"]
     dataset = records.open_dataset(tmp_path / "long")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from maknet_jax.ct import png, preprocess, reading, volumes
-from maknet_jax.data import deeplesion, lesions, overview, shards
+from maknet_jax.data import deeplesion, lesions, overview, unit_results
 from maknet_jax.data.labels import Vocabulary, ontology_vocabulary, read_ontology
 from maknet_jax.data.triplets import encode_with_labels
 from maknet_jax.errors import InputError, Rejected
@@ -146,7 +146,7 @@ def plan_units(
     return splits, missing
 
 
-def make_key_slice(unit: _KeySlice) -> shards.UnitResult:
+def make_key_slice(unit: _KeySlice) -> unit_results.UnitResult:
     """The key slice with its neighbours, cropped to the body.
 
     Our choice: neighbours are the adjacent slices at the spacing of the scan (LesaNet interpolates
@@ -155,17 +155,17 @@ def make_key_slice(unit: _KeySlice) -> shards.UnitResult:
     try:
         volume, centre = volumes.load_series_of(unit.path, overrides=unit.overrides)
     except (Rejected, InputError) as error:
-        return shards.UnitResult(failures=((unit.path, png.reason_without_window(error)),))
+        return unit_results.UnitResult(failures=((unit.path, png.reason_without_window(error)),))
     slices = volume.neighbours(centre or 0)
     image, box = preprocess.make_triplet(slices, unit.size)
     meta = dict(unit.meta) | {"crop": box}
     record = encode_with_labels(unit.id, image, unit.labels, unit.label_mask, meta)
     counters = overview.of_volume(meta["spacing"][::-1])
     counters["neighbours repeated"] = 3 - len(volume.hu)
-    return shards.UnitResult((record,), counters=counters)
+    return unit_results.UnitResult((record,), counters=counters)
 
 
-def make_lesion(unit: _KeySlice) -> shards.UnitResult:
+def make_lesion(unit: _KeySlice) -> unit_results.UnitResult:
     """The patch around a lesion, see `lesions.make_patch`."""
     meta = dict(unit.meta)
     box = [place - 1 for place in meta["slice_box"]]  # DL_info counts pixels from 1
@@ -174,10 +174,10 @@ def make_lesion(unit: _KeySlice) -> shards.UnitResult:
             unit.path, box, meta["spacing"], unit.size, unit.overrides
         )
     except (Rejected, InputError) as error:
-        return shards.UnitResult(failures=((unit.path, png.reason_without_window(error)),))
+        return unit_results.UnitResult(failures=((unit.path, png.reason_without_window(error)),))
     record = encode_with_labels(unit.id, image, unit.labels, unit.label_mask, meta)
     counters = overview.of_volume(meta["spacing"][::-1]) | {"neighbours repeated": repeated}
-    return shards.UnitResult((record,), counters=counters)
+    return unit_results.UnitResult((record,), counters=counters)
 
 
 def read_labels(

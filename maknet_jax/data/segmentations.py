@@ -22,7 +22,7 @@ import numpy as np
 
 from maknet_jax.ct import dicom, dicom_seg, nifti, preprocess, pseudonym, reading, volumes
 from maknet_jax.ct.search import SeriesRef
-from maknet_jax.data import overview, shards
+from maknet_jax.data import overview, unit_results
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.data.segmentation_cases import Case, Mask
 from maknet_jax.data.triplets import encode_with_labels
@@ -233,7 +233,7 @@ def plan_cases(
     return splits
 
 
-def make_case(unit: _CaseUnit) -> shards.UnitResult:
+def make_case(unit: _CaseUnit) -> unit_results.UnitResult:
     """The records of a case. A mask that cannot be used rejects the whole case."""
     try:
         volume = volumes.load_series(unit.ref, overrides=unit.overrides)
@@ -241,7 +241,7 @@ def make_case(unit: _CaseUnit) -> shards.UnitResult:
             raise Rejected("no PixelSpacing: areas are unknown")
         areas, complete, counters = _areas(unit, volume)
     except Rejected as error:
-        return shards.UnitResult(failures=((unit.ref.paths[0], str(error)),))
+        return unit_results.UnitResult(failures=((unit.ref.paths[0], str(error)),))
     counters.update(overview.of_volume(volume.spacing, len(volume.hu)))
     rules, centres = unit.rules, middle_slices(len(volume.hu), unit.rules.every)
     states = np.stack(
@@ -269,7 +269,7 @@ def make_case(unit: _CaseUnit) -> shards.UnitResult:
     chosen = states[list(centres)]
     for state, reason in REASONS.items():
         counters[f"labels unknown: {reason}"] += int((chosen == state).sum())
-    return shards.UnitResult(tuple(examples), counters=dict(counters))
+    return unit_results.UnitResult(tuple(examples), counters=dict(counters))
 
 
 def label_states(

@@ -21,12 +21,7 @@ from maknet_jax import files
 from maknet_jax.ct import preprocess
 from maknet_jax.data import cluster, records, shard_files, worker_pool
 from maknet_jax.data.labels import Vocabulary
-from maknet_jax.data.unit_results import AnyUnit as AnyUnit
-from maknet_jax.data.unit_results import Divided, Pack, Packed
-from maknet_jax.data.unit_results import Division as Division
-from maknet_jax.data.unit_results import Encoded as Encoded
-from maknet_jax.data.unit_results import Unit as Unit
-from maknet_jax.data.unit_results import UnitResult as UnitResult
+from maknet_jax.data.unit_results import AnyUnit, Divided, Division, Pack, Packed, Unit, UnitResult
 from maknet_jax.errors import InputError, NothingUsable
 
 SHARD_RECORDS = 512  # about 100 MB at 256 x 256

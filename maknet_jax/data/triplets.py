@@ -10,7 +10,7 @@ import numpy as np
 
 from maknet_jax.ct import pieces, png, preprocess, pseudonym, reading, volumes
 from maknet_jax.ct.search import SeriesRef
-from maknet_jax.data import overview, records, shards, table
+from maknet_jax.data import overview, records, table, unit_results
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError, Rejected
 
@@ -79,8 +79,8 @@ class _TableVolume:
 
 def encode_with_labels(
     record_id: str, image: np.ndarray, labels: bytes, label_mask: bytes, meta: dict[str, Any]
-) -> shards.Encoded:
-    """An encoded record, its labels and its label mask, for `shards.UnitResult`.
+) -> unit_results.Encoded:
+    """An encoded record, its labels and its label mask, for `unit_results.UnitResult`.
 
     Args:
       record_id: the id of the record.
@@ -132,7 +132,7 @@ def series_pieces(unit: _Series) -> Sequence[_Series | _Piece]:
     ]
 
 
-def make_series(unit: _Series | _Piece) -> shards.UnitResult:
+def make_series(unit: _Series | _Piece) -> unit_results.UnitResult:
     """All triplets of an unlabelled volume or of a piece of one, without overlap."""
     try:
         if isinstance(unit, _Piece):
@@ -156,8 +156,8 @@ def make_series(unit: _Series | _Piece) -> shards.UnitResult:
 
 
 def join_series(
-    unit: _Series, results: Sequence[shards.UnitResult], count: int
-) -> shards.UnitResult:
+    unit: _Series, results: Sequence[unit_results.UnitResult], count: int
+) -> unit_results.UnitResult:
     """The result of a series from those of its pieces: the checks of `make_series` as a whole.
 
     Args:
@@ -168,7 +168,7 @@ def join_series(
     for result in results:
         if result.failures:
             ((_, reason),) = result.failures
-            return shards.UnitResult(failures=((unit.source, reason),))
+            return unit_results.UnitResult(failures=((unit.source, reason),))
     try:
         stack = pieces.check((result.evidence for result in results), unit.overrides)
         pieces.check_planned(unit.ref, stack)
@@ -178,7 +178,7 @@ def join_series(
     return _series_result(unit, count, spacing, len(stack.headers))
 
 
-def _make_piece(unit: _Piece) -> shards.UnitResult:
+def _make_piece(unit: _Piece) -> unit_results.UnitResult:
     middles = {centre - unit.first for centre, _ in unit.triplets}
     recent: collections.deque[np.ndarray] = collections.deque(maxlen=3)
     images: list[tuple[np.ndarray, preprocess.Box]] = []
@@ -201,7 +201,7 @@ def _make_piece(unit: _Piece) -> shards.UnitResult:
         )
         for image, (centre, distance) in zip(images, unit.triplets, strict=True)
     )
-    return shards.UnitResult(examples, evidence=evidence)
+    return unit_results.UnitResult(examples, evidence=evidence)
 
 
 def _triplet(
@@ -211,7 +211,7 @@ def _triplet(
     *,
     spacing: Sequence[float],
     **place: int,
-) -> shards.Encoded:
+) -> unit_results.Encoded:
     image, box = cut
     series = pseudonym.pseudonym(unit.salt, unit.ref.key)
     meta = {"series": series, **place, "crop": box, "spacing": volumes.spacing_json(spacing)}
@@ -221,20 +221,20 @@ def _triplet(
 
 def _series_result(
     unit: _Series, count: int, spacing: Sequence[float], slices: int
-) -> shards.UnitResult:
+) -> unit_results.UnitResult:
     """The result of a series, without its records."""
     if not count:
         return _rejected(unit.source, Rejected(f"no three consecutive slices among {slices}"))
     counters = overview.of_volume(spacing, slices)
     counters["slices left over"] = slices - 3 * count
-    return shards.UnitResult(counters=counters)
+    return unit_results.UnitResult(counters=counters)
 
 
-def _rejected(path: str, error: Rejected) -> shards.UnitResult:
-    return shards.UnitResult(failures=((path, png.reason_without_window(error)),))
+def _rejected(path: str, error: Rejected) -> unit_results.UnitResult:
+    return unit_results.UnitResult(failures=((path, png.reason_without_window(error)),))
 
 
-DIVISION = shards.Division(series_pieces, join_series)
+DIVISION = unit_results.Division(series_pieces, join_series)
 
 
 def plan_table(
@@ -267,14 +267,14 @@ def plan_table(
     return splits
 
 
-def make_table_volume(unit: _TableVolume) -> shards.UnitResult:
+def make_table_volume(unit: _TableVolume) -> unit_results.UnitResult:
     """The triplets around the slices in the rows of one file or folder."""
     try:
         volume, named = volumes.load_series_of(
             unit.path, png_window=unit.png_window, overrides=unit.overrides
         )
     except (Rejected, InputError) as error:
-        return shards.UnitResult(failures=tuple((row.where, str(error)) for row in unit.rows))
+        return unit_results.UnitResult(failures=tuple((row.where, str(error)) for row in unit.rows))
     threshold = preprocess.body_threshold(volume.hu, unit.png_window)
     examples, failures = [], []
     for row, vector, mask in zip(unit.rows, unit.labels, unit.label_masks, strict=True):
@@ -290,4 +290,4 @@ def make_table_volume(unit: _TableVolume) -> shards.UnitResult:
         examples.append(encode_with_labels(f"line-{row.line:06d}", image, vector, mask, meta))
     whole = len(volume.hu) if named is None else None
     counters = overview.of_volume(volume.spacing, whole)
-    return shards.UnitResult(tuple(examples), tuple(failures), counters)
+    return unit_results.UnitResult(tuple(examples), tuple(failures), counters)
