@@ -90,9 +90,14 @@ def test_the_examples_of_the_docstrings_run():
         ("predict scans --config.seed=3", "unknown option '--config.seed=3'"),
         ("report x --zzzzzzzzz", "unknown option '--zzzzzzzzz' (see"),
         ("report x -z", "unknown argument '-z'"),
+        ("prepare dicom x y --out z", "'y': expected one folder, which is 'x': put both into one"),
+        ("prepare openkbp x --out z y", "'y': expected one folder, which is 'x': run"),
+        ("verify x y", "'y': expected one path, which is 'x': run"),
+        ("predict x --model m --out z y", "'y': write all values of path together"),
+        ("evaluate --model m x", "'x': the command takes options only"),
     ],
 )
-def test_an_unknown_option_names_the_nearest(argv, hint, capsys):
+def test_an_unexpected_argument_is_explained(argv, hint, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main(argv.split())
     err = capsys.readouterr().err

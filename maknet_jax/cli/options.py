@@ -34,9 +34,29 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Reports unknown options first: an error about a missing one would hide the typo."""
         words = sys.argv[1:] if args is None else list(args)
-        if self._subparsers is None:
-            self._check_options(words)
-        return super().parse_known_args(words, namespace)
+        if self._subparsers is not None:
+            return super().parse_known_args(words, namespace)
+        self._check_options(words)
+        chosen, unparsed = super().parse_known_args(words, namespace)
+        if unparsed and not unparsed[0].startswith("-") and not self.get_default("takes_config"):
+            self._reject_extra(unparsed[0], chosen)
+        return chosen, unparsed
+
+    def _reject_extra(self, word: str, chosen: argparse.Namespace) -> NoReturn:
+        """Reports an argument beyond those that the command takes, which have at most one name."""
+        action = next(iter(self._get_positional_actions()), None)
+        if action is None:
+            expected = "the command takes options only"
+        elif action.nargs is not None:
+            expected = f"write all values of {action.dest} together, without options between them"
+        else:
+            several = self.get_default("several") or ""
+            out = ", with another --out" * hasattr(chosen, "out")
+            expected = (
+                f"expected one {action.dest}, which is {getattr(chosen, action.dest)!r}: "
+                f"{several}run the command once for each{out}"
+            )
+        self.error(f"unexpected argument {word!r}: {expected}")
 
     def _check_options(self, words: Sequence[str]) -> None:
         """Reports an unknown option; fields of a config, if it takes them, are checked later."""
