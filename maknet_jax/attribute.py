@@ -253,16 +253,11 @@ def warnings(summary: Mapping[str, Any]) -> list[str]:
 
     These are their flags, and images in which no label reaches its threshold.
     """
-    images, lines = summary["images"], describe_flags(summary["flags"], _count(summary["images"]))
-    if without := images - summary.get("reached", images):
-        where = f"{without} of {_count(images)}" if without < images else f"any of {_count(images)}"
-        where = "the only image" if images == 1 else where
-        lines.append(f"none of the labels shown reaches its threshold in {where}")
+    images = console.plural(summary["images"], "image")
+    lines = describe_flags(summary["flags"], images)
+    if without := summary["images"] - summary.get("reached", summary["images"]):
+        lines.append(f"none of the labels shown reaches its threshold in {without:,} of {images}")
     return lines
-
-
-def _count(images: int) -> str:
-    return f"{images} image{'s' * (images != 1)}"
 
 
 def describe(metadata: Mapping[str, Any]) -> list[str]:

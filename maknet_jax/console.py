@@ -202,6 +202,11 @@ def format_table(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
+def plural(count: int, noun: str) -> str:
+    """A count with its noun: "1 image", "12,000 images"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def format_interval(values: Sequence[float], digits: int = 3, *, signed: bool = False) -> str:
     """Formats (mean, low, high); the mean alone where low equals high: there is no interval.
 

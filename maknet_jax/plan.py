@@ -163,8 +163,8 @@ def describe(result: Plan) -> str:
     chip = chips.of_topology(result.topology)
     head = (
         f"{result.network} at {result.size} x {result.size} pixels, {result.labels} labels, "
-        f"{result.batch} images per chip on {result.topology} ({result.chips} "
-        f"chip{'s' * (result.chips > 1)}), bfloat16"
+        f"{result.batch} images per chip on {result.topology} "
+        f"({console.plural(result.chips, 'chip')}), bfloat16"
     )
     costs = result.costs
     if costs is None:

@@ -218,8 +218,8 @@ def _run_attribute(chosen: argparse.Namespace) -> int:
     for name, share in summary.get("complete", {}).items():
         flagged = summary["flagged"][name]
         options.show(
-            f"{name}: {summary['images']} images, {share:.1%} of maps sum to the change of the "
-            f"output within 1 %, {flagged} do not"
+            f"{name}: {console.plural(summary['images'], 'image')}, {share:.1%} of maps sum to the "
+            f"change of the output within 1 %, {flagged} do not"
         )
     areas = {
         f"{name}: {area}": values

@@ -9,6 +9,7 @@ import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
+from maknet_jax import console
 from maknet_jax.ct import containers, png, search
 
 _SEPARATORS = ";,"
@@ -115,8 +116,8 @@ def _joined(counts: Mapping[str, int]) -> Iterator[str]:
         present = [piece for piece in pieces if known[piece] > 1]
         if len(pieces) > 1 and present:
             yield (
-                f"label {name!r} ({_rows(counts[name])}) contains {present[0]!r}, which is a label "
-                "too: separate labels by |"
+                f"label {name!r} ({console.plural(counts[name], 'row')}) contains {present[0]!r}, "
+                "which is a label too: separate labels by |"
             )
 
 
@@ -126,7 +127,9 @@ def _spellings(counts: Mapping[str, int]) -> Iterator[str]:
         groups.setdefault("".join(name.casefold().split()), []).append(name)
     for names in groups.values():
         if len(names) > 1:
-            listed = ", ".join(f"{name!r} ({_rows(counts[name])})" for name in names)
+            listed = ", ".join(
+                f"{name!r} ({console.plural(counts[name], 'row')})" for name in names
+            )
             yield f"labels {listed} differ only in case or spaces: use one spelling"
     # Labels that differ by one letter share the name without it, or without one on each side.
     shortened: dict[tuple[int, str], list[str]] = {}
@@ -145,8 +148,8 @@ def _spellings(counts: Mapping[str, int]) -> Iterator[str]:
         rare, common = sorted((groups[one][0], groups[other][0]), key=lambda name: counts[name])
         if counts[rare] <= max(1, _RARE * counts[common]):
             yield (
-                f"label {rare!r} ({_rows(counts[rare])}) differs from {common!r} "
-                f"({_rows(counts[common])}) by one letter: check its spelling"
+                f"label {rare!r} ({console.plural(counts[rare], 'row')}) differs from {common!r} "
+                f"({console.plural(counts[common], 'row')}) by one letter: check its spelling"
             )
 
 
@@ -155,10 +158,6 @@ def _differing(one: str, other: str) -> str:
     start = len(os.path.commonprefix([one, other]))
     end = len(os.path.commonprefix([one[start:][::-1], other[start:][::-1]]))
     return one[start : len(one) - end] + other[start : len(other) - end]
-
-
-def _rows(count: int) -> str:
-    return f"{count} row" + "s" * (count != 1)
 
 
 def _lines(numbers: Sequence[int]) -> str:

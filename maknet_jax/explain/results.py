@@ -93,8 +93,8 @@ def explain(
         batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
         if todo:
             console.say_off_terminal(
-                f"{title}: {len(todo)} images; the network is compiled first, which can take "
-                "minutes if it is not in the compile cache"
+                f"{title}: {console.plural(len(todo), 'image')}; the network is compiled first, "
+                "which can take minutes if it is not in the compile cache"
             )
         with console.progress(title, len(mine), done=len(mine) - len(todo)) as advance:
             advance(0, note="compiling" if todo else "")

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageDraw
 
+from maknet_jax import console
 from maknet_jax.figures import overlay, picture, text
 
 _TILE, _GAP, _LINE = 224, 8, 15  # pixels: the edge of a picture, the space around it, a text line
@@ -119,8 +120,7 @@ def make_tiles(
 def _header(examples: Sequence[Example], window: tuple[float, float]) -> str:
     if not examples:
         return "no images"
-    size = len(examples[0].image)
-    count = f"{len(examples)} image{'s' * (len(examples) > 1)}"
+    size, count = len(examples[0].image), console.plural(len(examples), "image")
     return f"{count} of {size} x {size} pixels, {picture.describe_window(window)}"
 
 
