@@ -286,10 +286,11 @@ def cards(
             metadata, [results.load_metadata(other, names) for other in others]
         )
         display, output = settings["display"], settings["output"]
-        drawn, scale = drawing.load_picture(metadata, arrays, display), drawing.colour_scale(arrays)
-        for place, model in enumerate(metadata["models"]):
-            layers = drawing.map_layers(arrays, place, scale)
-            model["uris"] = [overlay.to_uri(layer) for layer in layers]
+        drawn = drawing.load_picture(metadata, arrays, display)
+        smoothed = drawing.smoothed_maps(arrays)
+        scale = drawing.colour_scale(smoothed)
+        for model, maps in zip(metadata["models"], smoothed, strict=True):
+            model["uris"] = [overlay.to_uri(layer) for layer in drawing.map_layers(maps, scale)]
             for entry in model["labels"]:
                 if entry["map"] is not None:
                     entry["effect"] = drawing.describe_change(entry, output)

@@ -11,7 +11,7 @@ from maknet_jax.ct import preprocess
 from maknet_jax.data import deeplesion, records
 from maknet_jax.errors import InputError
 from maknet_jax.explain import drawing, results, selection, source_slices
-from maknet_jax.figures import charts, panels, picture
+from maknet_jax.figures import charts, overlay, panels, picture
 
 
 @pytest.mark.parametrize(
@@ -252,15 +252,19 @@ def explained(*changes):
 def test_all_maps_of_an_image_share_one_scale():
     """A label of confidence 0.01 looks weaker than one of 0.83, by the ratio of the maps."""
     metadata, arrays = explained(0.82, -0.0082)
-    assert drawing.colour_scale(arrays) == pytest.approx(0.82 / 400, rel=0.02)  # per pixel
-    strong, weak = drawing.map_layers(arrays, 0, drawing.colour_scale(arrays))
+    (smoothed,) = drawing.smoothed_maps(arrays)
+    scale = drawing.colour_scale([smoothed])
+    assert scale == pytest.approx(0.82 / 400, rel=0.02)  # per pixel
+    strong, weak = drawing.map_layers(smoothed, scale)
     assert strong[..., 3].max() == 255 and weak[..., 3].max() == round(255 * 0.01**0.7)
     # A second network shares it, too.
     _, other = explained(8.2, 0.82)
     both = arrays | {"maps_1": other["maps_0"], "scale_1": other["scale_0"]}
-    assert drawing.colour_scale(both) == pytest.approx(8.2 / 400, rel=0.02)
+    assert drawing.colour_scale(drawing.smoothed_maps(both)) == pytest.approx(8.2 / 400, rel=0.02)
     arrays["scale_0"] = np.zeros(2, np.float32)
-    assert drawing.colour_scale(arrays) == 1.0  # nothing is drawn, and nothing is divided by 0
+    assert (
+        drawing.colour_scale(drawing.smoothed_maps(arrays)) == 1.0
+    )  # nothing is drawn, and nothing is divided by 0
 
 
 def test_figures_state_confidence_threshold_baseline_and_scale(tmp_path, monkeypatch):
@@ -271,7 +275,10 @@ def test_figures_state_confidence_threshold_baseline_and_scale(tmp_path, monkeyp
     )
     settings = {"display": (-160, 240), "output": "probability", "steps": 50}
     settings |= {"method": "trapezoid", "baseline": "black"}
+    blur, blurred = overlay.smooth, []
+    monkeypatch.setattr(overlay, "smooth", lambda one: blurred.append(1) or blur(one))
     drawing.write_overlays(tmp_path / "a.png", metadata, arrays, settings)
+    assert len(blurred) == 2  # each map once
     ((_, (_, liver, lung)),) = drawn["rows"]
     assert liver.note.splitlines() == [
         "0.83, at or above its threshold 0.40",
@@ -279,7 +286,7 @@ def test_figures_state_confidence_threshold_baseline_and_scale(tmp_path, monkeyp
     ]
     assert lung.note.splitlines()[0] == "0.00, below its threshold 0.40"
     assert lung.note.endswith("change \N{MINUS SIGN}0.01")
-    assert drawn["colour_bar"] == drawing.colour_scale(arrays)
+    assert drawn["colour_bar"] == drawing.colour_scale(drawing.smoothed_maps(arrays))
     unit = "change of the confidence per pixel of the network's input (64 x 64)"
     assert unit in drawn["caption"][0]
     assert "change of the logit" in drawing.scale_unit(arrays, "logit")

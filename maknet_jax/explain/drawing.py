@@ -63,28 +63,45 @@ def facts(
     return [*lines, picture.describe_window(window), drawn.resolution, *side]
 
 
-def map_layers(arrays: Arrays, place: int, scale: float) -> Iterator[np.ndarray]:
-    """The maps of the network at `place` as RGBA uint8 `[H, W, 4]` layers for pages.
+def smoothed_maps(arrays: Arrays) -> list[list[np.ndarray]]:
+    """The maps `[S, S]` of a result by network, blurred for display."""
+    places = itertools.takewhile(lambda place: f"maps_{place}" in arrays, itertools.count())
+    return [
+        [
+            overlay.smooth(one * scale)
+            for one, scale in zip(
+                arrays[f"maps_{place}"].astype(np.float32).sum(axis=-1),
+                arrays[f"scale_{place}"],
+                strict=True,
+            )
+        ]
+        for place in places
+    ]
+
+
+def map_layers(smoothed: Iterable[np.ndarray], scale: float) -> Iterator[np.ndarray]:
+    """The maps of a network as RGBA uint8 `[H, W, 4]` layers for pages.
 
     Args:
-      arrays: of a result.
-      place: of the network.
+      smoothed: of a network, see `smoothed_maps`.
       scale: `colour_scale` of the result.
     """
-    for smoothed in _smoothed(arrays, place):
-        edge = max(_SHARPEST, len(smoothed))
-        drawn = smoothed if edge == len(smoothed) else picture.resample(smoothed, (edge, edge))
+    for one in smoothed:
+        edge = max(_SHARPEST, len(one))
+        drawn = one if edge == len(one) else picture.resample(one, (edge, edge))
         yield overlay.colours(drawn, scale)
 
 
-def colour_scale(arrays: Arrays) -> float:
+def colour_scale(smoothed: Iterable[Iterable[np.ndarray]]) -> float:
     """The attribution per pixel that is drawn in full colour.
 
     It is one value for all maps of an image, of all labels and networks: a label whose confidence
     hardly changes has a faint map.
+
+    Args:
+      smoothed: see `smoothed_maps`.
     """
-    places = itertools.takewhile(lambda place: f"maps_{place}" in arrays, itertools.count())
-    return overlay.scale_of(*(one for place in places for one in _smoothed(arrays, place)))
+    return overlay.scale_of(*itertools.chain.from_iterable(smoothed))
 
 
 def scale_unit(arrays: Arrays, output: str) -> str:
@@ -172,15 +189,6 @@ def annotated(metadata: Mapping[str, Any]) -> list[str]:
     return sorted([*names, *(name for name, *_ in first["missed"])])
 
 
-def _smoothed(arrays: Arrays, place: int) -> list[np.ndarray]:
-    """The maps `[S, S]` of the network at `place`, blurred for display."""
-    maps = arrays[f"maps_{place}"].astype(np.float32).sum(axis=-1)
-    return [
-        overlay.smooth(one * scale)
-        for one, scale in zip(maps, arrays[f"scale_{place}"], strict=True)
-    ]
-
-
 def write_overlays(
     path: pathlib.Path, metadata: Mapping[str, Any], arrays: Arrays, settings: Mapping[str, Any]
 ) -> None:
@@ -194,15 +202,15 @@ def write_overlays(
     """
     drawn = load_picture(metadata, arrays, settings["display"])
     low, high = settings["display"]
-    scale, output = colour_scale(arrays), settings["output"]
+    smoothed, output = smoothed_maps(arrays), settings["output"]
+    scale = colour_scale(smoothed)
     ct = panels.Panel("CT", f"{low:g} to {high:g} HU", _colourless(drawn.grey))
     rows = []
-    for place, model in enumerate(metadata["models"]):
+    for model, maps in zip(metadata["models"], smoothed, strict=True):
         row = [ct]
         entries = [entry for entry in model["labels"] if entry["map"] is not None]
-        smoothed = _smoothed(arrays, place)
         for entry in entries:
-            one = smoothed[entry["map"]]
+            one = maps[entry["map"]]
             rgba = overlay.colours(picture.resample(one, drawn.grey.shape), scale)
             note = f"{describe_confidence(entry)}\n{describe_change(entry, output)}"
             title = entry["label"] + ", incomplete map" * entry["flagged"]
