@@ -69,7 +69,7 @@ def test_a_real_nifti_torso_gives_37_triplets(shared_data, salt, tmp_path):
 
 def test_copies_of_slices_are_taken_once_and_a_gap_is_the_reason(shared_data, salt, tmp_path):
     folder = shared_data / "dicom" / "duplicate_positions"
-    with pytest.raises(InputError, match="0 series.* 3 slices.* 1 unreadable"):
+    with pytest.raises(InputError, match=r"duplicate_positions: 1 unreadable file or series: "):
         of_dicom(folder, tmp_path / "out", salt)
     both = tmp_path / "both"
     both.mkdir()
@@ -117,7 +117,7 @@ def test_small_volumes_are_dropped_and_counted(phantom, salt, tmp_path):
     assert summary["records"] == {"unlabelled": 4} and "series too small: 1" in prepare.describe(
         summary
     )
-    with pytest.raises(InputError, match="2 series.* 2 .* 51 slices.* 0 unreadable"):
+    with pytest.raises(InputError, match=r": 2 series of fewer than 51 slices \(--min-slices\): "):
         of_dicom(phantom["dicom"], tmp_path / "none", salt, min_slices=51)
 
 
@@ -195,7 +195,14 @@ def test_without_a_usable_series_all_reasons_are_listed(salt, tmp_path):
     with pytest.raises(InputError) as caught:
         of_dicom(tmp_path / "in", tmp_path / "out", salt, min_slices=51)
     message = str(caught.value)
-    for part in ("1 series", "51", "--min-slices", "MR", "(2 inputs)", "out/failures.csv"):
+    for part in (
+        "1 series of fewer than 51",
+        "2 unreadable files",
+        "--min-slices",
+        "MR",
+        "(2 inputs)",
+        "out/failures.csv",
+    ):
         assert part in message
     rows = read_csv(tmp_path / "out" / "failures.csv")
     assert len(rows) == 3

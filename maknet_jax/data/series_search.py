@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from maknet_jax import console
 from maknet_jax.ct import reading, search
 from maknet_jax.data import processes, worker_pool
 from maknet_jax.errors import NothingUsable
@@ -75,12 +76,15 @@ def choose(
     few = f"slices, fewer than --min-slices {min_slices}"
     failures += [(ref.paths[0], f"{ref.count} {few}") for ref in small]
     if not usable:
-        why = (
-            f"{len(series)} series found, {len(small)} of fewer than {min_slices} slices "
-            f"(--min-slices), {len(failures) - len(small)} unreadable"
+        unreadable = counts["series_unreadable"]
+        parts = (
+            f"{len(small)} series of fewer than {min_slices} slices (--min-slices)" * bool(small),
+            f"{console.plural(unreadable, 'unreadable file')} or series" * bool(unreadable),
         )
-        if not failures:
-            why = f"it holds {search.contents(path)}; expected DICOM, NIfTI or PNG"
+        why = (
+            ", ".join(filter(None, parts))
+            or f"it holds {search.contents(path)}; expected DICOM, NIfTI or PNG"
+        )
         raise NothingUsable(f"no usable series in {path}: {why}", failures)
     return usable, counts
 
