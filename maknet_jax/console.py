@@ -27,6 +27,7 @@ from maknet_jax.errors import InputError, NothingUsable
 
 NOTICE = "Research software, not a diagnosis."
 INTERVAL_HEADER = ("label", "patients", "AUC (95 %)", "F1 (95 %)")  # of `interval_rows`
+_FEW = 10  # patients or series: below, the bootstrap gives intervals that are too narrow
 _WIDE = 10_000  # columns of output that is not a terminal, so that nothing wraps
 # Of the eight lines of a rich box, only the rule under the header; ASCII works in every encoding.
 _RULE = box.Box("    \n    \n -  \n    \n    \n    \n    \n    \n", ascii=True)
@@ -236,11 +237,23 @@ def interval_rows(intervals: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def describe_groups(groups: int) -> str:
-    """Says what intervals over `groups` patients or series mean."""
-    if groups > 1:
-        return f"Intervals are 95 %, by resampling the {groups} patients or series."
-    return "No intervals: all images are of one patient or series."
+def describe_groups(*groups: int) -> str:
+    """Says what intervals mean, and whether some are unreliable.
+
+    Args:
+      *groups: the patients or series of each interval.
+    """
+    most = max(groups, default=0)
+    if most < 2:
+        return "No intervals: all images are of one patient or series."
+    few = f" Intervals over fewer than {_FEW} are unreliable." * (min(groups) < _FEW)
+    return f"Intervals are 95 %, by resampling the {most} patients or series.{few}"
+
+
+def describe_intervals(intervals: Mapping[str, Any]) -> str:
+    """`describe_groups` of the intervals of a split, see `evaluation.bootstrap.summarize`."""
+    labels = [entry["patients"] for entry in intervals["labels"].values() if "auc" in entry]
+    return describe_groups(intervals["patients"], *labels)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:

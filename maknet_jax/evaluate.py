@@ -311,8 +311,9 @@ def table(summaries: Sequence[dict], titles: Sequence[str]) -> str:
 
 def interval_table(summary: dict) -> str:
     """A text table of the intervals, macro and per label, of the splits that have them."""
-    rows = []
+    rows, notes = [], []
     for split, values in summary["splits"].items():
         if "intervals" in values:
             rows += [[split, *row] for row in console.interval_rows(values["intervals"])]
-    return console.format_table(["set", *console.INTERVAL_HEADER], rows)
+            notes.append(f"{split}: {console.describe_intervals(values['intervals'])}")
+    return "\n".join([console.format_table(["set", *console.INTERVAL_HEADER], rows), *notes])

@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -298,7 +298,7 @@ def _write(explained: results.Explained) -> dict[str, Any]:
         everything = summary | {"results": by_network, "reached": reached}
         lead = page.perturbation_lead(
             everything,
-            *table(by_network),
+            *table(everything),
             len(shown),
             warnings(everything),
             truth_known=known,
@@ -316,7 +316,7 @@ def _write(explained: results.Explained) -> dict[str, Any]:
     return more
 
 
-def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+def table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """(header, rows) of a summary's results, as text."""
     cells = [
         [
@@ -326,7 +326,7 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
             row["groups"],
             *(console.format_interval(row[name]) for name in ("fall", "stay")),
         ]
-        for row in rows
+        for row in summary["results"]
     ]
     header = [
         "network",
@@ -334,7 +334,7 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
         "images",
         "patients or series",
         "confidence drop",
-        "share still in top",
+        f"share still in top {summary['top']} of {summary['labels']}",
     ]
     return header, cells
 

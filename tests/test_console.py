@@ -84,6 +84,21 @@ def test_a_table_whose_rows_fail_is_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_counts_agree_with_their_nouns():
+    assert [console.plural(count, "row") for count in (0, 1, 2)] == ["0 rows", "1 row", "2 rows"]
+    assert console.plural(12000, "row") == "12,000 rows"
+
+
+@pytest.mark.parametrize(
+    "groups, most, unreliable",
+    [((), 0, False), ((1,), 0, False), ((9,), 9, True), ((10,), 10, False), ((33, 4), 33, True)],
+)
+def test_intervals_over_few_groups_are_called_unreliable(groups, most, unreliable):
+    text = console.describe_groups(*groups)
+    assert ("unreliable" in text) is unreliable
+    assert f"the {most} patients" in text if most else text.startswith("No intervals")
+
+
 def test_text_tables_align_numbers_to_the_right():
     text = console.format_table(("run", "AUC"), [("teacher", 0.97), ("[b]linear[/b]", 7)])
     assert text.splitlines() == [

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from benchmarks.experiments import patient_metrics
-from maknet_jax import console
+from maknet_jax import console, evaluate
 from maknet_jax.evaluation import bootstrap, metrics, protocol
+from maknet_jax.runs import card
 
 LABELS, PATIENTS = 3, 15
 
@@ -148,3 +149,16 @@ def test_a_split_without_positives_has_no_intervals():
     summary = bootstrap.summarize(draws, ["a", "b"], [0, 0], 4)
     assert summary == {"patients": 4, "labels": {"a": {"patients": 0}, "b": {"patients": 0}}}
     assert console.interval_rows(summary)[0] == ["macro average", "4", "-", "-"]
+
+
+def test_tables_of_intervals_state_their_patients_and_whether_these_are_too_few():
+    few = {"patients": 9, "auc": [0.9, 0.8, 1.0], "labels": {"a": {"patients": 0}}}
+    rare = {"patients": 9, "auc": [0.9, 0.8, 1.0]}  # of a label in a larger split
+    table = evaluate.interval_table({"splits": {"val": {"intervals": few}, "test": {}}})
+    note = "resampling the 9 patients or series. Intervals over fewer than 10 are unreliable."
+    assert table.splitlines()[-1].startswith("val: ") and table.endswith(note)
+    info = {"data": {}, "config": {"data": {"val_split": "val"}}}
+    values = {"intervals": few | {"patients": 33, "labels": {"a": rare}}}
+    assert note.replace("9", "33") in card._scores(info | {"metrics": {"test": values}})
+    values["intervals"]["labels"]["a"] = {"patients": 9}  # without an interval
+    assert "unreliable" not in card._scores(info | {"metrics": {"test": values}})

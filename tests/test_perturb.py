@@ -142,9 +142,10 @@ def test_labels_that_leave_the_first_are_marked_and_counted(done):
         assert result["images"] == len(each)
 
 
-def test_the_page_shows_the_grid(done):
-    out, _ = done
+def test_the_page_shows_the_grid(done, shards):
+    out, summary = done
     text = (out / "index.html").read_text()
+    assert summary["labels"] == len(shards.vocabulary)
     assert check_page(text) > 20
     assert 'class="gone"' in text and "neighbour: soft tissue" in text
     assert text.count('<section class="card">') == len(list(out.glob("cases/*")))

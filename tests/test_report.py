@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_page import check_page
 
-from maknet_jax import cli, evaluate, report
+from maknet_jax import attribute, cli, evaluate, perturb, report
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
 from maknet_jax.explain import results
@@ -154,10 +154,29 @@ def test_invalid_arguments_are_rejected(trained, tmp_path):
         report.report(folder)
 
 
+def test_perturbations_state_how_many_labels_there_are_and_on_how_few_series():
+    result = {"model": "m", "strategy": "random", "images": 4, "groups": 2}
+    result |= {"fall": (0.1, 0.0, 0.2), "stay": (0.9, 0.8, 1.0)}
+    summary = {"top": 5, "labels": 7, "images": 4, "trained_on": "", "results": [result]}
+    header, rows = perturb.table(summary)
+    assert header[-1] == "share still in top 5 of 7" and rows[0][-1] == "0.900 (0.800 to 1.000)"
+    lead = str(page.perturbation_lead(summary, header, rows, 4))
+    assert lead.count("top 5 of 7") == 3  # the headline, the text and the table
+    assert "the 2 patients or series" in lead and "fewer than 10 are unreliable" in lead
+
+
+@pytest.mark.parametrize(
+    "images, reached, where", [(1, 0, "1 of 1 image"), (3, 1, "2 of 3 images"), (3, 3, "")]
+)
+def test_images_without_a_label_at_its_threshold_are_counted(images, reached, where):
+    lines = attribute.warnings({"images": images, "reached": reached, "flags": {}})
+    assert [line.partition(" in ")[2] for line in lines] == [where] * bool(where)
+
+
 def test_templates_escape_text_and_need_all_their_values():
     model = {"name": "<m>", "columns": [{"title": "<t>", "labels": [], "uri": "data:image/x"}]}
     card = page.perturbation_card("<i>", [model])
-    summary = {"images": 2, "top": 5, "results": [], "trained_on": "<o>", "flags": {}}
+    summary = {"images": 2, "top": 5, "labels": 7, "results": [], "trained_on": "<o>", "flags": {}}
     lead = page.perturbation_lead(summary, ["<h>"], [["<c>"]], 1)
     text = page.document("<d>", lead, [card])
     for tag in ("<m>", "<t>", "<i>", "<d>", "<h>", "<c>", "<o>"):

@@ -254,7 +254,8 @@ def _run_perturb(chosen: argparse.Namespace) -> int:
         share=chosen.share,
     )
     if "results" in summary:
-        print(console.format_table(*perturb.table(summary["results"])))
+        print(console.format_table(*perturb.table(summary)))
+        options.show(console.describe_groups(*(row["groups"] for row in summary["results"])))
     return _ended(summary)
 
 

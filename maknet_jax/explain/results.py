@@ -192,6 +192,7 @@ class Job:
         run = self.networks[0].run
         counts: dict[str, Any] = {"images": len(paths), "failures": len(failures)}
         counts |= {"trained_on": run.trained_on, "selected": self.selection.rule}
+        counts["labels"] = len(run.vocabulary)
         each = (load_metadata(path).get("flags", ()) for path in paths.values())
         counts["flags"] = dict(collections.Counter(name for names in each for name in names))
         if ct := self.selection.identity.get("ct"):

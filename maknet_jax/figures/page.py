@@ -146,7 +146,7 @@ def perturbation_lead(
     """The text and the table above the cards of `maknet perturb`.
 
     Args:
-      summary: its `summary.json`; images, top and results are used.
+      summary: its `summary.json`; images, top, labels and results are used.
       header: of the table of results.
       rows: of the table of results.
       shown: number of images on the page.
@@ -166,11 +166,12 @@ def perturbation_lead(
         numbers=[
             (
                 f"{-row['fall'][0]:+.2f}".replace("-", "\N{MINUS SIGN}"),
-                f"{row['strategy']}: change of the confidence in the top labels",
+                f"{row['strategy']}: change of the confidence in the top {summary['top']} of "
+                f"{summary['labels']} labels",
             )
             for row in first
         ],
-        intervals=console.describe_groups(max((row["groups"] for row in results), default=0)),
+        intervals=console.describe_groups(*(row["groups"] for row in results)),
     )
 
 

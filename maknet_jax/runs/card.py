@@ -218,8 +218,8 @@ def _scores(info: Mapping[str, Any]) -> str:
         if "intervals" in values:
             intervals = values["intervals"]
             parts.append(
-                f"Set {split}, {intervals['patients']} patients: 95 % intervals by a bootstrap "
-                "over patients, and the number of patients who have each label."
+                f"Set {split}. {console.describe_intervals(intervals)} The patients of a label are "
+                "those who have it."
             )
             rows = console.interval_rows(intervals)
             parts.append(console.markdown_table(console.INTERVAL_HEADER, rows))
