@@ -111,6 +111,21 @@ def test_the_distance_is_mahalanobis(monkeypatch):
     np.testing.assert_allclose(result.distances(other.features), 2 * np.log(expected), rtol=1e-8)
 
 
+def test_maxima_of_features_are_not_used():
+    """The first half of the features can be anything."""
+    train, tuning, other = patients(20, 1), patients(20, 2), patients(2, 3)
+    wide = [
+        dataclasses.replace(each, features=np.hstack([noise * each.features**2, each.features]))
+        for noise, each in ((3, train), (5, tuning), (100, other))
+    ]
+    statistics = domain_fit.fit(*wide[:2], with_maxima=True)
+    assert statistics.projection.shape[1] == 2 * FEATURES
+    alone = domain_fit.fit(train, tuning)
+    for one, two in zip(verdicts(statistics, wide[2]), verdicts(alone, other), strict=True):
+        np.testing.assert_allclose(one.distances, two.distances, rtol=1e-9)
+        assert one.order == pytest.approx(two.order, rel=1e-9)
+
+
 def test_linear_maps_of_the_features_change_nothing():
     train, tuning, other = patients(20, 1), patients(20, 2), patients(2, 3)
     turn = np.random.default_rng(0).normal(size=(FEATURES, FEATURES))

@@ -61,6 +61,13 @@ def test_training_writes_the_statistics_of_the_best_checkpoint(run, data):
     assert domain_file.read(run, opened.step + 1) is None
 
 
+def test_statistics_of_maknet_use_the_means_only(trained):
+    """Global concatenate pooling puts the maxima first."""
+    statistics = domain_file.read(trained, workdir.open_run(trained).step)
+    maxima, means = np.split(statistics.arrays["projection"], 2, axis=1)
+    assert not maxima.any() and means.any(axis=0).all()
+
+
 def test_predict_marks_unlike_slices(run, ct, tmp_path):
     usual, unlike = (judge(run, hu) for hu in ct)
     assert unlike.verdict.outside.all() and "outside" in unlike.flags

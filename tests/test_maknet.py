@@ -111,6 +111,7 @@ def test_plain_pooling_takes_the_maximum_and_plain_global_pooling_the_mean():
     means = plain.apply(variables | {"params": params}, images, train=False).features
     both = paper.apply(variables, images, train=False).features
     np.testing.assert_allclose(means, both[:, 16:], rtol=1e-6)
+    assert paper.pools_maxima and not plain.pools_maxima and (both[:, :16] >= both[:, 16:]).all()
     mixed = models.build("maknet", 5, **TINY)
     variables = redrawn(mixed.init(jax.random.key(0), images, train=False))
     variables["params"]["mixpool_1"]["share"] = jnp.float32(1.0)  # the maximum only

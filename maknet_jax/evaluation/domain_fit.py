@@ -99,6 +99,7 @@ def measure(
     variables: object,
     *,
     components: int,
+    with_maxima: bool = False,
     **reading: Any,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     """Computes the features of the training and the tuning slices, and fits the statistics.
@@ -108,6 +109,7 @@ def measure(
       predict: see `Evaluator`; its outputs include `features` `[B, F]`.
       variables: the first argument of `predict`.
       components: see `fit`.
+      with_maxima: see `fit`.
       **reading: batch_size, process_index, process_count, threads and stop of `Evaluator`.
 
     Returns:
@@ -119,7 +121,7 @@ def measure(
             evaluator = Evaluator(sample, predict, **reading)
             outputs = evaluator.outputs(variables, ("features",), advance)
             slices.append(sample.with_features(outputs["features"]))
-    statistics = fit(*slices, components=components)
+    statistics = fit(*slices, components=components, with_maxima=with_maxima)
     if statistics is None:
         return None
     about: dict[str, Any] = {"false_alarms": FALSE_ALARMS}
@@ -133,13 +135,17 @@ def measure(
     return statistics.arrays(), about
 
 
-def fit(train: Slices, tuning: Slices, *, components: int = COMPONENTS) -> Domain | None:
+def fit(
+    train: Slices, tuning: Slices, *, components: int = COMPONENTS, with_maxima: bool = False
+) -> Domain | None:
     """The statistics of the training slices, with thresholds from the tuning slices.
 
     Args:
       train: slices of the training data.
       tuning: slices of other patients.
       components: principal components, at most `COMPONENTS`.
+      with_maxima: the first half of the features are maxima, which are not used: without them, more
+        of the changed slices of tuning patients were found.
 
     Returns:
       The statistics; None if there are fewer than `PATIENTS` training patients, or if all features
@@ -149,12 +155,14 @@ def fit(train: Slices, tuning: Slices, *, components: int = COMPONENTS) -> Domai
         return None
     features = np.asarray(train.features, np.float64)
     mean = features.mean(axis=0)
-    variances, axes = np.linalg.eigh(np.cov(features - mean, rowvar=False, bias=True))
+    maxima = features.shape[1] // 2 * with_maxima
+    variances, axes = np.linalg.eigh(np.cov((features - mean)[:, maxima:], rowvar=False, bias=True))
     most = max(1, min(components, COMPONENTS, len(features) // _SLICES_PER_COMPONENT))
     used = np.flatnonzero(variances > 1e-9 * max(variances[-1], 1e-12))[::-1][:most]
     if not len(used) or variances[-1] <= 0:
         return None
     scaled = axes[:, used].T / np.sqrt(variances[used])[:, None]
+    scaled = np.pad(scaled, ((0, 0), (maxima, 0)))
     rows = (features - mean) @ scaled.T
     centres, whitening = _centres(rows, train.patients)
     result = Domain(

@@ -48,6 +48,11 @@ class MAKNet(network.TrunkNetwork):
     mixpool_learned: bool = True
     plain: Sequence[str] = ()
 
+    @property
+    def pools_maxima(self) -> bool:
+        """True with global concatenate pooling."""
+        return "gcp" not in self.plain
+
     @nn.compact
     def __call__(
         self, images: jax.Array, train: bool, *, stages: bool = False

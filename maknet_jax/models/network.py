@@ -37,6 +37,11 @@ class Network(nn.Module):
     dtype: DTypeLike = jnp.float32
     takes_box: ClassVar[bool] = False
 
+    @property
+    def pools_maxima(self) -> bool:
+        """Whether the first half of the features are maxima and the second half means."""
+        return False
+
 
 class TrunkNetwork(Network):
     """A network of a trunk, global pooling and a linear head: MAKNet, VGG16 and ResNet18.
