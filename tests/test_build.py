@@ -1,5 +1,7 @@
 """What a config builds: the learning rate, the jitted steps, and what scoring omits."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +65,15 @@ def test_the_jitted_step_keeps_the_average_and_rotates_as_asked():
         *map(jax.tree.leaves, (before, after.params, after.ema["params"])), strict=True
     ):
         np.testing.assert_allclose(average, 0.75 * old + 0.25 * new, rtol=1e-5, atol=1e-7)
+
+
+def test_only_gpus_have_compiler_options():
+    assert build.compiler_options(sharding.data_mesh()) == {}
+    gpu = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform="gpu")]))
+    options = build.compiler_options(gpu)
+    assert jax.jit(jnp.sin, compiler_options=options)(0.0) == 0  # XLA knows the option
+    with pytest.raises(RuntimeError, match="xla_allow_no_precision"):
+        jax.jit(jnp.sin, compiler_options={"xla_allow_no_precision": True})(0.0)
 
 
 def test_scoring_builds_no_training_step_and_the_same_shapes(monkeypatch):

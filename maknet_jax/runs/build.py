@@ -115,6 +115,7 @@ class Assembly:
             step.make_features_step(self.model, to_input=self.to_input),
             in_shardings=(whole, rows, rows),
             out_shardings=rows,
+            compiler_options=compiler_options(self.mesh),
         )
 
     def create(self, seed: int, place: state.Place | None = None) -> state.TrainState:
@@ -173,6 +174,7 @@ def assemble(
     model = build_model(config, labels)
     optimizer = build_optimizer(config, training.steps if training else 1)
     to_input = build_to_input(config)
+    options = compiler_options(mesh)
     whole, rows = sharding.replicated(mesh), sharding.split(mesh)
     train_step = None
     if training:
@@ -192,14 +194,26 @@ def assemble(
             in_shardings=(whole, rows, whole),
             out_shardings=(whole, whole),
             donate_argnums=0,
+            compiler_options=options,
         )
     predict_step = jax.jit(
         step.make_predict_step(model, to_input=to_input),
         in_shardings=(whole, rows, rows),
         out_shardings=rows,
+        compiler_options=options,
     )
     size, ema = config.data.size, config.ema_decay > 0
     return Assembly(model, optimizer, size, ema, mesh, to_input, predict_step, train_step)
+
+
+def compiler_options(mesh: Mesh) -> dict[str, bool]:
+    """Options of XLA for the steps on the devices of a mesh.
+
+    For GPUs without bfloat16 arithmetic (A100), XLA would drop a conversion to bfloat16 that one to
+    float32 follows, and store float32: 92 instead of 75 MB per image in MAKNet's training step.
+    """
+    on_gpu = mesh.devices.flat[0].platform in ("cuda", "gpu")
+    return {"xla_allow_excess_precision": False} if on_gpu else {}
 
 
 def build_model(config: ConfigDict, labels: int) -> nn.Module:
