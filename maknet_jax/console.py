@@ -252,8 +252,13 @@ def describe_groups(*groups: int) -> str:
 
 def describe_intervals(intervals: Mapping[str, Any]) -> str:
     """`describe_groups` of the intervals of a split, see `evaluation.bootstrap.summarize`."""
+    if "auc" not in intervals:
+        return "No intervals: no label has positives and negatives."
+    text = describe_groups(intervals["patients"])
     labels = [entry["patients"] for entry in intervals["labels"].values() if "auc" in entry]
-    return describe_groups(intervals["patients"], *labels)
+    if intervals["patients"] < _FEW or min(labels) >= _FEW:
+        return text
+    return f"{text} Those of labels that fewer than {_FEW} patients have are unreliable."
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:

@@ -352,7 +352,7 @@ class _Loop:
                 setup.assembly.predict_features,
                 state.variables,
                 components=config.domain_components,
-                with_maxima=setup.assembly.model.pools_maxima,
+                drop_maxima=setup.assembly.model.pools_maxima,
                 stop=lambda: bool(self.stop),
                 batch_size=config.data.batch_size,
                 process_index=jax.process_index(),

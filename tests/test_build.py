@@ -69,8 +69,10 @@ def test_the_jitted_step_keeps_the_average_and_rotates_as_asked():
 
 def test_only_gpus_have_compiler_options():
     assert build.compiler_options(sharding.data_mesh()) == {}
-    gpu = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform="gpu")]))
-    options = build.compiler_options(gpu)
+    for platform in ("cuda", "gpu"):  # of a topology, of a device
+        devices = np.array([types.SimpleNamespace(platform=platform)])
+        options = build.compiler_options(types.SimpleNamespace(devices=devices))
+        assert options == {"xla_allow_excess_precision": False}
     assert jax.jit(jnp.sin, compiler_options=options)(0.0) == 0  # XLA knows the option
     with pytest.raises(RuntimeError, match="xla_allow_no_precision"):
         jax.jit(jnp.sin, compiler_options={"xla_allow_no_precision": True})(0.0)

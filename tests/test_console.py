@@ -99,6 +99,24 @@ def test_intervals_over_few_groups_are_called_unreliable(groups, most, unreliabl
     assert f"the {most} patients" in text if most else text.startswith("No intervals")
 
 
+@pytest.mark.parametrize(
+    "patients, of_label, text",
+    [
+        (33, 4, "the 33 patients"),
+        (33, 12, "the 33 patients"),
+        (9, 4, "over fewer"),
+        (1, 1, "No int"),
+    ],
+)
+def test_labels_that_few_patients_have_are_called_unreliable(patients, of_label, text):
+    entry = {"patients": of_label, "auc": [0.9, 0.8, 1.0]}
+    intervals = {"patients": patients, "auc": [0.9, 0.8, 1.0], "labels": {"a": entry}}
+    said = console.describe_intervals(intervals)
+    assert text in said and ("Those of labels" in said) == (patients == 33 and of_label == 4)
+    without = {"patients": 4, "labels": {"a": {"patients": 0}}}
+    assert console.describe_intervals(without).startswith("No intervals: no label")
+
+
 def test_text_tables_align_numbers_to_the_right():
     text = console.format_table(("run", "AUC"), [("teacher", 0.97), ("[b]linear[/b]", 7)])
     assert text.splitlines() == [

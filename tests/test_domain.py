@@ -118,7 +118,7 @@ def test_maxima_of_features_are_not_used():
         dataclasses.replace(each, features=np.hstack([noise * each.features**2, each.features]))
         for noise, each in ((3, train), (5, tuning), (100, other))
     ]
-    statistics = domain_fit.fit(*wide[:2], with_maxima=True)
+    statistics = domain_fit.fit(*wide[:2], drop_maxima=True)
     assert statistics.projection.shape[1] == 2 * FEATURES
     alone = domain_fit.fit(train, tuning)
     for one, two in zip(verdicts(statistics, wide[2]), verdicts(alone, other), strict=True):

@@ -262,9 +262,8 @@ def test_all_maps_of_an_image_share_one_scale():
     both = arrays | {"maps_1": other["maps_0"], "scale_1": other["scale_0"]}
     assert drawing.colour_scale(drawing.smoothed_maps(both)) == pytest.approx(8.2 / 400, rel=0.02)
     arrays["scale_0"] = np.zeros(2, np.float32)
-    assert (
-        drawing.colour_scale(drawing.smoothed_maps(arrays)) == 1.0
-    )  # nothing is drawn, and nothing is divided by 0
+    # Nothing is drawn, and nothing is divided by 0.
+    assert drawing.colour_scale(drawing.smoothed_maps(arrays)) == 1.0
 
 
 def test_figures_state_confidence_threshold_baseline_and_scale(tmp_path, monkeypatch):

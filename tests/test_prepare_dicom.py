@@ -69,7 +69,7 @@ def test_a_real_nifti_torso_gives_37_triplets(shared_data, salt, tmp_path):
 
 def test_copies_of_slices_are_taken_once_and_a_gap_is_the_reason(shared_data, salt, tmp_path):
     folder = shared_data / "dicom" / "duplicate_positions"
-    with pytest.raises(InputError, match=r"duplicate_positions: 1 unreadable file or series: "):
+    with pytest.raises(InputError, match=r"duplicate_positions: 1 rejected file or series: "):
         of_dicom(folder, tmp_path / "out", salt)
     both = tmp_path / "both"
     both.mkdir()
@@ -197,7 +197,7 @@ def test_without_a_usable_series_all_reasons_are_listed(salt, tmp_path):
     message = str(caught.value)
     for part in (
         "1 series of fewer than 51",
-        "2 unreadable files",
+        "2 rejected files",
         "--min-slices",
         "MR",
         "(2 inputs)",

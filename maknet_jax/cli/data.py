@@ -31,7 +31,7 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
     _add_output_options(verb, size="256; with --lesions 120", dicom=False)
 
     verb = options.verb(forms, "dicom", _run_dicom)
-    verb.set_defaults(several="put both into one parent folder, or ")
+    verb.set_defaults(several="put them into one parent folder, or ")
     verb.add_argument(
         "folder", help="a file or a folder tree of CT, a zip or tar of one, or a DICOMDIR"
     )

@@ -38,17 +38,21 @@ class Parser(argparse.ArgumentParser):
             return super().parse_known_args(words, namespace)
         self._check_options(words)
         chosen, unparsed = super().parse_known_args(words, namespace)
-        if unparsed and not unparsed[0].startswith("-") and not self.get_default("takes_config"):
-            self._reject_extra(unparsed[0], chosen)
+        extra = [word for word in unparsed if word != "--"]
+        if extra and not extra[0].startswith("-") and not self.get_default("takes_config"):
+            self._reject_extra(extra[0], chosen)
         return chosen, unparsed
 
     def _reject_extra(self, word: str, chosen: argparse.Namespace) -> NoReturn:
-        """Reports an argument beyond those that the command takes, which have at most one name."""
+        """Reports a superfluous positional argument; a command declares at most one."""
         action = next(iter(self._get_positional_actions()), None)
         if action is None:
-            expected = "the command takes options only"
+            expected = "the command takes options only; separate the values of one by commas"
         elif action.nargs is not None:
-            expected = f"write all values of {action.dest} together, without options between them"
+            expected = (
+                f"write all values of {action.dest} together, without options between them, and "
+                "separate the values of an option by commas"
+            )
         else:
             several = self.get_default("several") or ""
             out = ", with another --out" * hasattr(chosen, "out")

@@ -79,7 +79,7 @@ def choose(
         unreadable = counts["series_unreadable"]
         parts = (
             f"{len(small)} series of fewer than {min_slices} slices (--min-slices)" * bool(small),
-            f"{console.plural(unreadable, 'unreadable file')} or series" * bool(unreadable),
+            f"{console.plural(unreadable, 'rejected file')} or series" * bool(unreadable),
         )
         why = (
             ", ".join(filter(None, parts))

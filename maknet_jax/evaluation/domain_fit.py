@@ -99,7 +99,7 @@ def measure(
     variables: object,
     *,
     components: int,
-    with_maxima: bool = False,
+    drop_maxima: bool = False,
     **reading: Any,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     """Computes the features of the training and the tuning slices, and fits the statistics.
@@ -109,7 +109,7 @@ def measure(
       predict: see `Evaluator`; its outputs include `features` `[B, F]`.
       variables: the first argument of `predict`.
       components: see `fit`.
-      with_maxima: see `fit`.
+      drop_maxima: see `fit`.
       **reading: batch_size, process_index, process_count, threads and stop of `Evaluator`.
 
     Returns:
@@ -121,7 +121,7 @@ def measure(
             evaluator = Evaluator(sample, predict, **reading)
             outputs = evaluator.outputs(variables, ("features",), advance)
             slices.append(sample.with_features(outputs["features"]))
-    statistics = fit(*slices, components=components, with_maxima=with_maxima)
+    statistics = fit(*slices, components=components, drop_maxima=drop_maxima)
     if statistics is None:
         return None
     about: dict[str, Any] = {"false_alarms": FALSE_ALARMS}
@@ -136,7 +136,7 @@ def measure(
 
 
 def fit(
-    train: Slices, tuning: Slices, *, components: int = COMPONENTS, with_maxima: bool = False
+    train: Slices, tuning: Slices, *, components: int = COMPONENTS, drop_maxima: bool = False
 ) -> Domain | None:
     """The statistics of the training slices, with thresholds from the tuning slices.
 
@@ -144,8 +144,8 @@ def fit(
       train: slices of the training data.
       tuning: slices of other patients.
       components: principal components, at most `COMPONENTS`.
-      with_maxima: the first half of the features are maxima, which are not used: without them, more
-        of the changed slices of tuning patients were found.
+      drop_maxima: ignore the first half of the features, which are maxima: without them, more of
+        the changed slices of tuning patients are found.
 
     Returns:
       The statistics; None if there are fewer than `PATIENTS` training patients, or if all features
@@ -155,7 +155,7 @@ def fit(
         return None
     features = np.asarray(train.features, np.float64)
     mean = features.mean(axis=0)
-    maxima = features.shape[1] // 2 * with_maxima
+    maxima = features.shape[1] // 2 * drop_maxima
     variances, axes = np.linalg.eigh(np.cov((features - mean)[:, maxima:], rowvar=False, bias=True))
     most = max(1, min(components, COMPONENTS, len(features) // _SLICES_PER_COMPONENT))
     used = np.flatnonzero(variances > 1e-9 * max(variances[-1], 1e-12))[::-1][:most]
