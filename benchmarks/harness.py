@@ -282,6 +282,7 @@ class Network:
         self.state = sharding.put_state(mesh, self.assembly.create(0, place))
         self._key = replicated_key(mesh)
         self._batch = sharding.put_batch(mesh, self.batch)
+        self._prepared: tuple[Any, Any] | None = None  # the state, its variables for prediction
 
     def train(self) -> dict[str, jax.Array]:
         """Runs one training step and returns its metrics."""
@@ -292,8 +293,10 @@ class Network:
     def predict(self) -> jax.Array:
         """Logits `[B, K]` of the batch with the current weights."""
         batch = self._batch
-        variables = self.state.variables
-        return self.assembly.predict_step(variables, batch["image"], batch.get("box"))
+        if self._prepared is None or self._prepared[0] is not self.state:
+            prepared = self.assembly.prepare(self.state.variables)
+            self._prepared = self.state, sharding.put_state(self.assembly.mesh, prepared)
+        return self.assembly.predict_step(self._prepared[1], batch["image"], batch.get("box"))
 
 
 def compact(document: Mapping[str, Any]) -> str:

@@ -240,7 +240,7 @@ def score_splits(
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
             )
-            scores[name] = evaluator.scores(run.variables, advance)
+            scores[name] = evaluator.scores(run.prepared, advance)
     return scores
 
 

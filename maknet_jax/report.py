@@ -194,7 +194,7 @@ def _cases(
     evaluator = Evaluator(
         source, run.predict, batch_size=sharding.round_up_to_devices(run.batch_size)
     )
-    scores = evaluator.scores(run.variables)
+    scores = evaluator.scores(run.prepared)
     correct = np.where(scores.labels > 0, scores.scores, 1 - scores.scores)
     loss = -np.log(np.clip(correct, 1e-7, 1)) * scores.label_mask
     loss = loss.sum(axis=1) / np.maximum(scores.label_mask.sum(axis=1), 1)

@@ -233,7 +233,7 @@ def _score(
             logits, rows = (np.asarray(each)[: len(centres)] for each in both)
             pooled.append(rows)
         else:
-            logits = run.predict(run.variables, {"image": images})["logits"][: len(centres)]
+            logits = run.predict(run.prepared, {"image": images})["logits"][: len(centres)]
         paged.release(volume.hu)
         scores.append(metrics.sigmoid(logits))
         advance(len(centres))

@@ -17,7 +17,7 @@ from maknet_jax.errors import InputError
 from maknet_jax.models import layers
 from maknet_jax.runs import build, workdir
 from maknet_jax.runs import config as configs
-from maknet_jax.training import state
+from maknet_jax.training import checked, state
 
 TINY = {"stem": 8, "blocks": (1, 1), "growth_rates": (8, 8), "widths": (8, 16)}
 ONE_BLOCK = {"stem": 8, "blocks": (1,), "growth_rates": (8,), "widths": (16,)}
@@ -122,6 +122,29 @@ def test_plain_pooling_takes_the_maximum_and_plain_global_pooling_the_mean():
         mixed.apply(variables, images, train=False).logits,
         rtol=1e-5,
     )
+
+
+@pytest.mark.parametrize("growth_rate", [16, 6, 2])  # 6: kernels of two and one; 2: two kernels
+def test_joined_kernels_predict_the_same(growth_rate):
+    options = {"stem": 8, "blocks": (2,), "growth_rates": (growth_rate,), "widths": (16,)}
+    network = models.build("maknet", 5, **options, form="matmul")
+    images = drawn(2, 32, 32, 3)
+    variables = redrawn(network.init(jax.random.key(0), images, train=False))
+    variables = jax.tree.map(np.asarray, variables)
+    joined = variables | {"params": network.for_prediction(variables["params"])}
+    assert set(joined["params"]["block_0"]["makconv_1"]) == {layers.JOINED}
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (variables, joined)]
+    assert sizes[0] == sizes[1]
+    expected = network.apply(variables, images, train=False)
+    np.testing.assert_array_equal(
+        checked.apply(network, joined, images).logits, np.asarray(expected.logits)
+    )
+    for other in (network.clone(form="fused"), network.clone(plain=("makconv",))):
+        assert other.for_prediction(variables["params"]) is variables["params"]
+    wrong = {layers.JOINED: np.zeros((7, 16), np.float32)}
+    joined["params"]["block_0"]["makconv_1"] = wrong
+    with pytest.raises(checked.OtherWeightsError, match=layers.JOINED):
+        checked.apply(network, joined, images)
 
 
 def test_full_kernels_with_fewer_channels_have_as_many_parameters():

@@ -116,7 +116,7 @@ def make_network(run: workdir.Run, name: str) -> Network:
             "image: choose a network that takes only the image"
         )
     model = run.model.clone(dtype=np.float32)
-    logits = Partial(_Logits(model), run.variables)
+    logits = Partial(_Logits(model), run.prepared)
     return Network(name, run, logits, jax.jit(run.to_input))
 
 

@@ -14,11 +14,15 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from maknet_jax.models import winograd
+
+Array = TypeVar("Array", np.ndarray, jax.Array)
 
 FEW_CHANNELS = 16  # with fewer, one matrix product per kernel position is slower than XLA
 SMALL_EDGE = 2  # pixels; outputs up to this height or width are computed by im2col
@@ -156,14 +160,34 @@ def convolve_by_matmul(x: jax.Array, kernels: Sequence[jax.Array]) -> jax.Array:
     Returns:
       `[B, H, W, sum of F]`, in the order of the kernels.
     """
-    sizes = tuple(kernel.shape[:2] for kernel in kernels)
-    taps = [
+    sizes, features = zip(*((kernel.shape[:2], kernel.shape[3]) for kernel in kernels), strict=True)
+    return convolve_joined(x, jnp.concatenate(taps(kernels), axis=-1), sizes, features)
+
+
+def taps(kernels: Sequence[Array]) -> list[Array]:
+    """Kernels `[rows, columns, C, F]` each -> the matrices `[C, F]` of all their positions."""
+    return [
         kernel[row, column]
-        for kernel, size in zip(kernels, sizes, strict=True)
-        for row, column in itertools.product(*map(range, size))
+        for kernel in kernels
+        for row, column in itertools.product(*map(range, kernel.shape[:2]))
     ]
-    products = convolve(x, jnp.concatenate(taps, axis=-1)[None, None])
-    return _add_shifted(products, sizes, tuple(kernel.shape[3] for kernel in kernels))
+
+
+def convolve_joined(
+    x: jax.Array,
+    joined: jax.Array,
+    sizes: Sequence[tuple[int, int]],
+    features: Sequence[int],
+) -> jax.Array:
+    """`convolve_by_matmul` with kernels that are concatenated already.
+
+    Args:
+      x: `[B, H, W, C]`.
+      joined: `[C, sum of rows * columns * F]`, the concatenated `taps` of the kernels.
+      sizes: (rows, columns) of each kernel.
+      features: F of each kernel.
+    """
+    return _add_shifted(convolve(x, joined[None, None]), tuple(sizes), tuple(features))
 
 
 # Jitted on its own, so that layers of equal shapes share its trace.

@@ -4,10 +4,12 @@ Images are `[B, H, W, C]`. Activations have the module's `dtype`; parameters and
 statistics are float32.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
@@ -115,6 +117,8 @@ def batch_norm(dtype: DTypeLike, train: bool, **kwargs: Any) -> nn.BatchNorm:
 
 
 FORMS = ("split", "matmul", "fused")
+KERNELS = ("conv_kxk", "conv_1xk", "conv_kx1", "conv_1x1")  # of MAKConv
+JOINED = "joined"  # see `join_kernels`
 
 
 def choose_form(form: str) -> str:
@@ -167,19 +171,47 @@ class MAKConv(nn.Module):
         form, k, x = choose_form(self.form), self.kernel_size, x.astype(self.dtype)
         if k % 2 == 0:
             raise InputError(f"kernel_size {k} is even: MAKConv needs an odd one, which is centred")
-        sizes = {"kxk": (k, k), "1xk": (1, k), "kx1": (k, 1), "1x1": (1, 1)}
-        kernels = []
-        for number, (name, size) in enumerate(sizes.items()):
-            features = (self.features + 3 - number) // 4
-            if features:
-                shape = (*size, x.shape[-1], features)
-                kernels.append(Kernel(shape, self.dtype, name=f"conv_{name}")())
+        edges = zip(KERNELS, ((k, k), (1, k), (k, 1), (1, 1)), strict=True)
+        parts = [
+            (name, size, (self.features + 3 - number) // 4)
+            for number, (name, size) in enumerate(edges)
+        ]
+        parts = [part for part in parts if part[2]]
+        if self.has_variable("params", JOINED):
+            _, sizes, counts = zip(*parts, strict=True)
+            width = sum(rows * columns * count for _, (rows, columns), count in parts)
+            joined = self.param(JOINED, he_normal, (x.shape[-1], width)).astype(self.dtype)
+            return convolution.convolve_joined(x, joined, sizes, counts)
+        kernels = [
+            Kernel((*size, x.shape[-1], count), self.dtype, name=name)()
+            for name, size, count in parts
+        ]
         if form == "matmul" and self.strides == 1:
             return convolution.convolve_by_matmul(x, kernels)
         if form == "fused":
             kernels = [convolution.fuse(kernels, k)]
         outputs = [convolution.convolve(x, kernel, self.strides) for kernel in kernels]
         return jnp.concatenate(outputs, axis=-1)
+
+
+def join_kernels(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights for prediction in the form "matmul": each MAKConv's kernels as one matrix.
+
+    Otherwise every prediction would concatenate them again. Values do not change.
+
+    Args:
+      params: nested, of a network whose MAKConv layers have no strides, as NumPy arrays.
+
+    Returns:
+      The same tree, in which `JOINED` replaces the kernels.
+    """
+    if not isinstance(params.get(KERNELS[0]), Mapping):
+        return {
+            name: join_kernels(part) if isinstance(part, Mapping) else part
+            for name, part in params.items()
+        }
+    kernels = [params[name]["kernel"] for name in KERNELS if name in params]
+    return {JOINED: np.concatenate(convolution.taps(kernels), axis=-1)}
 
 
 class MixPool(nn.Module):

@@ -1,6 +1,7 @@
 """MAKNet, the mixed asymmetric kernels network (paper, section 3 and figure 1)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,12 @@ class MAKNet(network.TrunkNetwork):
     form: str = "auto"
     mixpool_learned: bool = True
     plain: Sequence[str] = ()
+
+    @nn.nowrap
+    def for_prediction(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Joins the kernels of each MAKConv if they are computed as one matrix product."""
+        by_matmul = layers.choose_form(self.form) == "matmul" and "makconv" not in self.plain
+        return layers.join_kernels(params) if by_matmul else params
 
     @property
     def pools_maxima(self) -> bool:

@@ -4,6 +4,7 @@
 tests call it.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -98,6 +99,9 @@ class Assembly:
         Raises:
           checked.OtherWeightsError: they are those of another network.
         """
+        # The kernels of another network may not fit each other: then the trace says what differs.
+        with contextlib.suppress(KeyError, ValueError, AttributeError):
+            variables = self.prepare(variables)
         rows, whole = sharding.split(self.mesh), sharding.replicated(self.mesh)
         count = sharding.round_up_to_devices(batch_size, self.mesh.size)
         image = jax.ShapeDtypeStruct((count, self.size, self.size, 3), jnp.int16, sharding=rows)
@@ -106,6 +110,11 @@ class Assembly:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), variables
         )
         self.predict_step.trace(arrays, image, box if self.model.takes_box else None)
+
+    def prepare(self, variables: state.Variables) -> state.Variables:
+        """Variables as NumPy arrays for the prediction steps, see `Network.for_prediction`."""
+        params = jax.tree.map(np.asarray, variables["params"])
+        return {**variables, "params": self.model.for_prediction(params)}
 
     @functools.cached_property
     def features_step(self) -> jax.stages.Wrapped:
