@@ -1,11 +1,11 @@
 """Out-of-domain scores: how far the pooled features of CT are from those of the training data.
 
 The features of a slice (with global concatenate pooling, only the means) are projected on at most
-64 principal components. The distance of a slice is the
-logarithm of the squared Mahalanobis distance to the nearest of several centres, with one covariance
-for all (Lee et al., arXiv:1807.03888; centres from k-means replace their classes, because a slice
-has several labels and some are unknown). Three rules compare with thresholds that were chosen on
-the tuning patients, see `domain_fit`:
+64 principal components. The distance of a slice is the logarithm of the squared Mahalanobis
+distance to the nearest of several centres, with one covariance for all (Lee et al.,
+arXiv:1807.03888; centres from k-means replace their classes, because a slice has several labels and
+some are unknown). Three rules compare with thresholds that were chosen on the tuning patients, see
+`domain_fit`:
 
 - A slice is outside the domain if the mean distance of the slices within `WINDOW` mm is too large.
 - A series is outside if the mean distance of all of its slices is too large.

@@ -200,17 +200,17 @@ def join_kernels(params: Mapping[str, Any]) -> dict[str, Any]:
     Otherwise every prediction would concatenate them again. Values do not change.
 
     Args:
-      params: nested, of a network whose MAKConv layers have no strides, as NumPy arrays.
+      params: nested, of a network whose MAKConv layers have no strides.
 
     Returns:
-      The same tree, in which `JOINED` replaces the kernels.
+      The same tree, in which a NumPy array, `JOINED`, replaces the kernels.
     """
     if not isinstance(params.get(KERNELS[0]), Mapping):
         return {
             name: join_kernels(part) if isinstance(part, Mapping) else part
             for name, part in params.items()
         }
-    kernels = [params[name]["kernel"] for name in KERNELS if name in params]
+    kernels = [np.asarray(params[name]["kernel"]) for name in KERNELS if name in params]
     return {JOINED: np.concatenate(convolution.taps(kernels), axis=-1)}
 
 

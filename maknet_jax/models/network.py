@@ -40,7 +40,7 @@ class Network(nn.Module):
 
     @nn.nowrap
     def for_prediction(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Weights as NumPy arrays -> those with which the same predictions are fastest."""
+        """Weights -> those with which the same predictions are fastest."""
         return params
 
     @property

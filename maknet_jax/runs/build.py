@@ -112,9 +112,8 @@ class Assembly:
         self.predict_step.trace(arrays, image, box if self.model.takes_box else None)
 
     def prepare(self, variables: state.Variables) -> state.Variables:
-        """Variables as NumPy arrays for the prediction steps, see `Network.for_prediction`."""
-        params = jax.tree.map(np.asarray, variables["params"])
-        return {**variables, "params": self.model.for_prediction(params)}
+        """Variables for the prediction steps, see `Network.for_prediction`."""
+        return {**variables, "params": self.model.for_prediction(variables["params"])}
 
     @functools.cached_property
     def features_step(self) -> jax.stages.Wrapped:
