@@ -256,7 +256,7 @@ def describe_intervals(intervals: Mapping[str, Any]) -> str:
         return "No intervals: no label has positives and negatives."
     text = describe_groups(intervals["patients"])
     labels = [entry["patients"] for entry in intervals["labels"].values() if "auc" in entry]
-    if intervals["patients"] < _FEW or min(labels) >= _FEW:
+    if intervals["patients"] < _FEW or min(labels, default=_FEW) >= _FEW:
         return text
     return f"{text} Those of labels that fewer than {_FEW} patients have are unreliable."
 
