@@ -172,8 +172,8 @@ def text(summary: dict[str, Any]) -> str:
     """The result of `predict` as text for standard output: what each series covers."""
     lines = [series_tables.describe_all(summary["overview"], summary["covers"])]
     lines.append(
-        f"\n{summary['slices']} slices of {summary['series']} series labelled by the "
-        f"{summary['checkpoint']} checkpoint (step {summary['step']}):"
+        f"\n{console.plural(summary['slices'], 'slice')} of {summary['series']} series "
+        f"labelled by the {summary['checkpoint']} checkpoint (step {summary['step']}):"
     )
     lines += [f"  {file}" for file in summary["files"]]
     if summary["trained_on"]:
@@ -274,7 +274,7 @@ def _write_charts(
         if len(result) >= MIN_CHART_SLICES:
             charts.append(out.with_suffix(f".{number:03d}.png"))
             mm = (len(result) - 1) * spacing[0]  # from the first slice to the last
-            title = f"{len(result)} slices from head to feet"
+            title = f"{console.plural(len(result), 'slice')} from head to feet"
             write_label_chart(
                 charts[-1],
                 result.confidences,

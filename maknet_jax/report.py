@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from markupsafe import Markup
 
-from maknet_jax import attribute, evaluate, files, scoring
+from maknet_jax import attribute, console, evaluate, files, scoring
 from maknet_jax.data import records
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation.evaluator import Evaluator
@@ -149,7 +149,7 @@ def _scores(folder: pathlib.Path) -> list[tuple[str, list[float | None]]]:
 def _headline(scores: Sequence[tuple[str, list[float | None]]]) -> list[tuple[str, str]]:
     """(AUC, the split) of each evaluation for which it is defined."""
     return [
-        (f"{auc:.3f}", f"AUC, split {split} ({images:.0f} images)")
+        (f"{auc:.3f}", f"AUC, split {split} ({console.plural(round(images), 'image')})")
         for split, (auc, *_, images) in scores
         if auc is not None and images is not None
     ]

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from maknet_jax import console
 from maknet_jax.cli import options
 
 
@@ -230,8 +231,8 @@ def _run_openkbp(chosen: argparse.Namespace) -> int:
 
     summary = prepare.prepare_openkbp(chosen.folder, chosen.out)
     options.show(
-        f"{summary['patients']} patients in {summary['out']}, {summary['present_before']} of them "
-        "converted before"
+        f"{console.plural(summary['patients'], 'patient')} in {summary['out']}, "
+        f"{summary['present_before']} of them converted before"
     )
     if summary["failures"]:
         options.show(f"rejected: {summary['failures']}, see {summary['out']}/failures.csv")

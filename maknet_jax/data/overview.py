@@ -101,7 +101,10 @@ def describe(summary: dict[str, Any]) -> str:
         lines.append(f"lesions are {about['numbering']}")
         lines.append(console.format_table(*paper))
     else:
-        lines += [f"{split}: {count} records" for split, count in summary["records"].items()]
+        lines += [
+            f"{split}: {console.plural(count, 'record')}"
+            for split, count in summary["records"].items()
+        ]
     if "label_counts" in summary:
         lines.append(console.format_table(LABEL_COLUMNS, summary["label_counts"]))
     for name in _COUNTED:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maknet_jax import files
+from maknet_jax import console, files
 from maknet_jax.data import pseudo_labels, records
 from maknet_jax.errors import InputError
 
@@ -47,7 +47,7 @@ def check_dataset(path: str | os.PathLike[str]) -> Iterator[Check]:
     shards = [shard for split in splits.values() for shard in split["shards"]]
     yield Check(
         "dataset.json",
-        f"{sum(split['count'] for split in splits.values()):,} records",
+        console.plural(sum(split["count"] for split in splits.values()), "record"),
         remark="" if "content" in dataset.info else "no digest (written by an earlier version)",
     )
     totals = {name: np.zeros((2, len(dataset.info["labels"])), np.int64) for name in splits}
@@ -61,7 +61,7 @@ def check_dataset(path: str | os.PathLike[str]) -> Iterator[Check]:
         recorded = [split["label_counts"], split.get("known_counts", totals[name][1])]
         equal = np.array_equal(np.asarray(recorded).reshape(2, -1), totals[name])
         problem = "" if equal else "its records have other labels than dataset.json counts"
-        yield Check(f"split {name}", f"{split['count']:,} records", problem)
+        yield Check(f"split {name}", console.plural(split["count"], "record"), problem)
 
 
 def _check_shard(dataset: records.Dataset, shard: dict[str, Any]) -> tuple[Check, np.ndarray | int]:
@@ -69,7 +69,7 @@ def _check_shard(dataset: records.Dataset, shard: dict[str, Any]) -> tuple[Check
     digest, counts = hashlib.sha256(), np.zeros((2, len(dataset.info["labels"])), np.int64)
     try:
         source = records.RecordSource([dataset.path / shard["file"]])
-        content = f"{len(source):,} records"
+        content = console.plural(len(source), "record")
         for number in range(len(source)):
             payload = source.payload(number)
             digest.update(hashlib.sha256(payload).digest())
@@ -81,7 +81,7 @@ def _check_shard(dataset: records.Dataset, shard: dict[str, Any]) -> tuple[Check
         return Check(shard["file"], problem=str(error)), 0
     problem = remark = ""
     if len(source) != shard["count"]:
-        problem = f"it should have {shard['count']:,} records"
+        problem = f"it should have {console.plural(shard['count'], 'record')}"
     elif "digest" not in shard:
         remark = "no digest (written by an earlier version)"
     elif digest.hexdigest() != shard["digest"]:

@@ -114,7 +114,7 @@ def describe(overview: Row, covers: Sequence[Row], most: int | None = None) -> s
     name = overview["series"]
     if name.startswith("sha256:"):  # no SeriesInstanceUID: the file says more than a digest
         name += f" ({overview['file']})"
-    lines = [f"{name}: {overview['slices']} slices{span}; {shown}{tag}"]
+    lines = [f"{name}: {console.plural(overview['slices'], 'slice')}{span}; {shown}{tag}"]
     lines += [f"  {flag}: {FLAGS[flag]}" for flag in overview["flags"]]
     if overview["flagged_slices"]:
         lines.append(f"  slices with flags: {overview['flagged_slices']}")
