@@ -27,6 +27,7 @@ def get_config():
             "checkpoint": "best",  # of the teacher that labels: best or last
             "top": 15,  # largest number of labels per image
             "threshold": 0.5,  # a label is kept if its confidence exceeds this
+            "precision": 0.0,  # above 0: thresholds per label with this precision in validation
             "evaluate": (),  # splits to score after each round; () is test and hand
             "soft": False,  # True: students learn the confidences of the labels that are kept
         }

@@ -61,6 +61,7 @@ def noisy_student(config: ml_collections.ConfigDict, folder: pathlib.Path | str)
     round_configs = [_round_config(config, folder, n) for n in range(config.rounds + 1)]
     _check(config, round_configs)
     paper = is_paper_data(records.open_dataset(config.labelled))
+    precision = _precision(config)
     main = jax.process_index() == 0
     rounds: list[dict] = []
     with claim(
@@ -69,6 +70,7 @@ def noisy_student(config: ml_collections.ConfigDict, folder: pathlib.Path | str)
         command="maknet noisy-student",
         option="--workdir",
         may_change=MAY_CHANGE,
+        upgrade=lambda _, stored: {"precision": 0.0} | stored,
     ):
         with console.Log(folder / "log.jsonl" if main else None) as log:
             for number, round_config in enumerate(round_configs):
@@ -83,6 +85,7 @@ def noisy_student(config: ml_collections.ConfigDict, folder: pathlib.Path | str)
                         split=config.split,
                         top=config.top,
                         threshold=config.threshold,
+                        precision=precision,
                         soft=config.soft,
                         checkpoint=config.checkpoint,
                     )
@@ -119,13 +122,18 @@ def _check(
         raise InputError(f"config rounds {config.rounds} should be 0 or above")
     if config.checkpoint not in workdir.FOLDERS:
         raise InputError(f"config checkpoint {config.checkpoint!r} is unknown: choose best or last")
-    pseudo_label.check_rule(config.top, config.threshold)
+    pseudo_label.check_rule(config.top, config.threshold, _precision(config))
     labelled, unlabelled = map(records.open_dataset, (config.labelled, config.unlabelled))
     records.check_size(unlabelled, labelled.size, str(labelled.path))
     evaluate.splits_to_score(labelled, config.evaluate)
     evaluate.splits_to_score(unlabelled, [config.split])
     for round_config in round_configs:
         configs.validate(round_config, labelled.size, jax.device_count())
+
+
+def _precision(config: ml_collections.ConfigDict) -> float | None:
+    """The precision for thresholds per label; None, as in earlier configs, takes the threshold."""
+    return config.get("precision") or None
 
 
 def _round_config(

@@ -5,7 +5,6 @@ It does not specify two details, which are our choice: images without any pseudo
 and the teacher is the checkpoint with the best validation AUC.
 """
 
-import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -15,7 +14,7 @@ import numpy as np
 
 from maknet_jax import console, files
 from maknet_jax.data import pipeline, pseudo_labels, records
-from maknet_jax.data.labels import Vocabulary
+from maknet_jax.data.pseudo_label_rule import Rule, add_up
 from maknet_jax.errors import InputError
 from maknet_jax.evaluation import metrics
 from maknet_jax.figures import charts
@@ -26,8 +25,6 @@ from maknet_jax.training import sharding, transfer
 # May change on resume: a moved teacher or data set keeps its digest or fingerprint.
 MAY_CHANGE = ("teacher", "records")
 T = TypeVar("T")
-# Thresholds for which labels are also counted, for comparison.
-SWEEP = tuple(round(0.1 * tenth, 1) for tenth in range(1, 10))
 
 
 def pseudo_label(
@@ -38,6 +35,7 @@ def pseudo_label(
     split: str = "unlabelled",
     top: int = 15,
     threshold: float = 0.5,
+    precision: float | None = None,
     soft: bool = False,
     checkpoint: str = "best",
     batch_size: int | None = None,
@@ -58,6 +56,10 @@ def pseudo_label(
       split: the split of the data set.
       top: maximum number of labels per image.
       threshold: a label's confidence must exceed it.
+      precision: choose a threshold per label instead: the lowest at which this share of the
+        teacher's validation images that would get the label have it, see
+        `pseudo_labels.precise_thresholds`. `threshold` then applies to labels that no validation
+        image has. They are stored in `thresholds.json`.
       soft: students learn the confidences of the selected labels instead of 1.
       checkpoint: "best" or "last" of the teacher.
       batch_size: images per step of this process, rounded up to its devices; None takes the
@@ -70,11 +72,11 @@ def pseudo_label(
       The content of `pseudo.json`.
 
     Raises:
-      InputError: the images have another size than the teacher's, or `out` holds labels of another
-        teacher or rule.
+      InputError: the images have another size than the teacher's, `out` holds labels of another
+        teacher or rule, or `precision` is given and the teacher's validation images are not there.
     """
     out, devices = pathlib.Path(out), devices or jax.local_devices()
-    check_rule(top, threshold)
+    check_rule(top, threshold, precision)
     run = workdir.open_run(folder, checkpoint_name=checkpoint, devices=devices)
     dataset = records.open_dataset(data)
     records.check_size(dataset, run.size, "the teacher")
@@ -96,11 +98,13 @@ def pseudo_label(
         "split": split,
         "top": top,
         "threshold": threshold,
+        "precision": precision,
         "soft": soft,
         "truth": truth,
         "labels": list(run.vocabulary.names),
     }
     main = jax.process_index() == 0
+    validation = None if precision is None else _validation_images(run)
     with claim(
         out,
         {"claim.json": result},
@@ -115,8 +119,12 @@ def pseudo_label(
         total = sum(shards[number]["count"] for number in todo)
         batch = sharding.round_up_to_devices(batch_size or run.batch_size, len(devices))
         close = pseudo_labels.CLOSE[np.dtype(run.model.dtype).name]
-        rule = _Rule(run.vocabulary, top=top, threshold=threshold, close=close, truth=truth)
         with console.Log(out / "log.jsonl" if main else None) as log:
+            limits: float | np.ndarray = threshold
+            if validation is not None and precision is not None:
+                limits = _thresholds(run, validation, out, precision, threshold, batch, log)
+                result["thresholds"] = [round(float(limit), 6) for limit in limits]
+            rule = Rule(run.vocabulary, top=top, threshold=limits, close=close, truth=truth)
             if len(todo) < len(mine):
                 log.say(
                     f"resuming: {len(mine) - len(todo)} of {len(mine)} shards are already labelled"
@@ -132,7 +140,11 @@ def pseudo_label(
             sharding.wait_for_all("pseudo-labelled")
             if main:
                 parts = [files.read_json(out / _counts_name(shard)) for shard in shards]
-                result |= _sum(parts, shards)
+                result |= add_up(parts)
+                result["shards"] = [
+                    {"file": _shard_name(shard), "images": shard["count"], "sha256": part["sha256"]}
+                    for shard, part in zip(shards, parts, strict=True)
+                ]
                 _write_tables(out, result, log)
                 files.write_json(out / "pseudo.json", result)
                 log.say(
@@ -146,7 +158,7 @@ def pseudo_label(
     return files.read_json(out / "pseudo.json")
 
 
-def check_rule(top: int, threshold: float) -> None:
+def check_rule(top: int, threshold: float, precision: float | None = None) -> None:
     """Checks the rule that selects pseudo-labels.
 
     Raises:
@@ -156,6 +168,81 @@ def check_rule(top: int, threshold: float) -> None:
         raise InputError(f"top {top}, the maximum number of labels per image, should be at least 1")
     if not 0 <= threshold < 1:
         raise InputError(f"threshold {threshold} should be 0 or above and below 1")
+    if precision is not None and not 0 < precision <= 1:
+        raise InputError(f"precision {precision} should be above 0 and at most 1")
+
+
+def _validation_images(run: workdir.Run) -> records.Dataset:
+    """The data set with the teacher's validation split, from which thresholds are chosen.
+
+    Raises:
+      InputError: the teacher is a bundle, or the images have changed or have no such split.
+    """
+    if run.is_bundle:
+        raise InputError(
+            f"{run.source} is a bundle, without validation images to estimate a precision on: "
+            "take the workdir of the teacher, or choose a threshold instead"
+        )
+    dataset = records.open_dataset(run.data_path)
+    if dataset.fingerprint != run.dataset.get("fingerprint"):
+        raise InputError(
+            f"{dataset.path} is not the data of the teacher, on whose split {run.val_split!r} a "
+            "precision is estimated: restore it, or choose a threshold instead"
+        )
+    if not dataset.split(run.val_split)["count"]:
+        raise InputError(
+            f"split {run.val_split!r} of {dataset.path} is empty, so that no precision can be "
+            "estimated: choose a threshold instead"
+        )
+    return dataset
+
+
+def _thresholds(
+    run: workdir.Run,
+    dataset: records.Dataset,
+    out: pathlib.Path,
+    precision: float,
+    otherwise: float,
+    batch_size: int,
+    log: console.Log,
+) -> np.ndarray:
+    """The thresholds per label for a precision; the first process writes `thresholds.json`.
+
+    Args:
+      run: the teacher.
+      dataset: with its validation split.
+      out: the output folder.
+      precision: see `pseudo_label`.
+      otherwise: see `pseudo_labels.precise_thresholds`.
+      batch_size: images per step.
+      log: of the command.
+
+    Returns:
+      float32 `[K]`.
+    """
+    path, names = out / "thresholds.json", run.vocabulary.names
+    if jax.process_index() == 0 and not path.is_file():
+        shards = dataset.split(run.val_split)["shards"]
+        with console.progress("thresholds", sum(shard["count"] for shard in shards)) as advance:
+            scored = _confidences(run, dataset, shards, range(len(shards)), batch_size, advance)
+            columns = zip(*(arrays for _, *arrays in scored), strict=True)
+            confidences, labels, mask = map(np.concatenate, columns)
+        chosen = pseudo_labels.precise_thresholds(
+            confidences, labels, mask > 0, precision=precision, otherwise=otherwise
+        )
+        files.write_json(path, dict(zip(names, chosen.tolist(), strict=True)))
+    sharding.wait_for_all("thresholds")
+    stored = files.read_json(path)
+    try:
+        limits = [float(stored[name]) for name in names]
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{path} is damaged: choose another --out and start again") from None
+    never = [name for name, limit in zip(names, limits, strict=True) if limit == 1]
+    log.say(
+        f"thresholds for a precision of {precision:g}: {min(limits):.3f} to {max(limits):.3f}"
+        + (f"; never given: {', '.join(never)}" if never else "")
+    )
+    return np.array(limits, np.float32)
 
 
 def _shard_name(shard: dict) -> str:
@@ -222,111 +309,6 @@ def _one_ahead(started: Iterable[T]) -> Iterator[T]:
             yield current
             current = following
         yield current
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rule:
-    """Selects the labels of a shard and counts them.
-
-    Attributes:
-      vocabulary: the labels of the teacher.
-      top: maximum number of labels per image.
-      threshold: a label's confidence must exceed it.
-      close: a difference of confidences, see `pseudo_labels.select`.
-      truth: also compare with the labels of the images.
-    """
-
-    vocabulary: Vocabulary
-    top: int
-    threshold: float
-    close: float
-    truth: bool
-
-    def apply(
-        self, first: int, confidences: np.ndarray, labels: np.ndarray, mask: np.ndarray
-    ) -> tuple[np.ndarray, dict]:
-        """Labels one shard.
-
-        Args:
-          first: the number of the shard's first record.
-          confidences: float32 `[N, K]`.
-          labels: `[N, K]`, used with `truth` only.
-          mask: `[N, K]`, 0 where the label is unknown; used with `truth` only.
-
-        Returns:
-          (rows, counts): the rows of the label shard, and its entry in `made/`.
-        """
-        columns, close = self._select(confidences, self.threshold)
-        numbers = np.arange(first, first + len(confidences))
-        rows = pseudo_labels.rows_of(numbers, columns, confidences, top=self.top)
-        selected = rows["labels"] >= 0
-        bins, _ = np.histogram(rows["confidences"][selected], bins=20, range=(0, 1))
-        label_counts = np.bincount(rows["labels"][selected], minlength=len(self.vocabulary))
-        counts = {
-            "images": len(confidences),
-            "kept": len(rows),
-            "close": int(close.sum()),
-            "label_counts": label_counts.tolist(),
-            "confidences": bins.tolist(),
-            "sweep": [],
-        }
-        for threshold in SWEEP:
-            swept, _ = self._select(confidences, threshold)
-            entry = {
-                "threshold": threshold,
-                "images": int((swept >= 0).any(axis=1).sum()),
-                "labels": int((swept >= 0).sum()),
-            }
-            counts["sweep"].append(entry | (_agreement(swept, labels, mask) if self.truth else {}))
-        if self.truth:
-            counts["judged"] = _agreement(columns, labels, mask)
-        return rows, counts
-
-    def _select(self, confidences: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-        return pseudo_labels.select(
-            confidences,
-            self.vocabulary.exclusive,
-            top=self.top,
-            threshold=threshold,
-            close=self.close,
-        )
-
-
-def _agreement(columns: np.ndarray, labels: np.ndarray, mask: np.ndarray) -> dict[str, int]:
-    """Counts of the known labels that are selected, selected and true, and true."""
-    selected = np.zeros(labels.shape, bool)
-    row, place = np.nonzero(columns >= 0)
-    selected[row, columns[row, place]] = True
-    known = mask > 0
-    return {
-        "given": int((selected & known).sum()),
-        "right": int((selected & known & (labels > 0)).sum()),
-        "true": int((known & (labels > 0)).sum()),
-    }
-
-
-def _sum(parts: Sequence[dict], shards: Sequence[dict]) -> dict:
-    """Adds up the counts of all shards."""
-    total = {name: sum(part[name] for part in parts) for name in ("images", "kept", "close")}
-    total["dropped"] = total["images"] - total["kept"]
-    for name in ("label_counts", "confidences"):
-        total[name] = np.sum([part[name] for part in parts], axis=0).tolist()
-    total["labels_given"] = sum(total["label_counts"])
-    total["sweep"] = [
-        entries[0] | {key: sum(e[key] for e in entries) for key in entries[0] if key != "threshold"}
-        for entries in zip(*(part["sweep"] for part in parts), strict=True)
-    ]
-    if "judged" in parts[0]:
-        judged = {key: sum(part["judged"][key] for part in parts) for key in parts[0]["judged"]}
-        total["judged"] = judged | {
-            "precision": judged["right"] / judged["given"] if judged["given"] else None,
-            "recall": judged["right"] / judged["true"] if judged["true"] else None,
-        }
-    total["shards"] = [
-        {"file": _shard_name(shard), "images": shard["count"], "sha256": part["sha256"]}
-        for shard, part in zip(shards, parts, strict=True)
-    ]
-    return total
 
 
 def _write_tables(out: pathlib.Path, result: dict, log: console.Log) -> None:

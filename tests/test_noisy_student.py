@@ -282,6 +282,7 @@ def test_another_config_in_the_same_folder_is_rejected(command, whole, data, tmp
     shutil.copytree(whole, folder)
     shutil.copytree(data[1], tmp_path / "unlabelled")
     claim = files.read_json(folder / "noisy_student.json")
+    del claim["precision"]  # of an earlier version
     claim["unlabelled"] = str(toy.write_unlabelled(tmp_path / "unlabelled", seed=8))
     files.write_json(folder / "noisy_student.json", claim)
     assert command(folder, unlabelled=claim["unlabelled"]) == 2
@@ -301,6 +302,7 @@ def test_invalid_input_is_rejected_before_the_first_round(overrides, data, tmp_p
     rejected("'newest'", checkpoint="newest")
     rejected("top 0", top=0)
     rejected("threshold 1.5", threshold=1.5)
+    rejected("precision 2.0", precision=2.0)
     rejected("'nine'.*labelled.*train, val", evaluate=("nine",))
     rejected("'train'.*unlabelled", split="train")
     rejected("nowhere", unlabelled="nowhere")
@@ -356,6 +358,7 @@ def test_options_of_the_config_reach_the_rounds(overrides, tmp_path, monkeypatch
         seed=3,
         top=2,
         threshold=0.25,
+        precision=0.6,
         soft=True,
         checkpoint="last",
         evaluate=("val",),
@@ -364,12 +367,8 @@ def test_options_of_the_config_reach_the_rounds(overrides, tmp_path, monkeypatch
     )
     summary = noisy_student.noisy_student(config, tmp_path / "ns")
     labelled = files.read_json(tmp_path / "ns" / "pseudo-1" / "pseudo.json")
-    assert [labelled[key] for key in ("top", "threshold", "soft", "teacher_step")] == [
-        2,
-        0.25,
-        True,
-        8,
-    ]
+    names = ("top", "threshold", "precision", "soft", "teacher_step")
+    assert [labelled[name] for name in names] == [2, 0.25, 0.6, True, 8]
     assert workdir.open_run(tmp_path / "ns" / "round-0").step == 4
     assert [list(done["splits"]) for done in summary["rounds"]] == [["val"], ["val"]]
     assert read_csv(tmp_path / "ns" / "table2.csv")[0][1:] == [

@@ -8,6 +8,15 @@ import jax
 import numpy as np
 import pytest
 import toy
+from pseudo_runs import (
+    COUNTS,
+    SHARDS,
+    confidences_of,
+    greedy,
+    labels_of,
+    read_rows,
+    train_teacher,
+)
 from runs import Killed, kill, on_call, sigterm
 
 from maknet_jax import cli, files, pseudo_label, train
@@ -16,21 +25,10 @@ from maknet_jax.errors import InputError
 from maknet_jax.runs import workdir
 from maknet_jax.training import sharding
 
-COUNTS = (10, 7, 12)
-SHARDS = [f"part-{number:05d}-of-00003.npy" for number in range(3)]
-
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """The workdir of a linear teacher whose first and last label exclude each other."""
-    folder = tmp_path_factory.mktemp("teacher")
-    data = toy.write(folder / "data")
-    info = files.read_json(data / "dataset.json")
-    info["labels"][0]["exclusive"] = [info["labels"][3]["name"]]
-    files.write_json(data / "dataset.json", info)
-    changes = {"epochs": 16.0, "optimizer.learning_rate": 0.05, "loss.gamma": 0.0}
-    train.train(toy.config(data, "linear", changes), folder / "run")
-    return folder / "run"
+    return train_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(scope="module")
@@ -47,28 +45,8 @@ def whole(teacher, images, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def confidences(teacher, images):
-    """The teacher's confidences, computed with its network directly."""
-    run = workdir.open_run(teacher, devices=jax.devices()[:1])
     source = records.open_dataset(images).source("unlabelled")
-    unit = np.clip((np.stack([source[k].image for k in range(29)]) + 1024.0) / 4095.0, 0, 1)
-    return np.asarray(jax.nn.sigmoid(run.model.apply(run.variables, unit, train=False).logits))
-
-
-def greedy(values, top=15, threshold=0.5):
-    """The selected columns of an image; 0 and 3 exclude each other."""
-    chosen = []
-    for column in np.argsort(-values, kind="stable")[:top]:
-        if values[column] > threshold and {0: 3, 3: 0}.get(int(column)) not in chosen:
-            chosen.append(int(column))
-    return chosen
-
-
-def read_rows(out):
-    return np.concatenate([np.load(out / name) for name in SHARDS])
-
-
-def labels_of(row):
-    return row["labels"][row["labels"] >= 0].tolist()
+    return confidences_of(teacher, [source[number].image for number in range(29)])
 
 
 def equal_outputs(one, two):
@@ -314,6 +292,17 @@ def test_close_images_are_counted(teacher, images, confidences, tmp_path):
         assert pseudo_label.pseudo_label(teacher, images, out, **options)["close"] == 1
 
 
+def test_labels_of_an_earlier_version_without_a_precision_are_resumed(
+    whole, teacher, images, tmp_path
+):
+    shutil.copytree(whole[0], tmp_path / "out")
+    stored = files.read_json(tmp_path / "out" / "claim.json")
+    assert stored.pop("precision") is None
+    files.write_json(tmp_path / "out" / "claim.json", stored)
+    result = pseudo_label.pseudo_label(teacher, images, tmp_path / "out")
+    assert result["kept"] == whole[1]["kept"]
+
+
 def test_pseudo_labels_are_compared_with_the_true_labels(
     teacher, images, confidences, tmp_path, capsys
 ):
@@ -377,10 +366,10 @@ def test_the_command_exits_75_when_stopped_and_0_when_resumed(
 
 def test_all_options_of_the_command_are_used(command, tmp_path, capsys):
     more = ["--top=3", "--threshold=0.25", "--soft", "--checkpoint=last", "--batch-size=3"]
-    assert command(*more, "--split=unlabelled") == 0
+    assert command(*more, "--split=unlabelled", "--precision=0.7") == 0
     result = files.read_json(tmp_path / "out" / "pseudo.json")
-    values = [result[key] for key in ("top", "threshold", "soft", "teacher_step", "split", "truth")]
-    assert values == [3, 0.25, True, 80, "unlabelled", False]
+    names = ("top", "threshold", "precision", "soft", "teacher_step", "split", "truth")
+    assert [result[name] for name in names] == [3, 0.25, 0.7, True, 80, "unlabelled", False]
     capsys.readouterr()
     for wrong in (["--top=0"], ["--threshold=high"], ["--checkpoint=newest"]):
         with contextlib.suppress(SystemExit):

@@ -51,6 +51,86 @@ def test_select_equals_a_slow_loop(size, top, step):
         assert 0 < close.sum()
 
 
+def test_thresholds_of_labels_equal_a_slow_loop():
+    rng = np.random.default_rng(4)
+    pairs = rng.random((9, 9)) < 0.2
+    exclusive = (pairs | pairs.T) & ~np.eye(9, dtype=bool)
+    values = rng.random((300, 9)).astype(np.float32)
+    limits = np.array([0.1, 0.9, 0.5, 1, 0.3, 0.7, 0, 0.5, 0.2], np.float32)
+    selected, _ = pseudo_labels.select(values, exclusive, top=4, threshold=limits)
+    for row, chosen in zip(values, selected, strict=True):
+        expected: list[int] = []
+        for column in np.argsort(-row)[:4].tolist():
+            if row[column] > limits[column] and not exclusive[column][expected].any():
+                expected.append(column)
+        assert chosen[chosen >= 0].tolist() == expected
+    assert not (selected == 3).any()  # a threshold of 1
+
+
+@pytest.mark.parametrize(
+    "limits, row, close",
+    [
+        ([0.2, 0.9], [0.8, 0.3], False),
+        ([0.2, 0.9], [0.2 + CLOSE / 2, 0.1], True),  # at its own threshold
+        ([0.9, 0.2], [0.3 + CLOSE / 2, 0.3], True),  # a tie at the cut after the first label
+        ([0.2, 0.9], [0.3 + CLOSE / 2, 0.3], True),
+        ([0.9, 0.4], [0.3 + CLOSE / 2, 0.3], False),  # a tie of labels that are too weak
+    ],
+)
+def test_images_are_close_by_the_thresholds_of_their_labels(limits, row, close):
+    none, values = np.zeros((2, 2), bool), np.array([row], np.float32)
+    _, flags = pseudo_labels.select(values, none, top=1, threshold=np.array(limits))
+    assert flags.tolist() == [close]
+
+
+@pytest.mark.parametrize("precision", [0.3, 0.8, 1.0])
+@pytest.mark.parametrize("digits", [1, 7])  # with many equal confidences, and without
+def test_precise_thresholds_equal_a_search(precision, digits):
+    rng = np.random.default_rng(digits)
+    confidences = (0.1 + 0.9 * rng.random((200, 6))).round(digits).astype(np.float32)
+    labels = rng.random((200, 6)) < confidences**2
+    known = rng.random((200, 6)) < 0.8
+    labels[:, 4] = False  # nobody has it
+    known[:, 4] = True
+    labels[:, 5] = confidences[:, 5] < 0.2  # never precise
+    found = pseudo_labels.precise_thresholds(
+        confidences, labels, known, precision=precision, otherwise=0.5
+    )
+    for column in range(6):
+        judged = known[:, column]
+        values, truth = confidences[judged, column], labels[judged, column]
+        reached = [
+            value for value in set(values.tolist()) if truth[values >= value].mean() >= precision
+        ]
+        if column == 4:
+            assert found[column] == 0.5
+        elif not reached:
+            assert found[column] == 1
+        else:
+            assert ((values > found[column]) == (values >= min(reached))).all()
+    assert found[5] == 1
+    assert (found[:4] < 1).all() or precision == 1.0
+
+
+def test_a_precise_threshold_lies_between_two_confidences():
+    confidences = np.array([[0.9], [0.8], [0.4], [0.3]], np.float32)
+    labels = np.array([[1], [1], [0], [1]])
+    known = np.ones((4, 1), bool)
+
+    def threshold(precision):
+        rule = {"precision": precision, "otherwise": 0.5}
+        return pseudo_labels.precise_thresholds(confidences, labels, known, **rule)[0]
+
+    assert threshold(1.0) == pytest.approx(0.6)
+    assert threshold(0.75) == pytest.approx(0.15)
+    below = np.nextafter(np.float32(0.5), np.float32(0))  # no number in between
+    confidences[:2, 0], labels[1] = (0.5, below), 0
+    assert threshold(1.0) == below
+    confidences[1:, 0], labels[:, 0] = 0.5, (0, 1, 1, 0)  # equal confidences
+    confidences[0] = 0.9
+    assert threshold(0.6) == 1
+
+
 def test_a_confidence_at_the_threshold_is_not_selected():
     for threshold in (0.0, 0.3, 0.5, 0.7):
         at = np.float32(threshold)

@@ -30,6 +30,12 @@ def _pseudo_label(verbs: argparse._SubParsersAction) -> None:
         "choice (default: 0.5)",
     )
     verb.add_argument(
+        "--precision",
+        type=float,
+        help="choose a threshold per label instead: the lowest at which this share of the "
+        "teacher's validation images that would get the label have it (default: one threshold)",
+    )
+    verb.add_argument(
         "--soft", action="store_true", help="students learn the confidences instead of 1"
     )
     verb.add_argument(
@@ -57,7 +63,7 @@ def _run_pseudo_label(chosen: argparse.Namespace) -> None:
     from maknet_jax import pseudo_label
 
     options.start_jax(chosen)
-    names = ("split", "top", "threshold", "soft", "checkpoint", "batch_size", "truth")
+    names = ("split", "top", "threshold", "precision", "soft", "checkpoint", "batch_size", "truth")
     result = pseudo_label.pseudo_label(
         chosen.model, chosen.records, chosen.out, **options.selected(chosen, *names)
     )

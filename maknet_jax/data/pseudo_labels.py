@@ -37,7 +37,7 @@ def select(
     exclusive: np.ndarray,
     *,
     top: int = 15,
-    threshold: float = 0.5,
+    threshold: float | np.ndarray = 0.5,
     close: float = CLOSE["float32"],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Selects the pseudo-labels of images (paper, section 4.2).
@@ -50,7 +50,7 @@ def select(
       confidences: float32 `[N, K]`, the teacher's sigmoids.
       exclusive: bool `[K, K]`, symmetric, see `Vocabulary.exclusive`.
       top: maximum number of labels per image.
-      threshold: a label's confidence must exceed it.
+      threshold: a label's confidence must exceed it; one for all labels, or `[K]`.
       close: a difference of confidences.
 
     Returns:
@@ -60,22 +60,70 @@ def select(
     count = min(top, confidences.shape[1])
     order = np.argsort(-confidences, axis=1, kind="stable")[:, : count + 1]
     ranked = np.take_along_axis(confidences, order, axis=1)
-    unsure = (np.abs(ranked - threshold) < close)[:, :count].any(axis=1)
+    limits = np.broadcast_to(np.asarray(threshold, np.float32), confidences.shape[1:])[order]
+    unsure = (np.abs(ranked - limits) < close)[:, :count].any(axis=1)
     # A near tie matters at the cut after `top`, and between two labels that exclude each other.
     near = ranked[:, :, None] - ranked[:, None] < close
-    near &= ranked[:, None] > threshold - close
+    likely = ranked > limits - close
+    near &= likely[:, :, None] | likely[:, None]
     rivals = exclusive[order[:, :, None], order[:, None]]
     rivals[:, :count, count:] = True
     unsure |= np.triu(near & rivals, 1).any(axis=(1, 2))
     selected = np.full((len(confidences), count), -1, np.int16)
     excluded = np.zeros(confidences.shape, bool)
     rows, places = np.arange(len(confidences)), np.zeros(len(confidences), int)
-    for columns, values in zip(order.T[:count], ranked.T, strict=False):
-        chosen = (values > threshold) & ~excluded[rows, columns]
+    for columns, above in zip(order.T[:count], (ranked > limits).T, strict=False):
+        chosen = above & ~excluded[rows, columns]
         selected[chosen, places[chosen]] = columns[chosen]
         excluded[chosen] |= exclusive[columns[chosen]]
         places += chosen
     return selected, unsure
+
+
+def precise_thresholds(
+    confidences: np.ndarray,
+    labels: np.ndarray,
+    known: np.ndarray,
+    *,
+    precision: float,
+    otherwise: float,
+) -> np.ndarray:
+    """The lowest threshold per label at which the estimated precision reaches a value.
+
+    One threshold for all labels is strict for some and lenient for others: a weighted focal loss
+    makes frequent labels underconfident and rare ones overconfident. Thresholds per class are the
+    idea of CAP (Xie et al., NeurIPS 2023), which derives them from the frequencies of the labels;
+    here they come from labelled images, so that the labels of an image depend on it alone.
+
+    Args:
+      confidences: float32 `[N, K]`, of labelled images.
+      labels: `[N, K]`, 0 or 1.
+      known: bool `[N, K]`, False where a label is unknown.
+      precision: above 0, at most 1.
+      otherwise: the threshold of labels that no image has, whose precision is unknown.
+
+    Returns:
+      float32 `[K]`, for `select`, halfway between two confidences; 1 for labels whose precision is
+      too low at every threshold, which are not given.
+    """
+    thresholds = np.full(confidences.shape[1], otherwise, np.float32)
+    for column in range(len(thresholds)):
+        judged = known[:, column] > 0
+        values, truth = confidences[judged, column], labels[judged, column] > 0
+        if not truth.any():
+            continue
+        order = np.argsort(-values, kind="stable")
+        values = np.append(values[order], np.float32(0))
+        share = truth[order].cumsum() / np.arange(1, len(order) + 1)
+        # A threshold cannot separate equal confidences.
+        reached = np.flatnonzero((share >= precision) & (values[:-1] > values[1:]))
+        if not len(reached):
+            thresholds[column] = 1
+            continue
+        lowest, below = values[reached[-1]], values[reached[-1] + 1]
+        middle = (lowest + below) / 2
+        thresholds[column] = middle if middle < lowest else below
+    return thresholds
 
 
 def rows_of(
