@@ -114,7 +114,8 @@ def plan(
         raise InputError(f"case {twice[0]} is in two folders: case names must be unique")
     if not members:
         raise NothingUsable(
-            f"no usable case: {len(missing)} have no split", [*all_cases.failures, *missing]
+            "no usable case" + f": {len(missing)} have no split" * bool(missing),
+            [*all_cases.failures, *missing],
         )
     patient_splits.check_patients([(case.name, case.patient, split) for case, split in members])
     without_split = len(missing)
