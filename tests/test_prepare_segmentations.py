@@ -221,6 +221,7 @@ def test_the_command(cases, tmp_path, capsys):
         (["--unknown-below", "spleen"], "spleen is not a label"),
         (["--min-area", "-1"], "--min-area"),
         (["--splits", "absent.csv"], "absent.csv"),
+        (["--splits", ""], "not a file"),  # an unset variable of a shell must not mean a hash
         (["--labels", "absent.csv"], "absent.csv"),
         (["--size", "33"], "--size 33"),
     ],

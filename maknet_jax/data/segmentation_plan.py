@@ -80,7 +80,9 @@ def plan(
         two splits.
     """
     masks_of = None if label_table is None else segmentations.read_label_table(label_table)
-    split_table = patient_splits.read_split_table(splits.table) if splits.table else None
+    split_table = (
+        patient_splits.read_split_table(splits.table) if splits.table is not None else None
+    )
     if splits.shares is not None:
         patient_splits.check_shares(splits.shares)
     all_cases = Cases()
