@@ -169,7 +169,21 @@ def seeds(text: str) -> list[int]:
     parts = words(text)
     if not all(part.isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} should be comma-separated integers from 0")
-    return [int(part) for part in parts]
+    numbers = [int(part) for part in parts]
+    if len(set(numbers)) < len(numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} names a seed twice")
+    return numbers
+
+
+def positive(text: str) -> float:
+    """The type of numbers above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} should be a number above 0")
+    return number
 
 
 def precisions(text: str) -> list[str]:

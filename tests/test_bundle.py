@@ -215,6 +215,8 @@ def test_weights_other_than_safetensors_are_never_unpickled(copy, capsys):
             "needs window [0, 1], but this version has [-1024.0, 3071.0]",
         ),
         (lambda i: {"checkpoint": None}, "is not complete"),
+        (lambda i: {"data": 7}, "is not complete"),
+        (lambda i: {"data": i["data"] | {"origin": "OpenKBP"}}, "is not complete"),
         (lambda i: {"format": "maknet-jax bundle 9"}, "has format 'maknet-jax bundle 9'"),
     ],
 )

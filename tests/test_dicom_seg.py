@@ -205,6 +205,20 @@ def test_another_grid_is_rejected_by_name(tmp_path):
     assert "expected one slice of the CT series" in reason()
 
 
+def test_frames_that_are_not_described_are_rejected(tmp_path):
+    path = write_seg(tmp_path / "seg.dcm", write_ct(tmp_path / "ct"), {"liver": LIVER})
+    headers, original = headers_of(tmp_path / "ct"), pydicom.dcmread(path)
+    data = pydicom.dcmread(path)
+    del data.PerFrameFunctionalGroupsSequence[-1]
+    data.save_as(path)
+    with pytest.raises(Rejected, match="5 frames, but 4 are described"):
+        dicom_seg.Segmentation(path, headers)
+    original.SegmentSequence[0].SegmentNumber = 5
+    original.save_as(path)
+    with pytest.raises(Rejected, match="frame 1 is of segment 1"):
+        dicom_seg.Segmentation(path, headers)
+
+
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
@@ -221,6 +235,17 @@ def test_headers_that_are_rejected(tmp_path, changes, part):
     assert plan.cases == [] and [file for file, _ in plan.failures] == [str(path)]
     with pytest.raises(InputError, match=part):
         run(tmp_path, tmp_path.parent / f"{tmp_path.name}-out")
+
+
+def test_segments_with_one_number_are_rejected_and_labels_are_printable(tmp_path):
+    sources = write_ct(tmp_path / "ct")
+    path = write_seg(tmp_path / "a.dcm", sources, {"li\tver": LIVER, "vessel": VESSEL})
+    assert dicom_seg.read_header(path).segments == ((1, "li\\tver"), (2, "vessel"))
+    data = pydicom.dcmread(path)
+    data.SegmentSequence[1].SegmentNumber = 1  # both would have the mask of the first
+    data.save_as(path)
+    with pytest.raises(Rejected, match="same number"):
+        dicom_seg.read_header(path)
 
 
 def test_two_segmentations_of_one_organ_and_one_without_its_ct_are_rejected(tmp_path):

@@ -179,6 +179,7 @@ def test_the_arrays_are_the_statistics(statistics):
         {"centres": np.full((2, FEATURES), np.nan, np.float32)},
         {"centres": np.zeros((0, FEATURES), np.float32)},
         {"slice_threshold": np.zeros(2, np.float32)},
+        {"change_scale": -np.ones(FEATURES, np.float32)},
     ],
 )
 def test_damaged_arrays_are_rejected(statistics, change):

@@ -215,6 +215,13 @@ def test_label_maps_contain_whole_numbers_only(tmp_path):
     loaded = nifti.load_label_map(path, like=hu_path)
     assert loaded.dtype == np.uint16
     np.testing.assert_array_equal(loaded, labels[::-1, ::-1, ::-1].transpose(2, 1, 0))
+    # nibabel stores float masks in a file of integers with a slope: 255 * float32(1 / 255).
+    image = nibabel.Nifti1Image(np.minimum(labels, 1).astype(float), np.diag([2.0, 3, 4, 1]))
+    image.set_data_dtype(np.uint8)
+    image.to_filename(tmp_path / "slope.nii")
+    assert nibabel.load(tmp_path / "slope.nii").dataobj.slope != 1
+    scaled = nifti.load_label_map(tmp_path / "slope.nii")
+    np.testing.assert_array_equal(scaled, np.minimum(loaded, 1))
     for wrong in (block(), block().astype(np.float32) / 7):
         with pytest.raises(Rejected, match="0 to 65535"):
             nifti.load_label_map(write(tmp_path / "b.nii", wrong))

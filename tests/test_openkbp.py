@@ -1,13 +1,17 @@
 """The OpenKBP release as NIfTI: axes, values, trimming, and files that are invalid."""
 
+import re
+import shutil
+
 import nibabel
 import numpy as np
 import pytest
+from prepared import read_csv
 
 from maknet_jax import prepare
 from maknet_jax.ct import nifti
 from maknet_jax.data import openkbp
-from maknet_jax.errors import InputError, Rejected
+from maknet_jax.errors import InputError
 
 SPACING = (4.0, 3.5, 2.5)  # mm along y, x, z
 FIRST, LAST = 30, 90  # slices with a body
@@ -92,29 +96,52 @@ def test_the_geometry_is_that_of_the_converted_test_data(converted, shared_data)
 @pytest.mark.parametrize(
     ("file", "text", "part"),
     [
-        ("voxel_dimensions.csv", "4\n3\n", "three positive numbers"),
-        ("voxel_dimensions.csv", "4\n3\n-2\n", "three positive numbers"),
+        ("voxel_dimensions.csv", "4\n3\n", "three numbers"),
+        ("voxel_dimensions.csv", "4\n3\n-2\n", "three numbers"),
         ("voxel_dimensions.csv", None, "voxel_dimensions.csv"),
         ("ct.csv", "index,data\n1,2\n", "expected ',data'"),
         ("ct.csv", ",data\n1,\n", "ct.csv"),
         ("ct.csv", ",data\n5,1024.0\n", "body"),
         ("ct.csv", ",data\n", "body"),
+        ("ct.csv", ",data\n5,nan\n", "values"),
+        ("ct.csv", ",data\n5,40000\n", "values"),
+        ("ct.csv", ",data\n5,1\n5,2\n", "twice"),
+        ("ct.csv", ",data\n5,1,2\n", "an index and a value"),
+        ("Brainstem.csv", ",data\nnan,\n", "indices"),
+        ("Brainstem.csv", ",data\n1e300,\n", "indices"),
+        ("Brainstem.csv", ",data\n#7,\n", "#7"),
+        ("Brainstem.csv", ",data\n7,0.0\n", "empty cell"),
+        ("voxel_dimensions.csv", "", "three numbers"),
+        ("voxel_dimensions.csv", "4\n3\n1e6\n", "three numbers"),
         ("Brainstem.csv", ",data\n2097152,\n", "indices"),
         ("Brainstem.csv", ",data\n-1,\n", "indices"),
         ("Brainstem.csv", ",data\n1.5,\n", "indices"),
     ],
 )
-def test_invalid_files_reject_the_patient_and_leave_nothing(tmp_path, file, text, part):
-    folder = write_patient(tmp_path / "release" / "pt_1")
+def test_invalid_files_reject_the_patient_and_leave_nothing(converted, tmp_path, file, text, part):
+    folder = shutil.copytree(converted / "release" / "pt_7", tmp_path / "release" / "pt_1")
     if text is None:
         (folder / file).unlink()
     else:
         (folder / file).write_text(text)
-    with pytest.raises(Rejected, match=part):
-        openkbp.convert(folder, tmp_path / "out" / "pt_1")
-    assert not (tmp_path / "out" / "pt_1").exists()
     summary = prepare.prepare_openkbp(tmp_path / "release", tmp_path / "out")
     assert summary["patients"] == 0 and summary["failures"] == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["failures.csv"]
+    (failure,) = read_csv(tmp_path / "out" / "failures.csv")
+    assert failure["input"] == str(folder) and re.search(part, failure["reason"])
+
+
+def test_a_patient_without_ct_and_a_folder_in_use_are_rejected(converted, tmp_path):
+    for name in ("pt_1", "pt_2", "pt_3"):
+        shutil.copytree(converted / "release" / "pt_7", tmp_path / name)
+    (tmp_path / "pt_1" / "ct.csv").unlink()
+    (tmp_path / "pt_2" / "Brainstem.csv").unlink()
+    (tmp_path / "pt_2" / "Brainstem.csv").symlink_to(tmp_path / "nowhere")  # not merely missing
+    summary = prepare.prepare_openkbp(tmp_path, tmp_path / "out")
+    assert summary["patients"] == 1 and summary["failures"] == 2
+    # Its folders are those of the release: they are not taken for converted patients.
+    summary = prepare.prepare_openkbp(tmp_path, tmp_path)
+    assert (summary["patients"], summary["present_before"], summary["failures"]) == (0, 0, 3)
 
 
 def test_a_folder_without_patients_is_refused(tmp_path):

@@ -58,6 +58,10 @@ def test_tables_of_splits(tmp_path):
     path.write_text("\ufeffimage_id;age;split;pathology\ns0000;65;train;a, b\ns0001;70;test;\n")
     table = ps.read_split_table(path)
     assert table.split_of == {"s0000": "train", "s0001": "test"} and ps.has_splits(path)
+    # As R and pandas quote it; a spreadsheet adds empty rows.
+    path.write_text('"image_id";"split"\r\n"s0000";"train"\r\n;\r\n"s0001";"test"\r\n')
+    assert ps.has_splits(path)
+    assert ps.read_split_table(path).split_of == {"s0000": "train", "s0001": "test"}
     path.write_text("patient,split\np,test\n")
     assert ps.read_split_table(path).by_patient
     path.write_text("image_id;age\ns0000;65\n")
@@ -72,6 +76,7 @@ def test_tables_of_splits(tmp_path):
         ("case,split\na,tuning\n", "line 2.*'tuning'"),
         ("case,split\n,train\n", "line 2"),
         ("case,split\na,train\na,val\n", "line 3.*two splits"),
+        ("case,patient,split\na,p,train\na,q,train\n", "line 3.*two patients"),
     ],
 )
 def test_invalid_tables_are_refused(tmp_path, text, part):

@@ -1,6 +1,7 @@
 """Finding cases: the layouts, how CT and masks are paired, and what is rejected."""
 
 import json
+import pathlib
 
 import nibabel
 import numpy as np
@@ -54,6 +55,7 @@ def test_totalsegmentators_layout(tmp_path):
         ("case/segmentation.json", json.dumps({"background": 0, "liver": 1, "spleen": 7})),
         ("segmentation.json", json.dumps({"1": "liver", "7": "spleen"})),
         ("case/segmentation.csv", "value,name\n1,liver\n7, spleen\n"),
+        ("case/segmentation.csv", 'Value;Name\r\n"1";"liver"\r\n;\r\n7;spleen\r\n'),
         ("segmentation.csv", "value,name\n1,liver\n7,spleen\n"),
         (None, None),
     ],
@@ -83,7 +85,11 @@ def test_label_tables_in_headers(tmp_path):
     image.header.extensions[:] = [caret]  # under its own code
     image.to_filename(tmp_path / "caret.nii")
     assert nifti.read_label_names(tmp_path / "caret.nii") == {1: "liver", 7: "spleen"}
-    for text in (TABLE.replace("</Label>", ""), TABLE.replace("<Caret", "<!DOCTYPE a><Caret", 1)):
+    for text in (
+        TABLE.replace("</Label>", ""),
+        TABLE.replace("<Caret", "<!DOCTYPE a><Caret", 1),
+        TABLE.replace('"7"', '"1"'),
+    ):
         write_map(folder, text.encode())
         with pytest.raises(Rejected, match="label table"):
             nifti.read_label_names(folder / "segmentation.nii.gz")
@@ -96,6 +102,12 @@ def test_label_tables_in_headers(tmp_path):
         ("[1, 2]", "does not name values"),
         ('{"one": "liver"}', "does not name values"),
         ("{}", "no names"),
+        ('{"1": "liver", "1": "spleen"}', "two names"),
+        ('{"liver": 1, "spleen": 1}', "two names"),
+        ('{"1": null}', "does not name values"),
+        ('{"liver": true}', "does not name values"),
+        ('{"labels": {"liver": 1}}', "does not name values"),
+        ("[" * 200_000, "does not name values"),
     ],
 )
 def test_invalid_names_reject_the_case(tmp_path, text, part):
@@ -117,13 +129,53 @@ def test_unusable_cases_are_rejected_with_a_reason(tmp_path):
     organ_cases.write_case(tmp_path / "twice", {"liver": [9] * 12})
     mask = organ_cases.organ([9] * 12).astype(np.uint8)
     organ_cases.write_nifti(tmp_path / "twice" / "segmentations" / "liver.nii", mask)
+    # A mask that cannot be read is not one that is missing.
+    for name in ("dead", "folder"):
+        organ_cases.write_case(tmp_path / name, {"liver": [9] * 12})
+    (tmp_path / "dead" / "segmentations" / "cord.nii.gz").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "folder" / "segmentations" / "cord.nii.gz").mkdir()
+    organ_cases.write_case(tmp_path / "cts", {"liver": [9] * 12})
+    organ_cases.write_nifti(tmp_path / "cts" / "ct.nii", organ_cases.ct(1))
+    write_map(tmp_path / "names")
+    (tmp_path / "names" / "segmentation.json").write_text('{"1": "liver"}')
+    (tmp_path / "names" / "segmentation.csv").write_text("value,name\n1,spleen\n")
     plan = find_cases(tmp_path)
     assert [case.name for case in plan.cases] == ["good"]
-    reasons = {path.split("/")[-2]: reason for path, reason in plan.failures}
-    assert list(reasons) == ["both", "broken", "nameless", "none", "twice"]
+    parts = len(tmp_path.parts)
+    reasons = {pathlib.Path(path).parts[parts]: reason for path, reason in plan.failures}
+    expected = "both broken cts dead folder nameless names none twice"
+    assert list(reasons) == expected.split()
+    assert "dead link" in reasons["dead"] and "a folder" in reasons["folder"]
+    assert "ct.nii.gz and ct.nii exist" in reasons["cts"]
+    assert "segmentation.json and segmentation.csv exist" in reasons["names"]
     assert reasons["both"].startswith("both of") and reasons["none"].startswith("neither of")
     assert "no names" in reasons["nameless"] and "broken NIfTI" in reasons["broken"]
     assert "two masks of liver" in reasons["twice"]
+
+
+def test_masks_without_a_ct_are_rejected_and_cases_inside_cases_are_read(tmp_path):
+    organ_cases.write_case(tmp_path / "good", {"liver": [9] * 12})
+    organ_cases.write_case(tmp_path / "good" / "later", {"liver": [9] * 12})
+    (tmp_path / "good" / "raw").mkdir()
+    (tmp_path / "good" / "raw" / "ct.nrrd").write_bytes(b"where the CT comes from")
+    organ_cases.write_case(tmp_path / "masks", {"liver": [9] * 12})
+    write_map(tmp_path / "map", TABLE.encode())
+    for name in ("masks", "map"):
+        (tmp_path / name / "ct.nii.gz").unlink()
+    (tmp_path / "other" / "segmentations").mkdir(parents=True)  # holds no NIfTI
+    plan = find_cases(tmp_path)
+    assert [case.name for case in plan.cases] == ["good", "good/later"]
+    assert [path for path, _ in plan.failures] == [str(tmp_path / n) for n in ("map", "masks")]
+    assert all("without a CT" in reason for _, reason in plan.failures)
+
+
+def test_names_of_masks_are_printable(tmp_path):
+    mask = organ_cases.organ([9] * 12).astype(np.uint8)
+    folder = organ_cases.write_case(tmp_path / "case", {})
+    organ_cases.write_nifti(folder / "segmentations" / "li\x1bver.nii.gz", mask)
+    write_map(tmp_path / "map", TABLE.replace("spleen", "sp\tleen").encode())
+    names = [name for case in find_cases(tmp_path).cases for name, _ in case.masks]
+    assert names == ["li\\x1bver", "liver", "sp\\tleen"]
 
 
 def test_folders_without_a_case_are_refused(tmp_path):

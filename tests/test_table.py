@@ -132,6 +132,8 @@ def test_files_other_than_a_table_are_rejected(read, tmp_path):
         read("a.png,train\n", header="path,split\n")
     with pytest.raises(InputError, match="'path'"):
         read("", header="")
+    with pytest.raises(InputError, match="not a CSV table"):  # the quote would join all rows
+        read('a.png,lung,train,,"p\nb.png,lung,val,,q\n')
     for path in (tmp_path, tmp_path / "absent.csv"):
         with pytest.raises(InputError, match=re.escape(str(path))):
             table.read_table(path)

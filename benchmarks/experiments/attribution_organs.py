@@ -31,6 +31,7 @@ from benchmarks import harness
 from benchmarks.experiments import organ_maps
 from benchmarks.experiments.organ_maps import LEAST_PATIENTS, Row
 from maknet_jax import console
+from maknet_jax.cli import options
 from maknet_jax.errors import InputError
 from maknet_jax.explain import results
 from maknet_jax.explain.network import Network
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=1.0,
         help="sigma in pixels of the blur of maps before ranking (default: 1)",
     )
-    parser.add_argument("--shares", type=int, help="points of the curves (default: 21)")
+    parser.add_argument("--shares", type=options.count, help="points of the curves (default: 21)")
     parser.add_argument(
         "--refine", type=int, help="times that the steps of incomplete maps double (default: 0)"
     )

@@ -38,8 +38,8 @@ from benchmarks.experiments import organ_maps
 from benchmarks.experiments.organ_maps import Row
 from maknet_jax import console, files, train
 from maknet_jax.attribution import perturbation
+from maknet_jax.cli import options
 from maknet_jax.data import records
-from maknet_jax.errors import InputError
 from maknet_jax.explain import results
 from maknet_jax.explain.network import Network
 from maknet_jax.explain.options import PathOptions
@@ -57,15 +57,15 @@ HEADER = ("network, weights", "patients", "correlation of absolute", "signed", "
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains if asked to, explains, prints the table, writes the JSON and the picture."""
     parser = organ_maps.parser(__file__, __doc__)
-    parser.add_argument("--stages", type=int, help="steps from output to input (default: 5)")
+    parser.add_argument(
+        "--stages", type=options.count, help="steps from output to input (default: 5)"
+    )
     parser.add_argument(
         "--random-labels",
         type=float,
         help="epochs of training the first network on random labels (default: 0, omit this check)",
     )
     chosen = harness.parse(parser, argv, full=FULL, quick=QUICK)
-    if chosen.stages < 1:
-        raise InputError(f"--stages {chosen.stages} should be 1 or above")
     networks, selection, settings = organ_maps.open_images(chosen, most=1)
     settings |= {"stages": chosen.stages, "random_labels": chosen.random_labels}
     variants = [randomised(net, chosen.stages, chosen.seed) for net in networks]

@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.experiments import patients
 from maknet_jax import console, evaluate, prepare, train
+from maknet_jax.cli import options
 from maknet_jax.errors import InputError
 from maknet_jax.prepare import Rules, SplitOptions
 from maknet_jax.runs import config as configs
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", help="folder for data and runs (default: temporary)")
     parser.add_argument("--networks", type=harness.words, help="configs (default: linear)")
     parser.add_argument("--seeds", type=harness.seeds, help="default: 0,1,2")
-    parser.add_argument("--epochs", type=int, help="training epochs (default: 40)")
+    parser.add_argument("--epochs", type=options.count, help="training epochs (default: 40)")
     chosen = harness.parse(parser, argv, full=FULL, quick=QUICK)
     if not pathlib.Path(chosen.patients).is_dir():
         raise InputError(f"{chosen.patients} is not a folder: data/README.md says how to get it")

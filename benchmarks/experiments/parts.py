@@ -68,8 +68,8 @@ QUICK: dict[str, Any] = {"seeds": [0]}
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains what is missing, prints the table and writes the JSON."""
     parser = patients.parser(__file__, __doc__, seeds="0,1")
-    parser.add_argument("--rate", type=float, help="learning rate (default: 0.003)")
-    parser.add_argument("--epochs", type=float, help="default: 12")
+    parser.add_argument("--rate", type=harness.positive, help="learning rate (default: 0.003)")
+    parser.add_argument("--epochs", type=harness.positive, help="default: 12")
     parser.add_argument(
         "--choices", action="store_true", help="what the paper leaves open, on tuning patients"
     )

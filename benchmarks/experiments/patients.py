@@ -16,6 +16,7 @@ import ml_collections
 import numpy as np
 
 from benchmarks import harness
+from benchmarks.experiments import finished_runs
 from benchmarks.experiments import patient_metrics as metrics
 from benchmarks.real_data import DATA
 from maknet_jax import console, evaluate, files, prepare, train
@@ -75,10 +76,12 @@ def prepare_data(
       organs: the labels; all by default.
 
     Raises:
-      InputError: `patients` lacks one of the folders.
+      InputError: `patients` lacks one of the folders, or `out` has another image size.
     """
     patients, out = pathlib.Path(patients), pathlib.Path(out)
     if (out / "dataset.json").is_file():
+        if (existing := records.open_dataset(out).size) != size:
+            raise InputError(f"{out} has --size {existing}, not {size}: choose another --folder")
         return out
     training, validation = folders = [patients / "train", patients / "validation"]
     for folder in folders:
@@ -119,8 +122,13 @@ def split_patients(
 
     Returns:
       (case, split) of all patients.
+
+    Raises:
+      InputError: there are fewer training patients.
     """
     training = sorted(case for case, split in names if split == TRAINING)
+    if labelled > len(training):
+        raise InputError(f"--labelled {labelled}: there are only {len(training)} training patients")
     drawn = set(np.random.default_rng(seed).permutation(training)[:labelled].tolist())
     return [
         (case, UNLABELLED if split == TRAINING and case not in drawn else split)
@@ -205,12 +213,11 @@ class Runs:
           seed: of the draw of these patients.
           organs: the labels; all by default.
         """
+        splits = out.with_name(f"{out.name}-splits.csv")
         if not (out / "dataset.json").is_file():
             rows = split_patients(case_splits(self.data(size)), labelled, seed)
-            splits = out.with_name(f"{out.name}-splits.csv")
             console.write_table(splits, ("case", "split"), rows)
-            prepare_data(self._patients, out, size, splits=splits, organs=organs)
-        return out
+        return prepare_data(self._patients, out, size, splits=splits, organs=organs)
 
     def config(
         self, network: str, recipe: Recipe, *, size: int, seed: int, **options: Any
@@ -263,7 +270,7 @@ class Runs:
         """
         name = f"{title or network}-{size}-lr{recipe.rate:g}-epochs{recipe.epochs:g}-seed{seed}"
         run = self.folder / "runs" / name
-        if not is_finished(run):
+        if not finished_runs.is_finished(run):
             if not self._train:
                 self.missing += [name] * (name not in self.missing)
                 return None
@@ -296,11 +303,6 @@ class Runs:
             for seed in seeds
         }
         return {seed: scores for seed, scores in scored.items() if scores is not None}
-
-
-def is_finished(folder: pathlib.Path) -> bool:
-    """Whether the training in `folder` is finished."""
-    return (folder / "summary.json").is_file()
 
 
 def split_scores(folder: pathlib.Path, split: str) -> metrics.SplitScores:
@@ -366,7 +368,7 @@ def collect(
     missing, weights, enough = [], None, None
     for seed, by_network in workdirs.items():
         for network, run in by_network.items():
-            if not is_finished(run):
+            if not finished_runs.is_finished(run):
                 missing.append(run.relative_to(folder).as_posix())
                 continue
             scores = split_scores(run, VALIDATION)

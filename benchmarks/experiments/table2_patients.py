@@ -22,9 +22,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import harness
+from benchmarks.experiments import finished_runs, patients
 from benchmarks.experiments import patient_metrics as metrics
-from benchmarks.experiments import patients
 from maknet_jax import console, noisy_student, train
+from maknet_jax.cli import options
 from maknet_jax.runs import config as configs
 
 ROUNDS = 2
@@ -44,10 +45,10 @@ QUICK: dict[str, Any] = {"seeds": [0], "teacher_steps": 4, "student_steps": 4}
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains what is missing, prints the table and writes the JSON."""
     parser = patients.parser(__file__, __doc__, seeds="0,1,2,3,4")
-    parser.add_argument("--labelled", type=int, help="labelled patients (default: 10)")
-    parser.add_argument("--teacher-steps", type=int, help="default: 1000")
-    parser.add_argument("--student-steps", type=int, help="default: 1500")
-    parser.add_argument("--rate", type=float, help="learning rate (default: 0.003)")
+    parser.add_argument("--labelled", type=options.count, help="labelled patients (default: 10)")
+    parser.add_argument("--teacher-steps", type=options.count, help="default: 1000")
+    parser.add_argument("--student-steps", type=options.count, help="default: 1500")
+    parser.add_argument("--rate", type=harness.positive, help="learning rate (default: 0.003)")
     chosen = harness.parse(parser, argv, full=FULL, quick=QUICK)
     with harness.run_folder(chosen.folder, "--folder") as folder:
         runs = patients.Runs(folder, chosen.patients, train=not chosen.report, quick=chosen.quick)
@@ -73,7 +74,10 @@ def train_seed(
     workdirs = {TEACHER: rounds / "round-0"}
     workdirs |= {f"round {number}": rounds / f"round-{number}" for number in (1, ROUNDS)}
     workdirs |= {LABELS_ONLY: folder / "labels-only", ALL: folder.parent.parent / f"all-{seed}"}
-    if chosen.report or all(map(patients.is_finished, workdirs.values())):
+    for name, run in workdirs.items():
+        steps = chosen.teacher_steps if name == TEACHER else chosen.student_steps
+        finished_runs.check_options(run, size=chosen.size, rate=chosen.rate, steps=steps)
+    if chosen.report or all(map(finished_runs.is_finished, workdirs.values())):
         return workdirs
     console.Log().say(f"{chosen.labelled} labelled patients, seed {seed}")
     data = runs.few_labels(folder / "shards", chosen.labelled, size=chosen.size, seed=seed)

@@ -24,8 +24,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.experiments import patients
+from benchmarks.experiments import finished_runs, patients
 from maknet_jax import console, phantom, prepare, pseudo_label, train
+from maknet_jax.cli import options
 from maknet_jax.runs import config as configs
 
 LEFT_OUT = ("brainstem", "mandible")
@@ -47,10 +48,12 @@ QUICK: dict[str, Any] = {"seeds": [0], "pretraining_steps": 4, "steps": 4}
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains what is missing, prints the table and writes the JSON."""
     parser = patients.parser(__file__, __doc__, seeds="0,1,2,3,4")
-    parser.add_argument("--labelled", type=int, help="labelled patients (default: 10)")
-    parser.add_argument("--pretraining-steps", type=int, help="default: 1000")
-    parser.add_argument("--steps", type=int, help="of the training on two organs (default: 500)")
-    parser.add_argument("--rate", type=float, help="learning rate (default: 0.003)")
+    parser.add_argument("--labelled", type=options.count, help="labelled patients (default: 10)")
+    parser.add_argument("--pretraining-steps", type=options.count, help="default: 1000")
+    parser.add_argument(
+        "--steps", type=options.count, help="of the training on two organs (default: 500)"
+    )
+    parser.add_argument("--rate", type=harness.positive, help="learning rate (default: 0.003)")
     chosen = harness.parse(parser, argv, full=FULL, quick=QUICK)
     with harness.run_folder(chosen.folder, "--folder") as folder:
         runs = patients.Runs(folder, chosen.patients, train=not chosen.report, quick=chosen.quick)
@@ -72,7 +75,9 @@ def train_seed(
     """Trains all networks of a seed, unless only finished runs are read; returns the workdirs."""
     folder = runs.folder / "transfer" / f"{chosen.labelled}-labelled" / f"seed-{seed}"
     workdirs = {name: folder / name.replace(" ", "-") for name in (STUDENT, PHANTOM, RANDOM)}
-    if chosen.report or all(map(patients.is_finished, workdirs.values())):
+    for run in workdirs.values():
+        finished_runs.check_options(run, size=chosen.size, rate=chosen.rate, steps=chosen.steps)
+    if chosen.report or all(map(finished_runs.is_finished, workdirs.values())):
         return workdirs
     console.Log().say(f"transfer, {chosen.labelled} labelled patients, seed {seed}")
     few = {"labelled": chosen.labelled, "size": chosen.size, "seed": seed}

@@ -13,6 +13,7 @@ import numpy as np
 import pydicom
 from pydicom import uid as dicom_uid
 
+from maknet_jax import files
 from maknet_jax.ct import containers, dicom, geometry, transfer_syntax
 from maknet_jax.ct.reading import one_line, quiet
 from maknet_jax.errors import InputError, Rejected, installing
@@ -60,21 +61,24 @@ def read_header(path: str | os.PathLike[str]) -> SegHeader:
     """Reads the header of a SEG file; does not need highdicom.
 
     Raises:
-      Rejected: the file is broken, of several series, or has fractional or unnamed segments.
+      Rejected: the file is broken, of several series, or its segments are fractional, unnamed or
+        share a name or number.
     """
     try:
         with quiet(), containers.open_file(path) as file:
             data = pydicom.dcmread(
                 transfer_syntax.bounded(file), stop_before_pixels=True, specific_tags=list(_TAGS)
             )
-        kind = str(data.get("SegmentationType") or "")
-        series = [str(item.SeriesInstanceUID) for item in data.get("ReferencedSeriesSequence", [])]
-        segments = tuple(
-            (int(item.SegmentNumber), str(item.SegmentLabel).strip())
-            for item in data.SegmentSequence
-            if int(item.SegmentNumber) != 0  # the background of a label map
-        )
-        patient = str(data.get("PatientID") or "")
+            kind = str(data.get("SegmentationType") or "")
+            series = [
+                str(item.SeriesInstanceUID) for item in data.get("ReferencedSeriesSequence", [])
+            ]
+            segments = tuple(
+                (int(item.SegmentNumber), files.printable(str(item.SegmentLabel).strip()))
+                for item in data.SegmentSequence
+                if int(item.SegmentNumber) != 0  # the background of a label map
+            )
+            patient = str(data.get("PatientID") or "")
     except Exception as error:  # pydicom raises any exception on broken files
         raise Rejected(f"broken DICOM SEG header ({one_line(error)})") from error
     if kind not in ("BINARY", "LABELMAP"):
@@ -82,6 +86,8 @@ def read_header(path: str | os.PathLike[str]) -> SegHeader:
     if len(set(series)) != 1:
         raise Rejected(f"references {len(set(series))} series: expected one CT series")
     names = [name for _, name in segments if name]
+    if len({number for number, _ in segments}) < len(segments):
+        raise Rejected("two segments have the same number: numbers must be unique")
     if len(set(names)) < len(segments):
         raise Rejected("two segments have the same label, or one has none: labels must be unique")
     return SegHeader(str(path), patient, series[0], segments)
@@ -158,16 +164,24 @@ class Segmentation:
             raise Rejected(f"frames of {shape} pixels, but the CT has {first.shape}")
         by_uid = {header.uid: header for header in self._slices}
         shared = self._seg.SharedFunctionalGroupsSequence[0]
-        for number, frame in enumerate(self._seg.PerFrameFunctionalGroupsSequence, start=1):
+        frames = self._seg.PerFrameFunctionalGroupsSequence
+        if len(frames) != int(self._seg.NumberOfFrames):
+            raise Rejected(f"{self._seg.NumberOfFrames} frames, but {len(frames)} are described")
+        segments = {int(item.SegmentNumber) for item in self._seg.SegmentSequence}
+        for number, frame in enumerate(frames, start=1):
+            if self._seg.SegmentationType == "BINARY":
+                of = _group("SegmentIdentificationSequence", frame, shared).ReferencedSegmentNumber
+                if int(of) not in segments:
+                    raise Rejected(f"frame {number} is of segment {of}, which is not described")
             sources = {
                 str(source.ReferencedSOPInstanceUID)
                 for derivation in frame.get("DerivationImageSequence", [])
                 for source in derivation.get("SourceImageSequence", [])
             }
             if len(sources) != 1 or not sources <= by_uid.keys():
+                other = "another slice" if len(sources) == 1 else f"{len(sources)} slices"
                 raise Rejected(
-                    f"frame {number} references {len(sources)} slices: expected one slice of the "
-                    "CT series"
+                    f"frame {number} references {other}: expected one slice of the CT series"
                 )
             header = by_uid[sources.pop()]
             measures = _group("PixelMeasuresSequence", frame, shared)

@@ -110,9 +110,11 @@ def load_label_map(
     for k, plane in enumerate(values):
         plane = _scaled(opened, plane)
         valid = np.isfinite(plane).all() and plane.min() >= 0 and plane.max() <= 65535
-        if not (valid and (plane == np.rint(plane)).all()):
+        whole = np.rint(plane)
+        # Float masks are often stored as integers and a slope, which is rounded to float32.
+        if not (valid and np.allclose(plane, whole, rtol=1e-6, atol=1e-6)):
             raise Rejected("label map values must be whole numbers from 0 to 65535")
-        labels[k] = plane
+        labels[k] = whole
     return labels
 
 
@@ -138,7 +140,10 @@ def read_label_names(path: str | os.PathLike[str]) -> dict[int, str]:
         if b"<!DOCTYPE" in tables[0]:  # its entities could expand without bound
             raise Rejected("the label table has a DOCTYPE: only plain XML is supported")
         labels = ElementTree.fromstring(tables[0].strip(b"\0 \n\r\t")).iter("Label")
-        return {int(label.attrib["Key"]): (label.text or "").strip() for label in labels}
+        pairs = [(int(label.attrib["Key"]), (label.text or "").strip()) for label in labels]
+        if len(dict(pairs)) < len(pairs):
+            raise Rejected("the label table in the header names a value twice")
+        return dict(pairs)
     except Rejected:
         raise
     except Exception as error:  # nibabel and the XML parser raise any exception on broken files

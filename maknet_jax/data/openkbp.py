@@ -13,14 +13,13 @@ are removed.
 
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from maknet_jax import console
-from maknet_jax.ct import preprocess
+from maknet_jax import console, files
+from maknet_jax.ct import nifti, preprocess
 from maknet_jax.ct.reading import one_line
 from maknet_jax.errors import InputError, Rejected
 
@@ -37,6 +36,8 @@ ORGANS = {
     "Larynx": "larynx",
     "Mandible": "mandible",
 }
+_FILES = ("ct", "voxel_dimensions", "dose", *ORGANS)
+_VALUES = (-OFFSET, np.iinfo(np.int16).max)  # of the CT: some scanners pad with -2048 HU
 
 
 def prepare_openkbp(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[str, Any]:
@@ -62,14 +63,14 @@ def prepare_openkbp(folder: str | os.PathLike[str], out: str | os.PathLike[str])
 
 
 def find_patients(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
-    """The folders of a release that contain a `ct.csv`, sorted by name.
+    """The folders of a release, sorted by name.
 
     Raises:
-      InputError: there are none.
+      InputError: there are none with a `ct.csv`.
     """
     root = pathlib.Path(folder)
-    patients = sorted(path.parent for path in root.glob("*/ct.csv"))
-    if not patients:
+    patients = sorted({path.parent for path in root.glob("*/*.csv") if path.stem in _FILES})
+    if not any((patient / "ct.csv").is_file() for patient in patients):
         raise InputError(
             f"{root} has no pt_N/ct.csv: pass a folder of OpenKBP's release such as "
             "provided-data/train-pats"
@@ -106,15 +107,17 @@ def convert(patient: pathlib.Path, out: pathlib.Path) -> bool:
       out: the folder to write.
 
     Returns:
-      False if `out` exists already.
+      False if it was converted before.
 
     Raises:
-      Rejected: a file is missing or invalid, or the scan contains no body.
+      Rejected: a file is missing or invalid, the scan contains no body, or `out` is in use.
     """
     import nibabel  # slow to import
 
-    if out.exists():
+    if (out / "ct.nii.gz").is_file():
         return False
+    if out.exists():
+        raise Rejected(f"{out} exists and is not a converted patient: choose another folder")
     spacing = _read_spacing(patient / "voxel_dimensions.csv")
     indices, values = _read_sparse(patient / "ct.csv", values=True)
     hu = np.full(SHAPE, -OFFSET, np.int16)
@@ -124,57 +127,66 @@ def convert(patient: pathlib.Path, out: pathlib.Path) -> bool:
     if not inside.size:
         raise Rejected(f"no slice has {MIN_BODY / 100:g} cm2 of body")
     body_slices = slice(inside[0], inside[-1] + 1)
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "segmentations").mkdir(parents=True)
     affine = np.diag([-spacing[1], -spacing[0], spacing[2], 1.0])
     affine[:2, 3] = [(n - 1) / 2 * mm for n, mm in zip(SHAPE, spacing[1::-1], strict=False)]
 
-    def write(volume: np.ndarray, name: str) -> None:
+    def write(volume: np.ndarray, path: pathlib.Path) -> None:
         # [y, x, z] from the head -> [x, y, z] from the feet, as stored in NIfTI.
         stored = volume[:, :, body_slices].transpose(1, 0, 2)[:, :, ::-1]
         image = nibabel.Nifti1Image(np.ascontiguousarray(stored), affine)
         image.header.set_xyzt_units("mm")
-        image.to_filename(temporary / name)
+        image.to_filename(path)
 
-    write(hu, "ct.nii.gz")
-    for structure, organ in ORGANS.items():
-        file = patient / f"{structure}.csv"
-        if file.is_file():
-            mask = np.zeros(SHAPE, np.uint8)
-            mask.flat[_read_sparse(file, values=False)[0]] = 1
-            write(mask, f"segmentations/{organ}.nii.gz")
-    os.replace(temporary, out)
+    with files.write_folder(out) as folder:
+        (folder / "segmentations").mkdir()
+        write(hu, folder / "ct.nii.gz")
+        for structure, organ in ORGANS.items():
+            file = patient / f"{structure}.csv"
+            if os.path.lexists(file):  # if it cannot be read, the structure is not merely missing
+                mask = np.zeros(SHAPE, np.uint8)
+                mask.flat[_read_sparse(file, values=False)[0]] = 1
+                write(mask, folder / "segmentations" / f"{organ}.nii.gz")
     return True
 
 
 def _read_spacing(path: pathlib.Path) -> np.ndarray:
     """Mm along y, x and z."""
     try:
-        spacing = np.loadtxt(path)
+        spacing = np.array(path.read_text(encoding="utf-8-sig").split(), float)
     except (OSError, ValueError) as error:
         raise Rejected(f"{path.name}: {one_line(error)}") from None
-    if spacing.shape != (3,) or not ((spacing > 0) & (spacing < np.inf)).all():
-        raise Rejected(f"{path.name}: expected three positive numbers in mm")
+    low, high = nifti.SPACING
+    if spacing.shape != (3,) or not ((spacing >= low) & (spacing <= high)).all():
+        raise Rejected(f"{path.name}: expected three numbers from {low} to {high} mm")
     return spacing
 
 
 def _read_sparse(path: pathlib.Path, *, values: bool) -> tuple[np.ndarray, np.ndarray]:
     """The indices and values of a sparse file; without `values` the second column is empty."""
-    columns = (0, 1) if values else (0,)
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             header = file.readline().strip()
-            rows = file.readlines()
-        table = np.loadtxt(rows, delimiter=",", usecols=columns, ndmin=2) if rows else None
+            rows = [row for row in map(str.strip, file) if row]
+        if not values:
+            split = [row.partition(",") for row in rows]
+            rows = [index for index, _, _ in split]
+            if not {cell.strip().lower() for _, _, cell in split} <= {"", "nan"}:
+                raise ValueError("expected rows of an index and an empty cell")
+        columns = 2 if values else 1
+        table = np.zeros((0, columns))
+        if rows:
+            table = np.loadtxt(rows, delimiter=",", comments=None, ndmin=2)
+        if table.shape[1] != columns:
+            raise ValueError("expected rows of an index and a value")
     except (OSError, ValueError) as error:
         raise Rejected(f"{path.name}: {one_line(error)}") from None
     if header != ",data":
         raise Rejected(f"{path.name} begins with {header[:40]!r}: expected ',data'")
-    if table is None:
-        table = np.zeros((0, 2))
-    indices = table[:, 0].astype(np.int64)
-    inside = (indices >= 0) & (indices < np.prod(SHAPE))
-    if not (inside & (indices == table[:, 0])).all():
-        raise Rejected(f"{path.name}: indices should be integers from 0 to {np.prod(SHAPE) - 1}")
-    return indices, table[:, -1]
+    indices, last = table[:, 0], np.prod(SHAPE) - 1
+    if not ((indices >= 0) & (indices <= last) & (indices == np.rint(indices))).all():
+        raise Rejected(f"{path.name}: indices should be integers from 0 to {last}")
+    if len(np.unique(indices)) < len(indices):
+        raise Rejected(f"{path.name}: a voxel is listed twice")
+    if values and not ((table[:, 1] >= _VALUES[0]) & (table[:, 1] <= _VALUES[1])).all():
+        raise Rejected(f"{path.name}: values should be from {_VALUES[0]} to {_VALUES[1]}")
+    return indices.astype(np.int64), table[:, -1]

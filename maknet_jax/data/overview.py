@@ -26,6 +26,7 @@ _COUNTED = (
     "cases_not_found",
     "series_without_segmentation",
 )
+_FIRST = 10  # masks that are named
 PROPERTIES = ("slices", "mm between slices", "mm per pixel")
 
 
@@ -107,6 +108,9 @@ def describe(summary: dict[str, Any]) -> str:
         ]
     if "label_counts" in summary:
         lines.append(console.format_table(LABEL_COLUMNS, summary["label_counts"]))
+    if absent := about.get("masks_without_case"):
+        first = ", ".join(absent[:_FIRST]) + ", ..." * (len(absent) > _FIRST)
+        lines.append(f"masks of --labels that no case has: {len(absent)} ({first})")
     for name in _COUNTED:
         if about.get(name):
             lines.append(f"{name.replace('_', ' ')}: {about[name]}")

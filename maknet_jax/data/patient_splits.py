@@ -5,7 +5,6 @@ The table is a CSV, comma or semicolon separated, with the columns `split` and `
 alone.
 """
 
-import csv
 import dataclasses
 import hashlib
 import math
@@ -16,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from maknet_jax import files
 from maknet_jax.ct import containers
-from maknet_jax.data import table
+from maknet_jax.data import csv_rows, table
 from maknet_jax.errors import InputError
 
 _CASE_COLUMNS = ("case", "image_id")
@@ -44,19 +43,13 @@ def read_split_table(path: str | os.PathLike[str]) -> SplitTable:
 
     Raises:
       InputError: the table or a column is missing, a split is unknown, or a case is listed twice
-        with different splits.
+        with different splits or patients.
     """
     path = pathlib.Path(path)
     try:
-        text = containers.read_file(path).decode("utf-8-sig")
+        columns, rows = csv_rows.read_rows(path, containers.read_file(path))
     except (FileNotFoundError, IsADirectoryError):
         raise InputError(f"{path} is not a file: pass a CSV with the columns case, split") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not a CSV table: {error}") from None
-    header = text.partition("\n")[0]
-    delimiter = ";" if header.count(";") > header.count(",") else ","
-    reader = csv.DictReader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)
-    columns = [str(name).strip() for name in reader.fieldnames or ()]
     case = next((name for name in _CASE_COLUMNS if name in columns), None)
     key = case or ("patient" if "patient" in columns else None)
     if key is None or "split" not in columns:
@@ -66,30 +59,36 @@ def read_split_table(path: str | os.PathLike[str]) -> SplitTable:
         )
     split_of: dict[str, str] = {}
     patient_of: dict[str, str] = {}
-    for row in reader:
-        cells = {str(name).strip(): (value or "").strip() for name, value in row.items() if name}
+    for line, cells in rows:
         # `console.write_table` writes the apostrophe, for example into cases.csv.
         name, split = re.sub("^'(?=[=+@-])", "", cells[key]), cells["split"]
         if not name or split not in table.SPLITS:
             raise InputError(
-                f"{path} line {reader.line_num}: {key} {name!r}, split {split!r}: both are "
+                f"{path} line {line}: {key} {name!r}, split {split!r}: both are "
                 f"required, and the split is one of {', '.join(table.SPLITS)}"
             )
         if split_of.setdefault(name, split) != split:
-            raise InputError(f"{path} line {reader.line_num}: {name} is in two splits")
-        if case and cells.get("patient"):
-            patient_of[name] = cells["patient"]
+            raise InputError(f"{path} line {line}: {name} is in two splits")
+        patient = cells.get("patient") if case else None
+        if patient and patient_of.setdefault(name, patient) != patient:
+            raise InputError(
+                f"{path} line {line}: {name} is of two patients, {patient_of[name]} and {patient}"
+            )
     return SplitTable(str(path), split_of, patient_of, by_patient=case is None)
 
 
 def has_splits(path: str | os.PathLike[str]) -> bool:
-    """Whether a file such as TotalSegmentator's meta.csv exists and has a column `split`."""
+    """Whether a file such as TotalSegmentator's meta.csv exists and has a column `split`.
+
+    Raises:
+      InputError: its header is not CSV.
+    """
     path = pathlib.Path(path)
     if not containers.is_file(path):
         return False
     with containers.open_file(path) as file:
-        header = file.readline().decode("utf-8-sig", "replace").strip()
-    return "split" in [name.strip() for name in header.replace(";", ",").split(",")]
+        header = file.readline().decode("utf-8-sig", "replace")
+    return "split" in csv_rows.read_rows(path, header.encode()).columns
 
 
 def check_shares(shares: Mapping[str, float]) -> None:

@@ -10,9 +10,7 @@ maps values to names or names to values; the CSV has the columns `value` and `na
 like `.nii.gz`, and zip and tar archives like folders. Only headers are read here.
 """
 
-import csv
 import dataclasses
-import io
 import json
 import os
 import pathlib
@@ -21,6 +19,7 @@ from typing import Any
 
 from maknet_jax import files
 from maknet_jax.ct import containers, dicom_seg, nifti, reading, search
+from maknet_jax.data import csv_rows
 from maknet_jax.errors import InputError, Rejected
 
 LAYOUTS = (
@@ -28,6 +27,7 @@ LAYOUTS = (
     "with DICOM SEG"
 )
 _ENDINGS = (".nii.gz", ".nii")
+_MASKS = "segmentations"  # the folder of a case's masks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,14 +98,16 @@ def find_cases(
         raise InputError(f"{root} is not a folder: expected {LAYOUTS}")
     result = Cases()
     seg_files: list[str] = []
-    released = False
+    released, case = False, "\0"  # the last folder of a case; no path begins so
     unreadable: list[tuple[str, str]] = []
     for place, subfolders, names in containers.walk(root, unreadable):
         released |= "ct.csv" in names
-        ct = _nifti_file(pathlib.Path(place), "ct")
-        if ct is not None:
-            subfolders.clear()
-            _add_nifti_case(root, pathlib.Path(place), ct, result)
+        if _is_nifti_case(place, subfolders, names):
+            subfolders[:] = [name for name in subfolders if name != _MASKS]
+            _add_nifti_case(root, pathlib.Path(place), result)
+            case = case if place.startswith(case) else place + os.sep
+            continue
+        if place.startswith(case):  # of a case, only other cases inside it matter
             continue
         result.failures += [
             (os.path.join(place, name), reason)
@@ -134,11 +136,10 @@ def find_nifti_case(root: pathlib.Path, name: str) -> Case:
       Rejected: there is no such case, or it cannot be used.
     """
     folder = root if root.name == name and _nifti_file(root, "ct") else root / name
-    ct = _nifti_file(folder, "ct")
-    if ct is None:
+    if _nifti_file(folder, "ct") is None:
         raise Rejected(f"no case {name} under {root}: expected {folder}/ct.nii.gz")
     result = Cases()
-    _add_nifti_case(root, folder, ct, result)
+    _add_nifti_case(root, folder, result)
     if result.failures:
         raise Rejected(": ".join(result.failures[0]))
     return result.cases[0]
@@ -151,18 +152,44 @@ def _is_seg(path: str) -> bool:
         return False
 
 
+def _is_nifti_case(place: str, subfolders: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether a folder has the CT of a case, or masks whose CT is missing."""
+    if not {f"{stem}{end}" for stem in ("ct", "segmentation") for end in _ENDINGS}.isdisjoint(
+        names
+    ):
+        return True
+    try:
+        masks = containers.list_folder(os.path.join(place, _MASKS)) if _MASKS in subfolders else []
+    except OSError:  # the search lists it
+        return False
+    return any(name.endswith(_ENDINGS) for name in masks)
+
+
 def _nifti_file(folder: pathlib.Path, stem: str) -> pathlib.Path | None:
-    return next((p for end in _ENDINGS if containers.is_file(p := folder / f"{stem}{end}")), None)
+    """The file `stem`.nii.gz or `stem`.nii, if there is one.
+
+    Raises:
+      Rejected: there are both.
+    """
+    return _only([path for end in _ENDINGS if containers.is_file(path := folder / f"{stem}{end}")])
 
 
-def _add_nifti_case(
-    root: pathlib.Path, folder: pathlib.Path, ct: pathlib.Path, result: Cases
-) -> None:
+def _only(paths: Sequence[pathlib.Path]) -> pathlib.Path | None:
+    if len(paths) > 1:
+        raise Rejected(f"both {paths[0].name} and {paths[1].name} exist: remove one")
+    return paths[0] if paths else None
+
+
+def _add_nifti_case(root: pathlib.Path, folder: pathlib.Path, result: Cases) -> None:
     relative = folder.name if folder == root else folder.relative_to(root).as_posix()
     name = files.printable(relative)
-    masks_folder, label_map = folder / "segmentations", _nifti_file(folder, "segmentation")
+    masks_folder, ct = folder / _MASKS, None
     try:
+        ct = _nifti_file(folder, "ct")
+        if ct is None:
+            raise Rejected("masks without a CT: expected ct.nii.gz beside them")
         count = nifti.check_nifti(ct)
+        label_map = _nifti_file(folder, "segmentation")
         if containers.is_folder(masks_folder) == (label_map is not None):
             problem = "both" if label_map else "neither"
             raise Rejected(
@@ -172,18 +199,25 @@ def _add_nifti_case(
         ref = search.SeriesRef("nifti", (str(ct),), name, count, str(root))
         result.cases.append(Case(name, name, ref, tuple(sorted(masks.items()))))
     except Rejected as error:
-        result.failures.append((str(ct), str(error)))
+        result.failures.append((str(ct or folder), str(error)))
 
 
 def _mask_files(folder: pathlib.Path) -> dict[str, Mask]:
+    unreadable: list[tuple[str, str]] = []
+    _, subfolders, names = next(containers.walk(folder, unreadable), ("", [], []))
+    # A mask that cannot be read is not one that is missing, which may count as absent.
+    unreadable += [(name, "a folder, not a file") for name in subfolders]
+    for place, problem in unreadable:
+        if place.endswith(_ENDINGS) or place == str(folder):
+            raise Rejected(f"mask {os.path.basename(place)}: {problem}")
     masks: dict[str, Mask] = {}
-    for path in map(folder.joinpath, containers.list_folder(folder)):
+    for path in map(folder.joinpath, names):
         if reason := search.other_format(path):
             raise Rejected(f"mask {path.name}: {reason}")
         end = next((end for end in _ENDINGS if path.name.endswith(end)), None)
         if end is None:
             continue
-        name = path.name.removesuffix(end)
+        name = files.printable(path.name.removesuffix(end))
         if name in masks:
             raise Rejected(f"two masks of {name}: {path.name} and {masks[name].path}")
         masks[name] = Mask("file", str(path))
@@ -192,10 +226,11 @@ def _mask_files(folder: pathlib.Path) -> dict[str, Mask]:
 
 def _label_map(path: pathlib.Path, root: pathlib.Path) -> dict[str, Mask]:
     folders = [path.parent] if path.parent == root else [path.parent, path.parent.parent]
-    named = [folder / f"segmentation{end}" for folder in folders for end in (".json", ".csv")]
-    table = next(filter(containers.is_file, named), None)
+    named = ([folder / f"segmentation{end}" for end in (".json", ".csv")] for folder in folders)
+    existing = [_only([*filter(containers.is_file, pair)]) for pair in named]
+    table = next(filter(None, existing), None)
     names = _read_names(table) if table else nifti.read_label_names(path)
-    names = {value: name for value, name in names.items() if value != 0 and name}
+    names = {value: files.printable(name) for value, name in names.items() if value != 0 and name}
     if not names:
         raise Rejected(
             f"no names of the values of {path.name}: write segmentation.json or segmentation.csv "
@@ -213,21 +248,33 @@ def _read_names(path: pathlib.Path) -> dict[int, str]:
       Rejected: the table is invalid.
     """
     try:
-        text = containers.read_file(path).decode("utf-8-sig")
+        content = containers.read_file(path)
         if path.suffix == ".json":
-            pairs: Iterable[tuple[Any, Any]] = json.loads(text).items()
-            # {"1": "liver"}, or {"liver": 1} as in nnU-Net.
-            return dict(
-                (int(value), str(key)) if isinstance(value, int) else (int(key), str(value))
-                for key, value in pairs
+            pairs = list(
+                map(_named_value, json.loads(content.decode("utf-8-sig"), object_pairs_hook=list))
             )
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True))
-        return {int(row["value"]): row["name"].strip() for row in rows}
-    except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
+        else:
+            rows = csv_rows.read_rows(path, content)
+            pairs = [(int(row["value"]), row["name"]) for _, row in rows.cells]
+        names = dict(pairs)
+        if len(names) < len(pairs):
+            raise ValueError("a value has two names")
+        return names
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
         raise Rejected(
             f"{path} does not name values: expected JSON such as {{"
             f'"1": "liver"}} or a CSV with the columns value, name ({error})'
         ) from None
+
+
+def _named_value(pair: tuple[str, Any]) -> tuple[int, str]:
+    """A pair of {"1": "liver"}, or of {"liver": 1} as in nnU-Net."""
+    key, value = pair
+    if type(value) is int:  # not True
+        return value, key.strip()
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is neither a value nor a name")
+    return int(key), value.strip()
 
 
 def _add_dicom_cases(

@@ -80,7 +80,9 @@ def plan(
         two splits.
     """
     masks_of = None if label_table is None else segmentations.read_label_table(label_table)
-    split_table = patient_splits.read_split_table(splits.table) if splits.table else None
+    split_table = (
+        patient_splits.read_split_table(splits.table) if splits.table is not None else None
+    )
     if splits.shares is not None:
         patient_splits.check_shares(splits.shares)
     all_cases = Cases()
@@ -114,7 +116,8 @@ def plan(
         raise InputError(f"case {twice[0]} is in two folders: case names must be unique")
     if not members:
         raise NothingUsable(
-            f"no usable case: {len(missing)} have no split", [*all_cases.failures, *missing]
+            "no usable case" + f": {len(missing)} have no split" * bool(missing),
+            [*all_cases.failures, *missing],
         )
     patient_splits.check_patients([(case.name, case.patient, split) for case, split in members])
     without_split = len(missing)

@@ -9,7 +9,6 @@ class weights, the thresholds and the metrics ignore them.
 """
 
 import collections
-import csv
 import dataclasses
 import enum
 import importlib.resources
@@ -20,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from maknet_jax import files
 from maknet_jax.ct import dicom, dicom_seg, nifti, preprocess, pseudonym, reading, volumes
 from maknet_jax.ct.search import SeriesRef
-from maknet_jax.data import overview, unit_results
+from maknet_jax.data import csv_rows, overview, unit_results
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.data.segmentation_cases import Case, Mask
 from maknet_jax.data.triplets import encode_with_labels
@@ -111,28 +111,25 @@ def read_label_table(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]
     """
     if str(path) == TOTALSEGMENTATOR:
         resource = importlib.resources.files("maknet_jax.data") / "totalsegmentator.csv"
-        text = resource.read_text(encoding="utf-8")
+        content = resource.read_bytes()
     else:
         try:
-            text = pathlib.Path(path).read_text(encoding="utf-8-sig")
+            content = pathlib.Path(path).read_bytes()
         except (FileNotFoundError, IsADirectoryError):
             raise InputError(
                 f"--labels {path} is not a file: pass a CSV with the columns mask, label, or "
                 f"{TOTALSEGMENTATOR}"
             ) from None
-        except UnicodeDecodeError as error:
-            raise InputError(f"--labels {path} is not a CSV table: {error}") from None
-    reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
-    if not {"mask", "label"} <= set(reader.fieldnames or ()):
+    rows = csv_rows.read_rows(f"--labels {path}", content)
+    if not {"mask", "label"} <= set(rows.columns):
         raise InputError(
-            f"--labels {path} has the columns {', '.join(reader.fieldnames or ())}: expected mask "
-            "and label"
+            f"--labels {path} has the columns {', '.join(rows.columns)}: expected mask and label"
         )
     table: dict[str, list[str]] = {}
-    for row in reader:
-        mask, label = (row["mask"] or "").strip(), (row["label"] or "").strip()
+    for line, row in rows.cells:
+        mask, label = (files.printable(row[column]) for column in ("mask", "label"))
         if not mask:
-            raise InputError(f"--labels {path} line {reader.line_num}: the mask has no name")
+            raise InputError(f"--labels {path} line {line}: the mask has no name")
         if label and mask not in table.setdefault(label, []):
             table[label].append(mask)
     if not table:
@@ -154,9 +151,11 @@ def choose_labels(
       mask are dropped.
 
     Raises:
-      InputError: no mask of the table exists.
+      InputError: no mask exists, or none of the table.
     """
     existing = sorted({name for case in cases for name, _ in case.masks})
+    if not existing:
+        raise InputError("no case has a mask: expected CASE/segmentations/ORGAN.nii.gz")
     if table is None:
         return {name: (name,) for name in existing}, []
     labels = {
@@ -311,7 +310,7 @@ def _areas(
     complete = [State.ABSENT] * len(unit.labels)
     counters: collections.Counter[str] = collections.Counter()
     unions: dict[int, np.ndarray] = {}
-    pixel = volume.spacing[1] * volume.spacing[2]
+    pixel = _pixel_area(volume)
     for name, bits in _read_masks(unit, volume.hu.shape, masks):
         if bits is None or not bits.any():
             counters["organs without a mask" if bits is None else "empty masks"] += 1
@@ -327,6 +326,15 @@ def _areas(
                 pixels = np.bitwise_count(unions.pop(column)).sum(axis=1, dtype=np.int64)
                 areas[column] = pixels * pixel
     return areas, complete, counters
+
+
+def _pixel_area(volume: volumes.Volume) -> float:
+    """Area of a pixel in mm2: that of a parallelogram if the affine has a shear."""
+    area = volume.spacing[1] * volume.spacing[2]
+    if volume.affine is None:  # of DICOM, whose rows and columns are perpendicular
+        return area
+    cosine = volume.affine[:3, 0] @ volume.affine[:3, 1] / area
+    return area * float(np.sqrt(1 - cosine**2))
 
 
 def _read_masks(

@@ -156,6 +156,8 @@ class Domain:
                     f"out-of-domain statistics are damaged: {name} is {np.shape(array)}, "
                     f"expected {shape} and finite values"
                 )
+        if (np.asarray(arrays.get("change_scale", 0.0)) < 0).any():
+            raise InputError("out-of-domain statistics are damaged: change_scale is below 0")
         values = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
         limits = {name: float(values[name][0]) for name in values if name.endswith("threshold")}
         return cls(

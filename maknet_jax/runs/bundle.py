@@ -362,6 +362,7 @@ def _described(
         takes_box = info["preprocessing"]["crop"] == lesions.RULE
         rules = preprocessing(config, takes_box=takes_box)
         dict(info["checkpoint"])["step"] + 0, str(info["checkpoint"]["name"])
+        dict(info["data"].get("origin") or {}), dict(info["out_of_domain"] or {})
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:80]
         raise damaged(path, f"{INFO} is not complete ({reason})") from None

@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from maknet_jax import files
 from maknet_jax.data.labels import Vocabulary
 from maknet_jax.errors import InputError
 from maknet_jax.runs import build, domain_file
@@ -56,7 +57,8 @@ class Run:
     @property
     def trained_on(self) -> str | None:
         """The source of the training data, such as "OpenKBP: head, neck"; None if not recorded."""
-        return (self.dataset.get("origin") or {}).get("source")
+        source = (self.dataset.get("origin") or {}).get("source")
+        return files.printable(source) if isinstance(source, str) else None
 
     @property
     def data_kind(self) -> str | None:
