@@ -41,7 +41,7 @@ def run(main: Callable[[], int | None]) -> None:
     """Runs a benchmark as a command, with the settings and exit codes of `maknet train`."""
     options.keep_freed_memory()
     options.start_jax()
-    sys.exit(exit_codes.exit_code(f"benchmarks/{pathlib.Path(sys.argv[0]).name}", main))
+    sys.exit(exit_codes.exit_code(_repository_path(sys.argv[0]), main))
 
 
 def _repository_path(file: str) -> str:
@@ -66,7 +66,7 @@ def command_parser(file: str, description: str | None) -> options.Parser:
 def parser(file: str, description: str | None) -> options.Parser:
     """Returns a parser with the options common to the benchmarks, see `command_parser`."""
     result = command_parser(file, description)
-    result.add_argument("--quick", action="store_true", help="small sizes, about a minute")
+    result.add_argument("--quick", action="store_true", help="small sizes, only to see it run")
     add_output_options(result)
     result.add_argument("--size", type=options.count, help="pixels per side of the images")
     result.add_argument("--repeats", type=options.count, help="repetitions; medians are reported")

@@ -208,6 +208,12 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
+def shortened(names: Sequence[str], most: int = 10) -> str:
+    """Names, separated by commas; of many the first and the number of the others."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def format_interval(values: Sequence[float], digits: int = 3, *, signed: bool = False) -> str:
     """Formats (mean, low, high); the mean alone where low equals high: there is no interval.
 

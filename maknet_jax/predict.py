@@ -18,7 +18,7 @@ from maknet_jax.evaluation.series import FLAGS, SeriesResult, count_flags, descr
 from maknet_jax.evaluation.series_files import SeriesFiles
 from maknet_jax.evaluation.series_tables import MOST_SERIES
 from maknet_jax.figures import picture
-from maknet_jax.runs import ownership, workdir
+from maknet_jax.runs import domain_file, ownership, workdir
 from maknet_jax.scoring import predict_volume as predict_volume
 from maknet_jax.scoring import score_volume as score_volume
 
@@ -185,6 +185,8 @@ def text(summary: dict[str, Any]) -> str:
         lines.append(
             "the network has no out-of-domain statistics: nothing marks CT unlike its training data"
         )
+    elif unjudged := domain_file.not_judged(summary["domain"]):
+        lines.append(f"the network had too few tuning images to judge {unjudged}")
     if summary["without_chart"]:
         why = f"fewer than {MIN_CHART_SLICES} slices"
         lines.append(f"series without a chart: {summary['without_chart']} ({why})")

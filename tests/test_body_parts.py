@@ -166,6 +166,20 @@ def test_tables_hold_the_distances_and_their_thresholds():
         assert each["distance"] is None and each["distance_threshold"] is None
 
 
+def test_few_slices_say_that_they_are_judged_less_surely():
+    usual = series("HEAD", liver=slice(5, 30))
+    overview = dataclasses.replace(usual, verdict=verdict_of(np.zeros(40, bool))).overview()
+    for slices, unsure in ((1, True), (2, True), (3, False)):
+        text = series_tables.describe(overview | {"slices": slices}, [])
+        assert ("may not be noticed" in text) == unsure
+    without = usual.overview() | {"slices": 1}  # the network has no statistics
+    assert "may not be noticed" not in series_tables.describe(without, [])
+    outside = overview | {"slices": 1, "flags": ["outside"]}
+    first, *_ = text = series_tables.describe(outside, []).splitlines()
+    assert "1 slice," in first and "its slice is" in first and "order" not in first
+    assert not any("may not be noticed" in line for line in text)
+
+
 def test_slices_have_the_position_of_the_scanner_and_no_uid_without_dicom():
     usual = series("HEAD", liver=slice(0, 2))
     (first, *_) = usual.slice_rows()

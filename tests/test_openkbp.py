@@ -112,6 +112,7 @@ def test_the_geometry_is_that_of_the_converted_test_data(converted, shared_data)
         ("Brainstem.csv", ",data\n#7,\n", "#7"),
         ("Brainstem.csv", ",data\n7,0.0\n", "empty cell"),
         ("voxel_dimensions.csv", "", "three numbers"),
+        ("voxel_dimensions.csv", "4\n3\nx\n", "three numbers"),
         ("voxel_dimensions.csv", "4\n3\n1e6\n", "three numbers"),
         ("Brainstem.csv", ",data\n2097152,\n", "indices"),
         ("Brainstem.csv", ",data\n-1,\n", "indices"),

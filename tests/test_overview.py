@@ -29,6 +29,14 @@ def test_volumes_are_counted_among_the_counters():
     assert overview.separate({}) == ({}, {})
 
 
+def test_an_empty_validation_split_is_reported():
+    summary = {"about": {"kind": "table"}, "counters": {}, "failures": 0, "out": "out"}
+    for counts, says in (({"train": 5}, True), ({"train": 5, "val": 0}, True)):
+        assert ("split val" in overview.describe(summary | {"records": counts})) == says
+    for counts in ({"train": 5, "val": 1}, {"unlabelled": 5}):
+        assert "split val" not in overview.describe(summary | {"records": counts})
+
+
 def test_equal_reasons_agree_without_their_names_and_numbers(tmp_path):
     for name in ("Hans 1.dcm", "Hans 2.dcm"):
         (tmp_path / name).write_bytes(b"x")

@@ -291,6 +291,17 @@ def test_messages_keep_their_words_and_pseudonyms_are_stable(scans, salt):
     assert pseudonym.Pseudonyms("another secret of the user").name(path) != file
 
 
+def test_a_command_in_a_message_stays_readable(tmp_path, salt):
+    folder = tmp_path / "segmentations"
+    folder.mkdir(exist_ok=True)
+    (folder / "liver.nii.gz").touch()
+    message = "a binary mask, not CT (`maknet prepare segmentations` reads masks beside their CT)"
+    ((_, reason),) = pseudonym.Pseudonyms(salt.read_text().strip()).failures(
+        [(str(folder / "liver.nii.gz"), message)]
+    )
+    assert reason == message
+
+
 def test_an_archive_of_which_nothing_can_be_used(scans, salt, tmp_path):
     path = shutil.make_archive(str(tmp_path / f"{MARKER}_archive"), "zip", scans)
     for pseudonyms, leaking in ((False, {"failures.csv"}), (True, set())):

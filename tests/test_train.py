@@ -15,7 +15,7 @@ import pytest
 import toy
 from runs import NOISE, Killed, equal_runs, kill, newest_checkpoint, on_call, signal_after
 
-from maknet_jax import console, train
+from maknet_jax import console, export, train
 from maknet_jax.data import pipeline
 from maknet_jax.errors import InputError, Stopped
 from maknet_jax.evaluation import evaluator
@@ -328,6 +328,16 @@ def test_a_run_without_validation_examples_logs_that(tmp_path, capsys):
 def lines_of(run):
     path = run / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_labels_without_a_validation_image_are_named(tmp_path, capsys):
+    data = toy.write(tmp_path / "data", val=1)
+    train.train(toy.config(data, "linear", {"epochs": 0.2}), tmp_path / "run")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "never predicted" in line]
+    assert all(name in line for name in toy.VOCABULARY.names)  # one image: all or none have it
+    export.export(tmp_path / "run", tmp_path / "out", checkpoint="last")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Never predicted" in card
 
 
 def test_the_augmentation_knows_the_number_of_devices(data, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Figure 3 on real patients: do attributions lie inside the contoured organ of the label?
+r"""Figure 3 on real patients: do attributions lie inside the contoured organ of the label?
 
     python benchmarks/experiments/attribution_organs.py \
         --workdirs runs/maknet,runs/vgg16 --masks openkbp/train --folder runs/figure3

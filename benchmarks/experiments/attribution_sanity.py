@@ -1,4 +1,4 @@
-"""Sanity checks of attributions (Adebayo et al. 2018): do maps depend on weights and on labels?
+r"""Sanity checks of attributions (Adebayo et al. 2018): do maps depend on weights and on labels?
 
     python benchmarks/experiments/attribution_sanity.py \
         --workdirs runs/maknet,runs/vgg16 --masks openkbp/train --folder runs/sanity

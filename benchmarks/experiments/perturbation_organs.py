@@ -1,4 +1,4 @@
-"""Figure 4 on real patients: how confidences change when parts of the image are changed.
+r"""Figure 4 on real patients: how confidences change when parts of the image are changed.
 
     python benchmarks/experiments/perturbation_organs.py \
         --workdirs runs/maknet,runs/vgg16 --masks openkbp/train --folder runs/figure4

@@ -31,8 +31,8 @@ _BODY_PART = re.compile(
 # Names that identify nobody and that messages use as words.
 _TERMS = set(
     "axial baseline chest data derived dicom files folder image images jpeg localizer lossless "
-    "lossy monochrome1 monochrome2 nifti original png primary process projection secondary series "
-    "slice slices".split()
+    "lossy mask masks monochrome1 monochrome2 nifti original png primary process projection "
+    "secondary segmentation segmentations series slice slices".split()
 )
 
 

@@ -153,8 +153,10 @@ def _read_spacing(path: pathlib.Path) -> np.ndarray:
     """Mm along y, x and z."""
     try:
         spacing = np.array(path.read_text(encoding="utf-8-sig").split(), float)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise Rejected(f"{path.name}: {one_line(error)}") from None
+    except ValueError:
+        spacing = np.zeros(0)
     low, high = nifti.SPACING
     if spacing.shape != (3,) or not ((spacing >= low) & (spacing <= high)).all():
         raise Rejected(f"{path.name}: expected three numbers from {low} to {high} mm")

@@ -26,7 +26,6 @@ _COUNTED = (
     "cases_not_found",
     "series_without_segmentation",
 )
-_FIRST = 10  # masks that are named
 PROPERTIES = ("slices", "mm between slices", "mm per pixel")
 
 
@@ -109,8 +108,12 @@ def describe(summary: dict[str, Any]) -> str:
     if "label_counts" in summary:
         lines.append(console.format_table(LABEL_COLUMNS, summary["label_counts"]))
     if absent := about.get("masks_without_case"):
-        first = ", ".join(absent[:_FIRST]) + ", ..." * (len(absent) > _FIRST)
-        lines.append(f"masks of --labels that no case has: {len(absent)} ({first})")
+        lines.append(f"masks of --labels that no case has: {console.shortened(absent)}")
+    if summary["records"].get("train") and not summary["records"].get("val"):
+        lines.append(
+            "no record is in split val, on which training chooses checkpoint and thresholds: more "
+            "cases, or other shares or splits, fill it"
+        )
     for name in _COUNTED:
         if about.get(name):
             lines.append(f"{name.replace('_', ' ')}: {about[name]}")

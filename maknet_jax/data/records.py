@@ -122,6 +122,16 @@ class Dataset:
         counts = split.get("known_counts", [split["count"]] * len(self.vocabulary))
         return np.asarray(counts, np.int64)
 
+    def one_sided(self, name: str) -> list[str]:
+        """The labels that no record of a split is known to have, or to lack.
+
+        Raises:
+          InputError: see `split`.
+        """
+        counts = zip(self.split(name)["label_counts"], self.known_counts(name), strict=True)
+        names = zip(self.vocabulary.names, counts, strict=True)
+        return [label for label, (present, known) in names if present in (0, known)]
+
     def source(self, name: str) -> RecordSource:
         """A random-access `RecordSource` of a split."""
         return self.shards(self.split(name)["shards"])

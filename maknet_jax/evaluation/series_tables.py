@@ -8,6 +8,7 @@ import numpy as np
 
 from maknet_jax import console
 from maknet_jax.evaluation import body_parts
+from maknet_jax.evaluation.domain import SMALLEST_WINDOW
 from maknet_jax.evaluation.series import FLAGS, SeriesResult
 
 SLICE_COLUMNS = (
@@ -116,6 +117,10 @@ def describe(overview: Row, covers: Sequence[Row], most: int | None = None) -> s
         name += f" ({overview['file']})"
     lines = [f"{name}: {console.plural(overview['slices'], 'slice')}{span}; {shown}{tag}"]
     lines += [f"  {flag}: {FLAGS[flag]}" for flag in overview["flags"]]
+    if overview["slices"] < SMALLEST_WINDOW and overview["distance"] is not None and not outside:
+        lines.append(
+            f"  fewer than {SMALLEST_WINDOW} slices: CT unlike the training data may not be noticed"
+        )
     if overview["flagged_slices"]:
         lines.append(f"  slices with flags: {overview['flagged_slices']}")
     if not covers:
@@ -143,13 +148,11 @@ def describe(overview: Row, covers: Sequence[Row], most: int | None = None) -> s
 def _unjudged(overview: Row) -> str:
     """Why a series is outside the domain, and what is not judged because of it."""
     distance, threshold = overview.get("distance"), overview.get("distance_threshold")
-    why = "all of its slices are"
+    why = "all of its slices are" if overview["slices"] > 1 else "its slice is"
     if distance is not None and threshold is not None and distance > threshold:
         why = f"distance {distance:.2f}, threshold {threshold:.2f}"
-    return (
-        f"outside the domain of the network ({why}): its region of the body and the order of its "
-        "slices are not judged"
-    )
+    order = " and the order of its slices are" if overview["slices"] > 1 else " is"
+    return f"outside the domain of the network ({why}): its region of the body{order} not judged"
 
 
 def describe_all(overviews: Sequence[Row], covers: Iterable[Row]) -> str:

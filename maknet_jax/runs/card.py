@@ -1,11 +1,12 @@
 """The model card of a bundle, in the form of the Hugging Face Hub: YAML, then Markdown."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from maknet_jax import console
 from maknet_jax.data.labels import Vocabulary
+from maknet_jax.runs import domain_file
 
 _METRICS = {"auc": "roc_auc", "f1": "f1", "precision": "precision", "recall": "recall"}
 _SHOWN = 40  # labels
@@ -100,7 +101,7 @@ ways use the same `model.safetensors`:
 ## Labels
 
 {", ".join(names[:_SHOWN])}{more}. A label is predicted if its confidence reaches its threshold in
-`bundle.json`, or if it is a parent of a predicted label.
+`bundle.json`, or if it is a parent of a predicted label.{_never(info["thresholds"], names)}
 
 ## Training data
 
@@ -132,6 +133,17 @@ def license_of(card: str) -> str:
     return "other"
 
 
+def _never(thresholds: Sequence[float], names: Sequence[str]) -> str:
+    """The labels that are not predicted whatever their confidence, as a sentence; "" if none."""
+    never = [name for name, limit in zip(names, thresholds, strict=True) if limit >= 1]
+    if not never:
+        return ""
+    return (
+        "\n\n**Never predicted, because the tuning images gave no threshold: "
+        f"{console.shortened(never, _SHOWN)}.** Their confidences are reported all the same."
+    )
+
+
 def _note(info: Mapping[str, Any]) -> str:
     """The known limits of this network, as a paragraph; "" without any."""
     return f"{info['note']}\n\n" if info.get("note") else ""
@@ -146,9 +158,20 @@ def _domain(about: Mapping[str, Any] | None) -> str:
     patients = (
         f"{about['training_slices']:,} training slices of {about['training_patients']} patients"
     )
-    tuning = f"{about['tuning_slices']:,} slices of {about['tuning_patients']} other patients"
-    return f"""`maknet predict` marks slices and series that differ from the training data (flag
-`outside`), and series whose slices do not run from head to feet as there (flag `order`). The rules
+    tuning = (
+        f"{console.plural(about['tuning_slices'], 'slice')} of "
+        f"{console.plural(about['tuning_patients'], 'other patient')}"
+    )
+    marked = (
+        "slices and series that differ from the training data (flag\n`outside`), and series whose "
+        "slices do not run from head to feet as there (flag `order`)"
+    )
+    if missing := domain_file.not_judged(about):
+        marked = (
+            "what differs from the training data (flag `outside`);\nthere were too few tuning "
+            f"images to judge {missing}"
+        )
+    return f"""`maknet predict` marks {marked}. The rules
 compare {about["components"]} principal components of the pooled features with those of
 {patients}; no features of single patients are stored. The thresholds allow
 {about["false_alarms"]:.0%} false alarms on {tuning}; they judge {", ".join(about["judges"])}.

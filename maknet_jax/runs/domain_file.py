@@ -7,6 +7,7 @@ than the opened checkpoint, has none.
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,3 +68,9 @@ def read(workdir: str | os.PathLike[str], step: int) -> Statistics | None:
     if metadata.get("format") != FORMAT or not intact:
         raise InputError(f"{path} is damaged or of another version: {advice}")
     return Statistics(arrays, about) if saved == step else None
+
+
+def not_judged(about: Mapping[str, Any]) -> str:
+    """What statistics do not judge, by `Statistics.about`; "" if they judge everything."""
+    parts = {"series": "series as a whole", "order": "the order of slices"}
+    return " or ".join(parts[name] for name in parts if name not in about.get("judges", parts))
