@@ -7,12 +7,12 @@ r"""Sanity checks of attributions (Adebayo et al. 2018): do maps depend on weigh
 A map that stays the same when the network is replaced by a random one shows the image, not what the
 network learned. Here weights are randomised from the output to the input in five steps of equally
 many layers (the values of each array are permuted, which keeps their distribution); and, with
---random-labels EPOCHS, the first network is trained again, with its own recipe, on the same images
-with labels that were permuted among them. For one label of one image per patient: the rank
-correlation (Spearman) of each map with the original one in the body, of absolute and of signed
-values, and the mass inside the organ over its share of the body. Integrated Gradients contain the
-image as a factor, so absolute values of unrelated networks correlate, too; signed values should
-not.
+--random-labels EPOCHS, the first network is trained again, with its own recipe but without noise,
+on 500 of its training images, whose labels were permuted among them, so that it must learn them by
+heart. For one label of one image per patient: the rank correlation (Spearman) of each map with the
+original one in the body, of absolute and of signed values, and the mass inside the organ over its
+share of the body. Integrated Gradients contain the image as a factor, so absolute values of
+unrelated networks correlate, too; signed values should not.
 
 Maps are of the logit, because a random network saturates the probability. Means over patients, 95 %
 intervals by resampling patients. FOLDER/sanity.png shows one image per organ. Resumes in --folder,
@@ -50,6 +50,7 @@ from maknet_jax.training.state import Variables
 
 FULL = {"patients": None, "per_organ": 1, "steps": 50, "stages": 5, "random_labels": 0.0}
 QUICK = {"patients": 2, "per_organ": 1, "steps": 8, "stages": 2, "random_labels": 0.0}
+MEMORISED = 500  # images with random labels
 ORIGINAL, RANDOM_LABELS = "original", "random labels"
 HEADER = ("network, weights", "patients", "correlation of absolute", "signed", "times chance")
 
@@ -63,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--random-labels",
         type=float,
-        help="epochs of training the first network on random labels (default: 0, omit this check)",
+        help="epochs of training the first network on random labels, such as 200 (default: 0, omit "
+        "this check)",
     )
     chosen = harness.parse(parser, argv, full=FULL, quick=QUICK)
     networks, selection, settings = organ_maps.open_images(chosen, most=1)
@@ -167,6 +169,7 @@ def train_on_random_labels(
     config.seed += 1  # equal initial weights would make the maps alike
     # The checkpoint is the one that fits the random labels best.
     config.data.path, config.data.train_split, config.data.val_split = str(data), "train", "train"
+    config.augment = configs.load("teacher").augment  # without noise
     config.epochs, config.evaluate_every = chosen.random_labels, chosen.random_labels / 4
     train.train(config, folder / "run")
     summary = files.read_json(folder / "run" / "summary.json")
@@ -177,13 +180,13 @@ def train_on_random_labels(
 def shuffle_labels(
     dataset: records.Dataset, split: str, folder: pathlib.Path, seed: int
 ) -> pathlib.Path:
-    """Writes a data set with a split whose labels and masks are permuted among its images.
+    """Writes a data set of a few images whose labels and masks are permuted among them.
 
     Args:
       dataset: the data set.
-      split: the split; it becomes "train".
+      split: the split of the images; it becomes "train".
       folder: the data set is written to `shards` in it, unless it exists.
-      seed: of the permutation.
+      seed: of the choice of the images and of the permutation.
 
     Returns:
       The path of the data set.
@@ -191,18 +194,25 @@ def shuffle_labels(
     out, source = folder / "shards", dataset.source(split)
     if (out / "dataset.json").exists():
         return out
-    order = np.random.default_rng(seed).permutation(len(source))
-
-    def payloads() -> Any:
-        for number, other in enumerate(order.tolist()):
-            labels, mask = source[other].labels, source[other].label_mask
-            yield records.encode(
-                dataclasses.replace(source[number], labels=labels, label_mask=mask)
-            )
-
+    rng = np.random.default_rng(seed)
+    chosen = np.sort(rng.permutation(len(source))[:MEMORISED])
+    images, others = (
+        [source[int(k)] for k in numbers] for numbers in (chosen, rng.permutation(chosen))
+    )
+    rows = [
+        dataclasses.replace(image, labels=other.labels, label_mask=other.label_mask)
+        for image, other in zip(images, others, strict=True)
+    ]
     name = "train/part-00000-of-00001.array_record"
-    count, digest = records.write_shard(out / name, payloads())
-    entry = dataset.split(split) | {"shards": [{"file": name, "count": count, "digest": digest}]}
+    count, digest = records.write_shard(out / name, map(records.encode, rows))
+    known = np.stack([row.label_mask for row in rows]) > 0
+    present = known & (np.stack([row.labels for row in rows]) > 0)
+    entry = {
+        "count": count,
+        "label_counts": present.sum(axis=0).tolist(),
+        "known_counts": known.sum(axis=0).tolist(),
+        "shards": [{"file": name, "count": count, "digest": digest}],
+    }
     fingerprint = hashlib.sha256(digest.encode()).hexdigest()
     info = dataset.info | {"splits": {"train": entry}, "fingerprint": fingerprint}
     files.write_json(out / "dataset.json", info | {"content": records.content_digest(info)})
