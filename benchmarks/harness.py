@@ -63,13 +63,26 @@ def command_parser(file: str, description: str | None) -> options.Parser:
     )
 
 
-def parser(file: str, description: str | None) -> options.Parser:
-    """Returns a parser with the options common to the benchmarks, see `command_parser`."""
+def parser(
+    file: str, description: str | None, *, size: bool = True, repeats: bool = True
+) -> options.Parser:
+    """Returns a parser with the options common to the benchmarks.
+
+    Args:
+      file: see `command_parser`.
+      description: see `command_parser`.
+      size: with --size, of the images.
+      repeats: with --repeats, of what is timed.
+    """
     result = command_parser(file, description)
     result.add_argument("--quick", action="store_true", help="small sizes, only to see it run")
     add_output_options(result)
-    result.add_argument("--size", type=options.count, help="pixels per side of the images")
-    result.add_argument("--repeats", type=options.count, help="repetitions; medians are reported")
+    if size:
+        result.add_argument("--size", type=options.count, help="pixels per side of the images")
+    if repeats:
+        result.add_argument(
+            "--repeats", type=options.count, help="repetitions; medians are reported"
+        )
     return result
 
 

@@ -190,6 +190,15 @@ def test_damaged_arrays_are_rejected(statistics, change):
         domain.Domain.from_arrays(statistics.arrays(), FEATURES + 1)
 
 
+def test_slices_may_be_further_apart_than_a_piece(statistics):
+    tuning = patients(20, 2, step=8)
+    far = dataclasses.replace(tuning, mm=tuning.mm + 400 * (tuning.mm >= 120))
+    result = domain_fit.fit(patients(40, 1, step=8), far)
+    assert np.isfinite([result.series_threshold, result.order_threshold]).all()
+    alone = dataclasses.replace(tuning, mm=tuning.mm * 100)  # no two slices in one piece
+    assert np.isfinite(domain_fit.fit(patients(40, 1, step=8), alone).series_threshold)
+
+
 def test_what_cannot_be_chosen_is_not_judged():
     few = domain_fit.fit(patients(40, 1), patients(2, 2))  # six pieces of series
     assert few.series_threshold is None and few.order_threshold is None and few.change is None

@@ -2,7 +2,7 @@ r"""Figure 3 on real patients: do attributions lie inside the contoured organ of
 
     python benchmarks/experiments/attribution_organs.py \
         --workdirs runs/maknet,runs/vgg16 --masks openkbp/train --folder runs/figure3
-    python benchmarks/experiments/attribution_organs.py --workdirs RUN --quick  # about a minute
+    python benchmarks/experiments/attribution_organs.py --workdirs RUN --quick  # to see it run
 
 Takes one or two runs on data of `maknet prepare segmentations`. For a few images per patient and
 organ: the share of the positive attribution mass in the body that lies inside the organ, against

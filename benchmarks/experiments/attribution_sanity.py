@@ -2,7 +2,7 @@ r"""Sanity checks of attributions (Adebayo et al. 2018): do maps depend on weigh
 
     python benchmarks/experiments/attribution_sanity.py \
         --workdirs runs/maknet,runs/vgg16 --masks openkbp/train --folder runs/sanity
-    python benchmarks/experiments/attribution_sanity.py --workdirs RUN --quick  # about a minute
+    python benchmarks/experiments/attribution_sanity.py --workdirs RUN --quick  # to see it run
 
 A map that stays the same when the network is replaced by a random one shows the image, not what the
 network learned. Here weights are randomised from the output to the input in five steps of equally

@@ -66,7 +66,7 @@ class Scored:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Scores, fits, prints the table, writes the JSON and the picture."""
-    parser = harness.parser(__file__, __doc__)
+    parser = harness.parser(__file__, __doc__, size=False, repeats=False)
     parser.add_argument(
         "--workdirs", type=harness.words, required=True, help="runs, comma-separated"
     )

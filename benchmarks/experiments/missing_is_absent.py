@@ -39,7 +39,7 @@ METRICS = ("auc", "f1_at_0.5", "precision_at_0.5", "recall_at_0.5")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prepares, trains and scores, prints the table and writes the JSON."""
-    parser = harness.parser(__file__, __doc__)
+    parser = harness.parser(__file__, __doc__, repeats=False)
     parser.add_argument(
         "--patients", default=str(patients.PATIENTS / "train"), help="patients of OpenKBP"
     )

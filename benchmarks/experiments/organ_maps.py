@@ -172,7 +172,7 @@ def with_enough_patients(rows: Sequence[Row]) -> set[str]:
 
 def parser(file: str, description: str | None) -> options.Parser:
     """The options shared by the experiments on real patients, see `harness.parser`."""
-    result = harness.parser(file, description)
+    result = harness.parser(file, description, size=False, repeats=False)
     result.add_argument(
         "--workdirs", type=harness.words, required=True, help="one or two runs, comma-separated"
     )

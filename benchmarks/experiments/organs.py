@@ -36,7 +36,7 @@ from maknet_jax.explain.options import PathOptions, SelectionOptions
 from maknet_jax.explain.selection import select
 from maknet_jax.runs import config as configs
 
-FULL = {"images": 200, "steps": 50, "repeats": 1}
+FULL = {"images": 200, "steps": 50}
 TRAINING = {"patients": 800, "epochs": 24, "size": 96, "seed": 0}
 QUICK = {"images": 12, "steps": 10}
 QUICK_TRAINING = {"patients": 60, "epochs": 12, "size": 64, "seed": 0}
@@ -46,7 +46,7 @@ SHARES = np.linspace(0, 1, 21)  # of the pixels deleted or inserted
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints the table and writes the JSON."""
-    parser = harness.parser(__file__, __doc__)
+    parser = harness.parser(__file__, __doc__, repeats=False)
     parser.add_argument("--workdir", help="run trained on a phantom (default: train one)")
     parser.add_argument("--masks", help="masks of that phantom")
     parser.add_argument("--folder", help="folder for the training run (default: temporary)")

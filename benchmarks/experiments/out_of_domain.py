@@ -92,7 +92,7 @@ KINDS = {"validation": "validation", "tuning": "train"}  # patients -> folder of
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Scores all changes, prints the table and writes the JSON."""
-    parser = harness.parser(__file__, __doc__)
+    parser = harness.parser(__file__, __doc__, size=False, repeats=False)
     parser.add_argument("--model", required=True, help="workdir or bundle, trained on OpenKBP")
     parser.add_argument("--openkbp", default=str(DATA / "openkbp"), help="folder of OpenKBP")
     parser.add_argument("--patients", choices=tuple(KINDS), help="default: validation")

@@ -50,7 +50,7 @@ def parser(file: str, description: str | None, seeds: str) -> argparse.ArgumentP
       description: its docstring.
       seeds: the default of --seeds, for its help.
     """
-    result = harness.parser(file, description)
+    result = harness.parser(file, description, repeats=False)
     result.add_argument("--patients", default=str(PATIENTS), help="OpenKBP's folder")
     result.add_argument("--folder", help="folder of data and runs (default: temporary)")
     result.add_argument("--seeds", type=harness.seeds, help=f"default: {seeds}")

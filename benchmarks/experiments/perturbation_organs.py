@@ -2,7 +2,7 @@ r"""Figure 4 on real patients: how confidences change when parts of the image ar
 
     python benchmarks/experiments/perturbation_organs.py \
         --workdirs runs/maknet,runs/vgg16 --masks openkbp/train --folder runs/figure4
-    python benchmarks/experiments/perturbation_organs.py --workdirs RUN --quick  # about a minute
+    python benchmarks/experiments/perturbation_organs.py --workdirs RUN --quick  # to see it run
 
 The paper (section 5.2) claims that MAKNet's labels change less than VGG16's when an organ is
 replaced by its neighbourhood (`neighbour`) or covered by a black patch (`patch`), and drop when the

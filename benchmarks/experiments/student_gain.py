@@ -158,7 +158,7 @@ def gains(metrics: np.ndarray) -> dict[str, dict[str, dict[str, dict[str, Any]]]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains, prints the table and writes the JSON."""
-    parser = harness.parser(__file__, __doc__)
+    parser = harness.parser(__file__, __doc__, repeats=False)
     parser.add_argument("--seeds", type=harness.seeds, help="comma-separated (default: 5 to 9)")
     parser.add_argument("--workdir", help="keep the runs and resume there (default: temporary)")
     full, quick = ({name: form[name] for name in ("seeds", "size")} for form in (FULL, QUICK))

@@ -289,4 +289,5 @@ def _pieces(mm: np.ndarray) -> list[np.ndarray]:
     if not count:
         return []
     part = np.minimum((mm - mm.min()) / np.ptp(mm) * count, count - 1).astype(int)
-    return [np.flatnonzero(part == k) for k in range(count)]
+    pieces = (np.flatnonzero(part == k) for k in range(count))
+    return [piece for piece in pieces if len(piece)]  # slices may be further apart than a piece
