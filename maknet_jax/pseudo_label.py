@@ -56,10 +56,9 @@ def pseudo_label(
       split: the split of the data set.
       top: maximum number of labels per image.
       threshold: a label's confidence must exceed it.
-      precision: choose a threshold per label instead: the lowest at which this share of the
-        teacher's validation images that would get the label have it, see
-        `pseudo_labels.precise_thresholds`. `threshold` then applies to labels that no validation
-        image has. They are stored in `thresholds.json`.
+      precision: choose a threshold per label: the lowest with this precision on the teacher's
+        validation images, see `pseudo_labels.precise_thresholds`; they are stored in
+        `thresholds.json`. `threshold` then applies to labels that no validation image has.
       soft: students learn the confidences of the selected labels instead of 1.
       checkpoint: "best" or "last" of the teacher.
       batch_size: images per step of this process, rounded up to its devices; None takes the

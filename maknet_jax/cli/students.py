@@ -32,8 +32,8 @@ def _pseudo_label(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument(
         "--precision",
         type=float,
-        help="choose a threshold per label instead: the lowest at which this share of the "
-        "teacher's validation images that would get the label have it (default: one threshold)",
+        help="choose a threshold per label: the lowest with this precision on the teacher's "
+        "validation images (default: --threshold for all labels)",
     )
     verb.add_argument(
         "--soft", action="store_true", help="students learn the confidences instead of 1"
