@@ -61,7 +61,6 @@ def noisy_student(config: ml_collections.ConfigDict, folder: pathlib.Path | str)
     round_configs = [_round_config(config, folder, n) for n in range(config.rounds + 1)]
     _check(config, round_configs)
     paper = is_paper_data(records.open_dataset(config.labelled))
-    precision = _precision(config)
     main = jax.process_index() == 0
     rounds: list[dict] = []
     with claim(
@@ -85,7 +84,7 @@ def noisy_student(config: ml_collections.ConfigDict, folder: pathlib.Path | str)
                         split=config.split,
                         top=config.top,
                         threshold=config.threshold,
-                        precision=precision,
+                        precision=config.precision or None,
                         soft=config.soft,
                         checkpoint=config.checkpoint,
                     )
@@ -122,18 +121,13 @@ def _check(
         raise InputError(f"config rounds {config.rounds} should be 0 or above")
     if config.checkpoint not in workdir.FOLDERS:
         raise InputError(f"config checkpoint {config.checkpoint!r} is unknown: choose best or last")
-    pseudo_label.check_rule(config.top, config.threshold, _precision(config))
+    pseudo_label.check_rule(config.top, config.threshold, config.precision or None)
     labelled, unlabelled = map(records.open_dataset, (config.labelled, config.unlabelled))
     records.check_size(unlabelled, labelled.size, str(labelled.path))
     evaluate.splits_to_score(labelled, config.evaluate)
     evaluate.splits_to_score(unlabelled, [config.split])
     for round_config in round_configs:
         configs.validate(round_config, labelled.size, jax.device_count())
-
-
-def _precision(config: ml_collections.ConfigDict) -> float | None:
-    """The precision for thresholds per label; None, as in earlier configs, takes the threshold."""
-    return config.get("precision") or None
 
 
 def _round_config(

@@ -186,7 +186,7 @@ def text(summary: dict[str, Any]) -> str:
             "the network has no out-of-domain statistics: nothing marks CT unlike its training data"
         )
     elif unjudged := domain_file.not_judged(summary["domain"]):
-        lines.append(f"the network had too few tuning images to judge {unjudged}")
+        lines.append(f"not judged: {unjudged}")
     if summary["without_chart"]:
         why = f"fewer than {MIN_CHART_SLICES} slices"
         lines.append(f"series without a chart: {summary['without_chart']} ({why})")

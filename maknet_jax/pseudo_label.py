@@ -19,11 +19,12 @@ from maknet_jax.errors import InputError
 from maknet_jax.evaluation import metrics
 from maknet_jax.figures import charts
 from maknet_jax.runs import workdir
-from maknet_jax.runs.claim import claim
+from maknet_jax.runs.claim import claim, raise_any
 from maknet_jax.training import sharding, transfer
 
 # May change on resume: a moved teacher or data set keeps its digest or fingerprint.
 MAY_CHANGE = ("teacher", "records")
+_THRESHOLDS = "thresholds.json"  # label -> threshold, with `precision`
 T = TypeVar("T")
 
 
@@ -57,7 +58,7 @@ def pseudo_label(
       top: maximum number of labels per image.
       threshold: a label's confidence must exceed it.
       precision: choose a threshold per label: the lowest with this precision on the teacher's
-        validation images, see `pseudo_labels.precise_thresholds`; they are stored in
+        validation images, see `pseudo_labels.thresholds_for_precision`; they are stored in
         `thresholds.json`. `threshold` then applies to labels that no validation image has.
       soft: students learn the confidences of the selected labels instead of 1.
       checkpoint: "best" or "last" of the teacher.
@@ -103,7 +104,8 @@ def pseudo_label(
         "labels": list(run.vocabulary.names),
     }
     main = jax.process_index() == 0
-    validation = None if precision is None else _validation_images(run)
+    if precision is not None and not (out / _THRESHOLDS).is_file():
+        _validation_images(run)  # before anything is written
     with claim(
         out,
         {"claim.json": result},
@@ -120,9 +122,10 @@ def pseudo_label(
         close = pseudo_labels.CLOSE[np.dtype(run.model.dtype).name]
         with console.Log(out / "log.jsonl" if main else None) as log:
             limits: float | np.ndarray = threshold
-            if validation is not None and precision is not None:
-                limits = _thresholds(run, validation, out, precision, threshold, batch, log)
-                result["thresholds"] = [round(float(limit), 6) for limit in limits]
+            if precision is not None:
+                if not sharding.exchange((out / _THRESHOLDS).is_file())[0]:
+                    _write_thresholds(run, out, precision, threshold, batch)
+                limits = _read_thresholds(out, run.vocabulary.names, precision, log)
             rule = Rule(run.vocabulary, top=top, threshold=limits, close=close, truth=truth)
             if len(todo) < len(mine):
                 log.say(
@@ -196,45 +199,54 @@ def _validation_images(run: workdir.Run) -> records.Dataset:
     return dataset
 
 
-def _thresholds(
-    run: workdir.Run,
-    dataset: records.Dataset,
-    out: pathlib.Path,
-    precision: float,
-    otherwise: float,
-    batch_size: int,
-    log: console.Log,
-) -> np.ndarray:
-    """The thresholds per label for a precision; the first process writes `thresholds.json`.
+def _write_thresholds(
+    run: workdir.Run, out: pathlib.Path, precision: float, default: float, batch_size: int
+) -> None:
+    """Chooses the thresholds per label; the first process writes `thresholds.json`.
 
     Args:
       run: the teacher.
-      dataset: with its validation split.
       out: the output folder.
       precision: see `pseudo_label`.
-      otherwise: see `pseudo_labels.precise_thresholds`.
+      default: see `pseudo_labels.thresholds_for_precision`.
       batch_size: images per step.
-      log: of the command.
 
-    Returns:
-      float32 `[K]`.
+    Raises:
+      InputError: on all processes: a record is damaged.
     """
-    path, names = out / "thresholds.json", run.vocabulary.names
-    if jax.process_index() == 0 and not path.is_file():
-        shards = dataset.split(run.val_split)["shards"]
-        with console.progress("thresholds", sum(shard["count"] for shard in shards)) as advance:
-            scored = _confidences(run, dataset, shards, range(len(shards)), batch_size, advance)
-            columns = zip(*(arrays for _, *arrays in scored), strict=True)
-            confidences, labels, mask = map(np.concatenate, columns)
-        chosen = pseudo_labels.precise_thresholds(
-            confidences, labels, mask > 0, precision=precision, otherwise=otherwise
-        )
-        files.write_json(path, dict(zip(names, chosen.tolist(), strict=True)))
-    sharding.wait_for_all("thresholds")
-    stored = files.read_json(path)
+    problem = ""
+    if jax.process_index() == 0:
+        try:
+            dataset = _validation_images(run)
+            shards = dataset.split(run.val_split)["shards"]
+            with console.progress("thresholds", sum(shard["count"] for shard in shards)) as advance:
+                scored = _confidences(run, dataset, shards, range(len(shards)), batch_size, advance)
+                columns = zip(*(arrays for _, *arrays in scored), strict=True)
+                confidences, labels, mask = map(np.concatenate, columns)
+        except InputError as error:
+            problem = str(error)
+        else:
+            chosen = pseudo_labels.thresholds_for_precision(
+                confidences, labels, mask > 0, precision=precision, default=default
+            )
+            named = dict(zip(run.vocabulary.names, chosen.tolist(), strict=True))
+            files.write_json(out / _THRESHOLDS, named)
+    raise_any(problem)
+
+
+def _read_thresholds(
+    out: pathlib.Path, names: Sequence[str], precision: float, log: console.Log
+) -> np.ndarray:
+    """The thresholds in `thresholds.json`, float32 `[K]`.
+
+    Raises:
+      InputError: it is damaged.
+    """
+    path = out / _THRESHOLDS
     try:
+        stored = files.read_json(path)
         limits = [float(stored[name]) for name in names]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OSError):
         raise InputError(f"{path} is damaged: choose another --out and start again") from None
     never = [name for name, limit in zip(names, limits, strict=True) if limit == 1]
     log.say(

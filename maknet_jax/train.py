@@ -236,7 +236,8 @@ class _Loop:
         elif one_sided := setup.dataset.one_sided(setup.config.data.val_split):
             self.log.say(
                 f"no image of split {setup.config.data.val_split!r} is known to have, or to lack, "
-                f"{console.shortened(one_sided)}: they get no threshold and are never predicted"
+                f"{console.shortened(one_sided)}: they get no threshold and are not predicted by "
+                "themselves"
             )
         if state is None:
             state = self._create()
@@ -244,7 +245,7 @@ class _Loop:
             self.progress = Progress.from_json(metadata)
             self.log.say(f"resuming from step {int(state.step)} of {setup.total}")
         if int(state.step) < setup.total:
-            self.log.say("the step is compiled first, which can take minutes if it is not cached")
+            self.log.say("compiling the step, which can take minutes unless it is cached")
         known = sharding.exchange(self.best.steps())[0]  # of process 0: a listing may be stale
         for number in known:
             if number > int(state.step):  # this step will be repeated

@@ -137,10 +137,12 @@ def test_noisy_student_is_the_papers():
         "checkpoint",
         "top",
         "threshold",
+        "precision",
         "evaluate",
         "soft",
     }
     assert (config.rounds, config.top, config.threshold, config.soft) == (5, 15, 0.5, False)
+    assert config.precision == 0.0  # one threshold for all labels
     assert (config.teacher, config.student) == ("teacher", "student")
     assert config.teacher_changes == config.student_changes == config.evaluate == ()
     config = configs.load("noisy_student", ["student_changes=('epochs=1.0', 'pseudo.balance=3')"])
@@ -209,6 +211,10 @@ def test_fields_that_an_old_config_lacks_have_values_that_reproduce_it(tmp_path)
     assert configs.to_json(configs.from_json(changed)) == changed
     rounds = configs.to_json(configs.load("noisy_student"))
     assert configs.to_json(configs.from_json(rounds)) == rounds
+    older = {key: value for key, value in rounds.items() if key != "precision"}
+    mine.write_text(f"{header}    return ConfigDict({older})\n")
+    assert configs.load(mine, ["precision=0.5"]).precision == 0.5
+    assert configs.to_json(configs.load(mine)) == rounds
 
 
 @pytest.mark.parametrize("name", ["lesanet", "noisy_student"])

@@ -13,10 +13,12 @@ from maknet_jax.errors import InputError
         b"\xef\xbb\xbfA, B \r\n\r\n1, x\r\n,\r\n2,y,,\r\n",
         b'"a";"b"\n"1";"x"\n2;y',
         b"a,b\r1,x\r2,y\r",
+        b"\na;b\n1;x\n2;y\n",
+        b"a;b\r1;x\r2;y\r",
     ],
 )
 def test_tables_as_spreadsheets_write_them(content):
-    columns, cells = csv_rows.read_rows("t.csv", content)
+    columns, cells, _ = csv_rows.read_rows("t.csv", content)
     assert columns == ["a", "b"]
     assert [row for _, row in cells] == [{"a": "1", "b": "x"}, {"a": "2", "b": "y"}]
 
@@ -24,7 +26,8 @@ def test_tables_as_spreadsheets_write_them(content):
 def test_short_rows_quotes_and_line_numbers():
     rows = csv_rows.read_rows("t.csv", b'a,b\n\n"1, ""2""\n3"\nx,\n')
     assert rows.cells == [(4, {"a": '1, "2"\n3', "b": ""}), (5, {"a": "x", "b": ""})]
-    assert csv_rows.read_rows("t.csv", b"") == ([], [])
+    assert csv_rows.read_rows("t.csv", b"") == ([], [], [])
+    assert csv_rows.read_rows("t.csv", b"a,b\n\n1,2\n , \n").empty == [4]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ written, original = [], pseudo_labels.write_rows
 pseudo_labels.write_rows = lambda path, rows: written.append(path.name) or original(path, rows)
 pseudo_label.pseudo_label(folder, data + "/unlabelled", folder + "/../labels")
 print("wrote", *written)
+pseudo_label.pseudo_label(folder, data + "/unlabelled", folder + "/../precise", precision=0.9)
 assert jax.process_count() == 2 and jax.device_count() == 2
 """
 
@@ -51,3 +52,10 @@ def test_two_processes_are_one(tmp_path):
     for name in [*shards, "counts.csv", "sweep.csv", "pseudo.json", "claim.json"]:
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     assert len((two / "log.jsonl").read_text().splitlines()) == 1
+    pseudo_label.pseudo_label(
+        tmp_path / "two", data / "unlabelled", tmp_path / "alone", precision=0.9, **options
+    )
+    for name in [*shards, "pseudo.json", "thresholds.json"]:
+        assert (tmp_path / "alone" / name).read_bytes() == (
+            tmp_path / "precise" / name
+        ).read_bytes()

@@ -66,6 +66,9 @@ def test_tables_of_splits(tmp_path):
     assert ps.read_split_table(path).by_patient
     path.write_text("image_id;age\ns0000;65\n")
     assert not ps.has_splits(path) and not ps.has_splits(tmp_path / "absent.csv")
+    for header in ("id,note,note", '"a\nb",c'):  # of some other table
+        path.write_text(f"{header}\n1,2,3\n")
+        assert not ps.has_splits(path)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ def test_thresholds_of_labels_equal_a_slow_loop():
         ([0.2, 0.9], [0.2 + CLOSE / 2, 0.1], True),  # at its own threshold
         ([0.9, 0.2], [0.3 + CLOSE / 2, 0.3], True),  # a tie at the cut after the first label
         ([0.2, 0.9], [0.3 + CLOSE / 2, 0.3], True),
+        ([1, 0.9], [1 - CLOSE / 2, 0.3], False),  # of a label that is never given
         ([0.9, 0.4], [0.3 + CLOSE / 2, 0.3], False),  # a tie of labels that are too weak
     ],
 )
@@ -93,8 +94,9 @@ def test_precise_thresholds_equal_a_search(precision, digits):
     labels[:, 4] = False  # nobody has it
     known[:, 4] = True
     labels[:, 5] = confidences[:, 5] < 0.2  # never precise
-    found = pseudo_labels.precise_thresholds(
-        confidences, labels, known, precision=precision, otherwise=0.5
+    labels[:, 3] = True  # everybody has it
+    thresholds = pseudo_labels.thresholds_for_precision(
+        confidences, labels, known, precision=precision, default=0.5
     )
     for column in range(6):
         judged = known[:, column]
@@ -102,14 +104,14 @@ def test_precise_thresholds_equal_a_search(precision, digits):
         reached = [
             value for value in set(values.tolist()) if truth[values >= value].mean() >= precision
         ]
-        if column == 4:
-            assert found[column] == 0.5
+        if column in (3, 4):
+            assert thresholds[column] == 0.5
         elif not reached:
-            assert found[column] == 1
+            assert thresholds[column] == 1
         else:
-            assert ((values > found[column]) == (values >= min(reached))).all()
-    assert found[5] == 1
-    assert (found[:4] < 1).all() or precision == 1.0
+            assert ((values > thresholds[column]) == (values >= min(reached))).all()
+    assert thresholds[5] == 1
+    assert (thresholds[:3] < 1).all() or precision == 1.0
 
 
 def test_a_precise_threshold_lies_between_two_confidences():
@@ -118,8 +120,8 @@ def test_a_precise_threshold_lies_between_two_confidences():
     known = np.ones((4, 1), bool)
 
     def threshold(precision):
-        rule = {"precision": precision, "otherwise": 0.5}
-        return pseudo_labels.precise_thresholds(confidences, labels, known, **rule)[0]
+        rule = {"precision": precision, "default": 0.5}
+        return pseudo_labels.thresholds_for_precision(confidences, labels, known, **rule)[0]
 
     assert threshold(1.0) == pytest.approx(0.6)
     assert threshold(0.75) == pytest.approx(0.15)

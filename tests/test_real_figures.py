@@ -207,6 +207,27 @@ def test_shuffled_labels_are_the_same_rows_beside_other_images(prepared, tmp_pat
     assert before != after and sorted(before) == sorted(after)
 
 
+def test_a_network_memorises_some_images_only(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(attribution_sanity, "MEMORISED", 3)
+    out = attribution_sanity.shuffle_labels(prepared, "train", tmp_path, 0)
+    other = attribution_sanity.shuffle_labels(prepared, "train", tmp_path, 1)
+    chosen, entry = (
+        records.open_dataset(out).source("train"),
+        records.open_dataset(out).split("train"),
+    )
+    assert len(chosen) == entry["count"] == 3 < len(prepared.source("train"))
+    assert (
+        entry["label_counts"]
+        == np.sum([chosen[k].labels * chosen[k].label_mask for k in range(3)], axis=0).tolist()
+    )
+    assert (
+        entry["known_counts"] == np.sum([chosen[k].label_mask for k in range(3)], axis=0).tolist()
+    )
+    assert [chosen[k].id for k in range(3)] != [
+        records.open_dataset(other).source("train")[k].id for k in range(3)
+    ]
+
+
 @pytest.mark.slow
 def test_the_experiments_run_and_resume(cases, prepared, tmp_path):
     changes = [f"data.path={prepared.path}", "data.size=32", "epochs=4", "evaluate_every=2"]

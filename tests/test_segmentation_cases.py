@@ -9,6 +9,7 @@ import organ_cases
 import pytest
 
 from maknet_jax.ct import nifti
+from maknet_jax.data import segmentation_cases
 from maknet_jax.data.segmentation_cases import Mask, find_cases
 from maknet_jax.errors import InputError, Rejected
 
@@ -100,6 +101,8 @@ def test_label_tables_in_headers(tmp_path):
     [
         ('{"1": "liver", "7": "liver"}', "same name"),
         ("[1, 2]", "does not name values"),
+        ('[["1", "liver"]]', "not an object"),
+        ('{"1": 2}', "does not name values"),
         ('{"one": "liver"}', "does not name values"),
         ("{}", "no names"),
         ('{"1": "liver", "1": "spleen"}', "two names"),
@@ -167,6 +170,24 @@ def test_masks_without_a_ct_are_rejected_and_cases_inside_cases_are_read(tmp_pat
     assert [case.name for case in plan.cases] == ["good", "good/later"]
     assert [path for path, _ in plan.failures] == [str(tmp_path / n) for n in ("map", "masks")]
     assert all("without a CT" in reason for _, reason in plan.failures)
+
+
+@pytest.mark.parametrize("place", ["", "series"])
+def test_a_mask_without_a_ct_does_not_hide_other_cases(tmp_path, place, monkeypatch):
+    seen = []
+    monkeypatch.setattr(segmentation_cases, "_is_seg", lambda path: path.endswith(".dcm"))
+    monkeypatch.setattr(
+        segmentation_cases, "_add_dicom_cases", lambda root, files, *rest: seen.extend(files)
+    )
+    mask = organ_cases.organ([9] * 12).astype(np.uint8)
+    organ_cases.write_nifti(tmp_path / place / "segmentations" / "liver.nii.gz", mask)
+    (tmp_path / "series").mkdir(exist_ok=True)
+    (tmp_path / "series" / "seg.dcm").touch()
+    (tmp_path / "series" / "deep").mkdir()
+    (tmp_path / "series" / "deep" / "seg.dcm").touch()
+    ((path, reason),) = find_cases(tmp_path).failures
+    assert path == str(tmp_path / place) and "without a CT" in reason
+    assert seen == [str(tmp_path / "series" / n) for n in ("seg.dcm", "deep/seg.dcm")]
 
 
 def test_names_of_masks_are_printable(tmp_path):

@@ -134,6 +134,8 @@ def test_files_other_than_a_table_are_rejected(read, tmp_path):
         read("", header="")
     with pytest.raises(InputError, match="not a CSV table"):  # the quote would join all rows
         read('a.png,lung,train,,"p\nb.png,lung,val,,q\n')
+    with pytest.raises(InputError, match="line 2 has 4 cells"):
+        read("a.png,lung,left,train\n", header="path,labels,split\n")
     for path in (tmp_path, tmp_path / "absent.csv"):
         with pytest.raises(InputError, match=re.escape(str(path))):
             table.read_table(path)

@@ -333,11 +333,11 @@ def lines_of(run):
 def test_labels_without_a_validation_image_are_named(tmp_path, capsys):
     data = toy.write(tmp_path / "data", val=1)
     train.train(toy.config(data, "linear", {"epochs": 0.2}), tmp_path / "run")
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "never predicted" in line]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "get no threshold" in line]
     assert all(name in line for name in toy.VOCABULARY.names)  # one image: all or none have it
     export.export(tmp_path / "run", tmp_path / "out", checkpoint="last")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "Never predicted" in card
+    assert "Without a threshold: " in card
 
 
 def test_the_augmentation_knows_the_number_of_devices(data, tmp_path, monkeypatch):

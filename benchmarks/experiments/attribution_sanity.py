@@ -8,8 +8,8 @@ A map that stays the same when the network is replaced by a random one shows the
 network learned. Here weights are randomised from the output to the input in five steps of equally
 many layers (the values of each array are permuted, which keeps their distribution); and, with
 --random-labels EPOCHS, the first network is trained again, with its own recipe but without noise,
-on 500 of its training images, whose labels were permuted among them, so that it must learn them by
-heart. For one label of one image per patient: the rank correlation (Spearman) of each map with the
+on 500 of its training images, whose labels were permuted among them, so that it must memorise
+them. For one label of one image per patient: the rank correlation (Spearman) of each map with the
 original one in the body, of absolute and of signed values, and the mass inside the organ over its
 share of the body. Integrated Gradients contain the image as a factor, so absolute values of
 unrelated networks correlate, too; signed values should not.
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--random-labels",
-        type=float,
+        type=harness.positive,
         help="epochs of training the first network on random labels, such as 200 (default: 0, omit "
         "this check)",
     )
@@ -185,13 +185,13 @@ def shuffle_labels(
     Args:
       dataset: the data set.
       split: the split of the images; it becomes "train".
-      folder: the data set is written to `shards` in it, unless it exists.
+      folder: the data set is written into it, unless it exists.
       seed: of the choice of the images and of the permutation.
 
     Returns:
       The path of the data set.
     """
-    out, source = folder / "shards", dataset.source(split)
+    out, source = folder / f"shards-{MEMORISED}-seed{seed}", dataset.source(split)
     if (out / "dataset.json").exists():
         return out
     rng = np.random.default_rng(seed)

@@ -268,7 +268,8 @@ class Runs:
           title: names the run if it has other options than the network's defaults.
           **options: of the model.
         """
-        name = f"{title or network}-{size}-lr{recipe.rate:g}-epochs{recipe.epochs:g}-seed{seed}"
+        name = "quick-" * self._quick
+        name += f"{title or network}-{size}-lr{recipe.rate:g}-epochs{recipe.epochs:g}-seed{seed}"
         run = self.folder / "runs" / name
         if not finished_runs.is_finished(run):
             if not self._train:

@@ -75,8 +75,14 @@ def train_seed(
     """Trains all networks of a seed, unless only finished runs are read; returns the workdirs."""
     folder = runs.folder / "transfer" / f"{chosen.labelled}-labelled" / f"seed-{seed}"
     workdirs = {name: folder / name.replace(" ", "-") for name in (STUDENT, PHANTOM, RANDOM)}
-    for run in workdirs.values():
-        finished_runs.check_options(run, size=chosen.size, rate=chosen.rate, steps=chosen.steps)
+    pretrained = (
+        folder / "teacher",
+        folder / "student",
+        runs.folder / f"transfer/phantom-{seed}/run",
+    )
+    steps = dict.fromkeys(workdirs.values(), chosen.steps)
+    for run, number in (steps | dict.fromkeys(pretrained, chosen.pretraining_steps)).items():
+        finished_runs.check_options(run, size=chosen.size, rate=chosen.rate, steps=number)
     if chosen.report or all(map(finished_runs.is_finished, workdirs.values())):
         return workdirs
     console.Log().say(f"transfer, {chosen.labelled} labelled patients, seed {seed}")

@@ -32,8 +32,8 @@ def _pseudo_label(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument(
         "--precision",
         type=float,
-        help="choose a threshold per label: the lowest with this precision on the teacher's "
-        "validation images (default: --threshold for all labels)",
+        help="choose a threshold per label, the lowest with at least this precision on the "
+        "teacher's validation images; see OUT/thresholds.json (default: --threshold for all)",
     )
     verb.add_argument(
         "--soft", action="store_true", help="students learn the confidences instead of 1"

@@ -166,13 +166,19 @@ class Segmentation:
         shared = self._seg.SharedFunctionalGroupsSequence[0]
         frames = self._seg.PerFrameFunctionalGroupsSequence
         if len(frames) != int(self._seg.NumberOfFrames):
-            raise Rejected(f"{self._seg.NumberOfFrames} frames, but {len(frames)} are described")
+            raise Rejected(
+                f"NumberOfFrames is {self._seg.NumberOfFrames}, but "
+                f"PerFrameFunctionalGroupsSequence has {len(frames)} items"
+            )
         segments = {int(item.SegmentNumber) for item in self._seg.SegmentSequence}
         for number, frame in enumerate(frames, start=1):
             if self._seg.SegmentationType == "BINARY":
-                of = _group("SegmentIdentificationSequence", frame, shared).ReferencedSegmentNumber
-                if int(of) not in segments:
-                    raise Rejected(f"frame {number} is of segment {of}, which is not described")
+                item = _group("SegmentIdentificationSequence", frame, shared)
+                if int(item.ReferencedSegmentNumber) not in segments:
+                    raise Rejected(
+                        f"frame {number} references segment {item.ReferencedSegmentNumber}, which "
+                        "is not in SegmentSequence"
+                    )
             sources = {
                 str(source.ReferencedSOPInstanceUID)
                 for derivation in frame.get("DerivationImageSequence", [])

@@ -14,16 +14,18 @@ class Rows(NamedTuple):
     Attributes:
       columns: the names in its header, in lower case.
       cells: (line, column -> cell) of each row.
+      empty: lines of the rows whose cells are all empty.
     """
 
     columns: list[str]
     cells: list[tuple[int, dict[str, str]]]
+    empty: list[int]
 
 
 def read_rows(name: str | os.PathLike[str], content: bytes) -> Rows:
     """Reads a table with a header, separated by commas or semicolons.
 
-    Spaces around cells, rows of empty cells and a byte order mark are ignored.
+    Spaces around cells and a byte order mark are ignored.
 
     Args:
       name: of the table, for the messages.
@@ -35,7 +37,7 @@ def read_rows(name: str | os.PathLike[str], content: bytes) -> Rows:
     """
     try:
         text = content.decode("utf-8-sig")
-        header = text.partition("\n")[0]
+        header = next(filter(str.strip, text.splitlines()), "")
         delimiter = ";" if header.count(";") > header.count(",") else ","
         # Strict: a quote that is never closed would join the rest of the table into one cell.
         reader = csv.reader(
@@ -44,6 +46,7 @@ def read_rows(name: str | os.PathLike[str], content: bytes) -> Rows:
         lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{name} is not a CSV table in UTF-8: {error}") from None
+    empty = [line for line, row in lines if row and not any(row)]
     lines = [(line, row) for line, row in lines if any(row)]
     columns = [column.lower() for column in lines[0][1]] if lines else []
     twice = next((column for column in columns if column and columns.count(column) > 1), None)
@@ -57,4 +60,4 @@ def read_rows(name: str | os.PathLike[str], content: bytes) -> Rows:
             )
         row += [""] * (len(columns) - len(row))
     cells = [(line, dict(zip(columns, row, strict=False))) for line, row in lines[1:]]
-    return Rows(columns, cells)
+    return Rows(columns, cells, empty)

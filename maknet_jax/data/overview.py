@@ -111,8 +111,8 @@ def describe(summary: dict[str, Any]) -> str:
         lines.append(f"masks of --labels that no case has: {console.shortened(absent)}")
     if summary["records"].get("train") and not summary["records"].get("val"):
         lines.append(
-            "no record is in split val, on which training chooses checkpoint and thresholds: more "
-            "cases, or other shares or splits, fill it"
+            "split val is empty, so that training cannot choose a checkpoint or thresholds: add "
+            "cases, or change the splits"
         )
     for name in _COUNTED:
         if about.get(name):

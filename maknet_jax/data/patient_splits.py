@@ -47,7 +47,7 @@ def read_split_table(path: str | os.PathLike[str]) -> SplitTable:
     """
     path = pathlib.Path(path)
     try:
-        columns, rows = csv_rows.read_rows(path, containers.read_file(path))
+        columns, rows, _ = csv_rows.read_rows(path, containers.read_file(path))
     except (FileNotFoundError, IsADirectoryError):
         raise InputError(f"{path} is not a file: pass a CSV with the columns case, split") from None
     case = next((name for name in _CASE_COLUMNS if name in columns), None)
@@ -78,17 +78,16 @@ def read_split_table(path: str | os.PathLike[str]) -> SplitTable:
 
 
 def has_splits(path: str | os.PathLike[str]) -> bool:
-    """Whether a file such as TotalSegmentator's meta.csv exists and has a column `split`.
-
-    Raises:
-      InputError: its header is not CSV.
-    """
+    """Whether a file such as TotalSegmentator's meta.csv exists and has a column `split`."""
     path = pathlib.Path(path)
     if not containers.is_file(path):
         return False
     with containers.open_file(path) as file:
         header = file.readline().decode("utf-8-sig", "replace")
-    return "split" in csv_rows.read_rows(path, header.encode()).columns
+    try:
+        return "split" in csv_rows.read_rows(path, header.encode()).columns
+    except InputError:  # some other table
+        return False
 
 
 def check_shares(shares: Mapping[str, float]) -> None:

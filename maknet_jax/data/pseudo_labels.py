@@ -61,7 +61,7 @@ def select(
     order = np.argsort(-confidences, axis=1, kind="stable")[:, : count + 1]
     ranked = np.take_along_axis(confidences, order, axis=1)
     limits = np.broadcast_to(np.asarray(threshold, np.float32), confidences.shape[1:])[order]
-    unsure = (np.abs(ranked - limits) < close)[:, :count].any(axis=1)
+    unsure = ((np.abs(ranked - limits) < close) & (limits < 1))[:, :count].any(axis=1)
     # A near tie matters at the cut after `top`, and between two labels that exclude each other.
     near = ranked[:, :, None] - ranked[:, None] < close
     likely = ranked > limits - close
@@ -80,13 +80,13 @@ def select(
     return selected, unsure
 
 
-def precise_thresholds(
+def thresholds_for_precision(
     confidences: np.ndarray,
     labels: np.ndarray,
     known: np.ndarray,
     *,
     precision: float,
-    otherwise: float,
+    default: float,
 ) -> np.ndarray:
     """The lowest threshold per label at which the estimated precision reaches a value.
 
@@ -100,17 +100,17 @@ def precise_thresholds(
       labels: `[N, K]`, 0 or 1.
       known: bool `[N, K]`, False where a label is unknown.
       precision: above 0, at most 1.
-      otherwise: the threshold of labels that no image has, whose precision is unknown.
+      default: the threshold of labels that all images or none have: their precision says nothing.
 
     Returns:
       float32 `[K]`, for `select`, halfway between two confidences; 1 for labels whose precision is
       too low at every threshold, which are not given.
     """
-    thresholds = np.full(confidences.shape[1], otherwise, np.float32)
+    thresholds = np.full(confidences.shape[1], default, np.float32)
     for column in range(len(thresholds)):
         judged = known[:, column] > 0
         values, truth = confidences[judged, column], labels[judged, column] > 0
-        if not truth.any():
+        if not truth.any() or truth.all():
             continue
         order = np.argsort(-values, kind="stable")
         values = np.append(values[order], np.float32(0))
@@ -230,7 +230,9 @@ class PseudoSource:
         self._images = dataset.source(split)
         self._rows = np.concatenate([read_rows(*shard) for shard in shards])
         if not len(self._rows):
-            raise InputError(f"no image in {path} has a pseudo-label: lower --threshold")
+            raise InputError(
+                f"no image in {path} has a pseudo-label: lower --threshold or --precision"
+            )
         self._order = balanced(self._rows, self.size, balance, seed) if balance else None
 
     def __len__(self) -> int:

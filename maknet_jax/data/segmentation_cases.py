@@ -98,24 +98,29 @@ def find_cases(
         raise InputError(f"{root} is not a folder: expected {LAYOUTS}")
     result = Cases()
     seg_files: list[str] = []
-    released, case = False, "\0"  # the last folder of a case; no path begins so
+    released = found_nifti = False
+    case: str | None = None  # the last folder of a case that is in no other case
     unreadable: list[tuple[str, str]] = []
     for place, subfolders, names in containers.walk(root, unreadable):
         released |= "ct.csv" in names
-        if _is_nifti_case(place, subfolders, names):
+        inside = case is not None and place.startswith(case)
+        if _has_file(names, "ct"):
             subfolders[:] = [name for name in subfolders if name != _MASKS]
             _add_nifti_case(root, pathlib.Path(place), result)
-            case = case if place.startswith(case) else place + os.sep
+            case, found_nifti = case if inside else place + os.sep, True
             continue
-        if place.startswith(case):  # of a case, only other cases inside it matter
+        if inside:  # of a case, only other cases inside it matter
             continue
-        result.failures += [
+        others = [
             (os.path.join(place, name), reason)
             for name in names
             if name.startswith("ct.") and (reason := search.other_format(name))
         ]
+        found_nifti |= bool(others)
+        result.failures += others
+        if not others and _has_masks(place, subfolders, names):
+            result.failures.append((place, "masks without a CT: expected ct.nii.gz beside them"))
         seg_files += filter(_is_seg, (os.path.join(place, name) for name in names))
-    found_nifti = bool(result.cases or result.failures)
     if seg_files and not found_nifti:
         _add_dicom_cases(root, seg_files, workers, overrides, result)
     elif seg_files:
@@ -152,11 +157,14 @@ def _is_seg(path: str) -> bool:
         return False
 
 
-def _is_nifti_case(place: str, subfolders: Sequence[str], names: Sequence[str]) -> bool:
-    """Whether a folder has the CT of a case, or masks whose CT is missing."""
-    if not {f"{stem}{end}" for stem in ("ct", "segmentation") for end in _ENDINGS}.isdisjoint(
-        names
-    ):
+def _has_file(names: Sequence[str], stem: str) -> bool:
+    """Whether one of the names is `stem`.nii.gz or `stem`.nii."""
+    return any(f"{stem}{end}" in names for end in _ENDINGS)
+
+
+def _has_masks(place: str, subfolders: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether a folder has a label map or masks."""
+    if _has_file(names, "segmentation"):
         return True
     try:
         masks = containers.list_folder(os.path.join(place, _MASKS)) if _MASKS in subfolders else []
@@ -187,7 +195,7 @@ def _add_nifti_case(root: pathlib.Path, folder: pathlib.Path, result: Cases) -> 
     try:
         ct = _nifti_file(folder, "ct")
         if ct is None:
-            raise Rejected("masks without a CT: expected ct.nii.gz beside them")
+            raise Rejected("no ct.nii.gz")
         count = nifti.check_nifti(ct)
         label_map = _nifti_file(folder, "segmentation")
         if containers.is_folder(masks_folder) == (label_map is not None):
@@ -250,9 +258,10 @@ def _read_names(path: pathlib.Path) -> dict[int, str]:
     try:
         content = containers.read_file(path)
         if path.suffix == ".json":
-            pairs = list(
-                map(_named_value, json.loads(content.decode("utf-8-sig"), object_pairs_hook=list))
-            )
+            table = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_Pairs)
+            if not isinstance(table, _Pairs):
+                raise ValueError("not an object")
+            pairs = list(map(_named_value, table))
         else:
             rows = csv_rows.read_rows(path, content)
             pairs = [(int(row["value"]), row["name"]) for _, row in rows.cells]
@@ -260,17 +269,23 @@ def _read_names(path: pathlib.Path) -> dict[int, str]:
         if len(names) < len(pairs):
             raise ValueError("a value has two names")
         return names
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
+    except OSError as error:
+        raise Rejected(f"{path} cannot be read: {reading.one_line(error)}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, InputError) as error:
         raise Rejected(
             f"{path} does not name values: expected JSON such as {{"
             f'"1": "liver"}} or a CSV with the columns value, name ({error})'
         ) from None
 
 
+class _Pairs(list[tuple[str, Any]]):
+    """The pairs of a JSON object, repeated keys included."""
+
+
 def _named_value(pair: tuple[str, Any]) -> tuple[int, str]:
     """A pair of {"1": "liver"}, or of {"liver": 1} as in nnU-Net."""
     key, value = pair
-    if type(value) is int:  # not True
+    if type(value) is int and not key.strip().isdecimal():  # not True
         return value, key.strip()
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is neither a value nor a name")

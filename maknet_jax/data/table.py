@@ -13,14 +13,13 @@ patient with two volumes is not detected. `unknown`, also optional, lists labels
 assessed: they count neither in the loss nor in a metric.
 """
 
-import csv
 import os
 import pathlib
 import re
 from collections.abc import Callable
 
 from maknet_jax.ct import volumes
-from maknet_jax.data import labels, table_rows
+from maknet_jax.data import csv_rows, labels, table_rows
 from maknet_jax.data.table_rows import Row
 from maknet_jax.errors import InputError
 
@@ -47,24 +46,19 @@ def read_table(
     """
     path = pathlib.Path(path)
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True, strict=True)
-            missing = [name for name in _COLUMNS if name not in (reader.fieldnames or [])]
-            if missing:
-                raise InputError(
-                    f"{path} has no column {missing[0]!r}: path, labels and split are required"
-                )
-            lines = [(reader.line_num, cells) for cells in reader]
+        table = csv_rows.read_rows(path, path.read_bytes())
     except (FileNotFoundError, IsADirectoryError):
         raise InputError(
             f"{path} is not a file: pass a CSV table with the columns path, labels, split"
         ) from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} is not a CSV table: {error}") from None
-    blank = [line for line, cells in lines if not any(_cells(cells).values())]
-    if blank:
-        warn(f"{len(blank)} empty rows are skipped, the first on line {blank[0]}")
-    rows = [_row(path, line, cells) for line, cells in lines if line not in blank]
+    missing = [name for name in _COLUMNS if name not in table.columns]
+    if missing:
+        raise InputError(
+            f"{path} has no column {missing[0]!r}: path, labels and split are required"
+        )
+    if table.empty:
+        warn(f"{len(table.empty)} empty rows are skipped, the first on line {table.empty[0]}")
+    rows = [_row(path, line, cells) for line, cells in table.cells]
     names = sorted({name for row in rows for name in row.labels})
     if not names:
         raise InputError(f"{path} contains no label: use `maknet prepare dicom` for unlabelled CT")
@@ -96,8 +90,7 @@ def read_table(
     return rows, labels.Vocabulary.from_names(names)
 
 
-def _row(path: pathlib.Path, line: int, record: dict[str, str | None]) -> Row:
-    cells = _cells(record)
+def _row(path: pathlib.Path, line: int, cells: dict[str, str]) -> Row:
     if not cells["path"] or cells["split"] not in SPLITS:
         raise InputError(
             f"{path} line {line}: path {cells['path']!r}, split {cells['split']!r}: both are "
@@ -110,10 +103,6 @@ def _row(path: pathlib.Path, line: int, record: dict[str, str | None]) -> Row:
     file = str(path.parent / cells["path"])
     place = cells.get("slice", ""), cells.get("patient", "")
     return Row(line, file, names, cells["split"], *place, unknown)
-
-
-def _cells(record: dict[str, str | None]) -> dict[str, str]:
-    return {key: (value or "").strip() for key, value in record.items() if isinstance(key, str)}
 
 
 def _whole(name: str) -> str:

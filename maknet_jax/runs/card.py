@@ -134,13 +134,14 @@ def license_of(card: str) -> str:
 
 
 def _never(thresholds: Sequence[float], names: Sequence[str]) -> str:
-    """The labels that are not predicted whatever their confidence, as a sentence; "" if none."""
+    """The labels without a threshold, as a paragraph; "" if there are none."""
     never = [name for name, limit in zip(names, thresholds, strict=True) if limit >= 1]
     if not never:
         return ""
     return (
-        "\n\n**Never predicted, because the tuning images gave no threshold: "
-        f"{console.shortened(never, _SHOWN)}.** Their confidences are reported all the same."
+        f"\n\n**Without a threshold: {console.shortened(never, _SHOWN)}.** All or none of the "
+        "tuning images have them, or no threshold finds them: they are predicted only as "
+        "parents of other labels. Their confidences are reported."
     )
 
 
@@ -167,10 +168,7 @@ def _domain(about: Mapping[str, Any] | None) -> str:
         "slices do not run from head to feet as there (flag `order`)"
     )
     if missing := domain_file.not_judged(about):
-        marked = (
-            "what differs from the training data (flag `outside`);\nthere were too few tuning "
-            f"images to judge {missing}"
-        )
+        marked = f"what differs from the training data (flag `outside`);\nnot judged: {missing}"
     return f"""`maknet predict` marks {marked}. The rules
 compare {about["components"]} principal components of the pooled features with those of
 {patients}; no features of single patients are stored. The thresholds allow

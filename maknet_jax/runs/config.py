@@ -40,6 +40,9 @@ ADDED_FIELDS: dict[str, Value] = {
 # Those of them on which no result depends: a run that lacks them takes them from the command.
 FREE_FIELDS = {"domain_components", "checkpoint_minutes", "skip_nonfinite", "remat"}
 
+# The same for configs of `maknet noisy-student`.
+_ADDED_TO_ROUNDS: dict[str, Value] = {"precision": 0.0}  # one threshold for all labels
+
 FROM_INIT = "from_init"  # model.name: the network of init.path, see `setup.set_up`
 
 
@@ -200,9 +203,11 @@ def _run_file(path: pathlib.Path) -> ml_collections.ConfigDict:
 
 def _add_fields(config: Any) -> None:
     """Adds the missing `ADDED_FIELDS` to a dict or a `ConfigDict` in place."""
-    if "model" not in config:  # not the config of a training run
-        return
-    for key, value in ADDED_FIELDS.items():
+    if "model" in config:
+        fields = ADDED_FIELDS
+    else:
+        fields = _ADDED_TO_ROUNDS if "rounds" in config else {}
+    for key, value in fields.items():
         *groups, field = key.split(".")
         node = config
         for group in groups:

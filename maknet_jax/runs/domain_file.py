@@ -73,4 +73,7 @@ def read(workdir: str | os.PathLike[str], step: int) -> Statistics | None:
 def not_judged(about: Mapping[str, Any]) -> str:
     """What statistics do not judge, by `Statistics.about`; "" if they judge everything."""
     parts = {"series": "series as a whole", "order": "the order of slices"}
-    return " or ".join(parts[name] for name in parts if name not in about.get("judges", parts))
+    missing = " and ".join(parts[name] for name in parts if name not in about.get("judges", parts))
+    # See `evaluation.domain_fit`: both thresholds come from pieces of series.
+    reason = "too few series of known spacing in the training or tuning data"
+    return f"{missing} ({reason})" if missing else ""
