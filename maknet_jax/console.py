@@ -261,6 +261,14 @@ def describe_intervals(intervals: Mapping[str, Any]) -> str:
     if "auc" not in intervals:
         return "No intervals: no label has positives and negatives."
     text = describe_groups(intervals["patients"])
+    entries = (intervals, *intervals["labels"].values())
+    if intervals["patients"] > 1 and any(
+        entry[metric][1] >= entry[metric][2]
+        for entry in entries
+        for metric in ("auc", "f1")
+        if metric in entry
+    ):
+        text += " A number without an interval is the same in every resample."
     labels = [entry["patients"] for entry in intervals["labels"].values() if "auc" in entry]
     if intervals["patients"] < _FEW or min(labels, default=_FEW) >= _FEW:
         return text

@@ -143,3 +143,11 @@ def test_tables_fold_cells_on_a_terminal_without_losing_text(monkeypatch):
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     assert plain != text and max(map(len, plain.splitlines())) <= 20
     assert "".join(line[2:].strip() for line in plain.splitlines()[2:]) == labels
+
+
+def test_numbers_without_an_interval_are_explained():
+    entry = {"patients": 12, "auc": [0.9, 0.8, 1.0], "f1": [1.0, 1.0, 1.0]}
+    intervals = {"patients": 33, "auc": [0.9, 0.8, 1.0], "labels": {"a": entry}}
+    assert "the same in every resample" in console.describe_intervals(intervals)
+    entry["f1"] = [0.9, 0.8, 1.0]
+    assert "the same in every resample" not in console.describe_intervals(intervals)
