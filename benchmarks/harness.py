@@ -7,6 +7,7 @@ which prints a table and writes the JSON. `run` makes it a command.
 import argparse
 import contextlib
 import datetime
+import inspect
 import json
 import os
 import pathlib
@@ -41,7 +42,7 @@ def run(main: Callable[[], int | None]) -> None:
     """Runs a benchmark as a command, with the settings and exit codes of `maknet train`."""
     options.keep_freed_memory()
     options.start_jax()
-    sys.exit(exit_codes.exit_code(_repository_path(sys.argv[0]), main))
+    sys.exit(exit_codes.exit_code(_repository_path(inspect.getfile(main)), main))
 
 
 def _repository_path(file: str) -> str:
