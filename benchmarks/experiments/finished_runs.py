@@ -1,8 +1,8 @@
 """Finished runs in the folder of an experiment: they are read, not trained again."""
 
-import json
 import pathlib
 
+from maknet_jax import files
 from maknet_jax.errors import InputError
 
 
@@ -25,10 +25,7 @@ def check_options(folder: pathlib.Path, *, size: int, rate: float, steps: int) -
     """
     if not is_finished(folder):
         return
-    config, summary = (
-        json.loads((folder / name).read_text(encoding="utf-8"))
-        for name in ("config.json", "summary.json")
-    )
+    config, summary = (files.read_json(folder / name) for name in ("config.json", "summary.json"))
     for name, actual, expected in (
         ("size", config["data"]["size"], size),
         ("learning rate", config["optimizer"]["learning_rate"], rate),
